@@ -328,86 +328,90 @@ entry:
   %47 = getelementptr inbounds nuw i8, ptr %args, i64 328
   %48 = load i64, ptr %47, align 8
   %49 = getelementptr inbounds nuw i8, ptr %args, i64 336
-  %scale.type_index = load i32, ptr %49, align 8
+  %query_scale.type_index = load i32, ptr %49, align 8
   %50 = getelementptr inbounds nuw i8, ptr %args, i64 344
   %51 = load i64, ptr %50, align 8
-  %52 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %52, align 8
-  %53 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %53, align 8
-  %54 = icmp eq ptr %fused_decode.query_strides, null
-  %55 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %56 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %54, ptr %55, ptr %56
+  %52 = getelementptr inbounds nuw i8, ptr %args, i64 352
+  %score_scale.type_index = load i32, ptr %52, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %55, align 8
+  %56 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %56, align 8
+  %57 = icmp eq ptr %fused_decode.query_strides, null
+  %58 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %59 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %57, ptr %58, ptr %59
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %54, label %if_then31, label %if_else32
+  br i1 %57, label %if_then31, label %if_else32
 
 if_then31:                                        ; preds = %entry
-  %57 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %58 = load i64, ptr %57, align 8
-  %59 = load i64, ptr %55, align 8
-  %60 = mul nsw i64 %59, %58
+  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %61 = load i64, ptr %60, align 8
+  %62 = load i64, ptr %58, align 8
+  %63 = mul nsw i64 %62, %61
   br label %if_end33
 
 if_else32:                                        ; preds = %entry
-  %61 = load i64, ptr %fused_decode.query_strides, align 8
+  %64 = load i64, ptr %fused_decode.query_strides, align 8
   br label %if_end33
 
 if_end33:                                         ; preds = %if_else32, %if_then31
-  %q_batch = phi i64 [ %60, %if_then31 ], [ %61, %if_else32 ]
-  %62 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %62, align 4
-  %63 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %63, align 8
-  %64 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %64, label %if_then34, label %if_end36
+  %q_batch = phi i64 [ %63, %if_then31 ], [ %64, %if_else32 ]
+  %65 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %65, align 4
+  %66 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %66, align 8
+  %67 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %67, label %if_then34, label %if_end36
 
 if_then34:                                        ; preds = %if_end33
-  %65 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %65, align 8
-  %66 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  %68 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %68, align 8
+  %69 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
   br label %if_end36
 
 if_end36:                                         ; preds = %if_then34, %if_end33
-  %table_seq.in = phi ptr [ %66, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
+  %table_seq.in = phi ptr [ %69, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %67 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_decode.out_shape = load ptr, ptr %67, align 8
-  %68 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_decode.out_strides = load ptr, ptr %68, align 8
-  %69 = icmp eq ptr %fused_decode.out_strides, null
-  %70 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
-  %71 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
-  %out_head.in = select i1 %69, ptr %70, ptr %71
+  %70 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %70, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %71, align 8
+  %72 = icmp eq ptr %fused_decode.out_strides, null
+  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %74 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %72, ptr %73, ptr %74
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %69, label %if_then40, label %if_else41
+  br i1 %72, label %if_then40, label %if_else41
 
 if_then40:                                        ; preds = %if_end36
-  %72 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
-  %73 = load i64, ptr %72, align 8
-  %74 = load i64, ptr %70, align 8
-  %75 = mul nsw i64 %74, %73
+  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %76 = load i64, ptr %75, align 8
+  %77 = load i64, ptr %73, align 8
+  %78 = mul nsw i64 %77, %76
   br label %if_end42
 
 if_else41:                                        ; preds = %if_end36
-  %76 = load i64, ptr %fused_decode.out_strides, align 8
+  %79 = load i64, ptr %fused_decode.out_strides, align 8
   br label %if_end42
 
 if_end42:                                         ; preds = %if_else41, %if_then40
-  %out_batch = phi i64 [ %75, %if_then40 ], [ %76, %if_else41 ]
-  %77 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_decode.lse_strides = load ptr, ptr %77, align 8
-  %78 = icmp eq ptr %fused_decode.lse_strides, null
-  br i1 %78, label %if_then43, label %if_end45
+  %out_batch = phi i64 [ %78, %if_then40 ], [ %79, %if_else41 ]
+  %80 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %80, align 8
+  %81 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %81, label %if_then43, label %if_end45
 
 if_then43:                                        ; preds = %if_end42
-  %79 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_decode.lse_shape = load ptr, ptr %79, align 8
-  %80 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  %82 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %82, align 8
+  %83 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
   br label %if_end45
 
 if_end45:                                         ; preds = %if_then43, %if_end42
-  %lse_batch.in = phi ptr [ %80, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+  %lse_batch.in = phi ptr [ %83, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
   %num_seqs = trunc i64 %42 to i32
   %query = load ptr, ptr %query.handle, align 8
@@ -441,33 +445,40 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %81 = icmp sgt i32 %num_seqs, 0
-  br i1 %81, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  %84 = icmp sgt i32 %num_seqs, 0
+  br i1 %84, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %if_end45
   %block_begin = trunc i64 %44 to i32
   %block_end = trunc i64 %46 to i32
-  %82 = icmp eq i32 %scale.type_index, 3
+  %85 = icmp eq i32 %query_scale.type_index, 3
   %.cast = bitcast i64 %51 to double
-  %83 = fptrunc double %.cast to float
-  %84 = sitofp i64 %51 to float
-  %scale = select i1 %82, float %83, float %84
-  %85 = shl i32 %block_begin, 7
-  %86 = shl i32 %block_end, 7
+  %86 = fptrunc double %.cast to float
+  %87 = sitofp i64 %51 to float
+  %query_scale = select i1 %85, float %86, float %87
+  %88 = icmp eq i32 %score_scale.type_index, 3
+  %.cast58 = bitcast i64 %54 to double
+  %89 = fptrunc double %.cast58 to float
+  %90 = sitofp i64 %54 to float
+  %score_scale = select i1 %88, float %89, float %90
+  %91 = shl i32 %block_begin, 7
+  %92 = shl i32 %block_end, 7
+  %93 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %94 = shufflevector <4 x float> %93, <4 x float> poison, <4 x i32> zeroinitializer
   %sext = shl i64 %40, 32
-  %87 = ashr exact i64 %sext, 32
-  %88 = shl i64 %q_head, 3
-  %89 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %90 = insertelement <16 x float> poison, float %89, i64 0
-  %91 = bitcast <16 x float> %90 to <16 x i32>
-  %92 = shufflevector <16 x i32> %91, <16 x i32> poison, <16 x i32> zeroinitializer
-  %93 = insertelement <16 x float> poison, float %scale, i64 0
-  %94 = shufflevector <16 x float> %93, <16 x float> poison, <16 x i32> zeroinitializer
-  %95 = and i64 %48, 2147483648
-  %.not = icmp eq i64 %95, 0
-  %96 = shl i64 %out_head, 4
-  %97 = zext i32 %85 to i64
-  %98 = and i64 %48, 4294967295
+  %95 = ashr exact i64 %sext, 32
+  %96 = shl i64 %q_head, 3
+  %97 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %98 = insertelement <16 x float> poison, float %97, i64 0
+  %99 = bitcast <16 x float> %98 to <16 x i32>
+  %100 = shufflevector <16 x i32> %99, <16 x i32> poison, <16 x i32> zeroinitializer
+  %101 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %102 = shufflevector <16 x float> %101, <16 x float> poison, <16 x i32> zeroinitializer
+  %103 = and i64 %48, 2147483648
+  %.not = icmp eq i64 %103, 0
+  %104 = shl i64 %out_head, 4
+  %105 = zext i32 %91 to i64
+  %106 = and i64 %48, 4294967295
   %wide.trip.count666.i = and i64 %42, 2147483647
   %.idx740.i = shl i64 %q_head, 2
   %.idx741.i = mul i64 %q_head, 6
@@ -482,117 +493,117 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %.idx751.i = mul i64 %q_head, 26
   %.idx752.i = mul i64 %q_head, 28
   %.idx753.i = mul i64 %q_head, 30
-  %invariant.op.i = add i32 %85, -1
-  %99 = shl nuw nsw i64 %98, 13
-  %100 = getelementptr i8, ptr %partial_acc, i64 %99
-  %scevgep = getelementptr i8, ptr %100, i64 7680
-  %101 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %102 = shl nuw nsw i64 %101, 13
-  %scevgep288 = getelementptr i8, ptr %partial_acc, i64 %102
-  %103 = shl nuw nsw i64 %98, 13
-  %104 = getelementptr i8, ptr %partial_acc, i64 %103
-  %scevgep295 = getelementptr i8, ptr %104, i64 7168
-  %105 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %106 = shl nuw nsw i64 %105, 13
-  %107 = getelementptr i8, ptr %partial_acc, i64 %106
-  %scevgep296 = getelementptr i8, ptr %107, i64 -512
-  %108 = shl nuw nsw i64 %98, 13
-  %109 = getelementptr i8, ptr %partial_acc, i64 %108
-  %scevgep318 = getelementptr i8, ptr %109, i64 6656
-  %110 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %111 = shl nuw nsw i64 %110, 13
+  %invariant.op.i = add i32 %91, -1
+  %107 = shl nuw nsw i64 %106, 13
+  %108 = getelementptr i8, ptr %partial_acc, i64 %107
+  %scevgep = getelementptr i8, ptr %108, i64 7680
+  %109 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %110 = shl nuw nsw i64 %109, 13
+  %scevgep289 = getelementptr i8, ptr %partial_acc, i64 %110
+  %111 = shl nuw nsw i64 %106, 13
   %112 = getelementptr i8, ptr %partial_acc, i64 %111
-  %scevgep319 = getelementptr i8, ptr %112, i64 -1024
-  %113 = shl nuw nsw i64 %98, 13
-  %114 = getelementptr i8, ptr %partial_acc, i64 %113
-  %scevgep341 = getelementptr i8, ptr %114, i64 6144
-  %115 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %116 = shl nuw nsw i64 %115, 13
+  %scevgep296 = getelementptr i8, ptr %112, i64 7168
+  %113 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %114 = shl nuw nsw i64 %113, 13
+  %115 = getelementptr i8, ptr %partial_acc, i64 %114
+  %scevgep297 = getelementptr i8, ptr %115, i64 -512
+  %116 = shl nuw nsw i64 %106, 13
   %117 = getelementptr i8, ptr %partial_acc, i64 %116
-  %scevgep342 = getelementptr i8, ptr %117, i64 -1536
-  %118 = shl nuw nsw i64 %98, 13
-  %119 = getelementptr i8, ptr %partial_acc, i64 %118
-  %scevgep364 = getelementptr i8, ptr %119, i64 5632
-  %120 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %121 = shl nuw nsw i64 %120, 13
+  %scevgep319 = getelementptr i8, ptr %117, i64 6656
+  %118 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %119 = shl nuw nsw i64 %118, 13
+  %120 = getelementptr i8, ptr %partial_acc, i64 %119
+  %scevgep320 = getelementptr i8, ptr %120, i64 -1024
+  %121 = shl nuw nsw i64 %106, 13
   %122 = getelementptr i8, ptr %partial_acc, i64 %121
-  %scevgep365 = getelementptr i8, ptr %122, i64 -2048
-  %123 = shl nuw nsw i64 %98, 13
-  %124 = getelementptr i8, ptr %partial_acc, i64 %123
-  %scevgep387 = getelementptr i8, ptr %124, i64 5120
-  %125 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %126 = shl nuw nsw i64 %125, 13
+  %scevgep342 = getelementptr i8, ptr %122, i64 6144
+  %123 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %124 = shl nuw nsw i64 %123, 13
+  %125 = getelementptr i8, ptr %partial_acc, i64 %124
+  %scevgep343 = getelementptr i8, ptr %125, i64 -1536
+  %126 = shl nuw nsw i64 %106, 13
   %127 = getelementptr i8, ptr %partial_acc, i64 %126
-  %scevgep388 = getelementptr i8, ptr %127, i64 -2560
-  %128 = shl nuw nsw i64 %98, 13
-  %129 = getelementptr i8, ptr %partial_acc, i64 %128
-  %scevgep410 = getelementptr i8, ptr %129, i64 4608
-  %130 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %131 = shl nuw nsw i64 %130, 13
+  %scevgep365 = getelementptr i8, ptr %127, i64 5632
+  %128 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %129 = shl nuw nsw i64 %128, 13
+  %130 = getelementptr i8, ptr %partial_acc, i64 %129
+  %scevgep366 = getelementptr i8, ptr %130, i64 -2048
+  %131 = shl nuw nsw i64 %106, 13
   %132 = getelementptr i8, ptr %partial_acc, i64 %131
-  %scevgep411 = getelementptr i8, ptr %132, i64 -3072
-  %133 = shl nuw nsw i64 %98, 13
-  %134 = getelementptr i8, ptr %partial_acc, i64 %133
-  %scevgep433 = getelementptr i8, ptr %134, i64 4096
-  %135 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %136 = shl nuw nsw i64 %135, 13
+  %scevgep388 = getelementptr i8, ptr %132, i64 5120
+  %133 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %134 = shl nuw nsw i64 %133, 13
+  %135 = getelementptr i8, ptr %partial_acc, i64 %134
+  %scevgep389 = getelementptr i8, ptr %135, i64 -2560
+  %136 = shl nuw nsw i64 %106, 13
   %137 = getelementptr i8, ptr %partial_acc, i64 %136
-  %scevgep434 = getelementptr i8, ptr %137, i64 -3584
-  %138 = shl nuw nsw i64 %98, 13
-  %139 = getelementptr i8, ptr %partial_acc, i64 %138
-  %scevgep456 = getelementptr i8, ptr %139, i64 3584
-  %140 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %141 = shl nuw nsw i64 %140, 13
+  %scevgep411 = getelementptr i8, ptr %137, i64 4608
+  %138 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %139 = shl nuw nsw i64 %138, 13
+  %140 = getelementptr i8, ptr %partial_acc, i64 %139
+  %scevgep412 = getelementptr i8, ptr %140, i64 -3072
+  %141 = shl nuw nsw i64 %106, 13
   %142 = getelementptr i8, ptr %partial_acc, i64 %141
-  %scevgep457 = getelementptr i8, ptr %142, i64 -4096
-  %143 = shl nuw nsw i64 %98, 13
-  %144 = getelementptr i8, ptr %partial_acc, i64 %143
-  %scevgep479 = getelementptr i8, ptr %144, i64 3072
-  %145 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %146 = shl nuw nsw i64 %145, 13
+  %scevgep434 = getelementptr i8, ptr %142, i64 4096
+  %143 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %144 = shl nuw nsw i64 %143, 13
+  %145 = getelementptr i8, ptr %partial_acc, i64 %144
+  %scevgep435 = getelementptr i8, ptr %145, i64 -3584
+  %146 = shl nuw nsw i64 %106, 13
   %147 = getelementptr i8, ptr %partial_acc, i64 %146
-  %scevgep480 = getelementptr i8, ptr %147, i64 -4608
-  %148 = shl nuw nsw i64 %98, 13
-  %149 = getelementptr i8, ptr %partial_acc, i64 %148
-  %scevgep502 = getelementptr i8, ptr %149, i64 2560
-  %150 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %151 = shl nuw nsw i64 %150, 13
+  %scevgep457 = getelementptr i8, ptr %147, i64 3584
+  %148 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %149 = shl nuw nsw i64 %148, 13
+  %150 = getelementptr i8, ptr %partial_acc, i64 %149
+  %scevgep458 = getelementptr i8, ptr %150, i64 -4096
+  %151 = shl nuw nsw i64 %106, 13
   %152 = getelementptr i8, ptr %partial_acc, i64 %151
-  %scevgep503 = getelementptr i8, ptr %152, i64 -5120
-  %153 = shl nuw nsw i64 %98, 13
-  %154 = getelementptr i8, ptr %partial_acc, i64 %153
-  %scevgep525 = getelementptr i8, ptr %154, i64 2048
-  %155 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %156 = shl nuw nsw i64 %155, 13
+  %scevgep480 = getelementptr i8, ptr %152, i64 3072
+  %153 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %154 = shl nuw nsw i64 %153, 13
+  %155 = getelementptr i8, ptr %partial_acc, i64 %154
+  %scevgep481 = getelementptr i8, ptr %155, i64 -4608
+  %156 = shl nuw nsw i64 %106, 13
   %157 = getelementptr i8, ptr %partial_acc, i64 %156
-  %scevgep526 = getelementptr i8, ptr %157, i64 -5632
-  %158 = shl nuw nsw i64 %98, 13
-  %159 = getelementptr i8, ptr %partial_acc, i64 %158
-  %scevgep548 = getelementptr i8, ptr %159, i64 1536
-  %160 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %161 = shl nuw nsw i64 %160, 13
+  %scevgep503 = getelementptr i8, ptr %157, i64 2560
+  %158 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %159 = shl nuw nsw i64 %158, 13
+  %160 = getelementptr i8, ptr %partial_acc, i64 %159
+  %scevgep504 = getelementptr i8, ptr %160, i64 -5120
+  %161 = shl nuw nsw i64 %106, 13
   %162 = getelementptr i8, ptr %partial_acc, i64 %161
-  %scevgep549 = getelementptr i8, ptr %162, i64 -6144
-  %163 = shl nuw nsw i64 %98, 13
-  %164 = getelementptr i8, ptr %partial_acc, i64 %163
-  %scevgep571 = getelementptr i8, ptr %164, i64 1024
-  %165 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %166 = shl nuw nsw i64 %165, 13
+  %scevgep526 = getelementptr i8, ptr %162, i64 2048
+  %163 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %164 = shl nuw nsw i64 %163, 13
+  %165 = getelementptr i8, ptr %partial_acc, i64 %164
+  %scevgep527 = getelementptr i8, ptr %165, i64 -5632
+  %166 = shl nuw nsw i64 %106, 13
   %167 = getelementptr i8, ptr %partial_acc, i64 %166
-  %scevgep572 = getelementptr i8, ptr %167, i64 -6656
-  %168 = shl nuw nsw i64 %98, 13
-  %169 = getelementptr i8, ptr %partial_acc, i64 %168
-  %scevgep594 = getelementptr i8, ptr %169, i64 512
-  %170 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %171 = shl nuw nsw i64 %170, 13
+  %scevgep549 = getelementptr i8, ptr %167, i64 1536
+  %168 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %169 = shl nuw nsw i64 %168, 13
+  %170 = getelementptr i8, ptr %partial_acc, i64 %169
+  %scevgep550 = getelementptr i8, ptr %170, i64 -6144
+  %171 = shl nuw nsw i64 %106, 13
   %172 = getelementptr i8, ptr %partial_acc, i64 %171
-  %scevgep595 = getelementptr i8, ptr %172, i64 -7168
-  %173 = shl nuw nsw i64 %98, 13
-  %scevgep617 = getelementptr i8, ptr %partial_acc, i64 %173
-  %174 = add nuw nsw i64 %wide.trip.count666.i, %98
-  %175 = shl nuw nsw i64 %174, 13
-  %176 = getelementptr i8, ptr %partial_acc, i64 %175
-  %scevgep618 = getelementptr i8, ptr %176, i64 -7680
+  %scevgep572 = getelementptr i8, ptr %172, i64 1024
+  %173 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %174 = shl nuw nsw i64 %173, 13
+  %175 = getelementptr i8, ptr %partial_acc, i64 %174
+  %scevgep573 = getelementptr i8, ptr %175, i64 -6656
+  %176 = shl nuw nsw i64 %106, 13
+  %177 = getelementptr i8, ptr %partial_acc, i64 %176
+  %scevgep595 = getelementptr i8, ptr %177, i64 512
+  %178 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %179 = shl nuw nsw i64 %178, 13
+  %180 = getelementptr i8, ptr %partial_acc, i64 %179
+  %scevgep596 = getelementptr i8, ptr %180, i64 -7168
+  %181 = shl nuw nsw i64 %106, 13
+  %scevgep618 = getelementptr i8, ptr %partial_acc, i64 %181
+  %182 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %183 = shl nuw nsw i64 %182, 13
+  %184 = getelementptr i8, ptr %partial_acc, i64 %183
+  %scevgep619 = getelementptr i8, ptr %184, i64 -7680
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end244.i
@@ -602,109 +613,125 @@ for_begin_s.i:                                    ; preds = %if_end244.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv661.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next662.i, %for_begin_s.i ]
-  %177 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total284476.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2058, %for_begin_s.i ]
-  %178 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %178(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %179 = icmp eq ptr %q_tile.i, null
-  br i1 %179, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %185 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
+  %total284476.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2110, %for_begin_s.i ]
+  %186 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %186(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %187 = icmp eq ptr %q_tile.i, null
+  br i1 %187, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %180 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %180(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %181 = icmp eq ptr %acc.i, null
-  br i1 %181, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %188 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %188(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %189 = icmp eq ptr %acc.i, null
+  br i1 %189, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %182 = add nsw i64 %indvars.iv661.i, %87
-  %183 = getelementptr inbounds i32, ptr %context_lens, i64 %182
-  %184 = load i32, ptr %183, align 4, !tbaa !5
-  %185 = mul nsw i64 %182, %q_batch
-  %invariant.gep344.i = getelementptr i16, ptr %query, i64 %185
+  %190 = add nsw i64 %indvars.iv661.i, %95
+  %191 = getelementptr inbounds i32, ptr %context_lens, i64 %190
+  %192 = load i32, ptr %191, align 4, !tbaa !5
+  %193 = mul nsw i64 %190, %q_batch
+  %invariant.gep344.i = getelementptr i16, ptr %query, i64 %193
   br label %for_body_ax2_0.i
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %if_end2.i
   %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_body_ax2_0.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 3
   %gep.i = getelementptr i8, ptr %invariant.gep344.i, i64 %gep.idx.i
-  %186 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
-  %187 = zext <4 x i16> %186 to <4 x i32>
-  %188 = shl nuw <4 x i32> %187, splat (i32 16)
-  %189 = getelementptr i16, ptr %gep.i, i64 %q_head
-  %190 = load <4 x i16>, ptr %189, align 2, !tbaa !5
-  %191 = zext <4 x i16> %190 to <4 x i32>
-  %192 = shl nuw <4 x i32> %191, splat (i32 16)
-  %193 = getelementptr i8, ptr %gep.i, i64 %.idx740.i
-  %194 = load <4 x i16>, ptr %193, align 2, !tbaa !5
+  %194 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
   %195 = zext <4 x i16> %194 to <4 x i32>
   %196 = shl nuw <4 x i32> %195, splat (i32 16)
-  %197 = getelementptr i8, ptr %gep.i, i64 %.idx741.i
-  %198 = load <4 x i16>, ptr %197, align 2, !tbaa !5
-  %199 = zext <4 x i16> %198 to <4 x i32>
-  %200 = shl nuw <4 x i32> %199, splat (i32 16)
-  %201 = shufflevector <4 x i32> %188, <4 x i32> %196, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %202 = shufflevector <4 x i32> %192, <4 x i32> %200, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %203 = shufflevector <4 x i32> %188, <4 x i32> %196, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %204 = shufflevector <4 x i32> %192, <4 x i32> %200, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %205 = shufflevector <4 x i32> %201, <4 x i32> %202, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %197 = bitcast <4 x i32> %196 to <4 x float>
+  %198 = fmul <4 x float> %94, %197
+  %199 = getelementptr i16, ptr %gep.i, i64 %q_head
+  %200 = load <4 x i16>, ptr %199, align 2, !tbaa !5
+  %201 = zext <4 x i16> %200 to <4 x i32>
+  %202 = shl nuw <4 x i32> %201, splat (i32 16)
+  %203 = bitcast <4 x i32> %202 to <4 x float>
+  %204 = fmul <4 x float> %94, %203
+  %205 = getelementptr i8, ptr %gep.i, i64 %.idx740.i
+  %206 = load <4 x i16>, ptr %205, align 2, !tbaa !5
+  %207 = zext <4 x i16> %206 to <4 x i32>
+  %208 = shl nuw <4 x i32> %207, splat (i32 16)
+  %209 = bitcast <4 x i32> %208 to <4 x float>
+  %210 = fmul <4 x float> %94, %209
+  %211 = getelementptr i8, ptr %gep.i, i64 %.idx741.i
+  %212 = load <4 x i16>, ptr %211, align 2, !tbaa !5
+  %213 = zext <4 x i16> %212 to <4 x i32>
+  %214 = shl nuw <4 x i32> %213, splat (i32 16)
+  %215 = bitcast <4 x i32> %214 to <4 x float>
+  %216 = fmul <4 x float> %94, %215
+  %217 = shufflevector <4 x float> %198, <4 x float> %210, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %218 = shufflevector <4 x float> %204, <4 x float> %216, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %219 = shufflevector <4 x float> %198, <4 x float> %210, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %220 = shufflevector <4 x float> %204, <4 x float> %216, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %221 = shufflevector <4 x float> %217, <4 x float> %218, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx742.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %206 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx742.i
-  store <4 x i32> %205, ptr %206, align 4, !tbaa !5
-  %207 = shufflevector <4 x i32> %201, <4 x i32> %202, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %208 = getelementptr inbounds nuw i8, ptr %206, i64 64
-  store <4 x i32> %207, ptr %208, align 4, !tbaa !5
-  %209 = shufflevector <4 x i32> %203, <4 x i32> %204, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %210 = getelementptr inbounds nuw i8, ptr %206, i64 128
-  store <4 x i32> %209, ptr %210, align 4, !tbaa !5
-  %211 = shufflevector <4 x i32> %203, <4 x i32> %204, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %212 = getelementptr inbounds nuw i8, ptr %206, i64 192
-  store <4 x i32> %211, ptr %212, align 4, !tbaa !5
+  %222 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx742.i
+  store <4 x float> %221, ptr %222, align 4, !tbaa !5
+  %223 = shufflevector <4 x float> %217, <4 x float> %218, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %224 = getelementptr inbounds nuw i8, ptr %222, i64 64
+  store <4 x float> %223, ptr %224, align 4, !tbaa !5
+  %225 = shufflevector <4 x float> %219, <4 x float> %220, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %226 = getelementptr inbounds nuw i8, ptr %222, i64 128
+  store <4 x float> %225, ptr %226, align 4, !tbaa !5
+  %227 = shufflevector <4 x float> %219, <4 x float> %220, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %228 = getelementptr inbounds nuw i8, ptr %222, i64 192
+  store <4 x float> %227, ptr %228, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
-  %gep345.1.i = getelementptr i8, ptr %invariant.gep344.i, i64 %88
+  %gep345.1.i = getelementptr i8, ptr %invariant.gep344.i, i64 %96
   br label %for_body_ax2_0.1.i
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_end_ax2_0.i
   %indvars.iv.1.i = phi i64 [ 0, %for_end_ax2_0.i ], [ %indvars.iv.next.1.i, %for_body_ax2_0.1.i ]
-  %213 = shl nuw nsw i64 %indvars.iv.1.i, 2
-  %gep.1.i = getelementptr i16, ptr %gep345.1.i, i64 %213
-  %214 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
-  %215 = zext <4 x i16> %214 to <4 x i32>
-  %216 = shl nuw <4 x i32> %215, splat (i32 16)
-  %217 = getelementptr i16, ptr %invariant.gep344.i, i64 %213
-  %218 = getelementptr i8, ptr %217, i64 %.idx743.i
-  %219 = load <4 x i16>, ptr %218, align 2, !tbaa !5
-  %220 = zext <4 x i16> %219 to <4 x i32>
-  %221 = shl nuw <4 x i32> %220, splat (i32 16)
-  %222 = getelementptr i8, ptr %217, i64 %.idx744.i
-  %223 = load <4 x i16>, ptr %222, align 2, !tbaa !5
-  %224 = zext <4 x i16> %223 to <4 x i32>
-  %225 = shl nuw <4 x i32> %224, splat (i32 16)
-  %226 = getelementptr i8, ptr %217, i64 %.idx745.i
-  %227 = load <4 x i16>, ptr %226, align 2, !tbaa !5
-  %228 = zext <4 x i16> %227 to <4 x i32>
-  %229 = shl nuw <4 x i32> %228, splat (i32 16)
-  %230 = shufflevector <4 x i32> %216, <4 x i32> %225, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %231 = shufflevector <4 x i32> %221, <4 x i32> %229, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %232 = shufflevector <4 x i32> %216, <4 x i32> %225, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %233 = shufflevector <4 x i32> %221, <4 x i32> %229, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %234 = shufflevector <4 x i32> %230, <4 x i32> %231, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %229 = shl nuw nsw i64 %indvars.iv.1.i, 2
+  %gep.1.i = getelementptr i16, ptr %gep345.1.i, i64 %229
+  %230 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %231 = zext <4 x i16> %230 to <4 x i32>
+  %232 = shl nuw <4 x i32> %231, splat (i32 16)
+  %233 = bitcast <4 x i32> %232 to <4 x float>
+  %234 = fmul <4 x float> %94, %233
+  %235 = getelementptr i16, ptr %invariant.gep344.i, i64 %229
+  %236 = getelementptr i8, ptr %235, i64 %.idx743.i
+  %237 = load <4 x i16>, ptr %236, align 2, !tbaa !5
+  %238 = zext <4 x i16> %237 to <4 x i32>
+  %239 = shl nuw <4 x i32> %238, splat (i32 16)
+  %240 = bitcast <4 x i32> %239 to <4 x float>
+  %241 = fmul <4 x float> %94, %240
+  %242 = getelementptr i8, ptr %235, i64 %.idx744.i
+  %243 = load <4 x i16>, ptr %242, align 2, !tbaa !5
+  %244 = zext <4 x i16> %243 to <4 x i32>
+  %245 = shl nuw <4 x i32> %244, splat (i32 16)
+  %246 = bitcast <4 x i32> %245 to <4 x float>
+  %247 = fmul <4 x float> %94, %246
+  %248 = getelementptr i8, ptr %235, i64 %.idx745.i
+  %249 = load <4 x i16>, ptr %248, align 2, !tbaa !5
+  %250 = zext <4 x i16> %249 to <4 x i32>
+  %251 = shl nuw <4 x i32> %250, splat (i32 16)
+  %252 = bitcast <4 x i32> %251 to <4 x float>
+  %253 = fmul <4 x float> %94, %252
+  %254 = shufflevector <4 x float> %234, <4 x float> %247, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %255 = shufflevector <4 x float> %241, <4 x float> %253, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %256 = shufflevector <4 x float> %234, <4 x float> %247, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %257 = shufflevector <4 x float> %241, <4 x float> %253, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %258 = shufflevector <4 x float> %254, <4 x float> %255, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx746.i = shl nuw nsw i64 %indvars.iv.1.i, 8
-  %235 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx746.i
-  %236 = getelementptr inbounds nuw i8, ptr %235, i64 16
-  store <4 x i32> %234, ptr %236, align 4, !tbaa !5
-  %237 = shufflevector <4 x i32> %230, <4 x i32> %231, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %238 = getelementptr inbounds nuw i8, ptr %235, i64 80
-  store <4 x i32> %237, ptr %238, align 4, !tbaa !5
-  %239 = shufflevector <4 x i32> %232, <4 x i32> %233, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %240 = getelementptr inbounds nuw i8, ptr %235, i64 144
-  store <4 x i32> %239, ptr %240, align 4, !tbaa !5
-  %241 = shufflevector <4 x i32> %232, <4 x i32> %233, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %242 = getelementptr inbounds nuw i8, ptr %235, i64 208
-  store <4 x i32> %241, ptr %242, align 4, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx746.i
+  %260 = getelementptr inbounds nuw i8, ptr %259, i64 16
+  store <4 x float> %258, ptr %260, align 4, !tbaa !5
+  %261 = shufflevector <4 x float> %254, <4 x float> %255, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %262 = getelementptr inbounds nuw i8, ptr %259, i64 80
+  store <4 x float> %261, ptr %262, align 4, !tbaa !5
+  %263 = shufflevector <4 x float> %256, <4 x float> %257, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %264 = getelementptr inbounds nuw i8, ptr %259, i64 144
+  store <4 x float> %263, ptr %264, align 4, !tbaa !5
+  %265 = shufflevector <4 x float> %256, <4 x float> %257, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %266 = getelementptr inbounds nuw i8, ptr %259, i64 208
+  store <4 x float> %265, ptr %266, align 4, !tbaa !5
   %indvars.iv.next.1.i = add nuw nsw i64 %indvars.iv.1.i, 1
   %exitcond.1.not.i = icmp eq i64 %indvars.iv.next.1.i, 32
   br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
@@ -715,42 +742,50 @@ for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_end_ax2_0.1.i
   %indvars.iv.2.i = phi i64 [ 0, %for_end_ax2_0.1.i ], [ %indvars.iv.next.2.i, %for_body_ax2_0.2.i ]
-  %243 = shl nuw nsw i64 %indvars.iv.2.i, 2
-  %gep.2.i = getelementptr i16, ptr %gep345.2.i, i64 %243
-  %244 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
-  %245 = zext <4 x i16> %244 to <4 x i32>
-  %246 = shl nuw <4 x i32> %245, splat (i32 16)
-  %247 = getelementptr i16, ptr %invariant.gep344.i, i64 %243
-  %248 = getelementptr i8, ptr %247, i64 %.idx747.i
-  %249 = load <4 x i16>, ptr %248, align 2, !tbaa !5
-  %250 = zext <4 x i16> %249 to <4 x i32>
-  %251 = shl nuw <4 x i32> %250, splat (i32 16)
-  %252 = getelementptr i8, ptr %247, i64 %.idx748.i
-  %253 = load <4 x i16>, ptr %252, align 2, !tbaa !5
-  %254 = zext <4 x i16> %253 to <4 x i32>
-  %255 = shl nuw <4 x i32> %254, splat (i32 16)
-  %256 = getelementptr i8, ptr %247, i64 %.idx749.i
-  %257 = load <4 x i16>, ptr %256, align 2, !tbaa !5
-  %258 = zext <4 x i16> %257 to <4 x i32>
-  %259 = shl nuw <4 x i32> %258, splat (i32 16)
-  %260 = shufflevector <4 x i32> %246, <4 x i32> %255, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %261 = shufflevector <4 x i32> %251, <4 x i32> %259, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %262 = shufflevector <4 x i32> %246, <4 x i32> %255, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %263 = shufflevector <4 x i32> %251, <4 x i32> %259, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %264 = shufflevector <4 x i32> %260, <4 x i32> %261, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %267 = shl nuw nsw i64 %indvars.iv.2.i, 2
+  %gep.2.i = getelementptr i16, ptr %gep345.2.i, i64 %267
+  %268 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %269 = zext <4 x i16> %268 to <4 x i32>
+  %270 = shl nuw <4 x i32> %269, splat (i32 16)
+  %271 = bitcast <4 x i32> %270 to <4 x float>
+  %272 = fmul <4 x float> %94, %271
+  %273 = getelementptr i16, ptr %invariant.gep344.i, i64 %267
+  %274 = getelementptr i8, ptr %273, i64 %.idx747.i
+  %275 = load <4 x i16>, ptr %274, align 2, !tbaa !5
+  %276 = zext <4 x i16> %275 to <4 x i32>
+  %277 = shl nuw <4 x i32> %276, splat (i32 16)
+  %278 = bitcast <4 x i32> %277 to <4 x float>
+  %279 = fmul <4 x float> %94, %278
+  %280 = getelementptr i8, ptr %273, i64 %.idx748.i
+  %281 = load <4 x i16>, ptr %280, align 2, !tbaa !5
+  %282 = zext <4 x i16> %281 to <4 x i32>
+  %283 = shl nuw <4 x i32> %282, splat (i32 16)
+  %284 = bitcast <4 x i32> %283 to <4 x float>
+  %285 = fmul <4 x float> %94, %284
+  %286 = getelementptr i8, ptr %273, i64 %.idx749.i
+  %287 = load <4 x i16>, ptr %286, align 2, !tbaa !5
+  %288 = zext <4 x i16> %287 to <4 x i32>
+  %289 = shl nuw <4 x i32> %288, splat (i32 16)
+  %290 = bitcast <4 x i32> %289 to <4 x float>
+  %291 = fmul <4 x float> %94, %290
+  %292 = shufflevector <4 x float> %272, <4 x float> %285, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %293 = shufflevector <4 x float> %279, <4 x float> %291, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %294 = shufflevector <4 x float> %272, <4 x float> %285, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %295 = shufflevector <4 x float> %279, <4 x float> %291, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %296 = shufflevector <4 x float> %292, <4 x float> %293, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx750.i = shl nuw nsw i64 %indvars.iv.2.i, 8
-  %265 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx750.i
-  %266 = getelementptr inbounds nuw i8, ptr %265, i64 32
-  store <4 x i32> %264, ptr %266, align 4, !tbaa !5
-  %267 = shufflevector <4 x i32> %260, <4 x i32> %261, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %268 = getelementptr inbounds nuw i8, ptr %265, i64 96
-  store <4 x i32> %267, ptr %268, align 4, !tbaa !5
-  %269 = shufflevector <4 x i32> %262, <4 x i32> %263, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %270 = getelementptr inbounds nuw i8, ptr %265, i64 160
-  store <4 x i32> %269, ptr %270, align 4, !tbaa !5
-  %271 = shufflevector <4 x i32> %262, <4 x i32> %263, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %272 = getelementptr inbounds nuw i8, ptr %265, i64 224
-  store <4 x i32> %271, ptr %272, align 4, !tbaa !5
+  %297 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx750.i
+  %298 = getelementptr inbounds nuw i8, ptr %297, i64 32
+  store <4 x float> %296, ptr %298, align 4, !tbaa !5
+  %299 = shufflevector <4 x float> %292, <4 x float> %293, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %300 = getelementptr inbounds nuw i8, ptr %297, i64 96
+  store <4 x float> %299, ptr %300, align 4, !tbaa !5
+  %301 = shufflevector <4 x float> %294, <4 x float> %295, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %302 = getelementptr inbounds nuw i8, ptr %297, i64 160
+  store <4 x float> %301, ptr %302, align 4, !tbaa !5
+  %303 = shufflevector <4 x float> %294, <4 x float> %295, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %304 = getelementptr inbounds nuw i8, ptr %297, i64 224
+  store <4 x float> %303, ptr %304, align 4, !tbaa !5
   %indvars.iv.next.2.i = add nuw nsw i64 %indvars.iv.2.i, 1
   %exitcond.2.not.i = icmp eq i64 %indvars.iv.next.2.i, 32
   br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
@@ -761,59 +796,80 @@ for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_end_ax2_0.2.i
   %indvars.iv.3.i = phi i64 [ 0, %for_end_ax2_0.2.i ], [ %indvars.iv.next.3.i, %for_body_ax2_0.3.i ]
-  %273 = shl nuw nsw i64 %indvars.iv.3.i, 2
-  %gep.3.i = getelementptr i16, ptr %gep345.3.i, i64 %273
-  %274 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
-  %275 = zext <4 x i16> %274 to <4 x i32>
-  %276 = shl nuw <4 x i32> %275, splat (i32 16)
-  %277 = getelementptr i16, ptr %invariant.gep344.i, i64 %273
-  %278 = getelementptr i8, ptr %277, i64 %.idx751.i
-  %279 = load <4 x i16>, ptr %278, align 2, !tbaa !5
-  %280 = zext <4 x i16> %279 to <4 x i32>
-  %281 = shl nuw <4 x i32> %280, splat (i32 16)
-  %282 = getelementptr i8, ptr %277, i64 %.idx752.i
-  %283 = load <4 x i16>, ptr %282, align 2, !tbaa !5
-  %284 = zext <4 x i16> %283 to <4 x i32>
-  %285 = shl nuw <4 x i32> %284, splat (i32 16)
-  %286 = getelementptr i8, ptr %277, i64 %.idx753.i
-  %287 = load <4 x i16>, ptr %286, align 2, !tbaa !5
-  %288 = zext <4 x i16> %287 to <4 x i32>
-  %289 = shl nuw <4 x i32> %288, splat (i32 16)
-  %290 = shufflevector <4 x i32> %276, <4 x i32> %285, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %291 = shufflevector <4 x i32> %281, <4 x i32> %289, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %292 = shufflevector <4 x i32> %276, <4 x i32> %285, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %293 = shufflevector <4 x i32> %281, <4 x i32> %289, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %294 = shufflevector <4 x i32> %290, <4 x i32> %291, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %305 = shl nuw nsw i64 %indvars.iv.3.i, 2
+  %gep.3.i = getelementptr i16, ptr %gep345.3.i, i64 %305
+  %306 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %307 = zext <4 x i16> %306 to <4 x i32>
+  %308 = shl nuw <4 x i32> %307, splat (i32 16)
+  %309 = bitcast <4 x i32> %308 to <4 x float>
+  %310 = fmul <4 x float> %94, %309
+  %311 = getelementptr i16, ptr %invariant.gep344.i, i64 %305
+  %312 = getelementptr i8, ptr %311, i64 %.idx751.i
+  %313 = load <4 x i16>, ptr %312, align 2, !tbaa !5
+  %314 = zext <4 x i16> %313 to <4 x i32>
+  %315 = shl nuw <4 x i32> %314, splat (i32 16)
+  %316 = bitcast <4 x i32> %315 to <4 x float>
+  %317 = fmul <4 x float> %94, %316
+  %318 = getelementptr i8, ptr %311, i64 %.idx752.i
+  %319 = load <4 x i16>, ptr %318, align 2, !tbaa !5
+  %320 = zext <4 x i16> %319 to <4 x i32>
+  %321 = shl nuw <4 x i32> %320, splat (i32 16)
+  %322 = bitcast <4 x i32> %321 to <4 x float>
+  %323 = fmul <4 x float> %94, %322
+  %324 = getelementptr i8, ptr %311, i64 %.idx753.i
+  %325 = load <4 x i16>, ptr %324, align 2, !tbaa !5
+  %326 = zext <4 x i16> %325 to <4 x i32>
+  %327 = shl nuw <4 x i32> %326, splat (i32 16)
+  %328 = bitcast <4 x i32> %327 to <4 x float>
+  %329 = fmul <4 x float> %94, %328
+  %330 = shufflevector <4 x float> %310, <4 x float> %323, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %331 = shufflevector <4 x float> %317, <4 x float> %329, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %332 = shufflevector <4 x float> %310, <4 x float> %323, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %333 = shufflevector <4 x float> %317, <4 x float> %329, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %334 = shufflevector <4 x float> %330, <4 x float> %331, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %.idx754.i = shl nuw nsw i64 %indvars.iv.3.i, 8
-  %295 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx754.i
-  %296 = getelementptr inbounds nuw i8, ptr %295, i64 48
-  store <4 x i32> %294, ptr %296, align 4, !tbaa !5
-  %297 = shufflevector <4 x i32> %290, <4 x i32> %291, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %298 = getelementptr inbounds nuw i8, ptr %295, i64 112
-  store <4 x i32> %297, ptr %298, align 4, !tbaa !5
-  %299 = shufflevector <4 x i32> %292, <4 x i32> %293, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %300 = getelementptr inbounds nuw i8, ptr %295, i64 176
-  store <4 x i32> %299, ptr %300, align 4, !tbaa !5
-  %301 = shufflevector <4 x i32> %292, <4 x i32> %293, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %302 = getelementptr inbounds nuw i8, ptr %295, i64 240
-  store <4 x i32> %301, ptr %302, align 4, !tbaa !5
+  %335 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx754.i
+  %336 = getelementptr inbounds nuw i8, ptr %335, i64 48
+  store <4 x float> %334, ptr %336, align 4, !tbaa !5
+  %337 = shufflevector <4 x float> %330, <4 x float> %331, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %338 = getelementptr inbounds nuw i8, ptr %335, i64 112
+  store <4 x float> %337, ptr %338, align 4, !tbaa !5
+  %339 = shufflevector <4 x float> %332, <4 x float> %333, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %340 = getelementptr inbounds nuw i8, ptr %335, i64 176
+  store <4 x float> %339, ptr %340, align 4, !tbaa !5
+  %341 = shufflevector <4 x float> %332, <4 x float> %333, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %342 = getelementptr inbounds nuw i8, ptr %335, i64 240
+  store <4 x float> %341, ptr %342, align 4, !tbaa !5
   %indvars.iv.next.3.i = add nuw nsw i64 %indvars.iv.3.i, 1
   %exitcond.3.not.i = icmp eq i64 %indvars.iv.next.3.i, 32
   br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !16
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
-  %303 = tail call i32 @llvm.smin.i32(i32 %86, i32 %184)
-  %304 = sub i32 %303, %85
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %304, i32 0)
-  %305 = add nuw nsw i32 %range_len.i, 127
-  %306 = lshr i32 %305, 7
-  %307 = tail call i32 @llvm.umax.i32(i32 %306, i32 1)
+  %343 = add nsw i32 %192, -1
+  %344 = sitofp i32 %343 to float
+  %345 = bitcast float %344 to i32
+  %346 = ashr i32 %345, 23
+  %347 = tail call i32 @llvm.smax.i32(i32 %346, i32 125)
+  %places.i = add nsw i32 %347, -125
+  %348 = tail call i32 @llvm.smin.i32(i32 %92, i32 %192)
+  %349 = sub i32 %348, %91
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %349, i32 0)
+  %350 = add nuw nsw i32 %range_len.i, 127
+  %351 = lshr i32 %350, 7
+  %352 = tail call i32 @llvm.umax.i32(i32 %351, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %308 = mul nsw i64 %182, %table_seq
-  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %308
-  %309 = zext nneg i32 %306 to i64
-  %310 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count629.i = zext nneg i32 %307 to i64
+  %353 = mul nsw i64 %190, %table_seq
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %353
+  %354 = uitofp nneg i32 %places.i to float
+  %355 = fsub float 0x4168000FE0000000, %354
+  %356 = insertelement <16 x float> poison, float %355, i64 0
+  %357 = shufflevector <16 x float> %356, <16 x float> poison, <16 x i32> zeroinitializer
+  %358 = tail call float @llvm.fmuladd.f32(float %354, float 0x3FE62E4300000000, float -8.700000e+01)
+  %359 = insertelement <16 x float> poison, float %358, i64 0
+  %360 = shufflevector <16 x float> %359, <16 x float> poison, <16 x i32> zeroinitializer
+  %361 = zext nneg i32 %351 to i64
+  %362 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count629.i = zext nneg i32 %352 to i64
   br label %for_body_step.i
 
 for_begin_step.i:                                 ; preds = %if_end189.i
@@ -823,2128 +879,2128 @@ for_begin_step.i:                                 ; preds = %if_end189.i
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
-  %311 = phi <16 x float> [ %177, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total285.i131 = phi <16 x float> [ %total284476.i, %for_end_ax2_0.3.i ], [ %2058, %for_begin_step.i ]
-  %indvars.iv626.i130 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next627.i, %for_begin_step.i ]
+  %363 = phi <16 x float> [ %185, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
+  %total285.i132 = phi <16 x float> [ %total284476.i, %for_end_ax2_0.3.i ], [ %2110, %for_begin_step.i ]
+  %indvars.iv626.i131 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next627.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %312 = and i32 %smin, 7
-  %313 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %313(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %314 = icmp eq ptr %key_offsets.i, null
-  br i1 %314, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
+  %364 = and i32 %smin, 7
+  %365 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %365(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %366 = icmp eq ptr %key_offsets.i, null
+  br i1 %366, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
   br i1 %.not, label %for_begin_r233.preheader.i, label %if_then194.i
 
 for_begin_r233.preheader.i:                       ; preds = %for_end_step.i
-  %315 = add nuw nsw i64 %indvars.iv661.i, %98
-  %316 = shl nuw nsw i64 %315, 4
+  %367 = add nuw nsw i64 %indvars.iv661.i, %106
+  %368 = shl nuw nsw i64 %367, 4
   %row_max266.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
-  %317 = getelementptr inbounds nuw float, ptr %partial_max, i64 %316
-  store float %row_max266.sroa.0.0.vec.extract.i, ptr %317, align 4, !tbaa !5
-  %row_sum265.sroa.0.0.vec.extract.i = extractelement <16 x float> %2058, i64 0
-  %318 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %316
-  store float %row_sum265.sroa.0.0.vec.extract.i, ptr %318, align 4, !tbaa !5
+  %369 = getelementptr inbounds nuw float, ptr %partial_max, i64 %368
+  store float %row_max266.sroa.0.0.vec.extract.i, ptr %369, align 4, !tbaa !5
+  %row_sum265.sroa.0.0.vec.extract.i = extractelement <16 x float> %2110, i64 0
+  %370 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %368
+  store float %row_sum265.sroa.0.0.vec.extract.i, ptr %370, align 4, !tbaa !5
   %row_max266.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
-  %319 = or disjoint i64 %316, 1
-  %320 = getelementptr inbounds nuw float, ptr %partial_max, i64 %319
-  store float %row_max266.sroa.0.4.vec.extract.i, ptr %320, align 4, !tbaa !5
-  %row_sum265.sroa.0.4.vec.extract.i = extractelement <16 x float> %2058, i64 1
-  %321 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %319
-  store float %row_sum265.sroa.0.4.vec.extract.i, ptr %321, align 4, !tbaa !5
+  %371 = or disjoint i64 %368, 1
+  %372 = getelementptr inbounds nuw float, ptr %partial_max, i64 %371
+  store float %row_max266.sroa.0.4.vec.extract.i, ptr %372, align 4, !tbaa !5
+  %row_sum265.sroa.0.4.vec.extract.i = extractelement <16 x float> %2110, i64 1
+  %373 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %371
+  store float %row_sum265.sroa.0.4.vec.extract.i, ptr %373, align 4, !tbaa !5
   %row_max266.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
-  %322 = or disjoint i64 %316, 2
-  %323 = getelementptr inbounds nuw float, ptr %partial_max, i64 %322
-  store float %row_max266.sroa.0.8.vec.extract.i, ptr %323, align 4, !tbaa !5
-  %row_sum265.sroa.0.8.vec.extract.i = extractelement <16 x float> %2058, i64 2
-  %324 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %322
-  store float %row_sum265.sroa.0.8.vec.extract.i, ptr %324, align 4, !tbaa !5
+  %374 = or disjoint i64 %368, 2
+  %375 = getelementptr inbounds nuw float, ptr %partial_max, i64 %374
+  store float %row_max266.sroa.0.8.vec.extract.i, ptr %375, align 4, !tbaa !5
+  %row_sum265.sroa.0.8.vec.extract.i = extractelement <16 x float> %2110, i64 2
+  %376 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %374
+  store float %row_sum265.sroa.0.8.vec.extract.i, ptr %376, align 4, !tbaa !5
   %row_max266.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
-  %325 = or disjoint i64 %316, 3
-  %326 = getelementptr inbounds nuw float, ptr %partial_max, i64 %325
-  store float %row_max266.sroa.0.12.vec.extract.i, ptr %326, align 4, !tbaa !5
-  %row_sum265.sroa.0.12.vec.extract.i = extractelement <16 x float> %2058, i64 3
-  %327 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %325
-  store float %row_sum265.sroa.0.12.vec.extract.i, ptr %327, align 4, !tbaa !5
+  %377 = or disjoint i64 %368, 3
+  %378 = getelementptr inbounds nuw float, ptr %partial_max, i64 %377
+  store float %row_max266.sroa.0.12.vec.extract.i, ptr %378, align 4, !tbaa !5
+  %row_sum265.sroa.0.12.vec.extract.i = extractelement <16 x float> %2110, i64 3
+  %379 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %377
+  store float %row_sum265.sroa.0.12.vec.extract.i, ptr %379, align 4, !tbaa !5
   %row_max266.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
-  %328 = or disjoint i64 %316, 4
-  %329 = getelementptr inbounds nuw float, ptr %partial_max, i64 %328
-  store float %row_max266.sroa.0.16.vec.extract.i, ptr %329, align 4, !tbaa !5
-  %row_sum265.sroa.0.16.vec.extract.i = extractelement <16 x float> %2058, i64 4
-  %330 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %328
-  store float %row_sum265.sroa.0.16.vec.extract.i, ptr %330, align 4, !tbaa !5
+  %380 = or disjoint i64 %368, 4
+  %381 = getelementptr inbounds nuw float, ptr %partial_max, i64 %380
+  store float %row_max266.sroa.0.16.vec.extract.i, ptr %381, align 4, !tbaa !5
+  %row_sum265.sroa.0.16.vec.extract.i = extractelement <16 x float> %2110, i64 4
+  %382 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %380
+  store float %row_sum265.sroa.0.16.vec.extract.i, ptr %382, align 4, !tbaa !5
   %row_max266.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
-  %331 = or disjoint i64 %316, 5
-  %332 = getelementptr inbounds nuw float, ptr %partial_max, i64 %331
-  store float %row_max266.sroa.0.20.vec.extract.i, ptr %332, align 4, !tbaa !5
-  %row_sum265.sroa.0.20.vec.extract.i = extractelement <16 x float> %2058, i64 5
-  %333 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %331
-  store float %row_sum265.sroa.0.20.vec.extract.i, ptr %333, align 4, !tbaa !5
+  %383 = or disjoint i64 %368, 5
+  %384 = getelementptr inbounds nuw float, ptr %partial_max, i64 %383
+  store float %row_max266.sroa.0.20.vec.extract.i, ptr %384, align 4, !tbaa !5
+  %row_sum265.sroa.0.20.vec.extract.i = extractelement <16 x float> %2110, i64 5
+  %385 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %383
+  store float %row_sum265.sroa.0.20.vec.extract.i, ptr %385, align 4, !tbaa !5
   %row_max266.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
-  %334 = or disjoint i64 %316, 6
-  %335 = getelementptr inbounds nuw float, ptr %partial_max, i64 %334
-  store float %row_max266.sroa.0.24.vec.extract.i, ptr %335, align 4, !tbaa !5
-  %row_sum265.sroa.0.24.vec.extract.i = extractelement <16 x float> %2058, i64 6
-  %336 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %334
-  store float %row_sum265.sroa.0.24.vec.extract.i, ptr %336, align 4, !tbaa !5
+  %386 = or disjoint i64 %368, 6
+  %387 = getelementptr inbounds nuw float, ptr %partial_max, i64 %386
+  store float %row_max266.sroa.0.24.vec.extract.i, ptr %387, align 4, !tbaa !5
+  %row_sum265.sroa.0.24.vec.extract.i = extractelement <16 x float> %2110, i64 6
+  %388 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %386
+  store float %row_sum265.sroa.0.24.vec.extract.i, ptr %388, align 4, !tbaa !5
   %row_max266.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
-  %337 = or disjoint i64 %316, 7
-  %338 = getelementptr inbounds nuw float, ptr %partial_max, i64 %337
-  store float %row_max266.sroa.0.28.vec.extract.i, ptr %338, align 4, !tbaa !5
-  %row_sum265.sroa.0.28.vec.extract.i = extractelement <16 x float> %2058, i64 7
-  %339 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %337
-  store float %row_sum265.sroa.0.28.vec.extract.i, ptr %339, align 4, !tbaa !5
+  %389 = or disjoint i64 %368, 7
+  %390 = getelementptr inbounds nuw float, ptr %partial_max, i64 %389
+  store float %row_max266.sroa.0.28.vec.extract.i, ptr %390, align 4, !tbaa !5
+  %row_sum265.sroa.0.28.vec.extract.i = extractelement <16 x float> %2110, i64 7
+  %391 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %389
+  store float %row_sum265.sroa.0.28.vec.extract.i, ptr %391, align 4, !tbaa !5
   %row_max266.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
-  %340 = or disjoint i64 %316, 8
-  %341 = getelementptr inbounds nuw float, ptr %partial_max, i64 %340
-  store float %row_max266.sroa.0.32.vec.extract.i, ptr %341, align 4, !tbaa !5
-  %row_sum265.sroa.0.32.vec.extract.i = extractelement <16 x float> %2058, i64 8
-  %342 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %340
-  store float %row_sum265.sroa.0.32.vec.extract.i, ptr %342, align 4, !tbaa !5
+  %392 = or disjoint i64 %368, 8
+  %393 = getelementptr inbounds nuw float, ptr %partial_max, i64 %392
+  store float %row_max266.sroa.0.32.vec.extract.i, ptr %393, align 4, !tbaa !5
+  %row_sum265.sroa.0.32.vec.extract.i = extractelement <16 x float> %2110, i64 8
+  %394 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %392
+  store float %row_sum265.sroa.0.32.vec.extract.i, ptr %394, align 4, !tbaa !5
   %row_max266.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
-  %343 = or disjoint i64 %316, 9
-  %344 = getelementptr inbounds nuw float, ptr %partial_max, i64 %343
-  store float %row_max266.sroa.0.36.vec.extract.i, ptr %344, align 4, !tbaa !5
-  %row_sum265.sroa.0.36.vec.extract.i = extractelement <16 x float> %2058, i64 9
-  %345 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %343
-  store float %row_sum265.sroa.0.36.vec.extract.i, ptr %345, align 4, !tbaa !5
+  %395 = or disjoint i64 %368, 9
+  %396 = getelementptr inbounds nuw float, ptr %partial_max, i64 %395
+  store float %row_max266.sroa.0.36.vec.extract.i, ptr %396, align 4, !tbaa !5
+  %row_sum265.sroa.0.36.vec.extract.i = extractelement <16 x float> %2110, i64 9
+  %397 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %395
+  store float %row_sum265.sroa.0.36.vec.extract.i, ptr %397, align 4, !tbaa !5
   %row_max266.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
-  %346 = or disjoint i64 %316, 10
-  %347 = getelementptr inbounds nuw float, ptr %partial_max, i64 %346
-  store float %row_max266.sroa.0.40.vec.extract.i, ptr %347, align 4, !tbaa !5
-  %row_sum265.sroa.0.40.vec.extract.i = extractelement <16 x float> %2058, i64 10
-  %348 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %346
-  store float %row_sum265.sroa.0.40.vec.extract.i, ptr %348, align 4, !tbaa !5
+  %398 = or disjoint i64 %368, 10
+  %399 = getelementptr inbounds nuw float, ptr %partial_max, i64 %398
+  store float %row_max266.sroa.0.40.vec.extract.i, ptr %399, align 4, !tbaa !5
+  %row_sum265.sroa.0.40.vec.extract.i = extractelement <16 x float> %2110, i64 10
+  %400 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %398
+  store float %row_sum265.sroa.0.40.vec.extract.i, ptr %400, align 4, !tbaa !5
   %row_max266.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
-  %349 = or disjoint i64 %316, 11
-  %350 = getelementptr inbounds nuw float, ptr %partial_max, i64 %349
-  store float %row_max266.sroa.0.44.vec.extract.i, ptr %350, align 4, !tbaa !5
-  %row_sum265.sroa.0.44.vec.extract.i = extractelement <16 x float> %2058, i64 11
-  %351 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %349
-  store float %row_sum265.sroa.0.44.vec.extract.i, ptr %351, align 4, !tbaa !5
+  %401 = or disjoint i64 %368, 11
+  %402 = getelementptr inbounds nuw float, ptr %partial_max, i64 %401
+  store float %row_max266.sroa.0.44.vec.extract.i, ptr %402, align 4, !tbaa !5
+  %row_sum265.sroa.0.44.vec.extract.i = extractelement <16 x float> %2110, i64 11
+  %403 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %401
+  store float %row_sum265.sroa.0.44.vec.extract.i, ptr %403, align 4, !tbaa !5
   %row_max266.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
-  %352 = or disjoint i64 %316, 12
-  %353 = getelementptr inbounds nuw float, ptr %partial_max, i64 %352
-  store float %row_max266.sroa.0.48.vec.extract.i, ptr %353, align 4, !tbaa !5
-  %row_sum265.sroa.0.48.vec.extract.i = extractelement <16 x float> %2058, i64 12
-  %354 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %352
-  store float %row_sum265.sroa.0.48.vec.extract.i, ptr %354, align 4, !tbaa !5
+  %404 = or disjoint i64 %368, 12
+  %405 = getelementptr inbounds nuw float, ptr %partial_max, i64 %404
+  store float %row_max266.sroa.0.48.vec.extract.i, ptr %405, align 4, !tbaa !5
+  %row_sum265.sroa.0.48.vec.extract.i = extractelement <16 x float> %2110, i64 12
+  %406 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %404
+  store float %row_sum265.sroa.0.48.vec.extract.i, ptr %406, align 4, !tbaa !5
   %row_max266.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
-  %355 = or disjoint i64 %316, 13
-  %356 = getelementptr inbounds nuw float, ptr %partial_max, i64 %355
-  store float %row_max266.sroa.0.52.vec.extract.i, ptr %356, align 4, !tbaa !5
-  %row_sum265.sroa.0.52.vec.extract.i = extractelement <16 x float> %2058, i64 13
-  %357 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %355
-  store float %row_sum265.sroa.0.52.vec.extract.i, ptr %357, align 4, !tbaa !5
+  %407 = or disjoint i64 %368, 13
+  %408 = getelementptr inbounds nuw float, ptr %partial_max, i64 %407
+  store float %row_max266.sroa.0.52.vec.extract.i, ptr %408, align 4, !tbaa !5
+  %row_sum265.sroa.0.52.vec.extract.i = extractelement <16 x float> %2110, i64 13
+  %409 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %407
+  store float %row_sum265.sroa.0.52.vec.extract.i, ptr %409, align 4, !tbaa !5
   %row_max266.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
-  %358 = or disjoint i64 %316, 14
-  %359 = getelementptr inbounds nuw float, ptr %partial_max, i64 %358
-  store float %row_max266.sroa.0.56.vec.extract.i, ptr %359, align 4, !tbaa !5
-  %row_sum265.sroa.0.56.vec.extract.i = extractelement <16 x float> %2058, i64 14
-  %360 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %358
-  store float %row_sum265.sroa.0.56.vec.extract.i, ptr %360, align 4, !tbaa !5
+  %410 = or disjoint i64 %368, 14
+  %411 = getelementptr inbounds nuw float, ptr %partial_max, i64 %410
+  store float %row_max266.sroa.0.56.vec.extract.i, ptr %411, align 4, !tbaa !5
+  %row_sum265.sroa.0.56.vec.extract.i = extractelement <16 x float> %2110, i64 14
+  %412 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %410
+  store float %row_sum265.sroa.0.56.vec.extract.i, ptr %412, align 4, !tbaa !5
   %row_max266.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
-  %361 = or disjoint i64 %316, 15
-  %362 = getelementptr inbounds nuw float, ptr %partial_max, i64 %361
-  store float %row_max266.sroa.0.60.vec.extract.i, ptr %362, align 4, !tbaa !5
-  %row_sum265.sroa.0.60.vec.extract.i = extractelement <16 x float> %2058, i64 15
-  %363 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %361
-  store float %row_sum265.sroa.0.60.vec.extract.i, ptr %363, align 4, !tbaa !5
-  %.idx.i = shl nuw nsw i64 %315, 13
-  %364 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %scevgep619 = getelementptr i8, ptr %acc.i, i64 8132
-  %bound0620 = icmp ult ptr %scevgep617, %scevgep619
-  %bound1621 = icmp ult ptr %acc.i, %scevgep618
-  %found.conflict622 = and i1 %bound0620, %bound1621
-  br i1 %found.conflict622, label %for_body_d.i, label %vector.body625, !prof !17
+  %413 = or disjoint i64 %368, 15
+  %414 = getelementptr inbounds nuw float, ptr %partial_max, i64 %413
+  store float %row_max266.sroa.0.60.vec.extract.i, ptr %414, align 4, !tbaa !5
+  %row_sum265.sroa.0.60.vec.extract.i = extractelement <16 x float> %2110, i64 15
+  %415 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %413
+  store float %row_sum265.sroa.0.60.vec.extract.i, ptr %415, align 4, !tbaa !5
+  %.idx.i = shl nuw nsw i64 %367, 13
+  %416 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %scevgep620 = getelementptr i8, ptr %acc.i, i64 8132
+  %bound0621 = icmp ult ptr %scevgep618, %scevgep620
+  %bound1622 = icmp ult ptr %acc.i, %scevgep619
+  %found.conflict623 = and i1 %bound0621, %bound1622
+  br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !17
 
-vector.body625:                                   ; preds = %for_begin_r233.preheader.i
-  %365 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %366 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %367 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %368 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather631 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %365, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %369 = getelementptr inbounds nuw i8, ptr %364, i64 32
-  %370 = getelementptr inbounds nuw i8, ptr %364, i64 64
-  %371 = getelementptr inbounds nuw i8, ptr %364, i64 96
-  store <8 x float> %wide.masked.gather631, ptr %364, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather632, ptr %369, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633, ptr %370, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634, ptr %371, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  %372 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather631.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %372, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %373, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %374, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %375, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %376 = getelementptr inbounds nuw i8, ptr %364, i64 128
-  %377 = getelementptr inbounds nuw i8, ptr %364, i64 160
-  %378 = getelementptr inbounds nuw i8, ptr %364, i64 192
-  %379 = getelementptr inbounds nuw i8, ptr %364, i64 224
-  store <8 x float> %wide.masked.gather631.1, ptr %376, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather632.1, ptr %377, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.1, ptr %378, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.1, ptr %379, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  %380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %381 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %382 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather631.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %381, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %382, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %383, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %384 = getelementptr inbounds nuw i8, ptr %364, i64 256
-  %385 = getelementptr inbounds nuw i8, ptr %364, i64 288
-  %386 = getelementptr inbounds nuw i8, ptr %364, i64 320
-  %387 = getelementptr inbounds nuw i8, ptr %364, i64 352
-  store <8 x float> %wide.masked.gather631.2, ptr %384, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather632.2, ptr %385, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.2, ptr %386, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.2, ptr %387, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  %388 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %389 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %390 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %391 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather631.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %392 = getelementptr inbounds nuw i8, ptr %364, i64 384
-  %393 = getelementptr inbounds nuw i8, ptr %364, i64 416
-  %394 = getelementptr inbounds nuw i8, ptr %364, i64 448
-  %395 = getelementptr inbounds nuw i8, ptr %364, i64 480
-  store <8 x float> %wide.masked.gather631.3, ptr %392, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather632.3, ptr %393, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.3, ptr %394, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.3, ptr %395, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+vector.body626:                                   ; preds = %for_begin_r233.preheader.i
+  %417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %419 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %420 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %417, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %418, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %421 = getelementptr inbounds nuw i8, ptr %416, i64 32
+  %422 = getelementptr inbounds nuw i8, ptr %416, i64 64
+  %423 = getelementptr inbounds nuw i8, ptr %416, i64 96
+  store <8 x float> %wide.masked.gather632, ptr %416, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633, ptr %421, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634, ptr %422, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635, ptr %423, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  %424 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %425 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %424, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %425, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %428 = getelementptr inbounds nuw i8, ptr %416, i64 128
+  %429 = getelementptr inbounds nuw i8, ptr %416, i64 160
+  %430 = getelementptr inbounds nuw i8, ptr %416, i64 192
+  %431 = getelementptr inbounds nuw i8, ptr %416, i64 224
+  store <8 x float> %wide.masked.gather632.1, ptr %428, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633.1, ptr %429, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634.1, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635.1, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  %432 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %432, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %436 = getelementptr inbounds nuw i8, ptr %416, i64 256
+  %437 = getelementptr inbounds nuw i8, ptr %416, i64 288
+  %438 = getelementptr inbounds nuw i8, ptr %416, i64 320
+  %439 = getelementptr inbounds nuw i8, ptr %416, i64 352
+  store <8 x float> %wide.masked.gather632.2, ptr %436, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633.2, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634.2, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635.2, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  %440 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather635.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %444 = getelementptr inbounds nuw i8, ptr %416, i64 384
+  %445 = getelementptr inbounds nuw i8, ptr %416, i64 416
+  %446 = getelementptr inbounds nuw i8, ptr %416, i64 448
+  %447 = getelementptr inbounds nuw i8, ptr %416, i64 480
+  store <8 x float> %wide.masked.gather632.3, ptr %444, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather633.3, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather634.3, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather635.3, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
   br label %for_end_d.i
 
 if_end27.i:                                       ; preds = %for_body_step.i
-  %396 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %396(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %397 = icmp eq ptr %value_offsets.i, null
-  br i1 %397, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
+  %448 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %448(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %449 = icmp eq ptr %value_offsets.i, null
+  br i1 %449, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
 
 if_end30.i:                                       ; preds = %if_end27.i
-  %398 = shl nsw i64 %indvars.iv626.i130, 7
-  %399 = sub nsw i64 %310, %398
-  %400 = trunc nsw i64 %399 to i32
-  %401 = tail call i32 @llvm.smin.i32(i32 %400, i32 128)
-  %402 = add nsw i32 %401, 7
-  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i130, 1
-  %403 = ashr i32 %402, 3
-  %404 = and i32 %402, -8
-  %405 = icmp samesign ult i64 %indvars.iv.next627.i, %309
-  %406 = select i1 %405, i32 256, i32 %404
-  %407 = icmp sgt i32 %406, 0
-  br i1 %407, label %for_body_t.lr.ph.i, label %for_end_t34.i, !prof !3
+  %450 = shl nsw i64 %indvars.iv626.i131, 7
+  %451 = sub nsw i64 %362, %450
+  %452 = trunc nsw i64 %451 to i32
+  %453 = tail call i32 @llvm.smin.i32(i32 %452, i32 128)
+  %454 = add nsw i32 %453, 7
+  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i131, 1
+  %455 = ashr i32 %454, 3
+  %456 = and i32 %454, -8
+  %457 = icmp samesign ult i64 %indvars.iv.next627.i, %361
+  %458 = select i1 %457, i32 256, i32 %456
+  %459 = icmp sgt i32 %458, 0
+  br i1 %459, label %for_body_t.lr.ph.i, label %for_end_t34.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end30.i
-  %408 = add nuw nsw i64 %398, %97
-  %wide.trip.count.i = zext nneg i32 %406 to i64
+  %460 = add nuw nsw i64 %450, %105
+  %wide.trip.count.i = zext nneg i32 %458 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv522.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next523.i.1, %for_body_t.i ]
-  %409 = add nuw nsw i64 %indvars.iv522.i, %408
-  %410 = trunc i64 %409 to i32
-  %411 = tail call i32 @llvm.smin.i32(i32 %410, i32 %.reass.i)
-  %412 = sext i32 %411 to i64
-  %413 = ashr i64 %412, 7
-  %gep348.i = getelementptr i32, ptr %invariant.gep.i, i64 %413
-  %414 = load i32, ptr %gep348.i, align 4, !tbaa !5
-  %block.i = sext i32 %414 to i64
-  %415 = and i64 %412, 127
-  %416 = mul nsw i64 %415, %k_row
-  %417 = mul nsw i64 %k_block, %block.i
-  %418 = add nsw i64 %416, %417
-  %419 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv522.i
-  store i64 %418, ptr %419, align 8, !tbaa !5
+  %461 = add nuw nsw i64 %indvars.iv522.i, %460
+  %462 = trunc i64 %461 to i32
+  %463 = tail call i32 @llvm.smin.i32(i32 %462, i32 %.reass.i)
+  %464 = sext i32 %463 to i64
+  %465 = ashr i64 %464, 7
+  %gep348.i = getelementptr i32, ptr %invariant.gep.i, i64 %465
+  %466 = load i32, ptr %gep348.i, align 4, !tbaa !5
+  %block.i = sext i32 %466 to i64
+  %467 = and i64 %464, 127
+  %468 = mul nsw i64 %467, %k_row
+  %469 = mul nsw i64 %k_block, %block.i
+  %470 = add nsw i64 %468, %469
+  %471 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv522.i
+  store i64 %470, ptr %471, align 8, !tbaa !5
   %indvars.iv.next523.i = or disjoint i64 %indvars.iv522.i, 1
-  %420 = add nuw nsw i64 %indvars.iv.next523.i, %408
-  %421 = trunc i64 %420 to i32
-  %422 = tail call i32 @llvm.smin.i32(i32 %421, i32 %.reass.i)
-  %423 = sext i32 %422 to i64
-  %424 = ashr i64 %423, 7
-  %gep348.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %424
-  %425 = load i32, ptr %gep348.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %425 to i64
-  %426 = and i64 %423, 127
-  %427 = mul nsw i64 %426, %k_row
-  %428 = mul nsw i64 %k_block, %block.i.1
-  %429 = add nsw i64 %427, %428
-  %430 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next523.i
-  store i64 %429, ptr %430, align 8, !tbaa !5
+  %472 = add nuw nsw i64 %indvars.iv.next523.i, %460
+  %473 = trunc i64 %472 to i32
+  %474 = tail call i32 @llvm.smin.i32(i32 %473, i32 %.reass.i)
+  %475 = sext i32 %474 to i64
+  %476 = ashr i64 %475, 7
+  %gep348.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %476
+  %477 = load i32, ptr %gep348.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %477 to i64
+  %478 = and i64 %475, 127
+  %479 = mul nsw i64 %478, %k_row
+  %480 = mul nsw i64 %k_block, %block.i.1
+  %481 = add nsw i64 %479, %480
+  %482 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next523.i
+  store i64 %481, ptr %482, align 8, !tbaa !5
   %indvars.iv.next523.i.1 = add nuw nsw i64 %indvars.iv522.i, 2
   %exitcond525.not.i.1 = icmp eq i64 %indvars.iv.next523.i.1, %wide.trip.count.i
   br i1 %exitcond525.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_body_t33.i:                                   ; preds = %for_body_t33.i, %for_body_t.i
   %indvars.iv526.i = phi i64 [ %indvars.iv.next527.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
-  %431 = add nuw nsw i64 %indvars.iv526.i, %408
-  %432 = trunc i64 %431 to i32
-  %433 = tail call i32 @llvm.smin.i32(i32 %432, i32 %.reass.i)
-  %434 = sext i32 %433 to i64
-  %435 = ashr i64 %434, 7
-  %gep351.i = getelementptr i32, ptr %invariant.gep.i, i64 %435
-  %436 = load i32, ptr %gep351.i, align 4, !tbaa !5
-  %block40.i = sext i32 %436 to i64
-  %437 = and i64 %434, 127
-  %438 = mul nsw i64 %437, %v_row
-  %439 = mul nsw i64 %v_block, %block40.i
-  %440 = add nsw i64 %438, %439
-  %441 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv526.i
-  store i64 %440, ptr %441, align 8, !tbaa !5
+  %483 = add nuw nsw i64 %indvars.iv526.i, %460
+  %484 = trunc i64 %483 to i32
+  %485 = tail call i32 @llvm.smin.i32(i32 %484, i32 %.reass.i)
+  %486 = sext i32 %485 to i64
+  %487 = ashr i64 %486, 7
+  %gep351.i = getelementptr i32, ptr %invariant.gep.i, i64 %487
+  %488 = load i32, ptr %gep351.i, align 4, !tbaa !5
+  %block40.i = sext i32 %488 to i64
+  %489 = and i64 %486, 127
+  %490 = mul nsw i64 %489, %v_row
+  %491 = mul nsw i64 %v_block, %block40.i
+  %492 = add nsw i64 %490, %491
+  %493 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv526.i
+  store i64 %492, ptr %493, align 8, !tbaa !5
   %indvars.iv.next527.i = or disjoint i64 %indvars.iv526.i, 1
-  %442 = add nuw nsw i64 %indvars.iv.next527.i, %408
-  %443 = trunc i64 %442 to i32
-  %444 = tail call i32 @llvm.smin.i32(i32 %443, i32 %.reass.i)
-  %445 = sext i32 %444 to i64
-  %446 = ashr i64 %445, 7
-  %gep351.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %446
-  %447 = load i32, ptr %gep351.i.1, align 4, !tbaa !5
-  %block40.i.1 = sext i32 %447 to i64
-  %448 = and i64 %445, 127
-  %449 = mul nsw i64 %448, %v_row
-  %450 = mul nsw i64 %v_block, %block40.i.1
-  %451 = add nsw i64 %449, %450
-  %452 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next527.i
-  store i64 %451, ptr %452, align 8, !tbaa !5
+  %494 = add nuw nsw i64 %indvars.iv.next527.i, %460
+  %495 = trunc i64 %494 to i32
+  %496 = tail call i32 @llvm.smin.i32(i32 %495, i32 %.reass.i)
+  %497 = sext i32 %496 to i64
+  %498 = ashr i64 %497, 7
+  %gep351.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %498
+  %499 = load i32, ptr %gep351.i.1, align 4, !tbaa !5
+  %block40.i.1 = sext i32 %499 to i64
+  %500 = and i64 %497, 127
+  %501 = mul nsw i64 %500, %v_row
+  %502 = mul nsw i64 %v_block, %block40.i.1
+  %503 = add nsw i64 %501, %502
+  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next527.i
+  store i64 %503, ptr %504, align 8, !tbaa !5
   %indvars.iv.next527.i.1 = add nuw nsw i64 %indvars.iv526.i, 2
   %exitcond530.not.i.1 = icmp eq i64 %indvars.iv.next527.i.1, %wide.trip.count.i
   br i1 %exitcond530.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
 
 for_end_t34.i:                                    ; preds = %for_body_t33.i, %if_end30.i
-  %453 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %k_tile.i = tail call ptr %453(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %454 = icmp eq ptr %k_tile.i, null
-  br i1 %454, label %fused_decode_compute_.exit, label %if_end44.i, !prof !8
+  %505 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %505(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %506 = icmp eq ptr %k_tile.i, null
+  br i1 %506, label %fused_decode_compute_.exit, label %if_end44.i, !prof !8
 
 if_end44.i:                                       ; preds = %for_end_t34.i
-  %455 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %v_tile.i = tail call ptr %455(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
-  %456 = icmp eq ptr %v_tile.i, null
-  br i1 %456, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
+  %507 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %507(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %508 = icmp eq ptr %v_tile.i, null
+  br i1 %508, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
 for_begin_to.preheader.i:                         ; preds = %if_end44.i
-  %457 = icmp sgt i32 %403, 0
-  br i1 %457, label %for_begin_ti.preheader.preheader.i, label %for_end_to51.i, !prof !3
+  %509 = icmp sgt i32 %455, 0
+  br i1 %509, label %for_begin_ti.preheader.preheader.i, label %for_end_to51.i, !prof !3
 
 for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count538.i = zext nneg i32 %403 to i64
+  %wide.trip.count538.i = zext nneg i32 %455 to i64
   br label %for_begin_ti.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.preheader.i
   %indvars.iv535.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next536.i, %for_begin_ti.preheader.i ]
   %.idx = shl nsw i64 %indvars.iv535.i, 6
-  %458 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
-  %459 = load i64, ptr %458, align 8, !tbaa !5
-  %460 = getelementptr inbounds i32, ptr %key_cache, i64 %459
-  %461 = load <16 x i32>, ptr %460, align 4, !tbaa !5
-  %462 = shl <16 x i32> %461, splat (i32 16)
-  %.idx58 = shl nsw i64 %indvars.iv535.i, 12
-  %463 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx58
-  store <16 x i32> %462, ptr %463, align 4, !tbaa !5
-  %464 = load i64, ptr %458, align 8, !tbaa !5
-  %465 = getelementptr inbounds i32, ptr %key_cache, i64 %464
-  %466 = load <16 x i32>, ptr %465, align 4, !tbaa !5
-  %467 = and <16 x i32> %466, %92
-  %468 = getelementptr inbounds nuw i8, ptr %463, i64 64
-  store <16 x i32> %467, ptr %468, align 4, !tbaa !5
-  %469 = load i64, ptr %458, align 8, !tbaa !5
-  %470 = getelementptr i32, ptr %key_cache, i64 %469
-  %471 = getelementptr i8, ptr %470, i64 64
-  %472 = load <16 x i32>, ptr %471, align 4, !tbaa !5
-  %473 = shl <16 x i32> %472, splat (i32 16)
-  %474 = getelementptr inbounds nuw i8, ptr %463, i64 128
-  store <16 x i32> %473, ptr %474, align 4, !tbaa !5
-  %475 = load i64, ptr %458, align 8, !tbaa !5
-  %476 = getelementptr i32, ptr %key_cache, i64 %475
-  %477 = getelementptr i8, ptr %476, i64 64
-  %478 = load <16 x i32>, ptr %477, align 4, !tbaa !5
-  %479 = and <16 x i32> %478, %92
-  %480 = getelementptr inbounds nuw i8, ptr %463, i64 192
-  store <16 x i32> %479, ptr %480, align 4, !tbaa !5
-  %481 = load i64, ptr %458, align 8, !tbaa !5
-  %482 = getelementptr i32, ptr %key_cache, i64 %481
-  %483 = getelementptr i8, ptr %482, i64 128
-  %484 = load <16 x i32>, ptr %483, align 4, !tbaa !5
-  %485 = shl <16 x i32> %484, splat (i32 16)
-  %486 = getelementptr inbounds nuw i8, ptr %463, i64 256
-  store <16 x i32> %485, ptr %486, align 4, !tbaa !5
-  %487 = load i64, ptr %458, align 8, !tbaa !5
-  %488 = getelementptr i32, ptr %key_cache, i64 %487
-  %489 = getelementptr i8, ptr %488, i64 128
-  %490 = load <16 x i32>, ptr %489, align 4, !tbaa !5
-  %491 = and <16 x i32> %490, %92
-  %492 = getelementptr inbounds nuw i8, ptr %463, i64 320
-  store <16 x i32> %491, ptr %492, align 4, !tbaa !5
-  %493 = load i64, ptr %458, align 8, !tbaa !5
-  %494 = getelementptr i32, ptr %key_cache, i64 %493
-  %495 = getelementptr i8, ptr %494, i64 192
-  %496 = load <16 x i32>, ptr %495, align 4, !tbaa !5
-  %497 = shl <16 x i32> %496, splat (i32 16)
-  %498 = getelementptr inbounds nuw i8, ptr %463, i64 384
-  store <16 x i32> %497, ptr %498, align 4, !tbaa !5
-  %499 = load i64, ptr %458, align 8, !tbaa !5
-  %500 = getelementptr i32, ptr %key_cache, i64 %499
-  %501 = getelementptr i8, ptr %500, i64 192
-  %502 = load <16 x i32>, ptr %501, align 4, !tbaa !5
-  %503 = and <16 x i32> %502, %92
-  %504 = getelementptr inbounds nuw i8, ptr %463, i64 448
-  store <16 x i32> %503, ptr %504, align 4, !tbaa !5
-  %505 = getelementptr inbounds nuw i8, ptr %458, i64 8
-  %506 = load i64, ptr %505, align 8, !tbaa !5
-  %507 = getelementptr inbounds i32, ptr %key_cache, i64 %506
-  %508 = load <16 x i32>, ptr %507, align 4, !tbaa !5
-  %509 = shl <16 x i32> %508, splat (i32 16)
-  %510 = getelementptr inbounds nuw i8, ptr %463, i64 512
-  store <16 x i32> %509, ptr %510, align 4, !tbaa !5
-  %511 = load i64, ptr %505, align 8, !tbaa !5
+  %510 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %511 = load i64, ptr %510, align 8, !tbaa !5
   %512 = getelementptr inbounds i32, ptr %key_cache, i64 %511
   %513 = load <16 x i32>, ptr %512, align 4, !tbaa !5
-  %514 = and <16 x i32> %513, %92
-  %515 = getelementptr inbounds nuw i8, ptr %463, i64 576
+  %514 = shl <16 x i32> %513, splat (i32 16)
+  %.idx59 = shl nsw i64 %indvars.iv535.i, 12
+  %515 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx59
   store <16 x i32> %514, ptr %515, align 4, !tbaa !5
-  %516 = load i64, ptr %505, align 8, !tbaa !5
-  %517 = getelementptr i32, ptr %key_cache, i64 %516
-  %518 = getelementptr i8, ptr %517, i64 64
-  %519 = load <16 x i32>, ptr %518, align 4, !tbaa !5
-  %520 = shl <16 x i32> %519, splat (i32 16)
-  %521 = getelementptr inbounds nuw i8, ptr %463, i64 640
-  store <16 x i32> %520, ptr %521, align 4, !tbaa !5
-  %522 = load i64, ptr %505, align 8, !tbaa !5
-  %523 = getelementptr i32, ptr %key_cache, i64 %522
-  %524 = getelementptr i8, ptr %523, i64 64
-  %525 = load <16 x i32>, ptr %524, align 4, !tbaa !5
-  %526 = and <16 x i32> %525, %92
-  %527 = getelementptr inbounds nuw i8, ptr %463, i64 704
-  store <16 x i32> %526, ptr %527, align 4, !tbaa !5
-  %528 = load i64, ptr %505, align 8, !tbaa !5
-  %529 = getelementptr i32, ptr %key_cache, i64 %528
-  %530 = getelementptr i8, ptr %529, i64 128
-  %531 = load <16 x i32>, ptr %530, align 4, !tbaa !5
-  %532 = shl <16 x i32> %531, splat (i32 16)
-  %533 = getelementptr inbounds nuw i8, ptr %463, i64 768
-  store <16 x i32> %532, ptr %533, align 4, !tbaa !5
-  %534 = load i64, ptr %505, align 8, !tbaa !5
-  %535 = getelementptr i32, ptr %key_cache, i64 %534
-  %536 = getelementptr i8, ptr %535, i64 128
-  %537 = load <16 x i32>, ptr %536, align 4, !tbaa !5
-  %538 = and <16 x i32> %537, %92
-  %539 = getelementptr inbounds nuw i8, ptr %463, i64 832
-  store <16 x i32> %538, ptr %539, align 4, !tbaa !5
-  %540 = load i64, ptr %505, align 8, !tbaa !5
-  %541 = getelementptr i32, ptr %key_cache, i64 %540
-  %542 = getelementptr i8, ptr %541, i64 192
-  %543 = load <16 x i32>, ptr %542, align 4, !tbaa !5
-  %544 = shl <16 x i32> %543, splat (i32 16)
-  %545 = getelementptr inbounds nuw i8, ptr %463, i64 896
-  store <16 x i32> %544, ptr %545, align 4, !tbaa !5
-  %546 = load i64, ptr %505, align 8, !tbaa !5
-  %547 = getelementptr i32, ptr %key_cache, i64 %546
-  %548 = getelementptr i8, ptr %547, i64 192
-  %549 = load <16 x i32>, ptr %548, align 4, !tbaa !5
-  %550 = and <16 x i32> %549, %92
-  %551 = getelementptr inbounds nuw i8, ptr %463, i64 960
-  store <16 x i32> %550, ptr %551, align 4, !tbaa !5
-  %552 = getelementptr inbounds nuw i8, ptr %458, i64 16
-  %553 = load i64, ptr %552, align 8, !tbaa !5
-  %554 = getelementptr inbounds i32, ptr %key_cache, i64 %553
-  %555 = load <16 x i32>, ptr %554, align 4, !tbaa !5
-  %556 = shl <16 x i32> %555, splat (i32 16)
-  %557 = getelementptr inbounds nuw i8, ptr %463, i64 1024
-  store <16 x i32> %556, ptr %557, align 4, !tbaa !5
-  %558 = load i64, ptr %552, align 8, !tbaa !5
+  %516 = load i64, ptr %510, align 8, !tbaa !5
+  %517 = getelementptr inbounds i32, ptr %key_cache, i64 %516
+  %518 = load <16 x i32>, ptr %517, align 4, !tbaa !5
+  %519 = and <16 x i32> %518, %100
+  %520 = getelementptr inbounds nuw i8, ptr %515, i64 64
+  store <16 x i32> %519, ptr %520, align 4, !tbaa !5
+  %521 = load i64, ptr %510, align 8, !tbaa !5
+  %522 = getelementptr i32, ptr %key_cache, i64 %521
+  %523 = getelementptr i8, ptr %522, i64 64
+  %524 = load <16 x i32>, ptr %523, align 4, !tbaa !5
+  %525 = shl <16 x i32> %524, splat (i32 16)
+  %526 = getelementptr inbounds nuw i8, ptr %515, i64 128
+  store <16 x i32> %525, ptr %526, align 4, !tbaa !5
+  %527 = load i64, ptr %510, align 8, !tbaa !5
+  %528 = getelementptr i32, ptr %key_cache, i64 %527
+  %529 = getelementptr i8, ptr %528, i64 64
+  %530 = load <16 x i32>, ptr %529, align 4, !tbaa !5
+  %531 = and <16 x i32> %530, %100
+  %532 = getelementptr inbounds nuw i8, ptr %515, i64 192
+  store <16 x i32> %531, ptr %532, align 4, !tbaa !5
+  %533 = load i64, ptr %510, align 8, !tbaa !5
+  %534 = getelementptr i32, ptr %key_cache, i64 %533
+  %535 = getelementptr i8, ptr %534, i64 128
+  %536 = load <16 x i32>, ptr %535, align 4, !tbaa !5
+  %537 = shl <16 x i32> %536, splat (i32 16)
+  %538 = getelementptr inbounds nuw i8, ptr %515, i64 256
+  store <16 x i32> %537, ptr %538, align 4, !tbaa !5
+  %539 = load i64, ptr %510, align 8, !tbaa !5
+  %540 = getelementptr i32, ptr %key_cache, i64 %539
+  %541 = getelementptr i8, ptr %540, i64 128
+  %542 = load <16 x i32>, ptr %541, align 4, !tbaa !5
+  %543 = and <16 x i32> %542, %100
+  %544 = getelementptr inbounds nuw i8, ptr %515, i64 320
+  store <16 x i32> %543, ptr %544, align 4, !tbaa !5
+  %545 = load i64, ptr %510, align 8, !tbaa !5
+  %546 = getelementptr i32, ptr %key_cache, i64 %545
+  %547 = getelementptr i8, ptr %546, i64 192
+  %548 = load <16 x i32>, ptr %547, align 4, !tbaa !5
+  %549 = shl <16 x i32> %548, splat (i32 16)
+  %550 = getelementptr inbounds nuw i8, ptr %515, i64 384
+  store <16 x i32> %549, ptr %550, align 4, !tbaa !5
+  %551 = load i64, ptr %510, align 8, !tbaa !5
+  %552 = getelementptr i32, ptr %key_cache, i64 %551
+  %553 = getelementptr i8, ptr %552, i64 192
+  %554 = load <16 x i32>, ptr %553, align 4, !tbaa !5
+  %555 = and <16 x i32> %554, %100
+  %556 = getelementptr inbounds nuw i8, ptr %515, i64 448
+  store <16 x i32> %555, ptr %556, align 4, !tbaa !5
+  %557 = getelementptr inbounds nuw i8, ptr %510, i64 8
+  %558 = load i64, ptr %557, align 8, !tbaa !5
   %559 = getelementptr inbounds i32, ptr %key_cache, i64 %558
   %560 = load <16 x i32>, ptr %559, align 4, !tbaa !5
-  %561 = and <16 x i32> %560, %92
-  %562 = getelementptr inbounds nuw i8, ptr %463, i64 1088
+  %561 = shl <16 x i32> %560, splat (i32 16)
+  %562 = getelementptr inbounds nuw i8, ptr %515, i64 512
   store <16 x i32> %561, ptr %562, align 4, !tbaa !5
-  %563 = load i64, ptr %552, align 8, !tbaa !5
-  %564 = getelementptr i32, ptr %key_cache, i64 %563
-  %565 = getelementptr i8, ptr %564, i64 64
-  %566 = load <16 x i32>, ptr %565, align 4, !tbaa !5
-  %567 = shl <16 x i32> %566, splat (i32 16)
-  %568 = getelementptr inbounds nuw i8, ptr %463, i64 1152
-  store <16 x i32> %567, ptr %568, align 4, !tbaa !5
-  %569 = load i64, ptr %552, align 8, !tbaa !5
-  %570 = getelementptr i32, ptr %key_cache, i64 %569
-  %571 = getelementptr i8, ptr %570, i64 64
-  %572 = load <16 x i32>, ptr %571, align 4, !tbaa !5
-  %573 = and <16 x i32> %572, %92
-  %574 = getelementptr inbounds nuw i8, ptr %463, i64 1216
-  store <16 x i32> %573, ptr %574, align 4, !tbaa !5
-  %575 = load i64, ptr %552, align 8, !tbaa !5
-  %576 = getelementptr i32, ptr %key_cache, i64 %575
-  %577 = getelementptr i8, ptr %576, i64 128
-  %578 = load <16 x i32>, ptr %577, align 4, !tbaa !5
-  %579 = shl <16 x i32> %578, splat (i32 16)
-  %580 = getelementptr inbounds nuw i8, ptr %463, i64 1280
-  store <16 x i32> %579, ptr %580, align 4, !tbaa !5
-  %581 = load i64, ptr %552, align 8, !tbaa !5
-  %582 = getelementptr i32, ptr %key_cache, i64 %581
-  %583 = getelementptr i8, ptr %582, i64 128
-  %584 = load <16 x i32>, ptr %583, align 4, !tbaa !5
-  %585 = and <16 x i32> %584, %92
-  %586 = getelementptr inbounds nuw i8, ptr %463, i64 1344
-  store <16 x i32> %585, ptr %586, align 4, !tbaa !5
-  %587 = load i64, ptr %552, align 8, !tbaa !5
-  %588 = getelementptr i32, ptr %key_cache, i64 %587
-  %589 = getelementptr i8, ptr %588, i64 192
-  %590 = load <16 x i32>, ptr %589, align 4, !tbaa !5
-  %591 = shl <16 x i32> %590, splat (i32 16)
-  %592 = getelementptr inbounds nuw i8, ptr %463, i64 1408
-  store <16 x i32> %591, ptr %592, align 4, !tbaa !5
-  %593 = load i64, ptr %552, align 8, !tbaa !5
-  %594 = getelementptr i32, ptr %key_cache, i64 %593
-  %595 = getelementptr i8, ptr %594, i64 192
-  %596 = load <16 x i32>, ptr %595, align 4, !tbaa !5
-  %597 = and <16 x i32> %596, %92
-  %598 = getelementptr inbounds nuw i8, ptr %463, i64 1472
-  store <16 x i32> %597, ptr %598, align 4, !tbaa !5
-  %599 = getelementptr inbounds nuw i8, ptr %458, i64 24
-  %600 = load i64, ptr %599, align 8, !tbaa !5
-  %601 = getelementptr inbounds i32, ptr %key_cache, i64 %600
-  %602 = load <16 x i32>, ptr %601, align 4, !tbaa !5
-  %603 = shl <16 x i32> %602, splat (i32 16)
-  %604 = getelementptr inbounds nuw i8, ptr %463, i64 1536
-  store <16 x i32> %603, ptr %604, align 4, !tbaa !5
-  %605 = load i64, ptr %599, align 8, !tbaa !5
+  %563 = load i64, ptr %557, align 8, !tbaa !5
+  %564 = getelementptr inbounds i32, ptr %key_cache, i64 %563
+  %565 = load <16 x i32>, ptr %564, align 4, !tbaa !5
+  %566 = and <16 x i32> %565, %100
+  %567 = getelementptr inbounds nuw i8, ptr %515, i64 576
+  store <16 x i32> %566, ptr %567, align 4, !tbaa !5
+  %568 = load i64, ptr %557, align 8, !tbaa !5
+  %569 = getelementptr i32, ptr %key_cache, i64 %568
+  %570 = getelementptr i8, ptr %569, i64 64
+  %571 = load <16 x i32>, ptr %570, align 4, !tbaa !5
+  %572 = shl <16 x i32> %571, splat (i32 16)
+  %573 = getelementptr inbounds nuw i8, ptr %515, i64 640
+  store <16 x i32> %572, ptr %573, align 4, !tbaa !5
+  %574 = load i64, ptr %557, align 8, !tbaa !5
+  %575 = getelementptr i32, ptr %key_cache, i64 %574
+  %576 = getelementptr i8, ptr %575, i64 64
+  %577 = load <16 x i32>, ptr %576, align 4, !tbaa !5
+  %578 = and <16 x i32> %577, %100
+  %579 = getelementptr inbounds nuw i8, ptr %515, i64 704
+  store <16 x i32> %578, ptr %579, align 4, !tbaa !5
+  %580 = load i64, ptr %557, align 8, !tbaa !5
+  %581 = getelementptr i32, ptr %key_cache, i64 %580
+  %582 = getelementptr i8, ptr %581, i64 128
+  %583 = load <16 x i32>, ptr %582, align 4, !tbaa !5
+  %584 = shl <16 x i32> %583, splat (i32 16)
+  %585 = getelementptr inbounds nuw i8, ptr %515, i64 768
+  store <16 x i32> %584, ptr %585, align 4, !tbaa !5
+  %586 = load i64, ptr %557, align 8, !tbaa !5
+  %587 = getelementptr i32, ptr %key_cache, i64 %586
+  %588 = getelementptr i8, ptr %587, i64 128
+  %589 = load <16 x i32>, ptr %588, align 4, !tbaa !5
+  %590 = and <16 x i32> %589, %100
+  %591 = getelementptr inbounds nuw i8, ptr %515, i64 832
+  store <16 x i32> %590, ptr %591, align 4, !tbaa !5
+  %592 = load i64, ptr %557, align 8, !tbaa !5
+  %593 = getelementptr i32, ptr %key_cache, i64 %592
+  %594 = getelementptr i8, ptr %593, i64 192
+  %595 = load <16 x i32>, ptr %594, align 4, !tbaa !5
+  %596 = shl <16 x i32> %595, splat (i32 16)
+  %597 = getelementptr inbounds nuw i8, ptr %515, i64 896
+  store <16 x i32> %596, ptr %597, align 4, !tbaa !5
+  %598 = load i64, ptr %557, align 8, !tbaa !5
+  %599 = getelementptr i32, ptr %key_cache, i64 %598
+  %600 = getelementptr i8, ptr %599, i64 192
+  %601 = load <16 x i32>, ptr %600, align 4, !tbaa !5
+  %602 = and <16 x i32> %601, %100
+  %603 = getelementptr inbounds nuw i8, ptr %515, i64 960
+  store <16 x i32> %602, ptr %603, align 4, !tbaa !5
+  %604 = getelementptr inbounds nuw i8, ptr %510, i64 16
+  %605 = load i64, ptr %604, align 8, !tbaa !5
   %606 = getelementptr inbounds i32, ptr %key_cache, i64 %605
   %607 = load <16 x i32>, ptr %606, align 4, !tbaa !5
-  %608 = and <16 x i32> %607, %92
-  %609 = getelementptr inbounds nuw i8, ptr %463, i64 1600
+  %608 = shl <16 x i32> %607, splat (i32 16)
+  %609 = getelementptr inbounds nuw i8, ptr %515, i64 1024
   store <16 x i32> %608, ptr %609, align 4, !tbaa !5
-  %610 = load i64, ptr %599, align 8, !tbaa !5
-  %611 = getelementptr i32, ptr %key_cache, i64 %610
-  %612 = getelementptr i8, ptr %611, i64 64
-  %613 = load <16 x i32>, ptr %612, align 4, !tbaa !5
-  %614 = shl <16 x i32> %613, splat (i32 16)
-  %615 = getelementptr inbounds nuw i8, ptr %463, i64 1664
-  store <16 x i32> %614, ptr %615, align 4, !tbaa !5
-  %616 = load i64, ptr %599, align 8, !tbaa !5
-  %617 = getelementptr i32, ptr %key_cache, i64 %616
-  %618 = getelementptr i8, ptr %617, i64 64
-  %619 = load <16 x i32>, ptr %618, align 4, !tbaa !5
-  %620 = and <16 x i32> %619, %92
-  %621 = getelementptr inbounds nuw i8, ptr %463, i64 1728
-  store <16 x i32> %620, ptr %621, align 4, !tbaa !5
-  %622 = load i64, ptr %599, align 8, !tbaa !5
-  %623 = getelementptr i32, ptr %key_cache, i64 %622
-  %624 = getelementptr i8, ptr %623, i64 128
-  %625 = load <16 x i32>, ptr %624, align 4, !tbaa !5
-  %626 = shl <16 x i32> %625, splat (i32 16)
-  %627 = getelementptr inbounds nuw i8, ptr %463, i64 1792
-  store <16 x i32> %626, ptr %627, align 4, !tbaa !5
-  %628 = load i64, ptr %599, align 8, !tbaa !5
-  %629 = getelementptr i32, ptr %key_cache, i64 %628
-  %630 = getelementptr i8, ptr %629, i64 128
-  %631 = load <16 x i32>, ptr %630, align 4, !tbaa !5
-  %632 = and <16 x i32> %631, %92
-  %633 = getelementptr inbounds nuw i8, ptr %463, i64 1856
-  store <16 x i32> %632, ptr %633, align 4, !tbaa !5
-  %634 = load i64, ptr %599, align 8, !tbaa !5
-  %635 = getelementptr i32, ptr %key_cache, i64 %634
-  %636 = getelementptr i8, ptr %635, i64 192
-  %637 = load <16 x i32>, ptr %636, align 4, !tbaa !5
-  %638 = shl <16 x i32> %637, splat (i32 16)
-  %639 = getelementptr inbounds nuw i8, ptr %463, i64 1920
-  store <16 x i32> %638, ptr %639, align 4, !tbaa !5
-  %640 = load i64, ptr %599, align 8, !tbaa !5
-  %641 = getelementptr i32, ptr %key_cache, i64 %640
-  %642 = getelementptr i8, ptr %641, i64 192
-  %643 = load <16 x i32>, ptr %642, align 4, !tbaa !5
-  %644 = and <16 x i32> %643, %92
-  %645 = getelementptr inbounds nuw i8, ptr %463, i64 1984
-  store <16 x i32> %644, ptr %645, align 4, !tbaa !5
-  %646 = getelementptr inbounds nuw i8, ptr %458, i64 32
-  %647 = load i64, ptr %646, align 8, !tbaa !5
-  %648 = getelementptr inbounds i32, ptr %key_cache, i64 %647
-  %649 = load <16 x i32>, ptr %648, align 4, !tbaa !5
-  %650 = shl <16 x i32> %649, splat (i32 16)
-  %651 = getelementptr inbounds nuw i8, ptr %463, i64 2048
-  store <16 x i32> %650, ptr %651, align 4, !tbaa !5
-  %652 = load i64, ptr %646, align 8, !tbaa !5
+  %610 = load i64, ptr %604, align 8, !tbaa !5
+  %611 = getelementptr inbounds i32, ptr %key_cache, i64 %610
+  %612 = load <16 x i32>, ptr %611, align 4, !tbaa !5
+  %613 = and <16 x i32> %612, %100
+  %614 = getelementptr inbounds nuw i8, ptr %515, i64 1088
+  store <16 x i32> %613, ptr %614, align 4, !tbaa !5
+  %615 = load i64, ptr %604, align 8, !tbaa !5
+  %616 = getelementptr i32, ptr %key_cache, i64 %615
+  %617 = getelementptr i8, ptr %616, i64 64
+  %618 = load <16 x i32>, ptr %617, align 4, !tbaa !5
+  %619 = shl <16 x i32> %618, splat (i32 16)
+  %620 = getelementptr inbounds nuw i8, ptr %515, i64 1152
+  store <16 x i32> %619, ptr %620, align 4, !tbaa !5
+  %621 = load i64, ptr %604, align 8, !tbaa !5
+  %622 = getelementptr i32, ptr %key_cache, i64 %621
+  %623 = getelementptr i8, ptr %622, i64 64
+  %624 = load <16 x i32>, ptr %623, align 4, !tbaa !5
+  %625 = and <16 x i32> %624, %100
+  %626 = getelementptr inbounds nuw i8, ptr %515, i64 1216
+  store <16 x i32> %625, ptr %626, align 4, !tbaa !5
+  %627 = load i64, ptr %604, align 8, !tbaa !5
+  %628 = getelementptr i32, ptr %key_cache, i64 %627
+  %629 = getelementptr i8, ptr %628, i64 128
+  %630 = load <16 x i32>, ptr %629, align 4, !tbaa !5
+  %631 = shl <16 x i32> %630, splat (i32 16)
+  %632 = getelementptr inbounds nuw i8, ptr %515, i64 1280
+  store <16 x i32> %631, ptr %632, align 4, !tbaa !5
+  %633 = load i64, ptr %604, align 8, !tbaa !5
+  %634 = getelementptr i32, ptr %key_cache, i64 %633
+  %635 = getelementptr i8, ptr %634, i64 128
+  %636 = load <16 x i32>, ptr %635, align 4, !tbaa !5
+  %637 = and <16 x i32> %636, %100
+  %638 = getelementptr inbounds nuw i8, ptr %515, i64 1344
+  store <16 x i32> %637, ptr %638, align 4, !tbaa !5
+  %639 = load i64, ptr %604, align 8, !tbaa !5
+  %640 = getelementptr i32, ptr %key_cache, i64 %639
+  %641 = getelementptr i8, ptr %640, i64 192
+  %642 = load <16 x i32>, ptr %641, align 4, !tbaa !5
+  %643 = shl <16 x i32> %642, splat (i32 16)
+  %644 = getelementptr inbounds nuw i8, ptr %515, i64 1408
+  store <16 x i32> %643, ptr %644, align 4, !tbaa !5
+  %645 = load i64, ptr %604, align 8, !tbaa !5
+  %646 = getelementptr i32, ptr %key_cache, i64 %645
+  %647 = getelementptr i8, ptr %646, i64 192
+  %648 = load <16 x i32>, ptr %647, align 4, !tbaa !5
+  %649 = and <16 x i32> %648, %100
+  %650 = getelementptr inbounds nuw i8, ptr %515, i64 1472
+  store <16 x i32> %649, ptr %650, align 4, !tbaa !5
+  %651 = getelementptr inbounds nuw i8, ptr %510, i64 24
+  %652 = load i64, ptr %651, align 8, !tbaa !5
   %653 = getelementptr inbounds i32, ptr %key_cache, i64 %652
   %654 = load <16 x i32>, ptr %653, align 4, !tbaa !5
-  %655 = and <16 x i32> %654, %92
-  %656 = getelementptr inbounds nuw i8, ptr %463, i64 2112
+  %655 = shl <16 x i32> %654, splat (i32 16)
+  %656 = getelementptr inbounds nuw i8, ptr %515, i64 1536
   store <16 x i32> %655, ptr %656, align 4, !tbaa !5
-  %657 = load i64, ptr %646, align 8, !tbaa !5
-  %658 = getelementptr i32, ptr %key_cache, i64 %657
-  %659 = getelementptr i8, ptr %658, i64 64
-  %660 = load <16 x i32>, ptr %659, align 4, !tbaa !5
-  %661 = shl <16 x i32> %660, splat (i32 16)
-  %662 = getelementptr inbounds nuw i8, ptr %463, i64 2176
-  store <16 x i32> %661, ptr %662, align 4, !tbaa !5
-  %663 = load i64, ptr %646, align 8, !tbaa !5
-  %664 = getelementptr i32, ptr %key_cache, i64 %663
-  %665 = getelementptr i8, ptr %664, i64 64
-  %666 = load <16 x i32>, ptr %665, align 4, !tbaa !5
-  %667 = and <16 x i32> %666, %92
-  %668 = getelementptr inbounds nuw i8, ptr %463, i64 2240
-  store <16 x i32> %667, ptr %668, align 4, !tbaa !5
-  %669 = load i64, ptr %646, align 8, !tbaa !5
-  %670 = getelementptr i32, ptr %key_cache, i64 %669
-  %671 = getelementptr i8, ptr %670, i64 128
-  %672 = load <16 x i32>, ptr %671, align 4, !tbaa !5
-  %673 = shl <16 x i32> %672, splat (i32 16)
-  %674 = getelementptr inbounds nuw i8, ptr %463, i64 2304
-  store <16 x i32> %673, ptr %674, align 4, !tbaa !5
-  %675 = load i64, ptr %646, align 8, !tbaa !5
-  %676 = getelementptr i32, ptr %key_cache, i64 %675
-  %677 = getelementptr i8, ptr %676, i64 128
-  %678 = load <16 x i32>, ptr %677, align 4, !tbaa !5
-  %679 = and <16 x i32> %678, %92
-  %680 = getelementptr inbounds nuw i8, ptr %463, i64 2368
-  store <16 x i32> %679, ptr %680, align 4, !tbaa !5
-  %681 = load i64, ptr %646, align 8, !tbaa !5
-  %682 = getelementptr i32, ptr %key_cache, i64 %681
-  %683 = getelementptr i8, ptr %682, i64 192
-  %684 = load <16 x i32>, ptr %683, align 4, !tbaa !5
-  %685 = shl <16 x i32> %684, splat (i32 16)
-  %686 = getelementptr inbounds nuw i8, ptr %463, i64 2432
-  store <16 x i32> %685, ptr %686, align 4, !tbaa !5
-  %687 = load i64, ptr %646, align 8, !tbaa !5
-  %688 = getelementptr i32, ptr %key_cache, i64 %687
-  %689 = getelementptr i8, ptr %688, i64 192
-  %690 = load <16 x i32>, ptr %689, align 4, !tbaa !5
-  %691 = and <16 x i32> %690, %92
-  %692 = getelementptr inbounds nuw i8, ptr %463, i64 2496
-  store <16 x i32> %691, ptr %692, align 4, !tbaa !5
-  %693 = getelementptr inbounds nuw i8, ptr %458, i64 40
-  %694 = load i64, ptr %693, align 8, !tbaa !5
-  %695 = getelementptr inbounds i32, ptr %key_cache, i64 %694
-  %696 = load <16 x i32>, ptr %695, align 4, !tbaa !5
-  %697 = shl <16 x i32> %696, splat (i32 16)
-  %698 = getelementptr inbounds nuw i8, ptr %463, i64 2560
-  store <16 x i32> %697, ptr %698, align 4, !tbaa !5
-  %699 = load i64, ptr %693, align 8, !tbaa !5
+  %657 = load i64, ptr %651, align 8, !tbaa !5
+  %658 = getelementptr inbounds i32, ptr %key_cache, i64 %657
+  %659 = load <16 x i32>, ptr %658, align 4, !tbaa !5
+  %660 = and <16 x i32> %659, %100
+  %661 = getelementptr inbounds nuw i8, ptr %515, i64 1600
+  store <16 x i32> %660, ptr %661, align 4, !tbaa !5
+  %662 = load i64, ptr %651, align 8, !tbaa !5
+  %663 = getelementptr i32, ptr %key_cache, i64 %662
+  %664 = getelementptr i8, ptr %663, i64 64
+  %665 = load <16 x i32>, ptr %664, align 4, !tbaa !5
+  %666 = shl <16 x i32> %665, splat (i32 16)
+  %667 = getelementptr inbounds nuw i8, ptr %515, i64 1664
+  store <16 x i32> %666, ptr %667, align 4, !tbaa !5
+  %668 = load i64, ptr %651, align 8, !tbaa !5
+  %669 = getelementptr i32, ptr %key_cache, i64 %668
+  %670 = getelementptr i8, ptr %669, i64 64
+  %671 = load <16 x i32>, ptr %670, align 4, !tbaa !5
+  %672 = and <16 x i32> %671, %100
+  %673 = getelementptr inbounds nuw i8, ptr %515, i64 1728
+  store <16 x i32> %672, ptr %673, align 4, !tbaa !5
+  %674 = load i64, ptr %651, align 8, !tbaa !5
+  %675 = getelementptr i32, ptr %key_cache, i64 %674
+  %676 = getelementptr i8, ptr %675, i64 128
+  %677 = load <16 x i32>, ptr %676, align 4, !tbaa !5
+  %678 = shl <16 x i32> %677, splat (i32 16)
+  %679 = getelementptr inbounds nuw i8, ptr %515, i64 1792
+  store <16 x i32> %678, ptr %679, align 4, !tbaa !5
+  %680 = load i64, ptr %651, align 8, !tbaa !5
+  %681 = getelementptr i32, ptr %key_cache, i64 %680
+  %682 = getelementptr i8, ptr %681, i64 128
+  %683 = load <16 x i32>, ptr %682, align 4, !tbaa !5
+  %684 = and <16 x i32> %683, %100
+  %685 = getelementptr inbounds nuw i8, ptr %515, i64 1856
+  store <16 x i32> %684, ptr %685, align 4, !tbaa !5
+  %686 = load i64, ptr %651, align 8, !tbaa !5
+  %687 = getelementptr i32, ptr %key_cache, i64 %686
+  %688 = getelementptr i8, ptr %687, i64 192
+  %689 = load <16 x i32>, ptr %688, align 4, !tbaa !5
+  %690 = shl <16 x i32> %689, splat (i32 16)
+  %691 = getelementptr inbounds nuw i8, ptr %515, i64 1920
+  store <16 x i32> %690, ptr %691, align 4, !tbaa !5
+  %692 = load i64, ptr %651, align 8, !tbaa !5
+  %693 = getelementptr i32, ptr %key_cache, i64 %692
+  %694 = getelementptr i8, ptr %693, i64 192
+  %695 = load <16 x i32>, ptr %694, align 4, !tbaa !5
+  %696 = and <16 x i32> %695, %100
+  %697 = getelementptr inbounds nuw i8, ptr %515, i64 1984
+  store <16 x i32> %696, ptr %697, align 4, !tbaa !5
+  %698 = getelementptr inbounds nuw i8, ptr %510, i64 32
+  %699 = load i64, ptr %698, align 8, !tbaa !5
   %700 = getelementptr inbounds i32, ptr %key_cache, i64 %699
   %701 = load <16 x i32>, ptr %700, align 4, !tbaa !5
-  %702 = and <16 x i32> %701, %92
-  %703 = getelementptr inbounds nuw i8, ptr %463, i64 2624
+  %702 = shl <16 x i32> %701, splat (i32 16)
+  %703 = getelementptr inbounds nuw i8, ptr %515, i64 2048
   store <16 x i32> %702, ptr %703, align 4, !tbaa !5
-  %704 = load i64, ptr %693, align 8, !tbaa !5
-  %705 = getelementptr i32, ptr %key_cache, i64 %704
-  %706 = getelementptr i8, ptr %705, i64 64
-  %707 = load <16 x i32>, ptr %706, align 4, !tbaa !5
-  %708 = shl <16 x i32> %707, splat (i32 16)
-  %709 = getelementptr inbounds nuw i8, ptr %463, i64 2688
-  store <16 x i32> %708, ptr %709, align 4, !tbaa !5
-  %710 = load i64, ptr %693, align 8, !tbaa !5
-  %711 = getelementptr i32, ptr %key_cache, i64 %710
-  %712 = getelementptr i8, ptr %711, i64 64
-  %713 = load <16 x i32>, ptr %712, align 4, !tbaa !5
-  %714 = and <16 x i32> %713, %92
-  %715 = getelementptr inbounds nuw i8, ptr %463, i64 2752
-  store <16 x i32> %714, ptr %715, align 4, !tbaa !5
-  %716 = load i64, ptr %693, align 8, !tbaa !5
-  %717 = getelementptr i32, ptr %key_cache, i64 %716
-  %718 = getelementptr i8, ptr %717, i64 128
-  %719 = load <16 x i32>, ptr %718, align 4, !tbaa !5
-  %720 = shl <16 x i32> %719, splat (i32 16)
-  %721 = getelementptr inbounds nuw i8, ptr %463, i64 2816
-  store <16 x i32> %720, ptr %721, align 4, !tbaa !5
-  %722 = load i64, ptr %693, align 8, !tbaa !5
-  %723 = getelementptr i32, ptr %key_cache, i64 %722
-  %724 = getelementptr i8, ptr %723, i64 128
-  %725 = load <16 x i32>, ptr %724, align 4, !tbaa !5
-  %726 = and <16 x i32> %725, %92
-  %727 = getelementptr inbounds nuw i8, ptr %463, i64 2880
-  store <16 x i32> %726, ptr %727, align 4, !tbaa !5
-  %728 = load i64, ptr %693, align 8, !tbaa !5
-  %729 = getelementptr i32, ptr %key_cache, i64 %728
-  %730 = getelementptr i8, ptr %729, i64 192
-  %731 = load <16 x i32>, ptr %730, align 4, !tbaa !5
-  %732 = shl <16 x i32> %731, splat (i32 16)
-  %733 = getelementptr inbounds nuw i8, ptr %463, i64 2944
-  store <16 x i32> %732, ptr %733, align 4, !tbaa !5
-  %734 = load i64, ptr %693, align 8, !tbaa !5
-  %735 = getelementptr i32, ptr %key_cache, i64 %734
-  %736 = getelementptr i8, ptr %735, i64 192
-  %737 = load <16 x i32>, ptr %736, align 4, !tbaa !5
-  %738 = and <16 x i32> %737, %92
-  %739 = getelementptr inbounds nuw i8, ptr %463, i64 3008
-  store <16 x i32> %738, ptr %739, align 4, !tbaa !5
-  %740 = getelementptr inbounds nuw i8, ptr %458, i64 48
-  %741 = load i64, ptr %740, align 8, !tbaa !5
-  %742 = getelementptr inbounds i32, ptr %key_cache, i64 %741
-  %743 = load <16 x i32>, ptr %742, align 4, !tbaa !5
-  %744 = shl <16 x i32> %743, splat (i32 16)
-  %745 = getelementptr inbounds nuw i8, ptr %463, i64 3072
-  store <16 x i32> %744, ptr %745, align 4, !tbaa !5
-  %746 = load i64, ptr %740, align 8, !tbaa !5
+  %704 = load i64, ptr %698, align 8, !tbaa !5
+  %705 = getelementptr inbounds i32, ptr %key_cache, i64 %704
+  %706 = load <16 x i32>, ptr %705, align 4, !tbaa !5
+  %707 = and <16 x i32> %706, %100
+  %708 = getelementptr inbounds nuw i8, ptr %515, i64 2112
+  store <16 x i32> %707, ptr %708, align 4, !tbaa !5
+  %709 = load i64, ptr %698, align 8, !tbaa !5
+  %710 = getelementptr i32, ptr %key_cache, i64 %709
+  %711 = getelementptr i8, ptr %710, i64 64
+  %712 = load <16 x i32>, ptr %711, align 4, !tbaa !5
+  %713 = shl <16 x i32> %712, splat (i32 16)
+  %714 = getelementptr inbounds nuw i8, ptr %515, i64 2176
+  store <16 x i32> %713, ptr %714, align 4, !tbaa !5
+  %715 = load i64, ptr %698, align 8, !tbaa !5
+  %716 = getelementptr i32, ptr %key_cache, i64 %715
+  %717 = getelementptr i8, ptr %716, i64 64
+  %718 = load <16 x i32>, ptr %717, align 4, !tbaa !5
+  %719 = and <16 x i32> %718, %100
+  %720 = getelementptr inbounds nuw i8, ptr %515, i64 2240
+  store <16 x i32> %719, ptr %720, align 4, !tbaa !5
+  %721 = load i64, ptr %698, align 8, !tbaa !5
+  %722 = getelementptr i32, ptr %key_cache, i64 %721
+  %723 = getelementptr i8, ptr %722, i64 128
+  %724 = load <16 x i32>, ptr %723, align 4, !tbaa !5
+  %725 = shl <16 x i32> %724, splat (i32 16)
+  %726 = getelementptr inbounds nuw i8, ptr %515, i64 2304
+  store <16 x i32> %725, ptr %726, align 4, !tbaa !5
+  %727 = load i64, ptr %698, align 8, !tbaa !5
+  %728 = getelementptr i32, ptr %key_cache, i64 %727
+  %729 = getelementptr i8, ptr %728, i64 128
+  %730 = load <16 x i32>, ptr %729, align 4, !tbaa !5
+  %731 = and <16 x i32> %730, %100
+  %732 = getelementptr inbounds nuw i8, ptr %515, i64 2368
+  store <16 x i32> %731, ptr %732, align 4, !tbaa !5
+  %733 = load i64, ptr %698, align 8, !tbaa !5
+  %734 = getelementptr i32, ptr %key_cache, i64 %733
+  %735 = getelementptr i8, ptr %734, i64 192
+  %736 = load <16 x i32>, ptr %735, align 4, !tbaa !5
+  %737 = shl <16 x i32> %736, splat (i32 16)
+  %738 = getelementptr inbounds nuw i8, ptr %515, i64 2432
+  store <16 x i32> %737, ptr %738, align 4, !tbaa !5
+  %739 = load i64, ptr %698, align 8, !tbaa !5
+  %740 = getelementptr i32, ptr %key_cache, i64 %739
+  %741 = getelementptr i8, ptr %740, i64 192
+  %742 = load <16 x i32>, ptr %741, align 4, !tbaa !5
+  %743 = and <16 x i32> %742, %100
+  %744 = getelementptr inbounds nuw i8, ptr %515, i64 2496
+  store <16 x i32> %743, ptr %744, align 4, !tbaa !5
+  %745 = getelementptr inbounds nuw i8, ptr %510, i64 40
+  %746 = load i64, ptr %745, align 8, !tbaa !5
   %747 = getelementptr inbounds i32, ptr %key_cache, i64 %746
   %748 = load <16 x i32>, ptr %747, align 4, !tbaa !5
-  %749 = and <16 x i32> %748, %92
-  %750 = getelementptr inbounds nuw i8, ptr %463, i64 3136
+  %749 = shl <16 x i32> %748, splat (i32 16)
+  %750 = getelementptr inbounds nuw i8, ptr %515, i64 2560
   store <16 x i32> %749, ptr %750, align 4, !tbaa !5
-  %751 = load i64, ptr %740, align 8, !tbaa !5
-  %752 = getelementptr i32, ptr %key_cache, i64 %751
-  %753 = getelementptr i8, ptr %752, i64 64
-  %754 = load <16 x i32>, ptr %753, align 4, !tbaa !5
-  %755 = shl <16 x i32> %754, splat (i32 16)
-  %756 = getelementptr inbounds nuw i8, ptr %463, i64 3200
-  store <16 x i32> %755, ptr %756, align 4, !tbaa !5
-  %757 = load i64, ptr %740, align 8, !tbaa !5
-  %758 = getelementptr i32, ptr %key_cache, i64 %757
-  %759 = getelementptr i8, ptr %758, i64 64
-  %760 = load <16 x i32>, ptr %759, align 4, !tbaa !5
-  %761 = and <16 x i32> %760, %92
-  %762 = getelementptr inbounds nuw i8, ptr %463, i64 3264
-  store <16 x i32> %761, ptr %762, align 4, !tbaa !5
-  %763 = load i64, ptr %740, align 8, !tbaa !5
-  %764 = getelementptr i32, ptr %key_cache, i64 %763
-  %765 = getelementptr i8, ptr %764, i64 128
-  %766 = load <16 x i32>, ptr %765, align 4, !tbaa !5
-  %767 = shl <16 x i32> %766, splat (i32 16)
-  %768 = getelementptr inbounds nuw i8, ptr %463, i64 3328
-  store <16 x i32> %767, ptr %768, align 4, !tbaa !5
-  %769 = load i64, ptr %740, align 8, !tbaa !5
-  %770 = getelementptr i32, ptr %key_cache, i64 %769
-  %771 = getelementptr i8, ptr %770, i64 128
-  %772 = load <16 x i32>, ptr %771, align 4, !tbaa !5
-  %773 = and <16 x i32> %772, %92
-  %774 = getelementptr inbounds nuw i8, ptr %463, i64 3392
-  store <16 x i32> %773, ptr %774, align 4, !tbaa !5
-  %775 = load i64, ptr %740, align 8, !tbaa !5
-  %776 = getelementptr i32, ptr %key_cache, i64 %775
-  %777 = getelementptr i8, ptr %776, i64 192
-  %778 = load <16 x i32>, ptr %777, align 4, !tbaa !5
-  %779 = shl <16 x i32> %778, splat (i32 16)
-  %780 = getelementptr inbounds nuw i8, ptr %463, i64 3456
-  store <16 x i32> %779, ptr %780, align 4, !tbaa !5
-  %781 = load i64, ptr %740, align 8, !tbaa !5
-  %782 = getelementptr i32, ptr %key_cache, i64 %781
-  %783 = getelementptr i8, ptr %782, i64 192
-  %784 = load <16 x i32>, ptr %783, align 4, !tbaa !5
-  %785 = and <16 x i32> %784, %92
-  %786 = getelementptr inbounds nuw i8, ptr %463, i64 3520
-  store <16 x i32> %785, ptr %786, align 4, !tbaa !5
-  %787 = getelementptr inbounds nuw i8, ptr %458, i64 56
-  %788 = load i64, ptr %787, align 8, !tbaa !5
-  %789 = getelementptr inbounds i32, ptr %key_cache, i64 %788
-  %790 = load <16 x i32>, ptr %789, align 4, !tbaa !5
-  %791 = shl <16 x i32> %790, splat (i32 16)
-  %792 = getelementptr inbounds nuw i8, ptr %463, i64 3584
-  store <16 x i32> %791, ptr %792, align 4, !tbaa !5
-  %793 = load i64, ptr %787, align 8, !tbaa !5
+  %751 = load i64, ptr %745, align 8, !tbaa !5
+  %752 = getelementptr inbounds i32, ptr %key_cache, i64 %751
+  %753 = load <16 x i32>, ptr %752, align 4, !tbaa !5
+  %754 = and <16 x i32> %753, %100
+  %755 = getelementptr inbounds nuw i8, ptr %515, i64 2624
+  store <16 x i32> %754, ptr %755, align 4, !tbaa !5
+  %756 = load i64, ptr %745, align 8, !tbaa !5
+  %757 = getelementptr i32, ptr %key_cache, i64 %756
+  %758 = getelementptr i8, ptr %757, i64 64
+  %759 = load <16 x i32>, ptr %758, align 4, !tbaa !5
+  %760 = shl <16 x i32> %759, splat (i32 16)
+  %761 = getelementptr inbounds nuw i8, ptr %515, i64 2688
+  store <16 x i32> %760, ptr %761, align 4, !tbaa !5
+  %762 = load i64, ptr %745, align 8, !tbaa !5
+  %763 = getelementptr i32, ptr %key_cache, i64 %762
+  %764 = getelementptr i8, ptr %763, i64 64
+  %765 = load <16 x i32>, ptr %764, align 4, !tbaa !5
+  %766 = and <16 x i32> %765, %100
+  %767 = getelementptr inbounds nuw i8, ptr %515, i64 2752
+  store <16 x i32> %766, ptr %767, align 4, !tbaa !5
+  %768 = load i64, ptr %745, align 8, !tbaa !5
+  %769 = getelementptr i32, ptr %key_cache, i64 %768
+  %770 = getelementptr i8, ptr %769, i64 128
+  %771 = load <16 x i32>, ptr %770, align 4, !tbaa !5
+  %772 = shl <16 x i32> %771, splat (i32 16)
+  %773 = getelementptr inbounds nuw i8, ptr %515, i64 2816
+  store <16 x i32> %772, ptr %773, align 4, !tbaa !5
+  %774 = load i64, ptr %745, align 8, !tbaa !5
+  %775 = getelementptr i32, ptr %key_cache, i64 %774
+  %776 = getelementptr i8, ptr %775, i64 128
+  %777 = load <16 x i32>, ptr %776, align 4, !tbaa !5
+  %778 = and <16 x i32> %777, %100
+  %779 = getelementptr inbounds nuw i8, ptr %515, i64 2880
+  store <16 x i32> %778, ptr %779, align 4, !tbaa !5
+  %780 = load i64, ptr %745, align 8, !tbaa !5
+  %781 = getelementptr i32, ptr %key_cache, i64 %780
+  %782 = getelementptr i8, ptr %781, i64 192
+  %783 = load <16 x i32>, ptr %782, align 4, !tbaa !5
+  %784 = shl <16 x i32> %783, splat (i32 16)
+  %785 = getelementptr inbounds nuw i8, ptr %515, i64 2944
+  store <16 x i32> %784, ptr %785, align 4, !tbaa !5
+  %786 = load i64, ptr %745, align 8, !tbaa !5
+  %787 = getelementptr i32, ptr %key_cache, i64 %786
+  %788 = getelementptr i8, ptr %787, i64 192
+  %789 = load <16 x i32>, ptr %788, align 4, !tbaa !5
+  %790 = and <16 x i32> %789, %100
+  %791 = getelementptr inbounds nuw i8, ptr %515, i64 3008
+  store <16 x i32> %790, ptr %791, align 4, !tbaa !5
+  %792 = getelementptr inbounds nuw i8, ptr %510, i64 48
+  %793 = load i64, ptr %792, align 8, !tbaa !5
   %794 = getelementptr inbounds i32, ptr %key_cache, i64 %793
   %795 = load <16 x i32>, ptr %794, align 4, !tbaa !5
-  %796 = and <16 x i32> %795, %92
-  %797 = getelementptr inbounds nuw i8, ptr %463, i64 3648
+  %796 = shl <16 x i32> %795, splat (i32 16)
+  %797 = getelementptr inbounds nuw i8, ptr %515, i64 3072
   store <16 x i32> %796, ptr %797, align 4, !tbaa !5
-  %798 = load i64, ptr %787, align 8, !tbaa !5
-  %799 = getelementptr i32, ptr %key_cache, i64 %798
-  %800 = getelementptr i8, ptr %799, i64 64
-  %801 = load <16 x i32>, ptr %800, align 4, !tbaa !5
-  %802 = shl <16 x i32> %801, splat (i32 16)
-  %803 = getelementptr inbounds nuw i8, ptr %463, i64 3712
-  store <16 x i32> %802, ptr %803, align 4, !tbaa !5
-  %804 = load i64, ptr %787, align 8, !tbaa !5
-  %805 = getelementptr i32, ptr %key_cache, i64 %804
-  %806 = getelementptr i8, ptr %805, i64 64
-  %807 = load <16 x i32>, ptr %806, align 4, !tbaa !5
-  %808 = and <16 x i32> %807, %92
-  %809 = getelementptr inbounds nuw i8, ptr %463, i64 3776
-  store <16 x i32> %808, ptr %809, align 4, !tbaa !5
-  %810 = load i64, ptr %787, align 8, !tbaa !5
-  %811 = getelementptr i32, ptr %key_cache, i64 %810
-  %812 = getelementptr i8, ptr %811, i64 128
-  %813 = load <16 x i32>, ptr %812, align 4, !tbaa !5
-  %814 = shl <16 x i32> %813, splat (i32 16)
-  %815 = getelementptr inbounds nuw i8, ptr %463, i64 3840
-  store <16 x i32> %814, ptr %815, align 4, !tbaa !5
-  %816 = load i64, ptr %787, align 8, !tbaa !5
-  %817 = getelementptr i32, ptr %key_cache, i64 %816
-  %818 = getelementptr i8, ptr %817, i64 128
-  %819 = load <16 x i32>, ptr %818, align 4, !tbaa !5
-  %820 = and <16 x i32> %819, %92
-  %821 = getelementptr inbounds nuw i8, ptr %463, i64 3904
-  store <16 x i32> %820, ptr %821, align 4, !tbaa !5
-  %822 = load i64, ptr %787, align 8, !tbaa !5
-  %823 = getelementptr i32, ptr %key_cache, i64 %822
-  %824 = getelementptr i8, ptr %823, i64 192
-  %825 = load <16 x i32>, ptr %824, align 4, !tbaa !5
-  %826 = shl <16 x i32> %825, splat (i32 16)
-  %827 = getelementptr inbounds nuw i8, ptr %463, i64 3968
-  store <16 x i32> %826, ptr %827, align 4, !tbaa !5
-  %828 = load i64, ptr %787, align 8, !tbaa !5
-  %829 = getelementptr i32, ptr %key_cache, i64 %828
-  %830 = getelementptr i8, ptr %829, i64 192
-  %831 = load <16 x i32>, ptr %830, align 4, !tbaa !5
-  %832 = and <16 x i32> %831, %92
-  %833 = getelementptr inbounds nuw i8, ptr %463, i64 4032
-  store <16 x i32> %832, ptr %833, align 4, !tbaa !5
+  %798 = load i64, ptr %792, align 8, !tbaa !5
+  %799 = getelementptr inbounds i32, ptr %key_cache, i64 %798
+  %800 = load <16 x i32>, ptr %799, align 4, !tbaa !5
+  %801 = and <16 x i32> %800, %100
+  %802 = getelementptr inbounds nuw i8, ptr %515, i64 3136
+  store <16 x i32> %801, ptr %802, align 4, !tbaa !5
+  %803 = load i64, ptr %792, align 8, !tbaa !5
+  %804 = getelementptr i32, ptr %key_cache, i64 %803
+  %805 = getelementptr i8, ptr %804, i64 64
+  %806 = load <16 x i32>, ptr %805, align 4, !tbaa !5
+  %807 = shl <16 x i32> %806, splat (i32 16)
+  %808 = getelementptr inbounds nuw i8, ptr %515, i64 3200
+  store <16 x i32> %807, ptr %808, align 4, !tbaa !5
+  %809 = load i64, ptr %792, align 8, !tbaa !5
+  %810 = getelementptr i32, ptr %key_cache, i64 %809
+  %811 = getelementptr i8, ptr %810, i64 64
+  %812 = load <16 x i32>, ptr %811, align 4, !tbaa !5
+  %813 = and <16 x i32> %812, %100
+  %814 = getelementptr inbounds nuw i8, ptr %515, i64 3264
+  store <16 x i32> %813, ptr %814, align 4, !tbaa !5
+  %815 = load i64, ptr %792, align 8, !tbaa !5
+  %816 = getelementptr i32, ptr %key_cache, i64 %815
+  %817 = getelementptr i8, ptr %816, i64 128
+  %818 = load <16 x i32>, ptr %817, align 4, !tbaa !5
+  %819 = shl <16 x i32> %818, splat (i32 16)
+  %820 = getelementptr inbounds nuw i8, ptr %515, i64 3328
+  store <16 x i32> %819, ptr %820, align 4, !tbaa !5
+  %821 = load i64, ptr %792, align 8, !tbaa !5
+  %822 = getelementptr i32, ptr %key_cache, i64 %821
+  %823 = getelementptr i8, ptr %822, i64 128
+  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !5
+  %825 = and <16 x i32> %824, %100
+  %826 = getelementptr inbounds nuw i8, ptr %515, i64 3392
+  store <16 x i32> %825, ptr %826, align 4, !tbaa !5
+  %827 = load i64, ptr %792, align 8, !tbaa !5
+  %828 = getelementptr i32, ptr %key_cache, i64 %827
+  %829 = getelementptr i8, ptr %828, i64 192
+  %830 = load <16 x i32>, ptr %829, align 4, !tbaa !5
+  %831 = shl <16 x i32> %830, splat (i32 16)
+  %832 = getelementptr inbounds nuw i8, ptr %515, i64 3456
+  store <16 x i32> %831, ptr %832, align 4, !tbaa !5
+  %833 = load i64, ptr %792, align 8, !tbaa !5
+  %834 = getelementptr i32, ptr %key_cache, i64 %833
+  %835 = getelementptr i8, ptr %834, i64 192
+  %836 = load <16 x i32>, ptr %835, align 4, !tbaa !5
+  %837 = and <16 x i32> %836, %100
+  %838 = getelementptr inbounds nuw i8, ptr %515, i64 3520
+  store <16 x i32> %837, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %510, i64 56
+  %840 = load i64, ptr %839, align 8, !tbaa !5
+  %841 = getelementptr inbounds i32, ptr %key_cache, i64 %840
+  %842 = load <16 x i32>, ptr %841, align 4, !tbaa !5
+  %843 = shl <16 x i32> %842, splat (i32 16)
+  %844 = getelementptr inbounds nuw i8, ptr %515, i64 3584
+  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
+  %845 = load i64, ptr %839, align 8, !tbaa !5
+  %846 = getelementptr inbounds i32, ptr %key_cache, i64 %845
+  %847 = load <16 x i32>, ptr %846, align 4, !tbaa !5
+  %848 = and <16 x i32> %847, %100
+  %849 = getelementptr inbounds nuw i8, ptr %515, i64 3648
+  store <16 x i32> %848, ptr %849, align 4, !tbaa !5
+  %850 = load i64, ptr %839, align 8, !tbaa !5
+  %851 = getelementptr i32, ptr %key_cache, i64 %850
+  %852 = getelementptr i8, ptr %851, i64 64
+  %853 = load <16 x i32>, ptr %852, align 4, !tbaa !5
+  %854 = shl <16 x i32> %853, splat (i32 16)
+  %855 = getelementptr inbounds nuw i8, ptr %515, i64 3712
+  store <16 x i32> %854, ptr %855, align 4, !tbaa !5
+  %856 = load i64, ptr %839, align 8, !tbaa !5
+  %857 = getelementptr i32, ptr %key_cache, i64 %856
+  %858 = getelementptr i8, ptr %857, i64 64
+  %859 = load <16 x i32>, ptr %858, align 4, !tbaa !5
+  %860 = and <16 x i32> %859, %100
+  %861 = getelementptr inbounds nuw i8, ptr %515, i64 3776
+  store <16 x i32> %860, ptr %861, align 4, !tbaa !5
+  %862 = load i64, ptr %839, align 8, !tbaa !5
+  %863 = getelementptr i32, ptr %key_cache, i64 %862
+  %864 = getelementptr i8, ptr %863, i64 128
+  %865 = load <16 x i32>, ptr %864, align 4, !tbaa !5
+  %866 = shl <16 x i32> %865, splat (i32 16)
+  %867 = getelementptr inbounds nuw i8, ptr %515, i64 3840
+  store <16 x i32> %866, ptr %867, align 4, !tbaa !5
+  %868 = load i64, ptr %839, align 8, !tbaa !5
+  %869 = getelementptr i32, ptr %key_cache, i64 %868
+  %870 = getelementptr i8, ptr %869, i64 128
+  %871 = load <16 x i32>, ptr %870, align 4, !tbaa !5
+  %872 = and <16 x i32> %871, %100
+  %873 = getelementptr inbounds nuw i8, ptr %515, i64 3904
+  store <16 x i32> %872, ptr %873, align 4, !tbaa !5
+  %874 = load i64, ptr %839, align 8, !tbaa !5
+  %875 = getelementptr i32, ptr %key_cache, i64 %874
+  %876 = getelementptr i8, ptr %875, i64 192
+  %877 = load <16 x i32>, ptr %876, align 4, !tbaa !5
+  %878 = shl <16 x i32> %877, splat (i32 16)
+  %879 = getelementptr inbounds nuw i8, ptr %515, i64 3968
+  store <16 x i32> %878, ptr %879, align 4, !tbaa !5
+  %880 = load i64, ptr %839, align 8, !tbaa !5
+  %881 = getelementptr i32, ptr %key_cache, i64 %880
+  %882 = getelementptr i8, ptr %881, i64 192
+  %883 = load <16 x i32>, ptr %882, align 4, !tbaa !5
+  %884 = and <16 x i32> %883, %100
+  %885 = getelementptr inbounds nuw i8, ptr %515, i64 4032
+  store <16 x i32> %884, ptr %885, align 4, !tbaa !5
   %indvars.iv.next536.i = add nuw nsw i64 %indvars.iv535.i, 1
   %exitcond539.not.i = icmp eq i64 %indvars.iv.next536.i, %wide.trip.count538.i
   br i1 %exitcond539.not.i, label %for_begin_ti54.preheader.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_ti54.preheader.i:                       ; preds = %for_begin_ti54.preheader.i, %for_begin_ti.preheader.i
   %indvars.iv544.i = phi i64 [ %indvars.iv.next545.i, %for_begin_ti54.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
-  %.idx59 = shl nsw i64 %indvars.iv544.i, 6
-  %834 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx59
-  %835 = load i64, ptr %834, align 8, !tbaa !5
-  %836 = getelementptr inbounds i32, ptr %value_cache, i64 %835
-  %837 = load <16 x i32>, ptr %836, align 4, !tbaa !5
-  %838 = shl <16 x i32> %837, splat (i32 16)
-  %.idx60 = shl nsw i64 %indvars.iv544.i, 12
-  %839 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx60
-  store <16 x i32> %838, ptr %839, align 4, !tbaa !5
-  %840 = load i64, ptr %834, align 8, !tbaa !5
-  %841 = getelementptr inbounds i32, ptr %value_cache, i64 %840
-  %842 = load <16 x i32>, ptr %841, align 4, !tbaa !5
-  %843 = and <16 x i32> %842, %92
-  %844 = getelementptr inbounds nuw i8, ptr %839, i64 64
-  store <16 x i32> %843, ptr %844, align 4, !tbaa !5
-  %845 = load i64, ptr %834, align 8, !tbaa !5
-  %846 = getelementptr i32, ptr %value_cache, i64 %845
-  %847 = getelementptr i8, ptr %846, i64 64
-  %848 = load <16 x i32>, ptr %847, align 4, !tbaa !5
-  %849 = shl <16 x i32> %848, splat (i32 16)
-  %850 = getelementptr inbounds nuw i8, ptr %839, i64 128
-  store <16 x i32> %849, ptr %850, align 4, !tbaa !5
-  %851 = load i64, ptr %834, align 8, !tbaa !5
-  %852 = getelementptr i32, ptr %value_cache, i64 %851
-  %853 = getelementptr i8, ptr %852, i64 64
-  %854 = load <16 x i32>, ptr %853, align 4, !tbaa !5
-  %855 = and <16 x i32> %854, %92
-  %856 = getelementptr inbounds nuw i8, ptr %839, i64 192
-  store <16 x i32> %855, ptr %856, align 4, !tbaa !5
-  %857 = load i64, ptr %834, align 8, !tbaa !5
-  %858 = getelementptr i32, ptr %value_cache, i64 %857
-  %859 = getelementptr i8, ptr %858, i64 128
-  %860 = load <16 x i32>, ptr %859, align 4, !tbaa !5
-  %861 = shl <16 x i32> %860, splat (i32 16)
-  %862 = getelementptr inbounds nuw i8, ptr %839, i64 256
-  store <16 x i32> %861, ptr %862, align 4, !tbaa !5
-  %863 = load i64, ptr %834, align 8, !tbaa !5
-  %864 = getelementptr i32, ptr %value_cache, i64 %863
-  %865 = getelementptr i8, ptr %864, i64 128
-  %866 = load <16 x i32>, ptr %865, align 4, !tbaa !5
-  %867 = and <16 x i32> %866, %92
-  %868 = getelementptr inbounds nuw i8, ptr %839, i64 320
-  store <16 x i32> %867, ptr %868, align 4, !tbaa !5
-  %869 = load i64, ptr %834, align 8, !tbaa !5
-  %870 = getelementptr i32, ptr %value_cache, i64 %869
-  %871 = getelementptr i8, ptr %870, i64 192
-  %872 = load <16 x i32>, ptr %871, align 4, !tbaa !5
-  %873 = shl <16 x i32> %872, splat (i32 16)
-  %874 = getelementptr inbounds nuw i8, ptr %839, i64 384
-  store <16 x i32> %873, ptr %874, align 4, !tbaa !5
-  %875 = load i64, ptr %834, align 8, !tbaa !5
-  %876 = getelementptr i32, ptr %value_cache, i64 %875
-  %877 = getelementptr i8, ptr %876, i64 192
-  %878 = load <16 x i32>, ptr %877, align 4, !tbaa !5
-  %879 = and <16 x i32> %878, %92
-  %880 = getelementptr inbounds nuw i8, ptr %839, i64 448
-  store <16 x i32> %879, ptr %880, align 4, !tbaa !5
-  %881 = getelementptr inbounds nuw i8, ptr %834, i64 8
-  %882 = load i64, ptr %881, align 8, !tbaa !5
-  %883 = getelementptr inbounds i32, ptr %value_cache, i64 %882
-  %884 = load <16 x i32>, ptr %883, align 4, !tbaa !5
-  %885 = shl <16 x i32> %884, splat (i32 16)
-  %886 = getelementptr inbounds nuw i8, ptr %839, i64 512
-  store <16 x i32> %885, ptr %886, align 4, !tbaa !5
-  %887 = load i64, ptr %881, align 8, !tbaa !5
+  %.idx60 = shl nsw i64 %indvars.iv544.i, 6
+  %886 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx60
+  %887 = load i64, ptr %886, align 8, !tbaa !5
   %888 = getelementptr inbounds i32, ptr %value_cache, i64 %887
   %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
-  %890 = and <16 x i32> %889, %92
-  %891 = getelementptr inbounds nuw i8, ptr %839, i64 576
+  %890 = shl <16 x i32> %889, splat (i32 16)
+  %.idx61 = shl nsw i64 %indvars.iv544.i, 12
+  %891 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx61
   store <16 x i32> %890, ptr %891, align 4, !tbaa !5
-  %892 = load i64, ptr %881, align 8, !tbaa !5
-  %893 = getelementptr i32, ptr %value_cache, i64 %892
-  %894 = getelementptr i8, ptr %893, i64 64
-  %895 = load <16 x i32>, ptr %894, align 4, !tbaa !5
-  %896 = shl <16 x i32> %895, splat (i32 16)
-  %897 = getelementptr inbounds nuw i8, ptr %839, i64 640
-  store <16 x i32> %896, ptr %897, align 4, !tbaa !5
-  %898 = load i64, ptr %881, align 8, !tbaa !5
-  %899 = getelementptr i32, ptr %value_cache, i64 %898
-  %900 = getelementptr i8, ptr %899, i64 64
-  %901 = load <16 x i32>, ptr %900, align 4, !tbaa !5
-  %902 = and <16 x i32> %901, %92
-  %903 = getelementptr inbounds nuw i8, ptr %839, i64 704
-  store <16 x i32> %902, ptr %903, align 4, !tbaa !5
-  %904 = load i64, ptr %881, align 8, !tbaa !5
-  %905 = getelementptr i32, ptr %value_cache, i64 %904
-  %906 = getelementptr i8, ptr %905, i64 128
-  %907 = load <16 x i32>, ptr %906, align 4, !tbaa !5
-  %908 = shl <16 x i32> %907, splat (i32 16)
-  %909 = getelementptr inbounds nuw i8, ptr %839, i64 768
-  store <16 x i32> %908, ptr %909, align 4, !tbaa !5
-  %910 = load i64, ptr %881, align 8, !tbaa !5
-  %911 = getelementptr i32, ptr %value_cache, i64 %910
-  %912 = getelementptr i8, ptr %911, i64 128
-  %913 = load <16 x i32>, ptr %912, align 4, !tbaa !5
-  %914 = and <16 x i32> %913, %92
-  %915 = getelementptr inbounds nuw i8, ptr %839, i64 832
-  store <16 x i32> %914, ptr %915, align 4, !tbaa !5
-  %916 = load i64, ptr %881, align 8, !tbaa !5
-  %917 = getelementptr i32, ptr %value_cache, i64 %916
-  %918 = getelementptr i8, ptr %917, i64 192
-  %919 = load <16 x i32>, ptr %918, align 4, !tbaa !5
-  %920 = shl <16 x i32> %919, splat (i32 16)
-  %921 = getelementptr inbounds nuw i8, ptr %839, i64 896
-  store <16 x i32> %920, ptr %921, align 4, !tbaa !5
-  %922 = load i64, ptr %881, align 8, !tbaa !5
-  %923 = getelementptr i32, ptr %value_cache, i64 %922
-  %924 = getelementptr i8, ptr %923, i64 192
-  %925 = load <16 x i32>, ptr %924, align 4, !tbaa !5
-  %926 = and <16 x i32> %925, %92
-  %927 = getelementptr inbounds nuw i8, ptr %839, i64 960
-  store <16 x i32> %926, ptr %927, align 4, !tbaa !5
-  %928 = getelementptr inbounds nuw i8, ptr %834, i64 16
-  %929 = load i64, ptr %928, align 8, !tbaa !5
-  %930 = getelementptr inbounds i32, ptr %value_cache, i64 %929
-  %931 = load <16 x i32>, ptr %930, align 4, !tbaa !5
-  %932 = shl <16 x i32> %931, splat (i32 16)
-  %933 = getelementptr inbounds nuw i8, ptr %839, i64 1024
-  store <16 x i32> %932, ptr %933, align 4, !tbaa !5
-  %934 = load i64, ptr %928, align 8, !tbaa !5
+  %892 = load i64, ptr %886, align 8, !tbaa !5
+  %893 = getelementptr inbounds i32, ptr %value_cache, i64 %892
+  %894 = load <16 x i32>, ptr %893, align 4, !tbaa !5
+  %895 = and <16 x i32> %894, %100
+  %896 = getelementptr inbounds nuw i8, ptr %891, i64 64
+  store <16 x i32> %895, ptr %896, align 4, !tbaa !5
+  %897 = load i64, ptr %886, align 8, !tbaa !5
+  %898 = getelementptr i32, ptr %value_cache, i64 %897
+  %899 = getelementptr i8, ptr %898, i64 64
+  %900 = load <16 x i32>, ptr %899, align 4, !tbaa !5
+  %901 = shl <16 x i32> %900, splat (i32 16)
+  %902 = getelementptr inbounds nuw i8, ptr %891, i64 128
+  store <16 x i32> %901, ptr %902, align 4, !tbaa !5
+  %903 = load i64, ptr %886, align 8, !tbaa !5
+  %904 = getelementptr i32, ptr %value_cache, i64 %903
+  %905 = getelementptr i8, ptr %904, i64 64
+  %906 = load <16 x i32>, ptr %905, align 4, !tbaa !5
+  %907 = and <16 x i32> %906, %100
+  %908 = getelementptr inbounds nuw i8, ptr %891, i64 192
+  store <16 x i32> %907, ptr %908, align 4, !tbaa !5
+  %909 = load i64, ptr %886, align 8, !tbaa !5
+  %910 = getelementptr i32, ptr %value_cache, i64 %909
+  %911 = getelementptr i8, ptr %910, i64 128
+  %912 = load <16 x i32>, ptr %911, align 4, !tbaa !5
+  %913 = shl <16 x i32> %912, splat (i32 16)
+  %914 = getelementptr inbounds nuw i8, ptr %891, i64 256
+  store <16 x i32> %913, ptr %914, align 4, !tbaa !5
+  %915 = load i64, ptr %886, align 8, !tbaa !5
+  %916 = getelementptr i32, ptr %value_cache, i64 %915
+  %917 = getelementptr i8, ptr %916, i64 128
+  %918 = load <16 x i32>, ptr %917, align 4, !tbaa !5
+  %919 = and <16 x i32> %918, %100
+  %920 = getelementptr inbounds nuw i8, ptr %891, i64 320
+  store <16 x i32> %919, ptr %920, align 4, !tbaa !5
+  %921 = load i64, ptr %886, align 8, !tbaa !5
+  %922 = getelementptr i32, ptr %value_cache, i64 %921
+  %923 = getelementptr i8, ptr %922, i64 192
+  %924 = load <16 x i32>, ptr %923, align 4, !tbaa !5
+  %925 = shl <16 x i32> %924, splat (i32 16)
+  %926 = getelementptr inbounds nuw i8, ptr %891, i64 384
+  store <16 x i32> %925, ptr %926, align 4, !tbaa !5
+  %927 = load i64, ptr %886, align 8, !tbaa !5
+  %928 = getelementptr i32, ptr %value_cache, i64 %927
+  %929 = getelementptr i8, ptr %928, i64 192
+  %930 = load <16 x i32>, ptr %929, align 4, !tbaa !5
+  %931 = and <16 x i32> %930, %100
+  %932 = getelementptr inbounds nuw i8, ptr %891, i64 448
+  store <16 x i32> %931, ptr %932, align 4, !tbaa !5
+  %933 = getelementptr inbounds nuw i8, ptr %886, i64 8
+  %934 = load i64, ptr %933, align 8, !tbaa !5
   %935 = getelementptr inbounds i32, ptr %value_cache, i64 %934
   %936 = load <16 x i32>, ptr %935, align 4, !tbaa !5
-  %937 = and <16 x i32> %936, %92
-  %938 = getelementptr inbounds nuw i8, ptr %839, i64 1088
+  %937 = shl <16 x i32> %936, splat (i32 16)
+  %938 = getelementptr inbounds nuw i8, ptr %891, i64 512
   store <16 x i32> %937, ptr %938, align 4, !tbaa !5
-  %939 = load i64, ptr %928, align 8, !tbaa !5
-  %940 = getelementptr i32, ptr %value_cache, i64 %939
-  %941 = getelementptr i8, ptr %940, i64 64
-  %942 = load <16 x i32>, ptr %941, align 4, !tbaa !5
-  %943 = shl <16 x i32> %942, splat (i32 16)
-  %944 = getelementptr inbounds nuw i8, ptr %839, i64 1152
-  store <16 x i32> %943, ptr %944, align 4, !tbaa !5
-  %945 = load i64, ptr %928, align 8, !tbaa !5
-  %946 = getelementptr i32, ptr %value_cache, i64 %945
-  %947 = getelementptr i8, ptr %946, i64 64
-  %948 = load <16 x i32>, ptr %947, align 4, !tbaa !5
-  %949 = and <16 x i32> %948, %92
-  %950 = getelementptr inbounds nuw i8, ptr %839, i64 1216
-  store <16 x i32> %949, ptr %950, align 4, !tbaa !5
-  %951 = load i64, ptr %928, align 8, !tbaa !5
-  %952 = getelementptr i32, ptr %value_cache, i64 %951
-  %953 = getelementptr i8, ptr %952, i64 128
-  %954 = load <16 x i32>, ptr %953, align 4, !tbaa !5
-  %955 = shl <16 x i32> %954, splat (i32 16)
-  %956 = getelementptr inbounds nuw i8, ptr %839, i64 1280
-  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
-  %957 = load i64, ptr %928, align 8, !tbaa !5
-  %958 = getelementptr i32, ptr %value_cache, i64 %957
-  %959 = getelementptr i8, ptr %958, i64 128
-  %960 = load <16 x i32>, ptr %959, align 4, !tbaa !5
-  %961 = and <16 x i32> %960, %92
-  %962 = getelementptr inbounds nuw i8, ptr %839, i64 1344
-  store <16 x i32> %961, ptr %962, align 4, !tbaa !5
-  %963 = load i64, ptr %928, align 8, !tbaa !5
-  %964 = getelementptr i32, ptr %value_cache, i64 %963
-  %965 = getelementptr i8, ptr %964, i64 192
-  %966 = load <16 x i32>, ptr %965, align 4, !tbaa !5
-  %967 = shl <16 x i32> %966, splat (i32 16)
-  %968 = getelementptr inbounds nuw i8, ptr %839, i64 1408
-  store <16 x i32> %967, ptr %968, align 4, !tbaa !5
-  %969 = load i64, ptr %928, align 8, !tbaa !5
-  %970 = getelementptr i32, ptr %value_cache, i64 %969
-  %971 = getelementptr i8, ptr %970, i64 192
-  %972 = load <16 x i32>, ptr %971, align 4, !tbaa !5
-  %973 = and <16 x i32> %972, %92
-  %974 = getelementptr inbounds nuw i8, ptr %839, i64 1472
-  store <16 x i32> %973, ptr %974, align 4, !tbaa !5
-  %975 = getelementptr inbounds nuw i8, ptr %834, i64 24
-  %976 = load i64, ptr %975, align 8, !tbaa !5
-  %977 = getelementptr inbounds i32, ptr %value_cache, i64 %976
-  %978 = load <16 x i32>, ptr %977, align 4, !tbaa !5
-  %979 = shl <16 x i32> %978, splat (i32 16)
-  %980 = getelementptr inbounds nuw i8, ptr %839, i64 1536
-  store <16 x i32> %979, ptr %980, align 4, !tbaa !5
-  %981 = load i64, ptr %975, align 8, !tbaa !5
+  %939 = load i64, ptr %933, align 8, !tbaa !5
+  %940 = getelementptr inbounds i32, ptr %value_cache, i64 %939
+  %941 = load <16 x i32>, ptr %940, align 4, !tbaa !5
+  %942 = and <16 x i32> %941, %100
+  %943 = getelementptr inbounds nuw i8, ptr %891, i64 576
+  store <16 x i32> %942, ptr %943, align 4, !tbaa !5
+  %944 = load i64, ptr %933, align 8, !tbaa !5
+  %945 = getelementptr i32, ptr %value_cache, i64 %944
+  %946 = getelementptr i8, ptr %945, i64 64
+  %947 = load <16 x i32>, ptr %946, align 4, !tbaa !5
+  %948 = shl <16 x i32> %947, splat (i32 16)
+  %949 = getelementptr inbounds nuw i8, ptr %891, i64 640
+  store <16 x i32> %948, ptr %949, align 4, !tbaa !5
+  %950 = load i64, ptr %933, align 8, !tbaa !5
+  %951 = getelementptr i32, ptr %value_cache, i64 %950
+  %952 = getelementptr i8, ptr %951, i64 64
+  %953 = load <16 x i32>, ptr %952, align 4, !tbaa !5
+  %954 = and <16 x i32> %953, %100
+  %955 = getelementptr inbounds nuw i8, ptr %891, i64 704
+  store <16 x i32> %954, ptr %955, align 4, !tbaa !5
+  %956 = load i64, ptr %933, align 8, !tbaa !5
+  %957 = getelementptr i32, ptr %value_cache, i64 %956
+  %958 = getelementptr i8, ptr %957, i64 128
+  %959 = load <16 x i32>, ptr %958, align 4, !tbaa !5
+  %960 = shl <16 x i32> %959, splat (i32 16)
+  %961 = getelementptr inbounds nuw i8, ptr %891, i64 768
+  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
+  %962 = load i64, ptr %933, align 8, !tbaa !5
+  %963 = getelementptr i32, ptr %value_cache, i64 %962
+  %964 = getelementptr i8, ptr %963, i64 128
+  %965 = load <16 x i32>, ptr %964, align 4, !tbaa !5
+  %966 = and <16 x i32> %965, %100
+  %967 = getelementptr inbounds nuw i8, ptr %891, i64 832
+  store <16 x i32> %966, ptr %967, align 4, !tbaa !5
+  %968 = load i64, ptr %933, align 8, !tbaa !5
+  %969 = getelementptr i32, ptr %value_cache, i64 %968
+  %970 = getelementptr i8, ptr %969, i64 192
+  %971 = load <16 x i32>, ptr %970, align 4, !tbaa !5
+  %972 = shl <16 x i32> %971, splat (i32 16)
+  %973 = getelementptr inbounds nuw i8, ptr %891, i64 896
+  store <16 x i32> %972, ptr %973, align 4, !tbaa !5
+  %974 = load i64, ptr %933, align 8, !tbaa !5
+  %975 = getelementptr i32, ptr %value_cache, i64 %974
+  %976 = getelementptr i8, ptr %975, i64 192
+  %977 = load <16 x i32>, ptr %976, align 4, !tbaa !5
+  %978 = and <16 x i32> %977, %100
+  %979 = getelementptr inbounds nuw i8, ptr %891, i64 960
+  store <16 x i32> %978, ptr %979, align 4, !tbaa !5
+  %980 = getelementptr inbounds nuw i8, ptr %886, i64 16
+  %981 = load i64, ptr %980, align 8, !tbaa !5
   %982 = getelementptr inbounds i32, ptr %value_cache, i64 %981
   %983 = load <16 x i32>, ptr %982, align 4, !tbaa !5
-  %984 = and <16 x i32> %983, %92
-  %985 = getelementptr inbounds nuw i8, ptr %839, i64 1600
+  %984 = shl <16 x i32> %983, splat (i32 16)
+  %985 = getelementptr inbounds nuw i8, ptr %891, i64 1024
   store <16 x i32> %984, ptr %985, align 4, !tbaa !5
-  %986 = load i64, ptr %975, align 8, !tbaa !5
-  %987 = getelementptr i32, ptr %value_cache, i64 %986
-  %988 = getelementptr i8, ptr %987, i64 64
-  %989 = load <16 x i32>, ptr %988, align 4, !tbaa !5
-  %990 = shl <16 x i32> %989, splat (i32 16)
-  %991 = getelementptr inbounds nuw i8, ptr %839, i64 1664
-  store <16 x i32> %990, ptr %991, align 4, !tbaa !5
-  %992 = load i64, ptr %975, align 8, !tbaa !5
-  %993 = getelementptr i32, ptr %value_cache, i64 %992
-  %994 = getelementptr i8, ptr %993, i64 64
-  %995 = load <16 x i32>, ptr %994, align 4, !tbaa !5
-  %996 = and <16 x i32> %995, %92
-  %997 = getelementptr inbounds nuw i8, ptr %839, i64 1728
-  store <16 x i32> %996, ptr %997, align 4, !tbaa !5
-  %998 = load i64, ptr %975, align 8, !tbaa !5
-  %999 = getelementptr i32, ptr %value_cache, i64 %998
-  %1000 = getelementptr i8, ptr %999, i64 128
-  %1001 = load <16 x i32>, ptr %1000, align 4, !tbaa !5
-  %1002 = shl <16 x i32> %1001, splat (i32 16)
-  %1003 = getelementptr inbounds nuw i8, ptr %839, i64 1792
-  store <16 x i32> %1002, ptr %1003, align 4, !tbaa !5
-  %1004 = load i64, ptr %975, align 8, !tbaa !5
-  %1005 = getelementptr i32, ptr %value_cache, i64 %1004
-  %1006 = getelementptr i8, ptr %1005, i64 128
-  %1007 = load <16 x i32>, ptr %1006, align 4, !tbaa !5
-  %1008 = and <16 x i32> %1007, %92
-  %1009 = getelementptr inbounds nuw i8, ptr %839, i64 1856
-  store <16 x i32> %1008, ptr %1009, align 4, !tbaa !5
-  %1010 = load i64, ptr %975, align 8, !tbaa !5
-  %1011 = getelementptr i32, ptr %value_cache, i64 %1010
-  %1012 = getelementptr i8, ptr %1011, i64 192
-  %1013 = load <16 x i32>, ptr %1012, align 4, !tbaa !5
-  %1014 = shl <16 x i32> %1013, splat (i32 16)
-  %1015 = getelementptr inbounds nuw i8, ptr %839, i64 1920
-  store <16 x i32> %1014, ptr %1015, align 4, !tbaa !5
-  %1016 = load i64, ptr %975, align 8, !tbaa !5
-  %1017 = getelementptr i32, ptr %value_cache, i64 %1016
-  %1018 = getelementptr i8, ptr %1017, i64 192
-  %1019 = load <16 x i32>, ptr %1018, align 4, !tbaa !5
-  %1020 = and <16 x i32> %1019, %92
-  %1021 = getelementptr inbounds nuw i8, ptr %839, i64 1984
-  store <16 x i32> %1020, ptr %1021, align 4, !tbaa !5
-  %1022 = getelementptr inbounds nuw i8, ptr %834, i64 32
-  %1023 = load i64, ptr %1022, align 8, !tbaa !5
-  %1024 = getelementptr inbounds i32, ptr %value_cache, i64 %1023
-  %1025 = load <16 x i32>, ptr %1024, align 4, !tbaa !5
-  %1026 = shl <16 x i32> %1025, splat (i32 16)
-  %1027 = getelementptr inbounds nuw i8, ptr %839, i64 2048
-  store <16 x i32> %1026, ptr %1027, align 4, !tbaa !5
-  %1028 = load i64, ptr %1022, align 8, !tbaa !5
+  %986 = load i64, ptr %980, align 8, !tbaa !5
+  %987 = getelementptr inbounds i32, ptr %value_cache, i64 %986
+  %988 = load <16 x i32>, ptr %987, align 4, !tbaa !5
+  %989 = and <16 x i32> %988, %100
+  %990 = getelementptr inbounds nuw i8, ptr %891, i64 1088
+  store <16 x i32> %989, ptr %990, align 4, !tbaa !5
+  %991 = load i64, ptr %980, align 8, !tbaa !5
+  %992 = getelementptr i32, ptr %value_cache, i64 %991
+  %993 = getelementptr i8, ptr %992, i64 64
+  %994 = load <16 x i32>, ptr %993, align 4, !tbaa !5
+  %995 = shl <16 x i32> %994, splat (i32 16)
+  %996 = getelementptr inbounds nuw i8, ptr %891, i64 1152
+  store <16 x i32> %995, ptr %996, align 4, !tbaa !5
+  %997 = load i64, ptr %980, align 8, !tbaa !5
+  %998 = getelementptr i32, ptr %value_cache, i64 %997
+  %999 = getelementptr i8, ptr %998, i64 64
+  %1000 = load <16 x i32>, ptr %999, align 4, !tbaa !5
+  %1001 = and <16 x i32> %1000, %100
+  %1002 = getelementptr inbounds nuw i8, ptr %891, i64 1216
+  store <16 x i32> %1001, ptr %1002, align 4, !tbaa !5
+  %1003 = load i64, ptr %980, align 8, !tbaa !5
+  %1004 = getelementptr i32, ptr %value_cache, i64 %1003
+  %1005 = getelementptr i8, ptr %1004, i64 128
+  %1006 = load <16 x i32>, ptr %1005, align 4, !tbaa !5
+  %1007 = shl <16 x i32> %1006, splat (i32 16)
+  %1008 = getelementptr inbounds nuw i8, ptr %891, i64 1280
+  store <16 x i32> %1007, ptr %1008, align 4, !tbaa !5
+  %1009 = load i64, ptr %980, align 8, !tbaa !5
+  %1010 = getelementptr i32, ptr %value_cache, i64 %1009
+  %1011 = getelementptr i8, ptr %1010, i64 128
+  %1012 = load <16 x i32>, ptr %1011, align 4, !tbaa !5
+  %1013 = and <16 x i32> %1012, %100
+  %1014 = getelementptr inbounds nuw i8, ptr %891, i64 1344
+  store <16 x i32> %1013, ptr %1014, align 4, !tbaa !5
+  %1015 = load i64, ptr %980, align 8, !tbaa !5
+  %1016 = getelementptr i32, ptr %value_cache, i64 %1015
+  %1017 = getelementptr i8, ptr %1016, i64 192
+  %1018 = load <16 x i32>, ptr %1017, align 4, !tbaa !5
+  %1019 = shl <16 x i32> %1018, splat (i32 16)
+  %1020 = getelementptr inbounds nuw i8, ptr %891, i64 1408
+  store <16 x i32> %1019, ptr %1020, align 4, !tbaa !5
+  %1021 = load i64, ptr %980, align 8, !tbaa !5
+  %1022 = getelementptr i32, ptr %value_cache, i64 %1021
+  %1023 = getelementptr i8, ptr %1022, i64 192
+  %1024 = load <16 x i32>, ptr %1023, align 4, !tbaa !5
+  %1025 = and <16 x i32> %1024, %100
+  %1026 = getelementptr inbounds nuw i8, ptr %891, i64 1472
+  store <16 x i32> %1025, ptr %1026, align 4, !tbaa !5
+  %1027 = getelementptr inbounds nuw i8, ptr %886, i64 24
+  %1028 = load i64, ptr %1027, align 8, !tbaa !5
   %1029 = getelementptr inbounds i32, ptr %value_cache, i64 %1028
   %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !5
-  %1031 = and <16 x i32> %1030, %92
-  %1032 = getelementptr inbounds nuw i8, ptr %839, i64 2112
+  %1031 = shl <16 x i32> %1030, splat (i32 16)
+  %1032 = getelementptr inbounds nuw i8, ptr %891, i64 1536
   store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
-  %1033 = load i64, ptr %1022, align 8, !tbaa !5
-  %1034 = getelementptr i32, ptr %value_cache, i64 %1033
-  %1035 = getelementptr i8, ptr %1034, i64 64
-  %1036 = load <16 x i32>, ptr %1035, align 4, !tbaa !5
-  %1037 = shl <16 x i32> %1036, splat (i32 16)
-  %1038 = getelementptr inbounds nuw i8, ptr %839, i64 2176
-  store <16 x i32> %1037, ptr %1038, align 4, !tbaa !5
-  %1039 = load i64, ptr %1022, align 8, !tbaa !5
-  %1040 = getelementptr i32, ptr %value_cache, i64 %1039
-  %1041 = getelementptr i8, ptr %1040, i64 64
-  %1042 = load <16 x i32>, ptr %1041, align 4, !tbaa !5
-  %1043 = and <16 x i32> %1042, %92
-  %1044 = getelementptr inbounds nuw i8, ptr %839, i64 2240
-  store <16 x i32> %1043, ptr %1044, align 4, !tbaa !5
-  %1045 = load i64, ptr %1022, align 8, !tbaa !5
-  %1046 = getelementptr i32, ptr %value_cache, i64 %1045
-  %1047 = getelementptr i8, ptr %1046, i64 128
-  %1048 = load <16 x i32>, ptr %1047, align 4, !tbaa !5
-  %1049 = shl <16 x i32> %1048, splat (i32 16)
-  %1050 = getelementptr inbounds nuw i8, ptr %839, i64 2304
-  store <16 x i32> %1049, ptr %1050, align 4, !tbaa !5
-  %1051 = load i64, ptr %1022, align 8, !tbaa !5
-  %1052 = getelementptr i32, ptr %value_cache, i64 %1051
-  %1053 = getelementptr i8, ptr %1052, i64 128
-  %1054 = load <16 x i32>, ptr %1053, align 4, !tbaa !5
-  %1055 = and <16 x i32> %1054, %92
-  %1056 = getelementptr inbounds nuw i8, ptr %839, i64 2368
-  store <16 x i32> %1055, ptr %1056, align 4, !tbaa !5
-  %1057 = load i64, ptr %1022, align 8, !tbaa !5
-  %1058 = getelementptr i32, ptr %value_cache, i64 %1057
-  %1059 = getelementptr i8, ptr %1058, i64 192
-  %1060 = load <16 x i32>, ptr %1059, align 4, !tbaa !5
-  %1061 = shl <16 x i32> %1060, splat (i32 16)
-  %1062 = getelementptr inbounds nuw i8, ptr %839, i64 2432
-  store <16 x i32> %1061, ptr %1062, align 4, !tbaa !5
-  %1063 = load i64, ptr %1022, align 8, !tbaa !5
-  %1064 = getelementptr i32, ptr %value_cache, i64 %1063
-  %1065 = getelementptr i8, ptr %1064, i64 192
-  %1066 = load <16 x i32>, ptr %1065, align 4, !tbaa !5
-  %1067 = and <16 x i32> %1066, %92
-  %1068 = getelementptr inbounds nuw i8, ptr %839, i64 2496
-  store <16 x i32> %1067, ptr %1068, align 4, !tbaa !5
-  %1069 = getelementptr inbounds nuw i8, ptr %834, i64 40
-  %1070 = load i64, ptr %1069, align 8, !tbaa !5
-  %1071 = getelementptr inbounds i32, ptr %value_cache, i64 %1070
-  %1072 = load <16 x i32>, ptr %1071, align 4, !tbaa !5
-  %1073 = shl <16 x i32> %1072, splat (i32 16)
-  %1074 = getelementptr inbounds nuw i8, ptr %839, i64 2560
-  store <16 x i32> %1073, ptr %1074, align 4, !tbaa !5
-  %1075 = load i64, ptr %1069, align 8, !tbaa !5
+  %1033 = load i64, ptr %1027, align 8, !tbaa !5
+  %1034 = getelementptr inbounds i32, ptr %value_cache, i64 %1033
+  %1035 = load <16 x i32>, ptr %1034, align 4, !tbaa !5
+  %1036 = and <16 x i32> %1035, %100
+  %1037 = getelementptr inbounds nuw i8, ptr %891, i64 1600
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
+  %1038 = load i64, ptr %1027, align 8, !tbaa !5
+  %1039 = getelementptr i32, ptr %value_cache, i64 %1038
+  %1040 = getelementptr i8, ptr %1039, i64 64
+  %1041 = load <16 x i32>, ptr %1040, align 4, !tbaa !5
+  %1042 = shl <16 x i32> %1041, splat (i32 16)
+  %1043 = getelementptr inbounds nuw i8, ptr %891, i64 1664
+  store <16 x i32> %1042, ptr %1043, align 4, !tbaa !5
+  %1044 = load i64, ptr %1027, align 8, !tbaa !5
+  %1045 = getelementptr i32, ptr %value_cache, i64 %1044
+  %1046 = getelementptr i8, ptr %1045, i64 64
+  %1047 = load <16 x i32>, ptr %1046, align 4, !tbaa !5
+  %1048 = and <16 x i32> %1047, %100
+  %1049 = getelementptr inbounds nuw i8, ptr %891, i64 1728
+  store <16 x i32> %1048, ptr %1049, align 4, !tbaa !5
+  %1050 = load i64, ptr %1027, align 8, !tbaa !5
+  %1051 = getelementptr i32, ptr %value_cache, i64 %1050
+  %1052 = getelementptr i8, ptr %1051, i64 128
+  %1053 = load <16 x i32>, ptr %1052, align 4, !tbaa !5
+  %1054 = shl <16 x i32> %1053, splat (i32 16)
+  %1055 = getelementptr inbounds nuw i8, ptr %891, i64 1792
+  store <16 x i32> %1054, ptr %1055, align 4, !tbaa !5
+  %1056 = load i64, ptr %1027, align 8, !tbaa !5
+  %1057 = getelementptr i32, ptr %value_cache, i64 %1056
+  %1058 = getelementptr i8, ptr %1057, i64 128
+  %1059 = load <16 x i32>, ptr %1058, align 4, !tbaa !5
+  %1060 = and <16 x i32> %1059, %100
+  %1061 = getelementptr inbounds nuw i8, ptr %891, i64 1856
+  store <16 x i32> %1060, ptr %1061, align 4, !tbaa !5
+  %1062 = load i64, ptr %1027, align 8, !tbaa !5
+  %1063 = getelementptr i32, ptr %value_cache, i64 %1062
+  %1064 = getelementptr i8, ptr %1063, i64 192
+  %1065 = load <16 x i32>, ptr %1064, align 4, !tbaa !5
+  %1066 = shl <16 x i32> %1065, splat (i32 16)
+  %1067 = getelementptr inbounds nuw i8, ptr %891, i64 1920
+  store <16 x i32> %1066, ptr %1067, align 4, !tbaa !5
+  %1068 = load i64, ptr %1027, align 8, !tbaa !5
+  %1069 = getelementptr i32, ptr %value_cache, i64 %1068
+  %1070 = getelementptr i8, ptr %1069, i64 192
+  %1071 = load <16 x i32>, ptr %1070, align 4, !tbaa !5
+  %1072 = and <16 x i32> %1071, %100
+  %1073 = getelementptr inbounds nuw i8, ptr %891, i64 1984
+  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
+  %1074 = getelementptr inbounds nuw i8, ptr %886, i64 32
+  %1075 = load i64, ptr %1074, align 8, !tbaa !5
   %1076 = getelementptr inbounds i32, ptr %value_cache, i64 %1075
   %1077 = load <16 x i32>, ptr %1076, align 4, !tbaa !5
-  %1078 = and <16 x i32> %1077, %92
-  %1079 = getelementptr inbounds nuw i8, ptr %839, i64 2624
+  %1078 = shl <16 x i32> %1077, splat (i32 16)
+  %1079 = getelementptr inbounds nuw i8, ptr %891, i64 2048
   store <16 x i32> %1078, ptr %1079, align 4, !tbaa !5
-  %1080 = load i64, ptr %1069, align 8, !tbaa !5
-  %1081 = getelementptr i32, ptr %value_cache, i64 %1080
-  %1082 = getelementptr i8, ptr %1081, i64 64
-  %1083 = load <16 x i32>, ptr %1082, align 4, !tbaa !5
-  %1084 = shl <16 x i32> %1083, splat (i32 16)
-  %1085 = getelementptr inbounds nuw i8, ptr %839, i64 2688
-  store <16 x i32> %1084, ptr %1085, align 4, !tbaa !5
-  %1086 = load i64, ptr %1069, align 8, !tbaa !5
-  %1087 = getelementptr i32, ptr %value_cache, i64 %1086
-  %1088 = getelementptr i8, ptr %1087, i64 64
-  %1089 = load <16 x i32>, ptr %1088, align 4, !tbaa !5
-  %1090 = and <16 x i32> %1089, %92
-  %1091 = getelementptr inbounds nuw i8, ptr %839, i64 2752
-  store <16 x i32> %1090, ptr %1091, align 4, !tbaa !5
-  %1092 = load i64, ptr %1069, align 8, !tbaa !5
-  %1093 = getelementptr i32, ptr %value_cache, i64 %1092
-  %1094 = getelementptr i8, ptr %1093, i64 128
-  %1095 = load <16 x i32>, ptr %1094, align 4, !tbaa !5
-  %1096 = shl <16 x i32> %1095, splat (i32 16)
-  %1097 = getelementptr inbounds nuw i8, ptr %839, i64 2816
-  store <16 x i32> %1096, ptr %1097, align 4, !tbaa !5
-  %1098 = load i64, ptr %1069, align 8, !tbaa !5
-  %1099 = getelementptr i32, ptr %value_cache, i64 %1098
-  %1100 = getelementptr i8, ptr %1099, i64 128
-  %1101 = load <16 x i32>, ptr %1100, align 4, !tbaa !5
-  %1102 = and <16 x i32> %1101, %92
-  %1103 = getelementptr inbounds nuw i8, ptr %839, i64 2880
-  store <16 x i32> %1102, ptr %1103, align 4, !tbaa !5
-  %1104 = load i64, ptr %1069, align 8, !tbaa !5
-  %1105 = getelementptr i32, ptr %value_cache, i64 %1104
-  %1106 = getelementptr i8, ptr %1105, i64 192
-  %1107 = load <16 x i32>, ptr %1106, align 4, !tbaa !5
-  %1108 = shl <16 x i32> %1107, splat (i32 16)
-  %1109 = getelementptr inbounds nuw i8, ptr %839, i64 2944
-  store <16 x i32> %1108, ptr %1109, align 4, !tbaa !5
-  %1110 = load i64, ptr %1069, align 8, !tbaa !5
-  %1111 = getelementptr i32, ptr %value_cache, i64 %1110
-  %1112 = getelementptr i8, ptr %1111, i64 192
-  %1113 = load <16 x i32>, ptr %1112, align 4, !tbaa !5
-  %1114 = and <16 x i32> %1113, %92
-  %1115 = getelementptr inbounds nuw i8, ptr %839, i64 3008
-  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
-  %1116 = getelementptr inbounds nuw i8, ptr %834, i64 48
-  %1117 = load i64, ptr %1116, align 8, !tbaa !5
-  %1118 = getelementptr inbounds i32, ptr %value_cache, i64 %1117
-  %1119 = load <16 x i32>, ptr %1118, align 4, !tbaa !5
-  %1120 = shl <16 x i32> %1119, splat (i32 16)
-  %1121 = getelementptr inbounds nuw i8, ptr %839, i64 3072
-  store <16 x i32> %1120, ptr %1121, align 4, !tbaa !5
-  %1122 = load i64, ptr %1116, align 8, !tbaa !5
+  %1080 = load i64, ptr %1074, align 8, !tbaa !5
+  %1081 = getelementptr inbounds i32, ptr %value_cache, i64 %1080
+  %1082 = load <16 x i32>, ptr %1081, align 4, !tbaa !5
+  %1083 = and <16 x i32> %1082, %100
+  %1084 = getelementptr inbounds nuw i8, ptr %891, i64 2112
+  store <16 x i32> %1083, ptr %1084, align 4, !tbaa !5
+  %1085 = load i64, ptr %1074, align 8, !tbaa !5
+  %1086 = getelementptr i32, ptr %value_cache, i64 %1085
+  %1087 = getelementptr i8, ptr %1086, i64 64
+  %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !5
+  %1089 = shl <16 x i32> %1088, splat (i32 16)
+  %1090 = getelementptr inbounds nuw i8, ptr %891, i64 2176
+  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
+  %1091 = load i64, ptr %1074, align 8, !tbaa !5
+  %1092 = getelementptr i32, ptr %value_cache, i64 %1091
+  %1093 = getelementptr i8, ptr %1092, i64 64
+  %1094 = load <16 x i32>, ptr %1093, align 4, !tbaa !5
+  %1095 = and <16 x i32> %1094, %100
+  %1096 = getelementptr inbounds nuw i8, ptr %891, i64 2240
+  store <16 x i32> %1095, ptr %1096, align 4, !tbaa !5
+  %1097 = load i64, ptr %1074, align 8, !tbaa !5
+  %1098 = getelementptr i32, ptr %value_cache, i64 %1097
+  %1099 = getelementptr i8, ptr %1098, i64 128
+  %1100 = load <16 x i32>, ptr %1099, align 4, !tbaa !5
+  %1101 = shl <16 x i32> %1100, splat (i32 16)
+  %1102 = getelementptr inbounds nuw i8, ptr %891, i64 2304
+  store <16 x i32> %1101, ptr %1102, align 4, !tbaa !5
+  %1103 = load i64, ptr %1074, align 8, !tbaa !5
+  %1104 = getelementptr i32, ptr %value_cache, i64 %1103
+  %1105 = getelementptr i8, ptr %1104, i64 128
+  %1106 = load <16 x i32>, ptr %1105, align 4, !tbaa !5
+  %1107 = and <16 x i32> %1106, %100
+  %1108 = getelementptr inbounds nuw i8, ptr %891, i64 2368
+  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
+  %1109 = load i64, ptr %1074, align 8, !tbaa !5
+  %1110 = getelementptr i32, ptr %value_cache, i64 %1109
+  %1111 = getelementptr i8, ptr %1110, i64 192
+  %1112 = load <16 x i32>, ptr %1111, align 4, !tbaa !5
+  %1113 = shl <16 x i32> %1112, splat (i32 16)
+  %1114 = getelementptr inbounds nuw i8, ptr %891, i64 2432
+  store <16 x i32> %1113, ptr %1114, align 4, !tbaa !5
+  %1115 = load i64, ptr %1074, align 8, !tbaa !5
+  %1116 = getelementptr i32, ptr %value_cache, i64 %1115
+  %1117 = getelementptr i8, ptr %1116, i64 192
+  %1118 = load <16 x i32>, ptr %1117, align 4, !tbaa !5
+  %1119 = and <16 x i32> %1118, %100
+  %1120 = getelementptr inbounds nuw i8, ptr %891, i64 2496
+  store <16 x i32> %1119, ptr %1120, align 4, !tbaa !5
+  %1121 = getelementptr inbounds nuw i8, ptr %886, i64 40
+  %1122 = load i64, ptr %1121, align 8, !tbaa !5
   %1123 = getelementptr inbounds i32, ptr %value_cache, i64 %1122
   %1124 = load <16 x i32>, ptr %1123, align 4, !tbaa !5
-  %1125 = and <16 x i32> %1124, %92
-  %1126 = getelementptr inbounds nuw i8, ptr %839, i64 3136
+  %1125 = shl <16 x i32> %1124, splat (i32 16)
+  %1126 = getelementptr inbounds nuw i8, ptr %891, i64 2560
   store <16 x i32> %1125, ptr %1126, align 4, !tbaa !5
-  %1127 = load i64, ptr %1116, align 8, !tbaa !5
-  %1128 = getelementptr i32, ptr %value_cache, i64 %1127
-  %1129 = getelementptr i8, ptr %1128, i64 64
-  %1130 = load <16 x i32>, ptr %1129, align 4, !tbaa !5
-  %1131 = shl <16 x i32> %1130, splat (i32 16)
-  %1132 = getelementptr inbounds nuw i8, ptr %839, i64 3200
-  store <16 x i32> %1131, ptr %1132, align 4, !tbaa !5
-  %1133 = load i64, ptr %1116, align 8, !tbaa !5
-  %1134 = getelementptr i32, ptr %value_cache, i64 %1133
-  %1135 = getelementptr i8, ptr %1134, i64 64
-  %1136 = load <16 x i32>, ptr %1135, align 4, !tbaa !5
-  %1137 = and <16 x i32> %1136, %92
-  %1138 = getelementptr inbounds nuw i8, ptr %839, i64 3264
-  store <16 x i32> %1137, ptr %1138, align 4, !tbaa !5
-  %1139 = load i64, ptr %1116, align 8, !tbaa !5
-  %1140 = getelementptr i32, ptr %value_cache, i64 %1139
-  %1141 = getelementptr i8, ptr %1140, i64 128
-  %1142 = load <16 x i32>, ptr %1141, align 4, !tbaa !5
-  %1143 = shl <16 x i32> %1142, splat (i32 16)
-  %1144 = getelementptr inbounds nuw i8, ptr %839, i64 3328
-  store <16 x i32> %1143, ptr %1144, align 4, !tbaa !5
-  %1145 = load i64, ptr %1116, align 8, !tbaa !5
-  %1146 = getelementptr i32, ptr %value_cache, i64 %1145
-  %1147 = getelementptr i8, ptr %1146, i64 128
-  %1148 = load <16 x i32>, ptr %1147, align 4, !tbaa !5
-  %1149 = and <16 x i32> %1148, %92
-  %1150 = getelementptr inbounds nuw i8, ptr %839, i64 3392
-  store <16 x i32> %1149, ptr %1150, align 4, !tbaa !5
-  %1151 = load i64, ptr %1116, align 8, !tbaa !5
-  %1152 = getelementptr i32, ptr %value_cache, i64 %1151
-  %1153 = getelementptr i8, ptr %1152, i64 192
-  %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
-  %1155 = shl <16 x i32> %1154, splat (i32 16)
-  %1156 = getelementptr inbounds nuw i8, ptr %839, i64 3456
-  store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
-  %1157 = load i64, ptr %1116, align 8, !tbaa !5
-  %1158 = getelementptr i32, ptr %value_cache, i64 %1157
-  %1159 = getelementptr i8, ptr %1158, i64 192
-  %1160 = load <16 x i32>, ptr %1159, align 4, !tbaa !5
-  %1161 = and <16 x i32> %1160, %92
-  %1162 = getelementptr inbounds nuw i8, ptr %839, i64 3520
-  store <16 x i32> %1161, ptr %1162, align 4, !tbaa !5
-  %1163 = getelementptr inbounds nuw i8, ptr %834, i64 56
-  %1164 = load i64, ptr %1163, align 8, !tbaa !5
-  %1165 = getelementptr inbounds i32, ptr %value_cache, i64 %1164
-  %1166 = load <16 x i32>, ptr %1165, align 4, !tbaa !5
-  %1167 = shl <16 x i32> %1166, splat (i32 16)
-  %1168 = getelementptr inbounds nuw i8, ptr %839, i64 3584
-  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
-  %1169 = load i64, ptr %1163, align 8, !tbaa !5
+  %1127 = load i64, ptr %1121, align 8, !tbaa !5
+  %1128 = getelementptr inbounds i32, ptr %value_cache, i64 %1127
+  %1129 = load <16 x i32>, ptr %1128, align 4, !tbaa !5
+  %1130 = and <16 x i32> %1129, %100
+  %1131 = getelementptr inbounds nuw i8, ptr %891, i64 2624
+  store <16 x i32> %1130, ptr %1131, align 4, !tbaa !5
+  %1132 = load i64, ptr %1121, align 8, !tbaa !5
+  %1133 = getelementptr i32, ptr %value_cache, i64 %1132
+  %1134 = getelementptr i8, ptr %1133, i64 64
+  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
+  %1136 = shl <16 x i32> %1135, splat (i32 16)
+  %1137 = getelementptr inbounds nuw i8, ptr %891, i64 2688
+  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
+  %1138 = load i64, ptr %1121, align 8, !tbaa !5
+  %1139 = getelementptr i32, ptr %value_cache, i64 %1138
+  %1140 = getelementptr i8, ptr %1139, i64 64
+  %1141 = load <16 x i32>, ptr %1140, align 4, !tbaa !5
+  %1142 = and <16 x i32> %1141, %100
+  %1143 = getelementptr inbounds nuw i8, ptr %891, i64 2752
+  store <16 x i32> %1142, ptr %1143, align 4, !tbaa !5
+  %1144 = load i64, ptr %1121, align 8, !tbaa !5
+  %1145 = getelementptr i32, ptr %value_cache, i64 %1144
+  %1146 = getelementptr i8, ptr %1145, i64 128
+  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
+  %1148 = shl <16 x i32> %1147, splat (i32 16)
+  %1149 = getelementptr inbounds nuw i8, ptr %891, i64 2816
+  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
+  %1150 = load i64, ptr %1121, align 8, !tbaa !5
+  %1151 = getelementptr i32, ptr %value_cache, i64 %1150
+  %1152 = getelementptr i8, ptr %1151, i64 128
+  %1153 = load <16 x i32>, ptr %1152, align 4, !tbaa !5
+  %1154 = and <16 x i32> %1153, %100
+  %1155 = getelementptr inbounds nuw i8, ptr %891, i64 2880
+  store <16 x i32> %1154, ptr %1155, align 4, !tbaa !5
+  %1156 = load i64, ptr %1121, align 8, !tbaa !5
+  %1157 = getelementptr i32, ptr %value_cache, i64 %1156
+  %1158 = getelementptr i8, ptr %1157, i64 192
+  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
+  %1160 = shl <16 x i32> %1159, splat (i32 16)
+  %1161 = getelementptr inbounds nuw i8, ptr %891, i64 2944
+  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
+  %1162 = load i64, ptr %1121, align 8, !tbaa !5
+  %1163 = getelementptr i32, ptr %value_cache, i64 %1162
+  %1164 = getelementptr i8, ptr %1163, i64 192
+  %1165 = load <16 x i32>, ptr %1164, align 4, !tbaa !5
+  %1166 = and <16 x i32> %1165, %100
+  %1167 = getelementptr inbounds nuw i8, ptr %891, i64 3008
+  store <16 x i32> %1166, ptr %1167, align 4, !tbaa !5
+  %1168 = getelementptr inbounds nuw i8, ptr %886, i64 48
+  %1169 = load i64, ptr %1168, align 8, !tbaa !5
   %1170 = getelementptr inbounds i32, ptr %value_cache, i64 %1169
   %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
-  %1172 = and <16 x i32> %1171, %92
-  %1173 = getelementptr inbounds nuw i8, ptr %839, i64 3648
+  %1172 = shl <16 x i32> %1171, splat (i32 16)
+  %1173 = getelementptr inbounds nuw i8, ptr %891, i64 3072
   store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
-  %1174 = load i64, ptr %1163, align 8, !tbaa !5
-  %1175 = getelementptr i32, ptr %value_cache, i64 %1174
-  %1176 = getelementptr i8, ptr %1175, i64 64
-  %1177 = load <16 x i32>, ptr %1176, align 4, !tbaa !5
-  %1178 = shl <16 x i32> %1177, splat (i32 16)
-  %1179 = getelementptr inbounds nuw i8, ptr %839, i64 3712
-  store <16 x i32> %1178, ptr %1179, align 4, !tbaa !5
-  %1180 = load i64, ptr %1163, align 8, !tbaa !5
-  %1181 = getelementptr i32, ptr %value_cache, i64 %1180
-  %1182 = getelementptr i8, ptr %1181, i64 64
-  %1183 = load <16 x i32>, ptr %1182, align 4, !tbaa !5
-  %1184 = and <16 x i32> %1183, %92
-  %1185 = getelementptr inbounds nuw i8, ptr %839, i64 3776
-  store <16 x i32> %1184, ptr %1185, align 4, !tbaa !5
-  %1186 = load i64, ptr %1163, align 8, !tbaa !5
-  %1187 = getelementptr i32, ptr %value_cache, i64 %1186
-  %1188 = getelementptr i8, ptr %1187, i64 128
-  %1189 = load <16 x i32>, ptr %1188, align 4, !tbaa !5
-  %1190 = shl <16 x i32> %1189, splat (i32 16)
-  %1191 = getelementptr inbounds nuw i8, ptr %839, i64 3840
-  store <16 x i32> %1190, ptr %1191, align 4, !tbaa !5
-  %1192 = load i64, ptr %1163, align 8, !tbaa !5
-  %1193 = getelementptr i32, ptr %value_cache, i64 %1192
-  %1194 = getelementptr i8, ptr %1193, i64 128
-  %1195 = load <16 x i32>, ptr %1194, align 4, !tbaa !5
-  %1196 = and <16 x i32> %1195, %92
-  %1197 = getelementptr inbounds nuw i8, ptr %839, i64 3904
-  store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
-  %1198 = load i64, ptr %1163, align 8, !tbaa !5
-  %1199 = getelementptr i32, ptr %value_cache, i64 %1198
-  %1200 = getelementptr i8, ptr %1199, i64 192
-  %1201 = load <16 x i32>, ptr %1200, align 4, !tbaa !5
-  %1202 = shl <16 x i32> %1201, splat (i32 16)
-  %1203 = getelementptr inbounds nuw i8, ptr %839, i64 3968
-  store <16 x i32> %1202, ptr %1203, align 4, !tbaa !5
-  %1204 = load i64, ptr %1163, align 8, !tbaa !5
-  %1205 = getelementptr i32, ptr %value_cache, i64 %1204
-  %1206 = getelementptr i8, ptr %1205, i64 192
-  %1207 = load <16 x i32>, ptr %1206, align 4, !tbaa !5
-  %1208 = and <16 x i32> %1207, %92
-  %1209 = getelementptr inbounds nuw i8, ptr %839, i64 4032
-  store <16 x i32> %1208, ptr %1209, align 4, !tbaa !5
+  %1174 = load i64, ptr %1168, align 8, !tbaa !5
+  %1175 = getelementptr inbounds i32, ptr %value_cache, i64 %1174
+  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
+  %1177 = and <16 x i32> %1176, %100
+  %1178 = getelementptr inbounds nuw i8, ptr %891, i64 3136
+  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
+  %1179 = load i64, ptr %1168, align 8, !tbaa !5
+  %1180 = getelementptr i32, ptr %value_cache, i64 %1179
+  %1181 = getelementptr i8, ptr %1180, i64 64
+  %1182 = load <16 x i32>, ptr %1181, align 4, !tbaa !5
+  %1183 = shl <16 x i32> %1182, splat (i32 16)
+  %1184 = getelementptr inbounds nuw i8, ptr %891, i64 3200
+  store <16 x i32> %1183, ptr %1184, align 4, !tbaa !5
+  %1185 = load i64, ptr %1168, align 8, !tbaa !5
+  %1186 = getelementptr i32, ptr %value_cache, i64 %1185
+  %1187 = getelementptr i8, ptr %1186, i64 64
+  %1188 = load <16 x i32>, ptr %1187, align 4, !tbaa !5
+  %1189 = and <16 x i32> %1188, %100
+  %1190 = getelementptr inbounds nuw i8, ptr %891, i64 3264
+  store <16 x i32> %1189, ptr %1190, align 4, !tbaa !5
+  %1191 = load i64, ptr %1168, align 8, !tbaa !5
+  %1192 = getelementptr i32, ptr %value_cache, i64 %1191
+  %1193 = getelementptr i8, ptr %1192, i64 128
+  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !5
+  %1195 = shl <16 x i32> %1194, splat (i32 16)
+  %1196 = getelementptr inbounds nuw i8, ptr %891, i64 3328
+  store <16 x i32> %1195, ptr %1196, align 4, !tbaa !5
+  %1197 = load i64, ptr %1168, align 8, !tbaa !5
+  %1198 = getelementptr i32, ptr %value_cache, i64 %1197
+  %1199 = getelementptr i8, ptr %1198, i64 128
+  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
+  %1201 = and <16 x i32> %1200, %100
+  %1202 = getelementptr inbounds nuw i8, ptr %891, i64 3392
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
+  %1203 = load i64, ptr %1168, align 8, !tbaa !5
+  %1204 = getelementptr i32, ptr %value_cache, i64 %1203
+  %1205 = getelementptr i8, ptr %1204, i64 192
+  %1206 = load <16 x i32>, ptr %1205, align 4, !tbaa !5
+  %1207 = shl <16 x i32> %1206, splat (i32 16)
+  %1208 = getelementptr inbounds nuw i8, ptr %891, i64 3456
+  store <16 x i32> %1207, ptr %1208, align 4, !tbaa !5
+  %1209 = load i64, ptr %1168, align 8, !tbaa !5
+  %1210 = getelementptr i32, ptr %value_cache, i64 %1209
+  %1211 = getelementptr i8, ptr %1210, i64 192
+  %1212 = load <16 x i32>, ptr %1211, align 4, !tbaa !5
+  %1213 = and <16 x i32> %1212, %100
+  %1214 = getelementptr inbounds nuw i8, ptr %891, i64 3520
+  store <16 x i32> %1213, ptr %1214, align 4, !tbaa !5
+  %1215 = getelementptr inbounds nuw i8, ptr %886, i64 56
+  %1216 = load i64, ptr %1215, align 8, !tbaa !5
+  %1217 = getelementptr inbounds i32, ptr %value_cache, i64 %1216
+  %1218 = load <16 x i32>, ptr %1217, align 4, !tbaa !5
+  %1219 = shl <16 x i32> %1218, splat (i32 16)
+  %1220 = getelementptr inbounds nuw i8, ptr %891, i64 3584
+  store <16 x i32> %1219, ptr %1220, align 4, !tbaa !5
+  %1221 = load i64, ptr %1215, align 8, !tbaa !5
+  %1222 = getelementptr inbounds i32, ptr %value_cache, i64 %1221
+  %1223 = load <16 x i32>, ptr %1222, align 4, !tbaa !5
+  %1224 = and <16 x i32> %1223, %100
+  %1225 = getelementptr inbounds nuw i8, ptr %891, i64 3648
+  store <16 x i32> %1224, ptr %1225, align 4, !tbaa !5
+  %1226 = load i64, ptr %1215, align 8, !tbaa !5
+  %1227 = getelementptr i32, ptr %value_cache, i64 %1226
+  %1228 = getelementptr i8, ptr %1227, i64 64
+  %1229 = load <16 x i32>, ptr %1228, align 4, !tbaa !5
+  %1230 = shl <16 x i32> %1229, splat (i32 16)
+  %1231 = getelementptr inbounds nuw i8, ptr %891, i64 3712
+  store <16 x i32> %1230, ptr %1231, align 4, !tbaa !5
+  %1232 = load i64, ptr %1215, align 8, !tbaa !5
+  %1233 = getelementptr i32, ptr %value_cache, i64 %1232
+  %1234 = getelementptr i8, ptr %1233, i64 64
+  %1235 = load <16 x i32>, ptr %1234, align 4, !tbaa !5
+  %1236 = and <16 x i32> %1235, %100
+  %1237 = getelementptr inbounds nuw i8, ptr %891, i64 3776
+  store <16 x i32> %1236, ptr %1237, align 4, !tbaa !5
+  %1238 = load i64, ptr %1215, align 8, !tbaa !5
+  %1239 = getelementptr i32, ptr %value_cache, i64 %1238
+  %1240 = getelementptr i8, ptr %1239, i64 128
+  %1241 = load <16 x i32>, ptr %1240, align 4, !tbaa !5
+  %1242 = shl <16 x i32> %1241, splat (i32 16)
+  %1243 = getelementptr inbounds nuw i8, ptr %891, i64 3840
+  store <16 x i32> %1242, ptr %1243, align 4, !tbaa !5
+  %1244 = load i64, ptr %1215, align 8, !tbaa !5
+  %1245 = getelementptr i32, ptr %value_cache, i64 %1244
+  %1246 = getelementptr i8, ptr %1245, i64 128
+  %1247 = load <16 x i32>, ptr %1246, align 4, !tbaa !5
+  %1248 = and <16 x i32> %1247, %100
+  %1249 = getelementptr inbounds nuw i8, ptr %891, i64 3904
+  store <16 x i32> %1248, ptr %1249, align 4, !tbaa !5
+  %1250 = load i64, ptr %1215, align 8, !tbaa !5
+  %1251 = getelementptr i32, ptr %value_cache, i64 %1250
+  %1252 = getelementptr i8, ptr %1251, i64 192
+  %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
+  %1254 = shl <16 x i32> %1253, splat (i32 16)
+  %1255 = getelementptr inbounds nuw i8, ptr %891, i64 3968
+  store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
+  %1256 = load i64, ptr %1215, align 8, !tbaa !5
+  %1257 = getelementptr i32, ptr %value_cache, i64 %1256
+  %1258 = getelementptr i8, ptr %1257, i64 192
+  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
+  %1260 = and <16 x i32> %1259, %100
+  %1261 = getelementptr inbounds nuw i8, ptr %891, i64 4032
+  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
   %indvars.iv.next545.i = add nuw nsw i64 %indvars.iv544.i, 1
   %exitcond548.not.i = icmp eq i64 %indvars.iv.next545.i, %wide.trip.count538.i
   br i1 %exitcond548.not.i, label %for_end_to51.i, label %for_begin_ti54.preheader.i, !prof !13
 
 for_end_to51.i:                                   ; preds = %for_begin_ti54.preheader.i, %for_begin_to.preheader.i
-  %1210 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %1210(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1211 = icmp eq ptr %scores.i, null
-  br i1 %1211, label %fused_decode_compute_.exit, label %if_end60.i, !prof !8
+  %1262 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1262(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1263 = icmp eq ptr %scores.i, null
+  br i1 %1263, label %fused_decode_compute_.exit, label %if_end60.i, !prof !8
 
 if_end60.i:                                       ; preds = %for_end_to51.i
-  %1212 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %1212(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1213 = icmp eq ptr %probs.i, null
-  br i1 %1213, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
+  %1264 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1264(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1265 = icmp eq ptr %probs.i, null
+  br i1 %1265, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
 
 for_begin_to_m.preheader.i:                       ; preds = %if_end60.i
-  br i1 %457, label %for_begin_n.preheader.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+  br i1 %509, label %for_begin_n.preheader.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
 for_begin_n.preheader.lr.ph.i:                    ; preds = %for_begin_to_m.preheader.i
-  %1214 = select i1 %405, i64 128, i64 0
-  %wide.trip.count566.i = zext nneg i32 %403 to i64
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1214
+  %1266 = select i1 %457, i64 128, i64 0
+  %wide.trip.count566.i = zext nneg i32 %455 to i64
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1266
   br label %for_begin_n.preheader.i
 
 for_begin_n.preheader.i:                          ; preds = %for_end_d_1.3.i, %for_begin_n.preheader.lr.ph.i
   %indvars.iv563.i = phi i64 [ 0, %for_begin_n.preheader.lr.ph.i ], [ %indvars.iv.next564.i, %for_end_d_1.3.i ]
-  %.idx61 = shl nsw i64 %indvars.iv563.i, 6
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx61
-  %1215 = load i64, ptr %gep, align 8, !tbaa !5
-  %1216 = getelementptr i32, ptr %key_cache, i64 %1215
-  tail call void @llvm.prefetch.p0(ptr readonly %1216, i32 0, i32 2, i32 1)
-  %1217 = getelementptr i8, ptr %1216, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1217, i32 0, i32 2, i32 1)
-  %1218 = getelementptr i8, ptr %1216, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1218, i32 0, i32 2, i32 1)
-  %1219 = getelementptr i8, ptr %1216, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1219, i32 0, i32 2, i32 1)
-  %1220 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %1221 = load i64, ptr %1220, align 8, !tbaa !5
-  %1222 = getelementptr i32, ptr %key_cache, i64 %1221
-  tail call void @llvm.prefetch.p0(ptr readonly %1222, i32 0, i32 2, i32 1)
-  %1223 = getelementptr i8, ptr %1222, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1223, i32 0, i32 2, i32 1)
-  %1224 = getelementptr i8, ptr %1222, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1224, i32 0, i32 2, i32 1)
-  %1225 = getelementptr i8, ptr %1222, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1225, i32 0, i32 2, i32 1)
-  %1226 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  %1227 = load i64, ptr %1226, align 8, !tbaa !5
-  %1228 = getelementptr i32, ptr %key_cache, i64 %1227
-  tail call void @llvm.prefetch.p0(ptr readonly %1228, i32 0, i32 2, i32 1)
-  %1229 = getelementptr i8, ptr %1228, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1229, i32 0, i32 2, i32 1)
-  %1230 = getelementptr i8, ptr %1228, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1230, i32 0, i32 2, i32 1)
-  %1231 = getelementptr i8, ptr %1228, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1231, i32 0, i32 2, i32 1)
-  %1232 = getelementptr inbounds nuw i8, ptr %gep, i64 24
-  %1233 = load i64, ptr %1232, align 8, !tbaa !5
-  %1234 = getelementptr i32, ptr %key_cache, i64 %1233
-  tail call void @llvm.prefetch.p0(ptr readonly %1234, i32 0, i32 2, i32 1)
-  %1235 = getelementptr i8, ptr %1234, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1235, i32 0, i32 2, i32 1)
-  %1236 = getelementptr i8, ptr %1234, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1236, i32 0, i32 2, i32 1)
-  %1237 = getelementptr i8, ptr %1234, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1237, i32 0, i32 2, i32 1)
-  %1238 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  %1239 = load i64, ptr %1238, align 8, !tbaa !5
-  %1240 = getelementptr i32, ptr %key_cache, i64 %1239
-  tail call void @llvm.prefetch.p0(ptr readonly %1240, i32 0, i32 2, i32 1)
-  %1241 = getelementptr i8, ptr %1240, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1241, i32 0, i32 2, i32 1)
-  %1242 = getelementptr i8, ptr %1240, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1242, i32 0, i32 2, i32 1)
-  %1243 = getelementptr i8, ptr %1240, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1243, i32 0, i32 2, i32 1)
-  %1244 = getelementptr inbounds nuw i8, ptr %gep, i64 40
-  %1245 = load i64, ptr %1244, align 8, !tbaa !5
-  %1246 = getelementptr i32, ptr %key_cache, i64 %1245
-  tail call void @llvm.prefetch.p0(ptr readonly %1246, i32 0, i32 2, i32 1)
-  %1247 = getelementptr i8, ptr %1246, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1247, i32 0, i32 2, i32 1)
-  %1248 = getelementptr i8, ptr %1246, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1248, i32 0, i32 2, i32 1)
-  %1249 = getelementptr i8, ptr %1246, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1249, i32 0, i32 2, i32 1)
-  %1250 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  %1251 = load i64, ptr %1250, align 8, !tbaa !5
-  %1252 = getelementptr i32, ptr %key_cache, i64 %1251
-  tail call void @llvm.prefetch.p0(ptr readonly %1252, i32 0, i32 2, i32 1)
-  %1253 = getelementptr i8, ptr %1252, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1253, i32 0, i32 2, i32 1)
-  %1254 = getelementptr i8, ptr %1252, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1254, i32 0, i32 2, i32 1)
-  %1255 = getelementptr i8, ptr %1252, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1255, i32 0, i32 2, i32 1)
-  %1256 = getelementptr inbounds nuw i8, ptr %gep, i64 56
-  %1257 = load i64, ptr %1256, align 8, !tbaa !5
-  %1258 = getelementptr i32, ptr %key_cache, i64 %1257
-  tail call void @llvm.prefetch.p0(ptr readonly %1258, i32 0, i32 2, i32 1)
-  %1259 = getelementptr i8, ptr %1258, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %1259, i32 0, i32 2, i32 1)
-  %1260 = getelementptr i8, ptr %1258, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %1260, i32 0, i32 2, i32 1)
-  %1261 = getelementptr i8, ptr %1258, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %1261, i32 0, i32 2, i32 1)
-  %1262 = shl i64 %indvars.iv563.i, 10
-  %1263 = and i64 %1262, 4294966272
-  %1264 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1263
+  %.idx62 = shl nsw i64 %indvars.iv563.i, 6
+  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx62
+  %1267 = load i64, ptr %gep, align 8, !tbaa !5
+  %1268 = getelementptr i32, ptr %key_cache, i64 %1267
+  tail call void @llvm.prefetch.p0(ptr readonly %1268, i32 0, i32 2, i32 1)
+  %1269 = getelementptr i8, ptr %1268, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1269, i32 0, i32 2, i32 1)
+  %1270 = getelementptr i8, ptr %1268, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1270, i32 0, i32 2, i32 1)
+  %1271 = getelementptr i8, ptr %1268, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1271, i32 0, i32 2, i32 1)
+  %1272 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %1273 = load i64, ptr %1272, align 8, !tbaa !5
+  %1274 = getelementptr i32, ptr %key_cache, i64 %1273
+  tail call void @llvm.prefetch.p0(ptr readonly %1274, i32 0, i32 2, i32 1)
+  %1275 = getelementptr i8, ptr %1274, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1275, i32 0, i32 2, i32 1)
+  %1276 = getelementptr i8, ptr %1274, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1276, i32 0, i32 2, i32 1)
+  %1277 = getelementptr i8, ptr %1274, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1277, i32 0, i32 2, i32 1)
+  %1278 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  %1279 = load i64, ptr %1278, align 8, !tbaa !5
+  %1280 = getelementptr i32, ptr %key_cache, i64 %1279
+  tail call void @llvm.prefetch.p0(ptr readonly %1280, i32 0, i32 2, i32 1)
+  %1281 = getelementptr i8, ptr %1280, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1281, i32 0, i32 2, i32 1)
+  %1282 = getelementptr i8, ptr %1280, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1282, i32 0, i32 2, i32 1)
+  %1283 = getelementptr i8, ptr %1280, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1283, i32 0, i32 2, i32 1)
+  %1284 = getelementptr inbounds nuw i8, ptr %gep, i64 24
+  %1285 = load i64, ptr %1284, align 8, !tbaa !5
+  %1286 = getelementptr i32, ptr %key_cache, i64 %1285
+  tail call void @llvm.prefetch.p0(ptr readonly %1286, i32 0, i32 2, i32 1)
+  %1287 = getelementptr i8, ptr %1286, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1287, i32 0, i32 2, i32 1)
+  %1288 = getelementptr i8, ptr %1286, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1288, i32 0, i32 2, i32 1)
+  %1289 = getelementptr i8, ptr %1286, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1289, i32 0, i32 2, i32 1)
+  %1290 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  %1291 = load i64, ptr %1290, align 8, !tbaa !5
+  %1292 = getelementptr i32, ptr %key_cache, i64 %1291
+  tail call void @llvm.prefetch.p0(ptr readonly %1292, i32 0, i32 2, i32 1)
+  %1293 = getelementptr i8, ptr %1292, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1293, i32 0, i32 2, i32 1)
+  %1294 = getelementptr i8, ptr %1292, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1294, i32 0, i32 2, i32 1)
+  %1295 = getelementptr i8, ptr %1292, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1295, i32 0, i32 2, i32 1)
+  %1296 = getelementptr inbounds nuw i8, ptr %gep, i64 40
+  %1297 = load i64, ptr %1296, align 8, !tbaa !5
+  %1298 = getelementptr i32, ptr %key_cache, i64 %1297
+  tail call void @llvm.prefetch.p0(ptr readonly %1298, i32 0, i32 2, i32 1)
+  %1299 = getelementptr i8, ptr %1298, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1299, i32 0, i32 2, i32 1)
+  %1300 = getelementptr i8, ptr %1298, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1300, i32 0, i32 2, i32 1)
+  %1301 = getelementptr i8, ptr %1298, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1301, i32 0, i32 2, i32 1)
+  %1302 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  %1303 = load i64, ptr %1302, align 8, !tbaa !5
+  %1304 = getelementptr i32, ptr %key_cache, i64 %1303
+  tail call void @llvm.prefetch.p0(ptr readonly %1304, i32 0, i32 2, i32 1)
+  %1305 = getelementptr i8, ptr %1304, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1305, i32 0, i32 2, i32 1)
+  %1306 = getelementptr i8, ptr %1304, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1306, i32 0, i32 2, i32 1)
+  %1307 = getelementptr i8, ptr %1304, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1307, i32 0, i32 2, i32 1)
+  %1308 = getelementptr inbounds nuw i8, ptr %gep, i64 56
+  %1309 = load i64, ptr %1308, align 8, !tbaa !5
+  %1310 = getelementptr i32, ptr %key_cache, i64 %1309
+  tail call void @llvm.prefetch.p0(ptr readonly %1310, i32 0, i32 2, i32 1)
+  %1311 = getelementptr i8, ptr %1310, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %1311, i32 0, i32 2, i32 1)
+  %1312 = getelementptr i8, ptr %1310, i64 128
+  tail call void @llvm.prefetch.p0(ptr readonly %1312, i32 0, i32 2, i32 1)
+  %1313 = getelementptr i8, ptr %1310, i64 192
+  tail call void @llvm.prefetch.p0(ptr readonly %1313, i32 0, i32 2, i32 1)
+  %1314 = shl i64 %indvars.iv563.i, 10
+  %1315 = and i64 %1314, 4294966272
+  %1316 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1315
   br label %for_begin_d_2.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_end_d_1.3.i
-  %1265 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %1265(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1266 = icmp eq ptr %scaled.i, null
-  br i1 %1266, label %fused_decode_compute_.exit, label %for_begin_to68.preheader.i, !prof !8
+  %1317 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1317(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1318 = icmp eq ptr %scaled.i, null
+  br i1 %1318, label %fused_decode_compute_.exit, label %for_begin_to68.preheader.i, !prof !8
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
-  %1267 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled776.i = tail call ptr %1267(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1268 = icmp eq ptr %scaled776.i, null
-  br i1 %1268, label %fused_decode_compute_.exit, label %for_begin_to100.preheader.i, !prof !8
+  %1319 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled776.i = tail call ptr %1319(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1320 = icmp eq ptr %scaled776.i, null
+  br i1 %1320, label %fused_decode_compute_.exit, label %for_begin_to100.preheader.i, !prof !8
 
 for_begin_to68.preheader.i:                       ; preds = %for_end_to_m.i
-  %1269 = sext i32 %401 to i64
+  %1321 = sext i32 %453 to i64
   br label %for_begin_ti73.preheader.i
 
 for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_n.preheader.i
   %indvars.iv554.i = phi i64 [ 0, %for_begin_n.preheader.i ], [ %indvars.iv.next555.i, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.0.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1318, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.4.1372.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1323, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.8.1371.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1328, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.12.1370.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1333, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.16.1369.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1338, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.20.1368.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1343, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.24.1367.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1348, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.28.1366.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1353, %for_begin_d_2.preheader.i ]
-  %.idx62 = shl nuw nsw i64 %indvars.iv554.i, 7
-  %1270 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx62
-  %1271 = load <16 x float>, ptr %1270, align 4, !tbaa !5
-  %1272 = getelementptr inbounds nuw float, ptr %1264, i64 %indvars.iv554.i
-  %1273 = load float, ptr %1272, align 4, !tbaa !5
-  %1274 = insertelement <16 x float> poison, float %1273, i64 0
-  %1275 = shufflevector <16 x float> %1274, <16 x float> poison, <16 x i32> zeroinitializer
-  %1276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1275, <16 x float> %scores_global261.sroa.0.1373.i)
-  %1277 = getelementptr inbounds nuw i8, ptr %1272, i64 512
-  %1278 = load float, ptr %1277, align 4, !tbaa !5
-  %1279 = insertelement <16 x float> poison, float %1278, i64 0
-  %1280 = shufflevector <16 x float> %1279, <16 x float> poison, <16 x i32> zeroinitializer
-  %1281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1280, <16 x float> %scores_global261.sroa.4.1372.i)
-  %1282 = getelementptr inbounds nuw i8, ptr %1272, i64 1024
-  %1283 = load float, ptr %1282, align 4, !tbaa !5
-  %1284 = insertelement <16 x float> poison, float %1283, i64 0
-  %1285 = shufflevector <16 x float> %1284, <16 x float> poison, <16 x i32> zeroinitializer
-  %1286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1285, <16 x float> %scores_global261.sroa.8.1371.i)
-  %1287 = getelementptr inbounds nuw i8, ptr %1272, i64 1536
-  %1288 = load float, ptr %1287, align 4, !tbaa !5
-  %1289 = insertelement <16 x float> poison, float %1288, i64 0
-  %1290 = shufflevector <16 x float> %1289, <16 x float> poison, <16 x i32> zeroinitializer
-  %1291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1290, <16 x float> %scores_global261.sroa.12.1370.i)
-  %1292 = getelementptr inbounds nuw i8, ptr %1272, i64 2048
-  %1293 = load float, ptr %1292, align 4, !tbaa !5
-  %1294 = insertelement <16 x float> poison, float %1293, i64 0
-  %1295 = shufflevector <16 x float> %1294, <16 x float> poison, <16 x i32> zeroinitializer
-  %1296 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1295, <16 x float> %scores_global261.sroa.16.1369.i)
-  %1297 = getelementptr inbounds nuw i8, ptr %1272, i64 2560
-  %1298 = load float, ptr %1297, align 4, !tbaa !5
-  %1299 = insertelement <16 x float> poison, float %1298, i64 0
-  %1300 = shufflevector <16 x float> %1299, <16 x float> poison, <16 x i32> zeroinitializer
-  %1301 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1300, <16 x float> %scores_global261.sroa.20.1368.i)
-  %1302 = getelementptr inbounds nuw i8, ptr %1272, i64 3072
-  %1303 = load float, ptr %1302, align 4, !tbaa !5
-  %1304 = insertelement <16 x float> poison, float %1303, i64 0
-  %1305 = shufflevector <16 x float> %1304, <16 x float> poison, <16 x i32> zeroinitializer
-  %1306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1305, <16 x float> %scores_global261.sroa.24.1367.i)
-  %1307 = getelementptr inbounds nuw i8, ptr %1272, i64 3584
-  %1308 = load float, ptr %1307, align 4, !tbaa !5
-  %1309 = insertelement <16 x float> poison, float %1308, i64 0
-  %1310 = shufflevector <16 x float> %1309, <16 x float> poison, <16 x i32> zeroinitializer
-  %1311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1271, <16 x float> %1310, <16 x float> %scores_global261.sroa.28.1366.i)
-  %1312 = getelementptr inbounds nuw i8, ptr %1270, i64 64
-  %1313 = load <16 x float>, ptr %1312, align 4, !tbaa !5
-  %1314 = getelementptr inbounds nuw i8, ptr %1272, i64 64
-  %1315 = load float, ptr %1314, align 4, !tbaa !5
-  %1316 = insertelement <16 x float> poison, float %1315, i64 0
-  %1317 = shufflevector <16 x float> %1316, <16 x float> poison, <16 x i32> zeroinitializer
-  %1318 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1317, <16 x float> %1276)
-  %1319 = getelementptr inbounds nuw i8, ptr %1272, i64 576
-  %1320 = load float, ptr %1319, align 4, !tbaa !5
-  %1321 = insertelement <16 x float> poison, float %1320, i64 0
-  %1322 = shufflevector <16 x float> %1321, <16 x float> poison, <16 x i32> zeroinitializer
-  %1323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1322, <16 x float> %1281)
-  %1324 = getelementptr inbounds nuw i8, ptr %1272, i64 1088
+  %scores_global261.sroa.0.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1370, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.4.1372.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1375, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.8.1371.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1380, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.12.1370.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1385, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.16.1369.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1390, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.20.1368.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1395, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.24.1367.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1400, %for_begin_d_2.preheader.i ]
+  %scores_global261.sroa.28.1366.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1405, %for_begin_d_2.preheader.i ]
+  %.idx63 = shl nuw nsw i64 %indvars.iv554.i, 7
+  %1322 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx63
+  %1323 = load <16 x float>, ptr %1322, align 4, !tbaa !5
+  %1324 = getelementptr inbounds nuw float, ptr %1316, i64 %indvars.iv554.i
   %1325 = load float, ptr %1324, align 4, !tbaa !5
   %1326 = insertelement <16 x float> poison, float %1325, i64 0
   %1327 = shufflevector <16 x float> %1326, <16 x float> poison, <16 x i32> zeroinitializer
-  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1327, <16 x float> %1286)
-  %1329 = getelementptr inbounds nuw i8, ptr %1272, i64 1600
+  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1327, <16 x float> %scores_global261.sroa.0.1373.i)
+  %1329 = getelementptr inbounds nuw i8, ptr %1324, i64 512
   %1330 = load float, ptr %1329, align 4, !tbaa !5
   %1331 = insertelement <16 x float> poison, float %1330, i64 0
   %1332 = shufflevector <16 x float> %1331, <16 x float> poison, <16 x i32> zeroinitializer
-  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1332, <16 x float> %1291)
-  %1334 = getelementptr inbounds nuw i8, ptr %1272, i64 2112
+  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1332, <16 x float> %scores_global261.sroa.4.1372.i)
+  %1334 = getelementptr inbounds nuw i8, ptr %1324, i64 1024
   %1335 = load float, ptr %1334, align 4, !tbaa !5
   %1336 = insertelement <16 x float> poison, float %1335, i64 0
   %1337 = shufflevector <16 x float> %1336, <16 x float> poison, <16 x i32> zeroinitializer
-  %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1337, <16 x float> %1296)
-  %1339 = getelementptr inbounds nuw i8, ptr %1272, i64 2624
+  %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1337, <16 x float> %scores_global261.sroa.8.1371.i)
+  %1339 = getelementptr inbounds nuw i8, ptr %1324, i64 1536
   %1340 = load float, ptr %1339, align 4, !tbaa !5
   %1341 = insertelement <16 x float> poison, float %1340, i64 0
   %1342 = shufflevector <16 x float> %1341, <16 x float> poison, <16 x i32> zeroinitializer
-  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1342, <16 x float> %1301)
-  %1344 = getelementptr inbounds nuw i8, ptr %1272, i64 3136
+  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1342, <16 x float> %scores_global261.sroa.12.1370.i)
+  %1344 = getelementptr inbounds nuw i8, ptr %1324, i64 2048
   %1345 = load float, ptr %1344, align 4, !tbaa !5
   %1346 = insertelement <16 x float> poison, float %1345, i64 0
   %1347 = shufflevector <16 x float> %1346, <16 x float> poison, <16 x i32> zeroinitializer
-  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1347, <16 x float> %1306)
-  %1349 = getelementptr inbounds nuw i8, ptr %1272, i64 3648
+  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1347, <16 x float> %scores_global261.sroa.16.1369.i)
+  %1349 = getelementptr inbounds nuw i8, ptr %1324, i64 2560
   %1350 = load float, ptr %1349, align 4, !tbaa !5
   %1351 = insertelement <16 x float> poison, float %1350, i64 0
   %1352 = shufflevector <16 x float> %1351, <16 x float> poison, <16 x i32> zeroinitializer
-  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1313, <16 x float> %1352, <16 x float> %1311)
+  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1352, <16 x float> %scores_global261.sroa.20.1368.i)
+  %1354 = getelementptr inbounds nuw i8, ptr %1324, i64 3072
+  %1355 = load float, ptr %1354, align 4, !tbaa !5
+  %1356 = insertelement <16 x float> poison, float %1355, i64 0
+  %1357 = shufflevector <16 x float> %1356, <16 x float> poison, <16 x i32> zeroinitializer
+  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1357, <16 x float> %scores_global261.sroa.24.1367.i)
+  %1359 = getelementptr inbounds nuw i8, ptr %1324, i64 3584
+  %1360 = load float, ptr %1359, align 4, !tbaa !5
+  %1361 = insertelement <16 x float> poison, float %1360, i64 0
+  %1362 = shufflevector <16 x float> %1361, <16 x float> poison, <16 x i32> zeroinitializer
+  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1362, <16 x float> %scores_global261.sroa.28.1366.i)
+  %1364 = getelementptr inbounds nuw i8, ptr %1322, i64 64
+  %1365 = load <16 x float>, ptr %1364, align 4, !tbaa !5
+  %1366 = getelementptr inbounds nuw i8, ptr %1324, i64 64
+  %1367 = load float, ptr %1366, align 4, !tbaa !5
+  %1368 = insertelement <16 x float> poison, float %1367, i64 0
+  %1369 = shufflevector <16 x float> %1368, <16 x float> poison, <16 x i32> zeroinitializer
+  %1370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1369, <16 x float> %1328)
+  %1371 = getelementptr inbounds nuw i8, ptr %1324, i64 576
+  %1372 = load float, ptr %1371, align 4, !tbaa !5
+  %1373 = insertelement <16 x float> poison, float %1372, i64 0
+  %1374 = shufflevector <16 x float> %1373, <16 x float> poison, <16 x i32> zeroinitializer
+  %1375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1374, <16 x float> %1333)
+  %1376 = getelementptr inbounds nuw i8, ptr %1324, i64 1088
+  %1377 = load float, ptr %1376, align 4, !tbaa !5
+  %1378 = insertelement <16 x float> poison, float %1377, i64 0
+  %1379 = shufflevector <16 x float> %1378, <16 x float> poison, <16 x i32> zeroinitializer
+  %1380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1379, <16 x float> %1338)
+  %1381 = getelementptr inbounds nuw i8, ptr %1324, i64 1600
+  %1382 = load float, ptr %1381, align 4, !tbaa !5
+  %1383 = insertelement <16 x float> poison, float %1382, i64 0
+  %1384 = shufflevector <16 x float> %1383, <16 x float> poison, <16 x i32> zeroinitializer
+  %1385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1384, <16 x float> %1343)
+  %1386 = getelementptr inbounds nuw i8, ptr %1324, i64 2112
+  %1387 = load float, ptr %1386, align 4, !tbaa !5
+  %1388 = insertelement <16 x float> poison, float %1387, i64 0
+  %1389 = shufflevector <16 x float> %1388, <16 x float> poison, <16 x i32> zeroinitializer
+  %1390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1389, <16 x float> %1348)
+  %1391 = getelementptr inbounds nuw i8, ptr %1324, i64 2624
+  %1392 = load float, ptr %1391, align 4, !tbaa !5
+  %1393 = insertelement <16 x float> poison, float %1392, i64 0
+  %1394 = shufflevector <16 x float> %1393, <16 x float> poison, <16 x i32> zeroinitializer
+  %1395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1394, <16 x float> %1353)
+  %1396 = getelementptr inbounds nuw i8, ptr %1324, i64 3136
+  %1397 = load float, ptr %1396, align 4, !tbaa !5
+  %1398 = insertelement <16 x float> poison, float %1397, i64 0
+  %1399 = shufflevector <16 x float> %1398, <16 x float> poison, <16 x i32> zeroinitializer
+  %1400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1399, <16 x float> %1358)
+  %1401 = getelementptr inbounds nuw i8, ptr %1324, i64 3648
+  %1402 = load float, ptr %1401, align 4, !tbaa !5
+  %1403 = insertelement <16 x float> poison, float %1402, i64 0
+  %1404 = shufflevector <16 x float> %1403, <16 x float> poison, <16 x i32> zeroinitializer
+  %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1404, <16 x float> %1363)
   %indvars.iv.next555.i = add nuw nsw i64 %indvars.iv554.i, 1
   %exitcond558.not.i = icmp eq i64 %indvars.iv.next555.i, 16
   br i1 %exitcond558.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
-  %1354 = getelementptr inbounds nuw i8, ptr %1264, i64 128
+  %1406 = getelementptr inbounds nuw i8, ptr %1316, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
   %indvars.iv554.1.i = phi i64 [ %indvars.iv.next555.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.0.1373.1.i = phi <16 x float> [ %1404, %for_begin_d_2.preheader.1.i ], [ %1318, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.4.1372.1.i = phi <16 x float> [ %1409, %for_begin_d_2.preheader.1.i ], [ %1323, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.8.1371.1.i = phi <16 x float> [ %1414, %for_begin_d_2.preheader.1.i ], [ %1328, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.12.1370.1.i = phi <16 x float> [ %1419, %for_begin_d_2.preheader.1.i ], [ %1333, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.16.1369.1.i = phi <16 x float> [ %1424, %for_begin_d_2.preheader.1.i ], [ %1338, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.20.1368.1.i = phi <16 x float> [ %1429, %for_begin_d_2.preheader.1.i ], [ %1343, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.24.1367.1.i = phi <16 x float> [ %1434, %for_begin_d_2.preheader.1.i ], [ %1348, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.28.1366.1.i = phi <16 x float> [ %1439, %for_begin_d_2.preheader.1.i ], [ %1353, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx63 = shl nuw nsw i64 %indvars.iv554.1.i, 7
-  %1355 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx63
-  %1356 = getelementptr inbounds nuw i8, ptr %1355, i64 2048
-  %1357 = load <16 x float>, ptr %1356, align 4, !tbaa !5
-  %1358 = getelementptr inbounds nuw float, ptr %1354, i64 %indvars.iv554.1.i
-  %1359 = load float, ptr %1358, align 4, !tbaa !5
-  %1360 = insertelement <16 x float> poison, float %1359, i64 0
-  %1361 = shufflevector <16 x float> %1360, <16 x float> poison, <16 x i32> zeroinitializer
-  %1362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1361, <16 x float> %scores_global261.sroa.0.1373.1.i)
-  %1363 = getelementptr inbounds nuw i8, ptr %1358, i64 512
-  %1364 = load float, ptr %1363, align 4, !tbaa !5
-  %1365 = insertelement <16 x float> poison, float %1364, i64 0
-  %1366 = shufflevector <16 x float> %1365, <16 x float> poison, <16 x i32> zeroinitializer
-  %1367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1366, <16 x float> %scores_global261.sroa.4.1372.1.i)
-  %1368 = getelementptr inbounds nuw i8, ptr %1358, i64 1024
-  %1369 = load float, ptr %1368, align 4, !tbaa !5
-  %1370 = insertelement <16 x float> poison, float %1369, i64 0
-  %1371 = shufflevector <16 x float> %1370, <16 x float> poison, <16 x i32> zeroinitializer
-  %1372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1371, <16 x float> %scores_global261.sroa.8.1371.1.i)
-  %1373 = getelementptr inbounds nuw i8, ptr %1358, i64 1536
-  %1374 = load float, ptr %1373, align 4, !tbaa !5
-  %1375 = insertelement <16 x float> poison, float %1374, i64 0
-  %1376 = shufflevector <16 x float> %1375, <16 x float> poison, <16 x i32> zeroinitializer
-  %1377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1376, <16 x float> %scores_global261.sroa.12.1370.1.i)
-  %1378 = getelementptr inbounds nuw i8, ptr %1358, i64 2048
-  %1379 = load float, ptr %1378, align 4, !tbaa !5
-  %1380 = insertelement <16 x float> poison, float %1379, i64 0
-  %1381 = shufflevector <16 x float> %1380, <16 x float> poison, <16 x i32> zeroinitializer
-  %1382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1381, <16 x float> %scores_global261.sroa.16.1369.1.i)
-  %1383 = getelementptr inbounds nuw i8, ptr %1358, i64 2560
-  %1384 = load float, ptr %1383, align 4, !tbaa !5
-  %1385 = insertelement <16 x float> poison, float %1384, i64 0
-  %1386 = shufflevector <16 x float> %1385, <16 x float> poison, <16 x i32> zeroinitializer
-  %1387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1386, <16 x float> %scores_global261.sroa.20.1368.1.i)
-  %1388 = getelementptr inbounds nuw i8, ptr %1358, i64 3072
-  %1389 = load float, ptr %1388, align 4, !tbaa !5
-  %1390 = insertelement <16 x float> poison, float %1389, i64 0
-  %1391 = shufflevector <16 x float> %1390, <16 x float> poison, <16 x i32> zeroinitializer
-  %1392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1391, <16 x float> %scores_global261.sroa.24.1367.1.i)
-  %1393 = getelementptr inbounds nuw i8, ptr %1358, i64 3584
-  %1394 = load float, ptr %1393, align 4, !tbaa !5
-  %1395 = insertelement <16 x float> poison, float %1394, i64 0
-  %1396 = shufflevector <16 x float> %1395, <16 x float> poison, <16 x i32> zeroinitializer
-  %1397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1357, <16 x float> %1396, <16 x float> %scores_global261.sroa.28.1366.1.i)
-  %1398 = getelementptr inbounds nuw i8, ptr %1355, i64 2112
-  %1399 = load <16 x float>, ptr %1398, align 4, !tbaa !5
-  %1400 = getelementptr inbounds nuw i8, ptr %1358, i64 64
-  %1401 = load float, ptr %1400, align 4, !tbaa !5
-  %1402 = insertelement <16 x float> poison, float %1401, i64 0
-  %1403 = shufflevector <16 x float> %1402, <16 x float> poison, <16 x i32> zeroinitializer
-  %1404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1403, <16 x float> %1362)
-  %1405 = getelementptr inbounds nuw i8, ptr %1358, i64 576
-  %1406 = load float, ptr %1405, align 4, !tbaa !5
-  %1407 = insertelement <16 x float> poison, float %1406, i64 0
-  %1408 = shufflevector <16 x float> %1407, <16 x float> poison, <16 x i32> zeroinitializer
-  %1409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1408, <16 x float> %1367)
-  %1410 = getelementptr inbounds nuw i8, ptr %1358, i64 1088
+  %scores_global261.sroa.0.1373.1.i = phi <16 x float> [ %1456, %for_begin_d_2.preheader.1.i ], [ %1370, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.4.1372.1.i = phi <16 x float> [ %1461, %for_begin_d_2.preheader.1.i ], [ %1375, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.8.1371.1.i = phi <16 x float> [ %1466, %for_begin_d_2.preheader.1.i ], [ %1380, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.12.1370.1.i = phi <16 x float> [ %1471, %for_begin_d_2.preheader.1.i ], [ %1385, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.16.1369.1.i = phi <16 x float> [ %1476, %for_begin_d_2.preheader.1.i ], [ %1390, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.20.1368.1.i = phi <16 x float> [ %1481, %for_begin_d_2.preheader.1.i ], [ %1395, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.24.1367.1.i = phi <16 x float> [ %1486, %for_begin_d_2.preheader.1.i ], [ %1400, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global261.sroa.28.1366.1.i = phi <16 x float> [ %1491, %for_begin_d_2.preheader.1.i ], [ %1405, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx64 = shl nuw nsw i64 %indvars.iv554.1.i, 7
+  %1407 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx64
+  %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 2048
+  %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
+  %1410 = getelementptr inbounds nuw float, ptr %1406, i64 %indvars.iv554.1.i
   %1411 = load float, ptr %1410, align 4, !tbaa !5
   %1412 = insertelement <16 x float> poison, float %1411, i64 0
   %1413 = shufflevector <16 x float> %1412, <16 x float> poison, <16 x i32> zeroinitializer
-  %1414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1413, <16 x float> %1372)
-  %1415 = getelementptr inbounds nuw i8, ptr %1358, i64 1600
+  %1414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1413, <16 x float> %scores_global261.sroa.0.1373.1.i)
+  %1415 = getelementptr inbounds nuw i8, ptr %1410, i64 512
   %1416 = load float, ptr %1415, align 4, !tbaa !5
   %1417 = insertelement <16 x float> poison, float %1416, i64 0
   %1418 = shufflevector <16 x float> %1417, <16 x float> poison, <16 x i32> zeroinitializer
-  %1419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1418, <16 x float> %1377)
-  %1420 = getelementptr inbounds nuw i8, ptr %1358, i64 2112
+  %1419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1418, <16 x float> %scores_global261.sroa.4.1372.1.i)
+  %1420 = getelementptr inbounds nuw i8, ptr %1410, i64 1024
   %1421 = load float, ptr %1420, align 4, !tbaa !5
   %1422 = insertelement <16 x float> poison, float %1421, i64 0
   %1423 = shufflevector <16 x float> %1422, <16 x float> poison, <16 x i32> zeroinitializer
-  %1424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1423, <16 x float> %1382)
-  %1425 = getelementptr inbounds nuw i8, ptr %1358, i64 2624
+  %1424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1423, <16 x float> %scores_global261.sroa.8.1371.1.i)
+  %1425 = getelementptr inbounds nuw i8, ptr %1410, i64 1536
   %1426 = load float, ptr %1425, align 4, !tbaa !5
   %1427 = insertelement <16 x float> poison, float %1426, i64 0
   %1428 = shufflevector <16 x float> %1427, <16 x float> poison, <16 x i32> zeroinitializer
-  %1429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1428, <16 x float> %1387)
-  %1430 = getelementptr inbounds nuw i8, ptr %1358, i64 3136
+  %1429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1428, <16 x float> %scores_global261.sroa.12.1370.1.i)
+  %1430 = getelementptr inbounds nuw i8, ptr %1410, i64 2048
   %1431 = load float, ptr %1430, align 4, !tbaa !5
   %1432 = insertelement <16 x float> poison, float %1431, i64 0
   %1433 = shufflevector <16 x float> %1432, <16 x float> poison, <16 x i32> zeroinitializer
-  %1434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1433, <16 x float> %1392)
-  %1435 = getelementptr inbounds nuw i8, ptr %1358, i64 3648
+  %1434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1433, <16 x float> %scores_global261.sroa.16.1369.1.i)
+  %1435 = getelementptr inbounds nuw i8, ptr %1410, i64 2560
   %1436 = load float, ptr %1435, align 4, !tbaa !5
   %1437 = insertelement <16 x float> poison, float %1436, i64 0
   %1438 = shufflevector <16 x float> %1437, <16 x float> poison, <16 x i32> zeroinitializer
-  %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1399, <16 x float> %1438, <16 x float> %1397)
+  %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1438, <16 x float> %scores_global261.sroa.20.1368.1.i)
+  %1440 = getelementptr inbounds nuw i8, ptr %1410, i64 3072
+  %1441 = load float, ptr %1440, align 4, !tbaa !5
+  %1442 = insertelement <16 x float> poison, float %1441, i64 0
+  %1443 = shufflevector <16 x float> %1442, <16 x float> poison, <16 x i32> zeroinitializer
+  %1444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1443, <16 x float> %scores_global261.sroa.24.1367.1.i)
+  %1445 = getelementptr inbounds nuw i8, ptr %1410, i64 3584
+  %1446 = load float, ptr %1445, align 4, !tbaa !5
+  %1447 = insertelement <16 x float> poison, float %1446, i64 0
+  %1448 = shufflevector <16 x float> %1447, <16 x float> poison, <16 x i32> zeroinitializer
+  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1448, <16 x float> %scores_global261.sroa.28.1366.1.i)
+  %1450 = getelementptr inbounds nuw i8, ptr %1407, i64 2112
+  %1451 = load <16 x float>, ptr %1450, align 4, !tbaa !5
+  %1452 = getelementptr inbounds nuw i8, ptr %1410, i64 64
+  %1453 = load float, ptr %1452, align 4, !tbaa !5
+  %1454 = insertelement <16 x float> poison, float %1453, i64 0
+  %1455 = shufflevector <16 x float> %1454, <16 x float> poison, <16 x i32> zeroinitializer
+  %1456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1455, <16 x float> %1414)
+  %1457 = getelementptr inbounds nuw i8, ptr %1410, i64 576
+  %1458 = load float, ptr %1457, align 4, !tbaa !5
+  %1459 = insertelement <16 x float> poison, float %1458, i64 0
+  %1460 = shufflevector <16 x float> %1459, <16 x float> poison, <16 x i32> zeroinitializer
+  %1461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1460, <16 x float> %1419)
+  %1462 = getelementptr inbounds nuw i8, ptr %1410, i64 1088
+  %1463 = load float, ptr %1462, align 4, !tbaa !5
+  %1464 = insertelement <16 x float> poison, float %1463, i64 0
+  %1465 = shufflevector <16 x float> %1464, <16 x float> poison, <16 x i32> zeroinitializer
+  %1466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1465, <16 x float> %1424)
+  %1467 = getelementptr inbounds nuw i8, ptr %1410, i64 1600
+  %1468 = load float, ptr %1467, align 4, !tbaa !5
+  %1469 = insertelement <16 x float> poison, float %1468, i64 0
+  %1470 = shufflevector <16 x float> %1469, <16 x float> poison, <16 x i32> zeroinitializer
+  %1471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1470, <16 x float> %1429)
+  %1472 = getelementptr inbounds nuw i8, ptr %1410, i64 2112
+  %1473 = load float, ptr %1472, align 4, !tbaa !5
+  %1474 = insertelement <16 x float> poison, float %1473, i64 0
+  %1475 = shufflevector <16 x float> %1474, <16 x float> poison, <16 x i32> zeroinitializer
+  %1476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1475, <16 x float> %1434)
+  %1477 = getelementptr inbounds nuw i8, ptr %1410, i64 2624
+  %1478 = load float, ptr %1477, align 4, !tbaa !5
+  %1479 = insertelement <16 x float> poison, float %1478, i64 0
+  %1480 = shufflevector <16 x float> %1479, <16 x float> poison, <16 x i32> zeroinitializer
+  %1481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1480, <16 x float> %1439)
+  %1482 = getelementptr inbounds nuw i8, ptr %1410, i64 3136
+  %1483 = load float, ptr %1482, align 4, !tbaa !5
+  %1484 = insertelement <16 x float> poison, float %1483, i64 0
+  %1485 = shufflevector <16 x float> %1484, <16 x float> poison, <16 x i32> zeroinitializer
+  %1486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1485, <16 x float> %1444)
+  %1487 = getelementptr inbounds nuw i8, ptr %1410, i64 3648
+  %1488 = load float, ptr %1487, align 4, !tbaa !5
+  %1489 = insertelement <16 x float> poison, float %1488, i64 0
+  %1490 = shufflevector <16 x float> %1489, <16 x float> poison, <16 x i32> zeroinitializer
+  %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1490, <16 x float> %1449)
   %indvars.iv.next555.1.i = add nuw nsw i64 %indvars.iv554.1.i, 1
   %exitcond558.1.not.i = icmp eq i64 %indvars.iv.next555.1.i, 16
   br i1 %exitcond558.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
-  %1440 = getelementptr inbounds nuw i8, ptr %1264, i64 256
+  %1492 = getelementptr inbounds nuw i8, ptr %1316, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
   %indvars.iv554.2.i = phi i64 [ %indvars.iv.next555.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.0.1373.2.i = phi <16 x float> [ %1490, %for_begin_d_2.preheader.2.i ], [ %1404, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.4.1372.2.i = phi <16 x float> [ %1495, %for_begin_d_2.preheader.2.i ], [ %1409, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.8.1371.2.i = phi <16 x float> [ %1500, %for_begin_d_2.preheader.2.i ], [ %1414, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.12.1370.2.i = phi <16 x float> [ %1505, %for_begin_d_2.preheader.2.i ], [ %1419, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.16.1369.2.i = phi <16 x float> [ %1510, %for_begin_d_2.preheader.2.i ], [ %1424, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.20.1368.2.i = phi <16 x float> [ %1515, %for_begin_d_2.preheader.2.i ], [ %1429, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.24.1367.2.i = phi <16 x float> [ %1520, %for_begin_d_2.preheader.2.i ], [ %1434, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.28.1366.2.i = phi <16 x float> [ %1525, %for_begin_d_2.preheader.2.i ], [ %1439, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx64 = shl nuw nsw i64 %indvars.iv554.2.i, 7
-  %1441 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx64
-  %1442 = getelementptr inbounds nuw i8, ptr %1441, i64 4096
-  %1443 = load <16 x float>, ptr %1442, align 4, !tbaa !5
-  %1444 = getelementptr inbounds nuw float, ptr %1440, i64 %indvars.iv554.2.i
-  %1445 = load float, ptr %1444, align 4, !tbaa !5
-  %1446 = insertelement <16 x float> poison, float %1445, i64 0
-  %1447 = shufflevector <16 x float> %1446, <16 x float> poison, <16 x i32> zeroinitializer
-  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1447, <16 x float> %scores_global261.sroa.0.1373.2.i)
-  %1449 = getelementptr inbounds nuw i8, ptr %1444, i64 512
-  %1450 = load float, ptr %1449, align 4, !tbaa !5
-  %1451 = insertelement <16 x float> poison, float %1450, i64 0
-  %1452 = shufflevector <16 x float> %1451, <16 x float> poison, <16 x i32> zeroinitializer
-  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1452, <16 x float> %scores_global261.sroa.4.1372.2.i)
-  %1454 = getelementptr inbounds nuw i8, ptr %1444, i64 1024
-  %1455 = load float, ptr %1454, align 4, !tbaa !5
-  %1456 = insertelement <16 x float> poison, float %1455, i64 0
-  %1457 = shufflevector <16 x float> %1456, <16 x float> poison, <16 x i32> zeroinitializer
-  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1457, <16 x float> %scores_global261.sroa.8.1371.2.i)
-  %1459 = getelementptr inbounds nuw i8, ptr %1444, i64 1536
-  %1460 = load float, ptr %1459, align 4, !tbaa !5
-  %1461 = insertelement <16 x float> poison, float %1460, i64 0
-  %1462 = shufflevector <16 x float> %1461, <16 x float> poison, <16 x i32> zeroinitializer
-  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1462, <16 x float> %scores_global261.sroa.12.1370.2.i)
-  %1464 = getelementptr inbounds nuw i8, ptr %1444, i64 2048
-  %1465 = load float, ptr %1464, align 4, !tbaa !5
-  %1466 = insertelement <16 x float> poison, float %1465, i64 0
-  %1467 = shufflevector <16 x float> %1466, <16 x float> poison, <16 x i32> zeroinitializer
-  %1468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1467, <16 x float> %scores_global261.sroa.16.1369.2.i)
-  %1469 = getelementptr inbounds nuw i8, ptr %1444, i64 2560
-  %1470 = load float, ptr %1469, align 4, !tbaa !5
-  %1471 = insertelement <16 x float> poison, float %1470, i64 0
-  %1472 = shufflevector <16 x float> %1471, <16 x float> poison, <16 x i32> zeroinitializer
-  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1472, <16 x float> %scores_global261.sroa.20.1368.2.i)
-  %1474 = getelementptr inbounds nuw i8, ptr %1444, i64 3072
-  %1475 = load float, ptr %1474, align 4, !tbaa !5
-  %1476 = insertelement <16 x float> poison, float %1475, i64 0
-  %1477 = shufflevector <16 x float> %1476, <16 x float> poison, <16 x i32> zeroinitializer
-  %1478 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1477, <16 x float> %scores_global261.sroa.24.1367.2.i)
-  %1479 = getelementptr inbounds nuw i8, ptr %1444, i64 3584
-  %1480 = load float, ptr %1479, align 4, !tbaa !5
-  %1481 = insertelement <16 x float> poison, float %1480, i64 0
-  %1482 = shufflevector <16 x float> %1481, <16 x float> poison, <16 x i32> zeroinitializer
-  %1483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1443, <16 x float> %1482, <16 x float> %scores_global261.sroa.28.1366.2.i)
-  %1484 = getelementptr inbounds nuw i8, ptr %1441, i64 4160
-  %1485 = load <16 x float>, ptr %1484, align 4, !tbaa !5
-  %1486 = getelementptr inbounds nuw i8, ptr %1444, i64 64
-  %1487 = load float, ptr %1486, align 4, !tbaa !5
-  %1488 = insertelement <16 x float> poison, float %1487, i64 0
-  %1489 = shufflevector <16 x float> %1488, <16 x float> poison, <16 x i32> zeroinitializer
-  %1490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1489, <16 x float> %1448)
-  %1491 = getelementptr inbounds nuw i8, ptr %1444, i64 576
-  %1492 = load float, ptr %1491, align 4, !tbaa !5
-  %1493 = insertelement <16 x float> poison, float %1492, i64 0
-  %1494 = shufflevector <16 x float> %1493, <16 x float> poison, <16 x i32> zeroinitializer
-  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1494, <16 x float> %1453)
-  %1496 = getelementptr inbounds nuw i8, ptr %1444, i64 1088
+  %scores_global261.sroa.0.1373.2.i = phi <16 x float> [ %1542, %for_begin_d_2.preheader.2.i ], [ %1456, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.4.1372.2.i = phi <16 x float> [ %1547, %for_begin_d_2.preheader.2.i ], [ %1461, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.8.1371.2.i = phi <16 x float> [ %1552, %for_begin_d_2.preheader.2.i ], [ %1466, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.12.1370.2.i = phi <16 x float> [ %1557, %for_begin_d_2.preheader.2.i ], [ %1471, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.16.1369.2.i = phi <16 x float> [ %1562, %for_begin_d_2.preheader.2.i ], [ %1476, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.20.1368.2.i = phi <16 x float> [ %1567, %for_begin_d_2.preheader.2.i ], [ %1481, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.24.1367.2.i = phi <16 x float> [ %1572, %for_begin_d_2.preheader.2.i ], [ %1486, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global261.sroa.28.1366.2.i = phi <16 x float> [ %1577, %for_begin_d_2.preheader.2.i ], [ %1491, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx65 = shl nuw nsw i64 %indvars.iv554.2.i, 7
+  %1493 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
+  %1494 = getelementptr inbounds nuw i8, ptr %1493, i64 4096
+  %1495 = load <16 x float>, ptr %1494, align 4, !tbaa !5
+  %1496 = getelementptr inbounds nuw float, ptr %1492, i64 %indvars.iv554.2.i
   %1497 = load float, ptr %1496, align 4, !tbaa !5
   %1498 = insertelement <16 x float> poison, float %1497, i64 0
   %1499 = shufflevector <16 x float> %1498, <16 x float> poison, <16 x i32> zeroinitializer
-  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1499, <16 x float> %1458)
-  %1501 = getelementptr inbounds nuw i8, ptr %1444, i64 1600
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1499, <16 x float> %scores_global261.sroa.0.1373.2.i)
+  %1501 = getelementptr inbounds nuw i8, ptr %1496, i64 512
   %1502 = load float, ptr %1501, align 4, !tbaa !5
   %1503 = insertelement <16 x float> poison, float %1502, i64 0
   %1504 = shufflevector <16 x float> %1503, <16 x float> poison, <16 x i32> zeroinitializer
-  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1504, <16 x float> %1463)
-  %1506 = getelementptr inbounds nuw i8, ptr %1444, i64 2112
+  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1504, <16 x float> %scores_global261.sroa.4.1372.2.i)
+  %1506 = getelementptr inbounds nuw i8, ptr %1496, i64 1024
   %1507 = load float, ptr %1506, align 4, !tbaa !5
   %1508 = insertelement <16 x float> poison, float %1507, i64 0
   %1509 = shufflevector <16 x float> %1508, <16 x float> poison, <16 x i32> zeroinitializer
-  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1509, <16 x float> %1468)
-  %1511 = getelementptr inbounds nuw i8, ptr %1444, i64 2624
+  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1509, <16 x float> %scores_global261.sroa.8.1371.2.i)
+  %1511 = getelementptr inbounds nuw i8, ptr %1496, i64 1536
   %1512 = load float, ptr %1511, align 4, !tbaa !5
   %1513 = insertelement <16 x float> poison, float %1512, i64 0
   %1514 = shufflevector <16 x float> %1513, <16 x float> poison, <16 x i32> zeroinitializer
-  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1514, <16 x float> %1473)
-  %1516 = getelementptr inbounds nuw i8, ptr %1444, i64 3136
+  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1514, <16 x float> %scores_global261.sroa.12.1370.2.i)
+  %1516 = getelementptr inbounds nuw i8, ptr %1496, i64 2048
   %1517 = load float, ptr %1516, align 4, !tbaa !5
   %1518 = insertelement <16 x float> poison, float %1517, i64 0
   %1519 = shufflevector <16 x float> %1518, <16 x float> poison, <16 x i32> zeroinitializer
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1519, <16 x float> %1478)
-  %1521 = getelementptr inbounds nuw i8, ptr %1444, i64 3648
+  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1519, <16 x float> %scores_global261.sroa.16.1369.2.i)
+  %1521 = getelementptr inbounds nuw i8, ptr %1496, i64 2560
   %1522 = load float, ptr %1521, align 4, !tbaa !5
   %1523 = insertelement <16 x float> poison, float %1522, i64 0
   %1524 = shufflevector <16 x float> %1523, <16 x float> poison, <16 x i32> zeroinitializer
-  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1485, <16 x float> %1524, <16 x float> %1483)
+  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1524, <16 x float> %scores_global261.sroa.20.1368.2.i)
+  %1526 = getelementptr inbounds nuw i8, ptr %1496, i64 3072
+  %1527 = load float, ptr %1526, align 4, !tbaa !5
+  %1528 = insertelement <16 x float> poison, float %1527, i64 0
+  %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
+  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1529, <16 x float> %scores_global261.sroa.24.1367.2.i)
+  %1531 = getelementptr inbounds nuw i8, ptr %1496, i64 3584
+  %1532 = load float, ptr %1531, align 4, !tbaa !5
+  %1533 = insertelement <16 x float> poison, float %1532, i64 0
+  %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1534, <16 x float> %scores_global261.sroa.28.1366.2.i)
+  %1536 = getelementptr inbounds nuw i8, ptr %1493, i64 4160
+  %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
+  %1538 = getelementptr inbounds nuw i8, ptr %1496, i64 64
+  %1539 = load float, ptr %1538, align 4, !tbaa !5
+  %1540 = insertelement <16 x float> poison, float %1539, i64 0
+  %1541 = shufflevector <16 x float> %1540, <16 x float> poison, <16 x i32> zeroinitializer
+  %1542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1541, <16 x float> %1500)
+  %1543 = getelementptr inbounds nuw i8, ptr %1496, i64 576
+  %1544 = load float, ptr %1543, align 4, !tbaa !5
+  %1545 = insertelement <16 x float> poison, float %1544, i64 0
+  %1546 = shufflevector <16 x float> %1545, <16 x float> poison, <16 x i32> zeroinitializer
+  %1547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1546, <16 x float> %1505)
+  %1548 = getelementptr inbounds nuw i8, ptr %1496, i64 1088
+  %1549 = load float, ptr %1548, align 4, !tbaa !5
+  %1550 = insertelement <16 x float> poison, float %1549, i64 0
+  %1551 = shufflevector <16 x float> %1550, <16 x float> poison, <16 x i32> zeroinitializer
+  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1551, <16 x float> %1510)
+  %1553 = getelementptr inbounds nuw i8, ptr %1496, i64 1600
+  %1554 = load float, ptr %1553, align 4, !tbaa !5
+  %1555 = insertelement <16 x float> poison, float %1554, i64 0
+  %1556 = shufflevector <16 x float> %1555, <16 x float> poison, <16 x i32> zeroinitializer
+  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1556, <16 x float> %1515)
+  %1558 = getelementptr inbounds nuw i8, ptr %1496, i64 2112
+  %1559 = load float, ptr %1558, align 4, !tbaa !5
+  %1560 = insertelement <16 x float> poison, float %1559, i64 0
+  %1561 = shufflevector <16 x float> %1560, <16 x float> poison, <16 x i32> zeroinitializer
+  %1562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1561, <16 x float> %1520)
+  %1563 = getelementptr inbounds nuw i8, ptr %1496, i64 2624
+  %1564 = load float, ptr %1563, align 4, !tbaa !5
+  %1565 = insertelement <16 x float> poison, float %1564, i64 0
+  %1566 = shufflevector <16 x float> %1565, <16 x float> poison, <16 x i32> zeroinitializer
+  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1566, <16 x float> %1525)
+  %1568 = getelementptr inbounds nuw i8, ptr %1496, i64 3136
+  %1569 = load float, ptr %1568, align 4, !tbaa !5
+  %1570 = insertelement <16 x float> poison, float %1569, i64 0
+  %1571 = shufflevector <16 x float> %1570, <16 x float> poison, <16 x i32> zeroinitializer
+  %1572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1571, <16 x float> %1530)
+  %1573 = getelementptr inbounds nuw i8, ptr %1496, i64 3648
+  %1574 = load float, ptr %1573, align 4, !tbaa !5
+  %1575 = insertelement <16 x float> poison, float %1574, i64 0
+  %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
+  %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1576, <16 x float> %1535)
   %indvars.iv.next555.2.i = add nuw nsw i64 %indvars.iv554.2.i, 1
   %exitcond558.2.not.i = icmp eq i64 %indvars.iv.next555.2.i, 16
   br i1 %exitcond558.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
-  %1526 = getelementptr inbounds nuw i8, ptr %1264, i64 384
+  %1578 = getelementptr inbounds nuw i8, ptr %1316, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
   %indvars.iv554.3.i = phi i64 [ %indvars.iv.next555.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.0.1373.3.i = phi <16 x float> [ %1576, %for_begin_d_2.preheader.3.i ], [ %1490, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.4.1372.3.i = phi <16 x float> [ %1581, %for_begin_d_2.preheader.3.i ], [ %1495, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.8.1371.3.i = phi <16 x float> [ %1586, %for_begin_d_2.preheader.3.i ], [ %1500, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.12.1370.3.i = phi <16 x float> [ %1591, %for_begin_d_2.preheader.3.i ], [ %1505, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.16.1369.3.i = phi <16 x float> [ %1596, %for_begin_d_2.preheader.3.i ], [ %1510, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.20.1368.3.i = phi <16 x float> [ %1601, %for_begin_d_2.preheader.3.i ], [ %1515, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.24.1367.3.i = phi <16 x float> [ %1606, %for_begin_d_2.preheader.3.i ], [ %1520, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.28.1366.3.i = phi <16 x float> [ %1611, %for_begin_d_2.preheader.3.i ], [ %1525, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx65 = shl nuw nsw i64 %indvars.iv554.3.i, 7
-  %1527 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
-  %1528 = getelementptr inbounds nuw i8, ptr %1527, i64 6144
-  %1529 = load <16 x float>, ptr %1528, align 4, !tbaa !5
-  %1530 = getelementptr inbounds nuw float, ptr %1526, i64 %indvars.iv554.3.i
-  %1531 = load float, ptr %1530, align 4, !tbaa !5
-  %1532 = insertelement <16 x float> poison, float %1531, i64 0
-  %1533 = shufflevector <16 x float> %1532, <16 x float> poison, <16 x i32> zeroinitializer
-  %1534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1533, <16 x float> %scores_global261.sroa.0.1373.3.i)
-  %1535 = getelementptr inbounds nuw i8, ptr %1530, i64 512
-  %1536 = load float, ptr %1535, align 4, !tbaa !5
-  %1537 = insertelement <16 x float> poison, float %1536, i64 0
-  %1538 = shufflevector <16 x float> %1537, <16 x float> poison, <16 x i32> zeroinitializer
-  %1539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1538, <16 x float> %scores_global261.sroa.4.1372.3.i)
-  %1540 = getelementptr inbounds nuw i8, ptr %1530, i64 1024
-  %1541 = load float, ptr %1540, align 4, !tbaa !5
-  %1542 = insertelement <16 x float> poison, float %1541, i64 0
-  %1543 = shufflevector <16 x float> %1542, <16 x float> poison, <16 x i32> zeroinitializer
-  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1543, <16 x float> %scores_global261.sroa.8.1371.3.i)
-  %1545 = getelementptr inbounds nuw i8, ptr %1530, i64 1536
-  %1546 = load float, ptr %1545, align 4, !tbaa !5
-  %1547 = insertelement <16 x float> poison, float %1546, i64 0
-  %1548 = shufflevector <16 x float> %1547, <16 x float> poison, <16 x i32> zeroinitializer
-  %1549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1548, <16 x float> %scores_global261.sroa.12.1370.3.i)
-  %1550 = getelementptr inbounds nuw i8, ptr %1530, i64 2048
-  %1551 = load float, ptr %1550, align 4, !tbaa !5
-  %1552 = insertelement <16 x float> poison, float %1551, i64 0
-  %1553 = shufflevector <16 x float> %1552, <16 x float> poison, <16 x i32> zeroinitializer
-  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1553, <16 x float> %scores_global261.sroa.16.1369.3.i)
-  %1555 = getelementptr inbounds nuw i8, ptr %1530, i64 2560
-  %1556 = load float, ptr %1555, align 4, !tbaa !5
-  %1557 = insertelement <16 x float> poison, float %1556, i64 0
-  %1558 = shufflevector <16 x float> %1557, <16 x float> poison, <16 x i32> zeroinitializer
-  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1558, <16 x float> %scores_global261.sroa.20.1368.3.i)
-  %1560 = getelementptr inbounds nuw i8, ptr %1530, i64 3072
-  %1561 = load float, ptr %1560, align 4, !tbaa !5
-  %1562 = insertelement <16 x float> poison, float %1561, i64 0
-  %1563 = shufflevector <16 x float> %1562, <16 x float> poison, <16 x i32> zeroinitializer
-  %1564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1563, <16 x float> %scores_global261.sroa.24.1367.3.i)
-  %1565 = getelementptr inbounds nuw i8, ptr %1530, i64 3584
-  %1566 = load float, ptr %1565, align 4, !tbaa !5
-  %1567 = insertelement <16 x float> poison, float %1566, i64 0
-  %1568 = shufflevector <16 x float> %1567, <16 x float> poison, <16 x i32> zeroinitializer
-  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> %1568, <16 x float> %scores_global261.sroa.28.1366.3.i)
-  %1570 = getelementptr inbounds nuw i8, ptr %1527, i64 6208
-  %1571 = load <16 x float>, ptr %1570, align 4, !tbaa !5
-  %1572 = getelementptr inbounds nuw i8, ptr %1530, i64 64
-  %1573 = load float, ptr %1572, align 4, !tbaa !5
-  %1574 = insertelement <16 x float> poison, float %1573, i64 0
-  %1575 = shufflevector <16 x float> %1574, <16 x float> poison, <16 x i32> zeroinitializer
-  %1576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1575, <16 x float> %1534)
-  %1577 = getelementptr inbounds nuw i8, ptr %1530, i64 576
-  %1578 = load float, ptr %1577, align 4, !tbaa !5
-  %1579 = insertelement <16 x float> poison, float %1578, i64 0
-  %1580 = shufflevector <16 x float> %1579, <16 x float> poison, <16 x i32> zeroinitializer
-  %1581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1580, <16 x float> %1539)
-  %1582 = getelementptr inbounds nuw i8, ptr %1530, i64 1088
+  %scores_global261.sroa.0.1373.3.i = phi <16 x float> [ %1628, %for_begin_d_2.preheader.3.i ], [ %1542, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.4.1372.3.i = phi <16 x float> [ %1633, %for_begin_d_2.preheader.3.i ], [ %1547, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.8.1371.3.i = phi <16 x float> [ %1638, %for_begin_d_2.preheader.3.i ], [ %1552, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.12.1370.3.i = phi <16 x float> [ %1643, %for_begin_d_2.preheader.3.i ], [ %1557, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.16.1369.3.i = phi <16 x float> [ %1648, %for_begin_d_2.preheader.3.i ], [ %1562, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.20.1368.3.i = phi <16 x float> [ %1653, %for_begin_d_2.preheader.3.i ], [ %1567, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.24.1367.3.i = phi <16 x float> [ %1658, %for_begin_d_2.preheader.3.i ], [ %1572, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global261.sroa.28.1366.3.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.3.i ], [ %1577, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx66 = shl nuw nsw i64 %indvars.iv554.3.i, 7
+  %1579 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx66
+  %1580 = getelementptr inbounds nuw i8, ptr %1579, i64 6144
+  %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !5
+  %1582 = getelementptr inbounds nuw float, ptr %1578, i64 %indvars.iv554.3.i
   %1583 = load float, ptr %1582, align 4, !tbaa !5
   %1584 = insertelement <16 x float> poison, float %1583, i64 0
   %1585 = shufflevector <16 x float> %1584, <16 x float> poison, <16 x i32> zeroinitializer
-  %1586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1585, <16 x float> %1544)
-  %1587 = getelementptr inbounds nuw i8, ptr %1530, i64 1600
+  %1586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1585, <16 x float> %scores_global261.sroa.0.1373.3.i)
+  %1587 = getelementptr inbounds nuw i8, ptr %1582, i64 512
   %1588 = load float, ptr %1587, align 4, !tbaa !5
   %1589 = insertelement <16 x float> poison, float %1588, i64 0
   %1590 = shufflevector <16 x float> %1589, <16 x float> poison, <16 x i32> zeroinitializer
-  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1590, <16 x float> %1549)
-  %1592 = getelementptr inbounds nuw i8, ptr %1530, i64 2112
+  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1590, <16 x float> %scores_global261.sroa.4.1372.3.i)
+  %1592 = getelementptr inbounds nuw i8, ptr %1582, i64 1024
   %1593 = load float, ptr %1592, align 4, !tbaa !5
   %1594 = insertelement <16 x float> poison, float %1593, i64 0
   %1595 = shufflevector <16 x float> %1594, <16 x float> poison, <16 x i32> zeroinitializer
-  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1595, <16 x float> %1554)
-  %1597 = getelementptr inbounds nuw i8, ptr %1530, i64 2624
+  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1595, <16 x float> %scores_global261.sroa.8.1371.3.i)
+  %1597 = getelementptr inbounds nuw i8, ptr %1582, i64 1536
   %1598 = load float, ptr %1597, align 4, !tbaa !5
   %1599 = insertelement <16 x float> poison, float %1598, i64 0
   %1600 = shufflevector <16 x float> %1599, <16 x float> poison, <16 x i32> zeroinitializer
-  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1600, <16 x float> %1559)
-  %1602 = getelementptr inbounds nuw i8, ptr %1530, i64 3136
+  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1600, <16 x float> %scores_global261.sroa.12.1370.3.i)
+  %1602 = getelementptr inbounds nuw i8, ptr %1582, i64 2048
   %1603 = load float, ptr %1602, align 4, !tbaa !5
   %1604 = insertelement <16 x float> poison, float %1603, i64 0
   %1605 = shufflevector <16 x float> %1604, <16 x float> poison, <16 x i32> zeroinitializer
-  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1605, <16 x float> %1564)
-  %1607 = getelementptr inbounds nuw i8, ptr %1530, i64 3648
+  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1605, <16 x float> %scores_global261.sroa.16.1369.3.i)
+  %1607 = getelementptr inbounds nuw i8, ptr %1582, i64 2560
   %1608 = load float, ptr %1607, align 4, !tbaa !5
   %1609 = insertelement <16 x float> poison, float %1608, i64 0
   %1610 = shufflevector <16 x float> %1609, <16 x float> poison, <16 x i32> zeroinitializer
-  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1571, <16 x float> %1610, <16 x float> %1569)
+  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1610, <16 x float> %scores_global261.sroa.20.1368.3.i)
+  %1612 = getelementptr inbounds nuw i8, ptr %1582, i64 3072
+  %1613 = load float, ptr %1612, align 4, !tbaa !5
+  %1614 = insertelement <16 x float> poison, float %1613, i64 0
+  %1615 = shufflevector <16 x float> %1614, <16 x float> poison, <16 x i32> zeroinitializer
+  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1615, <16 x float> %scores_global261.sroa.24.1367.3.i)
+  %1617 = getelementptr inbounds nuw i8, ptr %1582, i64 3584
+  %1618 = load float, ptr %1617, align 4, !tbaa !5
+  %1619 = insertelement <16 x float> poison, float %1618, i64 0
+  %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1620, <16 x float> %scores_global261.sroa.28.1366.3.i)
+  %1622 = getelementptr inbounds nuw i8, ptr %1579, i64 6208
+  %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
+  %1624 = getelementptr inbounds nuw i8, ptr %1582, i64 64
+  %1625 = load float, ptr %1624, align 4, !tbaa !5
+  %1626 = insertelement <16 x float> poison, float %1625, i64 0
+  %1627 = shufflevector <16 x float> %1626, <16 x float> poison, <16 x i32> zeroinitializer
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1627, <16 x float> %1586)
+  %1629 = getelementptr inbounds nuw i8, ptr %1582, i64 576
+  %1630 = load float, ptr %1629, align 4, !tbaa !5
+  %1631 = insertelement <16 x float> poison, float %1630, i64 0
+  %1632 = shufflevector <16 x float> %1631, <16 x float> poison, <16 x i32> zeroinitializer
+  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1632, <16 x float> %1591)
+  %1634 = getelementptr inbounds nuw i8, ptr %1582, i64 1088
+  %1635 = load float, ptr %1634, align 4, !tbaa !5
+  %1636 = insertelement <16 x float> poison, float %1635, i64 0
+  %1637 = shufflevector <16 x float> %1636, <16 x float> poison, <16 x i32> zeroinitializer
+  %1638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1637, <16 x float> %1596)
+  %1639 = getelementptr inbounds nuw i8, ptr %1582, i64 1600
+  %1640 = load float, ptr %1639, align 4, !tbaa !5
+  %1641 = insertelement <16 x float> poison, float %1640, i64 0
+  %1642 = shufflevector <16 x float> %1641, <16 x float> poison, <16 x i32> zeroinitializer
+  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1642, <16 x float> %1601)
+  %1644 = getelementptr inbounds nuw i8, ptr %1582, i64 2112
+  %1645 = load float, ptr %1644, align 4, !tbaa !5
+  %1646 = insertelement <16 x float> poison, float %1645, i64 0
+  %1647 = shufflevector <16 x float> %1646, <16 x float> poison, <16 x i32> zeroinitializer
+  %1648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1647, <16 x float> %1606)
+  %1649 = getelementptr inbounds nuw i8, ptr %1582, i64 2624
+  %1650 = load float, ptr %1649, align 4, !tbaa !5
+  %1651 = insertelement <16 x float> poison, float %1650, i64 0
+  %1652 = shufflevector <16 x float> %1651, <16 x float> poison, <16 x i32> zeroinitializer
+  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1652, <16 x float> %1611)
+  %1654 = getelementptr inbounds nuw i8, ptr %1582, i64 3136
+  %1655 = load float, ptr %1654, align 4, !tbaa !5
+  %1656 = insertelement <16 x float> poison, float %1655, i64 0
+  %1657 = shufflevector <16 x float> %1656, <16 x float> poison, <16 x i32> zeroinitializer
+  %1658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1657, <16 x float> %1616)
+  %1659 = getelementptr inbounds nuw i8, ptr %1582, i64 3648
+  %1660 = load float, ptr %1659, align 4, !tbaa !5
+  %1661 = insertelement <16 x float> poison, float %1660, i64 0
+  %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
+  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1662, <16 x float> %1621)
   %indvars.iv.next555.3.i = add nuw nsw i64 %indvars.iv554.3.i, 1
   %exitcond558.3.not.i = icmp eq i64 %indvars.iv.next555.3.i, 16
   br i1 %exitcond558.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
   %.idx771.i = shl nsw i64 %indvars.iv563.i, 9
-  %1612 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx771.i
-  store <16 x float> %1576, ptr %1612, align 4, !tbaa !5
-  %1613 = getelementptr inbounds nuw i8, ptr %1612, i64 64
-  store <16 x float> %1581, ptr %1613, align 4, !tbaa !5
-  %1614 = getelementptr inbounds nuw i8, ptr %1612, i64 128
-  store <16 x float> %1586, ptr %1614, align 4, !tbaa !5
-  %1615 = getelementptr inbounds nuw i8, ptr %1612, i64 192
-  store <16 x float> %1591, ptr %1615, align 4, !tbaa !5
-  %1616 = getelementptr inbounds nuw i8, ptr %1612, i64 256
-  store <16 x float> %1596, ptr %1616, align 4, !tbaa !5
-  %1617 = getelementptr inbounds nuw i8, ptr %1612, i64 320
-  store <16 x float> %1601, ptr %1617, align 4, !tbaa !5
-  %1618 = getelementptr inbounds nuw i8, ptr %1612, i64 384
-  store <16 x float> %1606, ptr %1618, align 4, !tbaa !5
-  %1619 = getelementptr inbounds nuw i8, ptr %1612, i64 448
-  store <16 x float> %1611, ptr %1619, align 4, !tbaa !5
+  %1664 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx771.i
+  store <16 x float> %1628, ptr %1664, align 4, !tbaa !5
+  %1665 = getelementptr inbounds nuw i8, ptr %1664, i64 64
+  store <16 x float> %1633, ptr %1665, align 4, !tbaa !5
+  %1666 = getelementptr inbounds nuw i8, ptr %1664, i64 128
+  store <16 x float> %1638, ptr %1666, align 4, !tbaa !5
+  %1667 = getelementptr inbounds nuw i8, ptr %1664, i64 192
+  store <16 x float> %1643, ptr %1667, align 4, !tbaa !5
+  %1668 = getelementptr inbounds nuw i8, ptr %1664, i64 256
+  store <16 x float> %1648, ptr %1668, align 4, !tbaa !5
+  %1669 = getelementptr inbounds nuw i8, ptr %1664, i64 320
+  store <16 x float> %1653, ptr %1669, align 4, !tbaa !5
+  %1670 = getelementptr inbounds nuw i8, ptr %1664, i64 384
+  store <16 x float> %1658, ptr %1670, align 4, !tbaa !5
+  %1671 = getelementptr inbounds nuw i8, ptr %1664, i64 448
+  store <16 x float> %1663, ptr %1671, align 4, !tbaa !5
   %indvars.iv.next564.i = add nuw nsw i64 %indvars.iv563.i, 1
   %exitcond567.not.i = icmp eq i64 %indvars.iv.next564.i, %wide.trip.count566.i
   br i1 %exitcond567.not.i, label %for_end_to_m.i, label %for_begin_n.preheader.i, !prof !13
 
 for_begin_ti73.preheader.i:                       ; preds = %for_begin_ti73.preheader.i, %for_begin_to68.preheader.i
   %indvars.iv572.i = phi i64 [ 0, %for_begin_to68.preheader.i ], [ %indvars.iv.next573.i, %for_begin_ti73.preheader.i ]
-  %1620 = shl nsw i64 %indvars.iv572.i, 7
-  %1621 = shl nsw i64 %indvars.iv572.i, 3
-  %1622 = sub nsw i64 %1269, %1621
-  %1623 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1620
-  %1624 = load <16 x float>, ptr %1623, align 4, !tbaa !5
-  %1625 = fmul <16 x float> %94, %1624
-  %1626 = icmp sgt i64 %1622, 0
-  %1627 = insertelement <16 x i1> poison, i1 %1626, i64 0
-  %1628 = shufflevector <16 x i1> %1627, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1629 = select <16 x i1> %1628, <16 x float> %1625, <16 x float> splat (float 0xFFF0000000000000)
-  %1630 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1620
-  store <16 x float> %1629, ptr %1630, align 4, !tbaa !5
-  %1631 = or disjoint i64 %1620, 16
-  %1632 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1631
-  %1633 = load <16 x float>, ptr %1632, align 4, !tbaa !5
-  %1634 = fmul <16 x float> %94, %1633
-  %1635 = icmp sgt i64 %1622, 1
-  %1636 = insertelement <16 x i1> poison, i1 %1635, i64 0
-  %1637 = shufflevector <16 x i1> %1636, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1638 = select <16 x i1> %1637, <16 x float> %1634, <16 x float> splat (float 0xFFF0000000000000)
-  %1639 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1631
-  store <16 x float> %1638, ptr %1639, align 4, !tbaa !5
-  %1640 = or disjoint i64 %1620, 32
-  %1641 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1640
-  %1642 = load <16 x float>, ptr %1641, align 4, !tbaa !5
-  %1643 = fmul <16 x float> %94, %1642
-  %1644 = icmp sgt i64 %1622, 2
-  %1645 = insertelement <16 x i1> poison, i1 %1644, i64 0
-  %1646 = shufflevector <16 x i1> %1645, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1647 = select <16 x i1> %1646, <16 x float> %1643, <16 x float> splat (float 0xFFF0000000000000)
-  %1648 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1640
-  store <16 x float> %1647, ptr %1648, align 4, !tbaa !5
-  %1649 = or disjoint i64 %1620, 48
-  %1650 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1649
-  %1651 = load <16 x float>, ptr %1650, align 4, !tbaa !5
-  %1652 = fmul <16 x float> %94, %1651
-  %1653 = icmp sgt i64 %1622, 3
-  %1654 = insertelement <16 x i1> poison, i1 %1653, i64 0
-  %1655 = shufflevector <16 x i1> %1654, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1656 = select <16 x i1> %1655, <16 x float> %1652, <16 x float> splat (float 0xFFF0000000000000)
-  %1657 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1649
-  store <16 x float> %1656, ptr %1657, align 4, !tbaa !5
-  %1658 = or disjoint i64 %1620, 64
-  %1659 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1658
-  %1660 = load <16 x float>, ptr %1659, align 4, !tbaa !5
-  %1661 = fmul <16 x float> %94, %1660
-  %1662 = icmp sgt i64 %1622, 4
-  %1663 = insertelement <16 x i1> poison, i1 %1662, i64 0
-  %1664 = shufflevector <16 x i1> %1663, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1665 = select <16 x i1> %1664, <16 x float> %1661, <16 x float> splat (float 0xFFF0000000000000)
-  %1666 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1658
-  store <16 x float> %1665, ptr %1666, align 4, !tbaa !5
-  %1667 = or disjoint i64 %1620, 80
-  %1668 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1667
-  %1669 = load <16 x float>, ptr %1668, align 4, !tbaa !5
-  %1670 = fmul <16 x float> %94, %1669
-  %1671 = icmp sgt i64 %1622, 5
-  %1672 = insertelement <16 x i1> poison, i1 %1671, i64 0
-  %1673 = shufflevector <16 x i1> %1672, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1674 = select <16 x i1> %1673, <16 x float> %1670, <16 x float> splat (float 0xFFF0000000000000)
-  %1675 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1667
-  store <16 x float> %1674, ptr %1675, align 4, !tbaa !5
-  %1676 = or disjoint i64 %1620, 96
-  %1677 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1676
-  %1678 = load <16 x float>, ptr %1677, align 4, !tbaa !5
-  %1679 = fmul <16 x float> %94, %1678
-  %1680 = icmp sgt i64 %1622, 6
-  %1681 = insertelement <16 x i1> poison, i1 %1680, i64 0
-  %1682 = shufflevector <16 x i1> %1681, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1683 = select <16 x i1> %1682, <16 x float> %1679, <16 x float> splat (float 0xFFF0000000000000)
-  %1684 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1676
-  store <16 x float> %1683, ptr %1684, align 4, !tbaa !5
-  %1685 = or disjoint i64 %1620, 112
-  %1686 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1685
-  %1687 = load <16 x float>, ptr %1686, align 4, !tbaa !5
-  %1688 = fmul <16 x float> %94, %1687
-  %1689 = icmp sgt i64 %1622, 7
-  %1690 = insertelement <16 x i1> poison, i1 %1689, i64 0
-  %1691 = shufflevector <16 x i1> %1690, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1692 = select <16 x i1> %1691, <16 x float> %1688, <16 x float> splat (float 0xFFF0000000000000)
-  %1693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1685
-  store <16 x float> %1692, ptr %1693, align 4, !tbaa !5
+  %1672 = shl nsw i64 %indvars.iv572.i, 7
+  %1673 = shl nsw i64 %indvars.iv572.i, 3
+  %1674 = sub nsw i64 %1321, %1673
+  %1675 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1672
+  %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !5
+  %1677 = fmul <16 x float> %102, %1676
+  %1678 = icmp sgt i64 %1674, 0
+  %1679 = insertelement <16 x i1> poison, i1 %1678, i64 0
+  %1680 = shufflevector <16 x i1> %1679, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1681 = select <16 x i1> %1680, <16 x float> %1677, <16 x float> splat (float 0xFFF0000000000000)
+  %1682 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1672
+  store <16 x float> %1681, ptr %1682, align 4, !tbaa !5
+  %1683 = or disjoint i64 %1672, 16
+  %1684 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1683
+  %1685 = load <16 x float>, ptr %1684, align 4, !tbaa !5
+  %1686 = fmul <16 x float> %102, %1685
+  %1687 = icmp sgt i64 %1674, 1
+  %1688 = insertelement <16 x i1> poison, i1 %1687, i64 0
+  %1689 = shufflevector <16 x i1> %1688, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1690 = select <16 x i1> %1689, <16 x float> %1686, <16 x float> splat (float 0xFFF0000000000000)
+  %1691 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1683
+  store <16 x float> %1690, ptr %1691, align 4, !tbaa !5
+  %1692 = or disjoint i64 %1672, 32
+  %1693 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1692
+  %1694 = load <16 x float>, ptr %1693, align 4, !tbaa !5
+  %1695 = fmul <16 x float> %102, %1694
+  %1696 = icmp sgt i64 %1674, 2
+  %1697 = insertelement <16 x i1> poison, i1 %1696, i64 0
+  %1698 = shufflevector <16 x i1> %1697, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1699 = select <16 x i1> %1698, <16 x float> %1695, <16 x float> splat (float 0xFFF0000000000000)
+  %1700 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1692
+  store <16 x float> %1699, ptr %1700, align 4, !tbaa !5
+  %1701 = or disjoint i64 %1672, 48
+  %1702 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1701
+  %1703 = load <16 x float>, ptr %1702, align 4, !tbaa !5
+  %1704 = fmul <16 x float> %102, %1703
+  %1705 = icmp sgt i64 %1674, 3
+  %1706 = insertelement <16 x i1> poison, i1 %1705, i64 0
+  %1707 = shufflevector <16 x i1> %1706, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1708 = select <16 x i1> %1707, <16 x float> %1704, <16 x float> splat (float 0xFFF0000000000000)
+  %1709 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1701
+  store <16 x float> %1708, ptr %1709, align 4, !tbaa !5
+  %1710 = or disjoint i64 %1672, 64
+  %1711 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1710
+  %1712 = load <16 x float>, ptr %1711, align 4, !tbaa !5
+  %1713 = fmul <16 x float> %102, %1712
+  %1714 = icmp sgt i64 %1674, 4
+  %1715 = insertelement <16 x i1> poison, i1 %1714, i64 0
+  %1716 = shufflevector <16 x i1> %1715, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1717 = select <16 x i1> %1716, <16 x float> %1713, <16 x float> splat (float 0xFFF0000000000000)
+  %1718 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1710
+  store <16 x float> %1717, ptr %1718, align 4, !tbaa !5
+  %1719 = or disjoint i64 %1672, 80
+  %1720 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1719
+  %1721 = load <16 x float>, ptr %1720, align 4, !tbaa !5
+  %1722 = fmul <16 x float> %102, %1721
+  %1723 = icmp sgt i64 %1674, 5
+  %1724 = insertelement <16 x i1> poison, i1 %1723, i64 0
+  %1725 = shufflevector <16 x i1> %1724, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1726 = select <16 x i1> %1725, <16 x float> %1722, <16 x float> splat (float 0xFFF0000000000000)
+  %1727 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1719
+  store <16 x float> %1726, ptr %1727, align 4, !tbaa !5
+  %1728 = or disjoint i64 %1672, 96
+  %1729 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1728
+  %1730 = load <16 x float>, ptr %1729, align 4, !tbaa !5
+  %1731 = fmul <16 x float> %102, %1730
+  %1732 = icmp sgt i64 %1674, 6
+  %1733 = insertelement <16 x i1> poison, i1 %1732, i64 0
+  %1734 = shufflevector <16 x i1> %1733, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1735 = select <16 x i1> %1734, <16 x float> %1731, <16 x float> splat (float 0xFFF0000000000000)
+  %1736 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1728
+  store <16 x float> %1735, ptr %1736, align 4, !tbaa !5
+  %1737 = or disjoint i64 %1672, 112
+  %1738 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1737
+  %1739 = load <16 x float>, ptr %1738, align 4, !tbaa !5
+  %1740 = fmul <16 x float> %102, %1739
+  %1741 = icmp sgt i64 %1674, 7
+  %1742 = insertelement <16 x i1> poison, i1 %1741, i64 0
+  %1743 = shufflevector <16 x i1> %1742, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1744 = select <16 x i1> %1743, <16 x float> %1740, <16 x float> splat (float 0xFFF0000000000000)
+  %1745 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1737
+  store <16 x float> %1744, ptr %1745, align 4, !tbaa !5
   %indvars.iv.next573.i = add nuw nsw i64 %indvars.iv572.i, 1
   %exitcond576.not.i = icmp eq i64 %indvars.iv.next573.i, %wide.trip.count566.i
   br i1 %exitcond576.not.i, label %for_begin_ti83.preheader.i, label %for_begin_ti73.preheader.i, !prof !13
 
 for_begin_ti83.preheader.i:                       ; preds = %for_begin_ti83.preheader.i, %for_begin_ti73.preheader.i
   %indvars.iv581.i = phi i64 [ %indvars.iv.next582.i, %for_begin_ti83.preheader.i ], [ 0, %for_begin_ti73.preheader.i ]
-  %peak258.sroa.0.0389.i = phi <16 x float> [ %1725, %for_begin_ti83.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti73.preheader.i ]
-  %.idx66 = shl nsw i64 %indvars.iv581.i, 9
-  %1694 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx66
-  %1695 = load <16 x float>, ptr %1694, align 4, !tbaa !5
-  %1696 = fcmp ogt <16 x float> %peak258.sroa.0.0389.i, %1695
-  %1697 = select <16 x i1> %1696, <16 x float> %peak258.sroa.0.0389.i, <16 x float> %1695
-  %1698 = getelementptr inbounds nuw i8, ptr %1694, i64 64
-  %1699 = load <16 x float>, ptr %1698, align 4, !tbaa !5
-  %1700 = fcmp ogt <16 x float> %1697, %1699
-  %1701 = select <16 x i1> %1700, <16 x float> %1697, <16 x float> %1699
-  %1702 = getelementptr inbounds nuw i8, ptr %1694, i64 128
-  %1703 = load <16 x float>, ptr %1702, align 4, !tbaa !5
-  %1704 = fcmp ogt <16 x float> %1701, %1703
-  %1705 = select <16 x i1> %1704, <16 x float> %1701, <16 x float> %1703
-  %1706 = getelementptr inbounds nuw i8, ptr %1694, i64 192
-  %1707 = load <16 x float>, ptr %1706, align 4, !tbaa !5
-  %1708 = fcmp ogt <16 x float> %1705, %1707
-  %1709 = select <16 x i1> %1708, <16 x float> %1705, <16 x float> %1707
-  %1710 = getelementptr inbounds nuw i8, ptr %1694, i64 256
-  %1711 = load <16 x float>, ptr %1710, align 4, !tbaa !5
-  %1712 = fcmp ogt <16 x float> %1709, %1711
-  %1713 = select <16 x i1> %1712, <16 x float> %1709, <16 x float> %1711
-  %1714 = getelementptr inbounds nuw i8, ptr %1694, i64 320
-  %1715 = load <16 x float>, ptr %1714, align 4, !tbaa !5
-  %1716 = fcmp ogt <16 x float> %1713, %1715
-  %1717 = select <16 x i1> %1716, <16 x float> %1713, <16 x float> %1715
-  %1718 = getelementptr inbounds nuw i8, ptr %1694, i64 384
-  %1719 = load <16 x float>, ptr %1718, align 4, !tbaa !5
-  %1720 = fcmp ogt <16 x float> %1717, %1719
-  %1721 = select <16 x i1> %1720, <16 x float> %1717, <16 x float> %1719
-  %1722 = getelementptr inbounds nuw i8, ptr %1694, i64 448
-  %1723 = load <16 x float>, ptr %1722, align 4, !tbaa !5
-  %1724 = fcmp ogt <16 x float> %1721, %1723
-  %1725 = select <16 x i1> %1724, <16 x float> %1721, <16 x float> %1723
+  %peak258.sroa.0.0389.i = phi <16 x float> [ %1777, %for_begin_ti83.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti73.preheader.i ]
+  %.idx67 = shl nsw i64 %indvars.iv581.i, 9
+  %1746 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx67
+  %1747 = load <16 x float>, ptr %1746, align 4, !tbaa !5
+  %1748 = fcmp ogt <16 x float> %peak258.sroa.0.0389.i, %1747
+  %1749 = select <16 x i1> %1748, <16 x float> %peak258.sroa.0.0389.i, <16 x float> %1747
+  %1750 = getelementptr inbounds nuw i8, ptr %1746, i64 64
+  %1751 = load <16 x float>, ptr %1750, align 4, !tbaa !5
+  %1752 = fcmp ogt <16 x float> %1749, %1751
+  %1753 = select <16 x i1> %1752, <16 x float> %1749, <16 x float> %1751
+  %1754 = getelementptr inbounds nuw i8, ptr %1746, i64 128
+  %1755 = load <16 x float>, ptr %1754, align 4, !tbaa !5
+  %1756 = fcmp ogt <16 x float> %1753, %1755
+  %1757 = select <16 x i1> %1756, <16 x float> %1753, <16 x float> %1755
+  %1758 = getelementptr inbounds nuw i8, ptr %1746, i64 192
+  %1759 = load <16 x float>, ptr %1758, align 4, !tbaa !5
+  %1760 = fcmp ogt <16 x float> %1757, %1759
+  %1761 = select <16 x i1> %1760, <16 x float> %1757, <16 x float> %1759
+  %1762 = getelementptr inbounds nuw i8, ptr %1746, i64 256
+  %1763 = load <16 x float>, ptr %1762, align 4, !tbaa !5
+  %1764 = fcmp ogt <16 x float> %1761, %1763
+  %1765 = select <16 x i1> %1764, <16 x float> %1761, <16 x float> %1763
+  %1766 = getelementptr inbounds nuw i8, ptr %1746, i64 320
+  %1767 = load <16 x float>, ptr %1766, align 4, !tbaa !5
+  %1768 = fcmp ogt <16 x float> %1765, %1767
+  %1769 = select <16 x i1> %1768, <16 x float> %1765, <16 x float> %1767
+  %1770 = getelementptr inbounds nuw i8, ptr %1746, i64 384
+  %1771 = load <16 x float>, ptr %1770, align 4, !tbaa !5
+  %1772 = fcmp ogt <16 x float> %1769, %1771
+  %1773 = select <16 x i1> %1772, <16 x float> %1769, <16 x float> %1771
+  %1774 = getelementptr inbounds nuw i8, ptr %1746, i64 448
+  %1775 = load <16 x float>, ptr %1774, align 4, !tbaa !5
+  %1776 = fcmp ogt <16 x float> %1773, %1775
+  %1777 = select <16 x i1> %1776, <16 x float> %1773, <16 x float> %1775
   %indvars.iv.next582.i = add nuw nsw i64 %indvars.iv581.i, 1
   %exitcond585.not.i = icmp eq i64 %indvars.iv.next582.i, %wide.trip.count566.i
   br i1 %exitcond585.not.i, label %for_begin_ti93.preheader.preheader.i, label %for_begin_ti83.preheader.i, !prof !13
 
 for_begin_ti93.preheader.preheader.i:             ; preds = %for_begin_ti83.preheader.i
-  %1726 = icmp sgt i64 %399, 0
-  %1727 = insertelement <16 x i1> poison, i1 %1726, i64 0
-  %1728 = shufflevector <16 x i1> %1727, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1729 = select <16 x i1> %1728, <16 x float> %1725, <16 x float> splat (float 0xC6293E5940000000)
+  %1778 = icmp sgt i64 %451, 0
+  %1779 = insertelement <16 x i1> poison, i1 %1778, i64 0
+  %1780 = shufflevector <16 x i1> %1779, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1781 = select <16 x i1> %1780, <16 x float> %1777, <16 x float> splat (float 0xC6293E5940000000)
   br label %for_begin_ti93.preheader.i
 
 for_begin_to100.preheader.i:                      ; preds = %for_end_to_m.thread.i
-  %1730 = icmp sgt i64 %399, 0
-  %1731 = insertelement <16 x i1> poison, i1 %1730, i64 0
-  %1732 = shufflevector <16 x i1> %1731, <16 x i1> poison, <16 x i32> zeroinitializer
-  %1733 = select <16 x i1> %1732, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %1782 = icmp sgt i64 %451, 0
+  %1783 = insertelement <16 x i1> poison, i1 %1782, i64 0
+  %1784 = shufflevector <16 x i1> %1783, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1785 = select <16 x i1> %1784, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
   br label %for_end_to102.i
 
 for_begin_ti93.preheader.i:                       ; preds = %for_begin_ti93.preheader.i, %for_begin_ti93.preheader.preheader.i
   %indvars.iv590.i = phi i64 [ 0, %for_begin_ti93.preheader.preheader.i ], [ %indvars.iv.next591.i, %for_begin_ti93.preheader.i ]
-  %1734 = shl nsw i64 %indvars.iv590.i, 7
-  %1735 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1734
-  %1736 = load <16 x float>, ptr %1735, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %1736, %1729
-  %1737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1738 = bitcast <16 x float> %1737 to <16 x i32>
-  %1739 = fadd <16 x float> %1737, splat (float 0xC168000FE0000000)
-  %1740 = fmul <16 x float> %1739, splat (float 0x3F2BD01060000000)
-  %1741 = fmul <16 x float> %1739, splat (float 0x3FE6300000000000)
-  %1742 = fsub <16 x float> %arg.i, %1741
-  %1743 = fadd <16 x float> %1740, %1742
-  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1743, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1744, <16 x float> %1743, <16 x float> splat (float 0x3FA5558F20000000))
-  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1745, <16 x float> %1743, <16 x float> splat (float 0x3FC5554920000000))
-  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1746, <16 x float> %1743, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1748 = fmul <16 x float> %1743, %1743
-  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1747, <16 x float> %1748, <16 x float> %1743)
-  %1750 = shl <16 x i32> %1738, splat (i32 23)
-  %1751 = bitcast <16 x i32> %1750 to <16 x float>
-  %1752 = fadd <16 x float> %1749, splat (float 1.000000e+00)
-  %1753 = fmul <16 x float> %1752, %1751
-  %1754 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %1755 = select <16 x i1> %1754, <16 x float> zeroinitializer, <16 x float> %1753
-  %1756 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1734
-  store <16 x float> %1755, ptr %1756, align 4, !tbaa !5
-  %1757 = or disjoint i64 %1734, 16
-  %1758 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1757
-  %1759 = load <16 x float>, ptr %1758, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %1759, %1729
-  %1760 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1761 = bitcast <16 x float> %1760 to <16 x i32>
-  %1762 = fadd <16 x float> %1760, splat (float 0xC168000FE0000000)
-  %1763 = fmul <16 x float> %1762, splat (float 0x3F2BD01060000000)
-  %1764 = fmul <16 x float> %1762, splat (float 0x3FE6300000000000)
-  %1765 = fsub <16 x float> %arg.1.i, %1764
-  %1766 = fadd <16 x float> %1763, %1765
-  %1767 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1766, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1767, <16 x float> %1766, <16 x float> splat (float 0x3FA5558F20000000))
-  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1768, <16 x float> %1766, <16 x float> splat (float 0x3FC5554920000000))
-  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1766, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1771 = fmul <16 x float> %1766, %1766
-  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1770, <16 x float> %1771, <16 x float> %1766)
-  %1773 = shl <16 x i32> %1761, splat (i32 23)
-  %1774 = bitcast <16 x i32> %1773 to <16 x float>
-  %1775 = fadd <16 x float> %1772, splat (float 1.000000e+00)
-  %1776 = fmul <16 x float> %1775, %1774
-  %1777 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
-  %1778 = select <16 x i1> %1777, <16 x float> zeroinitializer, <16 x float> %1776
-  %1779 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1757
-  store <16 x float> %1778, ptr %1779, align 4, !tbaa !5
-  %1780 = or disjoint i64 %1734, 32
-  %1781 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1780
-  %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %1782, %1729
-  %1783 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1784 = bitcast <16 x float> %1783 to <16 x i32>
-  %1785 = fadd <16 x float> %1783, splat (float 0xC168000FE0000000)
-  %1786 = fmul <16 x float> %1785, splat (float 0x3F2BD01060000000)
-  %1787 = fmul <16 x float> %1785, splat (float 0x3FE6300000000000)
-  %1788 = fsub <16 x float> %arg.2.i, %1787
-  %1789 = fadd <16 x float> %1786, %1788
-  %1790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1789, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1790, <16 x float> %1789, <16 x float> splat (float 0x3FA5558F20000000))
-  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1791, <16 x float> %1789, <16 x float> splat (float 0x3FC5554920000000))
-  %1793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1792, <16 x float> %1789, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1794 = fmul <16 x float> %1789, %1789
-  %1795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1793, <16 x float> %1794, <16 x float> %1789)
-  %1796 = shl <16 x i32> %1784, splat (i32 23)
-  %1797 = bitcast <16 x i32> %1796 to <16 x float>
-  %1798 = fadd <16 x float> %1795, splat (float 1.000000e+00)
-  %1799 = fmul <16 x float> %1798, %1797
-  %1800 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
-  %1801 = select <16 x i1> %1800, <16 x float> zeroinitializer, <16 x float> %1799
-  %1802 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1780
-  store <16 x float> %1801, ptr %1802, align 4, !tbaa !5
-  %1803 = or disjoint i64 %1734, 48
-  %1804 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1803
-  %1805 = load <16 x float>, ptr %1804, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %1805, %1729
-  %1806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1807 = bitcast <16 x float> %1806 to <16 x i32>
-  %1808 = fadd <16 x float> %1806, splat (float 0xC168000FE0000000)
-  %1809 = fmul <16 x float> %1808, splat (float 0x3F2BD01060000000)
-  %1810 = fmul <16 x float> %1808, splat (float 0x3FE6300000000000)
-  %1811 = fsub <16 x float> %arg.3.i, %1810
-  %1812 = fadd <16 x float> %1809, %1811
-  %1813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1812, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1814 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1813, <16 x float> %1812, <16 x float> splat (float 0x3FA5558F20000000))
-  %1815 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1814, <16 x float> %1812, <16 x float> splat (float 0x3FC5554920000000))
-  %1816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1815, <16 x float> %1812, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1817 = fmul <16 x float> %1812, %1812
-  %1818 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1816, <16 x float> %1817, <16 x float> %1812)
-  %1819 = shl <16 x i32> %1807, splat (i32 23)
-  %1820 = bitcast <16 x i32> %1819 to <16 x float>
-  %1821 = fadd <16 x float> %1818, splat (float 1.000000e+00)
-  %1822 = fmul <16 x float> %1821, %1820
-  %1823 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
-  %1824 = select <16 x i1> %1823, <16 x float> zeroinitializer, <16 x float> %1822
-  %1825 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1803
-  store <16 x float> %1824, ptr %1825, align 4, !tbaa !5
-  %1826 = or disjoint i64 %1734, 64
-  %1827 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1826
-  %1828 = load <16 x float>, ptr %1827, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %1828, %1729
-  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1830 = bitcast <16 x float> %1829 to <16 x i32>
-  %1831 = fadd <16 x float> %1829, splat (float 0xC168000FE0000000)
-  %1832 = fmul <16 x float> %1831, splat (float 0x3F2BD01060000000)
-  %1833 = fmul <16 x float> %1831, splat (float 0x3FE6300000000000)
-  %1834 = fsub <16 x float> %arg.4.i, %1833
-  %1835 = fadd <16 x float> %1832, %1834
-  %1836 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1835, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1836, <16 x float> %1835, <16 x float> splat (float 0x3FA5558F20000000))
-  %1838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1837, <16 x float> %1835, <16 x float> splat (float 0x3FC5554920000000))
-  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1838, <16 x float> %1835, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1840 = fmul <16 x float> %1835, %1835
-  %1841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1839, <16 x float> %1840, <16 x float> %1835)
-  %1842 = shl <16 x i32> %1830, splat (i32 23)
-  %1843 = bitcast <16 x i32> %1842 to <16 x float>
-  %1844 = fadd <16 x float> %1841, splat (float 1.000000e+00)
-  %1845 = fmul <16 x float> %1844, %1843
-  %1846 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
-  %1847 = select <16 x i1> %1846, <16 x float> zeroinitializer, <16 x float> %1845
-  %1848 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1826
-  store <16 x float> %1847, ptr %1848, align 4, !tbaa !5
-  %1849 = or disjoint i64 %1734, 80
-  %1850 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1849
-  %1851 = load <16 x float>, ptr %1850, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %1851, %1729
-  %1852 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1853 = bitcast <16 x float> %1852 to <16 x i32>
-  %1854 = fadd <16 x float> %1852, splat (float 0xC168000FE0000000)
-  %1855 = fmul <16 x float> %1854, splat (float 0x3F2BD01060000000)
-  %1856 = fmul <16 x float> %1854, splat (float 0x3FE6300000000000)
-  %1857 = fsub <16 x float> %arg.5.i, %1856
-  %1858 = fadd <16 x float> %1855, %1857
-  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1858, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1859, <16 x float> %1858, <16 x float> splat (float 0x3FA5558F20000000))
-  %1861 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1860, <16 x float> %1858, <16 x float> splat (float 0x3FC5554920000000))
-  %1862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1861, <16 x float> %1858, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1863 = fmul <16 x float> %1858, %1858
-  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1862, <16 x float> %1863, <16 x float> %1858)
-  %1865 = shl <16 x i32> %1853, splat (i32 23)
-  %1866 = bitcast <16 x i32> %1865 to <16 x float>
-  %1867 = fadd <16 x float> %1864, splat (float 1.000000e+00)
-  %1868 = fmul <16 x float> %1867, %1866
-  %1869 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
-  %1870 = select <16 x i1> %1869, <16 x float> zeroinitializer, <16 x float> %1868
-  %1871 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1849
-  store <16 x float> %1870, ptr %1871, align 4, !tbaa !5
-  %1872 = or disjoint i64 %1734, 96
-  %1873 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1872
-  %1874 = load <16 x float>, ptr %1873, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %1874, %1729
-  %1875 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1876 = bitcast <16 x float> %1875 to <16 x i32>
-  %1877 = fadd <16 x float> %1875, splat (float 0xC168000FE0000000)
-  %1878 = fmul <16 x float> %1877, splat (float 0x3F2BD01060000000)
-  %1879 = fmul <16 x float> %1877, splat (float 0x3FE6300000000000)
-  %1880 = fsub <16 x float> %arg.6.i, %1879
-  %1881 = fadd <16 x float> %1878, %1880
-  %1882 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1881, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1883 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1882, <16 x float> %1881, <16 x float> splat (float 0x3FA5558F20000000))
-  %1884 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1883, <16 x float> %1881, <16 x float> splat (float 0x3FC5554920000000))
-  %1885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1884, <16 x float> %1881, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1886 = fmul <16 x float> %1881, %1881
-  %1887 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1885, <16 x float> %1886, <16 x float> %1881)
-  %1888 = shl <16 x i32> %1876, splat (i32 23)
-  %1889 = bitcast <16 x i32> %1888 to <16 x float>
-  %1890 = fadd <16 x float> %1887, splat (float 1.000000e+00)
-  %1891 = fmul <16 x float> %1890, %1889
-  %1892 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
-  %1893 = select <16 x i1> %1892, <16 x float> zeroinitializer, <16 x float> %1891
-  %1894 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1872
-  store <16 x float> %1893, ptr %1894, align 4, !tbaa !5
-  %1895 = or disjoint i64 %1734, 112
-  %1896 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1895
-  %1897 = load <16 x float>, ptr %1896, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %1897, %1729
-  %1898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1899 = bitcast <16 x float> %1898 to <16 x i32>
-  %1900 = fadd <16 x float> %1898, splat (float 0xC168000FE0000000)
-  %1901 = fmul <16 x float> %1900, splat (float 0x3F2BD01060000000)
-  %1902 = fmul <16 x float> %1900, splat (float 0x3FE6300000000000)
-  %1903 = fsub <16 x float> %arg.7.i, %1902
-  %1904 = fadd <16 x float> %1901, %1903
-  %1905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1904, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1905, <16 x float> %1904, <16 x float> splat (float 0x3FA5558F20000000))
-  %1907 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1906, <16 x float> %1904, <16 x float> splat (float 0x3FC5554920000000))
-  %1908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1907, <16 x float> %1904, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1909 = fmul <16 x float> %1904, %1904
-  %1910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1908, <16 x float> %1909, <16 x float> %1904)
-  %1911 = shl <16 x i32> %1899, splat (i32 23)
-  %1912 = bitcast <16 x i32> %1911 to <16 x float>
-  %1913 = fadd <16 x float> %1910, splat (float 1.000000e+00)
-  %1914 = fmul <16 x float> %1913, %1912
-  %1915 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
-  %1916 = select <16 x i1> %1915, <16 x float> zeroinitializer, <16 x float> %1914
-  %1917 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1895
-  store <16 x float> %1916, ptr %1917, align 4, !tbaa !5
+  %1786 = shl nsw i64 %indvars.iv590.i, 7
+  %1787 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1786
+  %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %1788, %1781
+  %1789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1790 = bitcast <16 x float> %1789 to <16 x i32>
+  %1791 = fsub <16 x float> %1789, %357
+  %1792 = fmul <16 x float> %1791, splat (float 0x3F2BD01060000000)
+  %1793 = fmul <16 x float> %1791, splat (float 0x3FE6300000000000)
+  %1794 = fsub <16 x float> %arg.i, %1793
+  %1795 = fadd <16 x float> %1792, %1794
+  %1796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1795, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1796, <16 x float> %1795, <16 x float> splat (float 0x3FA5558F20000000))
+  %1798 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1797, <16 x float> %1795, <16 x float> splat (float 0x3FC5554920000000))
+  %1799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1798, <16 x float> %1795, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1800 = fmul <16 x float> %1795, %1795
+  %1801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1799, <16 x float> %1800, <16 x float> %1795)
+  %1802 = shl <16 x i32> %1790, splat (i32 23)
+  %1803 = bitcast <16 x i32> %1802 to <16 x float>
+  %1804 = fadd <16 x float> %1801, splat (float 1.000000e+00)
+  %1805 = fmul <16 x float> %1804, %1803
+  %1806 = fcmp olt <16 x float> %arg.i, %360
+  %1807 = select <16 x i1> %1806, <16 x float> zeroinitializer, <16 x float> %1805
+  %1808 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1786
+  store <16 x float> %1807, ptr %1808, align 4, !tbaa !5
+  %1809 = or disjoint i64 %1786, 16
+  %1810 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1809
+  %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %1811, %1781
+  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1813 = bitcast <16 x float> %1812 to <16 x i32>
+  %1814 = fsub <16 x float> %1812, %357
+  %1815 = fmul <16 x float> %1814, splat (float 0x3F2BD01060000000)
+  %1816 = fmul <16 x float> %1814, splat (float 0x3FE6300000000000)
+  %1817 = fsub <16 x float> %arg.1.i, %1816
+  %1818 = fadd <16 x float> %1815, %1817
+  %1819 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1818, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1819, <16 x float> %1818, <16 x float> splat (float 0x3FA5558F20000000))
+  %1821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1820, <16 x float> %1818, <16 x float> splat (float 0x3FC5554920000000))
+  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1821, <16 x float> %1818, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1823 = fmul <16 x float> %1818, %1818
+  %1824 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1822, <16 x float> %1823, <16 x float> %1818)
+  %1825 = shl <16 x i32> %1813, splat (i32 23)
+  %1826 = bitcast <16 x i32> %1825 to <16 x float>
+  %1827 = fadd <16 x float> %1824, splat (float 1.000000e+00)
+  %1828 = fmul <16 x float> %1827, %1826
+  %1829 = fcmp olt <16 x float> %arg.1.i, %360
+  %1830 = select <16 x i1> %1829, <16 x float> zeroinitializer, <16 x float> %1828
+  %1831 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1809
+  store <16 x float> %1830, ptr %1831, align 4, !tbaa !5
+  %1832 = or disjoint i64 %1786, 32
+  %1833 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1832
+  %1834 = load <16 x float>, ptr %1833, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %1834, %1781
+  %1835 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1836 = bitcast <16 x float> %1835 to <16 x i32>
+  %1837 = fsub <16 x float> %1835, %357
+  %1838 = fmul <16 x float> %1837, splat (float 0x3F2BD01060000000)
+  %1839 = fmul <16 x float> %1837, splat (float 0x3FE6300000000000)
+  %1840 = fsub <16 x float> %arg.2.i, %1839
+  %1841 = fadd <16 x float> %1838, %1840
+  %1842 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1841, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1842, <16 x float> %1841, <16 x float> splat (float 0x3FA5558F20000000))
+  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1843, <16 x float> %1841, <16 x float> splat (float 0x3FC5554920000000))
+  %1845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1844, <16 x float> %1841, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1846 = fmul <16 x float> %1841, %1841
+  %1847 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1845, <16 x float> %1846, <16 x float> %1841)
+  %1848 = shl <16 x i32> %1836, splat (i32 23)
+  %1849 = bitcast <16 x i32> %1848 to <16 x float>
+  %1850 = fadd <16 x float> %1847, splat (float 1.000000e+00)
+  %1851 = fmul <16 x float> %1850, %1849
+  %1852 = fcmp olt <16 x float> %arg.2.i, %360
+  %1853 = select <16 x i1> %1852, <16 x float> zeroinitializer, <16 x float> %1851
+  %1854 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1832
+  store <16 x float> %1853, ptr %1854, align 4, !tbaa !5
+  %1855 = or disjoint i64 %1786, 48
+  %1856 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1855
+  %1857 = load <16 x float>, ptr %1856, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %1857, %1781
+  %1858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1859 = bitcast <16 x float> %1858 to <16 x i32>
+  %1860 = fsub <16 x float> %1858, %357
+  %1861 = fmul <16 x float> %1860, splat (float 0x3F2BD01060000000)
+  %1862 = fmul <16 x float> %1860, splat (float 0x3FE6300000000000)
+  %1863 = fsub <16 x float> %arg.3.i, %1862
+  %1864 = fadd <16 x float> %1861, %1863
+  %1865 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1864, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1865, <16 x float> %1864, <16 x float> splat (float 0x3FA5558F20000000))
+  %1867 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1866, <16 x float> %1864, <16 x float> splat (float 0x3FC5554920000000))
+  %1868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1867, <16 x float> %1864, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1869 = fmul <16 x float> %1864, %1864
+  %1870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1868, <16 x float> %1869, <16 x float> %1864)
+  %1871 = shl <16 x i32> %1859, splat (i32 23)
+  %1872 = bitcast <16 x i32> %1871 to <16 x float>
+  %1873 = fadd <16 x float> %1870, splat (float 1.000000e+00)
+  %1874 = fmul <16 x float> %1873, %1872
+  %1875 = fcmp olt <16 x float> %arg.3.i, %360
+  %1876 = select <16 x i1> %1875, <16 x float> zeroinitializer, <16 x float> %1874
+  %1877 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1855
+  store <16 x float> %1876, ptr %1877, align 4, !tbaa !5
+  %1878 = or disjoint i64 %1786, 64
+  %1879 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1878
+  %1880 = load <16 x float>, ptr %1879, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %1880, %1781
+  %1881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1882 = bitcast <16 x float> %1881 to <16 x i32>
+  %1883 = fsub <16 x float> %1881, %357
+  %1884 = fmul <16 x float> %1883, splat (float 0x3F2BD01060000000)
+  %1885 = fmul <16 x float> %1883, splat (float 0x3FE6300000000000)
+  %1886 = fsub <16 x float> %arg.4.i, %1885
+  %1887 = fadd <16 x float> %1884, %1886
+  %1888 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1887, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1889 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1888, <16 x float> %1887, <16 x float> splat (float 0x3FA5558F20000000))
+  %1890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1889, <16 x float> %1887, <16 x float> splat (float 0x3FC5554920000000))
+  %1891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1890, <16 x float> %1887, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1892 = fmul <16 x float> %1887, %1887
+  %1893 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1891, <16 x float> %1892, <16 x float> %1887)
+  %1894 = shl <16 x i32> %1882, splat (i32 23)
+  %1895 = bitcast <16 x i32> %1894 to <16 x float>
+  %1896 = fadd <16 x float> %1893, splat (float 1.000000e+00)
+  %1897 = fmul <16 x float> %1896, %1895
+  %1898 = fcmp olt <16 x float> %arg.4.i, %360
+  %1899 = select <16 x i1> %1898, <16 x float> zeroinitializer, <16 x float> %1897
+  %1900 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1878
+  store <16 x float> %1899, ptr %1900, align 4, !tbaa !5
+  %1901 = or disjoint i64 %1786, 80
+  %1902 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1901
+  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %1903, %1781
+  %1904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1905 = bitcast <16 x float> %1904 to <16 x i32>
+  %1906 = fsub <16 x float> %1904, %357
+  %1907 = fmul <16 x float> %1906, splat (float 0x3F2BD01060000000)
+  %1908 = fmul <16 x float> %1906, splat (float 0x3FE6300000000000)
+  %1909 = fsub <16 x float> %arg.5.i, %1908
+  %1910 = fadd <16 x float> %1907, %1909
+  %1911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1910, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1912 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1911, <16 x float> %1910, <16 x float> splat (float 0x3FA5558F20000000))
+  %1913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1912, <16 x float> %1910, <16 x float> splat (float 0x3FC5554920000000))
+  %1914 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1913, <16 x float> %1910, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1915 = fmul <16 x float> %1910, %1910
+  %1916 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1914, <16 x float> %1915, <16 x float> %1910)
+  %1917 = shl <16 x i32> %1905, splat (i32 23)
+  %1918 = bitcast <16 x i32> %1917 to <16 x float>
+  %1919 = fadd <16 x float> %1916, splat (float 1.000000e+00)
+  %1920 = fmul <16 x float> %1919, %1918
+  %1921 = fcmp olt <16 x float> %arg.5.i, %360
+  %1922 = select <16 x i1> %1921, <16 x float> zeroinitializer, <16 x float> %1920
+  %1923 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1901
+  store <16 x float> %1922, ptr %1923, align 4, !tbaa !5
+  %1924 = or disjoint i64 %1786, 96
+  %1925 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1924
+  %1926 = load <16 x float>, ptr %1925, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %1926, %1781
+  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1928 = bitcast <16 x float> %1927 to <16 x i32>
+  %1929 = fsub <16 x float> %1927, %357
+  %1930 = fmul <16 x float> %1929, splat (float 0x3F2BD01060000000)
+  %1931 = fmul <16 x float> %1929, splat (float 0x3FE6300000000000)
+  %1932 = fsub <16 x float> %arg.6.i, %1931
+  %1933 = fadd <16 x float> %1930, %1932
+  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1933, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1935 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1934, <16 x float> %1933, <16 x float> splat (float 0x3FA5558F20000000))
+  %1936 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1935, <16 x float> %1933, <16 x float> splat (float 0x3FC5554920000000))
+  %1937 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1936, <16 x float> %1933, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1938 = fmul <16 x float> %1933, %1933
+  %1939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1937, <16 x float> %1938, <16 x float> %1933)
+  %1940 = shl <16 x i32> %1928, splat (i32 23)
+  %1941 = bitcast <16 x i32> %1940 to <16 x float>
+  %1942 = fadd <16 x float> %1939, splat (float 1.000000e+00)
+  %1943 = fmul <16 x float> %1942, %1941
+  %1944 = fcmp olt <16 x float> %arg.6.i, %360
+  %1945 = select <16 x i1> %1944, <16 x float> zeroinitializer, <16 x float> %1943
+  %1946 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1924
+  store <16 x float> %1945, ptr %1946, align 4, !tbaa !5
+  %1947 = or disjoint i64 %1786, 112
+  %1948 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1947
+  %1949 = load <16 x float>, ptr %1948, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %1949, %1781
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %357)
+  %1951 = bitcast <16 x float> %1950 to <16 x i32>
+  %1952 = fsub <16 x float> %1950, %357
+  %1953 = fmul <16 x float> %1952, splat (float 0x3F2BD01060000000)
+  %1954 = fmul <16 x float> %1952, splat (float 0x3FE6300000000000)
+  %1955 = fsub <16 x float> %arg.7.i, %1954
+  %1956 = fadd <16 x float> %1953, %1955
+  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1957, <16 x float> %1956, <16 x float> splat (float 0x3FA5558F20000000))
+  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1956, <16 x float> splat (float 0x3FC5554920000000))
+  %1960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1956, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1961 = fmul <16 x float> %1956, %1956
+  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1960, <16 x float> %1961, <16 x float> %1956)
+  %1963 = shl <16 x i32> %1951, splat (i32 23)
+  %1964 = bitcast <16 x i32> %1963 to <16 x float>
+  %1965 = fadd <16 x float> %1962, splat (float 1.000000e+00)
+  %1966 = fmul <16 x float> %1965, %1964
+  %1967 = fcmp olt <16 x float> %arg.7.i, %360
+  %1968 = select <16 x i1> %1967, <16 x float> zeroinitializer, <16 x float> %1966
+  %1969 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1947
+  store <16 x float> %1968, ptr %1969, align 4, !tbaa !5
   %indvars.iv.next591.i = add nuw nsw i64 %indvars.iv590.i, 1
   %exitcond594.not.i = icmp eq i64 %indvars.iv.next591.i, %wide.trip.count566.i
   br i1 %exitcond594.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti93.preheader.i, !prof !13
 
 for_begin_ti105.preheader.i.preheader:            ; preds = %for_begin_ti93.preheader.i
   %xtraiter = and i64 %wide.trip.count566.i, 1
-  %1918 = icmp eq i32 %403, 1
-  br i1 %1918, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !4
+  %1970 = icmp eq i32 %455, 1
+  br i1 %1970, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !4
 
 for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.preheader.i.preheader
   %unroll_iter = and i64 %wide.trip.count566.i, 2147483646
@@ -2952,59 +3008,59 @@ for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.pre
 
 for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.preheader.i, %for_begin_ti105.preheader.i.preheader.new
   %indvars.iv599.i = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %indvars.iv.next600.i.1, %for_begin_ti105.preheader.i ]
-  %tile_sum259.sroa.0.0395.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %1967, %for_begin_ti105.preheader.i ]
+  %tile_sum259.sroa.0.0395.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %2019, %for_begin_ti105.preheader.i ]
   %niter = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti105.preheader.i ]
-  %.idx67 = shl nsw i64 %indvars.iv599.i, 9
-  %1919 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx67
-  %1920 = load <16 x float>, ptr %1919, align 4, !tbaa !5
-  %1921 = fadd <16 x float> %tile_sum259.sroa.0.0395.i, %1920
-  %1922 = getelementptr inbounds nuw i8, ptr %1919, i64 64
-  %1923 = load <16 x float>, ptr %1922, align 4, !tbaa !5
-  %1924 = fadd <16 x float> %1921, %1923
-  %1925 = getelementptr inbounds nuw i8, ptr %1919, i64 128
-  %1926 = load <16 x float>, ptr %1925, align 4, !tbaa !5
-  %1927 = fadd <16 x float> %1924, %1926
-  %1928 = getelementptr inbounds nuw i8, ptr %1919, i64 192
-  %1929 = load <16 x float>, ptr %1928, align 4, !tbaa !5
-  %1930 = fadd <16 x float> %1927, %1929
-  %1931 = getelementptr inbounds nuw i8, ptr %1919, i64 256
-  %1932 = load <16 x float>, ptr %1931, align 4, !tbaa !5
-  %1933 = fadd <16 x float> %1930, %1932
-  %1934 = getelementptr inbounds nuw i8, ptr %1919, i64 320
-  %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !5
-  %1936 = fadd <16 x float> %1933, %1935
-  %1937 = getelementptr inbounds nuw i8, ptr %1919, i64 384
-  %1938 = load <16 x float>, ptr %1937, align 4, !tbaa !5
-  %1939 = fadd <16 x float> %1936, %1938
-  %1940 = getelementptr inbounds nuw i8, ptr %1919, i64 448
-  %1941 = load <16 x float>, ptr %1940, align 4, !tbaa !5
-  %1942 = fadd <16 x float> %1939, %1941
+  %.idx68 = shl nsw i64 %indvars.iv599.i, 9
+  %1971 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx68
+  %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !5
+  %1973 = fadd <16 x float> %tile_sum259.sroa.0.0395.i, %1972
+  %1974 = getelementptr inbounds nuw i8, ptr %1971, i64 64
+  %1975 = load <16 x float>, ptr %1974, align 4, !tbaa !5
+  %1976 = fadd <16 x float> %1973, %1975
+  %1977 = getelementptr inbounds nuw i8, ptr %1971, i64 128
+  %1978 = load <16 x float>, ptr %1977, align 4, !tbaa !5
+  %1979 = fadd <16 x float> %1976, %1978
+  %1980 = getelementptr inbounds nuw i8, ptr %1971, i64 192
+  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !5
+  %1982 = fadd <16 x float> %1979, %1981
+  %1983 = getelementptr inbounds nuw i8, ptr %1971, i64 256
+  %1984 = load <16 x float>, ptr %1983, align 4, !tbaa !5
+  %1985 = fadd <16 x float> %1982, %1984
+  %1986 = getelementptr inbounds nuw i8, ptr %1971, i64 320
+  %1987 = load <16 x float>, ptr %1986, align 4, !tbaa !5
+  %1988 = fadd <16 x float> %1985, %1987
+  %1989 = getelementptr inbounds nuw i8, ptr %1971, i64 384
+  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !5
+  %1991 = fadd <16 x float> %1988, %1990
+  %1992 = getelementptr inbounds nuw i8, ptr %1971, i64 448
+  %1993 = load <16 x float>, ptr %1992, align 4, !tbaa !5
+  %1994 = fadd <16 x float> %1991, %1993
   %indvars.iv.next600.i = shl i64 %indvars.iv599.i, 9
-  %1943 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next600.i
-  %1944 = getelementptr inbounds nuw i8, ptr %1943, i64 512
-  %1945 = load <16 x float>, ptr %1944, align 4, !tbaa !5
-  %1946 = fadd <16 x float> %1942, %1945
-  %1947 = getelementptr inbounds nuw i8, ptr %1943, i64 576
-  %1948 = load <16 x float>, ptr %1947, align 4, !tbaa !5
-  %1949 = fadd <16 x float> %1946, %1948
-  %1950 = getelementptr inbounds nuw i8, ptr %1943, i64 640
-  %1951 = load <16 x float>, ptr %1950, align 4, !tbaa !5
-  %1952 = fadd <16 x float> %1949, %1951
-  %1953 = getelementptr inbounds nuw i8, ptr %1943, i64 704
-  %1954 = load <16 x float>, ptr %1953, align 4, !tbaa !5
-  %1955 = fadd <16 x float> %1952, %1954
-  %1956 = getelementptr inbounds nuw i8, ptr %1943, i64 768
-  %1957 = load <16 x float>, ptr %1956, align 4, !tbaa !5
-  %1958 = fadd <16 x float> %1955, %1957
-  %1959 = getelementptr inbounds nuw i8, ptr %1943, i64 832
-  %1960 = load <16 x float>, ptr %1959, align 4, !tbaa !5
-  %1961 = fadd <16 x float> %1958, %1960
-  %1962 = getelementptr inbounds nuw i8, ptr %1943, i64 896
-  %1963 = load <16 x float>, ptr %1962, align 4, !tbaa !5
-  %1964 = fadd <16 x float> %1961, %1963
-  %1965 = getelementptr inbounds nuw i8, ptr %1943, i64 960
-  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !5
-  %1967 = fadd <16 x float> %1964, %1966
+  %1995 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next600.i
+  %1996 = getelementptr inbounds nuw i8, ptr %1995, i64 512
+  %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
+  %1998 = fadd <16 x float> %1994, %1997
+  %1999 = getelementptr inbounds nuw i8, ptr %1995, i64 576
+  %2000 = load <16 x float>, ptr %1999, align 4, !tbaa !5
+  %2001 = fadd <16 x float> %1998, %2000
+  %2002 = getelementptr inbounds nuw i8, ptr %1995, i64 640
+  %2003 = load <16 x float>, ptr %2002, align 4, !tbaa !5
+  %2004 = fadd <16 x float> %2001, %2003
+  %2005 = getelementptr inbounds nuw i8, ptr %1995, i64 704
+  %2006 = load <16 x float>, ptr %2005, align 4, !tbaa !5
+  %2007 = fadd <16 x float> %2004, %2006
+  %2008 = getelementptr inbounds nuw i8, ptr %1995, i64 768
+  %2009 = load <16 x float>, ptr %2008, align 4, !tbaa !5
+  %2010 = fadd <16 x float> %2007, %2009
+  %2011 = getelementptr inbounds nuw i8, ptr %1995, i64 832
+  %2012 = load <16 x float>, ptr %2011, align 4, !tbaa !5
+  %2013 = fadd <16 x float> %2010, %2012
+  %2014 = getelementptr inbounds nuw i8, ptr %1995, i64 896
+  %2015 = load <16 x float>, ptr %2014, align 4, !tbaa !5
+  %2016 = fadd <16 x float> %2013, %2015
+  %2017 = getelementptr inbounds nuw i8, ptr %1995, i64 960
+  %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !5
+  %2019 = fadd <16 x float> %2016, %2018
   %indvars.iv.next600.i.1 = add nuw nsw i64 %indvars.iv599.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
@@ -3016,1115 +3072,1118 @@ for_end_to102.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti105.pre
 
 for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti105.preheader.i.preheader
   %indvars.iv599.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next600.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
-  %tile_sum259.sroa.0.0395.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %1967, %for_end_to102.i.loopexit.unr-lcssa ]
-  %lcmp.mod706 = icmp ne i64 %xtraiter, 0
-  tail call void @llvm.assume(i1 %lcmp.mod706)
-  %.idx67.epil = shl nsw i64 %indvars.iv599.i.epil.init, 9
-  %1968 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx67.epil
-  %1969 = load <16 x float>, ptr %1968, align 4, !tbaa !5
-  %1970 = fadd <16 x float> %tile_sum259.sroa.0.0395.i.epil.init, %1969
-  %1971 = getelementptr inbounds nuw i8, ptr %1968, i64 64
-  %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !5
-  %1973 = fadd <16 x float> %1970, %1972
-  %1974 = getelementptr inbounds nuw i8, ptr %1968, i64 128
-  %1975 = load <16 x float>, ptr %1974, align 4, !tbaa !5
-  %1976 = fadd <16 x float> %1973, %1975
-  %1977 = getelementptr inbounds nuw i8, ptr %1968, i64 192
-  %1978 = load <16 x float>, ptr %1977, align 4, !tbaa !5
-  %1979 = fadd <16 x float> %1976, %1978
-  %1980 = getelementptr inbounds nuw i8, ptr %1968, i64 256
-  %1981 = load <16 x float>, ptr %1980, align 4, !tbaa !5
-  %1982 = fadd <16 x float> %1979, %1981
-  %1983 = getelementptr inbounds nuw i8, ptr %1968, i64 320
-  %1984 = load <16 x float>, ptr %1983, align 4, !tbaa !5
-  %1985 = fadd <16 x float> %1982, %1984
-  %1986 = getelementptr inbounds nuw i8, ptr %1968, i64 384
-  %1987 = load <16 x float>, ptr %1986, align 4, !tbaa !5
-  %1988 = fadd <16 x float> %1985, %1987
-  %1989 = getelementptr inbounds nuw i8, ptr %1968, i64 448
-  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !5
-  %1991 = fadd <16 x float> %1988, %1990
+  %tile_sum259.sroa.0.0395.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %2019, %for_end_to102.i.loopexit.unr-lcssa ]
+  %lcmp.mod707 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod707)
+  %.idx68.epil = shl nsw i64 %indvars.iv599.i.epil.init, 9
+  %2020 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx68.epil
+  %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
+  %2022 = fadd <16 x float> %tile_sum259.sroa.0.0395.i.epil.init, %2021
+  %2023 = getelementptr inbounds nuw i8, ptr %2020, i64 64
+  %2024 = load <16 x float>, ptr %2023, align 4, !tbaa !5
+  %2025 = fadd <16 x float> %2022, %2024
+  %2026 = getelementptr inbounds nuw i8, ptr %2020, i64 128
+  %2027 = load <16 x float>, ptr %2026, align 4, !tbaa !5
+  %2028 = fadd <16 x float> %2025, %2027
+  %2029 = getelementptr inbounds nuw i8, ptr %2020, i64 192
+  %2030 = load <16 x float>, ptr %2029, align 4, !tbaa !5
+  %2031 = fadd <16 x float> %2028, %2030
+  %2032 = getelementptr inbounds nuw i8, ptr %2020, i64 256
+  %2033 = load <16 x float>, ptr %2032, align 4, !tbaa !5
+  %2034 = fadd <16 x float> %2031, %2033
+  %2035 = getelementptr inbounds nuw i8, ptr %2020, i64 320
+  %2036 = load <16 x float>, ptr %2035, align 4, !tbaa !5
+  %2037 = fadd <16 x float> %2034, %2036
+  %2038 = getelementptr inbounds nuw i8, ptr %2020, i64 384
+  %2039 = load <16 x float>, ptr %2038, align 4, !tbaa !5
+  %2040 = fadd <16 x float> %2037, %2039
+  %2041 = getelementptr inbounds nuw i8, ptr %2020, i64 448
+  %2042 = load <16 x float>, ptr %2041, align 4, !tbaa !5
+  %2043 = fadd <16 x float> %2040, %2042
   br label %for_end_to102.i
 
 for_end_to102.i:                                  ; preds = %for_begin_ti105.preheader.i.epil.preheader, %for_end_to102.i.loopexit.unr-lcssa, %for_begin_to100.preheader.i
   %scaled777779781784787.i = phi ptr [ %scaled776.i, %for_begin_to100.preheader.i ], [ %scaled.i, %for_end_to102.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti105.preheader.i.epil.preheader ]
-  %1992 = phi <16 x float> [ %1733, %for_begin_to100.preheader.i ], [ %1729, %for_end_to102.i.loopexit.unr-lcssa ], [ %1729, %for_begin_ti105.preheader.i.epil.preheader ]
-  %tile_sum259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to100.preheader.i ], [ %1967, %for_end_to102.i.loopexit.unr-lcssa ], [ %1991, %for_begin_ti105.preheader.i.epil.preheader ]
-  %1993 = icmp eq i64 %indvars.iv626.i130, 0
-  %1994 = insertelement <16 x i1> poison, i1 %1993, i64 0
-  %1995 = shufflevector <16 x i1> %1994, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %1995, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %311
-  %old_sum.i = select <16 x i1> %1995, <16 x float> zeroinitializer, <16 x float> %total285.i131
-  %1996 = fcmp ogt <16 x float> %old_max.i, %1992
-  %1997 = fcmp oeq <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
-  %1998 = select <16 x i1> %1997, <16 x i1> splat (i1 true), <16 x i1> %1996
-  %old_or_both.i = select <16 x i1> %1998, <16 x float> %old_max.i, <16 x float> %1992
-  %1999 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %1999, <16 x float> %1992, <16 x float> %old_or_both.i
-  %2000 = fsub <16 x float> %old_max.i, %m.i
-  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2002 = bitcast <16 x float> %2001 to <16 x i32>
-  %2003 = fadd <16 x float> %2001, splat (float 0xC168000FE0000000)
-  %2004 = fmul <16 x float> %2003, splat (float 0x3F2BD01060000000)
-  %2005 = fmul <16 x float> %2003, splat (float 0x3FE6300000000000)
-  %2006 = fsub <16 x float> %2000, %2005
-  %2007 = fadd <16 x float> %2004, %2006
-  %2008 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2007, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2008, <16 x float> %2007, <16 x float> splat (float 0x3FA5558F20000000))
-  %2010 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2009, <16 x float> %2007, <16 x float> splat (float 0x3FC5554920000000))
-  %2011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2010, <16 x float> %2007, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2012 = fmul <16 x float> %2007, %2007
-  %2013 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2011, <16 x float> %2012, <16 x float> %2007)
-  %2014 = shl <16 x i32> %2002, splat (i32 23)
-  %2015 = bitcast <16 x i32> %2014 to <16 x float>
-  %2016 = fadd <16 x float> %2013, splat (float 1.000000e+00)
-  %2017 = fmul <16 x float> %2016, %2015
-  %2018 = fcmp olt <16 x float> %2000, splat (float -8.700000e+01)
-  %2019 = select <16 x i1> %2018, <16 x float> zeroinitializer, <16 x float> %2017
-  %2020 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %2021 = select <16 x i1> %2020, <16 x float> %2019, <16 x float> zeroinitializer
-  %arg127.i = fsub <16 x float> %1992, %m.i
-  %2022 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg127.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %2023 = bitcast <16 x float> %2022 to <16 x i32>
-  %2024 = fadd <16 x float> %2022, splat (float 0xC168000FE0000000)
-  %2025 = fmul <16 x float> %2024, splat (float 0x3F2BD01060000000)
-  %2026 = fmul <16 x float> %2024, splat (float 0x3FE6300000000000)
-  %2027 = fsub <16 x float> %arg127.i, %2026
-  %2028 = fadd <16 x float> %2025, %2027
-  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2028, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %2030 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2029, <16 x float> %2028, <16 x float> splat (float 0x3FA5558F20000000))
-  %2031 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2030, <16 x float> %2028, <16 x float> splat (float 0x3FC5554920000000))
-  %2032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2031, <16 x float> %2028, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %2033 = fmul <16 x float> %2028, %2028
-  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2032, <16 x float> %2033, <16 x float> %2028)
-  %2035 = shl <16 x i32> %2023, splat (i32 23)
-  %2036 = bitcast <16 x i32> %2035 to <16 x float>
-  %2037 = fadd <16 x float> %2034, splat (float 1.000000e+00)
-  %2038 = fmul <16 x float> %2037, %2036
-  %2039 = fcmp olt <16 x float> %arg127.i, splat (float -8.700000e+01)
-  %2040 = select <16 x i1> %2039, <16 x float> zeroinitializer, <16 x float> %2038
-  %2041 = fcmp one <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
-  %2042 = select <16 x i1> %2041, <16 x float> %2040, <16 x float> zeroinitializer
-  %2043 = ashr i32 %401, 3
-  %2044 = icmp sgt i32 %2043, 0
-  %2045 = and i32 %401, 7
-  %.not483.i = icmp eq i32 %2045, 0
-  %2046 = select i1 %405, i32 128, i32 0
-  %2047 = shl nsw i32 %2043, 7
-  %2048 = shl nsw i32 %2043, 10
-  %2049 = fmul <16 x float> %2021, zeroinitializer
-  %2050 = sext i32 %2047 to i64
-  %2051 = zext i32 %2043 to i64
-  %invariant.gep845.i = getelementptr float, ptr %probs.i, i64 %2050
-  %exitcond.not = icmp eq i32 %312, 1
+  %2044 = phi <16 x float> [ %1785, %for_begin_to100.preheader.i ], [ %1781, %for_end_to102.i.loopexit.unr-lcssa ], [ %1781, %for_begin_ti105.preheader.i.epil.preheader ]
+  %tile_sum259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to100.preheader.i ], [ %2019, %for_end_to102.i.loopexit.unr-lcssa ], [ %2043, %for_begin_ti105.preheader.i.epil.preheader ]
+  %2045 = icmp eq i64 %indvars.iv626.i131, 0
+  %2046 = insertelement <16 x i1> poison, i1 %2045, i64 0
+  %2047 = shufflevector <16 x i1> %2046, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %2047, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %363
+  %old_sum.i = select <16 x i1> %2047, <16 x float> zeroinitializer, <16 x float> %total285.i132
+  %2048 = fcmp ogt <16 x float> %old_max.i, %2044
+  %2049 = fcmp oeq <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
+  %2050 = select <16 x i1> %2049, <16 x i1> splat (i1 true), <16 x i1> %2048
+  %old_or_both.i = select <16 x i1> %2050, <16 x float> %old_max.i, <16 x float> %2044
+  %2051 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2051, <16 x float> %2044, <16 x float> %old_or_both.i
+  %2052 = fsub <16 x float> %old_max.i, %m.i
+  %2053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2054 = bitcast <16 x float> %2053 to <16 x i32>
+  %2055 = fadd <16 x float> %2053, splat (float 0xC168000FE0000000)
+  %2056 = fmul <16 x float> %2055, splat (float 0x3F2BD01060000000)
+  %2057 = fmul <16 x float> %2055, splat (float 0x3FE6300000000000)
+  %2058 = fsub <16 x float> %2052, %2057
+  %2059 = fadd <16 x float> %2056, %2058
+  %2060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2059, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2060, <16 x float> %2059, <16 x float> splat (float 0x3FA5558F20000000))
+  %2062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2061, <16 x float> %2059, <16 x float> splat (float 0x3FC5554920000000))
+  %2063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2062, <16 x float> %2059, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2064 = fmul <16 x float> %2059, %2059
+  %2065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2063, <16 x float> %2064, <16 x float> %2059)
+  %2066 = shl <16 x i32> %2054, splat (i32 23)
+  %2067 = bitcast <16 x i32> %2066 to <16 x float>
+  %2068 = fadd <16 x float> %2065, splat (float 1.000000e+00)
+  %2069 = fmul <16 x float> %2068, %2067
+  %2070 = fcmp olt <16 x float> %2052, splat (float -8.700000e+01)
+  %2071 = select <16 x i1> %2070, <16 x float> zeroinitializer, <16 x float> %2069
+  %2072 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2073 = select <16 x i1> %2072, <16 x float> %2071, <16 x float> zeroinitializer
+  %arg127.i = fsub <16 x float> %2044, %m.i
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg127.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2075 = bitcast <16 x float> %2074 to <16 x i32>
+  %2076 = fadd <16 x float> %2074, splat (float 0xC168000FE0000000)
+  %2077 = fmul <16 x float> %2076, splat (float 0x3F2BD01060000000)
+  %2078 = fmul <16 x float> %2076, splat (float 0x3FE6300000000000)
+  %2079 = fsub <16 x float> %arg127.i, %2078
+  %2080 = fadd <16 x float> %2077, %2079
+  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2080, <16 x float> splat (float 0x3FA5558F20000000))
+  %2083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2082, <16 x float> %2080, <16 x float> splat (float 0x3FC5554920000000))
+  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2083, <16 x float> %2080, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2085 = fmul <16 x float> %2080, %2080
+  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2084, <16 x float> %2085, <16 x float> %2080)
+  %2087 = shl <16 x i32> %2075, splat (i32 23)
+  %2088 = bitcast <16 x i32> %2087 to <16 x float>
+  %2089 = fadd <16 x float> %2086, splat (float 1.000000e+00)
+  %2090 = fmul <16 x float> %2089, %2088
+  %2091 = fcmp olt <16 x float> %arg127.i, splat (float -8.700000e+01)
+  %2092 = select <16 x i1> %2091, <16 x float> zeroinitializer, <16 x float> %2090
+  %2093 = fcmp one <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
+  %2094 = select <16 x i1> %2093, <16 x float> %2092, <16 x float> zeroinitializer
+  %2095 = ashr i32 %453, 3
+  %2096 = icmp sgt i32 %2095, 0
+  %2097 = and i32 %453, 7
+  %.not483.i = icmp eq i32 %2097, 0
+  %2098 = select i1 %457, i32 128, i32 0
+  %2099 = shl nsw i32 %2095, 7
+  %2100 = shl nsw i32 %2095, 10
+  %2101 = fmul <16 x float> %2073, zeroinitializer
+  %2102 = sext i32 %2099 to i64
+  %2103 = zext i32 %2095 to i64
+  %invariant.gep845.i = getelementptr float, ptr %probs.i, i64 %2102
+  %exitcond.not = icmp eq i32 %364, 1
   %gep846.i.1 = getelementptr i8, ptr %invariant.gep845.i, i64 64
-  %exitcond.not.1 = icmp eq i32 %312, 2
+  %exitcond.not.1 = icmp eq i32 %364, 2
   %gep846.i.2 = getelementptr i8, ptr %invariant.gep845.i, i64 128
-  %exitcond.not.2 = icmp eq i32 %312, 3
+  %exitcond.not.2 = icmp eq i32 %364, 3
   %gep846.i.3 = getelementptr i8, ptr %invariant.gep845.i, i64 192
-  %exitcond.not.3 = icmp eq i32 %312, 4
+  %exitcond.not.3 = icmp eq i32 %364, 4
   %gep846.i.4 = getelementptr i8, ptr %invariant.gep845.i, i64 256
-  %exitcond.not.4 = icmp eq i32 %312, 5
+  %exitcond.not.4 = icmp eq i32 %364, 5
   %gep846.i.5 = getelementptr i8, ptr %invariant.gep845.i, i64 320
-  %exitcond.not.5 = icmp eq i32 %312, 6
+  %exitcond.not.5 = icmp eq i32 %364, 6
   %gep846.i.6 = getelementptr i8, ptr %invariant.gep845.i, i64 384
   br label %for_body_d_0_m.i
 
 for_body_d_0_m.i:                                 ; preds = %if_end172.i, %for_end_to102.i
   %indvars.iv622.i = phi i64 [ 0, %for_end_to102.i ], [ %indvars.iv.next623.i, %if_end172.i ]
-  br i1 %2044, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to144.i, !prof !3
+  br i1 %2096, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to144.i, !prof !3
 
 for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %2052 = mul nuw nsw i64 %indvars.iv622.i, %2051
-  %2053 = shl i64 %indvars.iv622.i, 2
-  %2054 = and i64 %2053, 12
-  %2055 = shl i64 %indvars.iv622.i, 3
-  %2056 = and i64 %2055, 96
-  %invariant.gep126 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2056
-  %invariant.gep128 = getelementptr inbounds nuw float, ptr %invariant.gep126, i64 %2054
+  %2104 = mul nuw nsw i64 %indvars.iv622.i, %2103
+  %2105 = shl i64 %indvars.iv622.i, 2
+  %2106 = and i64 %2105, 12
+  %2107 = shl i64 %indvars.iv622.i, 3
+  %2108 = and i64 %2107, 96
+  %invariant.gep127 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2108
+  %invariant.gep129 = getelementptr inbounds nuw float, ptr %invariant.gep127, i64 %2106
   br label %for_begin_ax2.preheader.i
 
 for_end_d_0_m.i:                                  ; preds = %if_end172.i
-  %2057 = fmul <16 x float> %old_sum.i, %2021
-  %2058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_sum259.sroa.0.0.lcssa.i, <16 x float> %2057)
-  %2059 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2060 = tail call i32 %2059(i32 1, i32 %dev_id, ptr nonnull %scaled777779781784787.i)
-  %.not270.i = icmp eq i32 %2060, 0
+  %2109 = fmul <16 x float> %old_sum.i, %2073
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_sum259.sroa.0.0.lcssa.i, <16 x float> %2109)
+  %2111 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2112 = tail call i32 %2111(i32 1, i32 %dev_id, ptr nonnull %scaled777779781784787.i)
+  %.not270.i = icmp eq i32 %2112, 0
   br i1 %.not270.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !27
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
   %indvars.iv612.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next613.i, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.28.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2406, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.24.0420.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2401, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.20.0419.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2396, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.16.0418.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2391, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.12.0417.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2386, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.8.0416.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2381, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.4.0415.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2376, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.0.0414.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2371, %for_begin_ax2.preheader.i ]
-  %2061 = add nuw nsw i64 %indvars.iv612.i, %2052
-  %2062 = trunc nuw i64 %2061 to i32
-  %2063 = lshr i32 %2062, 1
-  %2064 = add nuw nsw i32 %2063, %2046
-  %2065 = zext nneg i32 %2064 to i64
-  %2066 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2065
-  %2067 = load i64, ptr %2066, align 8, !tbaa !5
-  %2068 = shl i64 %2061, 7
-  %.masked.i = and i64 %2068, 128
-  %invariant.gep398.i = getelementptr i32, ptr %value_cache, i64 %2067
+  %full_acc254.sroa.28.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2458, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.24.0420.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2453, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.20.0419.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2448, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.16.0418.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2443, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.12.0417.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2438, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.8.0416.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2433, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.4.0415.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2428, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.0.0414.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2423, %for_begin_ax2.preheader.i ]
+  %2113 = add nuw nsw i64 %indvars.iv612.i, %2104
+  %2114 = trunc nuw i64 %2113 to i32
+  %2115 = lshr i32 %2114, 1
+  %2116 = add nuw nsw i32 %2115, %2098
+  %2117 = zext nneg i32 %2116 to i64
+  %2118 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2117
+  %2119 = load i64, ptr %2118, align 8, !tbaa !5
+  %2120 = shl i64 %2113, 7
+  %.masked.i = and i64 %2120, 128
+  %invariant.gep398.i = getelementptr i32, ptr %value_cache, i64 %2119
   %gep399.i = getelementptr i8, ptr %invariant.gep398.i, i64 %.masked.i
   tail call void @llvm.prefetch.p0(ptr readonly %gep399.i, i32 0, i32 2, i32 1)
   %gep399.1.i = getelementptr i8, ptr %gep399.i, i64 64
   tail call void @llvm.prefetch.p0(ptr readonly %gep399.1.i, i32 0, i32 2, i32 1)
-  %2069 = shl nsw i64 %indvars.iv612.i, 10
-  %.masked773.i = and i64 %2069, 4294966272
-  %2070 = shl i64 %indvars.iv612.i, 7
-  %2071 = and i64 %2070, 4294967168
-  %2072 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2071
-  %2073 = load <16 x float>, ptr %2072, align 4, !tbaa !5
-  %gep129 = getelementptr inbounds nuw float, ptr %invariant.gep128, i64 %.masked773.i
-  %2074 = load float, ptr %gep129, align 4, !tbaa !5
-  %2075 = insertelement <16 x float> poison, float %2074, i64 0
-  %2076 = shufflevector <16 x float> %2075, <16 x float> poison, <16 x i32> zeroinitializer
-  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2076, <16 x float> %full_acc254.sroa.0.0414.i)
-  %2078 = getelementptr inbounds nuw i8, ptr %gep129, i64 64
-  %2079 = load float, ptr %2078, align 4, !tbaa !5
-  %2080 = insertelement <16 x float> poison, float %2079, i64 0
-  %2081 = shufflevector <16 x float> %2080, <16 x float> poison, <16 x i32> zeroinitializer
-  %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2081, <16 x float> %full_acc254.sroa.4.0415.i)
-  %2083 = getelementptr inbounds nuw i8, ptr %gep129, i64 4
-  %2084 = load float, ptr %2083, align 4, !tbaa !5
-  %2085 = insertelement <16 x float> poison, float %2084, i64 0
-  %2086 = shufflevector <16 x float> %2085, <16 x float> poison, <16 x i32> zeroinitializer
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2086, <16 x float> %full_acc254.sroa.8.0416.i)
-  %2088 = getelementptr inbounds nuw i8, ptr %gep129, i64 68
-  %2089 = load float, ptr %2088, align 4, !tbaa !5
-  %2090 = insertelement <16 x float> poison, float %2089, i64 0
-  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2091, <16 x float> %full_acc254.sroa.12.0417.i)
-  %2093 = getelementptr inbounds nuw i8, ptr %gep129, i64 8
-  %2094 = load float, ptr %2093, align 4, !tbaa !5
-  %2095 = insertelement <16 x float> poison, float %2094, i64 0
-  %2096 = shufflevector <16 x float> %2095, <16 x float> poison, <16 x i32> zeroinitializer
-  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2096, <16 x float> %full_acc254.sroa.16.0418.i)
-  %2098 = getelementptr inbounds nuw i8, ptr %gep129, i64 72
-  %2099 = load float, ptr %2098, align 4, !tbaa !5
-  %2100 = insertelement <16 x float> poison, float %2099, i64 0
-  %2101 = shufflevector <16 x float> %2100, <16 x float> poison, <16 x i32> zeroinitializer
-  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2101, <16 x float> %full_acc254.sroa.20.0419.i)
-  %2103 = getelementptr inbounds nuw i8, ptr %gep129, i64 12
-  %2104 = load float, ptr %2103, align 4, !tbaa !5
-  %2105 = insertelement <16 x float> poison, float %2104, i64 0
-  %2106 = shufflevector <16 x float> %2105, <16 x float> poison, <16 x i32> zeroinitializer
-  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2106, <16 x float> %full_acc254.sroa.24.0420.i)
-  %2108 = getelementptr inbounds nuw i8, ptr %gep129, i64 76
-  %2109 = load float, ptr %2108, align 4, !tbaa !5
-  %2110 = insertelement <16 x float> poison, float %2109, i64 0
-  %2111 = shufflevector <16 x float> %2110, <16 x float> poison, <16 x i32> zeroinitializer
-  %2112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> %2111, <16 x float> %full_acc254.sroa.28.0421.i)
-  %2113 = getelementptr inbounds nuw i8, ptr %2072, i64 64
-  %2114 = load <16 x float>, ptr %2113, align 4, !tbaa !5
-  %2115 = getelementptr inbounds nuw i8, ptr %gep129, i64 512
-  %2116 = load float, ptr %2115, align 4, !tbaa !5
-  %2117 = insertelement <16 x float> poison, float %2116, i64 0
-  %2118 = shufflevector <16 x float> %2117, <16 x float> poison, <16 x i32> zeroinitializer
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2118, <16 x float> %2077)
-  %2120 = getelementptr inbounds nuw i8, ptr %gep129, i64 576
-  %2121 = load float, ptr %2120, align 4, !tbaa !5
-  %2122 = insertelement <16 x float> poison, float %2121, i64 0
-  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2123, <16 x float> %2082)
-  %2125 = getelementptr inbounds nuw i8, ptr %gep129, i64 516
-  %2126 = load float, ptr %2125, align 4, !tbaa !5
+  %2121 = shl nsw i64 %indvars.iv612.i, 10
+  %.masked773.i = and i64 %2121, 4294966272
+  %2122 = shl i64 %indvars.iv612.i, 7
+  %2123 = and i64 %2122, 4294967168
+  %2124 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2123
+  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !5
+  %gep130 = getelementptr inbounds nuw float, ptr %invariant.gep129, i64 %.masked773.i
+  %2126 = load float, ptr %gep130, align 4, !tbaa !5
   %2127 = insertelement <16 x float> poison, float %2126, i64 0
   %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2128, <16 x float> %2087)
-  %2130 = getelementptr inbounds nuw i8, ptr %gep129, i64 580
+  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2128, <16 x float> %full_acc254.sroa.0.0414.i)
+  %2130 = getelementptr inbounds nuw i8, ptr %gep130, i64 64
   %2131 = load float, ptr %2130, align 4, !tbaa !5
   %2132 = insertelement <16 x float> poison, float %2131, i64 0
   %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2133, <16 x float> %2092)
-  %2135 = getelementptr inbounds nuw i8, ptr %gep129, i64 520
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2133, <16 x float> %full_acc254.sroa.4.0415.i)
+  %2135 = getelementptr inbounds nuw i8, ptr %gep130, i64 4
   %2136 = load float, ptr %2135, align 4, !tbaa !5
   %2137 = insertelement <16 x float> poison, float %2136, i64 0
   %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2138, <16 x float> %2097)
-  %2140 = getelementptr inbounds nuw i8, ptr %gep129, i64 584
+  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2138, <16 x float> %full_acc254.sroa.8.0416.i)
+  %2140 = getelementptr inbounds nuw i8, ptr %gep130, i64 68
   %2141 = load float, ptr %2140, align 4, !tbaa !5
   %2142 = insertelement <16 x float> poison, float %2141, i64 0
   %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2143, <16 x float> %2102)
-  %2145 = getelementptr inbounds nuw i8, ptr %gep129, i64 524
+  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2143, <16 x float> %full_acc254.sroa.12.0417.i)
+  %2145 = getelementptr inbounds nuw i8, ptr %gep130, i64 8
   %2146 = load float, ptr %2145, align 4, !tbaa !5
   %2147 = insertelement <16 x float> poison, float %2146, i64 0
   %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2148, <16 x float> %2107)
-  %2150 = getelementptr inbounds nuw i8, ptr %gep129, i64 588
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2148, <16 x float> %full_acc254.sroa.16.0418.i)
+  %2150 = getelementptr inbounds nuw i8, ptr %gep130, i64 72
   %2151 = load float, ptr %2150, align 4, !tbaa !5
   %2152 = insertelement <16 x float> poison, float %2151, i64 0
   %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
-  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2114, <16 x float> %2153, <16 x float> %2112)
-  %2155 = getelementptr inbounds nuw i8, ptr %2072, i64 128
-  %2156 = load <16 x float>, ptr %2155, align 4, !tbaa !5
-  %2157 = getelementptr inbounds nuw i8, ptr %gep129, i64 1024
-  %2158 = load float, ptr %2157, align 4, !tbaa !5
-  %2159 = insertelement <16 x float> poison, float %2158, i64 0
-  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
-  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2160, <16 x float> %2119)
-  %2162 = getelementptr inbounds nuw i8, ptr %gep129, i64 1088
-  %2163 = load float, ptr %2162, align 4, !tbaa !5
-  %2164 = insertelement <16 x float> poison, float %2163, i64 0
-  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
-  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2165, <16 x float> %2124)
-  %2167 = getelementptr inbounds nuw i8, ptr %gep129, i64 1028
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2153, <16 x float> %full_acc254.sroa.20.0419.i)
+  %2155 = getelementptr inbounds nuw i8, ptr %gep130, i64 12
+  %2156 = load float, ptr %2155, align 4, !tbaa !5
+  %2157 = insertelement <16 x float> poison, float %2156, i64 0
+  %2158 = shufflevector <16 x float> %2157, <16 x float> poison, <16 x i32> zeroinitializer
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2158, <16 x float> %full_acc254.sroa.24.0420.i)
+  %2160 = getelementptr inbounds nuw i8, ptr %gep130, i64 76
+  %2161 = load float, ptr %2160, align 4, !tbaa !5
+  %2162 = insertelement <16 x float> poison, float %2161, i64 0
+  %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
+  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2163, <16 x float> %full_acc254.sroa.28.0421.i)
+  %2165 = getelementptr inbounds nuw i8, ptr %2124, i64 64
+  %2166 = load <16 x float>, ptr %2165, align 4, !tbaa !5
+  %2167 = getelementptr inbounds nuw i8, ptr %gep130, i64 512
   %2168 = load float, ptr %2167, align 4, !tbaa !5
   %2169 = insertelement <16 x float> poison, float %2168, i64 0
   %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2170, <16 x float> %2129)
-  %2172 = getelementptr inbounds nuw i8, ptr %gep129, i64 1092
+  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2170, <16 x float> %2129)
+  %2172 = getelementptr inbounds nuw i8, ptr %gep130, i64 576
   %2173 = load float, ptr %2172, align 4, !tbaa !5
   %2174 = insertelement <16 x float> poison, float %2173, i64 0
   %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2175, <16 x float> %2134)
-  %2177 = getelementptr inbounds nuw i8, ptr %gep129, i64 1032
+  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2175, <16 x float> %2134)
+  %2177 = getelementptr inbounds nuw i8, ptr %gep130, i64 516
   %2178 = load float, ptr %2177, align 4, !tbaa !5
   %2179 = insertelement <16 x float> poison, float %2178, i64 0
   %2180 = shufflevector <16 x float> %2179, <16 x float> poison, <16 x i32> zeroinitializer
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2180, <16 x float> %2139)
-  %2182 = getelementptr inbounds nuw i8, ptr %gep129, i64 1096
+  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2180, <16 x float> %2139)
+  %2182 = getelementptr inbounds nuw i8, ptr %gep130, i64 580
   %2183 = load float, ptr %2182, align 4, !tbaa !5
   %2184 = insertelement <16 x float> poison, float %2183, i64 0
   %2185 = shufflevector <16 x float> %2184, <16 x float> poison, <16 x i32> zeroinitializer
-  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2185, <16 x float> %2144)
-  %2187 = getelementptr inbounds nuw i8, ptr %gep129, i64 1036
+  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2185, <16 x float> %2144)
+  %2187 = getelementptr inbounds nuw i8, ptr %gep130, i64 520
   %2188 = load float, ptr %2187, align 4, !tbaa !5
   %2189 = insertelement <16 x float> poison, float %2188, i64 0
   %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2190, <16 x float> %2149)
-  %2192 = getelementptr inbounds nuw i8, ptr %gep129, i64 1100
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2190, <16 x float> %2149)
+  %2192 = getelementptr inbounds nuw i8, ptr %gep130, i64 584
   %2193 = load float, ptr %2192, align 4, !tbaa !5
   %2194 = insertelement <16 x float> poison, float %2193, i64 0
   %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2156, <16 x float> %2195, <16 x float> %2154)
-  %2197 = getelementptr inbounds nuw i8, ptr %2072, i64 192
-  %2198 = load <16 x float>, ptr %2197, align 4, !tbaa !5
-  %2199 = getelementptr inbounds nuw i8, ptr %gep129, i64 1536
-  %2200 = load float, ptr %2199, align 4, !tbaa !5
-  %2201 = insertelement <16 x float> poison, float %2200, i64 0
-  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
-  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2202, <16 x float> %2161)
-  %2204 = getelementptr inbounds nuw i8, ptr %gep129, i64 1600
-  %2205 = load float, ptr %2204, align 4, !tbaa !5
-  %2206 = insertelement <16 x float> poison, float %2205, i64 0
-  %2207 = shufflevector <16 x float> %2206, <16 x float> poison, <16 x i32> zeroinitializer
-  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2207, <16 x float> %2166)
-  %2209 = getelementptr inbounds nuw i8, ptr %gep129, i64 1540
+  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2195, <16 x float> %2154)
+  %2197 = getelementptr inbounds nuw i8, ptr %gep130, i64 524
+  %2198 = load float, ptr %2197, align 4, !tbaa !5
+  %2199 = insertelement <16 x float> poison, float %2198, i64 0
+  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
+  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2200, <16 x float> %2159)
+  %2202 = getelementptr inbounds nuw i8, ptr %gep130, i64 588
+  %2203 = load float, ptr %2202, align 4, !tbaa !5
+  %2204 = insertelement <16 x float> poison, float %2203, i64 0
+  %2205 = shufflevector <16 x float> %2204, <16 x float> poison, <16 x i32> zeroinitializer
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2205, <16 x float> %2164)
+  %2207 = getelementptr inbounds nuw i8, ptr %2124, i64 128
+  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !5
+  %2209 = getelementptr inbounds nuw i8, ptr %gep130, i64 1024
   %2210 = load float, ptr %2209, align 4, !tbaa !5
   %2211 = insertelement <16 x float> poison, float %2210, i64 0
   %2212 = shufflevector <16 x float> %2211, <16 x float> poison, <16 x i32> zeroinitializer
-  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2212, <16 x float> %2171)
-  %2214 = getelementptr inbounds nuw i8, ptr %gep129, i64 1604
+  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2212, <16 x float> %2171)
+  %2214 = getelementptr inbounds nuw i8, ptr %gep130, i64 1088
   %2215 = load float, ptr %2214, align 4, !tbaa !5
   %2216 = insertelement <16 x float> poison, float %2215, i64 0
   %2217 = shufflevector <16 x float> %2216, <16 x float> poison, <16 x i32> zeroinitializer
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2217, <16 x float> %2176)
-  %2219 = getelementptr inbounds nuw i8, ptr %gep129, i64 1544
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2217, <16 x float> %2176)
+  %2219 = getelementptr inbounds nuw i8, ptr %gep130, i64 1028
   %2220 = load float, ptr %2219, align 4, !tbaa !5
   %2221 = insertelement <16 x float> poison, float %2220, i64 0
   %2222 = shufflevector <16 x float> %2221, <16 x float> poison, <16 x i32> zeroinitializer
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2222, <16 x float> %2181)
-  %2224 = getelementptr inbounds nuw i8, ptr %gep129, i64 1608
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2222, <16 x float> %2181)
+  %2224 = getelementptr inbounds nuw i8, ptr %gep130, i64 1092
   %2225 = load float, ptr %2224, align 4, !tbaa !5
   %2226 = insertelement <16 x float> poison, float %2225, i64 0
   %2227 = shufflevector <16 x float> %2226, <16 x float> poison, <16 x i32> zeroinitializer
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2227, <16 x float> %2186)
-  %2229 = getelementptr inbounds nuw i8, ptr %gep129, i64 1548
+  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2227, <16 x float> %2186)
+  %2229 = getelementptr inbounds nuw i8, ptr %gep130, i64 1032
   %2230 = load float, ptr %2229, align 4, !tbaa !5
   %2231 = insertelement <16 x float> poison, float %2230, i64 0
   %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2232, <16 x float> %2191)
-  %2234 = getelementptr inbounds nuw i8, ptr %gep129, i64 1612
+  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2232, <16 x float> %2191)
+  %2234 = getelementptr inbounds nuw i8, ptr %gep130, i64 1096
   %2235 = load float, ptr %2234, align 4, !tbaa !5
   %2236 = insertelement <16 x float> poison, float %2235, i64 0
   %2237 = shufflevector <16 x float> %2236, <16 x float> poison, <16 x i32> zeroinitializer
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2237, <16 x float> %2196)
-  %2239 = getelementptr inbounds nuw i8, ptr %2072, i64 256
-  %2240 = load <16 x float>, ptr %2239, align 4, !tbaa !5
-  %2241 = getelementptr inbounds nuw i8, ptr %gep129, i64 2048
-  %2242 = load float, ptr %2241, align 4, !tbaa !5
-  %2243 = insertelement <16 x float> poison, float %2242, i64 0
-  %2244 = shufflevector <16 x float> %2243, <16 x float> poison, <16 x i32> zeroinitializer
-  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2244, <16 x float> %2203)
-  %2246 = getelementptr inbounds nuw i8, ptr %gep129, i64 2112
-  %2247 = load float, ptr %2246, align 4, !tbaa !5
-  %2248 = insertelement <16 x float> poison, float %2247, i64 0
-  %2249 = shufflevector <16 x float> %2248, <16 x float> poison, <16 x i32> zeroinitializer
-  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2249, <16 x float> %2208)
-  %2251 = getelementptr inbounds nuw i8, ptr %gep129, i64 2052
+  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2237, <16 x float> %2196)
+  %2239 = getelementptr inbounds nuw i8, ptr %gep130, i64 1036
+  %2240 = load float, ptr %2239, align 4, !tbaa !5
+  %2241 = insertelement <16 x float> poison, float %2240, i64 0
+  %2242 = shufflevector <16 x float> %2241, <16 x float> poison, <16 x i32> zeroinitializer
+  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2242, <16 x float> %2201)
+  %2244 = getelementptr inbounds nuw i8, ptr %gep130, i64 1100
+  %2245 = load float, ptr %2244, align 4, !tbaa !5
+  %2246 = insertelement <16 x float> poison, float %2245, i64 0
+  %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
+  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2247, <16 x float> %2206)
+  %2249 = getelementptr inbounds nuw i8, ptr %2124, i64 192
+  %2250 = load <16 x float>, ptr %2249, align 4, !tbaa !5
+  %2251 = getelementptr inbounds nuw i8, ptr %gep130, i64 1536
   %2252 = load float, ptr %2251, align 4, !tbaa !5
   %2253 = insertelement <16 x float> poison, float %2252, i64 0
   %2254 = shufflevector <16 x float> %2253, <16 x float> poison, <16 x i32> zeroinitializer
-  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2254, <16 x float> %2213)
-  %2256 = getelementptr inbounds nuw i8, ptr %gep129, i64 2116
+  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2254, <16 x float> %2213)
+  %2256 = getelementptr inbounds nuw i8, ptr %gep130, i64 1600
   %2257 = load float, ptr %2256, align 4, !tbaa !5
   %2258 = insertelement <16 x float> poison, float %2257, i64 0
   %2259 = shufflevector <16 x float> %2258, <16 x float> poison, <16 x i32> zeroinitializer
-  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2259, <16 x float> %2218)
-  %2261 = getelementptr inbounds nuw i8, ptr %gep129, i64 2056
+  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2259, <16 x float> %2218)
+  %2261 = getelementptr inbounds nuw i8, ptr %gep130, i64 1540
   %2262 = load float, ptr %2261, align 4, !tbaa !5
   %2263 = insertelement <16 x float> poison, float %2262, i64 0
   %2264 = shufflevector <16 x float> %2263, <16 x float> poison, <16 x i32> zeroinitializer
-  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2264, <16 x float> %2223)
-  %2266 = getelementptr inbounds nuw i8, ptr %gep129, i64 2120
+  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2264, <16 x float> %2223)
+  %2266 = getelementptr inbounds nuw i8, ptr %gep130, i64 1604
   %2267 = load float, ptr %2266, align 4, !tbaa !5
   %2268 = insertelement <16 x float> poison, float %2267, i64 0
   %2269 = shufflevector <16 x float> %2268, <16 x float> poison, <16 x i32> zeroinitializer
-  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2269, <16 x float> %2228)
-  %2271 = getelementptr inbounds nuw i8, ptr %gep129, i64 2060
+  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2269, <16 x float> %2228)
+  %2271 = getelementptr inbounds nuw i8, ptr %gep130, i64 1544
   %2272 = load float, ptr %2271, align 4, !tbaa !5
   %2273 = insertelement <16 x float> poison, float %2272, i64 0
   %2274 = shufflevector <16 x float> %2273, <16 x float> poison, <16 x i32> zeroinitializer
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2274, <16 x float> %2233)
-  %2276 = getelementptr inbounds nuw i8, ptr %gep129, i64 2124
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2274, <16 x float> %2233)
+  %2276 = getelementptr inbounds nuw i8, ptr %gep130, i64 1608
   %2277 = load float, ptr %2276, align 4, !tbaa !5
   %2278 = insertelement <16 x float> poison, float %2277, i64 0
   %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> %2279, <16 x float> %2238)
-  %2281 = getelementptr inbounds nuw i8, ptr %2072, i64 320
-  %2282 = load <16 x float>, ptr %2281, align 4, !tbaa !5
-  %2283 = getelementptr inbounds nuw i8, ptr %gep129, i64 2560
-  %2284 = load float, ptr %2283, align 4, !tbaa !5
-  %2285 = insertelement <16 x float> poison, float %2284, i64 0
-  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
-  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2286, <16 x float> %2245)
-  %2288 = getelementptr inbounds nuw i8, ptr %gep129, i64 2624
-  %2289 = load float, ptr %2288, align 4, !tbaa !5
-  %2290 = insertelement <16 x float> poison, float %2289, i64 0
-  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
-  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2291, <16 x float> %2250)
-  %2293 = getelementptr inbounds nuw i8, ptr %gep129, i64 2564
+  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2279, <16 x float> %2238)
+  %2281 = getelementptr inbounds nuw i8, ptr %gep130, i64 1548
+  %2282 = load float, ptr %2281, align 4, !tbaa !5
+  %2283 = insertelement <16 x float> poison, float %2282, i64 0
+  %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
+  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2284, <16 x float> %2243)
+  %2286 = getelementptr inbounds nuw i8, ptr %gep130, i64 1612
+  %2287 = load float, ptr %2286, align 4, !tbaa !5
+  %2288 = insertelement <16 x float> poison, float %2287, i64 0
+  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
+  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2289, <16 x float> %2248)
+  %2291 = getelementptr inbounds nuw i8, ptr %2124, i64 256
+  %2292 = load <16 x float>, ptr %2291, align 4, !tbaa !5
+  %2293 = getelementptr inbounds nuw i8, ptr %gep130, i64 2048
   %2294 = load float, ptr %2293, align 4, !tbaa !5
   %2295 = insertelement <16 x float> poison, float %2294, i64 0
   %2296 = shufflevector <16 x float> %2295, <16 x float> poison, <16 x i32> zeroinitializer
-  %2297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2296, <16 x float> %2255)
-  %2298 = getelementptr inbounds nuw i8, ptr %gep129, i64 2628
+  %2297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2296, <16 x float> %2255)
+  %2298 = getelementptr inbounds nuw i8, ptr %gep130, i64 2112
   %2299 = load float, ptr %2298, align 4, !tbaa !5
   %2300 = insertelement <16 x float> poison, float %2299, i64 0
   %2301 = shufflevector <16 x float> %2300, <16 x float> poison, <16 x i32> zeroinitializer
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2301, <16 x float> %2260)
-  %2303 = getelementptr inbounds nuw i8, ptr %gep129, i64 2568
+  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2301, <16 x float> %2260)
+  %2303 = getelementptr inbounds nuw i8, ptr %gep130, i64 2052
   %2304 = load float, ptr %2303, align 4, !tbaa !5
   %2305 = insertelement <16 x float> poison, float %2304, i64 0
   %2306 = shufflevector <16 x float> %2305, <16 x float> poison, <16 x i32> zeroinitializer
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2306, <16 x float> %2265)
-  %2308 = getelementptr inbounds nuw i8, ptr %gep129, i64 2632
+  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2306, <16 x float> %2265)
+  %2308 = getelementptr inbounds nuw i8, ptr %gep130, i64 2116
   %2309 = load float, ptr %2308, align 4, !tbaa !5
   %2310 = insertelement <16 x float> poison, float %2309, i64 0
   %2311 = shufflevector <16 x float> %2310, <16 x float> poison, <16 x i32> zeroinitializer
-  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2311, <16 x float> %2270)
-  %2313 = getelementptr inbounds nuw i8, ptr %gep129, i64 2572
+  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2311, <16 x float> %2270)
+  %2313 = getelementptr inbounds nuw i8, ptr %gep130, i64 2056
   %2314 = load float, ptr %2313, align 4, !tbaa !5
   %2315 = insertelement <16 x float> poison, float %2314, i64 0
   %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
-  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2316, <16 x float> %2275)
-  %2318 = getelementptr inbounds nuw i8, ptr %gep129, i64 2636
+  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2316, <16 x float> %2275)
+  %2318 = getelementptr inbounds nuw i8, ptr %gep130, i64 2120
   %2319 = load float, ptr %2318, align 4, !tbaa !5
   %2320 = insertelement <16 x float> poison, float %2319, i64 0
   %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
-  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2282, <16 x float> %2321, <16 x float> %2280)
-  %2323 = getelementptr inbounds nuw i8, ptr %2072, i64 384
-  %2324 = load <16 x float>, ptr %2323, align 4, !tbaa !5
-  %2325 = getelementptr inbounds nuw i8, ptr %gep129, i64 3072
-  %2326 = load float, ptr %2325, align 4, !tbaa !5
-  %2327 = insertelement <16 x float> poison, float %2326, i64 0
-  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
-  %2329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2328, <16 x float> %2287)
-  %2330 = getelementptr inbounds nuw i8, ptr %gep129, i64 3136
-  %2331 = load float, ptr %2330, align 4, !tbaa !5
-  %2332 = insertelement <16 x float> poison, float %2331, i64 0
-  %2333 = shufflevector <16 x float> %2332, <16 x float> poison, <16 x i32> zeroinitializer
-  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2333, <16 x float> %2292)
-  %2335 = getelementptr inbounds nuw i8, ptr %gep129, i64 3076
+  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2321, <16 x float> %2280)
+  %2323 = getelementptr inbounds nuw i8, ptr %gep130, i64 2060
+  %2324 = load float, ptr %2323, align 4, !tbaa !5
+  %2325 = insertelement <16 x float> poison, float %2324, i64 0
+  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
+  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2326, <16 x float> %2285)
+  %2328 = getelementptr inbounds nuw i8, ptr %gep130, i64 2124
+  %2329 = load float, ptr %2328, align 4, !tbaa !5
+  %2330 = insertelement <16 x float> poison, float %2329, i64 0
+  %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
+  %2332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2331, <16 x float> %2290)
+  %2333 = getelementptr inbounds nuw i8, ptr %2124, i64 320
+  %2334 = load <16 x float>, ptr %2333, align 4, !tbaa !5
+  %2335 = getelementptr inbounds nuw i8, ptr %gep130, i64 2560
   %2336 = load float, ptr %2335, align 4, !tbaa !5
   %2337 = insertelement <16 x float> poison, float %2336, i64 0
   %2338 = shufflevector <16 x float> %2337, <16 x float> poison, <16 x i32> zeroinitializer
-  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2338, <16 x float> %2297)
-  %2340 = getelementptr inbounds nuw i8, ptr %gep129, i64 3140
+  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2338, <16 x float> %2297)
+  %2340 = getelementptr inbounds nuw i8, ptr %gep130, i64 2624
   %2341 = load float, ptr %2340, align 4, !tbaa !5
   %2342 = insertelement <16 x float> poison, float %2341, i64 0
   %2343 = shufflevector <16 x float> %2342, <16 x float> poison, <16 x i32> zeroinitializer
-  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2343, <16 x float> %2302)
-  %2345 = getelementptr inbounds nuw i8, ptr %gep129, i64 3080
+  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2343, <16 x float> %2302)
+  %2345 = getelementptr inbounds nuw i8, ptr %gep130, i64 2564
   %2346 = load float, ptr %2345, align 4, !tbaa !5
   %2347 = insertelement <16 x float> poison, float %2346, i64 0
   %2348 = shufflevector <16 x float> %2347, <16 x float> poison, <16 x i32> zeroinitializer
-  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2348, <16 x float> %2307)
-  %2350 = getelementptr inbounds nuw i8, ptr %gep129, i64 3144
+  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2348, <16 x float> %2307)
+  %2350 = getelementptr inbounds nuw i8, ptr %gep130, i64 2628
   %2351 = load float, ptr %2350, align 4, !tbaa !5
   %2352 = insertelement <16 x float> poison, float %2351, i64 0
   %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2353, <16 x float> %2312)
-  %2355 = getelementptr inbounds nuw i8, ptr %gep129, i64 3084
+  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2353, <16 x float> %2312)
+  %2355 = getelementptr inbounds nuw i8, ptr %gep130, i64 2568
   %2356 = load float, ptr %2355, align 4, !tbaa !5
   %2357 = insertelement <16 x float> poison, float %2356, i64 0
   %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
-  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2358, <16 x float> %2317)
-  %2360 = getelementptr inbounds nuw i8, ptr %gep129, i64 3148
+  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2358, <16 x float> %2317)
+  %2360 = getelementptr inbounds nuw i8, ptr %gep130, i64 2632
   %2361 = load float, ptr %2360, align 4, !tbaa !5
   %2362 = insertelement <16 x float> poison, float %2361, i64 0
   %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
-  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2363, <16 x float> %2322)
-  %2365 = getelementptr inbounds nuw i8, ptr %2072, i64 448
-  %2366 = load <16 x float>, ptr %2365, align 4, !tbaa !5
-  %2367 = getelementptr inbounds nuw i8, ptr %gep129, i64 3584
-  %2368 = load float, ptr %2367, align 4, !tbaa !5
-  %2369 = insertelement <16 x float> poison, float %2368, i64 0
-  %2370 = shufflevector <16 x float> %2369, <16 x float> poison, <16 x i32> zeroinitializer
-  %2371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2370, <16 x float> %2329)
-  %2372 = getelementptr inbounds nuw i8, ptr %gep129, i64 3648
-  %2373 = load float, ptr %2372, align 4, !tbaa !5
-  %2374 = insertelement <16 x float> poison, float %2373, i64 0
-  %2375 = shufflevector <16 x float> %2374, <16 x float> poison, <16 x i32> zeroinitializer
-  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2375, <16 x float> %2334)
-  %2377 = getelementptr inbounds nuw i8, ptr %gep129, i64 3588
+  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2363, <16 x float> %2322)
+  %2365 = getelementptr inbounds nuw i8, ptr %gep130, i64 2572
+  %2366 = load float, ptr %2365, align 4, !tbaa !5
+  %2367 = insertelement <16 x float> poison, float %2366, i64 0
+  %2368 = shufflevector <16 x float> %2367, <16 x float> poison, <16 x i32> zeroinitializer
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2368, <16 x float> %2327)
+  %2370 = getelementptr inbounds nuw i8, ptr %gep130, i64 2636
+  %2371 = load float, ptr %2370, align 4, !tbaa !5
+  %2372 = insertelement <16 x float> poison, float %2371, i64 0
+  %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
+  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2373, <16 x float> %2332)
+  %2375 = getelementptr inbounds nuw i8, ptr %2124, i64 384
+  %2376 = load <16 x float>, ptr %2375, align 4, !tbaa !5
+  %2377 = getelementptr inbounds nuw i8, ptr %gep130, i64 3072
   %2378 = load float, ptr %2377, align 4, !tbaa !5
   %2379 = insertelement <16 x float> poison, float %2378, i64 0
   %2380 = shufflevector <16 x float> %2379, <16 x float> poison, <16 x i32> zeroinitializer
-  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2380, <16 x float> %2339)
-  %2382 = getelementptr inbounds nuw i8, ptr %gep129, i64 3652
+  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2380, <16 x float> %2339)
+  %2382 = getelementptr inbounds nuw i8, ptr %gep130, i64 3136
   %2383 = load float, ptr %2382, align 4, !tbaa !5
   %2384 = insertelement <16 x float> poison, float %2383, i64 0
   %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2385, <16 x float> %2344)
-  %2387 = getelementptr inbounds nuw i8, ptr %gep129, i64 3592
+  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2385, <16 x float> %2344)
+  %2387 = getelementptr inbounds nuw i8, ptr %gep130, i64 3076
   %2388 = load float, ptr %2387, align 4, !tbaa !5
   %2389 = insertelement <16 x float> poison, float %2388, i64 0
   %2390 = shufflevector <16 x float> %2389, <16 x float> poison, <16 x i32> zeroinitializer
-  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2390, <16 x float> %2349)
-  %2392 = getelementptr inbounds nuw i8, ptr %gep129, i64 3656
+  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2390, <16 x float> %2349)
+  %2392 = getelementptr inbounds nuw i8, ptr %gep130, i64 3140
   %2393 = load float, ptr %2392, align 4, !tbaa !5
   %2394 = insertelement <16 x float> poison, float %2393, i64 0
   %2395 = shufflevector <16 x float> %2394, <16 x float> poison, <16 x i32> zeroinitializer
-  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2395, <16 x float> %2354)
-  %2397 = getelementptr inbounds nuw i8, ptr %gep129, i64 3596
+  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2395, <16 x float> %2354)
+  %2397 = getelementptr inbounds nuw i8, ptr %gep130, i64 3080
   %2398 = load float, ptr %2397, align 4, !tbaa !5
   %2399 = insertelement <16 x float> poison, float %2398, i64 0
   %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
-  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2400, <16 x float> %2359)
-  %2402 = getelementptr inbounds nuw i8, ptr %gep129, i64 3660
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2400, <16 x float> %2359)
+  %2402 = getelementptr inbounds nuw i8, ptr %gep130, i64 3144
   %2403 = load float, ptr %2402, align 4, !tbaa !5
   %2404 = insertelement <16 x float> poison, float %2403, i64 0
   %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
-  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2366, <16 x float> %2405, <16 x float> %2364)
+  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2405, <16 x float> %2364)
+  %2407 = getelementptr inbounds nuw i8, ptr %gep130, i64 3084
+  %2408 = load float, ptr %2407, align 4, !tbaa !5
+  %2409 = insertelement <16 x float> poison, float %2408, i64 0
+  %2410 = shufflevector <16 x float> %2409, <16 x float> poison, <16 x i32> zeroinitializer
+  %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2410, <16 x float> %2369)
+  %2412 = getelementptr inbounds nuw i8, ptr %gep130, i64 3148
+  %2413 = load float, ptr %2412, align 4, !tbaa !5
+  %2414 = insertelement <16 x float> poison, float %2413, i64 0
+  %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
+  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2415, <16 x float> %2374)
+  %2417 = getelementptr inbounds nuw i8, ptr %2124, i64 448
+  %2418 = load <16 x float>, ptr %2417, align 4, !tbaa !5
+  %2419 = getelementptr inbounds nuw i8, ptr %gep130, i64 3584
+  %2420 = load float, ptr %2419, align 4, !tbaa !5
+  %2421 = insertelement <16 x float> poison, float %2420, i64 0
+  %2422 = shufflevector <16 x float> %2421, <16 x float> poison, <16 x i32> zeroinitializer
+  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2422, <16 x float> %2381)
+  %2424 = getelementptr inbounds nuw i8, ptr %gep130, i64 3648
+  %2425 = load float, ptr %2424, align 4, !tbaa !5
+  %2426 = insertelement <16 x float> poison, float %2425, i64 0
+  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
+  %2428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2427, <16 x float> %2386)
+  %2429 = getelementptr inbounds nuw i8, ptr %gep130, i64 3588
+  %2430 = load float, ptr %2429, align 4, !tbaa !5
+  %2431 = insertelement <16 x float> poison, float %2430, i64 0
+  %2432 = shufflevector <16 x float> %2431, <16 x float> poison, <16 x i32> zeroinitializer
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2432, <16 x float> %2391)
+  %2434 = getelementptr inbounds nuw i8, ptr %gep130, i64 3652
+  %2435 = load float, ptr %2434, align 4, !tbaa !5
+  %2436 = insertelement <16 x float> poison, float %2435, i64 0
+  %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
+  %2438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2437, <16 x float> %2396)
+  %2439 = getelementptr inbounds nuw i8, ptr %gep130, i64 3592
+  %2440 = load float, ptr %2439, align 4, !tbaa !5
+  %2441 = insertelement <16 x float> poison, float %2440, i64 0
+  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
+  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2442, <16 x float> %2401)
+  %2444 = getelementptr inbounds nuw i8, ptr %gep130, i64 3656
+  %2445 = load float, ptr %2444, align 4, !tbaa !5
+  %2446 = insertelement <16 x float> poison, float %2445, i64 0
+  %2447 = shufflevector <16 x float> %2446, <16 x float> poison, <16 x i32> zeroinitializer
+  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2447, <16 x float> %2406)
+  %2449 = getelementptr inbounds nuw i8, ptr %gep130, i64 3596
+  %2450 = load float, ptr %2449, align 4, !tbaa !5
+  %2451 = insertelement <16 x float> poison, float %2450, i64 0
+  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
+  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2452, <16 x float> %2411)
+  %2454 = getelementptr inbounds nuw i8, ptr %gep130, i64 3660
+  %2455 = load float, ptr %2454, align 4, !tbaa !5
+  %2456 = insertelement <16 x float> poison, float %2455, i64 0
+  %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
+  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2457, <16 x float> %2416)
   %indvars.iv.next613.i = add nuw nsw i64 %indvars.iv612.i, 1
-  %exitcond617.not.i = icmp eq i64 %indvars.iv.next613.i, %2051
+  %exitcond617.not.i = icmp eq i64 %indvars.iv.next613.i, %2103
   br i1 %exitcond617.not.i, label %for_end_to144.i, label %for_begin_ax2.preheader.i, !prof !13
 
 for_end_to144.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
-  %full_acc254.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2371, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2376, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2381, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2386, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2391, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2396, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2401, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2406, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2423, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2428, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2433, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2438, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2443, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2448, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2453, %for_begin_ax2.preheader.i ]
+  %full_acc254.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2458, %for_begin_ax2.preheader.i ]
   br i1 %.not483.i, label %for_end_ti154.i, label %for_body_ti153.lr.ph.i, !prof !17
 
 for_body_ti153.lr.ph.i:                           ; preds = %for_end_to144.i
   %indvars.iv622.tr.i = trunc i64 %indvars.iv622.i to i32
-  %2407 = shl i32 %indvars.iv622.tr.i, 2
-  %2408 = and i32 %2407, 12
-  %2409 = shl i32 %indvars.iv622.tr.i, 3
-  %2410 = and i32 %2409, 96
-  %invariant.op449.i = or disjoint i32 %2410, %2048
-  %invariant.op451.i = or disjoint i32 %invariant.op449.i, %2408
-  %2411 = load <16 x float>, ptr %invariant.gep845.i, align 4, !tbaa !5
-  %2412 = sext i32 %invariant.op451.i to i64
-  %2413 = getelementptr inbounds float, ptr %v_tile.i, i64 %2412
-  %2414 = load float, ptr %2413, align 4, !tbaa !5
-  %2415 = insertelement <16 x float> poison, float %2414, i64 0
-  %2416 = shufflevector <16 x float> %2415, <16 x float> poison, <16 x i32> zeroinitializer
-  %2417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2416, <16 x float> %full_acc254.sroa.0.0.lcssa.i)
-  %2418 = getelementptr i8, ptr %2413, i64 64
-  %2419 = load float, ptr %2418, align 4, !tbaa !5
-  %2420 = insertelement <16 x float> poison, float %2419, i64 0
-  %2421 = shufflevector <16 x float> %2420, <16 x float> poison, <16 x i32> zeroinitializer
-  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2421, <16 x float> %full_acc254.sroa.4.0.lcssa.i)
-  %2423 = getelementptr i8, ptr %2413, i64 4
-  %2424 = load float, ptr %2423, align 4, !tbaa !5
-  %2425 = insertelement <16 x float> poison, float %2424, i64 0
-  %2426 = shufflevector <16 x float> %2425, <16 x float> poison, <16 x i32> zeroinitializer
-  %2427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2426, <16 x float> %full_acc254.sroa.8.0.lcssa.i)
-  %2428 = getelementptr i8, ptr %2413, i64 68
-  %2429 = load float, ptr %2428, align 4, !tbaa !5
-  %2430 = insertelement <16 x float> poison, float %2429, i64 0
-  %2431 = shufflevector <16 x float> %2430, <16 x float> poison, <16 x i32> zeroinitializer
-  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2431, <16 x float> %full_acc254.sroa.12.0.lcssa.i)
-  %2433 = getelementptr i8, ptr %2413, i64 8
-  %2434 = load float, ptr %2433, align 4, !tbaa !5
-  %2435 = insertelement <16 x float> poison, float %2434, i64 0
-  %2436 = shufflevector <16 x float> %2435, <16 x float> poison, <16 x i32> zeroinitializer
-  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2436, <16 x float> %full_acc254.sroa.16.0.lcssa.i)
-  %2438 = getelementptr i8, ptr %2413, i64 72
-  %2439 = load float, ptr %2438, align 4, !tbaa !5
-  %2440 = insertelement <16 x float> poison, float %2439, i64 0
-  %2441 = shufflevector <16 x float> %2440, <16 x float> poison, <16 x i32> zeroinitializer
-  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2441, <16 x float> %full_acc254.sroa.20.0.lcssa.i)
-  %2443 = getelementptr i8, ptr %2413, i64 12
-  %2444 = load float, ptr %2443, align 4, !tbaa !5
-  %2445 = insertelement <16 x float> poison, float %2444, i64 0
-  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
-  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2446, <16 x float> %full_acc254.sroa.24.0.lcssa.i)
-  %2448 = getelementptr i8, ptr %2413, i64 76
-  %2449 = load float, ptr %2448, align 4, !tbaa !5
-  %2450 = insertelement <16 x float> poison, float %2449, i64 0
-  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
-  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2451, <16 x float> %full_acc254.sroa.28.0.lcssa.i)
+  %2459 = shl i32 %indvars.iv622.tr.i, 2
+  %2460 = and i32 %2459, 12
+  %2461 = shl i32 %indvars.iv622.tr.i, 3
+  %2462 = and i32 %2461, 96
+  %invariant.op449.i = or disjoint i32 %2462, %2100
+  %invariant.op451.i = or disjoint i32 %invariant.op449.i, %2460
+  %2463 = load <16 x float>, ptr %invariant.gep845.i, align 4, !tbaa !5
+  %2464 = sext i32 %invariant.op451.i to i64
+  %2465 = getelementptr inbounds float, ptr %v_tile.i, i64 %2464
+  %2466 = load float, ptr %2465, align 4, !tbaa !5
+  %2467 = insertelement <16 x float> poison, float %2466, i64 0
+  %2468 = shufflevector <16 x float> %2467, <16 x float> poison, <16 x i32> zeroinitializer
+  %2469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2468, <16 x float> %full_acc254.sroa.0.0.lcssa.i)
+  %2470 = getelementptr i8, ptr %2465, i64 64
+  %2471 = load float, ptr %2470, align 4, !tbaa !5
+  %2472 = insertelement <16 x float> poison, float %2471, i64 0
+  %2473 = shufflevector <16 x float> %2472, <16 x float> poison, <16 x i32> zeroinitializer
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2473, <16 x float> %full_acc254.sroa.4.0.lcssa.i)
+  %2475 = getelementptr i8, ptr %2465, i64 4
+  %2476 = load float, ptr %2475, align 4, !tbaa !5
+  %2477 = insertelement <16 x float> poison, float %2476, i64 0
+  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
+  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2478, <16 x float> %full_acc254.sroa.8.0.lcssa.i)
+  %2480 = getelementptr i8, ptr %2465, i64 68
+  %2481 = load float, ptr %2480, align 4, !tbaa !5
+  %2482 = insertelement <16 x float> poison, float %2481, i64 0
+  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
+  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2483, <16 x float> %full_acc254.sroa.12.0.lcssa.i)
+  %2485 = getelementptr i8, ptr %2465, i64 8
+  %2486 = load float, ptr %2485, align 4, !tbaa !5
+  %2487 = insertelement <16 x float> poison, float %2486, i64 0
+  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
+  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2488, <16 x float> %full_acc254.sroa.16.0.lcssa.i)
+  %2490 = getelementptr i8, ptr %2465, i64 72
+  %2491 = load float, ptr %2490, align 4, !tbaa !5
+  %2492 = insertelement <16 x float> poison, float %2491, i64 0
+  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2493, <16 x float> %full_acc254.sroa.20.0.lcssa.i)
+  %2495 = getelementptr i8, ptr %2465, i64 12
+  %2496 = load float, ptr %2495, align 4, !tbaa !5
+  %2497 = insertelement <16 x float> poison, float %2496, i64 0
+  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2498, <16 x float> %full_acc254.sroa.24.0.lcssa.i)
+  %2500 = getelementptr i8, ptr %2465, i64 76
+  %2501 = load float, ptr %2500, align 4, !tbaa !5
+  %2502 = insertelement <16 x float> poison, float %2501, i64 0
+  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
+  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2503, <16 x float> %full_acc254.sroa.28.0.lcssa.i)
   br i1 %exitcond.not, label %for_end_ti154.i, label %for_body_ti153.i.1, !prof !13
 
 for_body_ti153.i.1:                               ; preds = %for_body_ti153.lr.ph.i
-  %2453 = load <16 x float>, ptr %gep846.i.1, align 4, !tbaa !5
-  %2454 = sext i32 %invariant.op451.i to i64
-  %2455 = getelementptr float, ptr %v_tile.i, i64 %2454
-  %2456 = getelementptr i8, ptr %2455, i64 512
-  %2457 = load float, ptr %2456, align 4, !tbaa !5
-  %2458 = insertelement <16 x float> poison, float %2457, i64 0
-  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
-  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2459, <16 x float> %2417)
-  %2461 = getelementptr i8, ptr %2455, i64 576
-  %2462 = load float, ptr %2461, align 4, !tbaa !5
-  %2463 = insertelement <16 x float> poison, float %2462, i64 0
-  %2464 = shufflevector <16 x float> %2463, <16 x float> poison, <16 x i32> zeroinitializer
-  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2464, <16 x float> %2422)
-  %2466 = getelementptr i8, ptr %2455, i64 516
-  %2467 = load float, ptr %2466, align 4, !tbaa !5
-  %2468 = insertelement <16 x float> poison, float %2467, i64 0
-  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2469, <16 x float> %2427)
-  %2471 = getelementptr i8, ptr %2455, i64 580
-  %2472 = load float, ptr %2471, align 4, !tbaa !5
-  %2473 = insertelement <16 x float> poison, float %2472, i64 0
-  %2474 = shufflevector <16 x float> %2473, <16 x float> poison, <16 x i32> zeroinitializer
-  %2475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2474, <16 x float> %2432)
-  %2476 = getelementptr i8, ptr %2455, i64 520
-  %2477 = load float, ptr %2476, align 4, !tbaa !5
-  %2478 = insertelement <16 x float> poison, float %2477, i64 0
-  %2479 = shufflevector <16 x float> %2478, <16 x float> poison, <16 x i32> zeroinitializer
-  %2480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2479, <16 x float> %2437)
-  %2481 = getelementptr i8, ptr %2455, i64 584
-  %2482 = load float, ptr %2481, align 4, !tbaa !5
-  %2483 = insertelement <16 x float> poison, float %2482, i64 0
-  %2484 = shufflevector <16 x float> %2483, <16 x float> poison, <16 x i32> zeroinitializer
-  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2484, <16 x float> %2442)
-  %2486 = getelementptr i8, ptr %2455, i64 524
-  %2487 = load float, ptr %2486, align 4, !tbaa !5
-  %2488 = insertelement <16 x float> poison, float %2487, i64 0
-  %2489 = shufflevector <16 x float> %2488, <16 x float> poison, <16 x i32> zeroinitializer
-  %2490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2489, <16 x float> %2447)
-  %2491 = getelementptr i8, ptr %2455, i64 588
-  %2492 = load float, ptr %2491, align 4, !tbaa !5
-  %2493 = insertelement <16 x float> poison, float %2492, i64 0
-  %2494 = shufflevector <16 x float> %2493, <16 x float> poison, <16 x i32> zeroinitializer
-  %2495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2453, <16 x float> %2494, <16 x float> %2452)
+  %2505 = load <16 x float>, ptr %gep846.i.1, align 4, !tbaa !5
+  %2506 = sext i32 %invariant.op451.i to i64
+  %2507 = getelementptr float, ptr %v_tile.i, i64 %2506
+  %2508 = getelementptr i8, ptr %2507, i64 512
+  %2509 = load float, ptr %2508, align 4, !tbaa !5
+  %2510 = insertelement <16 x float> poison, float %2509, i64 0
+  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
+  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2511, <16 x float> %2469)
+  %2513 = getelementptr i8, ptr %2507, i64 576
+  %2514 = load float, ptr %2513, align 4, !tbaa !5
+  %2515 = insertelement <16 x float> poison, float %2514, i64 0
+  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
+  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2516, <16 x float> %2474)
+  %2518 = getelementptr i8, ptr %2507, i64 516
+  %2519 = load float, ptr %2518, align 4, !tbaa !5
+  %2520 = insertelement <16 x float> poison, float %2519, i64 0
+  %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
+  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2521, <16 x float> %2479)
+  %2523 = getelementptr i8, ptr %2507, i64 580
+  %2524 = load float, ptr %2523, align 4, !tbaa !5
+  %2525 = insertelement <16 x float> poison, float %2524, i64 0
+  %2526 = shufflevector <16 x float> %2525, <16 x float> poison, <16 x i32> zeroinitializer
+  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2526, <16 x float> %2484)
+  %2528 = getelementptr i8, ptr %2507, i64 520
+  %2529 = load float, ptr %2528, align 4, !tbaa !5
+  %2530 = insertelement <16 x float> poison, float %2529, i64 0
+  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2531, <16 x float> %2489)
+  %2533 = getelementptr i8, ptr %2507, i64 584
+  %2534 = load float, ptr %2533, align 4, !tbaa !5
+  %2535 = insertelement <16 x float> poison, float %2534, i64 0
+  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2536, <16 x float> %2494)
+  %2538 = getelementptr i8, ptr %2507, i64 524
+  %2539 = load float, ptr %2538, align 4, !tbaa !5
+  %2540 = insertelement <16 x float> poison, float %2539, i64 0
+  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
+  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2541, <16 x float> %2499)
+  %2543 = getelementptr i8, ptr %2507, i64 588
+  %2544 = load float, ptr %2543, align 4, !tbaa !5
+  %2545 = insertelement <16 x float> poison, float %2544, i64 0
+  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
+  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2546, <16 x float> %2504)
   br i1 %exitcond.not.1, label %for_end_ti154.i, label %for_body_ti153.i.2, !prof !13
 
 for_body_ti153.i.2:                               ; preds = %for_body_ti153.i.1
-  %2496 = load <16 x float>, ptr %gep846.i.2, align 4, !tbaa !5
-  %2497 = sext i32 %invariant.op451.i to i64
-  %2498 = getelementptr float, ptr %v_tile.i, i64 %2497
-  %2499 = getelementptr i8, ptr %2498, i64 1024
-  %2500 = load float, ptr %2499, align 4, !tbaa !5
-  %2501 = insertelement <16 x float> poison, float %2500, i64 0
-  %2502 = shufflevector <16 x float> %2501, <16 x float> poison, <16 x i32> zeroinitializer
-  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2502, <16 x float> %2460)
-  %2504 = getelementptr i8, ptr %2498, i64 1088
-  %2505 = load float, ptr %2504, align 4, !tbaa !5
-  %2506 = insertelement <16 x float> poison, float %2505, i64 0
-  %2507 = shufflevector <16 x float> %2506, <16 x float> poison, <16 x i32> zeroinitializer
-  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2507, <16 x float> %2465)
-  %2509 = getelementptr i8, ptr %2498, i64 1028
-  %2510 = load float, ptr %2509, align 4, !tbaa !5
-  %2511 = insertelement <16 x float> poison, float %2510, i64 0
-  %2512 = shufflevector <16 x float> %2511, <16 x float> poison, <16 x i32> zeroinitializer
-  %2513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2512, <16 x float> %2470)
-  %2514 = getelementptr i8, ptr %2498, i64 1092
-  %2515 = load float, ptr %2514, align 4, !tbaa !5
-  %2516 = insertelement <16 x float> poison, float %2515, i64 0
-  %2517 = shufflevector <16 x float> %2516, <16 x float> poison, <16 x i32> zeroinitializer
-  %2518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2517, <16 x float> %2475)
-  %2519 = getelementptr i8, ptr %2498, i64 1032
-  %2520 = load float, ptr %2519, align 4, !tbaa !5
-  %2521 = insertelement <16 x float> poison, float %2520, i64 0
-  %2522 = shufflevector <16 x float> %2521, <16 x float> poison, <16 x i32> zeroinitializer
-  %2523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2522, <16 x float> %2480)
-  %2524 = getelementptr i8, ptr %2498, i64 1096
-  %2525 = load float, ptr %2524, align 4, !tbaa !5
-  %2526 = insertelement <16 x float> poison, float %2525, i64 0
-  %2527 = shufflevector <16 x float> %2526, <16 x float> poison, <16 x i32> zeroinitializer
-  %2528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2527, <16 x float> %2485)
-  %2529 = getelementptr i8, ptr %2498, i64 1036
-  %2530 = load float, ptr %2529, align 4, !tbaa !5
-  %2531 = insertelement <16 x float> poison, float %2530, i64 0
-  %2532 = shufflevector <16 x float> %2531, <16 x float> poison, <16 x i32> zeroinitializer
-  %2533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2532, <16 x float> %2490)
-  %2534 = getelementptr i8, ptr %2498, i64 1100
-  %2535 = load float, ptr %2534, align 4, !tbaa !5
-  %2536 = insertelement <16 x float> poison, float %2535, i64 0
-  %2537 = shufflevector <16 x float> %2536, <16 x float> poison, <16 x i32> zeroinitializer
-  %2538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %2537, <16 x float> %2495)
+  %2548 = load <16 x float>, ptr %gep846.i.2, align 4, !tbaa !5
+  %2549 = sext i32 %invariant.op451.i to i64
+  %2550 = getelementptr float, ptr %v_tile.i, i64 %2549
+  %2551 = getelementptr i8, ptr %2550, i64 1024
+  %2552 = load float, ptr %2551, align 4, !tbaa !5
+  %2553 = insertelement <16 x float> poison, float %2552, i64 0
+  %2554 = shufflevector <16 x float> %2553, <16 x float> poison, <16 x i32> zeroinitializer
+  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2554, <16 x float> %2512)
+  %2556 = getelementptr i8, ptr %2550, i64 1088
+  %2557 = load float, ptr %2556, align 4, !tbaa !5
+  %2558 = insertelement <16 x float> poison, float %2557, i64 0
+  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
+  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2559, <16 x float> %2517)
+  %2561 = getelementptr i8, ptr %2550, i64 1028
+  %2562 = load float, ptr %2561, align 4, !tbaa !5
+  %2563 = insertelement <16 x float> poison, float %2562, i64 0
+  %2564 = shufflevector <16 x float> %2563, <16 x float> poison, <16 x i32> zeroinitializer
+  %2565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2564, <16 x float> %2522)
+  %2566 = getelementptr i8, ptr %2550, i64 1092
+  %2567 = load float, ptr %2566, align 4, !tbaa !5
+  %2568 = insertelement <16 x float> poison, float %2567, i64 0
+  %2569 = shufflevector <16 x float> %2568, <16 x float> poison, <16 x i32> zeroinitializer
+  %2570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2569, <16 x float> %2527)
+  %2571 = getelementptr i8, ptr %2550, i64 1032
+  %2572 = load float, ptr %2571, align 4, !tbaa !5
+  %2573 = insertelement <16 x float> poison, float %2572, i64 0
+  %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
+  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2574, <16 x float> %2532)
+  %2576 = getelementptr i8, ptr %2550, i64 1096
+  %2577 = load float, ptr %2576, align 4, !tbaa !5
+  %2578 = insertelement <16 x float> poison, float %2577, i64 0
+  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
+  %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2579, <16 x float> %2537)
+  %2581 = getelementptr i8, ptr %2550, i64 1036
+  %2582 = load float, ptr %2581, align 4, !tbaa !5
+  %2583 = insertelement <16 x float> poison, float %2582, i64 0
+  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
+  %2585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2584, <16 x float> %2542)
+  %2586 = getelementptr i8, ptr %2550, i64 1100
+  %2587 = load float, ptr %2586, align 4, !tbaa !5
+  %2588 = insertelement <16 x float> poison, float %2587, i64 0
+  %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
+  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2589, <16 x float> %2547)
   br i1 %exitcond.not.2, label %for_end_ti154.i, label %for_body_ti153.i.3, !prof !13
 
 for_body_ti153.i.3:                               ; preds = %for_body_ti153.i.2
-  %2539 = load <16 x float>, ptr %gep846.i.3, align 4, !tbaa !5
-  %2540 = sext i32 %invariant.op451.i to i64
-  %2541 = getelementptr float, ptr %v_tile.i, i64 %2540
-  %2542 = getelementptr i8, ptr %2541, i64 1536
-  %2543 = load float, ptr %2542, align 4, !tbaa !5
-  %2544 = insertelement <16 x float> poison, float %2543, i64 0
-  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
-  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2545, <16 x float> %2503)
-  %2547 = getelementptr i8, ptr %2541, i64 1600
-  %2548 = load float, ptr %2547, align 4, !tbaa !5
-  %2549 = insertelement <16 x float> poison, float %2548, i64 0
-  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
-  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2550, <16 x float> %2508)
-  %2552 = getelementptr i8, ptr %2541, i64 1540
-  %2553 = load float, ptr %2552, align 4, !tbaa !5
-  %2554 = insertelement <16 x float> poison, float %2553, i64 0
-  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
-  %2556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2555, <16 x float> %2513)
-  %2557 = getelementptr i8, ptr %2541, i64 1604
-  %2558 = load float, ptr %2557, align 4, !tbaa !5
-  %2559 = insertelement <16 x float> poison, float %2558, i64 0
-  %2560 = shufflevector <16 x float> %2559, <16 x float> poison, <16 x i32> zeroinitializer
-  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2560, <16 x float> %2518)
-  %2562 = getelementptr i8, ptr %2541, i64 1544
-  %2563 = load float, ptr %2562, align 4, !tbaa !5
-  %2564 = insertelement <16 x float> poison, float %2563, i64 0
-  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
-  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2565, <16 x float> %2523)
-  %2567 = getelementptr i8, ptr %2541, i64 1608
-  %2568 = load float, ptr %2567, align 4, !tbaa !5
-  %2569 = insertelement <16 x float> poison, float %2568, i64 0
-  %2570 = shufflevector <16 x float> %2569, <16 x float> poison, <16 x i32> zeroinitializer
-  %2571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2570, <16 x float> %2528)
-  %2572 = getelementptr i8, ptr %2541, i64 1548
-  %2573 = load float, ptr %2572, align 4, !tbaa !5
-  %2574 = insertelement <16 x float> poison, float %2573, i64 0
-  %2575 = shufflevector <16 x float> %2574, <16 x float> poison, <16 x i32> zeroinitializer
-  %2576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2575, <16 x float> %2533)
-  %2577 = getelementptr i8, ptr %2541, i64 1612
-  %2578 = load float, ptr %2577, align 4, !tbaa !5
-  %2579 = insertelement <16 x float> poison, float %2578, i64 0
-  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
-  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2580, <16 x float> %2538)
+  %2591 = load <16 x float>, ptr %gep846.i.3, align 4, !tbaa !5
+  %2592 = sext i32 %invariant.op451.i to i64
+  %2593 = getelementptr float, ptr %v_tile.i, i64 %2592
+  %2594 = getelementptr i8, ptr %2593, i64 1536
+  %2595 = load float, ptr %2594, align 4, !tbaa !5
+  %2596 = insertelement <16 x float> poison, float %2595, i64 0
+  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
+  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2597, <16 x float> %2555)
+  %2599 = getelementptr i8, ptr %2593, i64 1600
+  %2600 = load float, ptr %2599, align 4, !tbaa !5
+  %2601 = insertelement <16 x float> poison, float %2600, i64 0
+  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
+  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2602, <16 x float> %2560)
+  %2604 = getelementptr i8, ptr %2593, i64 1540
+  %2605 = load float, ptr %2604, align 4, !tbaa !5
+  %2606 = insertelement <16 x float> poison, float %2605, i64 0
+  %2607 = shufflevector <16 x float> %2606, <16 x float> poison, <16 x i32> zeroinitializer
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2607, <16 x float> %2565)
+  %2609 = getelementptr i8, ptr %2593, i64 1604
+  %2610 = load float, ptr %2609, align 4, !tbaa !5
+  %2611 = insertelement <16 x float> poison, float %2610, i64 0
+  %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
+  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2612, <16 x float> %2570)
+  %2614 = getelementptr i8, ptr %2593, i64 1544
+  %2615 = load float, ptr %2614, align 4, !tbaa !5
+  %2616 = insertelement <16 x float> poison, float %2615, i64 0
+  %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
+  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2617, <16 x float> %2575)
+  %2619 = getelementptr i8, ptr %2593, i64 1608
+  %2620 = load float, ptr %2619, align 4, !tbaa !5
+  %2621 = insertelement <16 x float> poison, float %2620, i64 0
+  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
+  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2622, <16 x float> %2580)
+  %2624 = getelementptr i8, ptr %2593, i64 1548
+  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2627, <16 x float> %2585)
+  %2629 = getelementptr i8, ptr %2593, i64 1612
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2632, <16 x float> %2590)
   br i1 %exitcond.not.3, label %for_end_ti154.i, label %for_body_ti153.i.4, !prof !13
 
 for_body_ti153.i.4:                               ; preds = %for_body_ti153.i.3
-  %2582 = load <16 x float>, ptr %gep846.i.4, align 4, !tbaa !5
-  %2583 = sext i32 %invariant.op451.i to i64
-  %2584 = getelementptr float, ptr %v_tile.i, i64 %2583
-  %2585 = getelementptr i8, ptr %2584, i64 2048
-  %2586 = load float, ptr %2585, align 4, !tbaa !5
-  %2587 = insertelement <16 x float> poison, float %2586, i64 0
-  %2588 = shufflevector <16 x float> %2587, <16 x float> poison, <16 x i32> zeroinitializer
-  %2589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2588, <16 x float> %2546)
-  %2590 = getelementptr i8, ptr %2584, i64 2112
-  %2591 = load float, ptr %2590, align 4, !tbaa !5
-  %2592 = insertelement <16 x float> poison, float %2591, i64 0
-  %2593 = shufflevector <16 x float> %2592, <16 x float> poison, <16 x i32> zeroinitializer
-  %2594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2593, <16 x float> %2551)
-  %2595 = getelementptr i8, ptr %2584, i64 2052
-  %2596 = load float, ptr %2595, align 4, !tbaa !5
-  %2597 = insertelement <16 x float> poison, float %2596, i64 0
-  %2598 = shufflevector <16 x float> %2597, <16 x float> poison, <16 x i32> zeroinitializer
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2598, <16 x float> %2556)
-  %2600 = getelementptr i8, ptr %2584, i64 2116
-  %2601 = load float, ptr %2600, align 4, !tbaa !5
-  %2602 = insertelement <16 x float> poison, float %2601, i64 0
-  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2603, <16 x float> %2561)
-  %2605 = getelementptr i8, ptr %2584, i64 2056
-  %2606 = load float, ptr %2605, align 4, !tbaa !5
-  %2607 = insertelement <16 x float> poison, float %2606, i64 0
-  %2608 = shufflevector <16 x float> %2607, <16 x float> poison, <16 x i32> zeroinitializer
-  %2609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2608, <16 x float> %2566)
-  %2610 = getelementptr i8, ptr %2584, i64 2120
-  %2611 = load float, ptr %2610, align 4, !tbaa !5
-  %2612 = insertelement <16 x float> poison, float %2611, i64 0
-  %2613 = shufflevector <16 x float> %2612, <16 x float> poison, <16 x i32> zeroinitializer
-  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2613, <16 x float> %2571)
-  %2615 = getelementptr i8, ptr %2584, i64 2060
-  %2616 = load float, ptr %2615, align 4, !tbaa !5
-  %2617 = insertelement <16 x float> poison, float %2616, i64 0
-  %2618 = shufflevector <16 x float> %2617, <16 x float> poison, <16 x i32> zeroinitializer
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2618, <16 x float> %2576)
-  %2620 = getelementptr i8, ptr %2584, i64 2124
-  %2621 = load float, ptr %2620, align 4, !tbaa !5
-  %2622 = insertelement <16 x float> poison, float %2621, i64 0
-  %2623 = shufflevector <16 x float> %2622, <16 x float> poison, <16 x i32> zeroinitializer
-  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2623, <16 x float> %2581)
+  %2634 = load <16 x float>, ptr %gep846.i.4, align 4, !tbaa !5
+  %2635 = sext i32 %invariant.op451.i to i64
+  %2636 = getelementptr float, ptr %v_tile.i, i64 %2635
+  %2637 = getelementptr i8, ptr %2636, i64 2048
+  %2638 = load float, ptr %2637, align 4, !tbaa !5
+  %2639 = insertelement <16 x float> poison, float %2638, i64 0
+  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
+  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2640, <16 x float> %2598)
+  %2642 = getelementptr i8, ptr %2636, i64 2112
+  %2643 = load float, ptr %2642, align 4, !tbaa !5
+  %2644 = insertelement <16 x float> poison, float %2643, i64 0
+  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2645, <16 x float> %2603)
+  %2647 = getelementptr i8, ptr %2636, i64 2052
+  %2648 = load float, ptr %2647, align 4, !tbaa !5
+  %2649 = insertelement <16 x float> poison, float %2648, i64 0
+  %2650 = shufflevector <16 x float> %2649, <16 x float> poison, <16 x i32> zeroinitializer
+  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2650, <16 x float> %2608)
+  %2652 = getelementptr i8, ptr %2636, i64 2116
+  %2653 = load float, ptr %2652, align 4, !tbaa !5
+  %2654 = insertelement <16 x float> poison, float %2653, i64 0
+  %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
+  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2655, <16 x float> %2613)
+  %2657 = getelementptr i8, ptr %2636, i64 2056
+  %2658 = load float, ptr %2657, align 4, !tbaa !5
+  %2659 = insertelement <16 x float> poison, float %2658, i64 0
+  %2660 = shufflevector <16 x float> %2659, <16 x float> poison, <16 x i32> zeroinitializer
+  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2660, <16 x float> %2618)
+  %2662 = getelementptr i8, ptr %2636, i64 2120
+  %2663 = load float, ptr %2662, align 4, !tbaa !5
+  %2664 = insertelement <16 x float> poison, float %2663, i64 0
+  %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
+  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2665, <16 x float> %2623)
+  %2667 = getelementptr i8, ptr %2636, i64 2060
+  %2668 = load float, ptr %2667, align 4, !tbaa !5
+  %2669 = insertelement <16 x float> poison, float %2668, i64 0
+  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
+  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2670, <16 x float> %2628)
+  %2672 = getelementptr i8, ptr %2636, i64 2124
+  %2673 = load float, ptr %2672, align 4, !tbaa !5
+  %2674 = insertelement <16 x float> poison, float %2673, i64 0
+  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
+  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2675, <16 x float> %2633)
   br i1 %exitcond.not.4, label %for_end_ti154.i, label %for_body_ti153.i.5, !prof !13
 
 for_body_ti153.i.5:                               ; preds = %for_body_ti153.i.4
-  %2625 = load <16 x float>, ptr %gep846.i.5, align 4, !tbaa !5
-  %2626 = sext i32 %invariant.op451.i to i64
-  %2627 = getelementptr float, ptr %v_tile.i, i64 %2626
-  %2628 = getelementptr i8, ptr %2627, i64 2560
-  %2629 = load float, ptr %2628, align 4, !tbaa !5
-  %2630 = insertelement <16 x float> poison, float %2629, i64 0
-  %2631 = shufflevector <16 x float> %2630, <16 x float> poison, <16 x i32> zeroinitializer
-  %2632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2631, <16 x float> %2589)
-  %2633 = getelementptr i8, ptr %2627, i64 2624
-  %2634 = load float, ptr %2633, align 4, !tbaa !5
-  %2635 = insertelement <16 x float> poison, float %2634, i64 0
-  %2636 = shufflevector <16 x float> %2635, <16 x float> poison, <16 x i32> zeroinitializer
-  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2636, <16 x float> %2594)
-  %2638 = getelementptr i8, ptr %2627, i64 2564
-  %2639 = load float, ptr %2638, align 4, !tbaa !5
-  %2640 = insertelement <16 x float> poison, float %2639, i64 0
-  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2641, <16 x float> %2599)
-  %2643 = getelementptr i8, ptr %2627, i64 2628
-  %2644 = load float, ptr %2643, align 4, !tbaa !5
-  %2645 = insertelement <16 x float> poison, float %2644, i64 0
-  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2646, <16 x float> %2604)
-  %2648 = getelementptr i8, ptr %2627, i64 2568
-  %2649 = load float, ptr %2648, align 4, !tbaa !5
-  %2650 = insertelement <16 x float> poison, float %2649, i64 0
-  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
-  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2651, <16 x float> %2609)
-  %2653 = getelementptr i8, ptr %2627, i64 2632
-  %2654 = load float, ptr %2653, align 4, !tbaa !5
-  %2655 = insertelement <16 x float> poison, float %2654, i64 0
-  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
-  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2656, <16 x float> %2614)
-  %2658 = getelementptr i8, ptr %2627, i64 2572
-  %2659 = load float, ptr %2658, align 4, !tbaa !5
-  %2660 = insertelement <16 x float> poison, float %2659, i64 0
-  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
-  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2661, <16 x float> %2619)
-  %2663 = getelementptr i8, ptr %2627, i64 2636
-  %2664 = load float, ptr %2663, align 4, !tbaa !5
-  %2665 = insertelement <16 x float> poison, float %2664, i64 0
-  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
-  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2625, <16 x float> %2666, <16 x float> %2624)
+  %2677 = load <16 x float>, ptr %gep846.i.5, align 4, !tbaa !5
+  %2678 = sext i32 %invariant.op451.i to i64
+  %2679 = getelementptr float, ptr %v_tile.i, i64 %2678
+  %2680 = getelementptr i8, ptr %2679, i64 2560
+  %2681 = load float, ptr %2680, align 4, !tbaa !5
+  %2682 = insertelement <16 x float> poison, float %2681, i64 0
+  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
+  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2683, <16 x float> %2641)
+  %2685 = getelementptr i8, ptr %2679, i64 2624
+  %2686 = load float, ptr %2685, align 4, !tbaa !5
+  %2687 = insertelement <16 x float> poison, float %2686, i64 0
+  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
+  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2688, <16 x float> %2646)
+  %2690 = getelementptr i8, ptr %2679, i64 2564
+  %2691 = load float, ptr %2690, align 4, !tbaa !5
+  %2692 = insertelement <16 x float> poison, float %2691, i64 0
+  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2693, <16 x float> %2651)
+  %2695 = getelementptr i8, ptr %2679, i64 2628
+  %2696 = load float, ptr %2695, align 4, !tbaa !5
+  %2697 = insertelement <16 x float> poison, float %2696, i64 0
+  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
+  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2698, <16 x float> %2656)
+  %2700 = getelementptr i8, ptr %2679, i64 2568
+  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2702 = insertelement <16 x float> poison, float %2701, i64 0
+  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
+  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2703, <16 x float> %2661)
+  %2705 = getelementptr i8, ptr %2679, i64 2632
+  %2706 = load float, ptr %2705, align 4, !tbaa !5
+  %2707 = insertelement <16 x float> poison, float %2706, i64 0
+  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2708, <16 x float> %2666)
+  %2710 = getelementptr i8, ptr %2679, i64 2572
+  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2712 = insertelement <16 x float> poison, float %2711, i64 0
+  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2713, <16 x float> %2671)
+  %2715 = getelementptr i8, ptr %2679, i64 2636
+  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2717 = insertelement <16 x float> poison, float %2716, i64 0
+  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2718, <16 x float> %2676)
   br i1 %exitcond.not.5, label %for_end_ti154.i, label %for_body_ti153.i.6, !prof !13
 
 for_body_ti153.i.6:                               ; preds = %for_body_ti153.i.5
-  %2668 = load <16 x float>, ptr %gep846.i.6, align 4, !tbaa !5
-  %2669 = sext i32 %invariant.op451.i to i64
-  %2670 = getelementptr float, ptr %v_tile.i, i64 %2669
-  %2671 = getelementptr i8, ptr %2670, i64 3072
-  %2672 = load float, ptr %2671, align 4, !tbaa !5
-  %2673 = insertelement <16 x float> poison, float %2672, i64 0
-  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
-  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2674, <16 x float> %2632)
-  %2676 = getelementptr i8, ptr %2670, i64 3136
-  %2677 = load float, ptr %2676, align 4, !tbaa !5
-  %2678 = insertelement <16 x float> poison, float %2677, i64 0
-  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
-  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2679, <16 x float> %2637)
-  %2681 = getelementptr i8, ptr %2670, i64 3076
-  %2682 = load float, ptr %2681, align 4, !tbaa !5
-  %2683 = insertelement <16 x float> poison, float %2682, i64 0
-  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
-  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2684, <16 x float> %2642)
-  %2686 = getelementptr i8, ptr %2670, i64 3140
-  %2687 = load float, ptr %2686, align 4, !tbaa !5
-  %2688 = insertelement <16 x float> poison, float %2687, i64 0
-  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
-  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2689, <16 x float> %2647)
-  %2691 = getelementptr i8, ptr %2670, i64 3080
-  %2692 = load float, ptr %2691, align 4, !tbaa !5
-  %2693 = insertelement <16 x float> poison, float %2692, i64 0
-  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
-  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2694, <16 x float> %2652)
-  %2696 = getelementptr i8, ptr %2670, i64 3144
-  %2697 = load float, ptr %2696, align 4, !tbaa !5
-  %2698 = insertelement <16 x float> poison, float %2697, i64 0
-  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
-  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2699, <16 x float> %2657)
-  %2701 = getelementptr i8, ptr %2670, i64 3084
-  %2702 = load float, ptr %2701, align 4, !tbaa !5
-  %2703 = insertelement <16 x float> poison, float %2702, i64 0
-  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
-  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2704, <16 x float> %2662)
-  %2706 = getelementptr i8, ptr %2670, i64 3148
-  %2707 = load float, ptr %2706, align 4, !tbaa !5
-  %2708 = insertelement <16 x float> poison, float %2707, i64 0
-  %2709 = shufflevector <16 x float> %2708, <16 x float> poison, <16 x i32> zeroinitializer
-  %2710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2668, <16 x float> %2709, <16 x float> %2667)
+  %2720 = load <16 x float>, ptr %gep846.i.6, align 4, !tbaa !5
+  %2721 = sext i32 %invariant.op451.i to i64
+  %2722 = getelementptr float, ptr %v_tile.i, i64 %2721
+  %2723 = getelementptr i8, ptr %2722, i64 3072
+  %2724 = load float, ptr %2723, align 4, !tbaa !5
+  %2725 = insertelement <16 x float> poison, float %2724, i64 0
+  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2726, <16 x float> %2684)
+  %2728 = getelementptr i8, ptr %2722, i64 3136
+  %2729 = load float, ptr %2728, align 4, !tbaa !5
+  %2730 = insertelement <16 x float> poison, float %2729, i64 0
+  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2731, <16 x float> %2689)
+  %2733 = getelementptr i8, ptr %2722, i64 3076
+  %2734 = load float, ptr %2733, align 4, !tbaa !5
+  %2735 = insertelement <16 x float> poison, float %2734, i64 0
+  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
+  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2736, <16 x float> %2694)
+  %2738 = getelementptr i8, ptr %2722, i64 3140
+  %2739 = load float, ptr %2738, align 4, !tbaa !5
+  %2740 = insertelement <16 x float> poison, float %2739, i64 0
+  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
+  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2741, <16 x float> %2699)
+  %2743 = getelementptr i8, ptr %2722, i64 3080
+  %2744 = load float, ptr %2743, align 4, !tbaa !5
+  %2745 = insertelement <16 x float> poison, float %2744, i64 0
+  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2746, <16 x float> %2704)
+  %2748 = getelementptr i8, ptr %2722, i64 3144
+  %2749 = load float, ptr %2748, align 4, !tbaa !5
+  %2750 = insertelement <16 x float> poison, float %2749, i64 0
+  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
+  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2751, <16 x float> %2709)
+  %2753 = getelementptr i8, ptr %2722, i64 3084
+  %2754 = load float, ptr %2753, align 4, !tbaa !5
+  %2755 = insertelement <16 x float> poison, float %2754, i64 0
+  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
+  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2756, <16 x float> %2714)
+  %2758 = getelementptr i8, ptr %2722, i64 3148
+  %2759 = load float, ptr %2758, align 4, !tbaa !5
+  %2760 = insertelement <16 x float> poison, float %2759, i64 0
+  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
+  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2761, <16 x float> %2719)
   br label %for_end_ti154.i
 
 for_end_ti154.i:                                  ; preds = %for_body_ti153.i.6, %for_body_ti153.i.5, %for_body_ti153.i.4, %for_body_ti153.i.3, %for_body_ti153.i.2, %for_body_ti153.i.1, %for_body_ti153.lr.ph.i, %for_end_to144.i
-  %tile_acc255.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2452, %for_body_ti153.lr.ph.i ], [ %2495, %for_body_ti153.i.1 ], [ %2538, %for_body_ti153.i.2 ], [ %2581, %for_body_ti153.i.3 ], [ %2624, %for_body_ti153.i.4 ], [ %2667, %for_body_ti153.i.5 ], [ %2710, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2447, %for_body_ti153.lr.ph.i ], [ %2490, %for_body_ti153.i.1 ], [ %2533, %for_body_ti153.i.2 ], [ %2576, %for_body_ti153.i.3 ], [ %2619, %for_body_ti153.i.4 ], [ %2662, %for_body_ti153.i.5 ], [ %2705, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2442, %for_body_ti153.lr.ph.i ], [ %2485, %for_body_ti153.i.1 ], [ %2528, %for_body_ti153.i.2 ], [ %2571, %for_body_ti153.i.3 ], [ %2614, %for_body_ti153.i.4 ], [ %2657, %for_body_ti153.i.5 ], [ %2700, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2437, %for_body_ti153.lr.ph.i ], [ %2480, %for_body_ti153.i.1 ], [ %2523, %for_body_ti153.i.2 ], [ %2566, %for_body_ti153.i.3 ], [ %2609, %for_body_ti153.i.4 ], [ %2652, %for_body_ti153.i.5 ], [ %2695, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2432, %for_body_ti153.lr.ph.i ], [ %2475, %for_body_ti153.i.1 ], [ %2518, %for_body_ti153.i.2 ], [ %2561, %for_body_ti153.i.3 ], [ %2604, %for_body_ti153.i.4 ], [ %2647, %for_body_ti153.i.5 ], [ %2690, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2427, %for_body_ti153.lr.ph.i ], [ %2470, %for_body_ti153.i.1 ], [ %2513, %for_body_ti153.i.2 ], [ %2556, %for_body_ti153.i.3 ], [ %2599, %for_body_ti153.i.4 ], [ %2642, %for_body_ti153.i.5 ], [ %2685, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2422, %for_body_ti153.lr.ph.i ], [ %2465, %for_body_ti153.i.1 ], [ %2508, %for_body_ti153.i.2 ], [ %2551, %for_body_ti153.i.3 ], [ %2594, %for_body_ti153.i.4 ], [ %2637, %for_body_ti153.i.5 ], [ %2680, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2417, %for_body_ti153.lr.ph.i ], [ %2460, %for_body_ti153.i.1 ], [ %2503, %for_body_ti153.i.2 ], [ %2546, %for_body_ti153.i.3 ], [ %2589, %for_body_ti153.i.4 ], [ %2632, %for_body_ti153.i.5 ], [ %2675, %for_body_ti153.i.6 ]
-  %.idx68 = shl nuw nsw i64 %indvars.iv622.i, 9
-  %2711 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx68
-  br i1 %1993, label %if_then171.i, label %if_end170.i, !prof !8
+  %tile_acc255.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2504, %for_body_ti153.lr.ph.i ], [ %2547, %for_body_ti153.i.1 ], [ %2590, %for_body_ti153.i.2 ], [ %2633, %for_body_ti153.i.3 ], [ %2676, %for_body_ti153.i.4 ], [ %2719, %for_body_ti153.i.5 ], [ %2762, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2499, %for_body_ti153.lr.ph.i ], [ %2542, %for_body_ti153.i.1 ], [ %2585, %for_body_ti153.i.2 ], [ %2628, %for_body_ti153.i.3 ], [ %2671, %for_body_ti153.i.4 ], [ %2714, %for_body_ti153.i.5 ], [ %2757, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2494, %for_body_ti153.lr.ph.i ], [ %2537, %for_body_ti153.i.1 ], [ %2580, %for_body_ti153.i.2 ], [ %2623, %for_body_ti153.i.3 ], [ %2666, %for_body_ti153.i.4 ], [ %2709, %for_body_ti153.i.5 ], [ %2752, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2489, %for_body_ti153.lr.ph.i ], [ %2532, %for_body_ti153.i.1 ], [ %2575, %for_body_ti153.i.2 ], [ %2618, %for_body_ti153.i.3 ], [ %2661, %for_body_ti153.i.4 ], [ %2704, %for_body_ti153.i.5 ], [ %2747, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2484, %for_body_ti153.lr.ph.i ], [ %2527, %for_body_ti153.i.1 ], [ %2570, %for_body_ti153.i.2 ], [ %2613, %for_body_ti153.i.3 ], [ %2656, %for_body_ti153.i.4 ], [ %2699, %for_body_ti153.i.5 ], [ %2742, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2479, %for_body_ti153.lr.ph.i ], [ %2522, %for_body_ti153.i.1 ], [ %2565, %for_body_ti153.i.2 ], [ %2608, %for_body_ti153.i.3 ], [ %2651, %for_body_ti153.i.4 ], [ %2694, %for_body_ti153.i.5 ], [ %2737, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2474, %for_body_ti153.lr.ph.i ], [ %2517, %for_body_ti153.i.1 ], [ %2560, %for_body_ti153.i.2 ], [ %2603, %for_body_ti153.i.3 ], [ %2646, %for_body_ti153.i.4 ], [ %2689, %for_body_ti153.i.5 ], [ %2732, %for_body_ti153.i.6 ]
+  %tile_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2469, %for_body_ti153.lr.ph.i ], [ %2512, %for_body_ti153.i.1 ], [ %2555, %for_body_ti153.i.2 ], [ %2598, %for_body_ti153.i.3 ], [ %2641, %for_body_ti153.i.4 ], [ %2684, %for_body_ti153.i.5 ], [ %2727, %for_body_ti153.i.6 ]
+  %.idx69 = shl nuw nsw i64 %indvars.iv622.i, 9
+  %2763 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx69
+  br i1 %2045, label %if_then171.i, label %if_end170.i, !prof !8
 
 if_end170.i:                                      ; preds = %for_end_ti154.i
-  %2712 = load <16 x float>, ptr %2711, align 4, !tbaa !5
-  %2713 = fmul <16 x float> %2021, %2712
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2713)
-  store <16 x float> %2714, ptr %2711, align 4, !tbaa !5
-  %2715 = getelementptr inbounds nuw i8, ptr %2711, i64 64
-  %2716 = load <16 x float>, ptr %2715, align 4, !tbaa !5
-  %2717 = fmul <16 x float> %2021, %2716
-  %2718 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2717)
-  store <16 x float> %2718, ptr %2715, align 4, !tbaa !5
-  %2719 = getelementptr inbounds nuw i8, ptr %2711, i64 128
-  %2720 = load <16 x float>, ptr %2719, align 4, !tbaa !5
-  %2721 = fmul <16 x float> %2021, %2720
-  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2721)
-  store <16 x float> %2722, ptr %2719, align 4, !tbaa !5
-  %2723 = getelementptr inbounds nuw i8, ptr %2711, i64 192
-  %2724 = load <16 x float>, ptr %2723, align 4, !tbaa !5
-  %2725 = fmul <16 x float> %2021, %2724
-  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2725)
-  store <16 x float> %2726, ptr %2723, align 4, !tbaa !5
-  %2727 = getelementptr inbounds nuw i8, ptr %2711, i64 256
-  %2728 = load <16 x float>, ptr %2727, align 4, !tbaa !5
-  %2729 = fmul <16 x float> %2021, %2728
-  %2730 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2729)
-  store <16 x float> %2730, ptr %2727, align 4, !tbaa !5
-  %2731 = getelementptr inbounds nuw i8, ptr %2711, i64 320
-  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !5
-  %2733 = fmul <16 x float> %2021, %2732
-  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2733)
-  store <16 x float> %2734, ptr %2731, align 4, !tbaa !5
-  %2735 = getelementptr inbounds nuw i8, ptr %2711, i64 384
-  %2736 = load <16 x float>, ptr %2735, align 4, !tbaa !5
-  %2737 = fmul <16 x float> %2021, %2736
-  %2738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2737)
-  store <16 x float> %2738, ptr %2735, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2711, i64 448
+  %2764 = load <16 x float>, ptr %2763, align 4, !tbaa !5
+  %2765 = fmul <16 x float> %2073, %2764
+  %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2765)
+  store <16 x float> %2766, ptr %2763, align 4, !tbaa !5
+  %2767 = getelementptr inbounds nuw i8, ptr %2763, i64 64
+  %2768 = load <16 x float>, ptr %2767, align 4, !tbaa !5
+  %2769 = fmul <16 x float> %2073, %2768
+  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2769)
+  store <16 x float> %2770, ptr %2767, align 4, !tbaa !5
+  %2771 = getelementptr inbounds nuw i8, ptr %2763, i64 128
+  %2772 = load <16 x float>, ptr %2771, align 4, !tbaa !5
+  %2773 = fmul <16 x float> %2073, %2772
+  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2773)
+  store <16 x float> %2774, ptr %2771, align 4, !tbaa !5
+  %2775 = getelementptr inbounds nuw i8, ptr %2763, i64 192
+  %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !5
+  %2777 = fmul <16 x float> %2073, %2776
+  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2777)
+  store <16 x float> %2778, ptr %2775, align 4, !tbaa !5
+  %2779 = getelementptr inbounds nuw i8, ptr %2763, i64 256
+  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !5
+  %2781 = fmul <16 x float> %2073, %2780
+  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2781)
+  store <16 x float> %2782, ptr %2779, align 4, !tbaa !5
+  %2783 = getelementptr inbounds nuw i8, ptr %2763, i64 320
+  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !5
+  %2785 = fmul <16 x float> %2073, %2784
+  %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2785)
+  store <16 x float> %2786, ptr %2783, align 4, !tbaa !5
+  %2787 = getelementptr inbounds nuw i8, ptr %2763, i64 384
+  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !5
+  %2789 = fmul <16 x float> %2073, %2788
+  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2789)
+  store <16 x float> %2790, ptr %2787, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2763, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre737.i = fmul <16 x float> %2021, %.pre.i
+  %.pre737.i = fmul <16 x float> %2073, %.pre.i
   br label %if_end172.i
 
 if_then171.i:                                     ; preds = %for_end_ti154.i
-  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2739, ptr %2711, align 4, !tbaa !5
-  %2740 = getelementptr inbounds nuw i8, ptr %2711, i64 64
-  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2741, ptr %2740, align 4, !tbaa !5
-  %2742 = getelementptr inbounds nuw i8, ptr %2711, i64 128
-  %2743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2743, ptr %2742, align 4, !tbaa !5
-  %2744 = getelementptr inbounds nuw i8, ptr %2711, i64 192
-  %2745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2745, ptr %2744, align 4, !tbaa !5
-  %2746 = getelementptr inbounds nuw i8, ptr %2711, i64 256
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2747, ptr %2746, align 4, !tbaa !5
-  %2748 = getelementptr inbounds nuw i8, ptr %2711, i64 320
-  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2749, ptr %2748, align 4, !tbaa !5
-  %2750 = getelementptr inbounds nuw i8, ptr %2711, i64 384
-  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2049)
-  store <16 x float> %2751, ptr %2750, align 4, !tbaa !5
+  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2791, ptr %2763, align 4, !tbaa !5
+  %2792 = getelementptr inbounds nuw i8, ptr %2763, i64 64
+  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2793, ptr %2792, align 4, !tbaa !5
+  %2794 = getelementptr inbounds nuw i8, ptr %2763, i64 128
+  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2795, ptr %2794, align 4, !tbaa !5
+  %2796 = getelementptr inbounds nuw i8, ptr %2763, i64 192
+  %2797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2797, ptr %2796, align 4, !tbaa !5
+  %2798 = getelementptr inbounds nuw i8, ptr %2763, i64 256
+  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2799, ptr %2798, align 4, !tbaa !5
+  %2800 = getelementptr inbounds nuw i8, ptr %2763, i64 320
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2801, ptr %2800, align 4, !tbaa !5
+  %2802 = getelementptr inbounds nuw i8, ptr %2763, i64 384
+  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2803, ptr %2802, align 4, !tbaa !5
   br label %if_end172.i
 
 if_end172.i:                                      ; preds = %if_then171.i, %if_end170.i
-  %.pre-phi.i = phi <16 x float> [ %.pre737.i, %if_end170.i ], [ %2049, %if_then171.i ]
-  %2752 = getelementptr inbounds nuw i8, ptr %2711, i64 448
-  %2753 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> %tile_acc255.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
-  store <16 x float> %2753, ptr %2752, align 4, !tbaa !5
+  %.pre-phi.i = phi <16 x float> [ %.pre737.i, %if_end170.i ], [ %2101, %if_then171.i ]
+  %2804 = getelementptr inbounds nuw i8, ptr %2763, i64 448
+  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2805, ptr %2804, align 4, !tbaa !5
   %indvars.iv.next623.i = add nuw nsw i64 %indvars.iv622.i, 1
   %exitcond625.not.i = icmp eq i64 %indvars.iv.next623.i, 16
   br i1 %exitcond625.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
 if_end174.i:                                      ; preds = %for_end_d_0_m.i
-  %2754 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2755 = tail call i32 %2754(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not271.i = icmp eq i32 %2755, 0
+  %2806 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2807 = tail call i32 %2806(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not271.i = icmp eq i32 %2807, 0
   br i1 %.not271.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end177.i:                                      ; preds = %if_end174.i
-  %2756 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2757 = tail call i32 %2756(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not272.i = icmp eq i32 %2757, 0
+  %2808 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not272.i = icmp eq i32 %2809, 0
   br i1 %.not272.i, label %if_end180.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end180.i:                                      ; preds = %if_end177.i
-  %2758 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2759 = tail call i32 %2758(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not273.i = icmp eq i32 %2759, 0
+  %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not273.i = icmp eq i32 %2811, 0
   br i1 %.not273.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end183.i:                                      ; preds = %if_end180.i
-  %2760 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2761 = tail call i32 %2760(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not274.i = icmp eq i32 %2761, 0
+  %2812 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2813 = tail call i32 %2812(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not274.i = icmp eq i32 %2813, 0
   br i1 %.not274.i, label %if_end186.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end186.i:                                      ; preds = %if_end183.i
-  %2762 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2763 = tail call i32 %2762(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not275.i = icmp eq i32 %2763, 0
+  %2814 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2815 = tail call i32 %2814(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not275.i = icmp eq i32 %2815, 0
   br i1 %.not275.i, label %if_end189.i, label %fused_decode_compute_.exit, !prof !27
 
 if_end189.i:                                      ; preds = %if_end186.i
-  %2764 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2765 = tail call i32 %2764(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not276.i = icmp eq i32 %2765, 0
+  %2816 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2817 = tail call i32 %2816(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not276.i = icmp eq i32 %2817, 0
   br i1 %.not276.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
 
 if_then194.i:                                     ; preds = %for_end_step.i
-  %2766 = fdiv <16 x float> splat (float 1.000000e+00), %2058
-  %2767 = fcmp oeq <16 x float> %2058, zeroinitializer
-  %2768 = select <16 x i1> %2767, <16 x float> zeroinitializer, <16 x float> %2766
-  store <16 x float> %2768, ptr %factor253.i, align 16, !tbaa !28
-  %2769 = mul nsw i64 %182, %out_batch
-  %invariant.gep466.i = getelementptr float, ptr %out, i64 %2769
+  %2818 = fdiv <16 x float> splat (float 1.000000e+00), %2110
+  %2819 = fcmp oeq <16 x float> %2110, zeroinitializer
+  %2820 = select <16 x i1> %2819, <16 x float> zeroinitializer, <16 x float> %2818
+  store <16 x float> %2820, ptr %factor253.i, align 16, !tbaa !28
+  %2821 = mul nsw i64 %190, %out_batch
+  %invariant.gep466.i = getelementptr float, ptr %out, i64 %2821
   br label %for_begin_d_0196.preheader.i
 
 if_end195.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end232.15.i
-  %2770 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2771 = tail call i32 %2770(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2771, 0
+  %2822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2823 = tail call i32 %2822(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2823, 0
   br i1 %.not.i, label %if_end244.i, label %fused_decode_compute_.exit, !prof !27
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d_0198.i
-  %2772 = mul nsw i64 %182, %lse_batch
-  %2773 = getelementptr float, ptr %lse, i64 %2772
-  %row_sum265.sroa.0.0.vec.extract703.i = extractelement <16 x float> %2058, i64 0
-  %2774 = fcmp oeq float %row_sum265.sroa.0.0.vec.extract703.i, 0.000000e+00
-  br i1 %2774, label %if_end232.i, label %if_else231.i
+  %2824 = mul nsw i64 %190, %lse_batch
+  %2825 = getelementptr float, ptr %lse, i64 %2824
+  %2826 = shl nuw nsw i32 %347, 23
+  %2827 = add nuw i32 %2826, 16777216
+  %2828 = bitcast i32 %2827 to float
+  %row_sum265.sroa.0.0.vec.extract703.i = extractelement <16 x float> %2110, i64 0
+  %2829 = fcmp oeq float %row_sum265.sroa.0.0.vec.extract703.i, 0.000000e+00
+  br i1 %2829, label %if_end232.i, label %if_else231.i
 
 for_begin_d_0196.preheader.i:                     ; preds = %for_end_d_0198.i, %if_then194.i
   %indvars.iv653.i = phi i64 [ 0, %if_then194.i ], [ %indvars.iv.next654.i, %for_end_d_0198.i ]
-  %2775 = shl nuw nsw i64 %indvars.iv653.i, 2
-  %2776 = getelementptr inbounds nuw float, ptr %factor253.i, i64 %2775
-  %2777 = load float, ptr %2776, align 16, !tbaa !35
-  %2778 = insertelement <16 x float> poison, float %2777, i64 0
-  %2779 = shufflevector <16 x float> %2778, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx269.i = mul i64 %96, %indvars.iv653.i
+  %2830 = shl nuw nsw i64 %indvars.iv653.i, 2
+  %2831 = getelementptr inbounds nuw float, ptr %factor253.i, i64 %2830
+  %2832 = load float, ptr %2831, align 16, !tbaa !35
+  %2833 = insertelement <16 x float> poison, float %2832, i64 0
+  %2834 = shufflevector <16 x float> %2833, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx269.i = mul i64 %104, %indvars.iv653.i
   %gep467.i = getelementptr i8, ptr %invariant.gep466.i, i64 %.idx269.i
-  %2780 = getelementptr inbounds nuw i8, ptr %2776, i64 4
-  %2781 = load float, ptr %2780, align 4, !tbaa !35
-  %2782 = insertelement <16 x float> poison, float %2781, i64 0
-  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
-  %2784 = or disjoint i64 %2775, 1
-  %2785 = mul nsw i64 %2784, %out_head
-  %2786 = getelementptr inbounds nuw i8, ptr %2776, i64 8
-  %2787 = load float, ptr %2786, align 8, !tbaa !35
-  %2788 = insertelement <16 x float> poison, float %2787, i64 0
-  %2789 = shufflevector <16 x float> %2788, <16 x float> poison, <16 x i32> zeroinitializer
-  %2790 = or disjoint i64 %2775, 2
-  %2791 = mul nsw i64 %2790, %out_head
-  %2792 = getelementptr inbounds nuw i8, ptr %2776, i64 12
-  %2793 = load float, ptr %2792, align 4, !tbaa !35
-  %2794 = insertelement <16 x float> poison, float %2793, i64 0
-  %2795 = shufflevector <16 x float> %2794, <16 x float> poison, <16 x i32> zeroinitializer
-  %2796 = or disjoint i64 %2775, 3
-  %2797 = mul nsw i64 %2796, %out_head
-  %invariant.gep132 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2775
+  %2835 = getelementptr inbounds nuw i8, ptr %2831, i64 4
+  %2836 = load float, ptr %2835, align 4, !tbaa !35
+  %2837 = insertelement <16 x float> poison, float %2836, i64 0
+  %2838 = shufflevector <16 x float> %2837, <16 x float> poison, <16 x i32> zeroinitializer
+  %2839 = or disjoint i64 %2830, 1
+  %2840 = mul nsw i64 %2839, %out_head
+  %2841 = getelementptr inbounds nuw i8, ptr %2831, i64 8
+  %2842 = load float, ptr %2841, align 8, !tbaa !35
+  %2843 = insertelement <16 x float> poison, float %2842, i64 0
+  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
+  %2845 = or disjoint i64 %2830, 2
+  %2846 = mul nsw i64 %2845, %out_head
+  %2847 = getelementptr inbounds nuw i8, ptr %2831, i64 12
+  %2848 = load float, ptr %2847, align 4, !tbaa !35
+  %2849 = insertelement <16 x float> poison, float %2848, i64 0
+  %2850 = shufflevector <16 x float> %2849, <16 x float> poison, <16 x i32> zeroinitializer
+  %2851 = or disjoint i64 %2830, 3
+  %2852 = mul nsw i64 %2851, %out_head
+  %invariant.gep133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2830
   br label %for_begin_ax1_0201.preheader.i
 
 for_begin_ax1_0201.preheader.i:                   ; preds = %for_begin_ax1_0201.preheader.i, %for_begin_d_0196.preheader.i
   %indvars.iv648.i = phi i64 [ 0, %for_begin_d_0196.preheader.i ], [ %indvars.iv.next649.i, %for_begin_ax1_0201.preheader.i ]
-  %.idx69 = shl nuw nsw i64 %indvars.iv648.i, 10
-  %gep133 = getelementptr inbounds nuw i8, ptr %invariant.gep132, i64 %.idx69
-  %v207.i = load <4 x float>, ptr %gep133, align 4, !tbaa !5
-  %2798 = getelementptr inbounds nuw i8, ptr %gep133, i64 64
-  %v209.i = load <4 x float>, ptr %2798, align 4, !tbaa !5
-  %2799 = getelementptr inbounds nuw i8, ptr %gep133, i64 128
-  %v211.i = load <4 x float>, ptr %2799, align 4, !tbaa !5
-  %2800 = getelementptr inbounds nuw i8, ptr %gep133, i64 192
-  %v213.i = load <4 x float>, ptr %2800, align 4, !tbaa !5
-  %2801 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2802 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2803 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2804 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2805 = shufflevector <4 x float> %2801, <4 x float> %2802, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2806 = shufflevector <4 x float> %2801, <4 x float> %2802, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2807 = shufflevector <4 x float> %2803, <4 x float> %2804, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2808 = shufflevector <4 x float> %2803, <4 x float> %2804, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2809 = getelementptr inbounds nuw i8, ptr %gep133, i64 256
-  %v207.1.i = load <4 x float>, ptr %2809, align 4, !tbaa !5
-  %2810 = getelementptr inbounds nuw i8, ptr %gep133, i64 320
-  %v209.1.i = load <4 x float>, ptr %2810, align 4, !tbaa !5
-  %2811 = getelementptr inbounds nuw i8, ptr %gep133, i64 384
-  %v211.1.i = load <4 x float>, ptr %2811, align 4, !tbaa !5
-  %2812 = getelementptr inbounds nuw i8, ptr %gep133, i64 448
-  %v213.1.i = load <4 x float>, ptr %2812, align 4, !tbaa !5
-  %2813 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2814 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2815 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2816 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2817 = shufflevector <4 x float> %2813, <4 x float> %2814, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2818 = shufflevector <4 x float> %2813, <4 x float> %2814, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2819 = shufflevector <4 x float> %2815, <4 x float> %2816, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2820 = shufflevector <4 x float> %2815, <4 x float> %2816, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2821 = getelementptr inbounds nuw i8, ptr %gep133, i64 512
-  %v207.2.i = load <4 x float>, ptr %2821, align 4, !tbaa !5
-  %2822 = getelementptr inbounds nuw i8, ptr %gep133, i64 576
-  %v209.2.i = load <4 x float>, ptr %2822, align 4, !tbaa !5
-  %2823 = getelementptr inbounds nuw i8, ptr %gep133, i64 640
-  %v211.2.i = load <4 x float>, ptr %2823, align 4, !tbaa !5
-  %2824 = getelementptr inbounds nuw i8, ptr %gep133, i64 704
-  %v213.2.i = load <4 x float>, ptr %2824, align 4, !tbaa !5
-  %2825 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2826 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2827 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2828 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2829 = shufflevector <4 x float> %2825, <4 x float> %2826, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2830 = shufflevector <4 x float> %2825, <4 x float> %2826, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2831 = shufflevector <4 x float> %2827, <4 x float> %2828, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2832 = shufflevector <4 x float> %2827, <4 x float> %2828, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2833 = getelementptr inbounds nuw i8, ptr %gep133, i64 768
-  %v207.3.i = load <4 x float>, ptr %2833, align 4, !tbaa !5
-  %2834 = getelementptr inbounds nuw i8, ptr %gep133, i64 832
-  %v209.3.i = load <4 x float>, ptr %2834, align 4, !tbaa !5
-  %2835 = getelementptr inbounds nuw i8, ptr %gep133, i64 896
-  %v211.3.i = load <4 x float>, ptr %2835, align 4, !tbaa !5
-  %2836 = getelementptr inbounds nuw i8, ptr %gep133, i64 960
-  %v213.3.i = load <4 x float>, ptr %2836, align 4, !tbaa !5
-  %2837 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2838 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2839 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2840 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2841 = shufflevector <4 x float> %2837, <4 x float> %2838, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2842 = shufflevector <4 x float> %2805, <4 x float> %2817, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2843 = shufflevector <4 x float> %2829, <4 x float> %2841, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2844 = shufflevector <8 x float> %2842, <8 x float> %2843, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2845 = shufflevector <4 x float> %2837, <4 x float> %2838, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2846 = shufflevector <4 x float> %2806, <4 x float> %2818, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2847 = shufflevector <4 x float> %2830, <4 x float> %2845, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2848 = shufflevector <8 x float> %2846, <8 x float> %2847, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2849 = shufflevector <4 x float> %2839, <4 x float> %2840, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2850 = shufflevector <4 x float> %2807, <4 x float> %2819, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2851 = shufflevector <4 x float> %2831, <4 x float> %2849, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2852 = shufflevector <8 x float> %2850, <8 x float> %2851, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2853 = shufflevector <4 x float> %2839, <4 x float> %2840, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2854 = shufflevector <4 x float> %2808, <4 x float> %2820, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2855 = shufflevector <4 x float> %2832, <4 x float> %2853, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2856 = shufflevector <8 x float> %2854, <8 x float> %2855, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2857 = fmul <16 x float> %2779, %2844
-  %2858 = shl nuw nsw i64 %indvars.iv648.i, 4
-  %gep464.i = getelementptr float, ptr %gep467.i, i64 %2858
-  store <16 x float> %2857, ptr %gep464.i, align 4, !tbaa !5
-  %2859 = fmul <16 x float> %2783, %2848
-  %2860 = getelementptr float, ptr %invariant.gep466.i, i64 %2858
-  %2861 = getelementptr float, ptr %2860, i64 %2785
-  store <16 x float> %2859, ptr %2861, align 4, !tbaa !5
-  %2862 = fmul <16 x float> %2789, %2852
-  %2863 = getelementptr float, ptr %2860, i64 %2791
-  store <16 x float> %2862, ptr %2863, align 4, !tbaa !5
-  %2864 = fmul <16 x float> %2795, %2856
-  %2865 = getelementptr float, ptr %2860, i64 %2797
-  store <16 x float> %2864, ptr %2865, align 4, !tbaa !5
+  %.idx70 = shl nuw nsw i64 %indvars.iv648.i, 10
+  %gep134 = getelementptr inbounds nuw i8, ptr %invariant.gep133, i64 %.idx70
+  %v207.i = load <4 x float>, ptr %gep134, align 4, !tbaa !5
+  %2853 = getelementptr inbounds nuw i8, ptr %gep134, i64 64
+  %v209.i = load <4 x float>, ptr %2853, align 4, !tbaa !5
+  %2854 = getelementptr inbounds nuw i8, ptr %gep134, i64 128
+  %v211.i = load <4 x float>, ptr %2854, align 4, !tbaa !5
+  %2855 = getelementptr inbounds nuw i8, ptr %gep134, i64 192
+  %v213.i = load <4 x float>, ptr %2855, align 4, !tbaa !5
+  %2856 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2857 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2858 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2859 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2860 = shufflevector <4 x float> %2856, <4 x float> %2857, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2861 = shufflevector <4 x float> %2856, <4 x float> %2857, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2862 = shufflevector <4 x float> %2858, <4 x float> %2859, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2863 = shufflevector <4 x float> %2858, <4 x float> %2859, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2864 = getelementptr inbounds nuw i8, ptr %gep134, i64 256
+  %v207.1.i = load <4 x float>, ptr %2864, align 4, !tbaa !5
+  %2865 = getelementptr inbounds nuw i8, ptr %gep134, i64 320
+  %v209.1.i = load <4 x float>, ptr %2865, align 4, !tbaa !5
+  %2866 = getelementptr inbounds nuw i8, ptr %gep134, i64 384
+  %v211.1.i = load <4 x float>, ptr %2866, align 4, !tbaa !5
+  %2867 = getelementptr inbounds nuw i8, ptr %gep134, i64 448
+  %v213.1.i = load <4 x float>, ptr %2867, align 4, !tbaa !5
+  %2868 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2869 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2870 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2871 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2872 = shufflevector <4 x float> %2868, <4 x float> %2869, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2873 = shufflevector <4 x float> %2868, <4 x float> %2869, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2874 = shufflevector <4 x float> %2870, <4 x float> %2871, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2875 = shufflevector <4 x float> %2870, <4 x float> %2871, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2876 = getelementptr inbounds nuw i8, ptr %gep134, i64 512
+  %v207.2.i = load <4 x float>, ptr %2876, align 4, !tbaa !5
+  %2877 = getelementptr inbounds nuw i8, ptr %gep134, i64 576
+  %v209.2.i = load <4 x float>, ptr %2877, align 4, !tbaa !5
+  %2878 = getelementptr inbounds nuw i8, ptr %gep134, i64 640
+  %v211.2.i = load <4 x float>, ptr %2878, align 4, !tbaa !5
+  %2879 = getelementptr inbounds nuw i8, ptr %gep134, i64 704
+  %v213.2.i = load <4 x float>, ptr %2879, align 4, !tbaa !5
+  %2880 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2881 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2882 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2883 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2884 = shufflevector <4 x float> %2880, <4 x float> %2881, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2885 = shufflevector <4 x float> %2880, <4 x float> %2881, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2886 = shufflevector <4 x float> %2882, <4 x float> %2883, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2887 = shufflevector <4 x float> %2882, <4 x float> %2883, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2888 = getelementptr inbounds nuw i8, ptr %gep134, i64 768
+  %v207.3.i = load <4 x float>, ptr %2888, align 4, !tbaa !5
+  %2889 = getelementptr inbounds nuw i8, ptr %gep134, i64 832
+  %v209.3.i = load <4 x float>, ptr %2889, align 4, !tbaa !5
+  %2890 = getelementptr inbounds nuw i8, ptr %gep134, i64 896
+  %v211.3.i = load <4 x float>, ptr %2890, align 4, !tbaa !5
+  %2891 = getelementptr inbounds nuw i8, ptr %gep134, i64 960
+  %v213.3.i = load <4 x float>, ptr %2891, align 4, !tbaa !5
+  %2892 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2893 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2894 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2895 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2896 = shufflevector <4 x float> %2892, <4 x float> %2893, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2897 = shufflevector <4 x float> %2860, <4 x float> %2872, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2898 = shufflevector <4 x float> %2884, <4 x float> %2896, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2899 = shufflevector <8 x float> %2897, <8 x float> %2898, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2900 = shufflevector <4 x float> %2892, <4 x float> %2893, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2901 = shufflevector <4 x float> %2861, <4 x float> %2873, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2902 = shufflevector <4 x float> %2885, <4 x float> %2900, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2903 = shufflevector <8 x float> %2901, <8 x float> %2902, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2904 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2905 = shufflevector <4 x float> %2862, <4 x float> %2874, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2906 = shufflevector <4 x float> %2886, <4 x float> %2904, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2907 = shufflevector <8 x float> %2905, <8 x float> %2906, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2908 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2909 = shufflevector <4 x float> %2863, <4 x float> %2875, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2910 = shufflevector <4 x float> %2887, <4 x float> %2908, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2911 = shufflevector <8 x float> %2909, <8 x float> %2910, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2912 = fmul <16 x float> %2834, %2899
+  %2913 = shl nuw nsw i64 %indvars.iv648.i, 4
+  %gep464.i = getelementptr float, ptr %gep467.i, i64 %2913
+  store <16 x float> %2912, ptr %gep464.i, align 4, !tbaa !5
+  %2914 = fmul <16 x float> %2838, %2903
+  %2915 = getelementptr float, ptr %invariant.gep466.i, i64 %2913
+  %2916 = getelementptr float, ptr %2915, i64 %2840
+  store <16 x float> %2914, ptr %2916, align 4, !tbaa !5
+  %2917 = fmul <16 x float> %2844, %2907
+  %2918 = getelementptr float, ptr %2915, i64 %2846
+  store <16 x float> %2917, ptr %2918, align 4, !tbaa !5
+  %2919 = fmul <16 x float> %2850, %2911
+  %2920 = getelementptr float, ptr %2915, i64 %2852
+  store <16 x float> %2919, ptr %2920, align 4, !tbaa !5
   %indvars.iv.next649.i = add nuw nsw i64 %indvars.iv648.i, 1
   %exitcond652.not.i = icmp eq i64 %indvars.iv.next649.i, 8
   br i1 %exitcond652.not.i, label %for_end_d_0198.i, label %for_begin_ax1_0201.preheader.i, !prof !16
@@ -4135,2563 +4194,2579 @@ for_end_d_0198.i:                                 ; preds = %for_begin_ax1_0201.
   br i1 %exitcond656.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0196.preheader.i, !prof !16
 
 if_else231.i:                                     ; preds = %for_begin_r.preheader.i
-  %2866 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.0.vec.extract703.i)
+  %2921 = fmul float %row_sum265.sroa.0.0.vec.extract703.i, %2828
+  %2922 = tail call float @llvm.log.f32(float %2921)
   %row_max266.sroa.0.0.vec.extract670.i = extractelement <16 x float> %m.i, i64 0
-  %2867 = fadd float %2866, %row_max266.sroa.0.0.vec.extract670.i
+  %2923 = fadd float %row_max266.sroa.0.0.vec.extract670.i, %2922
   br label %if_end232.i
 
 if_end232.i:                                      ; preds = %if_else231.i, %for_begin_r.preheader.i
-  %2868 = phi float [ %2867, %if_else231.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2868, ptr %2773, align 4, !tbaa !5
-  %row_sum265.sroa.0.4.vec.extract705.i = extractelement <16 x float> %2058, i64 1
-  %2869 = fcmp oeq float %row_sum265.sroa.0.4.vec.extract705.i, 0.000000e+00
-  br i1 %2869, label %if_end232.1.i, label %if_else231.1.i
+  %2924 = phi float [ %2923, %if_else231.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
+  store float %2924, ptr %2825, align 4, !tbaa !5
+  %row_sum265.sroa.0.4.vec.extract705.i = extractelement <16 x float> %2110, i64 1
+  %2925 = fcmp oeq float %row_sum265.sroa.0.4.vec.extract705.i, 0.000000e+00
+  br i1 %2925, label %if_end232.1.i, label %if_else231.1.i
 
 if_else231.1.i:                                   ; preds = %if_end232.i
-  %2870 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.4.vec.extract705.i)
+  %2926 = fmul float %row_sum265.sroa.0.4.vec.extract705.i, %2828
+  %2927 = tail call float @llvm.log.f32(float %2926)
   %row_max266.sroa.0.4.vec.extract672.i = extractelement <16 x float> %m.i, i64 1
-  %2871 = fadd float %2870, %row_max266.sroa.0.4.vec.extract672.i
+  %2928 = fadd float %row_max266.sroa.0.4.vec.extract672.i, %2927
   br label %if_end232.1.i
 
 if_end232.1.i:                                    ; preds = %if_else231.1.i, %if_end232.i
-  %2872 = phi float [ %2871, %if_else231.1.i ], [ 0xFFF0000000000000, %if_end232.i ]
-  %2873 = getelementptr i8, ptr %2773, i64 4
-  store float %2872, ptr %2873, align 4, !tbaa !5
-  %row_sum265.sroa.0.8.vec.extract707.i = extractelement <16 x float> %2058, i64 2
-  %2874 = fcmp oeq float %row_sum265.sroa.0.8.vec.extract707.i, 0.000000e+00
-  br i1 %2874, label %if_end232.2.i, label %if_else231.2.i
+  %2929 = phi float [ %2928, %if_else231.1.i ], [ 0xFFF0000000000000, %if_end232.i ]
+  %2930 = getelementptr i8, ptr %2825, i64 4
+  store float %2929, ptr %2930, align 4, !tbaa !5
+  %row_sum265.sroa.0.8.vec.extract707.i = extractelement <16 x float> %2110, i64 2
+  %2931 = fcmp oeq float %row_sum265.sroa.0.8.vec.extract707.i, 0.000000e+00
+  br i1 %2931, label %if_end232.2.i, label %if_else231.2.i
 
 if_else231.2.i:                                   ; preds = %if_end232.1.i
-  %2875 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.8.vec.extract707.i)
+  %2932 = fmul float %row_sum265.sroa.0.8.vec.extract707.i, %2828
+  %2933 = tail call float @llvm.log.f32(float %2932)
   %row_max266.sroa.0.8.vec.extract674.i = extractelement <16 x float> %m.i, i64 2
-  %2876 = fadd float %2875, %row_max266.sroa.0.8.vec.extract674.i
+  %2934 = fadd float %row_max266.sroa.0.8.vec.extract674.i, %2933
   br label %if_end232.2.i
 
 if_end232.2.i:                                    ; preds = %if_else231.2.i, %if_end232.1.i
-  %2877 = phi float [ %2876, %if_else231.2.i ], [ 0xFFF0000000000000, %if_end232.1.i ]
-  %2878 = getelementptr i8, ptr %2773, i64 8
-  store float %2877, ptr %2878, align 4, !tbaa !5
-  %row_sum265.sroa.0.12.vec.extract709.i = extractelement <16 x float> %2058, i64 3
-  %2879 = fcmp oeq float %row_sum265.sroa.0.12.vec.extract709.i, 0.000000e+00
-  br i1 %2879, label %if_end232.3.i, label %if_else231.3.i
+  %2935 = phi float [ %2934, %if_else231.2.i ], [ 0xFFF0000000000000, %if_end232.1.i ]
+  %2936 = getelementptr i8, ptr %2825, i64 8
+  store float %2935, ptr %2936, align 4, !tbaa !5
+  %row_sum265.sroa.0.12.vec.extract709.i = extractelement <16 x float> %2110, i64 3
+  %2937 = fcmp oeq float %row_sum265.sroa.0.12.vec.extract709.i, 0.000000e+00
+  br i1 %2937, label %if_end232.3.i, label %if_else231.3.i
 
 if_else231.3.i:                                   ; preds = %if_end232.2.i
-  %2880 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.12.vec.extract709.i)
+  %2938 = fmul float %row_sum265.sroa.0.12.vec.extract709.i, %2828
+  %2939 = tail call float @llvm.log.f32(float %2938)
   %row_max266.sroa.0.12.vec.extract676.i = extractelement <16 x float> %m.i, i64 3
-  %2881 = fadd float %2880, %row_max266.sroa.0.12.vec.extract676.i
+  %2940 = fadd float %row_max266.sroa.0.12.vec.extract676.i, %2939
   br label %if_end232.3.i
 
 if_end232.3.i:                                    ; preds = %if_else231.3.i, %if_end232.2.i
-  %2882 = phi float [ %2881, %if_else231.3.i ], [ 0xFFF0000000000000, %if_end232.2.i ]
-  %2883 = getelementptr i8, ptr %2773, i64 12
-  store float %2882, ptr %2883, align 4, !tbaa !5
-  %row_sum265.sroa.0.16.vec.extract711.i = extractelement <16 x float> %2058, i64 4
-  %2884 = fcmp oeq float %row_sum265.sroa.0.16.vec.extract711.i, 0.000000e+00
-  br i1 %2884, label %if_end232.4.i, label %if_else231.4.i
+  %2941 = phi float [ %2940, %if_else231.3.i ], [ 0xFFF0000000000000, %if_end232.2.i ]
+  %2942 = getelementptr i8, ptr %2825, i64 12
+  store float %2941, ptr %2942, align 4, !tbaa !5
+  %row_sum265.sroa.0.16.vec.extract711.i = extractelement <16 x float> %2110, i64 4
+  %2943 = fcmp oeq float %row_sum265.sroa.0.16.vec.extract711.i, 0.000000e+00
+  br i1 %2943, label %if_end232.4.i, label %if_else231.4.i
 
 if_else231.4.i:                                   ; preds = %if_end232.3.i
-  %2885 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.16.vec.extract711.i)
+  %2944 = fmul float %row_sum265.sroa.0.16.vec.extract711.i, %2828
+  %2945 = tail call float @llvm.log.f32(float %2944)
   %row_max266.sroa.0.16.vec.extract678.i = extractelement <16 x float> %m.i, i64 4
-  %2886 = fadd float %2885, %row_max266.sroa.0.16.vec.extract678.i
+  %2946 = fadd float %row_max266.sroa.0.16.vec.extract678.i, %2945
   br label %if_end232.4.i
 
 if_end232.4.i:                                    ; preds = %if_else231.4.i, %if_end232.3.i
-  %2887 = phi float [ %2886, %if_else231.4.i ], [ 0xFFF0000000000000, %if_end232.3.i ]
-  %2888 = getelementptr i8, ptr %2773, i64 16
-  store float %2887, ptr %2888, align 4, !tbaa !5
-  %row_sum265.sroa.0.20.vec.extract713.i = extractelement <16 x float> %2058, i64 5
-  %2889 = fcmp oeq float %row_sum265.sroa.0.20.vec.extract713.i, 0.000000e+00
-  br i1 %2889, label %if_end232.5.i, label %if_else231.5.i
+  %2947 = phi float [ %2946, %if_else231.4.i ], [ 0xFFF0000000000000, %if_end232.3.i ]
+  %2948 = getelementptr i8, ptr %2825, i64 16
+  store float %2947, ptr %2948, align 4, !tbaa !5
+  %row_sum265.sroa.0.20.vec.extract713.i = extractelement <16 x float> %2110, i64 5
+  %2949 = fcmp oeq float %row_sum265.sroa.0.20.vec.extract713.i, 0.000000e+00
+  br i1 %2949, label %if_end232.5.i, label %if_else231.5.i
 
 if_else231.5.i:                                   ; preds = %if_end232.4.i
-  %2890 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.20.vec.extract713.i)
+  %2950 = fmul float %row_sum265.sroa.0.20.vec.extract713.i, %2828
+  %2951 = tail call float @llvm.log.f32(float %2950)
   %row_max266.sroa.0.20.vec.extract680.i = extractelement <16 x float> %m.i, i64 5
-  %2891 = fadd float %2890, %row_max266.sroa.0.20.vec.extract680.i
+  %2952 = fadd float %row_max266.sroa.0.20.vec.extract680.i, %2951
   br label %if_end232.5.i
 
 if_end232.5.i:                                    ; preds = %if_else231.5.i, %if_end232.4.i
-  %2892 = phi float [ %2891, %if_else231.5.i ], [ 0xFFF0000000000000, %if_end232.4.i ]
-  %2893 = getelementptr i8, ptr %2773, i64 20
-  store float %2892, ptr %2893, align 4, !tbaa !5
-  %row_sum265.sroa.0.24.vec.extract715.i = extractelement <16 x float> %2058, i64 6
-  %2894 = fcmp oeq float %row_sum265.sroa.0.24.vec.extract715.i, 0.000000e+00
-  br i1 %2894, label %if_end232.6.i, label %if_else231.6.i
+  %2953 = phi float [ %2952, %if_else231.5.i ], [ 0xFFF0000000000000, %if_end232.4.i ]
+  %2954 = getelementptr i8, ptr %2825, i64 20
+  store float %2953, ptr %2954, align 4, !tbaa !5
+  %row_sum265.sroa.0.24.vec.extract715.i = extractelement <16 x float> %2110, i64 6
+  %2955 = fcmp oeq float %row_sum265.sroa.0.24.vec.extract715.i, 0.000000e+00
+  br i1 %2955, label %if_end232.6.i, label %if_else231.6.i
 
 if_else231.6.i:                                   ; preds = %if_end232.5.i
-  %2895 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.24.vec.extract715.i)
+  %2956 = fmul float %row_sum265.sroa.0.24.vec.extract715.i, %2828
+  %2957 = tail call float @llvm.log.f32(float %2956)
   %row_max266.sroa.0.24.vec.extract682.i = extractelement <16 x float> %m.i, i64 6
-  %2896 = fadd float %2895, %row_max266.sroa.0.24.vec.extract682.i
+  %2958 = fadd float %row_max266.sroa.0.24.vec.extract682.i, %2957
   br label %if_end232.6.i
 
 if_end232.6.i:                                    ; preds = %if_else231.6.i, %if_end232.5.i
-  %2897 = phi float [ %2896, %if_else231.6.i ], [ 0xFFF0000000000000, %if_end232.5.i ]
-  %2898 = getelementptr i8, ptr %2773, i64 24
-  store float %2897, ptr %2898, align 4, !tbaa !5
-  %row_sum265.sroa.0.28.vec.extract717.i = extractelement <16 x float> %2058, i64 7
-  %2899 = fcmp oeq float %row_sum265.sroa.0.28.vec.extract717.i, 0.000000e+00
-  br i1 %2899, label %if_end232.7.i, label %if_else231.7.i
+  %2959 = phi float [ %2958, %if_else231.6.i ], [ 0xFFF0000000000000, %if_end232.5.i ]
+  %2960 = getelementptr i8, ptr %2825, i64 24
+  store float %2959, ptr %2960, align 4, !tbaa !5
+  %row_sum265.sroa.0.28.vec.extract717.i = extractelement <16 x float> %2110, i64 7
+  %2961 = fcmp oeq float %row_sum265.sroa.0.28.vec.extract717.i, 0.000000e+00
+  br i1 %2961, label %if_end232.7.i, label %if_else231.7.i
 
 if_else231.7.i:                                   ; preds = %if_end232.6.i
-  %2900 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.28.vec.extract717.i)
+  %2962 = fmul float %row_sum265.sroa.0.28.vec.extract717.i, %2828
+  %2963 = tail call float @llvm.log.f32(float %2962)
   %row_max266.sroa.0.28.vec.extract684.i = extractelement <16 x float> %m.i, i64 7
-  %2901 = fadd float %2900, %row_max266.sroa.0.28.vec.extract684.i
+  %2964 = fadd float %row_max266.sroa.0.28.vec.extract684.i, %2963
   br label %if_end232.7.i
 
 if_end232.7.i:                                    ; preds = %if_else231.7.i, %if_end232.6.i
-  %2902 = phi float [ %2901, %if_else231.7.i ], [ 0xFFF0000000000000, %if_end232.6.i ]
-  %2903 = getelementptr i8, ptr %2773, i64 28
-  store float %2902, ptr %2903, align 4, !tbaa !5
-  %row_sum265.sroa.0.32.vec.extract719.i = extractelement <16 x float> %2058, i64 8
-  %2904 = fcmp oeq float %row_sum265.sroa.0.32.vec.extract719.i, 0.000000e+00
-  br i1 %2904, label %if_end232.8.i, label %if_else231.8.i
+  %2965 = phi float [ %2964, %if_else231.7.i ], [ 0xFFF0000000000000, %if_end232.6.i ]
+  %2966 = getelementptr i8, ptr %2825, i64 28
+  store float %2965, ptr %2966, align 4, !tbaa !5
+  %row_sum265.sroa.0.32.vec.extract719.i = extractelement <16 x float> %2110, i64 8
+  %2967 = fcmp oeq float %row_sum265.sroa.0.32.vec.extract719.i, 0.000000e+00
+  br i1 %2967, label %if_end232.8.i, label %if_else231.8.i
 
 if_else231.8.i:                                   ; preds = %if_end232.7.i
-  %2905 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.32.vec.extract719.i)
+  %2968 = fmul float %row_sum265.sroa.0.32.vec.extract719.i, %2828
+  %2969 = tail call float @llvm.log.f32(float %2968)
   %row_max266.sroa.0.32.vec.extract686.i = extractelement <16 x float> %m.i, i64 8
-  %2906 = fadd float %2905, %row_max266.sroa.0.32.vec.extract686.i
+  %2970 = fadd float %row_max266.sroa.0.32.vec.extract686.i, %2969
   br label %if_end232.8.i
 
 if_end232.8.i:                                    ; preds = %if_else231.8.i, %if_end232.7.i
-  %2907 = phi float [ %2906, %if_else231.8.i ], [ 0xFFF0000000000000, %if_end232.7.i ]
-  %2908 = getelementptr i8, ptr %2773, i64 32
-  store float %2907, ptr %2908, align 4, !tbaa !5
-  %row_sum265.sroa.0.36.vec.extract721.i = extractelement <16 x float> %2058, i64 9
-  %2909 = fcmp oeq float %row_sum265.sroa.0.36.vec.extract721.i, 0.000000e+00
-  br i1 %2909, label %if_end232.9.i, label %if_else231.9.i
+  %2971 = phi float [ %2970, %if_else231.8.i ], [ 0xFFF0000000000000, %if_end232.7.i ]
+  %2972 = getelementptr i8, ptr %2825, i64 32
+  store float %2971, ptr %2972, align 4, !tbaa !5
+  %row_sum265.sroa.0.36.vec.extract721.i = extractelement <16 x float> %2110, i64 9
+  %2973 = fcmp oeq float %row_sum265.sroa.0.36.vec.extract721.i, 0.000000e+00
+  br i1 %2973, label %if_end232.9.i, label %if_else231.9.i
 
 if_else231.9.i:                                   ; preds = %if_end232.8.i
-  %2910 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.36.vec.extract721.i)
+  %2974 = fmul float %row_sum265.sroa.0.36.vec.extract721.i, %2828
+  %2975 = tail call float @llvm.log.f32(float %2974)
   %row_max266.sroa.0.36.vec.extract688.i = extractelement <16 x float> %m.i, i64 9
-  %2911 = fadd float %2910, %row_max266.sroa.0.36.vec.extract688.i
+  %2976 = fadd float %row_max266.sroa.0.36.vec.extract688.i, %2975
   br label %if_end232.9.i
 
 if_end232.9.i:                                    ; preds = %if_else231.9.i, %if_end232.8.i
-  %2912 = phi float [ %2911, %if_else231.9.i ], [ 0xFFF0000000000000, %if_end232.8.i ]
-  %2913 = getelementptr i8, ptr %2773, i64 36
-  store float %2912, ptr %2913, align 4, !tbaa !5
-  %row_sum265.sroa.0.40.vec.extract723.i = extractelement <16 x float> %2058, i64 10
-  %2914 = fcmp oeq float %row_sum265.sroa.0.40.vec.extract723.i, 0.000000e+00
-  br i1 %2914, label %if_end232.10.i, label %if_else231.10.i
+  %2977 = phi float [ %2976, %if_else231.9.i ], [ 0xFFF0000000000000, %if_end232.8.i ]
+  %2978 = getelementptr i8, ptr %2825, i64 36
+  store float %2977, ptr %2978, align 4, !tbaa !5
+  %row_sum265.sroa.0.40.vec.extract723.i = extractelement <16 x float> %2110, i64 10
+  %2979 = fcmp oeq float %row_sum265.sroa.0.40.vec.extract723.i, 0.000000e+00
+  br i1 %2979, label %if_end232.10.i, label %if_else231.10.i
 
 if_else231.10.i:                                  ; preds = %if_end232.9.i
-  %2915 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.40.vec.extract723.i)
+  %2980 = fmul float %row_sum265.sroa.0.40.vec.extract723.i, %2828
+  %2981 = tail call float @llvm.log.f32(float %2980)
   %row_max266.sroa.0.40.vec.extract690.i = extractelement <16 x float> %m.i, i64 10
-  %2916 = fadd float %2915, %row_max266.sroa.0.40.vec.extract690.i
+  %2982 = fadd float %row_max266.sroa.0.40.vec.extract690.i, %2981
   br label %if_end232.10.i
 
 if_end232.10.i:                                   ; preds = %if_else231.10.i, %if_end232.9.i
-  %2917 = phi float [ %2916, %if_else231.10.i ], [ 0xFFF0000000000000, %if_end232.9.i ]
-  %2918 = getelementptr i8, ptr %2773, i64 40
-  store float %2917, ptr %2918, align 4, !tbaa !5
-  %row_sum265.sroa.0.44.vec.extract725.i = extractelement <16 x float> %2058, i64 11
-  %2919 = fcmp oeq float %row_sum265.sroa.0.44.vec.extract725.i, 0.000000e+00
-  br i1 %2919, label %if_end232.11.i, label %if_else231.11.i
+  %2983 = phi float [ %2982, %if_else231.10.i ], [ 0xFFF0000000000000, %if_end232.9.i ]
+  %2984 = getelementptr i8, ptr %2825, i64 40
+  store float %2983, ptr %2984, align 4, !tbaa !5
+  %row_sum265.sroa.0.44.vec.extract725.i = extractelement <16 x float> %2110, i64 11
+  %2985 = fcmp oeq float %row_sum265.sroa.0.44.vec.extract725.i, 0.000000e+00
+  br i1 %2985, label %if_end232.11.i, label %if_else231.11.i
 
 if_else231.11.i:                                  ; preds = %if_end232.10.i
-  %2920 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.44.vec.extract725.i)
+  %2986 = fmul float %row_sum265.sroa.0.44.vec.extract725.i, %2828
+  %2987 = tail call float @llvm.log.f32(float %2986)
   %row_max266.sroa.0.44.vec.extract692.i = extractelement <16 x float> %m.i, i64 11
-  %2921 = fadd float %2920, %row_max266.sroa.0.44.vec.extract692.i
+  %2988 = fadd float %row_max266.sroa.0.44.vec.extract692.i, %2987
   br label %if_end232.11.i
 
 if_end232.11.i:                                   ; preds = %if_else231.11.i, %if_end232.10.i
-  %2922 = phi float [ %2921, %if_else231.11.i ], [ 0xFFF0000000000000, %if_end232.10.i ]
-  %2923 = getelementptr i8, ptr %2773, i64 44
-  store float %2922, ptr %2923, align 4, !tbaa !5
-  %row_sum265.sroa.0.48.vec.extract727.i = extractelement <16 x float> %2058, i64 12
-  %2924 = fcmp oeq float %row_sum265.sroa.0.48.vec.extract727.i, 0.000000e+00
-  br i1 %2924, label %if_end232.12.i, label %if_else231.12.i
+  %2989 = phi float [ %2988, %if_else231.11.i ], [ 0xFFF0000000000000, %if_end232.10.i ]
+  %2990 = getelementptr i8, ptr %2825, i64 44
+  store float %2989, ptr %2990, align 4, !tbaa !5
+  %row_sum265.sroa.0.48.vec.extract727.i = extractelement <16 x float> %2110, i64 12
+  %2991 = fcmp oeq float %row_sum265.sroa.0.48.vec.extract727.i, 0.000000e+00
+  br i1 %2991, label %if_end232.12.i, label %if_else231.12.i
 
 if_else231.12.i:                                  ; preds = %if_end232.11.i
-  %2925 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.48.vec.extract727.i)
+  %2992 = fmul float %row_sum265.sroa.0.48.vec.extract727.i, %2828
+  %2993 = tail call float @llvm.log.f32(float %2992)
   %row_max266.sroa.0.48.vec.extract694.i = extractelement <16 x float> %m.i, i64 12
-  %2926 = fadd float %2925, %row_max266.sroa.0.48.vec.extract694.i
+  %2994 = fadd float %row_max266.sroa.0.48.vec.extract694.i, %2993
   br label %if_end232.12.i
 
 if_end232.12.i:                                   ; preds = %if_else231.12.i, %if_end232.11.i
-  %2927 = phi float [ %2926, %if_else231.12.i ], [ 0xFFF0000000000000, %if_end232.11.i ]
-  %2928 = getelementptr i8, ptr %2773, i64 48
-  store float %2927, ptr %2928, align 4, !tbaa !5
-  %row_sum265.sroa.0.52.vec.extract729.i = extractelement <16 x float> %2058, i64 13
-  %2929 = fcmp oeq float %row_sum265.sroa.0.52.vec.extract729.i, 0.000000e+00
-  br i1 %2929, label %if_end232.13.i, label %if_else231.13.i
+  %2995 = phi float [ %2994, %if_else231.12.i ], [ 0xFFF0000000000000, %if_end232.11.i ]
+  %2996 = getelementptr i8, ptr %2825, i64 48
+  store float %2995, ptr %2996, align 4, !tbaa !5
+  %row_sum265.sroa.0.52.vec.extract729.i = extractelement <16 x float> %2110, i64 13
+  %2997 = fcmp oeq float %row_sum265.sroa.0.52.vec.extract729.i, 0.000000e+00
+  br i1 %2997, label %if_end232.13.i, label %if_else231.13.i
 
 if_else231.13.i:                                  ; preds = %if_end232.12.i
-  %2930 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.52.vec.extract729.i)
+  %2998 = fmul float %row_sum265.sroa.0.52.vec.extract729.i, %2828
+  %2999 = tail call float @llvm.log.f32(float %2998)
   %row_max266.sroa.0.52.vec.extract696.i = extractelement <16 x float> %m.i, i64 13
-  %2931 = fadd float %2930, %row_max266.sroa.0.52.vec.extract696.i
+  %3000 = fadd float %row_max266.sroa.0.52.vec.extract696.i, %2999
   br label %if_end232.13.i
 
 if_end232.13.i:                                   ; preds = %if_else231.13.i, %if_end232.12.i
-  %2932 = phi float [ %2931, %if_else231.13.i ], [ 0xFFF0000000000000, %if_end232.12.i ]
-  %2933 = getelementptr i8, ptr %2773, i64 52
-  store float %2932, ptr %2933, align 4, !tbaa !5
-  %row_sum265.sroa.0.56.vec.extract731.i = extractelement <16 x float> %2058, i64 14
-  %2934 = fcmp oeq float %row_sum265.sroa.0.56.vec.extract731.i, 0.000000e+00
-  br i1 %2934, label %if_end232.14.i, label %if_else231.14.i
+  %3001 = phi float [ %3000, %if_else231.13.i ], [ 0xFFF0000000000000, %if_end232.12.i ]
+  %3002 = getelementptr i8, ptr %2825, i64 52
+  store float %3001, ptr %3002, align 4, !tbaa !5
+  %row_sum265.sroa.0.56.vec.extract731.i = extractelement <16 x float> %2110, i64 14
+  %3003 = fcmp oeq float %row_sum265.sroa.0.56.vec.extract731.i, 0.000000e+00
+  br i1 %3003, label %if_end232.14.i, label %if_else231.14.i
 
 if_else231.14.i:                                  ; preds = %if_end232.13.i
-  %2935 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.56.vec.extract731.i)
+  %3004 = fmul float %row_sum265.sroa.0.56.vec.extract731.i, %2828
+  %3005 = tail call float @llvm.log.f32(float %3004)
   %row_max266.sroa.0.56.vec.extract698.i = extractelement <16 x float> %m.i, i64 14
-  %2936 = fadd float %2935, %row_max266.sroa.0.56.vec.extract698.i
+  %3006 = fadd float %row_max266.sroa.0.56.vec.extract698.i, %3005
   br label %if_end232.14.i
 
 if_end232.14.i:                                   ; preds = %if_else231.14.i, %if_end232.13.i
-  %2937 = phi float [ %2936, %if_else231.14.i ], [ 0xFFF0000000000000, %if_end232.13.i ]
-  %2938 = getelementptr i8, ptr %2773, i64 56
-  store float %2937, ptr %2938, align 4, !tbaa !5
-  %row_sum265.sroa.0.60.vec.extract733.i = extractelement <16 x float> %2058, i64 15
-  %2939 = fcmp oeq float %row_sum265.sroa.0.60.vec.extract733.i, 0.000000e+00
-  br i1 %2939, label %if_end232.15.i, label %if_else231.15.i
+  %3007 = phi float [ %3006, %if_else231.14.i ], [ 0xFFF0000000000000, %if_end232.13.i ]
+  %3008 = getelementptr i8, ptr %2825, i64 56
+  store float %3007, ptr %3008, align 4, !tbaa !5
+  %row_sum265.sroa.0.60.vec.extract733.i = extractelement <16 x float> %2110, i64 15
+  %3009 = fcmp oeq float %row_sum265.sroa.0.60.vec.extract733.i, 0.000000e+00
+  br i1 %3009, label %if_end232.15.i, label %if_else231.15.i
 
 if_else231.15.i:                                  ; preds = %if_end232.14.i
-  %2940 = tail call float @llvm.log.f32(float %row_sum265.sroa.0.60.vec.extract733.i)
+  %3010 = fmul float %row_sum265.sroa.0.60.vec.extract733.i, %2828
+  %3011 = tail call float @llvm.log.f32(float %3010)
   %row_max266.sroa.0.60.vec.extract700.i = extractelement <16 x float> %m.i, i64 15
-  %2941 = fadd float %2940, %row_max266.sroa.0.60.vec.extract700.i
+  %3012 = fadd float %row_max266.sroa.0.60.vec.extract700.i, %3011
   br label %if_end232.15.i
 
 if_end232.15.i:                                   ; preds = %if_else231.15.i, %if_end232.14.i
-  %2942 = phi float [ %2941, %if_else231.15.i ], [ 0xFFF0000000000000, %if_end232.14.i ]
-  %2943 = getelementptr i8, ptr %2773, i64 60
-  store float %2942, ptr %2943, align 4, !tbaa !5
+  %3013 = phi float [ %3012, %if_else231.15.i ], [ 0xFFF0000000000000, %if_end232.14.i ]
+  %3014 = getelementptr i8, ptr %2825, i64 60
+  store float %3013, ptr %3014, align 4, !tbaa !5
   br label %if_end195.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r233.preheader.i
   %indvars.iv635.i = phi i64 [ %indvars.iv.next636.i.7, %for_body_d.i ], [ 0, %for_begin_r233.preheader.i ]
   %.idx755.i = shl nuw nsw i64 %indvars.iv635.i, 6
-  %2944 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i
-  %2945 = load float, ptr %2944, align 4, !tbaa !5
-  %2946 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv635.i
-  store float %2945, ptr %2946, align 4, !tbaa !5
+  %3015 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i
+  %3016 = load float, ptr %3015, align 4, !tbaa !5
+  %3017 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv635.i
+  store float %3016, ptr %3017, align 4, !tbaa !5
   %indvars.iv.next636.i = or disjoint i64 %indvars.iv635.i, 1
   %.idx755.i.1 = shl nuw nsw i64 %indvars.iv.next636.i, 6
-  %2947 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.1
-  %2948 = load float, ptr %2947, align 4, !tbaa !5
-  %2949 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i
-  store float %2948, ptr %2949, align 4, !tbaa !5
+  %3018 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.1
+  %3019 = load float, ptr %3018, align 4, !tbaa !5
+  %3020 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i
+  store float %3019, ptr %3020, align 4, !tbaa !5
   %indvars.iv.next636.i.1 = or disjoint i64 %indvars.iv635.i, 2
   %.idx755.i.2 = shl nuw nsw i64 %indvars.iv.next636.i.1, 6
-  %2950 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.2
-  %2951 = load float, ptr %2950, align 4, !tbaa !5
-  %2952 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.1
-  store float %2951, ptr %2952, align 4, !tbaa !5
+  %3021 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.2
+  %3022 = load float, ptr %3021, align 4, !tbaa !5
+  %3023 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.1
+  store float %3022, ptr %3023, align 4, !tbaa !5
   %indvars.iv.next636.i.2 = or disjoint i64 %indvars.iv635.i, 3
   %.idx755.i.3 = shl nuw nsw i64 %indvars.iv.next636.i.2, 6
-  %2953 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.3
-  %2954 = load float, ptr %2953, align 4, !tbaa !5
-  %2955 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.2
-  store float %2954, ptr %2955, align 4, !tbaa !5
+  %3024 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.3
+  %3025 = load float, ptr %3024, align 4, !tbaa !5
+  %3026 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.2
+  store float %3025, ptr %3026, align 4, !tbaa !5
   %indvars.iv.next636.i.3 = or disjoint i64 %indvars.iv635.i, 4
   %.idx755.i.4 = shl nuw nsw i64 %indvars.iv.next636.i.3, 6
-  %2956 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.4
-  %2957 = load float, ptr %2956, align 4, !tbaa !5
-  %2958 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.3
-  store float %2957, ptr %2958, align 4, !tbaa !5
+  %3027 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.4
+  %3028 = load float, ptr %3027, align 4, !tbaa !5
+  %3029 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.3
+  store float %3028, ptr %3029, align 4, !tbaa !5
   %indvars.iv.next636.i.4 = or disjoint i64 %indvars.iv635.i, 5
   %.idx755.i.5 = shl nuw nsw i64 %indvars.iv.next636.i.4, 6
-  %2959 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.5
-  %2960 = load float, ptr %2959, align 4, !tbaa !5
-  %2961 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.4
-  store float %2960, ptr %2961, align 4, !tbaa !5
+  %3030 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.5
+  %3031 = load float, ptr %3030, align 4, !tbaa !5
+  %3032 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.4
+  store float %3031, ptr %3032, align 4, !tbaa !5
   %indvars.iv.next636.i.5 = or disjoint i64 %indvars.iv635.i, 6
   %.idx755.i.6 = shl nuw nsw i64 %indvars.iv.next636.i.5, 6
-  %2962 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.6
-  %2963 = load float, ptr %2962, align 4, !tbaa !5
-  %2964 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.5
-  store float %2963, ptr %2964, align 4, !tbaa !5
+  %3033 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.6
+  %3034 = load float, ptr %3033, align 4, !tbaa !5
+  %3035 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.5
+  store float %3034, ptr %3035, align 4, !tbaa !5
   %indvars.iv.next636.i.6 = or disjoint i64 %indvars.iv635.i, 7
   %.idx755.i.7 = shl nuw nsw i64 %indvars.iv.next636.i.6, 6
-  %2965 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.7
-  %2966 = load float, ptr %2965, align 4, !tbaa !5
-  %2967 = getelementptr inbounds nuw float, ptr %364, i64 %indvars.iv.next636.i.6
-  store float %2966, ptr %2967, align 4, !tbaa !5
+  %3036 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.7
+  %3037 = load float, ptr %3036, align 4, !tbaa !5
+  %3038 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.6
+  store float %3037, ptr %3038, align 4, !tbaa !5
   %indvars.iv.next636.i.7 = add nuw nsw i64 %indvars.iv635.i, 8
   %exitcond638.not.i.7 = icmp eq i64 %indvars.iv.next636.i.7, 128
   br i1 %exitcond638.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body625
-  %2968 = getelementptr inbounds nuw i8, ptr %364, i64 512
-  %scevgep596 = getelementptr i8, ptr %acc.i, i64 4
-  %scevgep597 = getelementptr i8, ptr %acc.i, i64 8136
-  %bound0598 = icmp ult ptr %scevgep594, %scevgep597
-  %bound1599 = icmp ult ptr %scevgep596, %scevgep595
-  %found.conflict600 = and i1 %bound0598, %bound1599
-  br i1 %found.conflict600, label %for_body_d.1.i, label %vector.body603, !prof !17
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body626
+  %3039 = getelementptr inbounds nuw i8, ptr %416, i64 512
+  %scevgep597 = getelementptr i8, ptr %acc.i, i64 4
+  %scevgep598 = getelementptr i8, ptr %acc.i, i64 8136
+  %bound0599 = icmp ult ptr %scevgep595, %scevgep598
+  %bound1600 = icmp ult ptr %scevgep597, %scevgep596
+  %found.conflict601 = and i1 %bound0599, %bound1600
+  br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !17
 
-vector.body603:                                   ; preds = %for_end_d.i
-  %2969 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %2970 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %2971 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %2972 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %2973 = getelementptr inbounds nuw i8, <8 x ptr> %2969, i64 4
-  %2974 = getelementptr inbounds nuw i8, <8 x ptr> %2970, i64 4
-  %2975 = getelementptr inbounds nuw i8, <8 x ptr> %2971, i64 4
-  %2976 = getelementptr inbounds nuw i8, <8 x ptr> %2972, i64 4
-  %wide.masked.gather609 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2973, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2974, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2975, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2976, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %2977 = getelementptr inbounds nuw i8, ptr %364, i64 544
-  %2978 = getelementptr inbounds nuw i8, ptr %364, i64 576
-  %2979 = getelementptr inbounds nuw i8, ptr %364, i64 608
-  store <8 x float> %wide.masked.gather609, ptr %2968, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610, ptr %2977, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611, ptr %2978, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612, ptr %2979, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %2980 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %2981 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %2982 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %2983 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %2984 = getelementptr inbounds nuw i8, <8 x ptr> %2980, i64 4
-  %2985 = getelementptr inbounds nuw i8, <8 x ptr> %2981, i64 4
-  %2986 = getelementptr inbounds nuw i8, <8 x ptr> %2982, i64 4
-  %2987 = getelementptr inbounds nuw i8, <8 x ptr> %2983, i64 4
-  %wide.masked.gather609.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2984, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2985, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2986, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %2988 = getelementptr inbounds nuw i8, ptr %364, i64 640
-  %2989 = getelementptr inbounds nuw i8, ptr %364, i64 672
-  %2990 = getelementptr inbounds nuw i8, ptr %364, i64 704
-  %2991 = getelementptr inbounds nuw i8, ptr %364, i64 736
-  store <8 x float> %wide.masked.gather609.1, ptr %2988, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610.1, ptr %2989, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.1, ptr %2990, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.1, ptr %2991, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %2992 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %2993 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %2994 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %2995 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %2996 = getelementptr inbounds nuw i8, <8 x ptr> %2992, i64 4
-  %2997 = getelementptr inbounds nuw i8, <8 x ptr> %2993, i64 4
-  %2998 = getelementptr inbounds nuw i8, <8 x ptr> %2994, i64 4
-  %2999 = getelementptr inbounds nuw i8, <8 x ptr> %2995, i64 4
-  %wide.masked.gather609.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2996, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2997, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2998, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %2999, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3000 = getelementptr inbounds nuw i8, ptr %364, i64 768
-  %3001 = getelementptr inbounds nuw i8, ptr %364, i64 800
-  %3002 = getelementptr inbounds nuw i8, ptr %364, i64 832
-  %3003 = getelementptr inbounds nuw i8, ptr %364, i64 864
-  store <8 x float> %wide.masked.gather609.2, ptr %3000, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610.2, ptr %3001, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.2, ptr %3002, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.2, ptr %3003, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3004 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3005 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3006 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3007 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3008 = getelementptr inbounds nuw i8, <8 x ptr> %3004, i64 4
-  %3009 = getelementptr inbounds nuw i8, <8 x ptr> %3005, i64 4
-  %3010 = getelementptr inbounds nuw i8, <8 x ptr> %3006, i64 4
-  %3011 = getelementptr inbounds nuw i8, <8 x ptr> %3007, i64 4
-  %wide.masked.gather609.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3010, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3011, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3012 = getelementptr inbounds nuw i8, ptr %364, i64 896
-  %3013 = getelementptr inbounds nuw i8, ptr %364, i64 928
-  %3014 = getelementptr inbounds nuw i8, ptr %364, i64 960
-  %3015 = getelementptr inbounds nuw i8, ptr %364, i64 992
-  store <8 x float> %wide.masked.gather609.3, ptr %3012, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather610.3, ptr %3013, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.3, ptr %3014, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.3, ptr %3015, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+vector.body604:                                   ; preds = %for_end_d.i
+  %3040 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3041 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3042 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3044 = getelementptr inbounds nuw i8, <8 x ptr> %3040, i64 4
+  %3045 = getelementptr inbounds nuw i8, <8 x ptr> %3041, i64 4
+  %3046 = getelementptr inbounds nuw i8, <8 x ptr> %3042, i64 4
+  %3047 = getelementptr inbounds nuw i8, <8 x ptr> %3043, i64 4
+  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3045, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3048 = getelementptr inbounds nuw i8, ptr %416, i64 544
+  %3049 = getelementptr inbounds nuw i8, ptr %416, i64 576
+  %3050 = getelementptr inbounds nuw i8, ptr %416, i64 608
+  store <8 x float> %wide.masked.gather610, ptr %3039, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611, ptr %3048, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612, ptr %3049, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613, ptr %3050, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3052 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3055 = getelementptr inbounds nuw i8, <8 x ptr> %3051, i64 4
+  %3056 = getelementptr inbounds nuw i8, <8 x ptr> %3052, i64 4
+  %3057 = getelementptr inbounds nuw i8, <8 x ptr> %3053, i64 4
+  %3058 = getelementptr inbounds nuw i8, <8 x ptr> %3054, i64 4
+  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3059 = getelementptr inbounds nuw i8, ptr %416, i64 640
+  %3060 = getelementptr inbounds nuw i8, ptr %416, i64 672
+  %3061 = getelementptr inbounds nuw i8, ptr %416, i64 704
+  %3062 = getelementptr inbounds nuw i8, ptr %416, i64 736
+  store <8 x float> %wide.masked.gather610.1, ptr %3059, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.1, ptr %3060, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.1, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.1, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3064 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 4
+  %3068 = getelementptr inbounds nuw i8, <8 x ptr> %3064, i64 4
+  %3069 = getelementptr inbounds nuw i8, <8 x ptr> %3065, i64 4
+  %3070 = getelementptr inbounds nuw i8, <8 x ptr> %3066, i64 4
+  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3071 = getelementptr inbounds nuw i8, ptr %416, i64 768
+  %3072 = getelementptr inbounds nuw i8, ptr %416, i64 800
+  %3073 = getelementptr inbounds nuw i8, ptr %416, i64 832
+  %3074 = getelementptr inbounds nuw i8, ptr %416, i64 864
+  store <8 x float> %wide.masked.gather610.2, ptr %3071, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.2, ptr %3072, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.2, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.2, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3075 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3076 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3079 = getelementptr inbounds nuw i8, <8 x ptr> %3075, i64 4
+  %3080 = getelementptr inbounds nuw i8, <8 x ptr> %3076, i64 4
+  %3081 = getelementptr inbounds nuw i8, <8 x ptr> %3077, i64 4
+  %3082 = getelementptr inbounds nuw i8, <8 x ptr> %3078, i64 4
+  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3083 = getelementptr inbounds nuw i8, ptr %416, i64 896
+  %3084 = getelementptr inbounds nuw i8, ptr %416, i64 928
+  %3085 = getelementptr inbounds nuw i8, ptr %416, i64 960
+  %3086 = getelementptr inbounds nuw i8, ptr %416, i64 992
+  store <8 x float> %wide.masked.gather610.3, ptr %3083, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.3, ptr %3084, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.3, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.3, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
   %indvars.iv635.1.i = phi i64 [ %indvars.iv.next636.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
   %.idx756.i = shl nuw nsw i64 %indvars.iv635.1.i, 6
-  %3016 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i
-  %3017 = getelementptr inbounds nuw i8, ptr %3016, i64 4
-  %3018 = load float, ptr %3017, align 4, !tbaa !5
-  %3019 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv635.1.i
-  store float %3018, ptr %3019, align 4, !tbaa !5
+  %3087 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i
+  %3088 = getelementptr inbounds nuw i8, ptr %3087, i64 4
+  %3089 = load float, ptr %3088, align 4, !tbaa !5
+  %3090 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv635.1.i
+  store float %3089, ptr %3090, align 4, !tbaa !5
   %indvars.iv.next636.1.i = or disjoint i64 %indvars.iv635.1.i, 1
   %.idx756.i.1 = shl nuw nsw i64 %indvars.iv.next636.1.i, 6
-  %3020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.1
-  %3021 = getelementptr inbounds nuw i8, ptr %3020, i64 4
-  %3022 = load float, ptr %3021, align 4, !tbaa !5
-  %3023 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i
-  store float %3022, ptr %3023, align 4, !tbaa !5
+  %3091 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.1
+  %3092 = getelementptr inbounds nuw i8, ptr %3091, i64 4
+  %3093 = load float, ptr %3092, align 4, !tbaa !5
+  %3094 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i
+  store float %3093, ptr %3094, align 4, !tbaa !5
   %indvars.iv.next636.1.i.1 = or disjoint i64 %indvars.iv635.1.i, 2
   %.idx756.i.2 = shl nuw nsw i64 %indvars.iv.next636.1.i.1, 6
-  %3024 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.2
-  %3025 = getelementptr inbounds nuw i8, ptr %3024, i64 4
-  %3026 = load float, ptr %3025, align 4, !tbaa !5
-  %3027 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.1
-  store float %3026, ptr %3027, align 4, !tbaa !5
+  %3095 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.2
+  %3096 = getelementptr inbounds nuw i8, ptr %3095, i64 4
+  %3097 = load float, ptr %3096, align 4, !tbaa !5
+  %3098 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.1
+  store float %3097, ptr %3098, align 4, !tbaa !5
   %indvars.iv.next636.1.i.2 = or disjoint i64 %indvars.iv635.1.i, 3
   %.idx756.i.3 = shl nuw nsw i64 %indvars.iv.next636.1.i.2, 6
-  %3028 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.3
-  %3029 = getelementptr inbounds nuw i8, ptr %3028, i64 4
-  %3030 = load float, ptr %3029, align 4, !tbaa !5
-  %3031 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.2
-  store float %3030, ptr %3031, align 4, !tbaa !5
+  %3099 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.3
+  %3100 = getelementptr inbounds nuw i8, ptr %3099, i64 4
+  %3101 = load float, ptr %3100, align 4, !tbaa !5
+  %3102 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.2
+  store float %3101, ptr %3102, align 4, !tbaa !5
   %indvars.iv.next636.1.i.3 = or disjoint i64 %indvars.iv635.1.i, 4
   %.idx756.i.4 = shl nuw nsw i64 %indvars.iv.next636.1.i.3, 6
-  %3032 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.4
-  %3033 = getelementptr inbounds nuw i8, ptr %3032, i64 4
-  %3034 = load float, ptr %3033, align 4, !tbaa !5
-  %3035 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.3
-  store float %3034, ptr %3035, align 4, !tbaa !5
+  %3103 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.4
+  %3104 = getelementptr inbounds nuw i8, ptr %3103, i64 4
+  %3105 = load float, ptr %3104, align 4, !tbaa !5
+  %3106 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.3
+  store float %3105, ptr %3106, align 4, !tbaa !5
   %indvars.iv.next636.1.i.4 = or disjoint i64 %indvars.iv635.1.i, 5
   %.idx756.i.5 = shl nuw nsw i64 %indvars.iv.next636.1.i.4, 6
-  %3036 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.5
-  %3037 = getelementptr inbounds nuw i8, ptr %3036, i64 4
-  %3038 = load float, ptr %3037, align 4, !tbaa !5
-  %3039 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.4
-  store float %3038, ptr %3039, align 4, !tbaa !5
+  %3107 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.5
+  %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 4
+  %3109 = load float, ptr %3108, align 4, !tbaa !5
+  %3110 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.4
+  store float %3109, ptr %3110, align 4, !tbaa !5
   %indvars.iv.next636.1.i.5 = or disjoint i64 %indvars.iv635.1.i, 6
   %.idx756.i.6 = shl nuw nsw i64 %indvars.iv.next636.1.i.5, 6
-  %3040 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.6
-  %3041 = getelementptr inbounds nuw i8, ptr %3040, i64 4
-  %3042 = load float, ptr %3041, align 4, !tbaa !5
-  %3043 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.5
-  store float %3042, ptr %3043, align 4, !tbaa !5
+  %3111 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.6
+  %3112 = getelementptr inbounds nuw i8, ptr %3111, i64 4
+  %3113 = load float, ptr %3112, align 4, !tbaa !5
+  %3114 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.5
+  store float %3113, ptr %3114, align 4, !tbaa !5
   %indvars.iv.next636.1.i.6 = or disjoint i64 %indvars.iv635.1.i, 7
   %.idx756.i.7 = shl nuw nsw i64 %indvars.iv.next636.1.i.6, 6
-  %3044 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.7
-  %3045 = getelementptr inbounds nuw i8, ptr %3044, i64 4
-  %3046 = load float, ptr %3045, align 4, !tbaa !5
-  %3047 = getelementptr inbounds nuw float, ptr %2968, i64 %indvars.iv.next636.1.i.6
-  store float %3046, ptr %3047, align 4, !tbaa !5
+  %3115 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.7
+  %3116 = getelementptr inbounds nuw i8, ptr %3115, i64 4
+  %3117 = load float, ptr %3116, align 4, !tbaa !5
+  %3118 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.6
+  store float %3117, ptr %3118, align 4, !tbaa !5
   %indvars.iv.next636.1.i.7 = add nuw nsw i64 %indvars.iv635.1.i, 8
   %exitcond638.1.not.i.7 = icmp eq i64 %indvars.iv.next636.1.i.7, 128
   br i1 %exitcond638.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
 
-for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body603
-  %3048 = getelementptr inbounds nuw i8, ptr %364, i64 1024
-  %scevgep573 = getelementptr i8, ptr %acc.i, i64 8
-  %scevgep574 = getelementptr i8, ptr %acc.i, i64 8140
-  %bound0575 = icmp ult ptr %scevgep571, %scevgep574
-  %bound1576 = icmp ult ptr %scevgep573, %scevgep572
-  %found.conflict577 = and i1 %bound0575, %bound1576
-  br i1 %found.conflict577, label %for_body_d.2.i, label %vector.body580, !prof !17
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body604
+  %3119 = getelementptr inbounds nuw i8, ptr %416, i64 1024
+  %scevgep574 = getelementptr i8, ptr %acc.i, i64 8
+  %scevgep575 = getelementptr i8, ptr %acc.i, i64 8140
+  %bound0576 = icmp ult ptr %scevgep572, %scevgep575
+  %bound1577 = icmp ult ptr %scevgep574, %scevgep573
+  %found.conflict578 = and i1 %bound0576, %bound1577
+  br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !17
 
-vector.body580:                                   ; preds = %for_end_d.1.i
-  %3049 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3050 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3052 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3053 = getelementptr inbounds nuw i8, <8 x ptr> %3049, i64 8
-  %3054 = getelementptr inbounds nuw i8, <8 x ptr> %3050, i64 8
-  %3055 = getelementptr inbounds nuw i8, <8 x ptr> %3051, i64 8
-  %3056 = getelementptr inbounds nuw i8, <8 x ptr> %3052, i64 8
-  %wide.masked.gather586 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3053, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3057 = getelementptr inbounds nuw i8, ptr %364, i64 1056
-  %3058 = getelementptr inbounds nuw i8, ptr %364, i64 1088
-  %3059 = getelementptr inbounds nuw i8, ptr %364, i64 1120
-  store <8 x float> %wide.masked.gather586, ptr %3048, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587, ptr %3057, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588, ptr %3058, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589, ptr %3059, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3060 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3061 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3062 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3064 = getelementptr inbounds nuw i8, <8 x ptr> %3060, i64 8
-  %3065 = getelementptr inbounds nuw i8, <8 x ptr> %3061, i64 8
-  %3066 = getelementptr inbounds nuw i8, <8 x ptr> %3062, i64 8
-  %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 8
-  %wide.masked.gather586.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3068 = getelementptr inbounds nuw i8, ptr %364, i64 1152
-  %3069 = getelementptr inbounds nuw i8, ptr %364, i64 1184
-  %3070 = getelementptr inbounds nuw i8, ptr %364, i64 1216
-  %3071 = getelementptr inbounds nuw i8, ptr %364, i64 1248
-  store <8 x float> %wide.masked.gather586.1, ptr %3068, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587.1, ptr %3069, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.1, ptr %3070, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.1, ptr %3071, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3072 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3073 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3074 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3075 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3076 = getelementptr inbounds nuw i8, <8 x ptr> %3072, i64 8
-  %3077 = getelementptr inbounds nuw i8, <8 x ptr> %3073, i64 8
-  %3078 = getelementptr inbounds nuw i8, <8 x ptr> %3074, i64 8
-  %3079 = getelementptr inbounds nuw i8, <8 x ptr> %3075, i64 8
-  %wide.masked.gather586.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3076, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3077, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3078, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3080 = getelementptr inbounds nuw i8, ptr %364, i64 1280
-  %3081 = getelementptr inbounds nuw i8, ptr %364, i64 1312
-  %3082 = getelementptr inbounds nuw i8, ptr %364, i64 1344
-  %3083 = getelementptr inbounds nuw i8, ptr %364, i64 1376
-  store <8 x float> %wide.masked.gather586.2, ptr %3080, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587.2, ptr %3081, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.2, ptr %3082, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.2, ptr %3083, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3086 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3087 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3088 = getelementptr inbounds nuw i8, <8 x ptr> %3084, i64 8
-  %3089 = getelementptr inbounds nuw i8, <8 x ptr> %3085, i64 8
-  %3090 = getelementptr inbounds nuw i8, <8 x ptr> %3086, i64 8
-  %3091 = getelementptr inbounds nuw i8, <8 x ptr> %3087, i64 8
-  %wide.masked.gather586.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3090, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3091, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3092 = getelementptr inbounds nuw i8, ptr %364, i64 1408
-  %3093 = getelementptr inbounds nuw i8, ptr %364, i64 1440
-  %3094 = getelementptr inbounds nuw i8, ptr %364, i64 1472
-  %3095 = getelementptr inbounds nuw i8, ptr %364, i64 1504
-  store <8 x float> %wide.masked.gather586.3, ptr %3092, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather587.3, ptr %3093, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.3, ptr %3094, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.3, ptr %3095, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+vector.body581:                                   ; preds = %for_end_d.1.i
+  %3120 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3121 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3122 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3124 = getelementptr inbounds nuw i8, <8 x ptr> %3120, i64 8
+  %3125 = getelementptr inbounds nuw i8, <8 x ptr> %3121, i64 8
+  %3126 = getelementptr inbounds nuw i8, <8 x ptr> %3122, i64 8
+  %3127 = getelementptr inbounds nuw i8, <8 x ptr> %3123, i64 8
+  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3125, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3128 = getelementptr inbounds nuw i8, ptr %416, i64 1056
+  %3129 = getelementptr inbounds nuw i8, ptr %416, i64 1088
+  %3130 = getelementptr inbounds nuw i8, ptr %416, i64 1120
+  store <8 x float> %wide.masked.gather587, ptr %3119, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588, ptr %3128, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589, ptr %3129, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590, ptr %3130, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3132 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3135 = getelementptr inbounds nuw i8, <8 x ptr> %3131, i64 8
+  %3136 = getelementptr inbounds nuw i8, <8 x ptr> %3132, i64 8
+  %3137 = getelementptr inbounds nuw i8, <8 x ptr> %3133, i64 8
+  %3138 = getelementptr inbounds nuw i8, <8 x ptr> %3134, i64 8
+  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3136, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3139 = getelementptr inbounds nuw i8, ptr %416, i64 1152
+  %3140 = getelementptr inbounds nuw i8, ptr %416, i64 1184
+  %3141 = getelementptr inbounds nuw i8, ptr %416, i64 1216
+  %3142 = getelementptr inbounds nuw i8, ptr %416, i64 1248
+  store <8 x float> %wide.masked.gather587.1, ptr %3139, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.1, ptr %3140, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.1, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.1, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3144 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 8
+  %3148 = getelementptr inbounds nuw i8, <8 x ptr> %3144, i64 8
+  %3149 = getelementptr inbounds nuw i8, <8 x ptr> %3145, i64 8
+  %3150 = getelementptr inbounds nuw i8, <8 x ptr> %3146, i64 8
+  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3151 = getelementptr inbounds nuw i8, ptr %416, i64 1280
+  %3152 = getelementptr inbounds nuw i8, ptr %416, i64 1312
+  %3153 = getelementptr inbounds nuw i8, ptr %416, i64 1344
+  %3154 = getelementptr inbounds nuw i8, ptr %416, i64 1376
+  store <8 x float> %wide.masked.gather587.2, ptr %3151, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.2, ptr %3152, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.2, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.2, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3155 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3156 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3159 = getelementptr inbounds nuw i8, <8 x ptr> %3155, i64 8
+  %3160 = getelementptr inbounds nuw i8, <8 x ptr> %3156, i64 8
+  %3161 = getelementptr inbounds nuw i8, <8 x ptr> %3157, i64 8
+  %3162 = getelementptr inbounds nuw i8, <8 x ptr> %3158, i64 8
+  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3163 = getelementptr inbounds nuw i8, ptr %416, i64 1408
+  %3164 = getelementptr inbounds nuw i8, ptr %416, i64 1440
+  %3165 = getelementptr inbounds nuw i8, ptr %416, i64 1472
+  %3166 = getelementptr inbounds nuw i8, ptr %416, i64 1504
+  store <8 x float> %wide.masked.gather587.3, ptr %3163, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.3, ptr %3164, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.3, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.3, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
   %indvars.iv635.2.i = phi i64 [ %indvars.iv.next636.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
   %.idx757.i = shl nuw nsw i64 %indvars.iv635.2.i, 6
-  %3096 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i
-  %3097 = getelementptr inbounds nuw i8, ptr %3096, i64 8
-  %3098 = load float, ptr %3097, align 4, !tbaa !5
-  %3099 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv635.2.i
-  store float %3098, ptr %3099, align 4, !tbaa !5
+  %3167 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i
+  %3168 = getelementptr inbounds nuw i8, ptr %3167, i64 8
+  %3169 = load float, ptr %3168, align 4, !tbaa !5
+  %3170 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv635.2.i
+  store float %3169, ptr %3170, align 4, !tbaa !5
   %indvars.iv.next636.2.i = or disjoint i64 %indvars.iv635.2.i, 1
   %.idx757.i.1 = shl nuw nsw i64 %indvars.iv.next636.2.i, 6
-  %3100 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.1
-  %3101 = getelementptr inbounds nuw i8, ptr %3100, i64 8
-  %3102 = load float, ptr %3101, align 4, !tbaa !5
-  %3103 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i
-  store float %3102, ptr %3103, align 4, !tbaa !5
+  %3171 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.1
+  %3172 = getelementptr inbounds nuw i8, ptr %3171, i64 8
+  %3173 = load float, ptr %3172, align 4, !tbaa !5
+  %3174 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i
+  store float %3173, ptr %3174, align 4, !tbaa !5
   %indvars.iv.next636.2.i.1 = or disjoint i64 %indvars.iv635.2.i, 2
   %.idx757.i.2 = shl nuw nsw i64 %indvars.iv.next636.2.i.1, 6
-  %3104 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.2
-  %3105 = getelementptr inbounds nuw i8, ptr %3104, i64 8
-  %3106 = load float, ptr %3105, align 4, !tbaa !5
-  %3107 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.1
-  store float %3106, ptr %3107, align 4, !tbaa !5
+  %3175 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.2
+  %3176 = getelementptr inbounds nuw i8, ptr %3175, i64 8
+  %3177 = load float, ptr %3176, align 4, !tbaa !5
+  %3178 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.1
+  store float %3177, ptr %3178, align 4, !tbaa !5
   %indvars.iv.next636.2.i.2 = or disjoint i64 %indvars.iv635.2.i, 3
   %.idx757.i.3 = shl nuw nsw i64 %indvars.iv.next636.2.i.2, 6
-  %3108 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.3
-  %3109 = getelementptr inbounds nuw i8, ptr %3108, i64 8
-  %3110 = load float, ptr %3109, align 4, !tbaa !5
-  %3111 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.2
-  store float %3110, ptr %3111, align 4, !tbaa !5
+  %3179 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.3
+  %3180 = getelementptr inbounds nuw i8, ptr %3179, i64 8
+  %3181 = load float, ptr %3180, align 4, !tbaa !5
+  %3182 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.2
+  store float %3181, ptr %3182, align 4, !tbaa !5
   %indvars.iv.next636.2.i.3 = or disjoint i64 %indvars.iv635.2.i, 4
   %.idx757.i.4 = shl nuw nsw i64 %indvars.iv.next636.2.i.3, 6
-  %3112 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.4
-  %3113 = getelementptr inbounds nuw i8, ptr %3112, i64 8
-  %3114 = load float, ptr %3113, align 4, !tbaa !5
-  %3115 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.3
-  store float %3114, ptr %3115, align 4, !tbaa !5
+  %3183 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.4
+  %3184 = getelementptr inbounds nuw i8, ptr %3183, i64 8
+  %3185 = load float, ptr %3184, align 4, !tbaa !5
+  %3186 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.3
+  store float %3185, ptr %3186, align 4, !tbaa !5
   %indvars.iv.next636.2.i.4 = or disjoint i64 %indvars.iv635.2.i, 5
   %.idx757.i.5 = shl nuw nsw i64 %indvars.iv.next636.2.i.4, 6
-  %3116 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.5
-  %3117 = getelementptr inbounds nuw i8, ptr %3116, i64 8
-  %3118 = load float, ptr %3117, align 4, !tbaa !5
-  %3119 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.4
-  store float %3118, ptr %3119, align 4, !tbaa !5
+  %3187 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.5
+  %3188 = getelementptr inbounds nuw i8, ptr %3187, i64 8
+  %3189 = load float, ptr %3188, align 4, !tbaa !5
+  %3190 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.4
+  store float %3189, ptr %3190, align 4, !tbaa !5
   %indvars.iv.next636.2.i.5 = or disjoint i64 %indvars.iv635.2.i, 6
   %.idx757.i.6 = shl nuw nsw i64 %indvars.iv.next636.2.i.5, 6
-  %3120 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.6
-  %3121 = getelementptr inbounds nuw i8, ptr %3120, i64 8
-  %3122 = load float, ptr %3121, align 4, !tbaa !5
-  %3123 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.5
-  store float %3122, ptr %3123, align 4, !tbaa !5
+  %3191 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.6
+  %3192 = getelementptr inbounds nuw i8, ptr %3191, i64 8
+  %3193 = load float, ptr %3192, align 4, !tbaa !5
+  %3194 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.5
+  store float %3193, ptr %3194, align 4, !tbaa !5
   %indvars.iv.next636.2.i.6 = or disjoint i64 %indvars.iv635.2.i, 7
   %.idx757.i.7 = shl nuw nsw i64 %indvars.iv.next636.2.i.6, 6
-  %3124 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.7
-  %3125 = getelementptr inbounds nuw i8, ptr %3124, i64 8
-  %3126 = load float, ptr %3125, align 4, !tbaa !5
-  %3127 = getelementptr inbounds nuw float, ptr %3048, i64 %indvars.iv.next636.2.i.6
-  store float %3126, ptr %3127, align 4, !tbaa !5
+  %3195 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.7
+  %3196 = getelementptr inbounds nuw i8, ptr %3195, i64 8
+  %3197 = load float, ptr %3196, align 4, !tbaa !5
+  %3198 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.6
+  store float %3197, ptr %3198, align 4, !tbaa !5
   %indvars.iv.next636.2.i.7 = add nuw nsw i64 %indvars.iv635.2.i, 8
   %exitcond638.2.not.i.7 = icmp eq i64 %indvars.iv.next636.2.i.7, 128
   br i1 %exitcond638.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
 
-for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body580
-  %3128 = getelementptr inbounds nuw i8, ptr %364, i64 1536
-  %scevgep550 = getelementptr i8, ptr %acc.i, i64 12
-  %scevgep551 = getelementptr i8, ptr %acc.i, i64 8144
-  %bound0552 = icmp ult ptr %scevgep548, %scevgep551
-  %bound1553 = icmp ult ptr %scevgep550, %scevgep549
-  %found.conflict554 = and i1 %bound0552, %bound1553
-  br i1 %found.conflict554, label %for_body_d.3.i, label %vector.body557, !prof !17
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body581
+  %3199 = getelementptr inbounds nuw i8, ptr %416, i64 1536
+  %scevgep551 = getelementptr i8, ptr %acc.i, i64 12
+  %scevgep552 = getelementptr i8, ptr %acc.i, i64 8144
+  %bound0553 = icmp ult ptr %scevgep549, %scevgep552
+  %bound1554 = icmp ult ptr %scevgep551, %scevgep550
+  %found.conflict555 = and i1 %bound0553, %bound1554
+  br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !17
 
-vector.body557:                                   ; preds = %for_end_d.2.i
-  %3129 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3130 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3132 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3133 = getelementptr inbounds nuw i8, <8 x ptr> %3129, i64 12
-  %3134 = getelementptr inbounds nuw i8, <8 x ptr> %3130, i64 12
-  %3135 = getelementptr inbounds nuw i8, <8 x ptr> %3131, i64 12
-  %3136 = getelementptr inbounds nuw i8, <8 x ptr> %3132, i64 12
-  %wide.masked.gather563 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3133, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3134, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3136, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3137 = getelementptr inbounds nuw i8, ptr %364, i64 1568
-  %3138 = getelementptr inbounds nuw i8, ptr %364, i64 1600
-  %3139 = getelementptr inbounds nuw i8, ptr %364, i64 1632
-  store <8 x float> %wide.masked.gather563, ptr %3128, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564, ptr %3137, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565, ptr %3138, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566, ptr %3139, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3140 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3141 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3142 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3144 = getelementptr inbounds nuw i8, <8 x ptr> %3140, i64 12
-  %3145 = getelementptr inbounds nuw i8, <8 x ptr> %3141, i64 12
-  %3146 = getelementptr inbounds nuw i8, <8 x ptr> %3142, i64 12
-  %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 12
-  %wide.masked.gather563.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3144, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3145, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3146, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3148 = getelementptr inbounds nuw i8, ptr %364, i64 1664
-  %3149 = getelementptr inbounds nuw i8, ptr %364, i64 1696
-  %3150 = getelementptr inbounds nuw i8, ptr %364, i64 1728
-  %3151 = getelementptr inbounds nuw i8, ptr %364, i64 1760
-  store <8 x float> %wide.masked.gather563.1, ptr %3148, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564.1, ptr %3149, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.1, ptr %3150, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.1, ptr %3151, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3152 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3153 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3154 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3155 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3156 = getelementptr inbounds nuw i8, <8 x ptr> %3152, i64 12
-  %3157 = getelementptr inbounds nuw i8, <8 x ptr> %3153, i64 12
-  %3158 = getelementptr inbounds nuw i8, <8 x ptr> %3154, i64 12
-  %3159 = getelementptr inbounds nuw i8, <8 x ptr> %3155, i64 12
-  %wide.masked.gather563.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3160 = getelementptr inbounds nuw i8, ptr %364, i64 1792
-  %3161 = getelementptr inbounds nuw i8, ptr %364, i64 1824
-  %3162 = getelementptr inbounds nuw i8, ptr %364, i64 1856
-  %3163 = getelementptr inbounds nuw i8, ptr %364, i64 1888
-  store <8 x float> %wide.masked.gather563.2, ptr %3160, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564.2, ptr %3161, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.2, ptr %3162, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.2, ptr %3163, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3166 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3167 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3168 = getelementptr inbounds nuw i8, <8 x ptr> %3164, i64 12
-  %3169 = getelementptr inbounds nuw i8, <8 x ptr> %3165, i64 12
-  %3170 = getelementptr inbounds nuw i8, <8 x ptr> %3166, i64 12
-  %3171 = getelementptr inbounds nuw i8, <8 x ptr> %3167, i64 12
-  %wide.masked.gather563.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3171, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3172 = getelementptr inbounds nuw i8, ptr %364, i64 1920
-  %3173 = getelementptr inbounds nuw i8, ptr %364, i64 1952
-  %3174 = getelementptr inbounds nuw i8, ptr %364, i64 1984
-  %3175 = getelementptr inbounds nuw i8, ptr %364, i64 2016
-  store <8 x float> %wide.masked.gather563.3, ptr %3172, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather564.3, ptr %3173, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.3, ptr %3174, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.3, ptr %3175, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+vector.body558:                                   ; preds = %for_end_d.2.i
+  %3200 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3201 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3202 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3204 = getelementptr inbounds nuw i8, <8 x ptr> %3200, i64 12
+  %3205 = getelementptr inbounds nuw i8, <8 x ptr> %3201, i64 12
+  %3206 = getelementptr inbounds nuw i8, <8 x ptr> %3202, i64 12
+  %3207 = getelementptr inbounds nuw i8, <8 x ptr> %3203, i64 12
+  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3205, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3208 = getelementptr inbounds nuw i8, ptr %416, i64 1568
+  %3209 = getelementptr inbounds nuw i8, ptr %416, i64 1600
+  %3210 = getelementptr inbounds nuw i8, ptr %416, i64 1632
+  store <8 x float> %wide.masked.gather564, ptr %3199, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565, ptr %3208, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566, ptr %3209, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567, ptr %3210, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3212 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3215 = getelementptr inbounds nuw i8, <8 x ptr> %3211, i64 12
+  %3216 = getelementptr inbounds nuw i8, <8 x ptr> %3212, i64 12
+  %3217 = getelementptr inbounds nuw i8, <8 x ptr> %3213, i64 12
+  %3218 = getelementptr inbounds nuw i8, <8 x ptr> %3214, i64 12
+  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3219 = getelementptr inbounds nuw i8, ptr %416, i64 1664
+  %3220 = getelementptr inbounds nuw i8, ptr %416, i64 1696
+  %3221 = getelementptr inbounds nuw i8, ptr %416, i64 1728
+  %3222 = getelementptr inbounds nuw i8, ptr %416, i64 1760
+  store <8 x float> %wide.masked.gather564.1, ptr %3219, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.1, ptr %3220, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.1, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.1, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3224 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 12
+  %3228 = getelementptr inbounds nuw i8, <8 x ptr> %3224, i64 12
+  %3229 = getelementptr inbounds nuw i8, <8 x ptr> %3225, i64 12
+  %3230 = getelementptr inbounds nuw i8, <8 x ptr> %3226, i64 12
+  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3231 = getelementptr inbounds nuw i8, ptr %416, i64 1792
+  %3232 = getelementptr inbounds nuw i8, ptr %416, i64 1824
+  %3233 = getelementptr inbounds nuw i8, ptr %416, i64 1856
+  %3234 = getelementptr inbounds nuw i8, ptr %416, i64 1888
+  store <8 x float> %wide.masked.gather564.2, ptr %3231, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.2, ptr %3232, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.2, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.2, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3235 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3236 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3239 = getelementptr inbounds nuw i8, <8 x ptr> %3235, i64 12
+  %3240 = getelementptr inbounds nuw i8, <8 x ptr> %3236, i64 12
+  %3241 = getelementptr inbounds nuw i8, <8 x ptr> %3237, i64 12
+  %3242 = getelementptr inbounds nuw i8, <8 x ptr> %3238, i64 12
+  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3243 = getelementptr inbounds nuw i8, ptr %416, i64 1920
+  %3244 = getelementptr inbounds nuw i8, ptr %416, i64 1952
+  %3245 = getelementptr inbounds nuw i8, ptr %416, i64 1984
+  %3246 = getelementptr inbounds nuw i8, ptr %416, i64 2016
+  store <8 x float> %wide.masked.gather564.3, ptr %3243, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.3, ptr %3244, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.3, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.3, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
   %indvars.iv635.3.i = phi i64 [ %indvars.iv.next636.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
   %.idx758.i = shl nuw nsw i64 %indvars.iv635.3.i, 6
-  %3176 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i
-  %3177 = getelementptr inbounds nuw i8, ptr %3176, i64 12
-  %3178 = load float, ptr %3177, align 4, !tbaa !5
-  %3179 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv635.3.i
-  store float %3178, ptr %3179, align 4, !tbaa !5
+  %3247 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i
+  %3248 = getelementptr inbounds nuw i8, ptr %3247, i64 12
+  %3249 = load float, ptr %3248, align 4, !tbaa !5
+  %3250 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv635.3.i
+  store float %3249, ptr %3250, align 4, !tbaa !5
   %indvars.iv.next636.3.i = or disjoint i64 %indvars.iv635.3.i, 1
   %.idx758.i.1 = shl nuw nsw i64 %indvars.iv.next636.3.i, 6
-  %3180 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.1
-  %3181 = getelementptr inbounds nuw i8, ptr %3180, i64 12
-  %3182 = load float, ptr %3181, align 4, !tbaa !5
-  %3183 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i
-  store float %3182, ptr %3183, align 4, !tbaa !5
+  %3251 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.1
+  %3252 = getelementptr inbounds nuw i8, ptr %3251, i64 12
+  %3253 = load float, ptr %3252, align 4, !tbaa !5
+  %3254 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i
+  store float %3253, ptr %3254, align 4, !tbaa !5
   %indvars.iv.next636.3.i.1 = or disjoint i64 %indvars.iv635.3.i, 2
   %.idx758.i.2 = shl nuw nsw i64 %indvars.iv.next636.3.i.1, 6
-  %3184 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.2
-  %3185 = getelementptr inbounds nuw i8, ptr %3184, i64 12
-  %3186 = load float, ptr %3185, align 4, !tbaa !5
-  %3187 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.1
-  store float %3186, ptr %3187, align 4, !tbaa !5
+  %3255 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.2
+  %3256 = getelementptr inbounds nuw i8, ptr %3255, i64 12
+  %3257 = load float, ptr %3256, align 4, !tbaa !5
+  %3258 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.1
+  store float %3257, ptr %3258, align 4, !tbaa !5
   %indvars.iv.next636.3.i.2 = or disjoint i64 %indvars.iv635.3.i, 3
   %.idx758.i.3 = shl nuw nsw i64 %indvars.iv.next636.3.i.2, 6
-  %3188 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.3
-  %3189 = getelementptr inbounds nuw i8, ptr %3188, i64 12
-  %3190 = load float, ptr %3189, align 4, !tbaa !5
-  %3191 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.2
-  store float %3190, ptr %3191, align 4, !tbaa !5
+  %3259 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.3
+  %3260 = getelementptr inbounds nuw i8, ptr %3259, i64 12
+  %3261 = load float, ptr %3260, align 4, !tbaa !5
+  %3262 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.2
+  store float %3261, ptr %3262, align 4, !tbaa !5
   %indvars.iv.next636.3.i.3 = or disjoint i64 %indvars.iv635.3.i, 4
   %.idx758.i.4 = shl nuw nsw i64 %indvars.iv.next636.3.i.3, 6
-  %3192 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.4
-  %3193 = getelementptr inbounds nuw i8, ptr %3192, i64 12
-  %3194 = load float, ptr %3193, align 4, !tbaa !5
-  %3195 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.3
-  store float %3194, ptr %3195, align 4, !tbaa !5
+  %3263 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.4
+  %3264 = getelementptr inbounds nuw i8, ptr %3263, i64 12
+  %3265 = load float, ptr %3264, align 4, !tbaa !5
+  %3266 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.3
+  store float %3265, ptr %3266, align 4, !tbaa !5
   %indvars.iv.next636.3.i.4 = or disjoint i64 %indvars.iv635.3.i, 5
   %.idx758.i.5 = shl nuw nsw i64 %indvars.iv.next636.3.i.4, 6
-  %3196 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.5
-  %3197 = getelementptr inbounds nuw i8, ptr %3196, i64 12
-  %3198 = load float, ptr %3197, align 4, !tbaa !5
-  %3199 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.4
-  store float %3198, ptr %3199, align 4, !tbaa !5
+  %3267 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.5
+  %3268 = getelementptr inbounds nuw i8, ptr %3267, i64 12
+  %3269 = load float, ptr %3268, align 4, !tbaa !5
+  %3270 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.4
+  store float %3269, ptr %3270, align 4, !tbaa !5
   %indvars.iv.next636.3.i.5 = or disjoint i64 %indvars.iv635.3.i, 6
   %.idx758.i.6 = shl nuw nsw i64 %indvars.iv.next636.3.i.5, 6
-  %3200 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.6
-  %3201 = getelementptr inbounds nuw i8, ptr %3200, i64 12
-  %3202 = load float, ptr %3201, align 4, !tbaa !5
-  %3203 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.5
-  store float %3202, ptr %3203, align 4, !tbaa !5
+  %3271 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.6
+  %3272 = getelementptr inbounds nuw i8, ptr %3271, i64 12
+  %3273 = load float, ptr %3272, align 4, !tbaa !5
+  %3274 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.5
+  store float %3273, ptr %3274, align 4, !tbaa !5
   %indvars.iv.next636.3.i.6 = or disjoint i64 %indvars.iv635.3.i, 7
   %.idx758.i.7 = shl nuw nsw i64 %indvars.iv.next636.3.i.6, 6
-  %3204 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.7
-  %3205 = getelementptr inbounds nuw i8, ptr %3204, i64 12
-  %3206 = load float, ptr %3205, align 4, !tbaa !5
-  %3207 = getelementptr inbounds nuw float, ptr %3128, i64 %indvars.iv.next636.3.i.6
-  store float %3206, ptr %3207, align 4, !tbaa !5
+  %3275 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.7
+  %3276 = getelementptr inbounds nuw i8, ptr %3275, i64 12
+  %3277 = load float, ptr %3276, align 4, !tbaa !5
+  %3278 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.6
+  store float %3277, ptr %3278, align 4, !tbaa !5
   %indvars.iv.next636.3.i.7 = add nuw nsw i64 %indvars.iv635.3.i, 8
   %exitcond638.3.not.i.7 = icmp eq i64 %indvars.iv.next636.3.i.7, 128
   br i1 %exitcond638.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
 
-for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body557
-  %3208 = getelementptr inbounds nuw i8, ptr %364, i64 2048
-  %scevgep527 = getelementptr i8, ptr %acc.i, i64 16
-  %scevgep528 = getelementptr i8, ptr %acc.i, i64 8148
-  %bound0529 = icmp ult ptr %scevgep525, %scevgep528
-  %bound1530 = icmp ult ptr %scevgep527, %scevgep526
-  %found.conflict531 = and i1 %bound0529, %bound1530
-  br i1 %found.conflict531, label %for_body_d.4.i, label %vector.body534, !prof !17
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body558
+  %3279 = getelementptr inbounds nuw i8, ptr %416, i64 2048
+  %scevgep528 = getelementptr i8, ptr %acc.i, i64 16
+  %scevgep529 = getelementptr i8, ptr %acc.i, i64 8148
+  %bound0530 = icmp ult ptr %scevgep526, %scevgep529
+  %bound1531 = icmp ult ptr %scevgep528, %scevgep527
+  %found.conflict532 = and i1 %bound0530, %bound1531
+  br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !17
 
-vector.body534:                                   ; preds = %for_end_d.3.i
-  %3209 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3210 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3212 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3213 = getelementptr inbounds nuw i8, <8 x ptr> %3209, i64 16
-  %3214 = getelementptr inbounds nuw i8, <8 x ptr> %3210, i64 16
-  %3215 = getelementptr inbounds nuw i8, <8 x ptr> %3211, i64 16
-  %3216 = getelementptr inbounds nuw i8, <8 x ptr> %3212, i64 16
-  %wide.masked.gather540 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3213, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3214, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3217 = getelementptr inbounds nuw i8, ptr %364, i64 2080
-  %3218 = getelementptr inbounds nuw i8, ptr %364, i64 2112
-  %3219 = getelementptr inbounds nuw i8, ptr %364, i64 2144
-  store <8 x float> %wide.masked.gather540, ptr %3208, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541, ptr %3217, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542, ptr %3218, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543, ptr %3219, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3220 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3221 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3222 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3224 = getelementptr inbounds nuw i8, <8 x ptr> %3220, i64 16
-  %3225 = getelementptr inbounds nuw i8, <8 x ptr> %3221, i64 16
-  %3226 = getelementptr inbounds nuw i8, <8 x ptr> %3222, i64 16
-  %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 16
-  %wide.masked.gather540.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3224, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3225, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3226, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3228 = getelementptr inbounds nuw i8, ptr %364, i64 2176
-  %3229 = getelementptr inbounds nuw i8, ptr %364, i64 2208
-  %3230 = getelementptr inbounds nuw i8, ptr %364, i64 2240
-  %3231 = getelementptr inbounds nuw i8, ptr %364, i64 2272
-  store <8 x float> %wide.masked.gather540.1, ptr %3228, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541.1, ptr %3229, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.1, ptr %3230, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.1, ptr %3231, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3232 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3233 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3234 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3235 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3236 = getelementptr inbounds nuw i8, <8 x ptr> %3232, i64 16
-  %3237 = getelementptr inbounds nuw i8, <8 x ptr> %3233, i64 16
-  %3238 = getelementptr inbounds nuw i8, <8 x ptr> %3234, i64 16
-  %3239 = getelementptr inbounds nuw i8, <8 x ptr> %3235, i64 16
-  %wide.masked.gather540.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3236, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3237, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3238, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3240 = getelementptr inbounds nuw i8, ptr %364, i64 2304
-  %3241 = getelementptr inbounds nuw i8, ptr %364, i64 2336
-  %3242 = getelementptr inbounds nuw i8, ptr %364, i64 2368
-  %3243 = getelementptr inbounds nuw i8, ptr %364, i64 2400
-  store <8 x float> %wide.masked.gather540.2, ptr %3240, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541.2, ptr %3241, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.2, ptr %3242, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.2, ptr %3243, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3244 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3245 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3246 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3247 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3248 = getelementptr inbounds nuw i8, <8 x ptr> %3244, i64 16
-  %3249 = getelementptr inbounds nuw i8, <8 x ptr> %3245, i64 16
-  %3250 = getelementptr inbounds nuw i8, <8 x ptr> %3246, i64 16
-  %3251 = getelementptr inbounds nuw i8, <8 x ptr> %3247, i64 16
-  %wide.masked.gather540.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3248, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3249, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3250, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3251, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3252 = getelementptr inbounds nuw i8, ptr %364, i64 2432
-  %3253 = getelementptr inbounds nuw i8, ptr %364, i64 2464
-  %3254 = getelementptr inbounds nuw i8, ptr %364, i64 2496
-  %3255 = getelementptr inbounds nuw i8, ptr %364, i64 2528
-  store <8 x float> %wide.masked.gather540.3, ptr %3252, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather541.3, ptr %3253, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.3, ptr %3254, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.3, ptr %3255, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+vector.body535:                                   ; preds = %for_end_d.3.i
+  %3280 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3281 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3282 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3283 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3284 = getelementptr inbounds nuw i8, <8 x ptr> %3280, i64 16
+  %3285 = getelementptr inbounds nuw i8, <8 x ptr> %3281, i64 16
+  %3286 = getelementptr inbounds nuw i8, <8 x ptr> %3282, i64 16
+  %3287 = getelementptr inbounds nuw i8, <8 x ptr> %3283, i64 16
+  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3284, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3285, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3288 = getelementptr inbounds nuw i8, ptr %416, i64 2080
+  %3289 = getelementptr inbounds nuw i8, ptr %416, i64 2112
+  %3290 = getelementptr inbounds nuw i8, ptr %416, i64 2144
+  store <8 x float> %wide.masked.gather541, ptr %3279, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542, ptr %3288, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543, ptr %3289, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544, ptr %3290, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3292 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3295 = getelementptr inbounds nuw i8, <8 x ptr> %3291, i64 16
+  %3296 = getelementptr inbounds nuw i8, <8 x ptr> %3292, i64 16
+  %3297 = getelementptr inbounds nuw i8, <8 x ptr> %3293, i64 16
+  %3298 = getelementptr inbounds nuw i8, <8 x ptr> %3294, i64 16
+  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3295, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3296, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3299 = getelementptr inbounds nuw i8, ptr %416, i64 2176
+  %3300 = getelementptr inbounds nuw i8, ptr %416, i64 2208
+  %3301 = getelementptr inbounds nuw i8, ptr %416, i64 2240
+  %3302 = getelementptr inbounds nuw i8, ptr %416, i64 2272
+  store <8 x float> %wide.masked.gather541.1, ptr %3299, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.1, ptr %3300, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.1, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.1, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3304 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 16
+  %3308 = getelementptr inbounds nuw i8, <8 x ptr> %3304, i64 16
+  %3309 = getelementptr inbounds nuw i8, <8 x ptr> %3305, i64 16
+  %3310 = getelementptr inbounds nuw i8, <8 x ptr> %3306, i64 16
+  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3308, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3311 = getelementptr inbounds nuw i8, ptr %416, i64 2304
+  %3312 = getelementptr inbounds nuw i8, ptr %416, i64 2336
+  %3313 = getelementptr inbounds nuw i8, ptr %416, i64 2368
+  %3314 = getelementptr inbounds nuw i8, ptr %416, i64 2400
+  store <8 x float> %wide.masked.gather541.2, ptr %3311, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.2, ptr %3312, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.2, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.2, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3315 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3316 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3319 = getelementptr inbounds nuw i8, <8 x ptr> %3315, i64 16
+  %3320 = getelementptr inbounds nuw i8, <8 x ptr> %3316, i64 16
+  %3321 = getelementptr inbounds nuw i8, <8 x ptr> %3317, i64 16
+  %3322 = getelementptr inbounds nuw i8, <8 x ptr> %3318, i64 16
+  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3323 = getelementptr inbounds nuw i8, ptr %416, i64 2432
+  %3324 = getelementptr inbounds nuw i8, ptr %416, i64 2464
+  %3325 = getelementptr inbounds nuw i8, ptr %416, i64 2496
+  %3326 = getelementptr inbounds nuw i8, ptr %416, i64 2528
+  store <8 x float> %wide.masked.gather541.3, ptr %3323, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.3, ptr %3324, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.3, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.3, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
   %indvars.iv635.4.i = phi i64 [ %indvars.iv.next636.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
   %.idx759.i = shl nuw nsw i64 %indvars.iv635.4.i, 6
-  %3256 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i
-  %3257 = getelementptr inbounds nuw i8, ptr %3256, i64 16
-  %3258 = load float, ptr %3257, align 4, !tbaa !5
-  %3259 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv635.4.i
-  store float %3258, ptr %3259, align 4, !tbaa !5
+  %3327 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i
+  %3328 = getelementptr inbounds nuw i8, ptr %3327, i64 16
+  %3329 = load float, ptr %3328, align 4, !tbaa !5
+  %3330 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv635.4.i
+  store float %3329, ptr %3330, align 4, !tbaa !5
   %indvars.iv.next636.4.i = or disjoint i64 %indvars.iv635.4.i, 1
   %.idx759.i.1 = shl nuw nsw i64 %indvars.iv.next636.4.i, 6
-  %3260 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.1
-  %3261 = getelementptr inbounds nuw i8, ptr %3260, i64 16
-  %3262 = load float, ptr %3261, align 4, !tbaa !5
-  %3263 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i
-  store float %3262, ptr %3263, align 4, !tbaa !5
+  %3331 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.1
+  %3332 = getelementptr inbounds nuw i8, ptr %3331, i64 16
+  %3333 = load float, ptr %3332, align 4, !tbaa !5
+  %3334 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i
+  store float %3333, ptr %3334, align 4, !tbaa !5
   %indvars.iv.next636.4.i.1 = or disjoint i64 %indvars.iv635.4.i, 2
   %.idx759.i.2 = shl nuw nsw i64 %indvars.iv.next636.4.i.1, 6
-  %3264 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.2
-  %3265 = getelementptr inbounds nuw i8, ptr %3264, i64 16
-  %3266 = load float, ptr %3265, align 4, !tbaa !5
-  %3267 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.1
-  store float %3266, ptr %3267, align 4, !tbaa !5
+  %3335 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.2
+  %3336 = getelementptr inbounds nuw i8, ptr %3335, i64 16
+  %3337 = load float, ptr %3336, align 4, !tbaa !5
+  %3338 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.1
+  store float %3337, ptr %3338, align 4, !tbaa !5
   %indvars.iv.next636.4.i.2 = or disjoint i64 %indvars.iv635.4.i, 3
   %.idx759.i.3 = shl nuw nsw i64 %indvars.iv.next636.4.i.2, 6
-  %3268 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.3
-  %3269 = getelementptr inbounds nuw i8, ptr %3268, i64 16
-  %3270 = load float, ptr %3269, align 4, !tbaa !5
-  %3271 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.2
-  store float %3270, ptr %3271, align 4, !tbaa !5
+  %3339 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.3
+  %3340 = getelementptr inbounds nuw i8, ptr %3339, i64 16
+  %3341 = load float, ptr %3340, align 4, !tbaa !5
+  %3342 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.2
+  store float %3341, ptr %3342, align 4, !tbaa !5
   %indvars.iv.next636.4.i.3 = or disjoint i64 %indvars.iv635.4.i, 4
   %.idx759.i.4 = shl nuw nsw i64 %indvars.iv.next636.4.i.3, 6
-  %3272 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.4
-  %3273 = getelementptr inbounds nuw i8, ptr %3272, i64 16
-  %3274 = load float, ptr %3273, align 4, !tbaa !5
-  %3275 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.3
-  store float %3274, ptr %3275, align 4, !tbaa !5
+  %3343 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.4
+  %3344 = getelementptr inbounds nuw i8, ptr %3343, i64 16
+  %3345 = load float, ptr %3344, align 4, !tbaa !5
+  %3346 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.3
+  store float %3345, ptr %3346, align 4, !tbaa !5
   %indvars.iv.next636.4.i.4 = or disjoint i64 %indvars.iv635.4.i, 5
   %.idx759.i.5 = shl nuw nsw i64 %indvars.iv.next636.4.i.4, 6
-  %3276 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.5
-  %3277 = getelementptr inbounds nuw i8, ptr %3276, i64 16
-  %3278 = load float, ptr %3277, align 4, !tbaa !5
-  %3279 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.4
-  store float %3278, ptr %3279, align 4, !tbaa !5
+  %3347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.5
+  %3348 = getelementptr inbounds nuw i8, ptr %3347, i64 16
+  %3349 = load float, ptr %3348, align 4, !tbaa !5
+  %3350 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.4
+  store float %3349, ptr %3350, align 4, !tbaa !5
   %indvars.iv.next636.4.i.5 = or disjoint i64 %indvars.iv635.4.i, 6
   %.idx759.i.6 = shl nuw nsw i64 %indvars.iv.next636.4.i.5, 6
-  %3280 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.6
-  %3281 = getelementptr inbounds nuw i8, ptr %3280, i64 16
-  %3282 = load float, ptr %3281, align 4, !tbaa !5
-  %3283 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.5
-  store float %3282, ptr %3283, align 4, !tbaa !5
+  %3351 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.6
+  %3352 = getelementptr inbounds nuw i8, ptr %3351, i64 16
+  %3353 = load float, ptr %3352, align 4, !tbaa !5
+  %3354 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.5
+  store float %3353, ptr %3354, align 4, !tbaa !5
   %indvars.iv.next636.4.i.6 = or disjoint i64 %indvars.iv635.4.i, 7
   %.idx759.i.7 = shl nuw nsw i64 %indvars.iv.next636.4.i.6, 6
-  %3284 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.7
-  %3285 = getelementptr inbounds nuw i8, ptr %3284, i64 16
-  %3286 = load float, ptr %3285, align 4, !tbaa !5
-  %3287 = getelementptr inbounds nuw float, ptr %3208, i64 %indvars.iv.next636.4.i.6
-  store float %3286, ptr %3287, align 4, !tbaa !5
+  %3355 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.7
+  %3356 = getelementptr inbounds nuw i8, ptr %3355, i64 16
+  %3357 = load float, ptr %3356, align 4, !tbaa !5
+  %3358 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.6
+  store float %3357, ptr %3358, align 4, !tbaa !5
   %indvars.iv.next636.4.i.7 = add nuw nsw i64 %indvars.iv635.4.i, 8
   %exitcond638.4.not.i.7 = icmp eq i64 %indvars.iv.next636.4.i.7, 128
   br i1 %exitcond638.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
 
-for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body534
-  %3288 = getelementptr inbounds nuw i8, ptr %364, i64 2560
-  %scevgep504 = getelementptr i8, ptr %acc.i, i64 20
-  %scevgep505 = getelementptr i8, ptr %acc.i, i64 8152
-  %bound0506 = icmp ult ptr %scevgep502, %scevgep505
-  %bound1507 = icmp ult ptr %scevgep504, %scevgep503
-  %found.conflict508 = and i1 %bound0506, %bound1507
-  br i1 %found.conflict508, label %for_body_d.5.i, label %vector.body511, !prof !17
+for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body535
+  %3359 = getelementptr inbounds nuw i8, ptr %416, i64 2560
+  %scevgep505 = getelementptr i8, ptr %acc.i, i64 20
+  %scevgep506 = getelementptr i8, ptr %acc.i, i64 8152
+  %bound0507 = icmp ult ptr %scevgep503, %scevgep506
+  %bound1508 = icmp ult ptr %scevgep505, %scevgep504
+  %found.conflict509 = and i1 %bound0507, %bound1508
+  br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !17
 
-vector.body511:                                   ; preds = %for_end_d.4.i
-  %3289 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3290 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3292 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3293 = getelementptr inbounds nuw i8, <8 x ptr> %3289, i64 20
-  %3294 = getelementptr inbounds nuw i8, <8 x ptr> %3290, i64 20
-  %3295 = getelementptr inbounds nuw i8, <8 x ptr> %3291, i64 20
-  %3296 = getelementptr inbounds nuw i8, <8 x ptr> %3292, i64 20
-  %wide.masked.gather517 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3293, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3294, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3295, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3296, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3297 = getelementptr inbounds nuw i8, ptr %364, i64 2592
-  %3298 = getelementptr inbounds nuw i8, ptr %364, i64 2624
-  %3299 = getelementptr inbounds nuw i8, ptr %364, i64 2656
-  store <8 x float> %wide.masked.gather517, ptr %3288, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518, ptr %3297, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519, ptr %3298, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520, ptr %3299, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3300 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3301 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3302 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3304 = getelementptr inbounds nuw i8, <8 x ptr> %3300, i64 20
-  %3305 = getelementptr inbounds nuw i8, <8 x ptr> %3301, i64 20
-  %3306 = getelementptr inbounds nuw i8, <8 x ptr> %3302, i64 20
-  %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 20
-  %wide.masked.gather517.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3304, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3305, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3306, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3308 = getelementptr inbounds nuw i8, ptr %364, i64 2688
-  %3309 = getelementptr inbounds nuw i8, ptr %364, i64 2720
-  %3310 = getelementptr inbounds nuw i8, ptr %364, i64 2752
-  %3311 = getelementptr inbounds nuw i8, ptr %364, i64 2784
-  store <8 x float> %wide.masked.gather517.1, ptr %3308, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518.1, ptr %3309, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.1, ptr %3310, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.1, ptr %3311, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3312 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3313 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3314 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3315 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3316 = getelementptr inbounds nuw i8, <8 x ptr> %3312, i64 20
-  %3317 = getelementptr inbounds nuw i8, <8 x ptr> %3313, i64 20
-  %3318 = getelementptr inbounds nuw i8, <8 x ptr> %3314, i64 20
-  %3319 = getelementptr inbounds nuw i8, <8 x ptr> %3315, i64 20
-  %wide.masked.gather517.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3320 = getelementptr inbounds nuw i8, ptr %364, i64 2816
-  %3321 = getelementptr inbounds nuw i8, ptr %364, i64 2848
-  %3322 = getelementptr inbounds nuw i8, ptr %364, i64 2880
-  %3323 = getelementptr inbounds nuw i8, ptr %364, i64 2912
-  store <8 x float> %wide.masked.gather517.2, ptr %3320, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518.2, ptr %3321, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.2, ptr %3322, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.2, ptr %3323, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3324 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3325 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3326 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3327 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3328 = getelementptr inbounds nuw i8, <8 x ptr> %3324, i64 20
-  %3329 = getelementptr inbounds nuw i8, <8 x ptr> %3325, i64 20
-  %3330 = getelementptr inbounds nuw i8, <8 x ptr> %3326, i64 20
-  %3331 = getelementptr inbounds nuw i8, <8 x ptr> %3327, i64 20
-  %wide.masked.gather517.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3328, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3329, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3331, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3332 = getelementptr inbounds nuw i8, ptr %364, i64 2944
-  %3333 = getelementptr inbounds nuw i8, ptr %364, i64 2976
-  %3334 = getelementptr inbounds nuw i8, ptr %364, i64 3008
-  %3335 = getelementptr inbounds nuw i8, ptr %364, i64 3040
-  store <8 x float> %wide.masked.gather517.3, ptr %3332, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather518.3, ptr %3333, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.3, ptr %3334, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.3, ptr %3335, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+vector.body512:                                   ; preds = %for_end_d.4.i
+  %3360 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3361 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3362 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3363 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3364 = getelementptr inbounds nuw i8, <8 x ptr> %3360, i64 20
+  %3365 = getelementptr inbounds nuw i8, <8 x ptr> %3361, i64 20
+  %3366 = getelementptr inbounds nuw i8, <8 x ptr> %3362, i64 20
+  %3367 = getelementptr inbounds nuw i8, <8 x ptr> %3363, i64 20
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3364, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3365, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3368 = getelementptr inbounds nuw i8, ptr %416, i64 2592
+  %3369 = getelementptr inbounds nuw i8, ptr %416, i64 2624
+  %3370 = getelementptr inbounds nuw i8, ptr %416, i64 2656
+  store <8 x float> %wide.masked.gather518, ptr %3359, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519, ptr %3368, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520, ptr %3369, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521, ptr %3370, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3372 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3375 = getelementptr inbounds nuw i8, <8 x ptr> %3371, i64 20
+  %3376 = getelementptr inbounds nuw i8, <8 x ptr> %3372, i64 20
+  %3377 = getelementptr inbounds nuw i8, <8 x ptr> %3373, i64 20
+  %3378 = getelementptr inbounds nuw i8, <8 x ptr> %3374, i64 20
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3375, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3376, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3379 = getelementptr inbounds nuw i8, ptr %416, i64 2688
+  %3380 = getelementptr inbounds nuw i8, ptr %416, i64 2720
+  %3381 = getelementptr inbounds nuw i8, ptr %416, i64 2752
+  %3382 = getelementptr inbounds nuw i8, ptr %416, i64 2784
+  store <8 x float> %wide.masked.gather518.1, ptr %3379, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.1, ptr %3380, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.1, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.1, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3384 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 20
+  %3388 = getelementptr inbounds nuw i8, <8 x ptr> %3384, i64 20
+  %3389 = getelementptr inbounds nuw i8, <8 x ptr> %3385, i64 20
+  %3390 = getelementptr inbounds nuw i8, <8 x ptr> %3386, i64 20
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3391 = getelementptr inbounds nuw i8, ptr %416, i64 2816
+  %3392 = getelementptr inbounds nuw i8, ptr %416, i64 2848
+  %3393 = getelementptr inbounds nuw i8, ptr %416, i64 2880
+  %3394 = getelementptr inbounds nuw i8, ptr %416, i64 2912
+  store <8 x float> %wide.masked.gather518.2, ptr %3391, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.2, ptr %3392, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.2, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.2, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3395 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3396 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3399 = getelementptr inbounds nuw i8, <8 x ptr> %3395, i64 20
+  %3400 = getelementptr inbounds nuw i8, <8 x ptr> %3396, i64 20
+  %3401 = getelementptr inbounds nuw i8, <8 x ptr> %3397, i64 20
+  %3402 = getelementptr inbounds nuw i8, <8 x ptr> %3398, i64 20
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3399, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3400, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3403 = getelementptr inbounds nuw i8, ptr %416, i64 2944
+  %3404 = getelementptr inbounds nuw i8, ptr %416, i64 2976
+  %3405 = getelementptr inbounds nuw i8, ptr %416, i64 3008
+  %3406 = getelementptr inbounds nuw i8, ptr %416, i64 3040
+  store <8 x float> %wide.masked.gather518.3, ptr %3403, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.3, ptr %3404, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.3, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.3, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
   %indvars.iv635.5.i = phi i64 [ %indvars.iv.next636.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
   %.idx760.i = shl nuw nsw i64 %indvars.iv635.5.i, 6
-  %3336 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i
-  %3337 = getelementptr inbounds nuw i8, ptr %3336, i64 20
-  %3338 = load float, ptr %3337, align 4, !tbaa !5
-  %3339 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv635.5.i
-  store float %3338, ptr %3339, align 4, !tbaa !5
+  %3407 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i
+  %3408 = getelementptr inbounds nuw i8, ptr %3407, i64 20
+  %3409 = load float, ptr %3408, align 4, !tbaa !5
+  %3410 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv635.5.i
+  store float %3409, ptr %3410, align 4, !tbaa !5
   %indvars.iv.next636.5.i = or disjoint i64 %indvars.iv635.5.i, 1
   %.idx760.i.1 = shl nuw nsw i64 %indvars.iv.next636.5.i, 6
-  %3340 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.1
-  %3341 = getelementptr inbounds nuw i8, ptr %3340, i64 20
-  %3342 = load float, ptr %3341, align 4, !tbaa !5
-  %3343 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i
-  store float %3342, ptr %3343, align 4, !tbaa !5
+  %3411 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.1
+  %3412 = getelementptr inbounds nuw i8, ptr %3411, i64 20
+  %3413 = load float, ptr %3412, align 4, !tbaa !5
+  %3414 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i
+  store float %3413, ptr %3414, align 4, !tbaa !5
   %indvars.iv.next636.5.i.1 = or disjoint i64 %indvars.iv635.5.i, 2
   %.idx760.i.2 = shl nuw nsw i64 %indvars.iv.next636.5.i.1, 6
-  %3344 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.2
-  %3345 = getelementptr inbounds nuw i8, ptr %3344, i64 20
-  %3346 = load float, ptr %3345, align 4, !tbaa !5
-  %3347 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.1
-  store float %3346, ptr %3347, align 4, !tbaa !5
+  %3415 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.2
+  %3416 = getelementptr inbounds nuw i8, ptr %3415, i64 20
+  %3417 = load float, ptr %3416, align 4, !tbaa !5
+  %3418 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.1
+  store float %3417, ptr %3418, align 4, !tbaa !5
   %indvars.iv.next636.5.i.2 = or disjoint i64 %indvars.iv635.5.i, 3
   %.idx760.i.3 = shl nuw nsw i64 %indvars.iv.next636.5.i.2, 6
-  %3348 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.3
-  %3349 = getelementptr inbounds nuw i8, ptr %3348, i64 20
-  %3350 = load float, ptr %3349, align 4, !tbaa !5
-  %3351 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.2
-  store float %3350, ptr %3351, align 4, !tbaa !5
+  %3419 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.3
+  %3420 = getelementptr inbounds nuw i8, ptr %3419, i64 20
+  %3421 = load float, ptr %3420, align 4, !tbaa !5
+  %3422 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.2
+  store float %3421, ptr %3422, align 4, !tbaa !5
   %indvars.iv.next636.5.i.3 = or disjoint i64 %indvars.iv635.5.i, 4
   %.idx760.i.4 = shl nuw nsw i64 %indvars.iv.next636.5.i.3, 6
-  %3352 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.4
-  %3353 = getelementptr inbounds nuw i8, ptr %3352, i64 20
-  %3354 = load float, ptr %3353, align 4, !tbaa !5
-  %3355 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.3
-  store float %3354, ptr %3355, align 4, !tbaa !5
+  %3423 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.4
+  %3424 = getelementptr inbounds nuw i8, ptr %3423, i64 20
+  %3425 = load float, ptr %3424, align 4, !tbaa !5
+  %3426 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.3
+  store float %3425, ptr %3426, align 4, !tbaa !5
   %indvars.iv.next636.5.i.4 = or disjoint i64 %indvars.iv635.5.i, 5
   %.idx760.i.5 = shl nuw nsw i64 %indvars.iv.next636.5.i.4, 6
-  %3356 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.5
-  %3357 = getelementptr inbounds nuw i8, ptr %3356, i64 20
-  %3358 = load float, ptr %3357, align 4, !tbaa !5
-  %3359 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.4
-  store float %3358, ptr %3359, align 4, !tbaa !5
+  %3427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.5
+  %3428 = getelementptr inbounds nuw i8, ptr %3427, i64 20
+  %3429 = load float, ptr %3428, align 4, !tbaa !5
+  %3430 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.4
+  store float %3429, ptr %3430, align 4, !tbaa !5
   %indvars.iv.next636.5.i.5 = or disjoint i64 %indvars.iv635.5.i, 6
   %.idx760.i.6 = shl nuw nsw i64 %indvars.iv.next636.5.i.5, 6
-  %3360 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.6
-  %3361 = getelementptr inbounds nuw i8, ptr %3360, i64 20
-  %3362 = load float, ptr %3361, align 4, !tbaa !5
-  %3363 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.5
-  store float %3362, ptr %3363, align 4, !tbaa !5
+  %3431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.6
+  %3432 = getelementptr inbounds nuw i8, ptr %3431, i64 20
+  %3433 = load float, ptr %3432, align 4, !tbaa !5
+  %3434 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.5
+  store float %3433, ptr %3434, align 4, !tbaa !5
   %indvars.iv.next636.5.i.6 = or disjoint i64 %indvars.iv635.5.i, 7
   %.idx760.i.7 = shl nuw nsw i64 %indvars.iv.next636.5.i.6, 6
-  %3364 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.7
-  %3365 = getelementptr inbounds nuw i8, ptr %3364, i64 20
-  %3366 = load float, ptr %3365, align 4, !tbaa !5
-  %3367 = getelementptr inbounds nuw float, ptr %3288, i64 %indvars.iv.next636.5.i.6
-  store float %3366, ptr %3367, align 4, !tbaa !5
+  %3435 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.7
+  %3436 = getelementptr inbounds nuw i8, ptr %3435, i64 20
+  %3437 = load float, ptr %3436, align 4, !tbaa !5
+  %3438 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.6
+  store float %3437, ptr %3438, align 4, !tbaa !5
   %indvars.iv.next636.5.i.7 = add nuw nsw i64 %indvars.iv635.5.i, 8
   %exitcond638.5.not.i.7 = icmp eq i64 %indvars.iv.next636.5.i.7, 128
   br i1 %exitcond638.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
 
-for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body511
-  %3368 = getelementptr inbounds nuw i8, ptr %364, i64 3072
-  %scevgep481 = getelementptr i8, ptr %acc.i, i64 24
-  %scevgep482 = getelementptr i8, ptr %acc.i, i64 8156
-  %bound0483 = icmp ult ptr %scevgep479, %scevgep482
-  %bound1484 = icmp ult ptr %scevgep481, %scevgep480
-  %found.conflict485 = and i1 %bound0483, %bound1484
-  br i1 %found.conflict485, label %for_body_d.6.i, label %vector.body488, !prof !17
+for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body512
+  %3439 = getelementptr inbounds nuw i8, ptr %416, i64 3072
+  %scevgep482 = getelementptr i8, ptr %acc.i, i64 24
+  %scevgep483 = getelementptr i8, ptr %acc.i, i64 8156
+  %bound0484 = icmp ult ptr %scevgep480, %scevgep483
+  %bound1485 = icmp ult ptr %scevgep482, %scevgep481
+  %found.conflict486 = and i1 %bound0484, %bound1485
+  br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !17
 
-vector.body488:                                   ; preds = %for_end_d.5.i
-  %3369 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3370 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3372 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3373 = getelementptr inbounds nuw i8, <8 x ptr> %3369, i64 24
-  %3374 = getelementptr inbounds nuw i8, <8 x ptr> %3370, i64 24
-  %3375 = getelementptr inbounds nuw i8, <8 x ptr> %3371, i64 24
-  %3376 = getelementptr inbounds nuw i8, <8 x ptr> %3372, i64 24
-  %wide.masked.gather494 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3373, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3374, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3375, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3376, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3377 = getelementptr inbounds nuw i8, ptr %364, i64 3104
-  %3378 = getelementptr inbounds nuw i8, ptr %364, i64 3136
-  %3379 = getelementptr inbounds nuw i8, ptr %364, i64 3168
-  store <8 x float> %wide.masked.gather494, ptr %3368, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495, ptr %3377, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496, ptr %3378, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497, ptr %3379, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3380 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3381 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3382 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3384 = getelementptr inbounds nuw i8, <8 x ptr> %3380, i64 24
-  %3385 = getelementptr inbounds nuw i8, <8 x ptr> %3381, i64 24
-  %3386 = getelementptr inbounds nuw i8, <8 x ptr> %3382, i64 24
-  %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 24
-  %wide.masked.gather494.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3384, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3385, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3388 = getelementptr inbounds nuw i8, ptr %364, i64 3200
-  %3389 = getelementptr inbounds nuw i8, ptr %364, i64 3232
-  %3390 = getelementptr inbounds nuw i8, ptr %364, i64 3264
-  %3391 = getelementptr inbounds nuw i8, ptr %364, i64 3296
-  store <8 x float> %wide.masked.gather494.1, ptr %3388, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495.1, ptr %3389, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.1, ptr %3390, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.1, ptr %3391, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3392 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3393 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3394 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3395 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3396 = getelementptr inbounds nuw i8, <8 x ptr> %3392, i64 24
-  %3397 = getelementptr inbounds nuw i8, <8 x ptr> %3393, i64 24
-  %3398 = getelementptr inbounds nuw i8, <8 x ptr> %3394, i64 24
-  %3399 = getelementptr inbounds nuw i8, <8 x ptr> %3395, i64 24
-  %wide.masked.gather494.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3398, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3399, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3400 = getelementptr inbounds nuw i8, ptr %364, i64 3328
-  %3401 = getelementptr inbounds nuw i8, ptr %364, i64 3360
-  %3402 = getelementptr inbounds nuw i8, ptr %364, i64 3392
-  %3403 = getelementptr inbounds nuw i8, ptr %364, i64 3424
-  store <8 x float> %wide.masked.gather494.2, ptr %3400, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495.2, ptr %3401, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.2, ptr %3402, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.2, ptr %3403, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3404 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3405 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3406 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3407 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3408 = getelementptr inbounds nuw i8, <8 x ptr> %3404, i64 24
-  %3409 = getelementptr inbounds nuw i8, <8 x ptr> %3405, i64 24
-  %3410 = getelementptr inbounds nuw i8, <8 x ptr> %3406, i64 24
-  %3411 = getelementptr inbounds nuw i8, <8 x ptr> %3407, i64 24
-  %wide.masked.gather494.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3408, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3409, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3410, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3411, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3412 = getelementptr inbounds nuw i8, ptr %364, i64 3456
-  %3413 = getelementptr inbounds nuw i8, ptr %364, i64 3488
-  %3414 = getelementptr inbounds nuw i8, ptr %364, i64 3520
-  %3415 = getelementptr inbounds nuw i8, ptr %364, i64 3552
-  store <8 x float> %wide.masked.gather494.3, ptr %3412, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather495.3, ptr %3413, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.3, ptr %3414, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.3, ptr %3415, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+vector.body489:                                   ; preds = %for_end_d.5.i
+  %3440 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3444 = getelementptr inbounds nuw i8, <8 x ptr> %3440, i64 24
+  %3445 = getelementptr inbounds nuw i8, <8 x ptr> %3441, i64 24
+  %3446 = getelementptr inbounds nuw i8, <8 x ptr> %3442, i64 24
+  %3447 = getelementptr inbounds nuw i8, <8 x ptr> %3443, i64 24
+  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3445, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3448 = getelementptr inbounds nuw i8, ptr %416, i64 3104
+  %3449 = getelementptr inbounds nuw i8, ptr %416, i64 3136
+  %3450 = getelementptr inbounds nuw i8, ptr %416, i64 3168
+  store <8 x float> %wide.masked.gather495, ptr %3439, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496, ptr %3448, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497, ptr %3449, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498, ptr %3450, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3455 = getelementptr inbounds nuw i8, <8 x ptr> %3451, i64 24
+  %3456 = getelementptr inbounds nuw i8, <8 x ptr> %3452, i64 24
+  %3457 = getelementptr inbounds nuw i8, <8 x ptr> %3453, i64 24
+  %3458 = getelementptr inbounds nuw i8, <8 x ptr> %3454, i64 24
+  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3455, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3456, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3459 = getelementptr inbounds nuw i8, ptr %416, i64 3200
+  %3460 = getelementptr inbounds nuw i8, ptr %416, i64 3232
+  %3461 = getelementptr inbounds nuw i8, ptr %416, i64 3264
+  %3462 = getelementptr inbounds nuw i8, ptr %416, i64 3296
+  store <8 x float> %wide.masked.gather495.1, ptr %3459, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.1, ptr %3460, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.1, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.1, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3464 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 24
+  %3468 = getelementptr inbounds nuw i8, <8 x ptr> %3464, i64 24
+  %3469 = getelementptr inbounds nuw i8, <8 x ptr> %3465, i64 24
+  %3470 = getelementptr inbounds nuw i8, <8 x ptr> %3466, i64 24
+  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3468, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3471 = getelementptr inbounds nuw i8, ptr %416, i64 3328
+  %3472 = getelementptr inbounds nuw i8, ptr %416, i64 3360
+  %3473 = getelementptr inbounds nuw i8, ptr %416, i64 3392
+  %3474 = getelementptr inbounds nuw i8, ptr %416, i64 3424
+  store <8 x float> %wide.masked.gather495.2, ptr %3471, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.2, ptr %3472, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.2, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.2, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3475 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3476 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3479 = getelementptr inbounds nuw i8, <8 x ptr> %3475, i64 24
+  %3480 = getelementptr inbounds nuw i8, <8 x ptr> %3476, i64 24
+  %3481 = getelementptr inbounds nuw i8, <8 x ptr> %3477, i64 24
+  %3482 = getelementptr inbounds nuw i8, <8 x ptr> %3478, i64 24
+  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3479, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3480, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3483 = getelementptr inbounds nuw i8, ptr %416, i64 3456
+  %3484 = getelementptr inbounds nuw i8, ptr %416, i64 3488
+  %3485 = getelementptr inbounds nuw i8, ptr %416, i64 3520
+  %3486 = getelementptr inbounds nuw i8, ptr %416, i64 3552
+  store <8 x float> %wide.masked.gather495.3, ptr %3483, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.3, ptr %3484, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.3, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.3, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
   %indvars.iv635.6.i = phi i64 [ %indvars.iv.next636.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
   %.idx761.i = shl nuw nsw i64 %indvars.iv635.6.i, 6
-  %3416 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i
-  %3417 = getelementptr inbounds nuw i8, ptr %3416, i64 24
-  %3418 = load float, ptr %3417, align 4, !tbaa !5
-  %3419 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv635.6.i
-  store float %3418, ptr %3419, align 4, !tbaa !5
+  %3487 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i
+  %3488 = getelementptr inbounds nuw i8, ptr %3487, i64 24
+  %3489 = load float, ptr %3488, align 4, !tbaa !5
+  %3490 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv635.6.i
+  store float %3489, ptr %3490, align 4, !tbaa !5
   %indvars.iv.next636.6.i = or disjoint i64 %indvars.iv635.6.i, 1
   %.idx761.i.1 = shl nuw nsw i64 %indvars.iv.next636.6.i, 6
-  %3420 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.1
-  %3421 = getelementptr inbounds nuw i8, ptr %3420, i64 24
-  %3422 = load float, ptr %3421, align 4, !tbaa !5
-  %3423 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i
-  store float %3422, ptr %3423, align 4, !tbaa !5
+  %3491 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.1
+  %3492 = getelementptr inbounds nuw i8, ptr %3491, i64 24
+  %3493 = load float, ptr %3492, align 4, !tbaa !5
+  %3494 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i
+  store float %3493, ptr %3494, align 4, !tbaa !5
   %indvars.iv.next636.6.i.1 = or disjoint i64 %indvars.iv635.6.i, 2
   %.idx761.i.2 = shl nuw nsw i64 %indvars.iv.next636.6.i.1, 6
-  %3424 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.2
-  %3425 = getelementptr inbounds nuw i8, ptr %3424, i64 24
-  %3426 = load float, ptr %3425, align 4, !tbaa !5
-  %3427 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.1
-  store float %3426, ptr %3427, align 4, !tbaa !5
+  %3495 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.2
+  %3496 = getelementptr inbounds nuw i8, ptr %3495, i64 24
+  %3497 = load float, ptr %3496, align 4, !tbaa !5
+  %3498 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.1
+  store float %3497, ptr %3498, align 4, !tbaa !5
   %indvars.iv.next636.6.i.2 = or disjoint i64 %indvars.iv635.6.i, 3
   %.idx761.i.3 = shl nuw nsw i64 %indvars.iv.next636.6.i.2, 6
-  %3428 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.3
-  %3429 = getelementptr inbounds nuw i8, ptr %3428, i64 24
-  %3430 = load float, ptr %3429, align 4, !tbaa !5
-  %3431 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.2
-  store float %3430, ptr %3431, align 4, !tbaa !5
+  %3499 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.3
+  %3500 = getelementptr inbounds nuw i8, ptr %3499, i64 24
+  %3501 = load float, ptr %3500, align 4, !tbaa !5
+  %3502 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.2
+  store float %3501, ptr %3502, align 4, !tbaa !5
   %indvars.iv.next636.6.i.3 = or disjoint i64 %indvars.iv635.6.i, 4
   %.idx761.i.4 = shl nuw nsw i64 %indvars.iv.next636.6.i.3, 6
-  %3432 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.4
-  %3433 = getelementptr inbounds nuw i8, ptr %3432, i64 24
-  %3434 = load float, ptr %3433, align 4, !tbaa !5
-  %3435 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.3
-  store float %3434, ptr %3435, align 4, !tbaa !5
+  %3503 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.4
+  %3504 = getelementptr inbounds nuw i8, ptr %3503, i64 24
+  %3505 = load float, ptr %3504, align 4, !tbaa !5
+  %3506 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.3
+  store float %3505, ptr %3506, align 4, !tbaa !5
   %indvars.iv.next636.6.i.4 = or disjoint i64 %indvars.iv635.6.i, 5
   %.idx761.i.5 = shl nuw nsw i64 %indvars.iv.next636.6.i.4, 6
-  %3436 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.5
-  %3437 = getelementptr inbounds nuw i8, ptr %3436, i64 24
-  %3438 = load float, ptr %3437, align 4, !tbaa !5
-  %3439 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.4
-  store float %3438, ptr %3439, align 4, !tbaa !5
+  %3507 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.5
+  %3508 = getelementptr inbounds nuw i8, ptr %3507, i64 24
+  %3509 = load float, ptr %3508, align 4, !tbaa !5
+  %3510 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.4
+  store float %3509, ptr %3510, align 4, !tbaa !5
   %indvars.iv.next636.6.i.5 = or disjoint i64 %indvars.iv635.6.i, 6
   %.idx761.i.6 = shl nuw nsw i64 %indvars.iv.next636.6.i.5, 6
-  %3440 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.6
-  %3441 = getelementptr inbounds nuw i8, ptr %3440, i64 24
-  %3442 = load float, ptr %3441, align 4, !tbaa !5
-  %3443 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.5
-  store float %3442, ptr %3443, align 4, !tbaa !5
+  %3511 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.6
+  %3512 = getelementptr inbounds nuw i8, ptr %3511, i64 24
+  %3513 = load float, ptr %3512, align 4, !tbaa !5
+  %3514 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.5
+  store float %3513, ptr %3514, align 4, !tbaa !5
   %indvars.iv.next636.6.i.6 = or disjoint i64 %indvars.iv635.6.i, 7
   %.idx761.i.7 = shl nuw nsw i64 %indvars.iv.next636.6.i.6, 6
-  %3444 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.7
-  %3445 = getelementptr inbounds nuw i8, ptr %3444, i64 24
-  %3446 = load float, ptr %3445, align 4, !tbaa !5
-  %3447 = getelementptr inbounds nuw float, ptr %3368, i64 %indvars.iv.next636.6.i.6
-  store float %3446, ptr %3447, align 4, !tbaa !5
+  %3515 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.7
+  %3516 = getelementptr inbounds nuw i8, ptr %3515, i64 24
+  %3517 = load float, ptr %3516, align 4, !tbaa !5
+  %3518 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.6
+  store float %3517, ptr %3518, align 4, !tbaa !5
   %indvars.iv.next636.6.i.7 = add nuw nsw i64 %indvars.iv635.6.i, 8
   %exitcond638.6.not.i.7 = icmp eq i64 %indvars.iv.next636.6.i.7, 128
   br i1 %exitcond638.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
 
-for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body488
-  %3448 = getelementptr inbounds nuw i8, ptr %364, i64 3584
-  %scevgep458 = getelementptr i8, ptr %acc.i, i64 28
-  %scevgep459 = getelementptr i8, ptr %acc.i, i64 8160
-  %bound0460 = icmp ult ptr %scevgep456, %scevgep459
-  %bound1461 = icmp ult ptr %scevgep458, %scevgep457
-  %found.conflict462 = and i1 %bound0460, %bound1461
-  br i1 %found.conflict462, label %for_body_d.7.i, label %vector.body465, !prof !17
+for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body489
+  %3519 = getelementptr inbounds nuw i8, ptr %416, i64 3584
+  %scevgep459 = getelementptr i8, ptr %acc.i, i64 28
+  %scevgep460 = getelementptr i8, ptr %acc.i, i64 8160
+  %bound0461 = icmp ult ptr %scevgep457, %scevgep460
+  %bound1462 = icmp ult ptr %scevgep459, %scevgep458
+  %found.conflict463 = and i1 %bound0461, %bound1462
+  br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !17
 
-vector.body465:                                   ; preds = %for_end_d.6.i
-  %3449 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3450 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3453 = getelementptr inbounds nuw i8, <8 x ptr> %3449, i64 28
-  %3454 = getelementptr inbounds nuw i8, <8 x ptr> %3450, i64 28
-  %3455 = getelementptr inbounds nuw i8, <8 x ptr> %3451, i64 28
-  %3456 = getelementptr inbounds nuw i8, <8 x ptr> %3452, i64 28
-  %wide.masked.gather471 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3454, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3455, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3456, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3457 = getelementptr inbounds nuw i8, ptr %364, i64 3616
-  %3458 = getelementptr inbounds nuw i8, ptr %364, i64 3648
-  %3459 = getelementptr inbounds nuw i8, ptr %364, i64 3680
-  store <8 x float> %wide.masked.gather471, ptr %3448, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472, ptr %3457, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473, ptr %3458, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474, ptr %3459, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3460 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3461 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3462 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3464 = getelementptr inbounds nuw i8, <8 x ptr> %3460, i64 28
-  %3465 = getelementptr inbounds nuw i8, <8 x ptr> %3461, i64 28
-  %3466 = getelementptr inbounds nuw i8, <8 x ptr> %3462, i64 28
-  %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 28
-  %wide.masked.gather471.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3464, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3465, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3466, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3468 = getelementptr inbounds nuw i8, ptr %364, i64 3712
-  %3469 = getelementptr inbounds nuw i8, ptr %364, i64 3744
-  %3470 = getelementptr inbounds nuw i8, ptr %364, i64 3776
-  %3471 = getelementptr inbounds nuw i8, ptr %364, i64 3808
-  store <8 x float> %wide.masked.gather471.1, ptr %3468, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472.1, ptr %3469, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.1, ptr %3470, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.1, ptr %3471, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3472 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3473 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3474 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3475 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3476 = getelementptr inbounds nuw i8, <8 x ptr> %3472, i64 28
-  %3477 = getelementptr inbounds nuw i8, <8 x ptr> %3473, i64 28
-  %3478 = getelementptr inbounds nuw i8, <8 x ptr> %3474, i64 28
-  %3479 = getelementptr inbounds nuw i8, <8 x ptr> %3475, i64 28
-  %wide.masked.gather471.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3476, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3477, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3478, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3479, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3480 = getelementptr inbounds nuw i8, ptr %364, i64 3840
-  %3481 = getelementptr inbounds nuw i8, ptr %364, i64 3872
-  %3482 = getelementptr inbounds nuw i8, ptr %364, i64 3904
-  %3483 = getelementptr inbounds nuw i8, ptr %364, i64 3936
-  store <8 x float> %wide.masked.gather471.2, ptr %3480, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472.2, ptr %3481, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.2, ptr %3482, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.2, ptr %3483, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3484 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3485 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3486 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3487 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3488 = getelementptr inbounds nuw i8, <8 x ptr> %3484, i64 28
-  %3489 = getelementptr inbounds nuw i8, <8 x ptr> %3485, i64 28
-  %3490 = getelementptr inbounds nuw i8, <8 x ptr> %3486, i64 28
-  %3491 = getelementptr inbounds nuw i8, <8 x ptr> %3487, i64 28
-  %wide.masked.gather471.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3488, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3489, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3491, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3492 = getelementptr inbounds nuw i8, ptr %364, i64 3968
-  %3493 = getelementptr inbounds nuw i8, ptr %364, i64 4000
-  %3494 = getelementptr inbounds nuw i8, ptr %364, i64 4032
-  %3495 = getelementptr inbounds nuw i8, ptr %364, i64 4064
-  store <8 x float> %wide.masked.gather471.3, ptr %3492, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather472.3, ptr %3493, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.3, ptr %3494, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.3, ptr %3495, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+vector.body466:                                   ; preds = %for_end_d.6.i
+  %3520 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3521 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3522 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3523 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3524 = getelementptr inbounds nuw i8, <8 x ptr> %3520, i64 28
+  %3525 = getelementptr inbounds nuw i8, <8 x ptr> %3521, i64 28
+  %3526 = getelementptr inbounds nuw i8, <8 x ptr> %3522, i64 28
+  %3527 = getelementptr inbounds nuw i8, <8 x ptr> %3523, i64 28
+  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3524, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3525, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3528 = getelementptr inbounds nuw i8, ptr %416, i64 3616
+  %3529 = getelementptr inbounds nuw i8, ptr %416, i64 3648
+  %3530 = getelementptr inbounds nuw i8, ptr %416, i64 3680
+  store <8 x float> %wide.masked.gather472, ptr %3519, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473, ptr %3528, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474, ptr %3529, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475, ptr %3530, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3532 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3535 = getelementptr inbounds nuw i8, <8 x ptr> %3531, i64 28
+  %3536 = getelementptr inbounds nuw i8, <8 x ptr> %3532, i64 28
+  %3537 = getelementptr inbounds nuw i8, <8 x ptr> %3533, i64 28
+  %3538 = getelementptr inbounds nuw i8, <8 x ptr> %3534, i64 28
+  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3535, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3536, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3539 = getelementptr inbounds nuw i8, ptr %416, i64 3712
+  %3540 = getelementptr inbounds nuw i8, ptr %416, i64 3744
+  %3541 = getelementptr inbounds nuw i8, ptr %416, i64 3776
+  %3542 = getelementptr inbounds nuw i8, ptr %416, i64 3808
+  store <8 x float> %wide.masked.gather472.1, ptr %3539, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.1, ptr %3540, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.1, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.1, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3544 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 28
+  %3548 = getelementptr inbounds nuw i8, <8 x ptr> %3544, i64 28
+  %3549 = getelementptr inbounds nuw i8, <8 x ptr> %3545, i64 28
+  %3550 = getelementptr inbounds nuw i8, <8 x ptr> %3546, i64 28
+  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3551 = getelementptr inbounds nuw i8, ptr %416, i64 3840
+  %3552 = getelementptr inbounds nuw i8, ptr %416, i64 3872
+  %3553 = getelementptr inbounds nuw i8, ptr %416, i64 3904
+  %3554 = getelementptr inbounds nuw i8, ptr %416, i64 3936
+  store <8 x float> %wide.masked.gather472.2, ptr %3551, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.2, ptr %3552, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.2, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.2, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3555 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3556 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3559 = getelementptr inbounds nuw i8, <8 x ptr> %3555, i64 28
+  %3560 = getelementptr inbounds nuw i8, <8 x ptr> %3556, i64 28
+  %3561 = getelementptr inbounds nuw i8, <8 x ptr> %3557, i64 28
+  %3562 = getelementptr inbounds nuw i8, <8 x ptr> %3558, i64 28
+  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3559, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3560, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3563 = getelementptr inbounds nuw i8, ptr %416, i64 3968
+  %3564 = getelementptr inbounds nuw i8, ptr %416, i64 4000
+  %3565 = getelementptr inbounds nuw i8, ptr %416, i64 4032
+  %3566 = getelementptr inbounds nuw i8, ptr %416, i64 4064
+  store <8 x float> %wide.masked.gather472.3, ptr %3563, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.3, ptr %3564, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.3, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.3, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
   %indvars.iv635.7.i = phi i64 [ %indvars.iv.next636.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
   %.idx762.i = shl nuw nsw i64 %indvars.iv635.7.i, 6
-  %3496 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i
-  %3497 = getelementptr inbounds nuw i8, ptr %3496, i64 28
-  %3498 = load float, ptr %3497, align 4, !tbaa !5
-  %3499 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv635.7.i
-  store float %3498, ptr %3499, align 4, !tbaa !5
+  %3567 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i
+  %3568 = getelementptr inbounds nuw i8, ptr %3567, i64 28
+  %3569 = load float, ptr %3568, align 4, !tbaa !5
+  %3570 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv635.7.i
+  store float %3569, ptr %3570, align 4, !tbaa !5
   %indvars.iv.next636.7.i = or disjoint i64 %indvars.iv635.7.i, 1
   %.idx762.i.1 = shl nuw nsw i64 %indvars.iv.next636.7.i, 6
-  %3500 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.1
-  %3501 = getelementptr inbounds nuw i8, ptr %3500, i64 28
-  %3502 = load float, ptr %3501, align 4, !tbaa !5
-  %3503 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i
-  store float %3502, ptr %3503, align 4, !tbaa !5
+  %3571 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.1
+  %3572 = getelementptr inbounds nuw i8, ptr %3571, i64 28
+  %3573 = load float, ptr %3572, align 4, !tbaa !5
+  %3574 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i
+  store float %3573, ptr %3574, align 4, !tbaa !5
   %indvars.iv.next636.7.i.1 = or disjoint i64 %indvars.iv635.7.i, 2
   %.idx762.i.2 = shl nuw nsw i64 %indvars.iv.next636.7.i.1, 6
-  %3504 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.2
-  %3505 = getelementptr inbounds nuw i8, ptr %3504, i64 28
-  %3506 = load float, ptr %3505, align 4, !tbaa !5
-  %3507 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.1
-  store float %3506, ptr %3507, align 4, !tbaa !5
+  %3575 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.2
+  %3576 = getelementptr inbounds nuw i8, ptr %3575, i64 28
+  %3577 = load float, ptr %3576, align 4, !tbaa !5
+  %3578 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.1
+  store float %3577, ptr %3578, align 4, !tbaa !5
   %indvars.iv.next636.7.i.2 = or disjoint i64 %indvars.iv635.7.i, 3
   %.idx762.i.3 = shl nuw nsw i64 %indvars.iv.next636.7.i.2, 6
-  %3508 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.3
-  %3509 = getelementptr inbounds nuw i8, ptr %3508, i64 28
-  %3510 = load float, ptr %3509, align 4, !tbaa !5
-  %3511 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.2
-  store float %3510, ptr %3511, align 4, !tbaa !5
+  %3579 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.3
+  %3580 = getelementptr inbounds nuw i8, ptr %3579, i64 28
+  %3581 = load float, ptr %3580, align 4, !tbaa !5
+  %3582 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.2
+  store float %3581, ptr %3582, align 4, !tbaa !5
   %indvars.iv.next636.7.i.3 = or disjoint i64 %indvars.iv635.7.i, 4
   %.idx762.i.4 = shl nuw nsw i64 %indvars.iv.next636.7.i.3, 6
-  %3512 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.4
-  %3513 = getelementptr inbounds nuw i8, ptr %3512, i64 28
-  %3514 = load float, ptr %3513, align 4, !tbaa !5
-  %3515 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.3
-  store float %3514, ptr %3515, align 4, !tbaa !5
+  %3583 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.4
+  %3584 = getelementptr inbounds nuw i8, ptr %3583, i64 28
+  %3585 = load float, ptr %3584, align 4, !tbaa !5
+  %3586 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.3
+  store float %3585, ptr %3586, align 4, !tbaa !5
   %indvars.iv.next636.7.i.4 = or disjoint i64 %indvars.iv635.7.i, 5
   %.idx762.i.5 = shl nuw nsw i64 %indvars.iv.next636.7.i.4, 6
-  %3516 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.5
-  %3517 = getelementptr inbounds nuw i8, ptr %3516, i64 28
-  %3518 = load float, ptr %3517, align 4, !tbaa !5
-  %3519 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.4
-  store float %3518, ptr %3519, align 4, !tbaa !5
+  %3587 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.5
+  %3588 = getelementptr inbounds nuw i8, ptr %3587, i64 28
+  %3589 = load float, ptr %3588, align 4, !tbaa !5
+  %3590 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.4
+  store float %3589, ptr %3590, align 4, !tbaa !5
   %indvars.iv.next636.7.i.5 = or disjoint i64 %indvars.iv635.7.i, 6
   %.idx762.i.6 = shl nuw nsw i64 %indvars.iv.next636.7.i.5, 6
-  %3520 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.6
-  %3521 = getelementptr inbounds nuw i8, ptr %3520, i64 28
-  %3522 = load float, ptr %3521, align 4, !tbaa !5
-  %3523 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.5
-  store float %3522, ptr %3523, align 4, !tbaa !5
+  %3591 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.6
+  %3592 = getelementptr inbounds nuw i8, ptr %3591, i64 28
+  %3593 = load float, ptr %3592, align 4, !tbaa !5
+  %3594 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.5
+  store float %3593, ptr %3594, align 4, !tbaa !5
   %indvars.iv.next636.7.i.6 = or disjoint i64 %indvars.iv635.7.i, 7
   %.idx762.i.7 = shl nuw nsw i64 %indvars.iv.next636.7.i.6, 6
-  %3524 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.7
-  %3525 = getelementptr inbounds nuw i8, ptr %3524, i64 28
-  %3526 = load float, ptr %3525, align 4, !tbaa !5
-  %3527 = getelementptr inbounds nuw float, ptr %3448, i64 %indvars.iv.next636.7.i.6
-  store float %3526, ptr %3527, align 4, !tbaa !5
+  %3595 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.7
+  %3596 = getelementptr inbounds nuw i8, ptr %3595, i64 28
+  %3597 = load float, ptr %3596, align 4, !tbaa !5
+  %3598 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.6
+  store float %3597, ptr %3598, align 4, !tbaa !5
   %indvars.iv.next636.7.i.7 = add nuw nsw i64 %indvars.iv635.7.i, 8
   %exitcond638.7.not.i.7 = icmp eq i64 %indvars.iv.next636.7.i.7, 128
   br i1 %exitcond638.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
 
-for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body465
-  %3528 = getelementptr inbounds nuw i8, ptr %364, i64 4096
-  %scevgep435 = getelementptr i8, ptr %acc.i, i64 32
-  %scevgep436 = getelementptr i8, ptr %acc.i, i64 8164
-  %bound0437 = icmp ult ptr %scevgep433, %scevgep436
-  %bound1438 = icmp ult ptr %scevgep435, %scevgep434
-  %found.conflict439 = and i1 %bound0437, %bound1438
-  br i1 %found.conflict439, label %for_body_d.8.i, label %vector.body442, !prof !17
+for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body466
+  %3599 = getelementptr inbounds nuw i8, ptr %416, i64 4096
+  %scevgep436 = getelementptr i8, ptr %acc.i, i64 32
+  %scevgep437 = getelementptr i8, ptr %acc.i, i64 8164
+  %bound0438 = icmp ult ptr %scevgep434, %scevgep437
+  %bound1439 = icmp ult ptr %scevgep436, %scevgep435
+  %found.conflict440 = and i1 %bound0438, %bound1439
+  br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !17
 
-vector.body442:                                   ; preds = %for_end_d.7.i
-  %3529 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3530 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3532 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3533 = getelementptr inbounds nuw i8, <8 x ptr> %3529, i64 32
-  %3534 = getelementptr inbounds nuw i8, <8 x ptr> %3530, i64 32
-  %3535 = getelementptr inbounds nuw i8, <8 x ptr> %3531, i64 32
-  %3536 = getelementptr inbounds nuw i8, <8 x ptr> %3532, i64 32
-  %wide.masked.gather448 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3533, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3534, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3535, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3536, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3537 = getelementptr inbounds nuw i8, ptr %364, i64 4128
-  %3538 = getelementptr inbounds nuw i8, ptr %364, i64 4160
-  %3539 = getelementptr inbounds nuw i8, ptr %364, i64 4192
-  store <8 x float> %wide.masked.gather448, ptr %3528, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449, ptr %3537, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450, ptr %3538, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451, ptr %3539, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3540 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3541 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3542 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3544 = getelementptr inbounds nuw i8, <8 x ptr> %3540, i64 32
-  %3545 = getelementptr inbounds nuw i8, <8 x ptr> %3541, i64 32
-  %3546 = getelementptr inbounds nuw i8, <8 x ptr> %3542, i64 32
-  %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 32
-  %wide.masked.gather448.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3544, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3545, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3548 = getelementptr inbounds nuw i8, ptr %364, i64 4224
-  %3549 = getelementptr inbounds nuw i8, ptr %364, i64 4256
-  %3550 = getelementptr inbounds nuw i8, ptr %364, i64 4288
-  %3551 = getelementptr inbounds nuw i8, ptr %364, i64 4320
-  store <8 x float> %wide.masked.gather448.1, ptr %3548, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449.1, ptr %3549, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.1, ptr %3550, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.1, ptr %3551, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3552 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3553 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3554 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3555 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3556 = getelementptr inbounds nuw i8, <8 x ptr> %3552, i64 32
-  %3557 = getelementptr inbounds nuw i8, <8 x ptr> %3553, i64 32
-  %3558 = getelementptr inbounds nuw i8, <8 x ptr> %3554, i64 32
-  %3559 = getelementptr inbounds nuw i8, <8 x ptr> %3555, i64 32
-  %wide.masked.gather448.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3558, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3559, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3560 = getelementptr inbounds nuw i8, ptr %364, i64 4352
-  %3561 = getelementptr inbounds nuw i8, ptr %364, i64 4384
-  %3562 = getelementptr inbounds nuw i8, ptr %364, i64 4416
-  %3563 = getelementptr inbounds nuw i8, ptr %364, i64 4448
-  store <8 x float> %wide.masked.gather448.2, ptr %3560, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449.2, ptr %3561, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.2, ptr %3562, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.2, ptr %3563, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3564 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3565 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3566 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3567 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3568 = getelementptr inbounds nuw i8, <8 x ptr> %3564, i64 32
-  %3569 = getelementptr inbounds nuw i8, <8 x ptr> %3565, i64 32
-  %3570 = getelementptr inbounds nuw i8, <8 x ptr> %3566, i64 32
-  %3571 = getelementptr inbounds nuw i8, <8 x ptr> %3567, i64 32
-  %wide.masked.gather448.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3568, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3569, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3570, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3571, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3572 = getelementptr inbounds nuw i8, ptr %364, i64 4480
-  %3573 = getelementptr inbounds nuw i8, ptr %364, i64 4512
-  %3574 = getelementptr inbounds nuw i8, ptr %364, i64 4544
-  %3575 = getelementptr inbounds nuw i8, ptr %364, i64 4576
-  store <8 x float> %wide.masked.gather448.3, ptr %3572, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather449.3, ptr %3573, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.3, ptr %3574, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.3, ptr %3575, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+vector.body443:                                   ; preds = %for_end_d.7.i
+  %3600 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3601 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3602 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3603 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3604 = getelementptr inbounds nuw i8, <8 x ptr> %3600, i64 32
+  %3605 = getelementptr inbounds nuw i8, <8 x ptr> %3601, i64 32
+  %3606 = getelementptr inbounds nuw i8, <8 x ptr> %3602, i64 32
+  %3607 = getelementptr inbounds nuw i8, <8 x ptr> %3603, i64 32
+  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3604, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3605, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3608 = getelementptr inbounds nuw i8, ptr %416, i64 4128
+  %3609 = getelementptr inbounds nuw i8, ptr %416, i64 4160
+  %3610 = getelementptr inbounds nuw i8, ptr %416, i64 4192
+  store <8 x float> %wide.masked.gather449, ptr %3599, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450, ptr %3608, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451, ptr %3609, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452, ptr %3610, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3612 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3615 = getelementptr inbounds nuw i8, <8 x ptr> %3611, i64 32
+  %3616 = getelementptr inbounds nuw i8, <8 x ptr> %3612, i64 32
+  %3617 = getelementptr inbounds nuw i8, <8 x ptr> %3613, i64 32
+  %3618 = getelementptr inbounds nuw i8, <8 x ptr> %3614, i64 32
+  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3615, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3616, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3619 = getelementptr inbounds nuw i8, ptr %416, i64 4224
+  %3620 = getelementptr inbounds nuw i8, ptr %416, i64 4256
+  %3621 = getelementptr inbounds nuw i8, ptr %416, i64 4288
+  %3622 = getelementptr inbounds nuw i8, ptr %416, i64 4320
+  store <8 x float> %wide.masked.gather449.1, ptr %3619, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.1, ptr %3620, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.1, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.1, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3624 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 32
+  %3628 = getelementptr inbounds nuw i8, <8 x ptr> %3624, i64 32
+  %3629 = getelementptr inbounds nuw i8, <8 x ptr> %3625, i64 32
+  %3630 = getelementptr inbounds nuw i8, <8 x ptr> %3626, i64 32
+  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3628, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3631 = getelementptr inbounds nuw i8, ptr %416, i64 4352
+  %3632 = getelementptr inbounds nuw i8, ptr %416, i64 4384
+  %3633 = getelementptr inbounds nuw i8, ptr %416, i64 4416
+  %3634 = getelementptr inbounds nuw i8, ptr %416, i64 4448
+  store <8 x float> %wide.masked.gather449.2, ptr %3631, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.2, ptr %3632, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.2, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.2, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3635 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3636 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3639 = getelementptr inbounds nuw i8, <8 x ptr> %3635, i64 32
+  %3640 = getelementptr inbounds nuw i8, <8 x ptr> %3636, i64 32
+  %3641 = getelementptr inbounds nuw i8, <8 x ptr> %3637, i64 32
+  %3642 = getelementptr inbounds nuw i8, <8 x ptr> %3638, i64 32
+  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3639, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3640, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3643 = getelementptr inbounds nuw i8, ptr %416, i64 4480
+  %3644 = getelementptr inbounds nuw i8, ptr %416, i64 4512
+  %3645 = getelementptr inbounds nuw i8, ptr %416, i64 4544
+  %3646 = getelementptr inbounds nuw i8, ptr %416, i64 4576
+  store <8 x float> %wide.masked.gather449.3, ptr %3643, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.3, ptr %3644, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.3, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.3, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
   %indvars.iv635.8.i = phi i64 [ %indvars.iv.next636.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
   %.idx763.i = shl nuw nsw i64 %indvars.iv635.8.i, 6
-  %3576 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i
-  %3577 = getelementptr inbounds nuw i8, ptr %3576, i64 32
-  %3578 = load float, ptr %3577, align 4, !tbaa !5
-  %3579 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv635.8.i
-  store float %3578, ptr %3579, align 4, !tbaa !5
+  %3647 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i
+  %3648 = getelementptr inbounds nuw i8, ptr %3647, i64 32
+  %3649 = load float, ptr %3648, align 4, !tbaa !5
+  %3650 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv635.8.i
+  store float %3649, ptr %3650, align 4, !tbaa !5
   %indvars.iv.next636.8.i = or disjoint i64 %indvars.iv635.8.i, 1
   %.idx763.i.1 = shl nuw nsw i64 %indvars.iv.next636.8.i, 6
-  %3580 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.1
-  %3581 = getelementptr inbounds nuw i8, ptr %3580, i64 32
-  %3582 = load float, ptr %3581, align 4, !tbaa !5
-  %3583 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i
-  store float %3582, ptr %3583, align 4, !tbaa !5
+  %3651 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.1
+  %3652 = getelementptr inbounds nuw i8, ptr %3651, i64 32
+  %3653 = load float, ptr %3652, align 4, !tbaa !5
+  %3654 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i
+  store float %3653, ptr %3654, align 4, !tbaa !5
   %indvars.iv.next636.8.i.1 = or disjoint i64 %indvars.iv635.8.i, 2
   %.idx763.i.2 = shl nuw nsw i64 %indvars.iv.next636.8.i.1, 6
-  %3584 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.2
-  %3585 = getelementptr inbounds nuw i8, ptr %3584, i64 32
-  %3586 = load float, ptr %3585, align 4, !tbaa !5
-  %3587 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.1
-  store float %3586, ptr %3587, align 4, !tbaa !5
+  %3655 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.2
+  %3656 = getelementptr inbounds nuw i8, ptr %3655, i64 32
+  %3657 = load float, ptr %3656, align 4, !tbaa !5
+  %3658 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.1
+  store float %3657, ptr %3658, align 4, !tbaa !5
   %indvars.iv.next636.8.i.2 = or disjoint i64 %indvars.iv635.8.i, 3
   %.idx763.i.3 = shl nuw nsw i64 %indvars.iv.next636.8.i.2, 6
-  %3588 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.3
-  %3589 = getelementptr inbounds nuw i8, ptr %3588, i64 32
-  %3590 = load float, ptr %3589, align 4, !tbaa !5
-  %3591 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.2
-  store float %3590, ptr %3591, align 4, !tbaa !5
+  %3659 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.3
+  %3660 = getelementptr inbounds nuw i8, ptr %3659, i64 32
+  %3661 = load float, ptr %3660, align 4, !tbaa !5
+  %3662 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.2
+  store float %3661, ptr %3662, align 4, !tbaa !5
   %indvars.iv.next636.8.i.3 = or disjoint i64 %indvars.iv635.8.i, 4
   %.idx763.i.4 = shl nuw nsw i64 %indvars.iv.next636.8.i.3, 6
-  %3592 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.4
-  %3593 = getelementptr inbounds nuw i8, ptr %3592, i64 32
-  %3594 = load float, ptr %3593, align 4, !tbaa !5
-  %3595 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.3
-  store float %3594, ptr %3595, align 4, !tbaa !5
+  %3663 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.4
+  %3664 = getelementptr inbounds nuw i8, ptr %3663, i64 32
+  %3665 = load float, ptr %3664, align 4, !tbaa !5
+  %3666 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.3
+  store float %3665, ptr %3666, align 4, !tbaa !5
   %indvars.iv.next636.8.i.4 = or disjoint i64 %indvars.iv635.8.i, 5
   %.idx763.i.5 = shl nuw nsw i64 %indvars.iv.next636.8.i.4, 6
-  %3596 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.5
-  %3597 = getelementptr inbounds nuw i8, ptr %3596, i64 32
-  %3598 = load float, ptr %3597, align 4, !tbaa !5
-  %3599 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.4
-  store float %3598, ptr %3599, align 4, !tbaa !5
+  %3667 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.5
+  %3668 = getelementptr inbounds nuw i8, ptr %3667, i64 32
+  %3669 = load float, ptr %3668, align 4, !tbaa !5
+  %3670 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.4
+  store float %3669, ptr %3670, align 4, !tbaa !5
   %indvars.iv.next636.8.i.5 = or disjoint i64 %indvars.iv635.8.i, 6
   %.idx763.i.6 = shl nuw nsw i64 %indvars.iv.next636.8.i.5, 6
-  %3600 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.6
-  %3601 = getelementptr inbounds nuw i8, ptr %3600, i64 32
-  %3602 = load float, ptr %3601, align 4, !tbaa !5
-  %3603 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.5
-  store float %3602, ptr %3603, align 4, !tbaa !5
+  %3671 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.6
+  %3672 = getelementptr inbounds nuw i8, ptr %3671, i64 32
+  %3673 = load float, ptr %3672, align 4, !tbaa !5
+  %3674 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.5
+  store float %3673, ptr %3674, align 4, !tbaa !5
   %indvars.iv.next636.8.i.6 = or disjoint i64 %indvars.iv635.8.i, 7
   %.idx763.i.7 = shl nuw nsw i64 %indvars.iv.next636.8.i.6, 6
-  %3604 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.7
-  %3605 = getelementptr inbounds nuw i8, ptr %3604, i64 32
-  %3606 = load float, ptr %3605, align 4, !tbaa !5
-  %3607 = getelementptr inbounds nuw float, ptr %3528, i64 %indvars.iv.next636.8.i.6
-  store float %3606, ptr %3607, align 4, !tbaa !5
+  %3675 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.7
+  %3676 = getelementptr inbounds nuw i8, ptr %3675, i64 32
+  %3677 = load float, ptr %3676, align 4, !tbaa !5
+  %3678 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.6
+  store float %3677, ptr %3678, align 4, !tbaa !5
   %indvars.iv.next636.8.i.7 = add nuw nsw i64 %indvars.iv635.8.i, 8
   %exitcond638.8.not.i.7 = icmp eq i64 %indvars.iv.next636.8.i.7, 128
   br i1 %exitcond638.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
 
-for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body442
-  %3608 = getelementptr inbounds nuw i8, ptr %364, i64 4608
-  %scevgep412 = getelementptr i8, ptr %acc.i, i64 36
-  %scevgep413 = getelementptr i8, ptr %acc.i, i64 8168
-  %bound0414 = icmp ult ptr %scevgep410, %scevgep413
-  %bound1415 = icmp ult ptr %scevgep412, %scevgep411
-  %found.conflict416 = and i1 %bound0414, %bound1415
-  br i1 %found.conflict416, label %for_body_d.9.i, label %vector.body419, !prof !17
+for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body443
+  %3679 = getelementptr inbounds nuw i8, ptr %416, i64 4608
+  %scevgep413 = getelementptr i8, ptr %acc.i, i64 36
+  %scevgep414 = getelementptr i8, ptr %acc.i, i64 8168
+  %bound0415 = icmp ult ptr %scevgep411, %scevgep414
+  %bound1416 = icmp ult ptr %scevgep413, %scevgep412
+  %found.conflict417 = and i1 %bound0415, %bound1416
+  br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !17
 
-vector.body419:                                   ; preds = %for_end_d.8.i
-  %3609 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3610 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3612 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3613 = getelementptr inbounds nuw i8, <8 x ptr> %3609, i64 36
-  %3614 = getelementptr inbounds nuw i8, <8 x ptr> %3610, i64 36
-  %3615 = getelementptr inbounds nuw i8, <8 x ptr> %3611, i64 36
-  %3616 = getelementptr inbounds nuw i8, <8 x ptr> %3612, i64 36
-  %wide.masked.gather425 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3613, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3614, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3615, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3616, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3617 = getelementptr inbounds nuw i8, ptr %364, i64 4640
-  %3618 = getelementptr inbounds nuw i8, ptr %364, i64 4672
-  %3619 = getelementptr inbounds nuw i8, ptr %364, i64 4704
-  store <8 x float> %wide.masked.gather425, ptr %3608, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426, ptr %3617, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427, ptr %3618, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428, ptr %3619, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3620 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3621 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3622 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3624 = getelementptr inbounds nuw i8, <8 x ptr> %3620, i64 36
-  %3625 = getelementptr inbounds nuw i8, <8 x ptr> %3621, i64 36
-  %3626 = getelementptr inbounds nuw i8, <8 x ptr> %3622, i64 36
-  %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 36
-  %wide.masked.gather425.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3624, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3625, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3626, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3628 = getelementptr inbounds nuw i8, ptr %364, i64 4736
-  %3629 = getelementptr inbounds nuw i8, ptr %364, i64 4768
-  %3630 = getelementptr inbounds nuw i8, ptr %364, i64 4800
-  %3631 = getelementptr inbounds nuw i8, ptr %364, i64 4832
-  store <8 x float> %wide.masked.gather425.1, ptr %3628, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426.1, ptr %3629, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.1, ptr %3630, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.1, ptr %3631, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3632 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3633 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3634 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3635 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3636 = getelementptr inbounds nuw i8, <8 x ptr> %3632, i64 36
-  %3637 = getelementptr inbounds nuw i8, <8 x ptr> %3633, i64 36
-  %3638 = getelementptr inbounds nuw i8, <8 x ptr> %3634, i64 36
-  %3639 = getelementptr inbounds nuw i8, <8 x ptr> %3635, i64 36
-  %wide.masked.gather425.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3636, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3637, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3638, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3639, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3640 = getelementptr inbounds nuw i8, ptr %364, i64 4864
-  %3641 = getelementptr inbounds nuw i8, ptr %364, i64 4896
-  %3642 = getelementptr inbounds nuw i8, ptr %364, i64 4928
-  %3643 = getelementptr inbounds nuw i8, ptr %364, i64 4960
-  store <8 x float> %wide.masked.gather425.2, ptr %3640, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426.2, ptr %3641, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.2, ptr %3642, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.2, ptr %3643, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3644 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3645 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3646 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3647 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3648 = getelementptr inbounds nuw i8, <8 x ptr> %3644, i64 36
-  %3649 = getelementptr inbounds nuw i8, <8 x ptr> %3645, i64 36
-  %3650 = getelementptr inbounds nuw i8, <8 x ptr> %3646, i64 36
-  %3651 = getelementptr inbounds nuw i8, <8 x ptr> %3647, i64 36
-  %wide.masked.gather425.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3648, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3649, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3650, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3651, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3652 = getelementptr inbounds nuw i8, ptr %364, i64 4992
-  %3653 = getelementptr inbounds nuw i8, ptr %364, i64 5024
-  %3654 = getelementptr inbounds nuw i8, ptr %364, i64 5056
-  %3655 = getelementptr inbounds nuw i8, ptr %364, i64 5088
-  store <8 x float> %wide.masked.gather425.3, ptr %3652, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather426.3, ptr %3653, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.3, ptr %3654, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.3, ptr %3655, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+vector.body420:                                   ; preds = %for_end_d.8.i
+  %3680 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3681 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3682 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3683 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3684 = getelementptr inbounds nuw i8, <8 x ptr> %3680, i64 36
+  %3685 = getelementptr inbounds nuw i8, <8 x ptr> %3681, i64 36
+  %3686 = getelementptr inbounds nuw i8, <8 x ptr> %3682, i64 36
+  %3687 = getelementptr inbounds nuw i8, <8 x ptr> %3683, i64 36
+  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3684, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3685, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3688 = getelementptr inbounds nuw i8, ptr %416, i64 4640
+  %3689 = getelementptr inbounds nuw i8, ptr %416, i64 4672
+  %3690 = getelementptr inbounds nuw i8, ptr %416, i64 4704
+  store <8 x float> %wide.masked.gather426, ptr %3679, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427, ptr %3688, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428, ptr %3689, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429, ptr %3690, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3692 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3695 = getelementptr inbounds nuw i8, <8 x ptr> %3691, i64 36
+  %3696 = getelementptr inbounds nuw i8, <8 x ptr> %3692, i64 36
+  %3697 = getelementptr inbounds nuw i8, <8 x ptr> %3693, i64 36
+  %3698 = getelementptr inbounds nuw i8, <8 x ptr> %3694, i64 36
+  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3695, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3696, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3699 = getelementptr inbounds nuw i8, ptr %416, i64 4736
+  %3700 = getelementptr inbounds nuw i8, ptr %416, i64 4768
+  %3701 = getelementptr inbounds nuw i8, ptr %416, i64 4800
+  %3702 = getelementptr inbounds nuw i8, ptr %416, i64 4832
+  store <8 x float> %wide.masked.gather426.1, ptr %3699, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.1, ptr %3700, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.1, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.1, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3704 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 36
+  %3708 = getelementptr inbounds nuw i8, <8 x ptr> %3704, i64 36
+  %3709 = getelementptr inbounds nuw i8, <8 x ptr> %3705, i64 36
+  %3710 = getelementptr inbounds nuw i8, <8 x ptr> %3706, i64 36
+  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3711 = getelementptr inbounds nuw i8, ptr %416, i64 4864
+  %3712 = getelementptr inbounds nuw i8, ptr %416, i64 4896
+  %3713 = getelementptr inbounds nuw i8, ptr %416, i64 4928
+  %3714 = getelementptr inbounds nuw i8, ptr %416, i64 4960
+  store <8 x float> %wide.masked.gather426.2, ptr %3711, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.2, ptr %3712, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.2, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.2, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3715 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3716 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3719 = getelementptr inbounds nuw i8, <8 x ptr> %3715, i64 36
+  %3720 = getelementptr inbounds nuw i8, <8 x ptr> %3716, i64 36
+  %3721 = getelementptr inbounds nuw i8, <8 x ptr> %3717, i64 36
+  %3722 = getelementptr inbounds nuw i8, <8 x ptr> %3718, i64 36
+  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3719, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3720, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3723 = getelementptr inbounds nuw i8, ptr %416, i64 4992
+  %3724 = getelementptr inbounds nuw i8, ptr %416, i64 5024
+  %3725 = getelementptr inbounds nuw i8, ptr %416, i64 5056
+  %3726 = getelementptr inbounds nuw i8, ptr %416, i64 5088
+  store <8 x float> %wide.masked.gather426.3, ptr %3723, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.3, ptr %3724, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.3, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.3, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
   %indvars.iv635.9.i = phi i64 [ %indvars.iv.next636.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
   %.idx764.i = shl nuw nsw i64 %indvars.iv635.9.i, 6
-  %3656 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
-  %3657 = getelementptr inbounds nuw i8, ptr %3656, i64 36
-  %3658 = load float, ptr %3657, align 4, !tbaa !5
-  %3659 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv635.9.i
-  store float %3658, ptr %3659, align 4, !tbaa !5
+  %3727 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
+  %3728 = getelementptr inbounds nuw i8, ptr %3727, i64 36
+  %3729 = load float, ptr %3728, align 4, !tbaa !5
+  %3730 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv635.9.i
+  store float %3729, ptr %3730, align 4, !tbaa !5
   %indvars.iv.next636.9.i = or disjoint i64 %indvars.iv635.9.i, 1
   %.idx764.i.1 = shl nuw nsw i64 %indvars.iv.next636.9.i, 6
-  %3660 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
-  %3661 = getelementptr inbounds nuw i8, ptr %3660, i64 36
-  %3662 = load float, ptr %3661, align 4, !tbaa !5
-  %3663 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i
-  store float %3662, ptr %3663, align 4, !tbaa !5
+  %3731 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
+  %3732 = getelementptr inbounds nuw i8, ptr %3731, i64 36
+  %3733 = load float, ptr %3732, align 4, !tbaa !5
+  %3734 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i
+  store float %3733, ptr %3734, align 4, !tbaa !5
   %indvars.iv.next636.9.i.1 = or disjoint i64 %indvars.iv635.9.i, 2
   %.idx764.i.2 = shl nuw nsw i64 %indvars.iv.next636.9.i.1, 6
-  %3664 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
-  %3665 = getelementptr inbounds nuw i8, ptr %3664, i64 36
-  %3666 = load float, ptr %3665, align 4, !tbaa !5
-  %3667 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.1
-  store float %3666, ptr %3667, align 4, !tbaa !5
+  %3735 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
+  %3736 = getelementptr inbounds nuw i8, ptr %3735, i64 36
+  %3737 = load float, ptr %3736, align 4, !tbaa !5
+  %3738 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.1
+  store float %3737, ptr %3738, align 4, !tbaa !5
   %indvars.iv.next636.9.i.2 = or disjoint i64 %indvars.iv635.9.i, 3
   %.idx764.i.3 = shl nuw nsw i64 %indvars.iv.next636.9.i.2, 6
-  %3668 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
-  %3669 = getelementptr inbounds nuw i8, ptr %3668, i64 36
-  %3670 = load float, ptr %3669, align 4, !tbaa !5
-  %3671 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.2
-  store float %3670, ptr %3671, align 4, !tbaa !5
+  %3739 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
+  %3740 = getelementptr inbounds nuw i8, ptr %3739, i64 36
+  %3741 = load float, ptr %3740, align 4, !tbaa !5
+  %3742 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.2
+  store float %3741, ptr %3742, align 4, !tbaa !5
   %indvars.iv.next636.9.i.3 = or disjoint i64 %indvars.iv635.9.i, 4
   %.idx764.i.4 = shl nuw nsw i64 %indvars.iv.next636.9.i.3, 6
-  %3672 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
-  %3673 = getelementptr inbounds nuw i8, ptr %3672, i64 36
-  %3674 = load float, ptr %3673, align 4, !tbaa !5
-  %3675 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.3
-  store float %3674, ptr %3675, align 4, !tbaa !5
+  %3743 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
+  %3744 = getelementptr inbounds nuw i8, ptr %3743, i64 36
+  %3745 = load float, ptr %3744, align 4, !tbaa !5
+  %3746 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.3
+  store float %3745, ptr %3746, align 4, !tbaa !5
   %indvars.iv.next636.9.i.4 = or disjoint i64 %indvars.iv635.9.i, 5
   %.idx764.i.5 = shl nuw nsw i64 %indvars.iv.next636.9.i.4, 6
-  %3676 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
-  %3677 = getelementptr inbounds nuw i8, ptr %3676, i64 36
-  %3678 = load float, ptr %3677, align 4, !tbaa !5
-  %3679 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.4
-  store float %3678, ptr %3679, align 4, !tbaa !5
+  %3747 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
+  %3748 = getelementptr inbounds nuw i8, ptr %3747, i64 36
+  %3749 = load float, ptr %3748, align 4, !tbaa !5
+  %3750 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.4
+  store float %3749, ptr %3750, align 4, !tbaa !5
   %indvars.iv.next636.9.i.5 = or disjoint i64 %indvars.iv635.9.i, 6
   %.idx764.i.6 = shl nuw nsw i64 %indvars.iv.next636.9.i.5, 6
-  %3680 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
-  %3681 = getelementptr inbounds nuw i8, ptr %3680, i64 36
-  %3682 = load float, ptr %3681, align 4, !tbaa !5
-  %3683 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.5
-  store float %3682, ptr %3683, align 4, !tbaa !5
+  %3751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
+  %3752 = getelementptr inbounds nuw i8, ptr %3751, i64 36
+  %3753 = load float, ptr %3752, align 4, !tbaa !5
+  %3754 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.5
+  store float %3753, ptr %3754, align 4, !tbaa !5
   %indvars.iv.next636.9.i.6 = or disjoint i64 %indvars.iv635.9.i, 7
   %.idx764.i.7 = shl nuw nsw i64 %indvars.iv.next636.9.i.6, 6
-  %3684 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
-  %3685 = getelementptr inbounds nuw i8, ptr %3684, i64 36
-  %3686 = load float, ptr %3685, align 4, !tbaa !5
-  %3687 = getelementptr inbounds nuw float, ptr %3608, i64 %indvars.iv.next636.9.i.6
-  store float %3686, ptr %3687, align 4, !tbaa !5
+  %3755 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
+  %3756 = getelementptr inbounds nuw i8, ptr %3755, i64 36
+  %3757 = load float, ptr %3756, align 4, !tbaa !5
+  %3758 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.6
+  store float %3757, ptr %3758, align 4, !tbaa !5
   %indvars.iv.next636.9.i.7 = add nuw nsw i64 %indvars.iv635.9.i, 8
   %exitcond638.9.not.i.7 = icmp eq i64 %indvars.iv.next636.9.i.7, 128
   br i1 %exitcond638.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
 
-for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body419
-  %3688 = getelementptr inbounds nuw i8, ptr %364, i64 5120
-  %scevgep389 = getelementptr i8, ptr %acc.i, i64 40
-  %scevgep390 = getelementptr i8, ptr %acc.i, i64 8172
-  %bound0391 = icmp ult ptr %scevgep387, %scevgep390
-  %bound1392 = icmp ult ptr %scevgep389, %scevgep388
-  %found.conflict393 = and i1 %bound0391, %bound1392
-  br i1 %found.conflict393, label %for_body_d.10.i, label %vector.body396, !prof !17
+for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body420
+  %3759 = getelementptr inbounds nuw i8, ptr %416, i64 5120
+  %scevgep390 = getelementptr i8, ptr %acc.i, i64 40
+  %scevgep391 = getelementptr i8, ptr %acc.i, i64 8172
+  %bound0392 = icmp ult ptr %scevgep388, %scevgep391
+  %bound1393 = icmp ult ptr %scevgep390, %scevgep389
+  %found.conflict394 = and i1 %bound0392, %bound1393
+  br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !17
 
-vector.body396:                                   ; preds = %for_end_d.9.i
-  %3689 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3690 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3692 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3693 = getelementptr inbounds nuw i8, <8 x ptr> %3689, i64 40
-  %3694 = getelementptr inbounds nuw i8, <8 x ptr> %3690, i64 40
-  %3695 = getelementptr inbounds nuw i8, <8 x ptr> %3691, i64 40
-  %3696 = getelementptr inbounds nuw i8, <8 x ptr> %3692, i64 40
-  %wide.masked.gather402 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3693, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3694, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3695, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3696, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3697 = getelementptr inbounds nuw i8, ptr %364, i64 5152
-  %3698 = getelementptr inbounds nuw i8, ptr %364, i64 5184
-  %3699 = getelementptr inbounds nuw i8, ptr %364, i64 5216
-  store <8 x float> %wide.masked.gather402, ptr %3688, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403, ptr %3697, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404, ptr %3698, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405, ptr %3699, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3700 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3701 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3702 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3704 = getelementptr inbounds nuw i8, <8 x ptr> %3700, i64 40
-  %3705 = getelementptr inbounds nuw i8, <8 x ptr> %3701, i64 40
-  %3706 = getelementptr inbounds nuw i8, <8 x ptr> %3702, i64 40
-  %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 40
-  %wide.masked.gather402.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3704, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3705, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3706, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3708 = getelementptr inbounds nuw i8, ptr %364, i64 5248
-  %3709 = getelementptr inbounds nuw i8, ptr %364, i64 5280
-  %3710 = getelementptr inbounds nuw i8, ptr %364, i64 5312
-  %3711 = getelementptr inbounds nuw i8, ptr %364, i64 5344
-  store <8 x float> %wide.masked.gather402.1, ptr %3708, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403.1, ptr %3709, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.1, ptr %3710, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.1, ptr %3711, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3712 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3713 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3714 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3715 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3716 = getelementptr inbounds nuw i8, <8 x ptr> %3712, i64 40
-  %3717 = getelementptr inbounds nuw i8, <8 x ptr> %3713, i64 40
-  %3718 = getelementptr inbounds nuw i8, <8 x ptr> %3714, i64 40
-  %3719 = getelementptr inbounds nuw i8, <8 x ptr> %3715, i64 40
-  %wide.masked.gather402.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3718, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3719, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3720 = getelementptr inbounds nuw i8, ptr %364, i64 5376
-  %3721 = getelementptr inbounds nuw i8, ptr %364, i64 5408
-  %3722 = getelementptr inbounds nuw i8, ptr %364, i64 5440
-  %3723 = getelementptr inbounds nuw i8, ptr %364, i64 5472
-  store <8 x float> %wide.masked.gather402.2, ptr %3720, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403.2, ptr %3721, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.2, ptr %3722, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.2, ptr %3723, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3724 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3725 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3726 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3727 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3728 = getelementptr inbounds nuw i8, <8 x ptr> %3724, i64 40
-  %3729 = getelementptr inbounds nuw i8, <8 x ptr> %3725, i64 40
-  %3730 = getelementptr inbounds nuw i8, <8 x ptr> %3726, i64 40
-  %3731 = getelementptr inbounds nuw i8, <8 x ptr> %3727, i64 40
-  %wide.masked.gather402.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3728, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3729, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3731, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3732 = getelementptr inbounds nuw i8, ptr %364, i64 5504
-  %3733 = getelementptr inbounds nuw i8, ptr %364, i64 5536
-  %3734 = getelementptr inbounds nuw i8, ptr %364, i64 5568
-  %3735 = getelementptr inbounds nuw i8, ptr %364, i64 5600
-  store <8 x float> %wide.masked.gather402.3, ptr %3732, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather403.3, ptr %3733, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.3, ptr %3734, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.3, ptr %3735, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+vector.body397:                                   ; preds = %for_end_d.9.i
+  %3760 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3761 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3762 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3763 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3764 = getelementptr inbounds nuw i8, <8 x ptr> %3760, i64 40
+  %3765 = getelementptr inbounds nuw i8, <8 x ptr> %3761, i64 40
+  %3766 = getelementptr inbounds nuw i8, <8 x ptr> %3762, i64 40
+  %3767 = getelementptr inbounds nuw i8, <8 x ptr> %3763, i64 40
+  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3764, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3765, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3768 = getelementptr inbounds nuw i8, ptr %416, i64 5152
+  %3769 = getelementptr inbounds nuw i8, ptr %416, i64 5184
+  %3770 = getelementptr inbounds nuw i8, ptr %416, i64 5216
+  store <8 x float> %wide.masked.gather403, ptr %3759, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404, ptr %3768, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405, ptr %3769, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406, ptr %3770, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3772 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3775 = getelementptr inbounds nuw i8, <8 x ptr> %3771, i64 40
+  %3776 = getelementptr inbounds nuw i8, <8 x ptr> %3772, i64 40
+  %3777 = getelementptr inbounds nuw i8, <8 x ptr> %3773, i64 40
+  %3778 = getelementptr inbounds nuw i8, <8 x ptr> %3774, i64 40
+  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3775, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3776, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3779 = getelementptr inbounds nuw i8, ptr %416, i64 5248
+  %3780 = getelementptr inbounds nuw i8, ptr %416, i64 5280
+  %3781 = getelementptr inbounds nuw i8, ptr %416, i64 5312
+  %3782 = getelementptr inbounds nuw i8, ptr %416, i64 5344
+  store <8 x float> %wide.masked.gather403.1, ptr %3779, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.1, ptr %3780, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.1, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.1, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3784 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 40
+  %3788 = getelementptr inbounds nuw i8, <8 x ptr> %3784, i64 40
+  %3789 = getelementptr inbounds nuw i8, <8 x ptr> %3785, i64 40
+  %3790 = getelementptr inbounds nuw i8, <8 x ptr> %3786, i64 40
+  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3788, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3791 = getelementptr inbounds nuw i8, ptr %416, i64 5376
+  %3792 = getelementptr inbounds nuw i8, ptr %416, i64 5408
+  %3793 = getelementptr inbounds nuw i8, ptr %416, i64 5440
+  %3794 = getelementptr inbounds nuw i8, ptr %416, i64 5472
+  store <8 x float> %wide.masked.gather403.2, ptr %3791, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.2, ptr %3792, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.2, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.2, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3795 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3796 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3799 = getelementptr inbounds nuw i8, <8 x ptr> %3795, i64 40
+  %3800 = getelementptr inbounds nuw i8, <8 x ptr> %3796, i64 40
+  %3801 = getelementptr inbounds nuw i8, <8 x ptr> %3797, i64 40
+  %3802 = getelementptr inbounds nuw i8, <8 x ptr> %3798, i64 40
+  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3799, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3800, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3803 = getelementptr inbounds nuw i8, ptr %416, i64 5504
+  %3804 = getelementptr inbounds nuw i8, ptr %416, i64 5536
+  %3805 = getelementptr inbounds nuw i8, ptr %416, i64 5568
+  %3806 = getelementptr inbounds nuw i8, ptr %416, i64 5600
+  store <8 x float> %wide.masked.gather403.3, ptr %3803, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.3, ptr %3804, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.3, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.3, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
   %indvars.iv635.10.i = phi i64 [ %indvars.iv.next636.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
   %.idx765.i = shl nuw nsw i64 %indvars.iv635.10.i, 6
-  %3736 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
-  %3737 = getelementptr inbounds nuw i8, ptr %3736, i64 40
-  %3738 = load float, ptr %3737, align 4, !tbaa !5
-  %3739 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv635.10.i
-  store float %3738, ptr %3739, align 4, !tbaa !5
+  %3807 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
+  %3808 = getelementptr inbounds nuw i8, ptr %3807, i64 40
+  %3809 = load float, ptr %3808, align 4, !tbaa !5
+  %3810 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv635.10.i
+  store float %3809, ptr %3810, align 4, !tbaa !5
   %indvars.iv.next636.10.i = or disjoint i64 %indvars.iv635.10.i, 1
   %.idx765.i.1 = shl nuw nsw i64 %indvars.iv.next636.10.i, 6
-  %3740 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
-  %3741 = getelementptr inbounds nuw i8, ptr %3740, i64 40
-  %3742 = load float, ptr %3741, align 4, !tbaa !5
-  %3743 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i
-  store float %3742, ptr %3743, align 4, !tbaa !5
+  %3811 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
+  %3812 = getelementptr inbounds nuw i8, ptr %3811, i64 40
+  %3813 = load float, ptr %3812, align 4, !tbaa !5
+  %3814 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i
+  store float %3813, ptr %3814, align 4, !tbaa !5
   %indvars.iv.next636.10.i.1 = or disjoint i64 %indvars.iv635.10.i, 2
   %.idx765.i.2 = shl nuw nsw i64 %indvars.iv.next636.10.i.1, 6
-  %3744 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
-  %3745 = getelementptr inbounds nuw i8, ptr %3744, i64 40
-  %3746 = load float, ptr %3745, align 4, !tbaa !5
-  %3747 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.1
-  store float %3746, ptr %3747, align 4, !tbaa !5
+  %3815 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
+  %3816 = getelementptr inbounds nuw i8, ptr %3815, i64 40
+  %3817 = load float, ptr %3816, align 4, !tbaa !5
+  %3818 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.1
+  store float %3817, ptr %3818, align 4, !tbaa !5
   %indvars.iv.next636.10.i.2 = or disjoint i64 %indvars.iv635.10.i, 3
   %.idx765.i.3 = shl nuw nsw i64 %indvars.iv.next636.10.i.2, 6
-  %3748 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
-  %3749 = getelementptr inbounds nuw i8, ptr %3748, i64 40
-  %3750 = load float, ptr %3749, align 4, !tbaa !5
-  %3751 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.2
-  store float %3750, ptr %3751, align 4, !tbaa !5
+  %3819 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
+  %3820 = getelementptr inbounds nuw i8, ptr %3819, i64 40
+  %3821 = load float, ptr %3820, align 4, !tbaa !5
+  %3822 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.2
+  store float %3821, ptr %3822, align 4, !tbaa !5
   %indvars.iv.next636.10.i.3 = or disjoint i64 %indvars.iv635.10.i, 4
   %.idx765.i.4 = shl nuw nsw i64 %indvars.iv.next636.10.i.3, 6
-  %3752 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
-  %3753 = getelementptr inbounds nuw i8, ptr %3752, i64 40
-  %3754 = load float, ptr %3753, align 4, !tbaa !5
-  %3755 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.3
-  store float %3754, ptr %3755, align 4, !tbaa !5
+  %3823 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
+  %3824 = getelementptr inbounds nuw i8, ptr %3823, i64 40
+  %3825 = load float, ptr %3824, align 4, !tbaa !5
+  %3826 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.3
+  store float %3825, ptr %3826, align 4, !tbaa !5
   %indvars.iv.next636.10.i.4 = or disjoint i64 %indvars.iv635.10.i, 5
   %.idx765.i.5 = shl nuw nsw i64 %indvars.iv.next636.10.i.4, 6
-  %3756 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
-  %3757 = getelementptr inbounds nuw i8, ptr %3756, i64 40
-  %3758 = load float, ptr %3757, align 4, !tbaa !5
-  %3759 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.4
-  store float %3758, ptr %3759, align 4, !tbaa !5
+  %3827 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
+  %3828 = getelementptr inbounds nuw i8, ptr %3827, i64 40
+  %3829 = load float, ptr %3828, align 4, !tbaa !5
+  %3830 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.4
+  store float %3829, ptr %3830, align 4, !tbaa !5
   %indvars.iv.next636.10.i.5 = or disjoint i64 %indvars.iv635.10.i, 6
   %.idx765.i.6 = shl nuw nsw i64 %indvars.iv.next636.10.i.5, 6
-  %3760 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
-  %3761 = getelementptr inbounds nuw i8, ptr %3760, i64 40
-  %3762 = load float, ptr %3761, align 4, !tbaa !5
-  %3763 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.5
-  store float %3762, ptr %3763, align 4, !tbaa !5
+  %3831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
+  %3832 = getelementptr inbounds nuw i8, ptr %3831, i64 40
+  %3833 = load float, ptr %3832, align 4, !tbaa !5
+  %3834 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.5
+  store float %3833, ptr %3834, align 4, !tbaa !5
   %indvars.iv.next636.10.i.6 = or disjoint i64 %indvars.iv635.10.i, 7
   %.idx765.i.7 = shl nuw nsw i64 %indvars.iv.next636.10.i.6, 6
-  %3764 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
-  %3765 = getelementptr inbounds nuw i8, ptr %3764, i64 40
-  %3766 = load float, ptr %3765, align 4, !tbaa !5
-  %3767 = getelementptr inbounds nuw float, ptr %3688, i64 %indvars.iv.next636.10.i.6
-  store float %3766, ptr %3767, align 4, !tbaa !5
+  %3835 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
+  %3836 = getelementptr inbounds nuw i8, ptr %3835, i64 40
+  %3837 = load float, ptr %3836, align 4, !tbaa !5
+  %3838 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.6
+  store float %3837, ptr %3838, align 4, !tbaa !5
   %indvars.iv.next636.10.i.7 = add nuw nsw i64 %indvars.iv635.10.i, 8
   %exitcond638.10.not.i.7 = icmp eq i64 %indvars.iv.next636.10.i.7, 128
   br i1 %exitcond638.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
 
-for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body396
-  %3768 = getelementptr inbounds nuw i8, ptr %364, i64 5632
-  %scevgep366 = getelementptr i8, ptr %acc.i, i64 44
-  %scevgep367 = getelementptr i8, ptr %acc.i, i64 8176
-  %bound0368 = icmp ult ptr %scevgep364, %scevgep367
-  %bound1369 = icmp ult ptr %scevgep366, %scevgep365
-  %found.conflict370 = and i1 %bound0368, %bound1369
-  br i1 %found.conflict370, label %for_body_d.11.i, label %vector.body373, !prof !17
+for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body397
+  %3839 = getelementptr inbounds nuw i8, ptr %416, i64 5632
+  %scevgep367 = getelementptr i8, ptr %acc.i, i64 44
+  %scevgep368 = getelementptr i8, ptr %acc.i, i64 8176
+  %bound0369 = icmp ult ptr %scevgep365, %scevgep368
+  %bound1370 = icmp ult ptr %scevgep367, %scevgep366
+  %found.conflict371 = and i1 %bound0369, %bound1370
+  br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !17
 
-vector.body373:                                   ; preds = %for_end_d.10.i
-  %3769 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3770 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3772 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3773 = getelementptr inbounds nuw i8, <8 x ptr> %3769, i64 44
-  %3774 = getelementptr inbounds nuw i8, <8 x ptr> %3770, i64 44
-  %3775 = getelementptr inbounds nuw i8, <8 x ptr> %3771, i64 44
-  %3776 = getelementptr inbounds nuw i8, <8 x ptr> %3772, i64 44
-  %wide.masked.gather379 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3773, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3774, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3775, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3776, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3777 = getelementptr inbounds nuw i8, ptr %364, i64 5664
-  %3778 = getelementptr inbounds nuw i8, ptr %364, i64 5696
-  %3779 = getelementptr inbounds nuw i8, ptr %364, i64 5728
-  store <8 x float> %wide.masked.gather379, ptr %3768, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380, ptr %3777, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381, ptr %3778, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382, ptr %3779, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3780 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3781 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3782 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3784 = getelementptr inbounds nuw i8, <8 x ptr> %3780, i64 44
-  %3785 = getelementptr inbounds nuw i8, <8 x ptr> %3781, i64 44
-  %3786 = getelementptr inbounds nuw i8, <8 x ptr> %3782, i64 44
-  %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 44
-  %wide.masked.gather379.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3784, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3785, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3788 = getelementptr inbounds nuw i8, ptr %364, i64 5760
-  %3789 = getelementptr inbounds nuw i8, ptr %364, i64 5792
-  %3790 = getelementptr inbounds nuw i8, ptr %364, i64 5824
-  %3791 = getelementptr inbounds nuw i8, ptr %364, i64 5856
-  store <8 x float> %wide.masked.gather379.1, ptr %3788, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380.1, ptr %3789, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.1, ptr %3790, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.1, ptr %3791, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3792 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3793 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3794 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3795 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3796 = getelementptr inbounds nuw i8, <8 x ptr> %3792, i64 44
-  %3797 = getelementptr inbounds nuw i8, <8 x ptr> %3793, i64 44
-  %3798 = getelementptr inbounds nuw i8, <8 x ptr> %3794, i64 44
-  %3799 = getelementptr inbounds nuw i8, <8 x ptr> %3795, i64 44
-  %wide.masked.gather379.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3796, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3797, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3798, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3799, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3800 = getelementptr inbounds nuw i8, ptr %364, i64 5888
-  %3801 = getelementptr inbounds nuw i8, ptr %364, i64 5920
-  %3802 = getelementptr inbounds nuw i8, ptr %364, i64 5952
-  %3803 = getelementptr inbounds nuw i8, ptr %364, i64 5984
-  store <8 x float> %wide.masked.gather379.2, ptr %3800, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380.2, ptr %3801, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.2, ptr %3802, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.2, ptr %3803, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3804 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3805 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3806 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3807 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3808 = getelementptr inbounds nuw i8, <8 x ptr> %3804, i64 44
-  %3809 = getelementptr inbounds nuw i8, <8 x ptr> %3805, i64 44
-  %3810 = getelementptr inbounds nuw i8, <8 x ptr> %3806, i64 44
-  %3811 = getelementptr inbounds nuw i8, <8 x ptr> %3807, i64 44
-  %wide.masked.gather379.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3808, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3809, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3810, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3811, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3812 = getelementptr inbounds nuw i8, ptr %364, i64 6016
-  %3813 = getelementptr inbounds nuw i8, ptr %364, i64 6048
-  %3814 = getelementptr inbounds nuw i8, ptr %364, i64 6080
-  %3815 = getelementptr inbounds nuw i8, ptr %364, i64 6112
-  store <8 x float> %wide.masked.gather379.3, ptr %3812, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather380.3, ptr %3813, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.3, ptr %3814, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.3, ptr %3815, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+vector.body374:                                   ; preds = %for_end_d.10.i
+  %3840 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3841 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3842 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3843 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3844 = getelementptr inbounds nuw i8, <8 x ptr> %3840, i64 44
+  %3845 = getelementptr inbounds nuw i8, <8 x ptr> %3841, i64 44
+  %3846 = getelementptr inbounds nuw i8, <8 x ptr> %3842, i64 44
+  %3847 = getelementptr inbounds nuw i8, <8 x ptr> %3843, i64 44
+  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3844, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3845, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3848 = getelementptr inbounds nuw i8, ptr %416, i64 5664
+  %3849 = getelementptr inbounds nuw i8, ptr %416, i64 5696
+  %3850 = getelementptr inbounds nuw i8, ptr %416, i64 5728
+  store <8 x float> %wide.masked.gather380, ptr %3839, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381, ptr %3848, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382, ptr %3849, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383, ptr %3850, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3852 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3855 = getelementptr inbounds nuw i8, <8 x ptr> %3851, i64 44
+  %3856 = getelementptr inbounds nuw i8, <8 x ptr> %3852, i64 44
+  %3857 = getelementptr inbounds nuw i8, <8 x ptr> %3853, i64 44
+  %3858 = getelementptr inbounds nuw i8, <8 x ptr> %3854, i64 44
+  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3855, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3856, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3859 = getelementptr inbounds nuw i8, ptr %416, i64 5760
+  %3860 = getelementptr inbounds nuw i8, ptr %416, i64 5792
+  %3861 = getelementptr inbounds nuw i8, ptr %416, i64 5824
+  %3862 = getelementptr inbounds nuw i8, ptr %416, i64 5856
+  store <8 x float> %wide.masked.gather380.1, ptr %3859, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.1, ptr %3860, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.1, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.1, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3864 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 44
+  %3868 = getelementptr inbounds nuw i8, <8 x ptr> %3864, i64 44
+  %3869 = getelementptr inbounds nuw i8, <8 x ptr> %3865, i64 44
+  %3870 = getelementptr inbounds nuw i8, <8 x ptr> %3866, i64 44
+  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3868, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3871 = getelementptr inbounds nuw i8, ptr %416, i64 5888
+  %3872 = getelementptr inbounds nuw i8, ptr %416, i64 5920
+  %3873 = getelementptr inbounds nuw i8, ptr %416, i64 5952
+  %3874 = getelementptr inbounds nuw i8, ptr %416, i64 5984
+  store <8 x float> %wide.masked.gather380.2, ptr %3871, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.2, ptr %3872, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.2, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.2, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3875 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3876 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3879 = getelementptr inbounds nuw i8, <8 x ptr> %3875, i64 44
+  %3880 = getelementptr inbounds nuw i8, <8 x ptr> %3876, i64 44
+  %3881 = getelementptr inbounds nuw i8, <8 x ptr> %3877, i64 44
+  %3882 = getelementptr inbounds nuw i8, <8 x ptr> %3878, i64 44
+  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3879, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3880, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3883 = getelementptr inbounds nuw i8, ptr %416, i64 6016
+  %3884 = getelementptr inbounds nuw i8, ptr %416, i64 6048
+  %3885 = getelementptr inbounds nuw i8, ptr %416, i64 6080
+  %3886 = getelementptr inbounds nuw i8, ptr %416, i64 6112
+  store <8 x float> %wide.masked.gather380.3, ptr %3883, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.3, ptr %3884, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.3, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.3, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
   %indvars.iv635.11.i = phi i64 [ %indvars.iv.next636.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
   %.idx766.i = shl nuw nsw i64 %indvars.iv635.11.i, 6
-  %3816 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
-  %3817 = getelementptr inbounds nuw i8, ptr %3816, i64 44
-  %3818 = load float, ptr %3817, align 4, !tbaa !5
-  %3819 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv635.11.i
-  store float %3818, ptr %3819, align 4, !tbaa !5
+  %3887 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
+  %3888 = getelementptr inbounds nuw i8, ptr %3887, i64 44
+  %3889 = load float, ptr %3888, align 4, !tbaa !5
+  %3890 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv635.11.i
+  store float %3889, ptr %3890, align 4, !tbaa !5
   %indvars.iv.next636.11.i = or disjoint i64 %indvars.iv635.11.i, 1
   %.idx766.i.1 = shl nuw nsw i64 %indvars.iv.next636.11.i, 6
-  %3820 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
-  %3821 = getelementptr inbounds nuw i8, ptr %3820, i64 44
-  %3822 = load float, ptr %3821, align 4, !tbaa !5
-  %3823 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i
-  store float %3822, ptr %3823, align 4, !tbaa !5
+  %3891 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
+  %3892 = getelementptr inbounds nuw i8, ptr %3891, i64 44
+  %3893 = load float, ptr %3892, align 4, !tbaa !5
+  %3894 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i
+  store float %3893, ptr %3894, align 4, !tbaa !5
   %indvars.iv.next636.11.i.1 = or disjoint i64 %indvars.iv635.11.i, 2
   %.idx766.i.2 = shl nuw nsw i64 %indvars.iv.next636.11.i.1, 6
-  %3824 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
-  %3825 = getelementptr inbounds nuw i8, ptr %3824, i64 44
-  %3826 = load float, ptr %3825, align 4, !tbaa !5
-  %3827 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.1
-  store float %3826, ptr %3827, align 4, !tbaa !5
+  %3895 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
+  %3896 = getelementptr inbounds nuw i8, ptr %3895, i64 44
+  %3897 = load float, ptr %3896, align 4, !tbaa !5
+  %3898 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.1
+  store float %3897, ptr %3898, align 4, !tbaa !5
   %indvars.iv.next636.11.i.2 = or disjoint i64 %indvars.iv635.11.i, 3
   %.idx766.i.3 = shl nuw nsw i64 %indvars.iv.next636.11.i.2, 6
-  %3828 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
-  %3829 = getelementptr inbounds nuw i8, ptr %3828, i64 44
-  %3830 = load float, ptr %3829, align 4, !tbaa !5
-  %3831 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.2
-  store float %3830, ptr %3831, align 4, !tbaa !5
+  %3899 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
+  %3900 = getelementptr inbounds nuw i8, ptr %3899, i64 44
+  %3901 = load float, ptr %3900, align 4, !tbaa !5
+  %3902 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.2
+  store float %3901, ptr %3902, align 4, !tbaa !5
   %indvars.iv.next636.11.i.3 = or disjoint i64 %indvars.iv635.11.i, 4
   %.idx766.i.4 = shl nuw nsw i64 %indvars.iv.next636.11.i.3, 6
-  %3832 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
-  %3833 = getelementptr inbounds nuw i8, ptr %3832, i64 44
-  %3834 = load float, ptr %3833, align 4, !tbaa !5
-  %3835 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.3
-  store float %3834, ptr %3835, align 4, !tbaa !5
+  %3903 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
+  %3904 = getelementptr inbounds nuw i8, ptr %3903, i64 44
+  %3905 = load float, ptr %3904, align 4, !tbaa !5
+  %3906 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.3
+  store float %3905, ptr %3906, align 4, !tbaa !5
   %indvars.iv.next636.11.i.4 = or disjoint i64 %indvars.iv635.11.i, 5
   %.idx766.i.5 = shl nuw nsw i64 %indvars.iv.next636.11.i.4, 6
-  %3836 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
-  %3837 = getelementptr inbounds nuw i8, ptr %3836, i64 44
-  %3838 = load float, ptr %3837, align 4, !tbaa !5
-  %3839 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.4
-  store float %3838, ptr %3839, align 4, !tbaa !5
+  %3907 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
+  %3908 = getelementptr inbounds nuw i8, ptr %3907, i64 44
+  %3909 = load float, ptr %3908, align 4, !tbaa !5
+  %3910 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.4
+  store float %3909, ptr %3910, align 4, !tbaa !5
   %indvars.iv.next636.11.i.5 = or disjoint i64 %indvars.iv635.11.i, 6
   %.idx766.i.6 = shl nuw nsw i64 %indvars.iv.next636.11.i.5, 6
-  %3840 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
-  %3841 = getelementptr inbounds nuw i8, ptr %3840, i64 44
-  %3842 = load float, ptr %3841, align 4, !tbaa !5
-  %3843 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.5
-  store float %3842, ptr %3843, align 4, !tbaa !5
+  %3911 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
+  %3912 = getelementptr inbounds nuw i8, ptr %3911, i64 44
+  %3913 = load float, ptr %3912, align 4, !tbaa !5
+  %3914 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.5
+  store float %3913, ptr %3914, align 4, !tbaa !5
   %indvars.iv.next636.11.i.6 = or disjoint i64 %indvars.iv635.11.i, 7
   %.idx766.i.7 = shl nuw nsw i64 %indvars.iv.next636.11.i.6, 6
-  %3844 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
-  %3845 = getelementptr inbounds nuw i8, ptr %3844, i64 44
-  %3846 = load float, ptr %3845, align 4, !tbaa !5
-  %3847 = getelementptr inbounds nuw float, ptr %3768, i64 %indvars.iv.next636.11.i.6
-  store float %3846, ptr %3847, align 4, !tbaa !5
+  %3915 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
+  %3916 = getelementptr inbounds nuw i8, ptr %3915, i64 44
+  %3917 = load float, ptr %3916, align 4, !tbaa !5
+  %3918 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.6
+  store float %3917, ptr %3918, align 4, !tbaa !5
   %indvars.iv.next636.11.i.7 = add nuw nsw i64 %indvars.iv635.11.i, 8
   %exitcond638.11.not.i.7 = icmp eq i64 %indvars.iv.next636.11.i.7, 128
   br i1 %exitcond638.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
 
-for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body373
-  %3848 = getelementptr inbounds nuw i8, ptr %364, i64 6144
-  %scevgep343 = getelementptr i8, ptr %acc.i, i64 48
-  %scevgep344 = getelementptr i8, ptr %acc.i, i64 8180
-  %bound0345 = icmp ult ptr %scevgep341, %scevgep344
-  %bound1346 = icmp ult ptr %scevgep343, %scevgep342
-  %found.conflict347 = and i1 %bound0345, %bound1346
-  br i1 %found.conflict347, label %for_body_d.12.i, label %vector.body350, !prof !17
+for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body374
+  %3919 = getelementptr inbounds nuw i8, ptr %416, i64 6144
+  %scevgep344 = getelementptr i8, ptr %acc.i, i64 48
+  %scevgep345 = getelementptr i8, ptr %acc.i, i64 8180
+  %bound0346 = icmp ult ptr %scevgep342, %scevgep345
+  %bound1347 = icmp ult ptr %scevgep344, %scevgep343
+  %found.conflict348 = and i1 %bound0346, %bound1347
+  br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !17
 
-vector.body350:                                   ; preds = %for_end_d.11.i
-  %3849 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3850 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3852 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3853 = getelementptr inbounds nuw i8, <8 x ptr> %3849, i64 48
-  %3854 = getelementptr inbounds nuw i8, <8 x ptr> %3850, i64 48
-  %3855 = getelementptr inbounds nuw i8, <8 x ptr> %3851, i64 48
-  %3856 = getelementptr inbounds nuw i8, <8 x ptr> %3852, i64 48
-  %wide.masked.gather356 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3853, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3854, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3855, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3856, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3857 = getelementptr inbounds nuw i8, ptr %364, i64 6176
-  %3858 = getelementptr inbounds nuw i8, ptr %364, i64 6208
-  %3859 = getelementptr inbounds nuw i8, ptr %364, i64 6240
-  store <8 x float> %wide.masked.gather356, ptr %3848, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357, ptr %3857, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358, ptr %3858, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359, ptr %3859, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3860 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3861 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3862 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3864 = getelementptr inbounds nuw i8, <8 x ptr> %3860, i64 48
-  %3865 = getelementptr inbounds nuw i8, <8 x ptr> %3861, i64 48
-  %3866 = getelementptr inbounds nuw i8, <8 x ptr> %3862, i64 48
-  %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 48
-  %wide.masked.gather356.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3864, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3865, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3866, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3868 = getelementptr inbounds nuw i8, ptr %364, i64 6272
-  %3869 = getelementptr inbounds nuw i8, ptr %364, i64 6304
-  %3870 = getelementptr inbounds nuw i8, ptr %364, i64 6336
-  %3871 = getelementptr inbounds nuw i8, ptr %364, i64 6368
-  store <8 x float> %wide.masked.gather356.1, ptr %3868, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357.1, ptr %3869, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.1, ptr %3870, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.1, ptr %3871, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3872 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3873 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3874 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3875 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3876 = getelementptr inbounds nuw i8, <8 x ptr> %3872, i64 48
-  %3877 = getelementptr inbounds nuw i8, <8 x ptr> %3873, i64 48
-  %3878 = getelementptr inbounds nuw i8, <8 x ptr> %3874, i64 48
-  %3879 = getelementptr inbounds nuw i8, <8 x ptr> %3875, i64 48
-  %wide.masked.gather356.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3879, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3880 = getelementptr inbounds nuw i8, ptr %364, i64 6400
-  %3881 = getelementptr inbounds nuw i8, ptr %364, i64 6432
-  %3882 = getelementptr inbounds nuw i8, ptr %364, i64 6464
-  %3883 = getelementptr inbounds nuw i8, ptr %364, i64 6496
-  store <8 x float> %wide.masked.gather356.2, ptr %3880, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357.2, ptr %3881, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.2, ptr %3882, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.2, ptr %3883, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3884 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3885 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3886 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3887 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3888 = getelementptr inbounds nuw i8, <8 x ptr> %3884, i64 48
-  %3889 = getelementptr inbounds nuw i8, <8 x ptr> %3885, i64 48
-  %3890 = getelementptr inbounds nuw i8, <8 x ptr> %3886, i64 48
-  %3891 = getelementptr inbounds nuw i8, <8 x ptr> %3887, i64 48
-  %wide.masked.gather356.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3888, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3889, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3892 = getelementptr inbounds nuw i8, ptr %364, i64 6528
-  %3893 = getelementptr inbounds nuw i8, ptr %364, i64 6560
-  %3894 = getelementptr inbounds nuw i8, ptr %364, i64 6592
-  %3895 = getelementptr inbounds nuw i8, ptr %364, i64 6624
-  store <8 x float> %wide.masked.gather356.3, ptr %3892, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather357.3, ptr %3893, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.3, ptr %3894, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.3, ptr %3895, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+vector.body351:                                   ; preds = %for_end_d.11.i
+  %3920 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3921 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3922 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3923 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %3924 = getelementptr inbounds nuw i8, <8 x ptr> %3920, i64 48
+  %3925 = getelementptr inbounds nuw i8, <8 x ptr> %3921, i64 48
+  %3926 = getelementptr inbounds nuw i8, <8 x ptr> %3922, i64 48
+  %3927 = getelementptr inbounds nuw i8, <8 x ptr> %3923, i64 48
+  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3924, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3925, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3928 = getelementptr inbounds nuw i8, ptr %416, i64 6176
+  %3929 = getelementptr inbounds nuw i8, ptr %416, i64 6208
+  %3930 = getelementptr inbounds nuw i8, ptr %416, i64 6240
+  store <8 x float> %wide.masked.gather357, ptr %3919, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358, ptr %3928, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359, ptr %3929, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360, ptr %3930, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3932 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %3935 = getelementptr inbounds nuw i8, <8 x ptr> %3931, i64 48
+  %3936 = getelementptr inbounds nuw i8, <8 x ptr> %3932, i64 48
+  %3937 = getelementptr inbounds nuw i8, <8 x ptr> %3933, i64 48
+  %3938 = getelementptr inbounds nuw i8, <8 x ptr> %3934, i64 48
+  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3935, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3936, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3939 = getelementptr inbounds nuw i8, ptr %416, i64 6272
+  %3940 = getelementptr inbounds nuw i8, ptr %416, i64 6304
+  %3941 = getelementptr inbounds nuw i8, ptr %416, i64 6336
+  %3942 = getelementptr inbounds nuw i8, ptr %416, i64 6368
+  store <8 x float> %wide.masked.gather357.1, ptr %3939, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.1, ptr %3940, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.1, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.1, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3944 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 48
+  %3948 = getelementptr inbounds nuw i8, <8 x ptr> %3944, i64 48
+  %3949 = getelementptr inbounds nuw i8, <8 x ptr> %3945, i64 48
+  %3950 = getelementptr inbounds nuw i8, <8 x ptr> %3946, i64 48
+  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3948, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3951 = getelementptr inbounds nuw i8, ptr %416, i64 6400
+  %3952 = getelementptr inbounds nuw i8, ptr %416, i64 6432
+  %3953 = getelementptr inbounds nuw i8, ptr %416, i64 6464
+  %3954 = getelementptr inbounds nuw i8, ptr %416, i64 6496
+  store <8 x float> %wide.masked.gather357.2, ptr %3951, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.2, ptr %3952, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.2, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.2, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3955 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3956 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %3959 = getelementptr inbounds nuw i8, <8 x ptr> %3955, i64 48
+  %3960 = getelementptr inbounds nuw i8, <8 x ptr> %3956, i64 48
+  %3961 = getelementptr inbounds nuw i8, <8 x ptr> %3957, i64 48
+  %3962 = getelementptr inbounds nuw i8, <8 x ptr> %3958, i64 48
+  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3959, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3960, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3963 = getelementptr inbounds nuw i8, ptr %416, i64 6528
+  %3964 = getelementptr inbounds nuw i8, ptr %416, i64 6560
+  %3965 = getelementptr inbounds nuw i8, ptr %416, i64 6592
+  %3966 = getelementptr inbounds nuw i8, ptr %416, i64 6624
+  store <8 x float> %wide.masked.gather357.3, ptr %3963, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.3, ptr %3964, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.3, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.3, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
   %indvars.iv635.12.i = phi i64 [ %indvars.iv.next636.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
   %.idx767.i = shl nuw nsw i64 %indvars.iv635.12.i, 6
-  %3896 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
-  %3897 = getelementptr inbounds nuw i8, ptr %3896, i64 48
-  %3898 = load float, ptr %3897, align 4, !tbaa !5
-  %3899 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv635.12.i
-  store float %3898, ptr %3899, align 4, !tbaa !5
+  %3967 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
+  %3968 = getelementptr inbounds nuw i8, ptr %3967, i64 48
+  %3969 = load float, ptr %3968, align 4, !tbaa !5
+  %3970 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv635.12.i
+  store float %3969, ptr %3970, align 4, !tbaa !5
   %indvars.iv.next636.12.i = or disjoint i64 %indvars.iv635.12.i, 1
   %.idx767.i.1 = shl nuw nsw i64 %indvars.iv.next636.12.i, 6
-  %3900 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
-  %3901 = getelementptr inbounds nuw i8, ptr %3900, i64 48
-  %3902 = load float, ptr %3901, align 4, !tbaa !5
-  %3903 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i
-  store float %3902, ptr %3903, align 4, !tbaa !5
+  %3971 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
+  %3972 = getelementptr inbounds nuw i8, ptr %3971, i64 48
+  %3973 = load float, ptr %3972, align 4, !tbaa !5
+  %3974 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i
+  store float %3973, ptr %3974, align 4, !tbaa !5
   %indvars.iv.next636.12.i.1 = or disjoint i64 %indvars.iv635.12.i, 2
   %.idx767.i.2 = shl nuw nsw i64 %indvars.iv.next636.12.i.1, 6
-  %3904 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
-  %3905 = getelementptr inbounds nuw i8, ptr %3904, i64 48
-  %3906 = load float, ptr %3905, align 4, !tbaa !5
-  %3907 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.1
-  store float %3906, ptr %3907, align 4, !tbaa !5
+  %3975 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
+  %3976 = getelementptr inbounds nuw i8, ptr %3975, i64 48
+  %3977 = load float, ptr %3976, align 4, !tbaa !5
+  %3978 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.1
+  store float %3977, ptr %3978, align 4, !tbaa !5
   %indvars.iv.next636.12.i.2 = or disjoint i64 %indvars.iv635.12.i, 3
   %.idx767.i.3 = shl nuw nsw i64 %indvars.iv.next636.12.i.2, 6
-  %3908 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
-  %3909 = getelementptr inbounds nuw i8, ptr %3908, i64 48
-  %3910 = load float, ptr %3909, align 4, !tbaa !5
-  %3911 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.2
-  store float %3910, ptr %3911, align 4, !tbaa !5
+  %3979 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
+  %3980 = getelementptr inbounds nuw i8, ptr %3979, i64 48
+  %3981 = load float, ptr %3980, align 4, !tbaa !5
+  %3982 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.2
+  store float %3981, ptr %3982, align 4, !tbaa !5
   %indvars.iv.next636.12.i.3 = or disjoint i64 %indvars.iv635.12.i, 4
   %.idx767.i.4 = shl nuw nsw i64 %indvars.iv.next636.12.i.3, 6
-  %3912 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
-  %3913 = getelementptr inbounds nuw i8, ptr %3912, i64 48
-  %3914 = load float, ptr %3913, align 4, !tbaa !5
-  %3915 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.3
-  store float %3914, ptr %3915, align 4, !tbaa !5
+  %3983 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
+  %3984 = getelementptr inbounds nuw i8, ptr %3983, i64 48
+  %3985 = load float, ptr %3984, align 4, !tbaa !5
+  %3986 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.3
+  store float %3985, ptr %3986, align 4, !tbaa !5
   %indvars.iv.next636.12.i.4 = or disjoint i64 %indvars.iv635.12.i, 5
   %.idx767.i.5 = shl nuw nsw i64 %indvars.iv.next636.12.i.4, 6
-  %3916 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
-  %3917 = getelementptr inbounds nuw i8, ptr %3916, i64 48
-  %3918 = load float, ptr %3917, align 4, !tbaa !5
-  %3919 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.4
-  store float %3918, ptr %3919, align 4, !tbaa !5
+  %3987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
+  %3988 = getelementptr inbounds nuw i8, ptr %3987, i64 48
+  %3989 = load float, ptr %3988, align 4, !tbaa !5
+  %3990 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.4
+  store float %3989, ptr %3990, align 4, !tbaa !5
   %indvars.iv.next636.12.i.5 = or disjoint i64 %indvars.iv635.12.i, 6
   %.idx767.i.6 = shl nuw nsw i64 %indvars.iv.next636.12.i.5, 6
-  %3920 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
-  %3921 = getelementptr inbounds nuw i8, ptr %3920, i64 48
-  %3922 = load float, ptr %3921, align 4, !tbaa !5
-  %3923 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.5
-  store float %3922, ptr %3923, align 4, !tbaa !5
+  %3991 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
+  %3992 = getelementptr inbounds nuw i8, ptr %3991, i64 48
+  %3993 = load float, ptr %3992, align 4, !tbaa !5
+  %3994 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.5
+  store float %3993, ptr %3994, align 4, !tbaa !5
   %indvars.iv.next636.12.i.6 = or disjoint i64 %indvars.iv635.12.i, 7
   %.idx767.i.7 = shl nuw nsw i64 %indvars.iv.next636.12.i.6, 6
-  %3924 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
-  %3925 = getelementptr inbounds nuw i8, ptr %3924, i64 48
-  %3926 = load float, ptr %3925, align 4, !tbaa !5
-  %3927 = getelementptr inbounds nuw float, ptr %3848, i64 %indvars.iv.next636.12.i.6
-  store float %3926, ptr %3927, align 4, !tbaa !5
+  %3995 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
+  %3996 = getelementptr inbounds nuw i8, ptr %3995, i64 48
+  %3997 = load float, ptr %3996, align 4, !tbaa !5
+  %3998 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.6
+  store float %3997, ptr %3998, align 4, !tbaa !5
   %indvars.iv.next636.12.i.7 = add nuw nsw i64 %indvars.iv635.12.i, 8
   %exitcond638.12.not.i.7 = icmp eq i64 %indvars.iv.next636.12.i.7, 128
   br i1 %exitcond638.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
 
-for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body350
-  %3928 = getelementptr inbounds nuw i8, ptr %364, i64 6656
-  %scevgep320 = getelementptr i8, ptr %acc.i, i64 52
-  %scevgep321 = getelementptr i8, ptr %acc.i, i64 8184
-  %bound0322 = icmp ult ptr %scevgep318, %scevgep321
-  %bound1323 = icmp ult ptr %scevgep320, %scevgep319
-  %found.conflict324 = and i1 %bound0322, %bound1323
-  br i1 %found.conflict324, label %for_body_d.13.i, label %vector.body327, !prof !17
+for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body351
+  %3999 = getelementptr inbounds nuw i8, ptr %416, i64 6656
+  %scevgep321 = getelementptr i8, ptr %acc.i, i64 52
+  %scevgep322 = getelementptr i8, ptr %acc.i, i64 8184
+  %bound0323 = icmp ult ptr %scevgep319, %scevgep322
+  %bound1324 = icmp ult ptr %scevgep321, %scevgep320
+  %found.conflict325 = and i1 %bound0323, %bound1324
+  br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !17
 
-vector.body327:                                   ; preds = %for_end_d.12.i
-  %3929 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3930 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3932 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3933 = getelementptr inbounds nuw i8, <8 x ptr> %3929, i64 52
-  %3934 = getelementptr inbounds nuw i8, <8 x ptr> %3930, i64 52
-  %3935 = getelementptr inbounds nuw i8, <8 x ptr> %3931, i64 52
-  %3936 = getelementptr inbounds nuw i8, <8 x ptr> %3932, i64 52
-  %wide.masked.gather333 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3933, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3934, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3935, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3936, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3937 = getelementptr inbounds nuw i8, ptr %364, i64 6688
-  %3938 = getelementptr inbounds nuw i8, ptr %364, i64 6720
-  %3939 = getelementptr inbounds nuw i8, ptr %364, i64 6752
-  store <8 x float> %wide.masked.gather333, ptr %3928, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334, ptr %3937, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335, ptr %3938, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336, ptr %3939, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3940 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3941 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3942 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3944 = getelementptr inbounds nuw i8, <8 x ptr> %3940, i64 52
-  %3945 = getelementptr inbounds nuw i8, <8 x ptr> %3941, i64 52
-  %3946 = getelementptr inbounds nuw i8, <8 x ptr> %3942, i64 52
-  %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 52
-  %wide.masked.gather333.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3944, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3945, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3948 = getelementptr inbounds nuw i8, ptr %364, i64 6784
-  %3949 = getelementptr inbounds nuw i8, ptr %364, i64 6816
-  %3950 = getelementptr inbounds nuw i8, ptr %364, i64 6848
-  %3951 = getelementptr inbounds nuw i8, ptr %364, i64 6880
-  store <8 x float> %wide.masked.gather333.1, ptr %3948, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334.1, ptr %3949, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.1, ptr %3950, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.1, ptr %3951, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3952 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3953 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3954 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3955 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3956 = getelementptr inbounds nuw i8, <8 x ptr> %3952, i64 52
-  %3957 = getelementptr inbounds nuw i8, <8 x ptr> %3953, i64 52
-  %3958 = getelementptr inbounds nuw i8, <8 x ptr> %3954, i64 52
-  %3959 = getelementptr inbounds nuw i8, <8 x ptr> %3955, i64 52
-  %wide.masked.gather333.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3958, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3959, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3960 = getelementptr inbounds nuw i8, ptr %364, i64 6912
-  %3961 = getelementptr inbounds nuw i8, ptr %364, i64 6944
-  %3962 = getelementptr inbounds nuw i8, ptr %364, i64 6976
-  %3963 = getelementptr inbounds nuw i8, ptr %364, i64 7008
-  store <8 x float> %wide.masked.gather333.2, ptr %3960, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334.2, ptr %3961, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.2, ptr %3962, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.2, ptr %3963, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %3964 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3965 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3966 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3967 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3968 = getelementptr inbounds nuw i8, <8 x ptr> %3964, i64 52
-  %3969 = getelementptr inbounds nuw i8, <8 x ptr> %3965, i64 52
-  %3970 = getelementptr inbounds nuw i8, <8 x ptr> %3966, i64 52
-  %3971 = getelementptr inbounds nuw i8, <8 x ptr> %3967, i64 52
-  %wide.masked.gather333.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3968, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3969, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3970, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3971, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %3972 = getelementptr inbounds nuw i8, ptr %364, i64 7040
-  %3973 = getelementptr inbounds nuw i8, ptr %364, i64 7072
-  %3974 = getelementptr inbounds nuw i8, ptr %364, i64 7104
-  %3975 = getelementptr inbounds nuw i8, ptr %364, i64 7136
-  store <8 x float> %wide.masked.gather333.3, ptr %3972, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather334.3, ptr %3973, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.3, ptr %3974, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.3, ptr %3975, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+vector.body328:                                   ; preds = %for_end_d.12.i
+  %4000 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4001 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4002 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4003 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4004 = getelementptr inbounds nuw i8, <8 x ptr> %4000, i64 52
+  %4005 = getelementptr inbounds nuw i8, <8 x ptr> %4001, i64 52
+  %4006 = getelementptr inbounds nuw i8, <8 x ptr> %4002, i64 52
+  %4007 = getelementptr inbounds nuw i8, <8 x ptr> %4003, i64 52
+  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4004, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4005, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4008 = getelementptr inbounds nuw i8, ptr %416, i64 6688
+  %4009 = getelementptr inbounds nuw i8, ptr %416, i64 6720
+  %4010 = getelementptr inbounds nuw i8, ptr %416, i64 6752
+  store <8 x float> %wide.masked.gather334, ptr %3999, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335, ptr %4008, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336, ptr %4009, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337, ptr %4010, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4012 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4015 = getelementptr inbounds nuw i8, <8 x ptr> %4011, i64 52
+  %4016 = getelementptr inbounds nuw i8, <8 x ptr> %4012, i64 52
+  %4017 = getelementptr inbounds nuw i8, <8 x ptr> %4013, i64 52
+  %4018 = getelementptr inbounds nuw i8, <8 x ptr> %4014, i64 52
+  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4015, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4016, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4019 = getelementptr inbounds nuw i8, ptr %416, i64 6784
+  %4020 = getelementptr inbounds nuw i8, ptr %416, i64 6816
+  %4021 = getelementptr inbounds nuw i8, ptr %416, i64 6848
+  %4022 = getelementptr inbounds nuw i8, ptr %416, i64 6880
+  store <8 x float> %wide.masked.gather334.1, ptr %4019, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.1, ptr %4020, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.1, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.1, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4024 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 52
+  %4028 = getelementptr inbounds nuw i8, <8 x ptr> %4024, i64 52
+  %4029 = getelementptr inbounds nuw i8, <8 x ptr> %4025, i64 52
+  %4030 = getelementptr inbounds nuw i8, <8 x ptr> %4026, i64 52
+  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4028, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4031 = getelementptr inbounds nuw i8, ptr %416, i64 6912
+  %4032 = getelementptr inbounds nuw i8, ptr %416, i64 6944
+  %4033 = getelementptr inbounds nuw i8, ptr %416, i64 6976
+  %4034 = getelementptr inbounds nuw i8, ptr %416, i64 7008
+  store <8 x float> %wide.masked.gather334.2, ptr %4031, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.2, ptr %4032, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.2, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.2, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4035 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4036 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4039 = getelementptr inbounds nuw i8, <8 x ptr> %4035, i64 52
+  %4040 = getelementptr inbounds nuw i8, <8 x ptr> %4036, i64 52
+  %4041 = getelementptr inbounds nuw i8, <8 x ptr> %4037, i64 52
+  %4042 = getelementptr inbounds nuw i8, <8 x ptr> %4038, i64 52
+  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4039, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4040, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4043 = getelementptr inbounds nuw i8, ptr %416, i64 7040
+  %4044 = getelementptr inbounds nuw i8, ptr %416, i64 7072
+  %4045 = getelementptr inbounds nuw i8, ptr %416, i64 7104
+  %4046 = getelementptr inbounds nuw i8, ptr %416, i64 7136
+  store <8 x float> %wide.masked.gather334.3, ptr %4043, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.3, ptr %4044, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.3, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.3, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
   %indvars.iv635.13.i = phi i64 [ %indvars.iv.next636.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
   %.idx768.i = shl nuw nsw i64 %indvars.iv635.13.i, 6
-  %3976 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
-  %3977 = getelementptr inbounds nuw i8, ptr %3976, i64 52
-  %3978 = load float, ptr %3977, align 4, !tbaa !5
-  %3979 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv635.13.i
-  store float %3978, ptr %3979, align 4, !tbaa !5
+  %4047 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
+  %4048 = getelementptr inbounds nuw i8, ptr %4047, i64 52
+  %4049 = load float, ptr %4048, align 4, !tbaa !5
+  %4050 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv635.13.i
+  store float %4049, ptr %4050, align 4, !tbaa !5
   %indvars.iv.next636.13.i = or disjoint i64 %indvars.iv635.13.i, 1
   %.idx768.i.1 = shl nuw nsw i64 %indvars.iv.next636.13.i, 6
-  %3980 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
-  %3981 = getelementptr inbounds nuw i8, ptr %3980, i64 52
-  %3982 = load float, ptr %3981, align 4, !tbaa !5
-  %3983 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i
-  store float %3982, ptr %3983, align 4, !tbaa !5
+  %4051 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
+  %4052 = getelementptr inbounds nuw i8, ptr %4051, i64 52
+  %4053 = load float, ptr %4052, align 4, !tbaa !5
+  %4054 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i
+  store float %4053, ptr %4054, align 4, !tbaa !5
   %indvars.iv.next636.13.i.1 = or disjoint i64 %indvars.iv635.13.i, 2
   %.idx768.i.2 = shl nuw nsw i64 %indvars.iv.next636.13.i.1, 6
-  %3984 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
-  %3985 = getelementptr inbounds nuw i8, ptr %3984, i64 52
-  %3986 = load float, ptr %3985, align 4, !tbaa !5
-  %3987 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.1
-  store float %3986, ptr %3987, align 4, !tbaa !5
+  %4055 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
+  %4056 = getelementptr inbounds nuw i8, ptr %4055, i64 52
+  %4057 = load float, ptr %4056, align 4, !tbaa !5
+  %4058 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.1
+  store float %4057, ptr %4058, align 4, !tbaa !5
   %indvars.iv.next636.13.i.2 = or disjoint i64 %indvars.iv635.13.i, 3
   %.idx768.i.3 = shl nuw nsw i64 %indvars.iv.next636.13.i.2, 6
-  %3988 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
-  %3989 = getelementptr inbounds nuw i8, ptr %3988, i64 52
-  %3990 = load float, ptr %3989, align 4, !tbaa !5
-  %3991 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.2
-  store float %3990, ptr %3991, align 4, !tbaa !5
+  %4059 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
+  %4060 = getelementptr inbounds nuw i8, ptr %4059, i64 52
+  %4061 = load float, ptr %4060, align 4, !tbaa !5
+  %4062 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.2
+  store float %4061, ptr %4062, align 4, !tbaa !5
   %indvars.iv.next636.13.i.3 = or disjoint i64 %indvars.iv635.13.i, 4
   %.idx768.i.4 = shl nuw nsw i64 %indvars.iv.next636.13.i.3, 6
-  %3992 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
-  %3993 = getelementptr inbounds nuw i8, ptr %3992, i64 52
-  %3994 = load float, ptr %3993, align 4, !tbaa !5
-  %3995 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.3
-  store float %3994, ptr %3995, align 4, !tbaa !5
+  %4063 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
+  %4064 = getelementptr inbounds nuw i8, ptr %4063, i64 52
+  %4065 = load float, ptr %4064, align 4, !tbaa !5
+  %4066 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.3
+  store float %4065, ptr %4066, align 4, !tbaa !5
   %indvars.iv.next636.13.i.4 = or disjoint i64 %indvars.iv635.13.i, 5
   %.idx768.i.5 = shl nuw nsw i64 %indvars.iv.next636.13.i.4, 6
-  %3996 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
-  %3997 = getelementptr inbounds nuw i8, ptr %3996, i64 52
-  %3998 = load float, ptr %3997, align 4, !tbaa !5
-  %3999 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.4
-  store float %3998, ptr %3999, align 4, !tbaa !5
+  %4067 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
+  %4068 = getelementptr inbounds nuw i8, ptr %4067, i64 52
+  %4069 = load float, ptr %4068, align 4, !tbaa !5
+  %4070 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.4
+  store float %4069, ptr %4070, align 4, !tbaa !5
   %indvars.iv.next636.13.i.5 = or disjoint i64 %indvars.iv635.13.i, 6
   %.idx768.i.6 = shl nuw nsw i64 %indvars.iv.next636.13.i.5, 6
-  %4000 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
-  %4001 = getelementptr inbounds nuw i8, ptr %4000, i64 52
-  %4002 = load float, ptr %4001, align 4, !tbaa !5
-  %4003 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.5
-  store float %4002, ptr %4003, align 4, !tbaa !5
+  %4071 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
+  %4072 = getelementptr inbounds nuw i8, ptr %4071, i64 52
+  %4073 = load float, ptr %4072, align 4, !tbaa !5
+  %4074 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.5
+  store float %4073, ptr %4074, align 4, !tbaa !5
   %indvars.iv.next636.13.i.6 = or disjoint i64 %indvars.iv635.13.i, 7
   %.idx768.i.7 = shl nuw nsw i64 %indvars.iv.next636.13.i.6, 6
-  %4004 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
-  %4005 = getelementptr inbounds nuw i8, ptr %4004, i64 52
-  %4006 = load float, ptr %4005, align 4, !tbaa !5
-  %4007 = getelementptr inbounds nuw float, ptr %3928, i64 %indvars.iv.next636.13.i.6
-  store float %4006, ptr %4007, align 4, !tbaa !5
+  %4075 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
+  %4076 = getelementptr inbounds nuw i8, ptr %4075, i64 52
+  %4077 = load float, ptr %4076, align 4, !tbaa !5
+  %4078 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.6
+  store float %4077, ptr %4078, align 4, !tbaa !5
   %indvars.iv.next636.13.i.7 = add nuw nsw i64 %indvars.iv635.13.i, 8
   %exitcond638.13.not.i.7 = icmp eq i64 %indvars.iv.next636.13.i.7, 128
   br i1 %exitcond638.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
 
-for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body327
-  %4008 = getelementptr inbounds nuw i8, ptr %364, i64 7168
-  %scevgep297 = getelementptr i8, ptr %acc.i, i64 56
-  %scevgep298 = getelementptr i8, ptr %acc.i, i64 8188
-  %bound0299 = icmp ult ptr %scevgep295, %scevgep298
-  %bound1300 = icmp ult ptr %scevgep297, %scevgep296
-  %found.conflict301 = and i1 %bound0299, %bound1300
-  br i1 %found.conflict301, label %for_body_d.14.i, label %vector.body304, !prof !17
+for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body328
+  %4079 = getelementptr inbounds nuw i8, ptr %416, i64 7168
+  %scevgep298 = getelementptr i8, ptr %acc.i, i64 56
+  %scevgep299 = getelementptr i8, ptr %acc.i, i64 8188
+  %bound0300 = icmp ult ptr %scevgep296, %scevgep299
+  %bound1301 = icmp ult ptr %scevgep298, %scevgep297
+  %found.conflict302 = and i1 %bound0300, %bound1301
+  br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !17
 
-vector.body304:                                   ; preds = %for_end_d.13.i
-  %4009 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4010 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4012 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4013 = getelementptr inbounds nuw i8, <8 x ptr> %4009, i64 56
-  %4014 = getelementptr inbounds nuw i8, <8 x ptr> %4010, i64 56
-  %4015 = getelementptr inbounds nuw i8, <8 x ptr> %4011, i64 56
-  %4016 = getelementptr inbounds nuw i8, <8 x ptr> %4012, i64 56
-  %wide.masked.gather310 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4013, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4014, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4015, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4016, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4017 = getelementptr inbounds nuw i8, ptr %364, i64 7200
-  %4018 = getelementptr inbounds nuw i8, ptr %364, i64 7232
-  %4019 = getelementptr inbounds nuw i8, ptr %364, i64 7264
-  store <8 x float> %wide.masked.gather310, ptr %4008, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311, ptr %4017, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312, ptr %4018, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313, ptr %4019, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4020 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4021 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4022 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4024 = getelementptr inbounds nuw i8, <8 x ptr> %4020, i64 56
-  %4025 = getelementptr inbounds nuw i8, <8 x ptr> %4021, i64 56
-  %4026 = getelementptr inbounds nuw i8, <8 x ptr> %4022, i64 56
-  %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 56
-  %wide.masked.gather310.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4024, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4025, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4026, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4028 = getelementptr inbounds nuw i8, ptr %364, i64 7296
-  %4029 = getelementptr inbounds nuw i8, ptr %364, i64 7328
-  %4030 = getelementptr inbounds nuw i8, ptr %364, i64 7360
-  %4031 = getelementptr inbounds nuw i8, ptr %364, i64 7392
-  store <8 x float> %wide.masked.gather310.1, ptr %4028, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311.1, ptr %4029, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.1, ptr %4030, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.1, ptr %4031, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4032 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4033 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4034 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4035 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4036 = getelementptr inbounds nuw i8, <8 x ptr> %4032, i64 56
-  %4037 = getelementptr inbounds nuw i8, <8 x ptr> %4033, i64 56
-  %4038 = getelementptr inbounds nuw i8, <8 x ptr> %4034, i64 56
-  %4039 = getelementptr inbounds nuw i8, <8 x ptr> %4035, i64 56
-  %wide.masked.gather310.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4036, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4037, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4038, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4039, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4040 = getelementptr inbounds nuw i8, ptr %364, i64 7424
-  %4041 = getelementptr inbounds nuw i8, ptr %364, i64 7456
-  %4042 = getelementptr inbounds nuw i8, ptr %364, i64 7488
-  %4043 = getelementptr inbounds nuw i8, ptr %364, i64 7520
-  store <8 x float> %wide.masked.gather310.2, ptr %4040, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311.2, ptr %4041, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.2, ptr %4042, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.2, ptr %4043, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4046 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4047 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4048 = getelementptr inbounds nuw i8, <8 x ptr> %4044, i64 56
-  %4049 = getelementptr inbounds nuw i8, <8 x ptr> %4045, i64 56
-  %4050 = getelementptr inbounds nuw i8, <8 x ptr> %4046, i64 56
-  %4051 = getelementptr inbounds nuw i8, <8 x ptr> %4047, i64 56
-  %wide.masked.gather310.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4051, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4052 = getelementptr inbounds nuw i8, ptr %364, i64 7552
-  %4053 = getelementptr inbounds nuw i8, ptr %364, i64 7584
-  %4054 = getelementptr inbounds nuw i8, ptr %364, i64 7616
-  %4055 = getelementptr inbounds nuw i8, ptr %364, i64 7648
-  store <8 x float> %wide.masked.gather310.3, ptr %4052, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather311.3, ptr %4053, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.3, ptr %4054, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.3, ptr %4055, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+vector.body305:                                   ; preds = %for_end_d.13.i
+  %4080 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4081 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4082 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4084 = getelementptr inbounds nuw i8, <8 x ptr> %4080, i64 56
+  %4085 = getelementptr inbounds nuw i8, <8 x ptr> %4081, i64 56
+  %4086 = getelementptr inbounds nuw i8, <8 x ptr> %4082, i64 56
+  %4087 = getelementptr inbounds nuw i8, <8 x ptr> %4083, i64 56
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4085, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4088 = getelementptr inbounds nuw i8, ptr %416, i64 7200
+  %4089 = getelementptr inbounds nuw i8, ptr %416, i64 7232
+  %4090 = getelementptr inbounds nuw i8, ptr %416, i64 7264
+  store <8 x float> %wide.masked.gather311, ptr %4079, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312, ptr %4088, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313, ptr %4089, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314, ptr %4090, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4092 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4095 = getelementptr inbounds nuw i8, <8 x ptr> %4091, i64 56
+  %4096 = getelementptr inbounds nuw i8, <8 x ptr> %4092, i64 56
+  %4097 = getelementptr inbounds nuw i8, <8 x ptr> %4093, i64 56
+  %4098 = getelementptr inbounds nuw i8, <8 x ptr> %4094, i64 56
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4099 = getelementptr inbounds nuw i8, ptr %416, i64 7296
+  %4100 = getelementptr inbounds nuw i8, ptr %416, i64 7328
+  %4101 = getelementptr inbounds nuw i8, ptr %416, i64 7360
+  %4102 = getelementptr inbounds nuw i8, ptr %416, i64 7392
+  store <8 x float> %wide.masked.gather311.1, ptr %4099, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.1, ptr %4100, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.1, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.1, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4104 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 56
+  %4108 = getelementptr inbounds nuw i8, <8 x ptr> %4104, i64 56
+  %4109 = getelementptr inbounds nuw i8, <8 x ptr> %4105, i64 56
+  %4110 = getelementptr inbounds nuw i8, <8 x ptr> %4106, i64 56
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4111 = getelementptr inbounds nuw i8, ptr %416, i64 7424
+  %4112 = getelementptr inbounds nuw i8, ptr %416, i64 7456
+  %4113 = getelementptr inbounds nuw i8, ptr %416, i64 7488
+  %4114 = getelementptr inbounds nuw i8, ptr %416, i64 7520
+  store <8 x float> %wide.masked.gather311.2, ptr %4111, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.2, ptr %4112, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.2, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.2, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4115 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4116 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4119 = getelementptr inbounds nuw i8, <8 x ptr> %4115, i64 56
+  %4120 = getelementptr inbounds nuw i8, <8 x ptr> %4116, i64 56
+  %4121 = getelementptr inbounds nuw i8, <8 x ptr> %4117, i64 56
+  %4122 = getelementptr inbounds nuw i8, <8 x ptr> %4118, i64 56
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4123 = getelementptr inbounds nuw i8, ptr %416, i64 7552
+  %4124 = getelementptr inbounds nuw i8, ptr %416, i64 7584
+  %4125 = getelementptr inbounds nuw i8, ptr %416, i64 7616
+  %4126 = getelementptr inbounds nuw i8, ptr %416, i64 7648
+  store <8 x float> %wide.masked.gather311.3, ptr %4123, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.3, ptr %4124, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.3, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.3, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
   %indvars.iv635.14.i = phi i64 [ %indvars.iv.next636.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
   %.idx769.i = shl nuw nsw i64 %indvars.iv635.14.i, 6
-  %4056 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
-  %4057 = getelementptr inbounds nuw i8, ptr %4056, i64 56
-  %4058 = load float, ptr %4057, align 4, !tbaa !5
-  %4059 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv635.14.i
-  store float %4058, ptr %4059, align 4, !tbaa !5
+  %4127 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
+  %4128 = getelementptr inbounds nuw i8, ptr %4127, i64 56
+  %4129 = load float, ptr %4128, align 4, !tbaa !5
+  %4130 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv635.14.i
+  store float %4129, ptr %4130, align 4, !tbaa !5
   %indvars.iv.next636.14.i = or disjoint i64 %indvars.iv635.14.i, 1
   %.idx769.i.1 = shl nuw nsw i64 %indvars.iv.next636.14.i, 6
-  %4060 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
-  %4061 = getelementptr inbounds nuw i8, ptr %4060, i64 56
-  %4062 = load float, ptr %4061, align 4, !tbaa !5
-  %4063 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i
-  store float %4062, ptr %4063, align 4, !tbaa !5
+  %4131 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
+  %4132 = getelementptr inbounds nuw i8, ptr %4131, i64 56
+  %4133 = load float, ptr %4132, align 4, !tbaa !5
+  %4134 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i
+  store float %4133, ptr %4134, align 4, !tbaa !5
   %indvars.iv.next636.14.i.1 = or disjoint i64 %indvars.iv635.14.i, 2
   %.idx769.i.2 = shl nuw nsw i64 %indvars.iv.next636.14.i.1, 6
-  %4064 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
-  %4065 = getelementptr inbounds nuw i8, ptr %4064, i64 56
-  %4066 = load float, ptr %4065, align 4, !tbaa !5
-  %4067 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.1
-  store float %4066, ptr %4067, align 4, !tbaa !5
+  %4135 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
+  %4136 = getelementptr inbounds nuw i8, ptr %4135, i64 56
+  %4137 = load float, ptr %4136, align 4, !tbaa !5
+  %4138 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.1
+  store float %4137, ptr %4138, align 4, !tbaa !5
   %indvars.iv.next636.14.i.2 = or disjoint i64 %indvars.iv635.14.i, 3
   %.idx769.i.3 = shl nuw nsw i64 %indvars.iv.next636.14.i.2, 6
-  %4068 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
-  %4069 = getelementptr inbounds nuw i8, ptr %4068, i64 56
-  %4070 = load float, ptr %4069, align 4, !tbaa !5
-  %4071 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.2
-  store float %4070, ptr %4071, align 4, !tbaa !5
+  %4139 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
+  %4140 = getelementptr inbounds nuw i8, ptr %4139, i64 56
+  %4141 = load float, ptr %4140, align 4, !tbaa !5
+  %4142 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.2
+  store float %4141, ptr %4142, align 4, !tbaa !5
   %indvars.iv.next636.14.i.3 = or disjoint i64 %indvars.iv635.14.i, 4
   %.idx769.i.4 = shl nuw nsw i64 %indvars.iv.next636.14.i.3, 6
-  %4072 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
-  %4073 = getelementptr inbounds nuw i8, ptr %4072, i64 56
-  %4074 = load float, ptr %4073, align 4, !tbaa !5
-  %4075 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.3
-  store float %4074, ptr %4075, align 4, !tbaa !5
+  %4143 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
+  %4144 = getelementptr inbounds nuw i8, ptr %4143, i64 56
+  %4145 = load float, ptr %4144, align 4, !tbaa !5
+  %4146 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.3
+  store float %4145, ptr %4146, align 4, !tbaa !5
   %indvars.iv.next636.14.i.4 = or disjoint i64 %indvars.iv635.14.i, 5
   %.idx769.i.5 = shl nuw nsw i64 %indvars.iv.next636.14.i.4, 6
-  %4076 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
-  %4077 = getelementptr inbounds nuw i8, ptr %4076, i64 56
-  %4078 = load float, ptr %4077, align 4, !tbaa !5
-  %4079 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.4
-  store float %4078, ptr %4079, align 4, !tbaa !5
+  %4147 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
+  %4148 = getelementptr inbounds nuw i8, ptr %4147, i64 56
+  %4149 = load float, ptr %4148, align 4, !tbaa !5
+  %4150 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.4
+  store float %4149, ptr %4150, align 4, !tbaa !5
   %indvars.iv.next636.14.i.5 = or disjoint i64 %indvars.iv635.14.i, 6
   %.idx769.i.6 = shl nuw nsw i64 %indvars.iv.next636.14.i.5, 6
-  %4080 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
-  %4081 = getelementptr inbounds nuw i8, ptr %4080, i64 56
-  %4082 = load float, ptr %4081, align 4, !tbaa !5
-  %4083 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.5
-  store float %4082, ptr %4083, align 4, !tbaa !5
+  %4151 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
+  %4152 = getelementptr inbounds nuw i8, ptr %4151, i64 56
+  %4153 = load float, ptr %4152, align 4, !tbaa !5
+  %4154 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.5
+  store float %4153, ptr %4154, align 4, !tbaa !5
   %indvars.iv.next636.14.i.6 = or disjoint i64 %indvars.iv635.14.i, 7
   %.idx769.i.7 = shl nuw nsw i64 %indvars.iv.next636.14.i.6, 6
-  %4084 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
-  %4085 = getelementptr inbounds nuw i8, ptr %4084, i64 56
-  %4086 = load float, ptr %4085, align 4, !tbaa !5
-  %4087 = getelementptr inbounds nuw float, ptr %4008, i64 %indvars.iv.next636.14.i.6
-  store float %4086, ptr %4087, align 4, !tbaa !5
+  %4155 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
+  %4156 = getelementptr inbounds nuw i8, ptr %4155, i64 56
+  %4157 = load float, ptr %4156, align 4, !tbaa !5
+  %4158 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.6
+  store float %4157, ptr %4158, align 4, !tbaa !5
   %indvars.iv.next636.14.i.7 = add nuw nsw i64 %indvars.iv635.14.i, 8
   %exitcond638.14.not.i.7 = icmp eq i64 %indvars.iv.next636.14.i.7, 128
   br i1 %exitcond638.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
 
-for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body304
-  %4088 = getelementptr inbounds nuw i8, ptr %364, i64 7680
-  %scevgep289 = getelementptr i8, ptr %acc.i, i64 60
-  %scevgep290 = getelementptr i8, ptr %acc.i, i64 8192
-  %bound0 = icmp ult ptr %scevgep, %scevgep290
-  %bound1 = icmp ult ptr %scevgep289, %scevgep288
+for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body305
+  %4159 = getelementptr inbounds nuw i8, ptr %416, i64 7680
+  %scevgep290 = getelementptr i8, ptr %acc.i, i64 60
+  %scevgep291 = getelementptr i8, ptr %acc.i, i64 8192
+  %bound0 = icmp ult ptr %scevgep, %scevgep291
+  %bound1 = icmp ult ptr %scevgep290, %scevgep289
   %found.conflict = and i1 %bound0, %bound1
   br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d.14.i
-  %4089 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4090 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4092 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4093 = getelementptr inbounds nuw i8, <8 x ptr> %4089, i64 60
-  %4094 = getelementptr inbounds nuw i8, <8 x ptr> %4090, i64 60
-  %4095 = getelementptr inbounds nuw i8, <8 x ptr> %4091, i64 60
-  %4096 = getelementptr inbounds nuw i8, <8 x ptr> %4092, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4093, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4094, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4097 = getelementptr inbounds nuw i8, ptr %364, i64 7712
-  %4098 = getelementptr inbounds nuw i8, ptr %364, i64 7744
-  %4099 = getelementptr inbounds nuw i8, ptr %364, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4088, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291, ptr %4097, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292, ptr %4098, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293, ptr %4099, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4100 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4101 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4102 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4104 = getelementptr inbounds nuw i8, <8 x ptr> %4100, i64 60
-  %4105 = getelementptr inbounds nuw i8, <8 x ptr> %4101, i64 60
-  %4106 = getelementptr inbounds nuw i8, <8 x ptr> %4102, i64 60
-  %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4104, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4105, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4108 = getelementptr inbounds nuw i8, ptr %364, i64 7808
-  %4109 = getelementptr inbounds nuw i8, ptr %364, i64 7840
-  %4110 = getelementptr inbounds nuw i8, ptr %364, i64 7872
-  %4111 = getelementptr inbounds nuw i8, ptr %364, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4108, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291.1, ptr %4109, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.1, ptr %4110, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.1, ptr %4111, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4112 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4113 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4114 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4115 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4116 = getelementptr inbounds nuw i8, <8 x ptr> %4112, i64 60
-  %4117 = getelementptr inbounds nuw i8, <8 x ptr> %4113, i64 60
-  %4118 = getelementptr inbounds nuw i8, <8 x ptr> %4114, i64 60
-  %4119 = getelementptr inbounds nuw i8, <8 x ptr> %4115, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4118, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4120 = getelementptr inbounds nuw i8, ptr %364, i64 7936
-  %4121 = getelementptr inbounds nuw i8, ptr %364, i64 7968
-  %4122 = getelementptr inbounds nuw i8, ptr %364, i64 8000
-  %4123 = getelementptr inbounds nuw i8, ptr %364, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4120, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291.2, ptr %4121, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.2, ptr %4122, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.2, ptr %4123, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4126 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4127 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4128 = getelementptr inbounds nuw i8, <8 x ptr> %4124, i64 60
-  %4129 = getelementptr inbounds nuw i8, <8 x ptr> %4125, i64 60
-  %4130 = getelementptr inbounds nuw i8, <8 x ptr> %4126, i64 60
-  %4131 = getelementptr inbounds nuw i8, <8 x ptr> %4127, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather291.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4130, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4131, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4132 = getelementptr inbounds nuw i8, ptr %364, i64 8064
-  %4133 = getelementptr inbounds nuw i8, ptr %364, i64 8096
-  %4134 = getelementptr inbounds nuw i8, ptr %364, i64 8128
-  %4135 = getelementptr inbounds nuw i8, ptr %364, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4132, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather291.3, ptr %4133, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.3, ptr %4134, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.3, ptr %4135, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4160 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4161 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4162 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %4164 = getelementptr inbounds nuw i8, <8 x ptr> %4160, i64 60
+  %4165 = getelementptr inbounds nuw i8, <8 x ptr> %4161, i64 60
+  %4166 = getelementptr inbounds nuw i8, <8 x ptr> %4162, i64 60
+  %4167 = getelementptr inbounds nuw i8, <8 x ptr> %4163, i64 60
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4168 = getelementptr inbounds nuw i8, ptr %416, i64 7712
+  %4169 = getelementptr inbounds nuw i8, ptr %416, i64 7744
+  %4170 = getelementptr inbounds nuw i8, ptr %416, i64 7776
+  store <8 x float> %wide.masked.gather, ptr %4159, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292, ptr %4168, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293, ptr %4169, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294, ptr %4170, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4171 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4172 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %4175 = getelementptr inbounds nuw i8, <8 x ptr> %4171, i64 60
+  %4176 = getelementptr inbounds nuw i8, <8 x ptr> %4172, i64 60
+  %4177 = getelementptr inbounds nuw i8, <8 x ptr> %4173, i64 60
+  %4178 = getelementptr inbounds nuw i8, <8 x ptr> %4174, i64 60
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4176, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4179 = getelementptr inbounds nuw i8, ptr %416, i64 7808
+  %4180 = getelementptr inbounds nuw i8, ptr %416, i64 7840
+  %4181 = getelementptr inbounds nuw i8, ptr %416, i64 7872
+  %4182 = getelementptr inbounds nuw i8, ptr %416, i64 7904
+  store <8 x float> %wide.masked.gather.1, ptr %4179, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.1, ptr %4180, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.1, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.1, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4183 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4184 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %4187 = getelementptr inbounds nuw i8, <8 x ptr> %4183, i64 60
+  %4188 = getelementptr inbounds nuw i8, <8 x ptr> %4184, i64 60
+  %4189 = getelementptr inbounds nuw i8, <8 x ptr> %4185, i64 60
+  %4190 = getelementptr inbounds nuw i8, <8 x ptr> %4186, i64 60
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4188, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4191 = getelementptr inbounds nuw i8, ptr %416, i64 7936
+  %4192 = getelementptr inbounds nuw i8, ptr %416, i64 7968
+  %4193 = getelementptr inbounds nuw i8, ptr %416, i64 8000
+  %4194 = getelementptr inbounds nuw i8, ptr %416, i64 8032
+  store <8 x float> %wide.masked.gather.2, ptr %4191, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.2, ptr %4192, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.2, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.2, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4195 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4196 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %4199 = getelementptr inbounds nuw i8, <8 x ptr> %4195, i64 60
+  %4200 = getelementptr inbounds nuw i8, <8 x ptr> %4196, i64 60
+  %4201 = getelementptr inbounds nuw i8, <8 x ptr> %4197, i64 60
+  %4202 = getelementptr inbounds nuw i8, <8 x ptr> %4198, i64 60
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4199, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4203 = getelementptr inbounds nuw i8, ptr %416, i64 8064
+  %4204 = getelementptr inbounds nuw i8, ptr %416, i64 8096
+  %4205 = getelementptr inbounds nuw i8, ptr %416, i64 8128
+  %4206 = getelementptr inbounds nuw i8, ptr %416, i64 8160
+  store <8 x float> %wide.masked.gather.3, ptr %4203, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.3, ptr %4204, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.3, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.3, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
   br label %if_end195.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
   %indvars.iv635.15.i = phi i64 [ %indvars.iv.next636.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
   %.idx770.i = shl nuw nsw i64 %indvars.iv635.15.i, 6
-  %4136 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
-  %4137 = getelementptr inbounds nuw i8, ptr %4136, i64 60
-  %4138 = load float, ptr %4137, align 4, !tbaa !5
-  %4139 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv635.15.i
-  store float %4138, ptr %4139, align 4, !tbaa !5
+  %4207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
+  %4208 = getelementptr inbounds nuw i8, ptr %4207, i64 60
+  %4209 = load float, ptr %4208, align 4, !tbaa !5
+  %4210 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv635.15.i
+  store float %4209, ptr %4210, align 4, !tbaa !5
   %indvars.iv.next636.15.i = or disjoint i64 %indvars.iv635.15.i, 1
   %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next636.15.i, 6
-  %4140 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
-  %4141 = getelementptr inbounds nuw i8, ptr %4140, i64 60
-  %4142 = load float, ptr %4141, align 4, !tbaa !5
-  %4143 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i
-  store float %4142, ptr %4143, align 4, !tbaa !5
+  %4211 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
+  %4212 = getelementptr inbounds nuw i8, ptr %4211, i64 60
+  %4213 = load float, ptr %4212, align 4, !tbaa !5
+  %4214 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i
+  store float %4213, ptr %4214, align 4, !tbaa !5
   %indvars.iv.next636.15.i.1 = or disjoint i64 %indvars.iv635.15.i, 2
   %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next636.15.i.1, 6
-  %4144 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
-  %4145 = getelementptr inbounds nuw i8, ptr %4144, i64 60
-  %4146 = load float, ptr %4145, align 4, !tbaa !5
-  %4147 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.1
-  store float %4146, ptr %4147, align 4, !tbaa !5
+  %4215 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
+  %4216 = getelementptr inbounds nuw i8, ptr %4215, i64 60
+  %4217 = load float, ptr %4216, align 4, !tbaa !5
+  %4218 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.1
+  store float %4217, ptr %4218, align 4, !tbaa !5
   %indvars.iv.next636.15.i.2 = or disjoint i64 %indvars.iv635.15.i, 3
   %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next636.15.i.2, 6
-  %4148 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
-  %4149 = getelementptr inbounds nuw i8, ptr %4148, i64 60
-  %4150 = load float, ptr %4149, align 4, !tbaa !5
-  %4151 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.2
-  store float %4150, ptr %4151, align 4, !tbaa !5
+  %4219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
+  %4220 = getelementptr inbounds nuw i8, ptr %4219, i64 60
+  %4221 = load float, ptr %4220, align 4, !tbaa !5
+  %4222 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.2
+  store float %4221, ptr %4222, align 4, !tbaa !5
   %indvars.iv.next636.15.i.3 = or disjoint i64 %indvars.iv635.15.i, 4
   %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next636.15.i.3, 6
-  %4152 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
-  %4153 = getelementptr inbounds nuw i8, ptr %4152, i64 60
-  %4154 = load float, ptr %4153, align 4, !tbaa !5
-  %4155 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.3
-  store float %4154, ptr %4155, align 4, !tbaa !5
+  %4223 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
+  %4224 = getelementptr inbounds nuw i8, ptr %4223, i64 60
+  %4225 = load float, ptr %4224, align 4, !tbaa !5
+  %4226 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.3
+  store float %4225, ptr %4226, align 4, !tbaa !5
   %indvars.iv.next636.15.i.4 = or disjoint i64 %indvars.iv635.15.i, 5
   %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next636.15.i.4, 6
-  %4156 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
-  %4157 = getelementptr inbounds nuw i8, ptr %4156, i64 60
-  %4158 = load float, ptr %4157, align 4, !tbaa !5
-  %4159 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.4
-  store float %4158, ptr %4159, align 4, !tbaa !5
+  %4227 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
+  %4228 = getelementptr inbounds nuw i8, ptr %4227, i64 60
+  %4229 = load float, ptr %4228, align 4, !tbaa !5
+  %4230 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.4
+  store float %4229, ptr %4230, align 4, !tbaa !5
   %indvars.iv.next636.15.i.5 = or disjoint i64 %indvars.iv635.15.i, 6
   %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next636.15.i.5, 6
-  %4160 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
-  %4161 = getelementptr inbounds nuw i8, ptr %4160, i64 60
-  %4162 = load float, ptr %4161, align 4, !tbaa !5
-  %4163 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.5
-  store float %4162, ptr %4163, align 4, !tbaa !5
+  %4231 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
+  %4232 = getelementptr inbounds nuw i8, ptr %4231, i64 60
+  %4233 = load float, ptr %4232, align 4, !tbaa !5
+  %4234 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.5
+  store float %4233, ptr %4234, align 4, !tbaa !5
   %indvars.iv.next636.15.i.6 = or disjoint i64 %indvars.iv635.15.i, 7
   %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next636.15.i.6, 6
-  %4164 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
-  %4165 = getelementptr inbounds nuw i8, ptr %4164, i64 60
-  %4166 = load float, ptr %4165, align 4, !tbaa !5
-  %4167 = getelementptr inbounds nuw float, ptr %4088, i64 %indvars.iv.next636.15.i.6
-  store float %4166, ptr %4167, align 4, !tbaa !5
+  %4235 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
+  %4236 = getelementptr inbounds nuw i8, ptr %4235, i64 60
+  %4237 = load float, ptr %4236, align 4, !tbaa !5
+  %4238 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.6
+  store float %4237, ptr %4238, align 4, !tbaa !5
   %indvars.iv.next636.15.i.7 = add nuw nsw i64 %indvars.iv635.15.i, 8
   %exitcond638.15.not.i.7 = icmp eq i64 %indvars.iv.next636.15.i.7, 128
   br i1 %exitcond638.15.not.i.7, label %if_end195.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
 
 if_end244.i:                                      ; preds = %if_end195.i
-  %4168 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4169 = tail call i32 %4168(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not268.i = icmp eq i32 %4169, 0
+  %4239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4240 = tail call i32 %4239(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not268.i = icmp eq i32 %4240, 0
   br i1 %.not268.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
 
 fused_decode_compute_.exit:                       ; preds = %if_end244.i, %if_end195.i, %if_end189.i, %if_end186.i, %if_end183.i, %if_end180.i, %if_end177.i, %if_end174.i, %for_end_d_0_m.i, %for_end_to_m.thread.i, %for_end_to_m.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
@@ -6705,86 +6780,95 @@ entry:
   %factor34.i = alloca [16 x float], align 16
   %beta37.i = alloca [16 x float], align 16
   %alpha38.i = alloca [16 x float], align 16
-  %partial_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %partial_max.type_index, 70
+  %context_lens.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_max.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_max.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %partial_max.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_max.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %partial_sum.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_sum.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %partial_sum.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_sum.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %out.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %out.type_index, 70
+  %partial_acc.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %partial_acc.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %out.handle.idx = select i1 %12, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %partial_acc.handle.idx = select i1 %12, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_acc.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %lse.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %lse.type_index, 70
+  %out.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %out.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %lse.handle.idx = select i1 %16, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %20 = load i64, ptr %19, align 8
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %22 = load i64, ptr %21, align 8
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %out.handle.idx = select i1 %16, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %lse.type_index = load i32, ptr %19, align 8
+  %20 = icmp eq i32 %lse.type_index, 70
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %22 = load ptr, ptr %21, align 8
+  %lse.handle.idx = select i1 %20, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %25, align 4
-  %26 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %26, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %27, align 8
-  %28 = icmp eq ptr %merge_partials.out_strides, null
-  %29 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %30 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %28, ptr %29, ptr %30
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_partials.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %28, label %if_then16, label %if_else17
+  br i1 %32, label %if_then19, label %if_else20
 
-if_then16:                                        ; preds = %entry
-  %31 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %32 = load i64, ptr %31, align 8
-  %33 = load i64, ptr %29, align 8
-  %34 = mul nsw i64 %33, %32
-  br label %if_end18
-
-if_else17:                                        ; preds = %entry
-  %35 = load i64, ptr %merge_partials.out_strides, align 8
-  br label %if_end18
-
-if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %34, %if_then16 ], [ %35, %if_else17 ]
-  %36 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %36, align 8
-  %37 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %37, label %if_then19, label %if_end21
-
-if_then19:                                        ; preds = %if_end18
-  %38 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %38, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+if_then19:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
   br label %if_end21
 
-if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %39, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+if_else20:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_else20, %if_then19
+  %out_batch = phi i64 [ %38, %if_then19 ], [ %39, %if_else20 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %41, label %if_then22, label %if_end24
+
+if_then22:                                        ; preds = %if_end21
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  br label %if_end24
+
+if_end24:                                         ; preds = %if_then22, %if_end21
+  %lse_batch.in = phi ptr [ %43, %if_then22 ], [ %merge_partials.lse_strides, %if_end21 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   %partial_sum = load ptr, ptr %partial_sum.handle, align 8
@@ -6798,244 +6882,247 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %41 = icmp eq ptr %acc.i, null
-  br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
 
-for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %24 to i32
-  %42 = icmp sgt i32 %num_partials, 0
-  br i1 %42, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+for_begin_step.preheader.i:                       ; preds = %if_end24
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %22, 32
-  %43 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %24, 2147483647
+  %sext = shl i64 %26, 32
+  %47 = ashr exact i64 %sext, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
   %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %44 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %102, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv64.i, 0
-  %46 = insertelement <16 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <16 x i1> %46, <16 x i1> poison, <16 x i32> zeroinitializer
-  %old_max.i = select <16 x i1> %47, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %44
-  %old_sum.i = select <16 x i1> %47, <16 x float> zeroinitializer, <16 x float> %total4145.i
-  %48 = add nsw i64 %indvars.iv64.i, %43
-  %49 = shl nsw i64 %48, 4
-  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
-  %51 = load <16 x float>, ptr %50, align 4, !tbaa !5
-  %52 = fcmp ogt <16 x float> %old_max.i, %51
-  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
-  %54 = load <16 x float>, ptr %53, align 4, !tbaa !5
-  %55 = fcmp oeq <16 x float> %54, zeroinitializer
-  %56 = select <16 x i1> %55, <16 x i1> splat (i1 true), <16 x i1> %52
-  %old_or_both.i = select <16 x i1> %56, <16 x float> %old_max.i, <16 x float> %51
-  %57 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
-  %m.i = select <16 x i1> %57, <16 x float> %51, <16 x float> %old_or_both.i
-  %58 = fsub <16 x float> %old_max.i, %m.i
-  %59 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %58, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %60 = bitcast <16 x float> %59 to <16 x i32>
-  %61 = fadd <16 x float> %59, splat (float 0xC168000FE0000000)
-  %62 = fmul <16 x float> %61, splat (float 0x3F2BD01060000000)
-  %63 = fmul <16 x float> %61, splat (float 0x3FE6300000000000)
-  %64 = fsub <16 x float> %58, %63
-  %65 = fadd <16 x float> %62, %64
-  %66 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %65, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %67 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %66, <16 x float> %65, <16 x float> splat (float 0x3FA5558F20000000))
-  %68 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %67, <16 x float> %65, <16 x float> splat (float 0x3FC5554920000000))
-  %69 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %68, <16 x float> %65, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %70 = fmul <16 x float> %65, %65
-  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> %70, <16 x float> %65)
-  %72 = shl <16 x i32> %60, splat (i32 23)
-  %73 = bitcast <16 x i32> %72 to <16 x float>
-  %74 = fadd <16 x float> %71, splat (float 1.000000e+00)
-  %75 = fmul <16 x float> %74, %73
-  %76 = fcmp olt <16 x float> %58, splat (float -8.700000e+01)
-  %77 = select <16 x i1> %76, <16 x float> zeroinitializer, <16 x float> %75
-  %78 = fcmp one <16 x float> %old_sum.i, zeroinitializer
-  %79 = select <16 x i1> %78, <16 x float> %77, <16 x float> zeroinitializer
-  store <16 x float> %79, ptr %alpha38.i, align 16, !tbaa !130
-  %arg2.i = fsub <16 x float> %51, %m.i
-  %80 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %81 = bitcast <16 x float> %80 to <16 x i32>
-  %82 = fadd <16 x float> %80, splat (float 0xC168000FE0000000)
-  %83 = fmul <16 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <16 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <16 x float> %arg2.i, %84
-  %86 = fadd <16 x float> %83, %85
-  %87 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %86, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %88 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %87, <16 x float> %86, <16 x float> splat (float 0x3FA5558F20000000))
-  %89 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %88, <16 x float> %86, <16 x float> splat (float 0x3FC5554920000000))
-  %90 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %89, <16 x float> %86, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %91 = fmul <16 x float> %86, %86
-  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> %91, <16 x float> %86)
-  %93 = shl <16 x i32> %81, splat (i32 23)
-  %94 = bitcast <16 x i32> %93 to <16 x float>
-  %95 = fadd <16 x float> %92, splat (float 1.000000e+00)
-  %96 = fmul <16 x float> %95, %94
-  %97 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
-  %98 = select <16 x i1> %97, <16 x float> zeroinitializer, <16 x float> %96
-  %99 = fcmp one <16 x float> %54, zeroinitializer
-  %100 = select <16 x i1> %99, <16 x float> %98, <16 x float> zeroinitializer
-  store <16 x float> %100, ptr %beta37.i, align 16, !tbaa !137
-  %101 = fmul <16 x float> %old_sum.i, %79
-  %102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %100, <16 x float> %54, <16 x float> %101)
-  %.idx.i = shl nsw i64 %48, 13
-  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %48 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
+  %49 = icmp eq i64 %indvars.iv64.i, 0
+  %50 = insertelement <16 x i1> poison, i1 %49, i64 0
+  %51 = shufflevector <16 x i1> %50, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %51, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %48
+  %old_sum.i = select <16 x i1> %51, <16 x float> zeroinitializer, <16 x float> %total4145.i
+  %52 = add nsw i64 %indvars.iv64.i, %47
+  %53 = shl nsw i64 %52, 4
+  %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
+  %55 = load <16 x float>, ptr %54, align 4, !tbaa !5
+  %56 = fcmp ogt <16 x float> %old_max.i, %55
+  %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
+  %58 = load <16 x float>, ptr %57, align 4, !tbaa !5
+  %59 = fcmp oeq <16 x float> %58, zeroinitializer
+  %60 = select <16 x i1> %59, <16 x i1> splat (i1 true), <16 x i1> %56
+  %old_or_both.i = select <16 x i1> %60, <16 x float> %old_max.i, <16 x float> %55
+  %61 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %61, <16 x float> %55, <16 x float> %old_or_both.i
+  %62 = fsub <16 x float> %old_max.i, %m.i
+  %63 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %62, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %64 = bitcast <16 x float> %63 to <16 x i32>
+  %65 = fadd <16 x float> %63, splat (float 0xC168000FE0000000)
+  %66 = fmul <16 x float> %65, splat (float 0x3F2BD01060000000)
+  %67 = fmul <16 x float> %65, splat (float 0x3FE6300000000000)
+  %68 = fsub <16 x float> %62, %67
+  %69 = fadd <16 x float> %66, %68
+  %70 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %69, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %71 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %70, <16 x float> %69, <16 x float> splat (float 0x3FA5558F20000000))
+  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> %69, <16 x float> splat (float 0x3FC5554920000000))
+  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %69, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %74 = fmul <16 x float> %69, %69
+  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %74, <16 x float> %69)
+  %76 = shl <16 x i32> %64, splat (i32 23)
+  %77 = bitcast <16 x i32> %76 to <16 x float>
+  %78 = fadd <16 x float> %75, splat (float 1.000000e+00)
+  %79 = fmul <16 x float> %78, %77
+  %80 = fcmp olt <16 x float> %62, splat (float -8.700000e+01)
+  %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
+  %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
+  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !130
+  %arg2.i = fsub <16 x float> %55, %m.i
+  %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %85 = bitcast <16 x float> %84 to <16 x i32>
+  %86 = fadd <16 x float> %84, splat (float 0xC168000FE0000000)
+  %87 = fmul <16 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <16 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <16 x float> %arg2.i, %88
+  %90 = fadd <16 x float> %87, %89
+  %91 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %90, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %92 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %91, <16 x float> %90, <16 x float> splat (float 0x3FA5558F20000000))
+  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> %90, <16 x float> splat (float 0x3FC5554920000000))
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %90, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %95 = fmul <16 x float> %90, %90
+  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %95, <16 x float> %90)
+  %97 = shl <16 x i32> %85, splat (i32 23)
+  %98 = bitcast <16 x i32> %97 to <16 x float>
+  %99 = fadd <16 x float> %96, splat (float 1.000000e+00)
+  %100 = fmul <16 x float> %99, %98
+  %101 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
+  %103 = fcmp one <16 x float> %58, zeroinitializer
+  %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
+  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !137
+  %105 = fmul <16 x float> %old_sum.i, %83
+  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
+  %.idx.i = shl nsw i64 %52, 13
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %104 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %105 = load float, ptr %104, align 4, !tbaa !144
-  %106 = insertelement <16 x float> poison, float %105, i64 0
-  %107 = shufflevector <16 x float> %106, <16 x float> poison, <16 x i32> zeroinitializer
-  %108 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %109 = getelementptr float, ptr %103, i64 %108
-  %110 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !145
-  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
-  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !5
-  %113 = load <16 x float>, ptr %109, align 4, !tbaa !5
-  %.scalar = fmul float %111, 0.000000e+00
-  %114 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
-  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %113, <16 x float> %115)
-  store <16 x float> %116, ptr %112, align 4, !tbaa !5
-  %117 = getelementptr inbounds nuw i8, ptr %112, i64 64
-  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !5
-  %118 = getelementptr i8, ptr %109, i64 64
-  %119 = load <16 x float>, ptr %118, align 4, !tbaa !5
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %119, <16 x float> %115)
-  store <16 x float> %120, ptr %117, align 4, !tbaa !5
-  %121 = getelementptr inbounds nuw i8, ptr %112, i64 128
+  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %109 = load float, ptr %108, align 4, !tbaa !144
+  %110 = insertelement <16 x float> poison, float %109, i64 0
+  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
+  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %113 = getelementptr float, ptr %107, i64 %112
+  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %115 = load float, ptr %114, align 4, !tbaa !145
+  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
+  %.scalar = fmul float %115, 0.000000e+00
+  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
+  store <16 x float> %120, ptr %116, align 4, !tbaa !5
+  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
   store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !5
-  %122 = getelementptr i8, ptr %109, i64 128
+  %122 = getelementptr i8, ptr %113, i64 64
   %123 = load <16 x float>, ptr %122, align 4, !tbaa !5
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %123, <16 x float> %115)
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
   store <16 x float> %124, ptr %121, align 4, !tbaa !5
-  %125 = getelementptr inbounds nuw i8, ptr %112, i64 192
+  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
   store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !5
-  %126 = getelementptr i8, ptr %109, i64 192
+  %126 = getelementptr i8, ptr %113, i64 128
   %127 = load <16 x float>, ptr %126, align 4, !tbaa !5
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %127, <16 x float> %115)
+  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
   store <16 x float> %128, ptr %125, align 4, !tbaa !5
-  %129 = getelementptr inbounds nuw i8, ptr %112, i64 256
+  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
   store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !5
-  %130 = getelementptr i8, ptr %109, i64 256
+  %130 = getelementptr i8, ptr %113, i64 192
   %131 = load <16 x float>, ptr %130, align 4, !tbaa !5
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %131, <16 x float> %115)
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
   store <16 x float> %132, ptr %129, align 4, !tbaa !5
-  %133 = getelementptr inbounds nuw i8, ptr %112, i64 320
+  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
   store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
-  %134 = getelementptr i8, ptr %109, i64 320
+  %134 = getelementptr i8, ptr %113, i64 256
   %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %135, <16 x float> %115)
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
   store <16 x float> %136, ptr %133, align 4, !tbaa !5
-  %137 = getelementptr inbounds nuw i8, ptr %112, i64 384
+  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
   store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
-  %138 = getelementptr i8, ptr %109, i64 384
+  %138 = getelementptr i8, ptr %113, i64 320
   %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %139, <16 x float> %115)
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
   store <16 x float> %140, ptr %137, align 4, !tbaa !5
-  %141 = getelementptr inbounds nuw i8, ptr %112, i64 448
+  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
   store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
-  %142 = getelementptr i8, ptr %109, i64 448
+  %142 = getelementptr i8, ptr %113, i64 384
   %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %143, <16 x float> %115)
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
   store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  %146 = getelementptr i8, ptr %113, i64 448
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
   br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %102, %for_end_r_0.i ]
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
   %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
-  %145 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
-  %146 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
-  %147 = select <16 x i1> %146, <16 x float> zeroinitializer, <16 x float> %145
-  store <16 x float> %147, ptr %factor34.i, align 16, !tbaa !146
-  %sext28 = shl i64 %20, 32
-  %148 = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %148
-  %150 = getelementptr float, ptr %out, i64 %149
+  %sext33 = shl i64 %24, 32
+  %149 = ashr exact i64 %sext33, 32
+  %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
+  %151 = load i32, ptr %150, align 4, !tbaa !5
+  %152 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %153 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %154 = select <16 x i1> %153, <16 x float> zeroinitializer, <16 x float> %152
+  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !146
+  %155 = mul nsw i64 %out_batch, %149
+  %156 = getelementptr float, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %152 = load float, ptr %151, align 4, !tbaa !144
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = shl nuw nsw i64 %indvars.iv.i, 7
-  %156 = getelementptr float, ptr %103, i64 %155
-  %157 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !145
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !144
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %155
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %107, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !145
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %162, i64 64
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %162, i64 128
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %162, i64 192
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %162, i64 256
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %162, i64 320
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
+  %202 = getelementptr i8, ptr %162, i64 384
   %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %206)
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
   store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
@@ -7047,290 +7134,314 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %209 = load float, ptr %208, align 4, !tbaa !153
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr float, ptr %150, i64 %212
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !153
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %156, i64 %218
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  store <16 x float> %215, ptr %invariant.gep.i, align 4, !tbaa !5
-  %216 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %217 = load <16 x float>, ptr %216, align 4, !tbaa !5
-  %218 = fmul <16 x float> %211, %217
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x float> %218, ptr %gep.1.i, align 4, !tbaa !5
-  %219 = getelementptr inbounds nuw i8, ptr %213, i64 128
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
   %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
-  %221 = fmul <16 x float> %211, %220
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x float> %221, ptr %gep.2.i, align 4, !tbaa !5
-  %222 = getelementptr inbounds nuw i8, ptr %213, i64 192
+  %221 = fmul <16 x float> %220, %217
+  store <16 x float> %221, ptr %invariant.gep.i, align 4, !tbaa !5
+  %222 = getelementptr inbounds nuw i8, ptr %219, i64 64
   %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
-  %224 = fmul <16 x float> %211, %223
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x float> %224, ptr %gep.3.i, align 4, !tbaa !5
-  %225 = getelementptr inbounds nuw i8, ptr %213, i64 256
+  %224 = fmul <16 x float> %217, %223
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x float> %224, ptr %gep.1.i, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %219, i64 128
   %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
-  %227 = fmul <16 x float> %211, %226
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
-  store <16 x float> %227, ptr %gep.4.i, align 4, !tbaa !5
-  %228 = getelementptr inbounds nuw i8, ptr %213, i64 320
+  %227 = fmul <16 x float> %217, %226
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x float> %227, ptr %gep.2.i, align 4, !tbaa !5
+  %228 = getelementptr inbounds nuw i8, ptr %219, i64 192
   %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
-  %230 = fmul <16 x float> %211, %229
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
-  store <16 x float> %230, ptr %gep.5.i, align 4, !tbaa !5
-  %231 = getelementptr inbounds nuw i8, ptr %213, i64 384
+  %230 = fmul <16 x float> %217, %229
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x float> %230, ptr %gep.3.i, align 4, !tbaa !5
+  %231 = getelementptr inbounds nuw i8, ptr %219, i64 256
   %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
-  %233 = fmul <16 x float> %211, %232
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
-  store <16 x float> %233, ptr %gep.6.i, align 4, !tbaa !5
-  %234 = getelementptr inbounds nuw i8, ptr %213, i64 448
+  %233 = fmul <16 x float> %217, %232
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
+  store <16 x float> %233, ptr %gep.4.i, align 4, !tbaa !5
+  %234 = getelementptr inbounds nuw i8, ptr %219, i64 320
   %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
-  %236 = fmul <16 x float> %211, %235
+  %236 = fmul <16 x float> %217, %235
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
+  store <16 x float> %236, ptr %gep.5.i, align 4, !tbaa !5
+  %237 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
+  %239 = fmul <16 x float> %217, %238
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
+  store <16 x float> %239, ptr %gep.6.i, align 4, !tbaa !5
+  %240 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %242 = fmul <16 x float> %217, %241
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
-  store <16 x float> %236, ptr %gep.7.i, align 4, !tbaa !5
+  store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
   br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %237 = mul nsw i64 %lse_batch, %148
-  %238 = getelementptr float, ptr %lse, i64 %237
+  %243 = add nsw i32 %151, -1
+  %244 = sitofp i32 %243 to float
+  %245 = bitcast float %244 to i32
+  %246 = ashr i32 %245, 23
+  %247 = tail call i32 @llvm.smax.i32(i32 %246, i32 125)
+  %248 = mul nsw i64 %lse_batch, %149
+  %249 = getelementptr float, ptr %lse, i64 %248
+  %250 = shl nuw nsw i32 %247, 23
+  %251 = add nuw i32 %250, 16777216
+  %252 = bitcast i32 %251 to float
   %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
-  %239 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
-  br i1 %239, label %if_end30.i, label %if_else.i
+  %253 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %253, label %if_end30.i, label %if_else.i
 
 if_else.i:                                        ; preds = %for_begin_r24.preheader.i
-  %240 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.0.vec.extract.i)
+  %254 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %252
+  %255 = tail call float @llvm.log.f32(float %254)
   %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
-  %241 = fadd float %240, %row_max40.sroa.0.0.vec.extract.i
+  %256 = fadd float %row_max40.sroa.0.0.vec.extract.i, %255
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
-  %242 = phi float [ %241, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
-  store float %242, ptr %238, align 4, !tbaa !5
+  %257 = phi float [ %256, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %257, ptr %249, align 4, !tbaa !5
   %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
-  %243 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
-  br i1 %243, label %if_end30.1.i, label %if_else.1.i
+  %258 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %258, label %if_end30.1.i, label %if_else.1.i
 
 if_else.1.i:                                      ; preds = %if_end30.i
-  %244 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.4.vec.extract.i)
+  %259 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %252
+  %260 = tail call float @llvm.log.f32(float %259)
   %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
-  %245 = fadd float %244, %row_max40.sroa.0.4.vec.extract.i
+  %261 = fadd float %row_max40.sroa.0.4.vec.extract.i, %260
   br label %if_end30.1.i
 
 if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
-  %246 = phi float [ %245, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
-  %247 = getelementptr i8, ptr %238, i64 4
-  store float %246, ptr %247, align 4, !tbaa !5
+  %262 = phi float [ %261, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %263 = getelementptr i8, ptr %249, i64 4
+  store float %262, ptr %263, align 4, !tbaa !5
   %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
-  %248 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
-  br i1 %248, label %if_end30.2.i, label %if_else.2.i
+  %264 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %264, label %if_end30.2.i, label %if_else.2.i
 
 if_else.2.i:                                      ; preds = %if_end30.1.i
-  %249 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.8.vec.extract.i)
+  %265 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %252
+  %266 = tail call float @llvm.log.f32(float %265)
   %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
-  %250 = fadd float %249, %row_max40.sroa.0.8.vec.extract.i
+  %267 = fadd float %row_max40.sroa.0.8.vec.extract.i, %266
   br label %if_end30.2.i
 
 if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
-  %251 = phi float [ %250, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
-  %252 = getelementptr i8, ptr %238, i64 8
-  store float %251, ptr %252, align 4, !tbaa !5
+  %268 = phi float [ %267, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %269 = getelementptr i8, ptr %249, i64 8
+  store float %268, ptr %269, align 4, !tbaa !5
   %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
-  %253 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
-  br i1 %253, label %if_end30.3.i, label %if_else.3.i
+  %270 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %270, label %if_end30.3.i, label %if_else.3.i
 
 if_else.3.i:                                      ; preds = %if_end30.2.i
-  %254 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.12.vec.extract.i)
+  %271 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %252
+  %272 = tail call float @llvm.log.f32(float %271)
   %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
-  %255 = fadd float %254, %row_max40.sroa.0.12.vec.extract.i
+  %273 = fadd float %row_max40.sroa.0.12.vec.extract.i, %272
   br label %if_end30.3.i
 
 if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
-  %256 = phi float [ %255, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
-  %257 = getelementptr i8, ptr %238, i64 12
-  store float %256, ptr %257, align 4, !tbaa !5
+  %274 = phi float [ %273, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %275 = getelementptr i8, ptr %249, i64 12
+  store float %274, ptr %275, align 4, !tbaa !5
   %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
-  %258 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
-  br i1 %258, label %if_end30.4.i, label %if_else.4.i
+  %276 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %276, label %if_end30.4.i, label %if_else.4.i
 
 if_else.4.i:                                      ; preds = %if_end30.3.i
-  %259 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.16.vec.extract.i)
+  %277 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %252
+  %278 = tail call float @llvm.log.f32(float %277)
   %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
-  %260 = fadd float %259, %row_max40.sroa.0.16.vec.extract.i
+  %279 = fadd float %row_max40.sroa.0.16.vec.extract.i, %278
   br label %if_end30.4.i
 
 if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
-  %261 = phi float [ %260, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
-  %262 = getelementptr i8, ptr %238, i64 16
-  store float %261, ptr %262, align 4, !tbaa !5
+  %280 = phi float [ %279, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %281 = getelementptr i8, ptr %249, i64 16
+  store float %280, ptr %281, align 4, !tbaa !5
   %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
-  %263 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
-  br i1 %263, label %if_end30.5.i, label %if_else.5.i
+  %282 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %282, label %if_end30.5.i, label %if_else.5.i
 
 if_else.5.i:                                      ; preds = %if_end30.4.i
-  %264 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.20.vec.extract.i)
+  %283 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %252
+  %284 = tail call float @llvm.log.f32(float %283)
   %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
-  %265 = fadd float %264, %row_max40.sroa.0.20.vec.extract.i
+  %285 = fadd float %row_max40.sroa.0.20.vec.extract.i, %284
   br label %if_end30.5.i
 
 if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
-  %266 = phi float [ %265, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
-  %267 = getelementptr i8, ptr %238, i64 20
-  store float %266, ptr %267, align 4, !tbaa !5
+  %286 = phi float [ %285, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %287 = getelementptr i8, ptr %249, i64 20
+  store float %286, ptr %287, align 4, !tbaa !5
   %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
-  %268 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
-  br i1 %268, label %if_end30.6.i, label %if_else.6.i
+  %288 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %288, label %if_end30.6.i, label %if_else.6.i
 
 if_else.6.i:                                      ; preds = %if_end30.5.i
-  %269 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.24.vec.extract.i)
+  %289 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %252
+  %290 = tail call float @llvm.log.f32(float %289)
   %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
-  %270 = fadd float %269, %row_max40.sroa.0.24.vec.extract.i
+  %291 = fadd float %row_max40.sroa.0.24.vec.extract.i, %290
   br label %if_end30.6.i
 
 if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
-  %271 = phi float [ %270, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
-  %272 = getelementptr i8, ptr %238, i64 24
-  store float %271, ptr %272, align 4, !tbaa !5
+  %292 = phi float [ %291, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %293 = getelementptr i8, ptr %249, i64 24
+  store float %292, ptr %293, align 4, !tbaa !5
   %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
-  %273 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
-  br i1 %273, label %if_end30.7.i, label %if_else.7.i
+  %294 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %294, label %if_end30.7.i, label %if_else.7.i
 
 if_else.7.i:                                      ; preds = %if_end30.6.i
-  %274 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.28.vec.extract.i)
+  %295 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %252
+  %296 = tail call float @llvm.log.f32(float %295)
   %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
-  %275 = fadd float %274, %row_max40.sroa.0.28.vec.extract.i
+  %297 = fadd float %row_max40.sroa.0.28.vec.extract.i, %296
   br label %if_end30.7.i
 
 if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
-  %276 = phi float [ %275, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
-  %277 = getelementptr i8, ptr %238, i64 28
-  store float %276, ptr %277, align 4, !tbaa !5
+  %298 = phi float [ %297, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %299 = getelementptr i8, ptr %249, i64 28
+  store float %298, ptr %299, align 4, !tbaa !5
   %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
-  %278 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
-  br i1 %278, label %if_end30.8.i, label %if_else.8.i
+  %300 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %300, label %if_end30.8.i, label %if_else.8.i
 
 if_else.8.i:                                      ; preds = %if_end30.7.i
-  %279 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.32.vec.extract.i)
+  %301 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %252
+  %302 = tail call float @llvm.log.f32(float %301)
   %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
-  %280 = fadd float %279, %row_max40.sroa.0.32.vec.extract.i
+  %303 = fadd float %row_max40.sroa.0.32.vec.extract.i, %302
   br label %if_end30.8.i
 
 if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
-  %281 = phi float [ %280, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
-  %282 = getelementptr i8, ptr %238, i64 32
-  store float %281, ptr %282, align 4, !tbaa !5
+  %304 = phi float [ %303, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %305 = getelementptr i8, ptr %249, i64 32
+  store float %304, ptr %305, align 4, !tbaa !5
   %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
-  %283 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
-  br i1 %283, label %if_end30.9.i, label %if_else.9.i
+  %306 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %306, label %if_end30.9.i, label %if_else.9.i
 
 if_else.9.i:                                      ; preds = %if_end30.8.i
-  %284 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.36.vec.extract.i)
+  %307 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %252
+  %308 = tail call float @llvm.log.f32(float %307)
   %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
-  %285 = fadd float %284, %row_max40.sroa.0.36.vec.extract.i
+  %309 = fadd float %row_max40.sroa.0.36.vec.extract.i, %308
   br label %if_end30.9.i
 
 if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
-  %286 = phi float [ %285, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
-  %287 = getelementptr i8, ptr %238, i64 36
-  store float %286, ptr %287, align 4, !tbaa !5
+  %310 = phi float [ %309, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %311 = getelementptr i8, ptr %249, i64 36
+  store float %310, ptr %311, align 4, !tbaa !5
   %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
-  %288 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
-  br i1 %288, label %if_end30.10.i, label %if_else.10.i
+  %312 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %312, label %if_end30.10.i, label %if_else.10.i
 
 if_else.10.i:                                     ; preds = %if_end30.9.i
-  %289 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.40.vec.extract.i)
+  %313 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %252
+  %314 = tail call float @llvm.log.f32(float %313)
   %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
-  %290 = fadd float %289, %row_max40.sroa.0.40.vec.extract.i
+  %315 = fadd float %row_max40.sroa.0.40.vec.extract.i, %314
   br label %if_end30.10.i
 
 if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
-  %291 = phi float [ %290, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
-  %292 = getelementptr i8, ptr %238, i64 40
-  store float %291, ptr %292, align 4, !tbaa !5
+  %316 = phi float [ %315, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %317 = getelementptr i8, ptr %249, i64 40
+  store float %316, ptr %317, align 4, !tbaa !5
   %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
-  %293 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
-  br i1 %293, label %if_end30.11.i, label %if_else.11.i
+  %318 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %318, label %if_end30.11.i, label %if_else.11.i
 
 if_else.11.i:                                     ; preds = %if_end30.10.i
-  %294 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.44.vec.extract.i)
+  %319 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %252
+  %320 = tail call float @llvm.log.f32(float %319)
   %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
-  %295 = fadd float %294, %row_max40.sroa.0.44.vec.extract.i
+  %321 = fadd float %row_max40.sroa.0.44.vec.extract.i, %320
   br label %if_end30.11.i
 
 if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
-  %296 = phi float [ %295, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
-  %297 = getelementptr i8, ptr %238, i64 44
-  store float %296, ptr %297, align 4, !tbaa !5
+  %322 = phi float [ %321, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %323 = getelementptr i8, ptr %249, i64 44
+  store float %322, ptr %323, align 4, !tbaa !5
   %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
-  %298 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
-  br i1 %298, label %if_end30.12.i, label %if_else.12.i
+  %324 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %324, label %if_end30.12.i, label %if_else.12.i
 
 if_else.12.i:                                     ; preds = %if_end30.11.i
-  %299 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.48.vec.extract.i)
+  %325 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %252
+  %326 = tail call float @llvm.log.f32(float %325)
   %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
-  %300 = fadd float %299, %row_max40.sroa.0.48.vec.extract.i
+  %327 = fadd float %row_max40.sroa.0.48.vec.extract.i, %326
   br label %if_end30.12.i
 
 if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
-  %301 = phi float [ %300, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
-  %302 = getelementptr i8, ptr %238, i64 48
-  store float %301, ptr %302, align 4, !tbaa !5
+  %328 = phi float [ %327, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %329 = getelementptr i8, ptr %249, i64 48
+  store float %328, ptr %329, align 4, !tbaa !5
   %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
-  %303 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
-  br i1 %303, label %if_end30.13.i, label %if_else.13.i
+  %330 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %330, label %if_end30.13.i, label %if_else.13.i
 
 if_else.13.i:                                     ; preds = %if_end30.12.i
-  %304 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.52.vec.extract.i)
+  %331 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %252
+  %332 = tail call float @llvm.log.f32(float %331)
   %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
-  %305 = fadd float %304, %row_max40.sroa.0.52.vec.extract.i
+  %333 = fadd float %row_max40.sroa.0.52.vec.extract.i, %332
   br label %if_end30.13.i
 
 if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
-  %306 = phi float [ %305, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
-  %307 = getelementptr i8, ptr %238, i64 52
-  store float %306, ptr %307, align 4, !tbaa !5
+  %334 = phi float [ %333, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %335 = getelementptr i8, ptr %249, i64 52
+  store float %334, ptr %335, align 4, !tbaa !5
   %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
-  %308 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
-  br i1 %308, label %if_end30.14.i, label %if_else.14.i
+  %336 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %336, label %if_end30.14.i, label %if_else.14.i
 
 if_else.14.i:                                     ; preds = %if_end30.13.i
-  %309 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.56.vec.extract.i)
+  %337 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %252
+  %338 = tail call float @llvm.log.f32(float %337)
   %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
-  %310 = fadd float %309, %row_max40.sroa.0.56.vec.extract.i
+  %339 = fadd float %row_max40.sroa.0.56.vec.extract.i, %338
   br label %if_end30.14.i
 
 if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
-  %311 = phi float [ %310, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
-  %312 = getelementptr i8, ptr %238, i64 56
-  store float %311, ptr %312, align 4, !tbaa !5
+  %340 = phi float [ %339, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %341 = getelementptr i8, ptr %249, i64 56
+  store float %340, ptr %341, align 4, !tbaa !5
   %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
-  %313 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
-  br i1 %313, label %if_end30.15.i, label %if_else.15.i
+  %342 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %342, label %if_end30.15.i, label %if_else.15.i
 
 if_else.15.i:                                     ; preds = %if_end30.14.i
-  %314 = tail call float @llvm.log.f32(float %row_sum39.sroa.0.60.vec.extract.i)
+  %343 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %252
+  %344 = tail call float @llvm.log.f32(float %343)
   %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
-  %315 = fadd float %314, %row_max40.sroa.0.60.vec.extract.i
+  %345 = fadd float %row_max40.sroa.0.60.vec.extract.i, %344
   br label %if_end30.15.i
 
 if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
-  %316 = phi float [ %315, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
-  %317 = getelementptr i8, ptr %238, i64 60
-  store float %316, ptr %317, align 4, !tbaa !5
-  %318 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %319 = tail call i32 %318(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %319, 0
+  %346 = phi float [ %345, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %347 = getelementptr i8, ptr %249, i64 60
+  store float %346, ptr %347, align 4, !tbaa !5
+  %348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %349 = tail call i32 %348(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %349, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
-merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
+merge_partials_compute_.exit:                     ; preds = %if_end30.15.i, %if_end24
+  %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %if_end30.15.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
@@ -7348,6 +7459,9 @@ declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 imma
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.log.f32(float) #3
@@ -7507,10 +7621,10 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umax.i32(i32, i32) #3

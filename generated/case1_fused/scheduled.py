@@ -50,7 +50,7 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -62,6 +62,7 @@ class Module:
                 row_sum = T.sblock_alloc_buffer((1, 16))
                 acc = T.sblock_alloc_buffer((1, 128, 16))
                 seq: T.let[T.int32] = batch_start + vs
+                places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 128
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 128, context_lens[seq]) - range_begin, 0)
                 num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
@@ -84,7 +85,7 @@ class Module:
                                             vd = T.axis.spatial(128, ax2_0 * 4 + ax1)
                                             T.reads(query[seq, head_start + vr, vd])
                                             T.writes(q_tile_global[0, vr, vd])
-                                            q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                                            q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
                                 with T.sblock("q_tile_global_o"):
                                     v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
                                     T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
@@ -252,7 +253,7 @@ class Module:
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
                                                                 T.reads(scores[vslot, vo * 8 + vi, vr])
                                                                 T.writes(scaled[vo * 8 + vi, vr])
-                                                                scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * scale, T.float32("-inf"))
+                                                                scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_init"):
                                                             vr = T.axis.spatial(16, r_init)
@@ -281,14 +282,14 @@ class Module:
                                                                 T.reads(scaled[vt, vr], tile_max[vslot, vr])
                                                                 T.writes(probs[vslot, vt, vr])
                                                                 arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vslot, vr]
-                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                                 high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[vslot, vt, vr] = T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power)
+                                                                probs[vslot, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(16, r_init)
@@ -477,7 +478,7 @@ class Module:
                                         vr = T.axis.spatial(16, r)
                                         T.reads(row_sum[vtile, vr], row_max[vtile, vr])
                                         T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
+                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
                                 T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
@@ -497,7 +498,7 @@ class Module:
                                         partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
-    def merge_partials(partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
+    def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 16))
         row_sum = T.sblock_alloc_buffer((1, 16))
@@ -578,6 +579,7 @@ class Module:
                                             with T.init():
                                                 acc[vi, vr, vd] = T.float32(0.0)
                                             acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
+        places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:16], row_sum[0, 0:16], acc[0, 0:16, 0:128])
             T.writes(out[seq, 0:16, 0:128], lse[seq, 0:16])
@@ -602,4 +604,4 @@ class Module:
                     vr = T.axis.spatial(16, r)
                     T.reads(row_sum[0, vr], row_max[0, vr])
                     T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))

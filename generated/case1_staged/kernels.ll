@@ -253,87 +253,96 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 define dllexport noundef i32 @__tvm_ffi_normalize(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #0 {
 entry:
   %factor6.i = alloca [16 x float], align 16
-  %row_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %row_max.type_index, 70
+  %context_lens.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %row_max.handle.idx = select i1 %0, i64 24, i64 0
-  %row_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %row_max.handle.idx
+  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %row_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %row_sum.type_index, 70
+  %row_max.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %row_max.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %row_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %row_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %row_sum.handle.idx
+  %row_max.handle.idx = select i1 %4, i64 24, i64 0
+  %row_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %row_max.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %acc.type_index, 70
+  %row_sum.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %row_sum.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %acc.handle.idx = select i1 %8, i64 24, i64 0
-  %acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %acc.handle.idx
+  %row_sum.handle.idx = select i1 %8, i64 24, i64 0
+  %row_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %row_sum.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %out.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %out.type_index, 70
+  %acc.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %acc.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %out.handle.idx = select i1 %12, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %acc.handle.idx = select i1 %12, i64 24, i64 0
+  %acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %acc.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %lse.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %lse.type_index, 70
+  %out.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %out.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %lse.handle.idx = select i1 %16, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %20 = load i64, ptr %19, align 8
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %22 = load i64, ptr %21, align 8
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %out.handle.idx = select i1 %16, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %lse.type_index = load i32, ptr %19, align 8
+  %20 = icmp eq i32 %lse.type_index, 70
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %22 = load ptr, ptr %21, align 8
+  %lse.handle.idx = select i1 %20, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %26 = load i64, ptr %25, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %normalize.out_shape = load ptr, ptr %27, align 8
-  %28 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %normalize.out_strides = load ptr, ptr %28, align 8
-  %29 = icmp eq ptr %normalize.out_strides, null
-  %30 = getelementptr inbounds nuw i8, ptr %normalize.out_shape, i64 16
-  %31 = getelementptr inbounds nuw i8, ptr %normalize.out_strides, i64 8
-  %out_head.in = select i1 %29, ptr %30, ptr %31
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %30 = load i64, ptr %29, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %normalize.out_shape = load ptr, ptr %31, align 8
+  %32 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %normalize.out_strides = load ptr, ptr %32, align 8
+  %33 = icmp eq ptr %normalize.out_strides, null
+  %34 = getelementptr inbounds nuw i8, ptr %normalize.out_shape, i64 16
+  %35 = getelementptr inbounds nuw i8, ptr %normalize.out_strides, i64 8
+  %out_head.in = select i1 %33, ptr %34, ptr %35
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %29, label %if_then16, label %if_else17
+  br i1 %33, label %if_then19, label %if_else20
 
-if_then16:                                        ; preds = %entry
-  %32 = getelementptr inbounds nuw i8, ptr %normalize.out_shape, i64 8
-  %33 = load i64, ptr %32, align 8
-  %34 = load i64, ptr %30, align 8
-  %35 = mul nsw i64 %34, %33
-  br label %if_end18
-
-if_else17:                                        ; preds = %entry
-  %36 = load i64, ptr %normalize.out_strides, align 8
-  br label %if_end18
-
-if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %35, %if_then16 ], [ %36, %if_else17 ]
-  %37 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %normalize.lse_strides = load ptr, ptr %37, align 8
-  %38 = icmp eq ptr %normalize.lse_strides, null
-  br i1 %38, label %if_then19, label %if_end21
-
-if_then19:                                        ; preds = %if_end18
-  %39 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %normalize.lse_shape = load ptr, ptr %39, align 8
-  %40 = getelementptr inbounds nuw i8, ptr %normalize.lse_shape, i64 8
+if_then19:                                        ; preds = %entry
+  %36 = getelementptr inbounds nuw i8, ptr %normalize.out_shape, i64 8
+  %37 = load i64, ptr %36, align 8
+  %38 = load i64, ptr %34, align 8
+  %39 = mul nsw i64 %38, %37
   br label %if_end21
 
-if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %40, %if_then19 ], [ %normalize.lse_strides, %if_end18 ]
+if_else20:                                        ; preds = %entry
+  %40 = load i64, ptr %normalize.out_strides, align 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_else20, %if_then19
+  %out_batch = phi i64 [ %39, %if_then19 ], [ %40, %if_else20 ]
+  %41 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %normalize.lse_strides = load ptr, ptr %41, align 8
+  %42 = icmp eq ptr %normalize.lse_strides, null
+  br i1 %42, label %if_then22, label %if_end24
+
+if_then22:                                        ; preds = %if_end21
+  %43 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %normalize.lse_shape = load ptr, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %normalize.lse_shape, i64 8
+  br label %if_end24
+
+if_end24:                                         ; preds = %if_then22, %if_end21
+  %lse_batch.in = phi ptr [ %44, %if_then22 ], [ %normalize.lse_strides, %if_end21 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
-  %num_seqs = trunc i64 %22 to i32
+  %num_seqs = trunc i64 %26 to i32
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   %row_max = load ptr, ptr %row_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %row_max, i64 64) ]
   %row_sum = load ptr, ptr %row_sum.handle, align 8
@@ -345,227 +354,244 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
   call void @llvm.lifetime.start.p0(ptr nonnull %factor6.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %row_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %row_sum, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %acc, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %41 = icmp sgt i32 %num_seqs, 0
-  br i1 %41, label %for_body_s.lr.ph.i, label %normalize_compute_.exit, !prof !3
+  %45 = icmp sgt i32 %num_seqs, 0
+  br i1 %45, label %for_body_s.lr.ph.i, label %normalize_compute_.exit, !prof !3
 
-for_body_s.lr.ph.i:                               ; preds = %if_end21
-  %num_rows = trunc i64 %26 to i32
-  %sext = shl i64 %24, 32
-  %42 = ashr exact i64 %sext, 32
-  %sext28 = shl i64 %20, 32
-  %43 = ashr exact i64 %sext28, 32
-  %44 = icmp sgt i32 %num_rows, 0
-  %invariant.gep11.i = getelementptr float, ptr %lse, i64 %42
-  br i1 %44, label %for_body_s.us.us.preheader.i, label %normalize_compute_.exit, !prof !3
+for_body_s.lr.ph.i:                               ; preds = %if_end24
+  %num_rows = trunc i64 %30 to i32
+  %46 = icmp sgt i32 %num_rows, 0
+  %sext = shl i64 %28, 32
+  %47 = ashr exact i64 %sext, 32
+  %sext33 = shl i64 %24, 32
+  %48 = ashr exact i64 %sext33, 32
+  %invariant.gep11.i = getelementptr float, ptr %lse, i64 %47
+  br i1 %46, label %for_body_s.us.preheader.i, label %normalize_compute_.exit, !prof !3
 
-for_body_s.us.us.preheader.i:                     ; preds = %for_body_s.lr.ph.i
-  %wide.trip.count43.i = and i64 %22, 2147483647
-  %wide.trip.count.i = and i64 %26, 2147483647
-  %45 = add nsw i64 %wide.trip.count.i, -1
-  %xtraiter = and i64 %26, 3
-  %46 = icmp ult i64 %45, 3
-  %unroll_iter = and i64 %26, 2147483644
+for_body_s.us.preheader.i:                        ; preds = %for_body_s.lr.ph.i
+  %wide.trip.count40.i = and i64 %26, 2147483647
+  %wide.trip.count.i = and i64 %30, 2147483647
+  %49 = add nsw i64 %wide.trip.count.i, -1
+  %xtraiter = and i64 %30, 3
+  %50 = icmp ult i64 %49, 3
+  %unroll_iter = and i64 %30, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod30 = icmp ne i64 %xtraiter, 0
-  br label %for_body_s.us.us.i
+  %lcmp.mod34 = icmp ne i64 %xtraiter, 0
+  br label %for_begin_d_0.preheader.lr.ph.us.i
 
-for_body_s.us.us.i:                               ; preds = %for_begin_r1.for_end_r3_crit_edge.us.us.i, %for_body_s.us.us.preheader.i
-  %indvars.iv40.i = phi i64 [ 0, %for_body_s.us.us.preheader.i ], [ %indvars.iv.next41.i, %for_begin_r1.for_end_r3_crit_edge.us.us.i ]
-  %47 = shl nsw i64 %indvars.iv40.i, 4
-  %48 = getelementptr inbounds nuw float, ptr %row_sum, i64 %47
-  %total.us.us.i = load <16 x float>, ptr %48, align 64, !tbaa !5
-  %49 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.us.i
-  %50 = fcmp oeq <16 x float> %total.us.us.i, zeroinitializer
-  %51 = select <16 x i1> %50, <16 x float> zeroinitializer, <16 x float> %49
-  store <16 x float> %51, ptr %factor6.i, align 16, !tbaa !14
-  %52 = add nsw i64 %indvars.iv40.i, %43
-  %53 = mul nsw i64 %52, %out_batch
-  %54 = getelementptr float, ptr %out, i64 %53
-  %.idx29 = shl nsw i64 %indvars.iv40.i, 13
-  %invariant.gep = getelementptr inbounds nuw i8, ptr %acc, i64 %.idx29
-  br label %for_begin_d_0.preheader.us.us.i
+for_body_r2.us.i:                                 ; preds = %for_begin_r1.preheader.us.i, %if_end.us.i.3
+  %indvars.iv32.i = phi i64 [ %indvars.iv.next33.i.3, %if_end.us.i.3 ], [ 0, %for_begin_r1.preheader.us.i ]
+  %niter = phi i64 [ %niter.next.3, %if_end.us.i.3 ], [ 0, %for_begin_r1.preheader.us.i ]
+  %51 = add nuw nsw i64 %indvars.iv32.i, %140
+  %52 = getelementptr inbounds nuw float, ptr %row_sum, i64 %51
+  %53 = load float, ptr %52, align 16, !tbaa !5
+  %54 = fcmp oeq float %53, 0.000000e+00
+  br i1 %54, label %if_end.us.i, label %if_else.us.i
 
-for_body_r2.us.us.i:                              ; preds = %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i, %if_end.us.us.i.3
-  %indvars.iv35.i = phi i64 [ %indvars.iv.next36.i.3, %if_end.us.us.i.3 ], [ 0, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i ]
-  %niter = phi i64 [ %niter.next.3, %if_end.us.us.i.3 ], [ 0, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i ]
-  %55 = add nuw nsw i64 %indvars.iv35.i, %47
-  %56 = getelementptr inbounds nuw float, ptr %row_sum, i64 %55
-  %57 = load float, ptr %56, align 16, !tbaa !5
-  %58 = fcmp oeq float %57, 0.000000e+00
-  br i1 %58, label %if_end.us.us.i, label %if_else.us.us.i
+if_else.us.i:                                     ; preds = %for_body_r2.us.i
+  %55 = fmul float %53, %135
+  %56 = tail call float @llvm.log.f32(float %55)
+  %57 = getelementptr inbounds nuw float, ptr %row_max, i64 %51
+  %58 = load float, ptr %57, align 16, !tbaa !5
+  %59 = fadd float %56, %58
+  br label %if_end.us.i
 
-if_else.us.us.i:                                  ; preds = %for_body_r2.us.us.i
-  %59 = tail call float @llvm.log.f32(float %57)
-  %60 = getelementptr inbounds nuw float, ptr %row_max, i64 %55
-  %61 = load float, ptr %60, align 16, !tbaa !5
-  %62 = fadd float %59, %61
-  br label %if_end.us.us.i
+if_end.us.i:                                      ; preds = %if_else.us.i, %for_body_r2.us.i
+  %60 = phi float [ %59, %if_else.us.i ], [ 0xFFF0000000000000, %for_body_r2.us.i ]
+  %61 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv32.i
+  store float %60, ptr %61, align 4, !tbaa !5
+  %indvars.iv.next33.i = or disjoint i64 %indvars.iv32.i, 1
+  %62 = add nuw nsw i64 %indvars.iv.next33.i, %140
+  %63 = getelementptr inbounds nuw float, ptr %row_sum, i64 %62
+  %64 = load float, ptr %63, align 4, !tbaa !5
+  %65 = fcmp oeq float %64, 0.000000e+00
+  br i1 %65, label %if_end.us.i.1, label %if_else.us.i.1
 
-if_end.us.us.i:                                   ; preds = %if_else.us.us.i, %for_body_r2.us.us.i
-  %63 = phi float [ %62, %if_else.us.us.i ], [ 0xFFF0000000000000, %for_body_r2.us.us.i ]
-  %64 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv35.i
-  store float %63, ptr %64, align 4, !tbaa !5
-  %indvars.iv.next36.i = or disjoint i64 %indvars.iv35.i, 1
-  %65 = add nuw nsw i64 %indvars.iv.next36.i, %47
-  %66 = getelementptr inbounds nuw float, ptr %row_sum, i64 %65
-  %67 = load float, ptr %66, align 4, !tbaa !5
-  %68 = fcmp oeq float %67, 0.000000e+00
-  br i1 %68, label %if_end.us.us.i.1, label %if_else.us.us.i.1
+if_else.us.i.1:                                   ; preds = %if_end.us.i
+  %66 = fmul float %64, %135
+  %67 = tail call float @llvm.log.f32(float %66)
+  %68 = getelementptr inbounds nuw float, ptr %row_max, i64 %62
+  %69 = load float, ptr %68, align 4, !tbaa !5
+  %70 = fadd float %67, %69
+  br label %if_end.us.i.1
 
-if_else.us.us.i.1:                                ; preds = %if_end.us.us.i
-  %69 = tail call float @llvm.log.f32(float %67)
-  %70 = getelementptr inbounds nuw float, ptr %row_max, i64 %65
-  %71 = load float, ptr %70, align 4, !tbaa !5
-  %72 = fadd float %69, %71
-  br label %if_end.us.us.i.1
+if_end.us.i.1:                                    ; preds = %if_else.us.i.1, %if_end.us.i
+  %71 = phi float [ %70, %if_else.us.i.1 ], [ 0xFFF0000000000000, %if_end.us.i ]
+  %72 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv.next33.i
+  store float %71, ptr %72, align 4, !tbaa !5
+  %indvars.iv.next33.i.1 = or disjoint i64 %indvars.iv32.i, 2
+  %73 = add nuw nsw i64 %indvars.iv.next33.i.1, %140
+  %74 = getelementptr inbounds nuw float, ptr %row_sum, i64 %73
+  %75 = load float, ptr %74, align 8, !tbaa !5
+  %76 = fcmp oeq float %75, 0.000000e+00
+  br i1 %76, label %if_end.us.i.2, label %if_else.us.i.2
 
-if_end.us.us.i.1:                                 ; preds = %if_else.us.us.i.1, %if_end.us.us.i
-  %73 = phi float [ %72, %if_else.us.us.i.1 ], [ 0xFFF0000000000000, %if_end.us.us.i ]
-  %74 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv.next36.i
-  store float %73, ptr %74, align 4, !tbaa !5
-  %indvars.iv.next36.i.1 = or disjoint i64 %indvars.iv35.i, 2
-  %75 = add nuw nsw i64 %indvars.iv.next36.i.1, %47
-  %76 = getelementptr inbounds nuw float, ptr %row_sum, i64 %75
-  %77 = load float, ptr %76, align 8, !tbaa !5
-  %78 = fcmp oeq float %77, 0.000000e+00
-  br i1 %78, label %if_end.us.us.i.2, label %if_else.us.us.i.2
+if_else.us.i.2:                                   ; preds = %if_end.us.i.1
+  %77 = fmul float %75, %135
+  %78 = tail call float @llvm.log.f32(float %77)
+  %79 = getelementptr inbounds nuw float, ptr %row_max, i64 %73
+  %80 = load float, ptr %79, align 8, !tbaa !5
+  %81 = fadd float %78, %80
+  br label %if_end.us.i.2
 
-if_else.us.us.i.2:                                ; preds = %if_end.us.us.i.1
-  %79 = tail call float @llvm.log.f32(float %77)
-  %80 = getelementptr inbounds nuw float, ptr %row_max, i64 %75
-  %81 = load float, ptr %80, align 8, !tbaa !5
-  %82 = fadd float %79, %81
-  br label %if_end.us.us.i.2
+if_end.us.i.2:                                    ; preds = %if_else.us.i.2, %if_end.us.i.1
+  %82 = phi float [ %81, %if_else.us.i.2 ], [ 0xFFF0000000000000, %if_end.us.i.1 ]
+  %83 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv.next33.i.1
+  store float %82, ptr %83, align 4, !tbaa !5
+  %indvars.iv.next33.i.2 = or disjoint i64 %indvars.iv32.i, 3
+  %84 = add nuw nsw i64 %indvars.iv.next33.i.2, %140
+  %85 = getelementptr inbounds nuw float, ptr %row_sum, i64 %84
+  %86 = load float, ptr %85, align 4, !tbaa !5
+  %87 = fcmp oeq float %86, 0.000000e+00
+  br i1 %87, label %if_end.us.i.3, label %if_else.us.i.3
 
-if_end.us.us.i.2:                                 ; preds = %if_else.us.us.i.2, %if_end.us.us.i.1
-  %83 = phi float [ %82, %if_else.us.us.i.2 ], [ 0xFFF0000000000000, %if_end.us.us.i.1 ]
-  %84 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv.next36.i.1
-  store float %83, ptr %84, align 4, !tbaa !5
-  %indvars.iv.next36.i.2 = or disjoint i64 %indvars.iv35.i, 3
-  %85 = add nuw nsw i64 %indvars.iv.next36.i.2, %47
-  %86 = getelementptr inbounds nuw float, ptr %row_sum, i64 %85
-  %87 = load float, ptr %86, align 4, !tbaa !5
-  %88 = fcmp oeq float %87, 0.000000e+00
-  br i1 %88, label %if_end.us.us.i.3, label %if_else.us.us.i.3
-
-if_else.us.us.i.3:                                ; preds = %if_end.us.us.i.2
-  %89 = tail call float @llvm.log.f32(float %87)
-  %90 = getelementptr inbounds nuw float, ptr %row_max, i64 %85
+if_else.us.i.3:                                   ; preds = %if_end.us.i.2
+  %88 = fmul float %86, %135
+  %89 = tail call float @llvm.log.f32(float %88)
+  %90 = getelementptr inbounds nuw float, ptr %row_max, i64 %84
   %91 = load float, ptr %90, align 4, !tbaa !5
   %92 = fadd float %89, %91
-  br label %if_end.us.us.i.3
+  br label %if_end.us.i.3
 
-if_end.us.us.i.3:                                 ; preds = %if_else.us.us.i.3, %if_end.us.us.i.2
-  %93 = phi float [ %92, %if_else.us.us.i.3 ], [ 0xFFF0000000000000, %if_end.us.us.i.2 ]
-  %94 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv.next36.i.2
+if_end.us.i.3:                                    ; preds = %if_else.us.i.3, %if_end.us.i.2
+  %93 = phi float [ %92, %if_else.us.i.3 ], [ 0xFFF0000000000000, %if_end.us.i.2 ]
+  %94 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv.next33.i.2
   store float %93, ptr %94, align 4, !tbaa !5
-  %indvars.iv.next36.i.3 = add nuw nsw i64 %indvars.iv35.i, 4
+  %indvars.iv.next33.i.3 = add nuw nsw i64 %indvars.iv32.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa, label %for_body_r2.us.us.i, !prof !21, !llvm.loop !22
+  br i1 %niter.ncmp.3, label %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa, label %for_body_r2.us.i, !prof !14, !llvm.loop !15
 
-for_begin_d_0.preheader.us.us.i:                  ; preds = %for_begin_d_0.preheader.us.us.i, %for_body_s.us.us.i
-  %indvars.iv.i = phi i64 [ 0, %for_body_s.us.us.i ], [ %indvars.iv.next.i, %for_begin_d_0.preheader.us.us.i ]
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.lr.ph.us.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.us.i ], [ %indvars.iv.next.i, %for_begin_d_0.preheader.us.i ]
   %95 = getelementptr inbounds nuw float, ptr %factor6.i, i64 %indvars.iv.i
-  %96 = load float, ptr %95, align 4, !tbaa !24
+  %96 = load float, ptr %95, align 4, !tbaa !17
   %97 = insertelement <16 x float> poison, float %96, i64 0
   %98 = shufflevector <16 x float> %97, <16 x float> poison, <16 x i32> zeroinitializer
-  %99 = add nsw i64 %indvars.iv.i, %42
-  %100 = mul nsw i64 %99, %out_head
-  %invariant.gep.us.us.i = getelementptr float, ptr %54, i64 %100
-  %.idx = shl nsw i64 %indvars.iv.i, 9
-  %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  %101 = load <16 x float>, ptr %gep, align 64, !tbaa !5
-  %102 = fmul <16 x float> %101, %98
-  store <16 x float> %102, ptr %invariant.gep.us.us.i, align 4, !tbaa !5
-  %103 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  %104 = load <16 x float>, ptr %103, align 64, !tbaa !5
-  %105 = fmul <16 x float> %98, %104
-  %gep.us.us.1.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 64
-  store <16 x float> %105, ptr %gep.us.us.1.i, align 4, !tbaa !5
-  %106 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  %107 = load <16 x float>, ptr %106, align 64, !tbaa !5
-  %108 = fmul <16 x float> %98, %107
-  %gep.us.us.2.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 128
-  store <16 x float> %108, ptr %gep.us.us.2.i, align 4, !tbaa !5
-  %109 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  %110 = load <16 x float>, ptr %109, align 64, !tbaa !5
-  %111 = fmul <16 x float> %98, %110
-  %gep.us.us.3.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 192
-  store <16 x float> %111, ptr %gep.us.us.3.i, align 4, !tbaa !5
-  %112 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %113 = load <16 x float>, ptr %112, align 64, !tbaa !5
-  %114 = fmul <16 x float> %98, %113
-  %gep.us.us.4.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 256
-  store <16 x float> %114, ptr %gep.us.us.4.i, align 4, !tbaa !5
-  %115 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  %116 = load <16 x float>, ptr %115, align 64, !tbaa !5
-  %117 = fmul <16 x float> %98, %116
-  %gep.us.us.5.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 320
-  store <16 x float> %117, ptr %gep.us.us.5.i, align 4, !tbaa !5
-  %118 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  %119 = load <16 x float>, ptr %118, align 64, !tbaa !5
-  %120 = fmul <16 x float> %98, %119
-  %gep.us.us.6.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 384
-  store <16 x float> %120, ptr %gep.us.us.6.i, align 4, !tbaa !5
-  %121 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  %122 = load <16 x float>, ptr %121, align 64, !tbaa !5
-  %123 = fmul <16 x float> %98, %122
-  %gep.us.us.7.i = getelementptr i8, ptr %invariant.gep.us.us.i, i64 448
-  store <16 x float> %123, ptr %gep.us.us.7.i, align 4, !tbaa !5
+  %99 = shl nsw i64 %indvars.iv.i, 7
+  %100 = add nuw nsw i64 %99, %145
+  %101 = add nsw i64 %indvars.iv.i, %47
+  %102 = mul nsw i64 %101, %out_head
+  %invariant.gep.us.i = getelementptr float, ptr %147, i64 %102
+  %103 = and i64 %100, 4294967168
+  %104 = getelementptr inbounds nuw float, ptr %acc, i64 %103
+  %105 = load <16 x float>, ptr %104, align 64, !tbaa !5
+  %106 = fmul <16 x float> %105, %98
+  store <16 x float> %106, ptr %invariant.gep.us.i, align 4, !tbaa !5
+  %107 = getelementptr inbounds nuw i8, ptr %104, i64 64
+  %108 = load <16 x float>, ptr %107, align 64, !tbaa !5
+  %109 = fmul <16 x float> %98, %108
+  %gep.us.1.i = getelementptr i8, ptr %invariant.gep.us.i, i64 64
+  store <16 x float> %109, ptr %gep.us.1.i, align 4, !tbaa !5
+  %110 = getelementptr inbounds nuw i8, ptr %104, i64 128
+  %111 = load <16 x float>, ptr %110, align 64, !tbaa !5
+  %112 = fmul <16 x float> %98, %111
+  %gep.us.2.i = getelementptr i8, ptr %invariant.gep.us.i, i64 128
+  store <16 x float> %112, ptr %gep.us.2.i, align 4, !tbaa !5
+  %113 = getelementptr inbounds nuw i8, ptr %104, i64 192
+  %114 = load <16 x float>, ptr %113, align 64, !tbaa !5
+  %115 = fmul <16 x float> %98, %114
+  %gep.us.3.i = getelementptr i8, ptr %invariant.gep.us.i, i64 192
+  store <16 x float> %115, ptr %gep.us.3.i, align 4, !tbaa !5
+  %116 = getelementptr inbounds nuw i8, ptr %104, i64 256
+  %117 = load <16 x float>, ptr %116, align 64, !tbaa !5
+  %118 = fmul <16 x float> %98, %117
+  %gep.us.4.i = getelementptr i8, ptr %invariant.gep.us.i, i64 256
+  store <16 x float> %118, ptr %gep.us.4.i, align 4, !tbaa !5
+  %119 = getelementptr inbounds nuw i8, ptr %104, i64 320
+  %120 = load <16 x float>, ptr %119, align 64, !tbaa !5
+  %121 = fmul <16 x float> %98, %120
+  %gep.us.5.i = getelementptr i8, ptr %invariant.gep.us.i, i64 320
+  store <16 x float> %121, ptr %gep.us.5.i, align 4, !tbaa !5
+  %122 = getelementptr inbounds nuw i8, ptr %104, i64 384
+  %123 = load <16 x float>, ptr %122, align 64, !tbaa !5
+  %124 = fmul <16 x float> %98, %123
+  %gep.us.6.i = getelementptr i8, ptr %invariant.gep.us.i, i64 384
+  store <16 x float> %124, ptr %gep.us.6.i, align 4, !tbaa !5
+  %125 = getelementptr inbounds nuw i8, ptr %104, i64 448
+  %126 = load <16 x float>, ptr %125, align 64, !tbaa !5
+  %127 = fmul <16 x float> %98, %126
+  %gep.us.7.i = getelementptr i8, ptr %invariant.gep.us.i, i64 448
+  store <16 x float> %127, ptr %gep.us.7.i, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, %wide.trip.count.i
-  br i1 %exitcond.not.i, label %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i, label %for_begin_d_0.preheader.us.us.i, !prof !13
+  br i1 %exitcond.not.i, label %for_begin_r1.preheader.us.i, label %for_begin_d_0.preheader.us.i, !prof !13
 
-for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i: ; preds = %for_begin_d_0.preheader.us.us.i
-  %124 = mul nsw i64 %52, %lse_batch
-  %gep12.us.us.i = getelementptr float, ptr %invariant.gep11.i, i64 %124
-  br i1 %46, label %for_body_r2.us.us.i.epil.preheader, label %for_body_r2.us.us.i, !prof !25
+for_begin_r1.preheader.us.i:                      ; preds = %for_begin_d_0.preheader.us.i
+  %128 = add nsw i32 %139, -1
+  %129 = sitofp i32 %128 to float
+  %130 = bitcast float %129 to i32
+  %131 = ashr i32 %130, 23
+  %132 = tail call i32 @llvm.smax.i32(i32 %131, i32 125)
+  %133 = shl nuw nsw i32 %132, 23
+  %134 = add nuw i32 %133, 16777216
+  %135 = bitcast i32 %134 to float
+  %136 = mul nsw i64 %137, %lse_batch
+  %gep12.us.i = getelementptr float, ptr %invariant.gep11.i, i64 %136
+  br i1 %50, label %for_body_r2.us.i.epil.preheader, label %for_body_r2.us.i, !prof !19
 
-for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa: ; preds = %if_end.us.us.i.3
-  br i1 %lcmp.mod.not, label %for_begin_r1.for_end_r3_crit_edge.us.us.i, label %for_body_r2.us.us.i.epil.preheader, !prof !26
+for_begin_d_0.preheader.lr.ph.us.i:               ; preds = %for_begin_r1.for_end_r3_crit_edge.us.i, %for_body_s.us.preheader.i
+  %indvars.iv37.i = phi i64 [ 0, %for_body_s.us.preheader.i ], [ %indvars.iv.next38.i, %for_begin_r1.for_end_r3_crit_edge.us.i ]
+  %137 = add nsw i64 %indvars.iv37.i, %48
+  %138 = getelementptr inbounds i32, ptr %context_lens, i64 %137
+  %139 = load i32, ptr %138, align 4, !tbaa !5
+  %140 = shl nsw i64 %indvars.iv37.i, 4
+  %141 = getelementptr inbounds nuw float, ptr %row_sum, i64 %140
+  %total.us.i = load <16 x float>, ptr %141, align 64, !tbaa !5
+  %142 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %143 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %144 = select <16 x i1> %143, <16 x float> zeroinitializer, <16 x float> %142
+  store <16 x float> %144, ptr %factor6.i, align 16, !tbaa !20
+  %145 = shl nsw i64 %indvars.iv37.i, 11
+  %146 = mul nsw i64 %137, %out_batch
+  %147 = getelementptr float, ptr %out, i64 %146
+  br label %for_begin_d_0.preheader.us.i
 
-for_body_r2.us.us.i.epil.preheader:               ; preds = %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i
-  %indvars.iv35.i.epil.init = phi i64 [ 0, %for_begin_r.for_begin_r1.preheader_crit_edge.us.us.i ], [ %indvars.iv.next36.i.3, %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod30)
-  br label %for_body_r2.us.us.i.epil
+for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa: ; preds = %if_end.us.i.3
+  br i1 %lcmp.mod.not, label %for_begin_r1.for_end_r3_crit_edge.us.i, label %for_body_r2.us.i.epil.preheader, !prof !26
 
-for_body_r2.us.us.i.epil:                         ; preds = %if_end.us.us.i.epil, %for_body_r2.us.us.i.epil.preheader
-  %indvars.iv35.i.epil = phi i64 [ %indvars.iv35.i.epil.init, %for_body_r2.us.us.i.epil.preheader ], [ %indvars.iv.next36.i.epil, %if_end.us.us.i.epil ]
-  %epil.iter = phi i64 [ 0, %for_body_r2.us.us.i.epil.preheader ], [ %epil.iter.next, %if_end.us.us.i.epil ]
-  %125 = add nuw nsw i64 %indvars.iv35.i.epil, %47
-  %126 = getelementptr inbounds nuw float, ptr %row_sum, i64 %125
-  %127 = load float, ptr %126, align 4, !tbaa !5
-  %128 = fcmp oeq float %127, 0.000000e+00
-  br i1 %128, label %if_end.us.us.i.epil, label %if_else.us.us.i.epil
+for_body_r2.us.i.epil.preheader:                  ; preds = %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa, %for_begin_r1.preheader.us.i
+  %indvars.iv32.i.epil.init = phi i64 [ 0, %for_begin_r1.preheader.us.i ], [ %indvars.iv.next33.i.3, %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod34)
+  br label %for_body_r2.us.i.epil
 
-if_else.us.us.i.epil:                             ; preds = %for_body_r2.us.us.i.epil
-  %129 = tail call float @llvm.log.f32(float %127)
-  %130 = getelementptr inbounds nuw float, ptr %row_max, i64 %125
-  %131 = load float, ptr %130, align 4, !tbaa !5
-  %132 = fadd float %129, %131
-  br label %if_end.us.us.i.epil
+for_body_r2.us.i.epil:                            ; preds = %if_end.us.i.epil, %for_body_r2.us.i.epil.preheader
+  %indvars.iv32.i.epil = phi i64 [ %indvars.iv32.i.epil.init, %for_body_r2.us.i.epil.preheader ], [ %indvars.iv.next33.i.epil, %if_end.us.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_r2.us.i.epil.preheader ], [ %epil.iter.next, %if_end.us.i.epil ]
+  %148 = add nuw nsw i64 %indvars.iv32.i.epil, %140
+  %149 = getelementptr inbounds nuw float, ptr %row_sum, i64 %148
+  %150 = load float, ptr %149, align 4, !tbaa !5
+  %151 = fcmp oeq float %150, 0.000000e+00
+  br i1 %151, label %if_end.us.i.epil, label %if_else.us.i.epil
 
-if_end.us.us.i.epil:                              ; preds = %if_else.us.us.i.epil, %for_body_r2.us.us.i.epil
-  %133 = phi float [ %132, %if_else.us.us.i.epil ], [ 0xFFF0000000000000, %for_body_r2.us.us.i.epil ]
-  %134 = getelementptr float, ptr %gep12.us.us.i, i64 %indvars.iv35.i.epil
-  store float %133, ptr %134, align 4, !tbaa !5
-  %indvars.iv.next36.i.epil = add nuw nsw i64 %indvars.iv35.i.epil, 1
+if_else.us.i.epil:                                ; preds = %for_body_r2.us.i.epil
+  %152 = fmul float %150, %135
+  %153 = tail call float @llvm.log.f32(float %152)
+  %154 = getelementptr inbounds nuw float, ptr %row_max, i64 %148
+  %155 = load float, ptr %154, align 4, !tbaa !5
+  %156 = fadd float %153, %155
+  br label %if_end.us.i.epil
+
+if_end.us.i.epil:                                 ; preds = %if_else.us.i.epil, %for_body_r2.us.i.epil
+  %157 = phi float [ %156, %if_else.us.i.epil ], [ 0xFFF0000000000000, %for_body_r2.us.i.epil ]
+  %158 = getelementptr float, ptr %gep12.us.i, i64 %indvars.iv32.i.epil
+  store float %157, ptr %158, align 4, !tbaa !5
+  %indvars.iv.next33.i.epil = add nuw nsw i64 %indvars.iv32.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_begin_r1.for_end_r3_crit_edge.us.us.i, label %for_body_r2.us.us.i.epil, !prof !12, !llvm.loop !27
+  br i1 %epil.iter.cmp.not, label %for_begin_r1.for_end_r3_crit_edge.us.i, label %for_body_r2.us.i.epil, !prof !12, !llvm.loop !27
 
-for_begin_r1.for_end_r3_crit_edge.us.us.i:        ; preds = %if_end.us.us.i.epil, %for_begin_r1.for_end_r3_crit_edge.us.us.i.unr-lcssa
-  %indvars.iv.next41.i = add nuw nsw i64 %indvars.iv40.i, 1
-  %exitcond44.not.i = icmp eq i64 %indvars.iv.next41.i, %wide.trip.count43.i
-  br i1 %exitcond44.not.i, label %normalize_compute_.exit, label %for_body_s.us.us.i, !prof !13
+for_begin_r1.for_end_r3_crit_edge.us.i:           ; preds = %if_end.us.i.epil, %for_begin_r1.for_end_r3_crit_edge.us.i.unr-lcssa
+  %indvars.iv.next38.i = add nuw nsw i64 %indvars.iv37.i, 1
+  %exitcond41.not.i = icmp eq i64 %indvars.iv.next38.i, %wide.trip.count40.i
+  br i1 %exitcond41.not.i, label %normalize_compute_.exit, label %for_begin_d_0.preheader.lr.ph.us.i, !prof !13
 
-normalize_compute_.exit:                          ; preds = %for_begin_r1.for_end_r3_crit_edge.us.us.i, %for_body_s.lr.ph.i, %if_end21
+normalize_compute_.exit:                          ; preds = %for_begin_r1.for_end_r3_crit_edge.us.i, %for_body_s.lr.ph.i, %if_end24
   call void @llvm.lifetime.end.p0(ptr nonnull %factor6.i)
   ret i32 0
 }
@@ -2354,45 +2380,49 @@ entry:
   %31 = load i64, ptr %30, align 8
   %32 = getelementptr inbounds nuw i8, ptr %args, i64 216
   %33 = load i64, ptr %32, align 8
-  %34 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %qk_matmul.query_shape = load ptr, ptr %34, align 8
-  %35 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %qk_matmul.query_strides = load ptr, ptr %35, align 8
-  %36 = icmp eq ptr %qk_matmul.query_strides, null
-  %37 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 16
-  %38 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_strides, i64 8
-  %q_head.in = select i1 %36, ptr %37, ptr %38
+  %34 = getelementptr inbounds nuw i8, ptr %args, i64 224
+  %query_scale.type_index = load i32, ptr %34, align 8
+  %35 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %36 = load i64, ptr %35, align 8
+  %37 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %qk_matmul.query_shape = load ptr, ptr %37, align 8
+  %38 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %qk_matmul.query_strides = load ptr, ptr %38, align 8
+  %39 = icmp eq ptr %qk_matmul.query_strides, null
+  %40 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 16
+  %41 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_strides, i64 8
+  %q_head.in = select i1 %39, ptr %40, ptr %41
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %36, label %if_then16, label %if_else17
+  br i1 %39, label %if_then16, label %if_else17
 
 if_then16:                                        ; preds = %entry
-  %39 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 8
-  %40 = load i64, ptr %39, align 8
-  %41 = load i64, ptr %37, align 8
-  %42 = mul nsw i64 %41, %40
+  %42 = getelementptr inbounds nuw i8, ptr %qk_matmul.query_shape, i64 8
+  %43 = load i64, ptr %42, align 8
+  %44 = load i64, ptr %40, align 8
+  %45 = mul nsw i64 %44, %43
   br label %if_end18
 
 if_else17:                                        ; preds = %entry
-  %43 = load i64, ptr %qk_matmul.query_strides, align 8
+  %46 = load i64, ptr %qk_matmul.query_strides, align 8
   br label %if_end18
 
 if_end18:                                         ; preds = %if_else17, %if_then16
-  %q_batch = phi i64 [ %42, %if_then16 ], [ %43, %if_else17 ]
-  %44 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %44, align 4
-  %45 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %qk_matmul.block_table_strides = load ptr, ptr %45, align 8
-  %46 = icmp eq ptr %qk_matmul.block_table_strides, null
-  br i1 %46, label %if_then19, label %if_end21
+  %q_batch = phi i64 [ %45, %if_then16 ], [ %46, %if_else17 ]
+  %47 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %47, align 4
+  %48 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %qk_matmul.block_table_strides = load ptr, ptr %48, align 8
+  %49 = icmp eq ptr %qk_matmul.block_table_strides, null
+  br i1 %49, label %if_then19, label %if_end21
 
 if_then19:                                        ; preds = %if_end18
-  %47 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %qk_matmul.block_table_shape = load ptr, ptr %47, align 8
-  %48 = getelementptr inbounds nuw i8, ptr %qk_matmul.block_table_shape, i64 8
+  %50 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %qk_matmul.block_table_shape = load ptr, ptr %50, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %qk_matmul.block_table_shape, i64 8
   br label %if_end21
 
 if_end21:                                         ; preds = %if_then19, %if_end18
-  %table_seq.in = phi ptr [ %48, %if_then19 ], [ %qk_matmul.block_table_strides, %if_end18 ]
+  %table_seq.in = phi ptr [ %51, %if_then19 ], [ %qk_matmul.block_table_strides, %if_end18 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
   %num_seqs = trunc i64 %25 to i32
   %query = load ptr, ptr %query.handle, align 8
@@ -2410,23 +2440,30 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %scores, i64 64) ]
-  %49 = icmp sgt i32 %num_seqs, 0
-  br i1 %49, label %for_body_s.lr.ph.i, label %qk_matmul_compute_.exit, !prof !3
+  %52 = icmp sgt i32 %num_seqs, 0
+  br i1 %52, label %for_body_s.lr.ph.i, label %qk_matmul_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %if_end21
   %block_idx = trunc i64 %33 to i32
-  %50 = shl nsw i32 %block_idx, 7
+  %53 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %36 to double
+  %54 = fptrunc double %.cast to float
+  %55 = sitofp i64 %36 to float
+  %query_scale = select i1 %53, float %54, float %55
+  %56 = shl nsw i32 %block_idx, 7
   %sext = shl i64 %27, 32
-  %51 = ashr exact i64 %sext, 32
+  %57 = ashr exact i64 %sext, 32
+  %58 = insertelement <16 x float> poison, float %query_scale, i64 0
+  %59 = shufflevector <16 x float> %58, <16 x float> poison, <16 x i32> zeroinitializer
   %sext28 = shl i64 %29, 32
-  %52 = ashr exact i64 %sext28, 32
+  %60 = ashr exact i64 %sext28, 32
   %sext29 = shl i64 %23, 32
-  %53 = ashr exact i64 %sext29, 32
-  %54 = add i32 %50, -1
-  %55 = mul nsw i64 %51, %k_head
-  %invariant.gep116.i = getelementptr i16, ptr %key_cache, i64 %55
+  %61 = ashr exact i64 %sext29, 32
+  %62 = add i32 %56, -1
+  %63 = mul nsw i64 %57, %k_head
+  %invariant.gep116.i = getelementptr i16, ptr %key_cache, i64 %63
   %sext30 = shl i64 %31, 32
-  %56 = ashr exact i64 %sext30, 32
+  %64 = ashr exact i64 %sext30, 32
   %wide.trip.count263.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
@@ -2437,105 +2474,121 @@ for_begin_s.i:                                    ; preds = %if_end66.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv260.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next261.i, %for_begin_s.i ]
-  %57 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
-  %q_tile.i = tail call ptr %57(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %58 = icmp eq ptr %q_tile.i, null
-  br i1 %58, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
+  %65 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
+  %q_tile.i = tail call ptr %65(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %66 = icmp eq ptr %q_tile.i, null
+  br i1 %66, label %qk_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %59 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
-  %key_offsets.i = tail call ptr %59(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
-  %60 = icmp eq ptr %key_offsets.i, null
-  br i1 %60, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
+  %67 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
+  %key_offsets.i = tail call ptr %67(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %68 = icmp eq ptr %key_offsets.i, null
+  br i1 %68, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %61 = add nsw i64 %indvars.iv260.i, %53
-  %62 = getelementptr inbounds i32, ptr %context_lens, i64 %61
-  %63 = load i32, ptr %62, align 4, !tbaa !5
-  %64 = mul nsw i64 %61, %q_batch
-  %65 = getelementptr i16, ptr %query, i64 %64
+  %69 = add nsw i64 %indvars.iv260.i, %61
+  %70 = getelementptr inbounds i32, ptr %context_lens, i64 %69
+  %71 = load i32, ptr %70, align 4, !tbaa !5
+  %72 = mul nsw i64 %69, %q_batch
+  %73 = getelementptr i16, ptr %query, i64 %72
   br label %for_begin_d_0.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_end_d_0.i, %if_end2.i
   %indvar.i = phi i64 [ 0, %if_end2.i ], [ %indvar.next.i, %for_end_d_0.i ]
-  %66 = icmp slt i64 %indvar.i, %56
-  br i1 %66, label %for_body_d_0.us.preheader.i, label %for_body_d_0.preheader.i
+  %74 = icmp slt i64 %indvar.i, %64
+  br i1 %74, label %for_body_d_0.us.preheader.i, label %for_body_d_0.preheader.i
 
 for_body_d_0.preheader.i:                         ; preds = %for_begin_d_0.preheader.i
-  %67 = shl nuw nsw i64 %indvar.i, 9
-  %scevgep.i = getelementptr i8, ptr %q_tile.i, i64 %67
+  %75 = shl nuw nsw i64 %indvar.i, 9
+  %scevgep.i = getelementptr i8, ptr %q_tile.i, i64 %75
   tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(512) %scevgep.i, i8 0, i64 512, i1 false), !tbaa !5
   br label %for_end_d_0.i
 
 for_body_d_0.us.preheader.i:                      ; preds = %for_begin_d_0.preheader.i
-  %68 = add nsw i64 %indvar.i, %52
-  %69 = mul nsw i64 %68, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %65, i64 %69
-  %70 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
-  %71 = zext <16 x i16> %70 to <16 x i32>
-  %72 = shl nuw <16 x i32> %71, splat (i32 16)
-  %.idx = shl nuw nsw i64 %indvar.i, 9
-  %73 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  store <16 x i32> %72, ptr %73, align 4, !tbaa !5
-  %gep.us.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %74 = load <16 x i16>, ptr %gep.us.1.i, align 2, !tbaa !5
-  %75 = zext <16 x i16> %74 to <16 x i32>
-  %76 = shl nuw <16 x i32> %75, splat (i32 16)
-  %77 = getelementptr inbounds nuw i8, ptr %73, i64 64
-  store <16 x i32> %76, ptr %77, align 4, !tbaa !5
-  %gep.us.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %78 = load <16 x i16>, ptr %gep.us.2.i, align 2, !tbaa !5
+  %76 = add nsw i64 %indvar.i, %60
+  %77 = mul nsw i64 %76, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %73, i64 %77
+  %78 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
   %79 = zext <16 x i16> %78 to <16 x i32>
   %80 = shl nuw <16 x i32> %79, splat (i32 16)
-  %81 = getelementptr inbounds nuw i8, ptr %73, i64 128
-  store <16 x i32> %80, ptr %81, align 4, !tbaa !5
-  %gep.us.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %82 = load <16 x i16>, ptr %gep.us.3.i, align 2, !tbaa !5
-  %83 = zext <16 x i16> %82 to <16 x i32>
-  %84 = shl nuw <16 x i32> %83, splat (i32 16)
-  %85 = getelementptr inbounds nuw i8, ptr %73, i64 192
-  store <16 x i32> %84, ptr %85, align 4, !tbaa !5
-  %gep.us.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %86 = load <16 x i16>, ptr %gep.us.4.i, align 2, !tbaa !5
-  %87 = zext <16 x i16> %86 to <16 x i32>
-  %88 = shl nuw <16 x i32> %87, splat (i32 16)
-  %89 = getelementptr inbounds nuw i8, ptr %73, i64 256
-  store <16 x i32> %88, ptr %89, align 4, !tbaa !5
-  %gep.us.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %90 = load <16 x i16>, ptr %gep.us.5.i, align 2, !tbaa !5
+  %81 = bitcast <16 x i32> %80 to <16 x float>
+  %82 = fmul <16 x float> %59, %81
+  %.idx = shl nuw nsw i64 %indvar.i, 9
+  %83 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
+  store <16 x float> %82, ptr %83, align 4, !tbaa !5
+  %gep.us.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %84 = load <16 x i16>, ptr %gep.us.1.i, align 2, !tbaa !5
+  %85 = zext <16 x i16> %84 to <16 x i32>
+  %86 = shl nuw <16 x i32> %85, splat (i32 16)
+  %87 = bitcast <16 x i32> %86 to <16 x float>
+  %88 = fmul <16 x float> %59, %87
+  %89 = getelementptr inbounds nuw i8, ptr %83, i64 64
+  store <16 x float> %88, ptr %89, align 4, !tbaa !5
+  %gep.us.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %90 = load <16 x i16>, ptr %gep.us.2.i, align 2, !tbaa !5
   %91 = zext <16 x i16> %90 to <16 x i32>
   %92 = shl nuw <16 x i32> %91, splat (i32 16)
-  %93 = getelementptr inbounds nuw i8, ptr %73, i64 320
-  store <16 x i32> %92, ptr %93, align 4, !tbaa !5
+  %93 = bitcast <16 x i32> %92 to <16 x float>
+  %94 = fmul <16 x float> %59, %93
+  %95 = getelementptr inbounds nuw i8, ptr %83, i64 128
+  store <16 x float> %94, ptr %95, align 4, !tbaa !5
+  %gep.us.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %96 = load <16 x i16>, ptr %gep.us.3.i, align 2, !tbaa !5
+  %97 = zext <16 x i16> %96 to <16 x i32>
+  %98 = shl nuw <16 x i32> %97, splat (i32 16)
+  %99 = bitcast <16 x i32> %98 to <16 x float>
+  %100 = fmul <16 x float> %59, %99
+  %101 = getelementptr inbounds nuw i8, ptr %83, i64 192
+  store <16 x float> %100, ptr %101, align 4, !tbaa !5
+  %gep.us.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %102 = load <16 x i16>, ptr %gep.us.4.i, align 2, !tbaa !5
+  %103 = zext <16 x i16> %102 to <16 x i32>
+  %104 = shl nuw <16 x i32> %103, splat (i32 16)
+  %105 = bitcast <16 x i32> %104 to <16 x float>
+  %106 = fmul <16 x float> %59, %105
+  %107 = getelementptr inbounds nuw i8, ptr %83, i64 256
+  store <16 x float> %106, ptr %107, align 4, !tbaa !5
+  %gep.us.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %108 = load <16 x i16>, ptr %gep.us.5.i, align 2, !tbaa !5
+  %109 = zext <16 x i16> %108 to <16 x i32>
+  %110 = shl nuw <16 x i32> %109, splat (i32 16)
+  %111 = bitcast <16 x i32> %110 to <16 x float>
+  %112 = fmul <16 x float> %59, %111
+  %113 = getelementptr inbounds nuw i8, ptr %83, i64 320
+  store <16 x float> %112, ptr %113, align 4, !tbaa !5
   %gep.us.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %94 = load <16 x i16>, ptr %gep.us.6.i, align 2, !tbaa !5
-  %95 = zext <16 x i16> %94 to <16 x i32>
-  %96 = shl nuw <16 x i32> %95, splat (i32 16)
-  %97 = getelementptr inbounds nuw i8, ptr %73, i64 384
-  store <16 x i32> %96, ptr %97, align 4, !tbaa !5
+  %114 = load <16 x i16>, ptr %gep.us.6.i, align 2, !tbaa !5
+  %115 = zext <16 x i16> %114 to <16 x i32>
+  %116 = shl nuw <16 x i32> %115, splat (i32 16)
+  %117 = bitcast <16 x i32> %116 to <16 x float>
+  %118 = fmul <16 x float> %59, %117
+  %119 = getelementptr inbounds nuw i8, ptr %83, i64 384
+  store <16 x float> %118, ptr %119, align 4, !tbaa !5
   %gep.us.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %98 = load <16 x i16>, ptr %gep.us.7.i, align 2, !tbaa !5
-  %99 = zext <16 x i16> %98 to <16 x i32>
-  %100 = shl nuw <16 x i32> %99, splat (i32 16)
-  %101 = getelementptr inbounds nuw i8, ptr %73, i64 448
-  store <16 x i32> %100, ptr %101, align 4, !tbaa !5
+  %120 = load <16 x i16>, ptr %gep.us.7.i, align 2, !tbaa !5
+  %121 = zext <16 x i16> %120 to <16 x i32>
+  %122 = shl nuw <16 x i32> %121, splat (i32 16)
+  %123 = bitcast <16 x i32> %122 to <16 x float>
+  %124 = fmul <16 x float> %59, %123
+  %125 = getelementptr inbounds nuw i8, ptr %83, i64 448
+  store <16 x float> %124, ptr %125, align 4, !tbaa !5
   br label %for_end_d_0.i
 
 for_end_r.i:                                      ; preds = %for_end_d_0.i
-  %102 = sub nsw i32 %63, %50
-  %103 = tail call i32 @llvm.smax.i32(i32 %102, i32 0)
-  %104 = tail call i32 @llvm.umin.i32(i32 %103, i32 128)
-  %105 = add nuw nsw i32 %104, 15
-  %106 = lshr i32 %105, 4
-  %107 = and i32 %105, 496
-  %.not211.i = icmp eq i32 %107, 0
+  %126 = sub nsw i32 %71, %56
+  %127 = tail call i32 @llvm.smax.i32(i32 %126, i32 0)
+  %128 = tail call i32 @llvm.umin.i32(i32 %127, i32 128)
+  %129 = add nuw nsw i32 %128, 15
+  %130 = lshr i32 %129, 4
+  %131 = and i32 %129, 496
+  %.not211.i = icmp eq i32 %131, 0
   br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !49
 
 for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
-  %108 = add i32 %54, %104
-  %109 = mul nsw i64 %61, %table_seq
-  %invariant.gep94.i = getelementptr i32, ptr %block_table, i64 %109
-  %wide.trip.count.i = zext nneg i32 %107 to i64
+  %132 = add i32 %62, %128
+  %133 = mul nsw i64 %69, %table_seq
+  %invariant.gep94.i = getelementptr i32, ptr %block_table, i64 %133
+  %wide.trip.count.i = zext nneg i32 %131 to i64
   br label %for_body_t.i
 
 for_end_d_0.i:                                    ; preds = %for_body_d_0.us.preheader.i, %for_body_d_0.preheader.i
@@ -2544,46 +2597,46 @@ for_end_d_0.i:                                    ; preds = %for_body_d_0.us.pre
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !46
 
 for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_end_r.i
-  %.not212.i = icmp eq i32 %106, 0
+  %.not212.i = icmp eq i32 %130, 0
   br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !49
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
-  %110 = icmp samesign ult i64 %indvars.iv260.i, 16
-  %111 = shl nsw i64 %indvars.iv260.i, 11
-  %wide.trip.count258.i = zext nneg i32 %106 to i64
+  %134 = icmp samesign ult i64 %indvars.iv260.i, 16
+  %135 = shl nsw i64 %indvars.iv260.i, 11
+  %wide.trip.count258.i = zext nneg i32 %130 to i64
   br label %for_body_to_m.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
-  %112 = trunc i64 %indvars.iv.i to i32
-  %113 = add i32 %50, %112
-  %114 = tail call i32 @llvm.smin.i32(i32 %113, i32 %108)
-  %115 = sext i32 %114 to i64
-  %116 = ashr i64 %115, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep94.i, i64 %116
-  %117 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %117 to i64
-  %118 = and i64 %115, 127
-  %119 = mul nsw i64 %118, %k_row
-  %120 = mul nsw i64 %k_block, %block.i
-  %121 = add nsw i64 %119, %120
-  %122 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
-  store i64 %121, ptr %122, align 8, !tbaa !5
+  %136 = trunc i64 %indvars.iv.i to i32
+  %137 = add i32 %56, %136
+  %138 = tail call i32 @llvm.smin.i32(i32 %137, i32 %132)
+  %139 = sext i32 %138 to i64
+  %140 = ashr i64 %139, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep94.i, i64 %140
+  %141 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %141 to i64
+  %142 = and i64 %139, 127
+  %143 = mul nsw i64 %142, %k_row
+  %144 = mul nsw i64 %k_block, %block.i
+  %145 = add nsw i64 %143, %144
+  %146 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.i
+  store i64 %145, ptr %146, align 8, !tbaa !5
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %123 = trunc i64 %indvars.iv.next.i to i32
-  %124 = add i32 %50, %123
-  %125 = tail call i32 @llvm.smin.i32(i32 %124, i32 %108)
-  %126 = sext i32 %125 to i64
-  %127 = ashr i64 %126, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep94.i, i64 %127
-  %128 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %128 to i64
-  %129 = and i64 %126, 127
-  %130 = mul nsw i64 %129, %k_row
-  %131 = mul nsw i64 %k_block, %block.i.1
-  %132 = add nsw i64 %130, %131
-  %133 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
-  store i64 %132, ptr %133, align 8, !tbaa !5
+  %147 = trunc i64 %indvars.iv.next.i to i32
+  %148 = add i32 %56, %147
+  %149 = tail call i32 @llvm.smin.i32(i32 %148, i32 %132)
+  %150 = sext i32 %149 to i64
+  %151 = ashr i64 %150, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep94.i, i64 %151
+  %152 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %152 to i64
+  %153 = and i64 %150, 127
+  %154 = mul nsw i64 %153, %k_row
+  %155 = mul nsw i64 %k_block, %block.i.1
+  %156 = add nsw i64 %154, %155
+  %157 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
+  store i64 %156, ptr %157, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond228.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
   br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !53
@@ -2595,273 +2648,273 @@ for_begin_to_m.i:                                 ; preds = %for_end_r59.i
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
   %indvars.iv255.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next256.i, %for_begin_to_m.i ]
-  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
-  %scores.rf.i = tail call ptr %134(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %135 = icmp eq ptr %scores.rf.i, null
-  br i1 %135, label %qk_matmul_compute_.exit, label %for_begin_n_1.preheader.us.preheader.i, !prof !8
+  %158 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
+  %scores.rf.i = tail call ptr %158(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %159 = icmp eq ptr %scores.rf.i, null
+  br i1 %159, label %qk_matmul_compute_.exit, label %for_begin_n_1.preheader.us.preheader.i, !prof !8
 
 for_begin_n_1.preheader.us.preheader.i:           ; preds = %for_body_to_m.i
-  %136 = shl nsw i64 %indvars.iv255.i, 4
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %136
-  br i1 %110, label %for_begin_n_1.preheader.us.i.us, label %for_begin_n_1.preheader.us.i.preheader, !prof !8
+  %160 = shl nsw i64 %indvars.iv255.i, 4
+  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %160
+  br i1 %134, label %for_begin_n_1.preheader.us.i.us, label %for_begin_n_1.preheader.us.i.preheader, !prof !8
 
 for_begin_n_1.preheader.us.i.preheader:           ; preds = %for_begin_n_1.preheader.us.preheader.i
-  %137 = load i64, ptr %invariant.gep, align 8, !tbaa !5
-  %138 = getelementptr i16, ptr %key_cache, i64 %137
-  %139 = getelementptr i16, ptr %138, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %139, i32 0, i32 2, i32 1)
-  %140 = getelementptr i8, ptr %138, i64 64
-  %141 = getelementptr i16, ptr %140, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %141, i32 0, i32 2, i32 1)
-  %142 = getelementptr i8, ptr %138, i64 128
-  %143 = getelementptr i16, ptr %142, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %143, i32 0, i32 2, i32 1)
-  %144 = getelementptr i8, ptr %138, i64 192
-  %145 = getelementptr i16, ptr %144, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %145, i32 0, i32 2, i32 1)
-  %146 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
-  %147 = load i64, ptr %146, align 8, !tbaa !5
-  %148 = getelementptr i16, ptr %key_cache, i64 %147
-  %149 = getelementptr i16, ptr %148, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %149, i32 0, i32 2, i32 1)
-  %150 = getelementptr i8, ptr %148, i64 64
-  %151 = getelementptr i16, ptr %150, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %151, i32 0, i32 2, i32 1)
-  %152 = getelementptr i8, ptr %148, i64 128
-  %153 = getelementptr i16, ptr %152, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %153, i32 0, i32 2, i32 1)
-  %154 = getelementptr i8, ptr %148, i64 192
-  %155 = getelementptr i16, ptr %154, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %155, i32 0, i32 2, i32 1)
-  %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
-  %156 = load i64, ptr %gep.1, align 8, !tbaa !5
-  %157 = getelementptr i16, ptr %key_cache, i64 %156
-  %158 = getelementptr i16, ptr %157, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %158, i32 0, i32 2, i32 1)
-  %159 = getelementptr i8, ptr %157, i64 64
-  %160 = getelementptr i16, ptr %159, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %160, i32 0, i32 2, i32 1)
-  %161 = getelementptr i8, ptr %157, i64 128
-  %162 = getelementptr i16, ptr %161, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %162, i32 0, i32 2, i32 1)
-  %163 = getelementptr i8, ptr %157, i64 192
-  %164 = getelementptr i16, ptr %163, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %164, i32 0, i32 2, i32 1)
-  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
-  %166 = load i64, ptr %165, align 8, !tbaa !5
-  %167 = getelementptr i16, ptr %key_cache, i64 %166
-  %168 = getelementptr i16, ptr %167, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %168, i32 0, i32 2, i32 1)
-  %169 = getelementptr i8, ptr %167, i64 64
-  %170 = getelementptr i16, ptr %169, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %170, i32 0, i32 2, i32 1)
-  %171 = getelementptr i8, ptr %167, i64 128
-  %172 = getelementptr i16, ptr %171, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %172, i32 0, i32 2, i32 1)
-  %173 = getelementptr i8, ptr %167, i64 192
-  %174 = getelementptr i16, ptr %173, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %174, i32 0, i32 2, i32 1)
-  %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
-  %175 = load i64, ptr %gep.2, align 8, !tbaa !5
-  %176 = getelementptr i16, ptr %key_cache, i64 %175
-  %177 = getelementptr i16, ptr %176, i64 %55
+  %161 = load i64, ptr %invariant.gep, align 8, !tbaa !5
+  %162 = getelementptr i16, ptr %key_cache, i64 %161
+  %163 = getelementptr i16, ptr %162, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %163, i32 0, i32 2, i32 1)
+  %164 = getelementptr i8, ptr %162, i64 64
+  %165 = getelementptr i16, ptr %164, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %165, i32 0, i32 2, i32 1)
+  %166 = getelementptr i8, ptr %162, i64 128
+  %167 = getelementptr i16, ptr %166, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %167, i32 0, i32 2, i32 1)
+  %168 = getelementptr i8, ptr %162, i64 192
+  %169 = getelementptr i16, ptr %168, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %169, i32 0, i32 2, i32 1)
+  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
+  %171 = load i64, ptr %170, align 8, !tbaa !5
+  %172 = getelementptr i16, ptr %key_cache, i64 %171
+  %173 = getelementptr i16, ptr %172, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %173, i32 0, i32 2, i32 1)
+  %174 = getelementptr i8, ptr %172, i64 64
+  %175 = getelementptr i16, ptr %174, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %175, i32 0, i32 2, i32 1)
+  %176 = getelementptr i8, ptr %172, i64 128
+  %177 = getelementptr i16, ptr %176, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %177, i32 0, i32 2, i32 1)
-  %178 = getelementptr i8, ptr %176, i64 64
-  %179 = getelementptr i16, ptr %178, i64 %55
+  %178 = getelementptr i8, ptr %172, i64 192
+  %179 = getelementptr i16, ptr %178, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %179, i32 0, i32 2, i32 1)
-  %180 = getelementptr i8, ptr %176, i64 128
-  %181 = getelementptr i16, ptr %180, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %181, i32 0, i32 2, i32 1)
-  %182 = getelementptr i8, ptr %176, i64 192
-  %183 = getelementptr i16, ptr %182, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %183, i32 0, i32 2, i32 1)
-  %184 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
-  %185 = load i64, ptr %184, align 8, !tbaa !5
-  %186 = getelementptr i16, ptr %key_cache, i64 %185
-  %187 = getelementptr i16, ptr %186, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %187, i32 0, i32 2, i32 1)
-  %188 = getelementptr i8, ptr %186, i64 64
-  %189 = getelementptr i16, ptr %188, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %189, i32 0, i32 2, i32 1)
-  %190 = getelementptr i8, ptr %186, i64 128
-  %191 = getelementptr i16, ptr %190, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %191, i32 0, i32 2, i32 1)
-  %192 = getelementptr i8, ptr %186, i64 192
-  %193 = getelementptr i16, ptr %192, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %193, i32 0, i32 2, i32 1)
-  %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
-  %194 = load i64, ptr %gep.3, align 8, !tbaa !5
-  %195 = getelementptr i16, ptr %key_cache, i64 %194
-  %196 = getelementptr i16, ptr %195, i64 %55
+  %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
+  %180 = load i64, ptr %gep.1, align 8, !tbaa !5
+  %181 = getelementptr i16, ptr %key_cache, i64 %180
+  %182 = getelementptr i16, ptr %181, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %182, i32 0, i32 2, i32 1)
+  %183 = getelementptr i8, ptr %181, i64 64
+  %184 = getelementptr i16, ptr %183, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %184, i32 0, i32 2, i32 1)
+  %185 = getelementptr i8, ptr %181, i64 128
+  %186 = getelementptr i16, ptr %185, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %186, i32 0, i32 2, i32 1)
+  %187 = getelementptr i8, ptr %181, i64 192
+  %188 = getelementptr i16, ptr %187, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %188, i32 0, i32 2, i32 1)
+  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
+  %190 = load i64, ptr %189, align 8, !tbaa !5
+  %191 = getelementptr i16, ptr %key_cache, i64 %190
+  %192 = getelementptr i16, ptr %191, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %192, i32 0, i32 2, i32 1)
+  %193 = getelementptr i8, ptr %191, i64 64
+  %194 = getelementptr i16, ptr %193, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %194, i32 0, i32 2, i32 1)
+  %195 = getelementptr i8, ptr %191, i64 128
+  %196 = getelementptr i16, ptr %195, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %196, i32 0, i32 2, i32 1)
-  %197 = getelementptr i8, ptr %195, i64 64
-  %198 = getelementptr i16, ptr %197, i64 %55
+  %197 = getelementptr i8, ptr %191, i64 192
+  %198 = getelementptr i16, ptr %197, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %198, i32 0, i32 2, i32 1)
-  %199 = getelementptr i8, ptr %195, i64 128
-  %200 = getelementptr i16, ptr %199, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %200, i32 0, i32 2, i32 1)
-  %201 = getelementptr i8, ptr %195, i64 192
-  %202 = getelementptr i16, ptr %201, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %202, i32 0, i32 2, i32 1)
-  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
-  %204 = load i64, ptr %203, align 8, !tbaa !5
-  %205 = getelementptr i16, ptr %key_cache, i64 %204
-  %206 = getelementptr i16, ptr %205, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %206, i32 0, i32 2, i32 1)
-  %207 = getelementptr i8, ptr %205, i64 64
-  %208 = getelementptr i16, ptr %207, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %208, i32 0, i32 2, i32 1)
-  %209 = getelementptr i8, ptr %205, i64 128
-  %210 = getelementptr i16, ptr %209, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %210, i32 0, i32 2, i32 1)
-  %211 = getelementptr i8, ptr %205, i64 192
-  %212 = getelementptr i16, ptr %211, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %212, i32 0, i32 2, i32 1)
-  %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
-  %213 = load i64, ptr %gep.4, align 8, !tbaa !5
-  %214 = getelementptr i16, ptr %key_cache, i64 %213
-  %215 = getelementptr i16, ptr %214, i64 %55
+  %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
+  %199 = load i64, ptr %gep.2, align 8, !tbaa !5
+  %200 = getelementptr i16, ptr %key_cache, i64 %199
+  %201 = getelementptr i16, ptr %200, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %201, i32 0, i32 2, i32 1)
+  %202 = getelementptr i8, ptr %200, i64 64
+  %203 = getelementptr i16, ptr %202, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %203, i32 0, i32 2, i32 1)
+  %204 = getelementptr i8, ptr %200, i64 128
+  %205 = getelementptr i16, ptr %204, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %205, i32 0, i32 2, i32 1)
+  %206 = getelementptr i8, ptr %200, i64 192
+  %207 = getelementptr i16, ptr %206, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %207, i32 0, i32 2, i32 1)
+  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
+  %209 = load i64, ptr %208, align 8, !tbaa !5
+  %210 = getelementptr i16, ptr %key_cache, i64 %209
+  %211 = getelementptr i16, ptr %210, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %211, i32 0, i32 2, i32 1)
+  %212 = getelementptr i8, ptr %210, i64 64
+  %213 = getelementptr i16, ptr %212, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %213, i32 0, i32 2, i32 1)
+  %214 = getelementptr i8, ptr %210, i64 128
+  %215 = getelementptr i16, ptr %214, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %215, i32 0, i32 2, i32 1)
-  %216 = getelementptr i8, ptr %214, i64 64
-  %217 = getelementptr i16, ptr %216, i64 %55
+  %216 = getelementptr i8, ptr %210, i64 192
+  %217 = getelementptr i16, ptr %216, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %217, i32 0, i32 2, i32 1)
-  %218 = getelementptr i8, ptr %214, i64 128
-  %219 = getelementptr i16, ptr %218, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %219, i32 0, i32 2, i32 1)
-  %220 = getelementptr i8, ptr %214, i64 192
-  %221 = getelementptr i16, ptr %220, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %221, i32 0, i32 2, i32 1)
-  %222 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
-  %223 = load i64, ptr %222, align 8, !tbaa !5
-  %224 = getelementptr i16, ptr %key_cache, i64 %223
-  %225 = getelementptr i16, ptr %224, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %225, i32 0, i32 2, i32 1)
-  %226 = getelementptr i8, ptr %224, i64 64
-  %227 = getelementptr i16, ptr %226, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %227, i32 0, i32 2, i32 1)
-  %228 = getelementptr i8, ptr %224, i64 128
-  %229 = getelementptr i16, ptr %228, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %229, i32 0, i32 2, i32 1)
-  %230 = getelementptr i8, ptr %224, i64 192
-  %231 = getelementptr i16, ptr %230, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %231, i32 0, i32 2, i32 1)
-  %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
-  %232 = load i64, ptr %gep.5, align 8, !tbaa !5
-  %233 = getelementptr i16, ptr %key_cache, i64 %232
-  %234 = getelementptr i16, ptr %233, i64 %55
+  %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
+  %218 = load i64, ptr %gep.3, align 8, !tbaa !5
+  %219 = getelementptr i16, ptr %key_cache, i64 %218
+  %220 = getelementptr i16, ptr %219, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %220, i32 0, i32 2, i32 1)
+  %221 = getelementptr i8, ptr %219, i64 64
+  %222 = getelementptr i16, ptr %221, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %222, i32 0, i32 2, i32 1)
+  %223 = getelementptr i8, ptr %219, i64 128
+  %224 = getelementptr i16, ptr %223, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %224, i32 0, i32 2, i32 1)
+  %225 = getelementptr i8, ptr %219, i64 192
+  %226 = getelementptr i16, ptr %225, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %226, i32 0, i32 2, i32 1)
+  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
+  %228 = load i64, ptr %227, align 8, !tbaa !5
+  %229 = getelementptr i16, ptr %key_cache, i64 %228
+  %230 = getelementptr i16, ptr %229, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %230, i32 0, i32 2, i32 1)
+  %231 = getelementptr i8, ptr %229, i64 64
+  %232 = getelementptr i16, ptr %231, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %232, i32 0, i32 2, i32 1)
+  %233 = getelementptr i8, ptr %229, i64 128
+  %234 = getelementptr i16, ptr %233, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %234, i32 0, i32 2, i32 1)
-  %235 = getelementptr i8, ptr %233, i64 64
-  %236 = getelementptr i16, ptr %235, i64 %55
+  %235 = getelementptr i8, ptr %229, i64 192
+  %236 = getelementptr i16, ptr %235, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %236, i32 0, i32 2, i32 1)
-  %237 = getelementptr i8, ptr %233, i64 128
-  %238 = getelementptr i16, ptr %237, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %238, i32 0, i32 2, i32 1)
-  %239 = getelementptr i8, ptr %233, i64 192
-  %240 = getelementptr i16, ptr %239, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %240, i32 0, i32 2, i32 1)
-  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
-  %242 = load i64, ptr %241, align 8, !tbaa !5
-  %243 = getelementptr i16, ptr %key_cache, i64 %242
-  %244 = getelementptr i16, ptr %243, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %244, i32 0, i32 2, i32 1)
-  %245 = getelementptr i8, ptr %243, i64 64
-  %246 = getelementptr i16, ptr %245, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %246, i32 0, i32 2, i32 1)
-  %247 = getelementptr i8, ptr %243, i64 128
-  %248 = getelementptr i16, ptr %247, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %248, i32 0, i32 2, i32 1)
-  %249 = getelementptr i8, ptr %243, i64 192
-  %250 = getelementptr i16, ptr %249, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %250, i32 0, i32 2, i32 1)
-  %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
-  %251 = load i64, ptr %gep.6, align 8, !tbaa !5
-  %252 = getelementptr i16, ptr %key_cache, i64 %251
-  %253 = getelementptr i16, ptr %252, i64 %55
+  %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
+  %237 = load i64, ptr %gep.4, align 8, !tbaa !5
+  %238 = getelementptr i16, ptr %key_cache, i64 %237
+  %239 = getelementptr i16, ptr %238, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %239, i32 0, i32 2, i32 1)
+  %240 = getelementptr i8, ptr %238, i64 64
+  %241 = getelementptr i16, ptr %240, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %241, i32 0, i32 2, i32 1)
+  %242 = getelementptr i8, ptr %238, i64 128
+  %243 = getelementptr i16, ptr %242, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %243, i32 0, i32 2, i32 1)
+  %244 = getelementptr i8, ptr %238, i64 192
+  %245 = getelementptr i16, ptr %244, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %245, i32 0, i32 2, i32 1)
+  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
+  %247 = load i64, ptr %246, align 8, !tbaa !5
+  %248 = getelementptr i16, ptr %key_cache, i64 %247
+  %249 = getelementptr i16, ptr %248, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %249, i32 0, i32 2, i32 1)
+  %250 = getelementptr i8, ptr %248, i64 64
+  %251 = getelementptr i16, ptr %250, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %251, i32 0, i32 2, i32 1)
+  %252 = getelementptr i8, ptr %248, i64 128
+  %253 = getelementptr i16, ptr %252, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %253, i32 0, i32 2, i32 1)
-  %254 = getelementptr i8, ptr %252, i64 64
-  %255 = getelementptr i16, ptr %254, i64 %55
+  %254 = getelementptr i8, ptr %248, i64 192
+  %255 = getelementptr i16, ptr %254, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %255, i32 0, i32 2, i32 1)
-  %256 = getelementptr i8, ptr %252, i64 128
-  %257 = getelementptr i16, ptr %256, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %257, i32 0, i32 2, i32 1)
-  %258 = getelementptr i8, ptr %252, i64 192
-  %259 = getelementptr i16, ptr %258, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %259, i32 0, i32 2, i32 1)
-  %260 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
-  %261 = load i64, ptr %260, align 8, !tbaa !5
-  %262 = getelementptr i16, ptr %key_cache, i64 %261
-  %263 = getelementptr i16, ptr %262, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %263, i32 0, i32 2, i32 1)
-  %264 = getelementptr i8, ptr %262, i64 64
-  %265 = getelementptr i16, ptr %264, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %265, i32 0, i32 2, i32 1)
-  %266 = getelementptr i8, ptr %262, i64 128
-  %267 = getelementptr i16, ptr %266, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %267, i32 0, i32 2, i32 1)
-  %268 = getelementptr i8, ptr %262, i64 192
-  %269 = getelementptr i16, ptr %268, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %269, i32 0, i32 2, i32 1)
-  %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
-  %270 = load i64, ptr %gep.7, align 8, !tbaa !5
-  %271 = getelementptr i16, ptr %key_cache, i64 %270
-  %272 = getelementptr i16, ptr %271, i64 %55
+  %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
+  %256 = load i64, ptr %gep.5, align 8, !tbaa !5
+  %257 = getelementptr i16, ptr %key_cache, i64 %256
+  %258 = getelementptr i16, ptr %257, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %258, i32 0, i32 2, i32 1)
+  %259 = getelementptr i8, ptr %257, i64 64
+  %260 = getelementptr i16, ptr %259, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %260, i32 0, i32 2, i32 1)
+  %261 = getelementptr i8, ptr %257, i64 128
+  %262 = getelementptr i16, ptr %261, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %262, i32 0, i32 2, i32 1)
+  %263 = getelementptr i8, ptr %257, i64 192
+  %264 = getelementptr i16, ptr %263, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %264, i32 0, i32 2, i32 1)
+  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
+  %266 = load i64, ptr %265, align 8, !tbaa !5
+  %267 = getelementptr i16, ptr %key_cache, i64 %266
+  %268 = getelementptr i16, ptr %267, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %268, i32 0, i32 2, i32 1)
+  %269 = getelementptr i8, ptr %267, i64 64
+  %270 = getelementptr i16, ptr %269, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %270, i32 0, i32 2, i32 1)
+  %271 = getelementptr i8, ptr %267, i64 128
+  %272 = getelementptr i16, ptr %271, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %272, i32 0, i32 2, i32 1)
-  %273 = getelementptr i8, ptr %271, i64 64
-  %274 = getelementptr i16, ptr %273, i64 %55
+  %273 = getelementptr i8, ptr %267, i64 192
+  %274 = getelementptr i16, ptr %273, i64 %63
   tail call void @llvm.prefetch.p0(ptr readonly %274, i32 0, i32 2, i32 1)
-  %275 = getelementptr i8, ptr %271, i64 128
-  %276 = getelementptr i16, ptr %275, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %276, i32 0, i32 2, i32 1)
-  %277 = getelementptr i8, ptr %271, i64 192
-  %278 = getelementptr i16, ptr %277, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %278, i32 0, i32 2, i32 1)
-  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
-  %280 = load i64, ptr %279, align 8, !tbaa !5
-  %281 = getelementptr i16, ptr %key_cache, i64 %280
-  %282 = getelementptr i16, ptr %281, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %282, i32 0, i32 2, i32 1)
-  %283 = getelementptr i8, ptr %281, i64 64
-  %284 = getelementptr i16, ptr %283, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %284, i32 0, i32 2, i32 1)
-  %285 = getelementptr i8, ptr %281, i64 128
-  %286 = getelementptr i16, ptr %285, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %286, i32 0, i32 2, i32 1)
-  %287 = getelementptr i8, ptr %281, i64 192
-  %288 = getelementptr i16, ptr %287, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %288, i32 0, i32 2, i32 1)
+  %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
+  %275 = load i64, ptr %gep.6, align 8, !tbaa !5
+  %276 = getelementptr i16, ptr %key_cache, i64 %275
+  %277 = getelementptr i16, ptr %276, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %277, i32 0, i32 2, i32 1)
+  %278 = getelementptr i8, ptr %276, i64 64
+  %279 = getelementptr i16, ptr %278, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %279, i32 0, i32 2, i32 1)
+  %280 = getelementptr i8, ptr %276, i64 128
+  %281 = getelementptr i16, ptr %280, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %281, i32 0, i32 2, i32 1)
+  %282 = getelementptr i8, ptr %276, i64 192
+  %283 = getelementptr i16, ptr %282, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %283, i32 0, i32 2, i32 1)
+  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
+  %285 = load i64, ptr %284, align 8, !tbaa !5
+  %286 = getelementptr i16, ptr %key_cache, i64 %285
+  %287 = getelementptr i16, ptr %286, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %287, i32 0, i32 2, i32 1)
+  %288 = getelementptr i8, ptr %286, i64 64
+  %289 = getelementptr i16, ptr %288, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %289, i32 0, i32 2, i32 1)
+  %290 = getelementptr i8, ptr %286, i64 128
+  %291 = getelementptr i16, ptr %290, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %291, i32 0, i32 2, i32 1)
+  %292 = getelementptr i8, ptr %286, i64 192
+  %293 = getelementptr i16, ptr %292, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %293, i32 0, i32 2, i32 1)
+  %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
+  %294 = load i64, ptr %gep.7, align 8, !tbaa !5
+  %295 = getelementptr i16, ptr %key_cache, i64 %294
+  %296 = getelementptr i16, ptr %295, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %296, i32 0, i32 2, i32 1)
+  %297 = getelementptr i8, ptr %295, i64 64
+  %298 = getelementptr i16, ptr %297, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %298, i32 0, i32 2, i32 1)
+  %299 = getelementptr i8, ptr %295, i64 128
+  %300 = getelementptr i16, ptr %299, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %300, i32 0, i32 2, i32 1)
+  %301 = getelementptr i8, ptr %295, i64 192
+  %302 = getelementptr i16, ptr %301, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %302, i32 0, i32 2, i32 1)
+  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
+  %304 = load i64, ptr %303, align 8, !tbaa !5
+  %305 = getelementptr i16, ptr %key_cache, i64 %304
+  %306 = getelementptr i16, ptr %305, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %306, i32 0, i32 2, i32 1)
+  %307 = getelementptr i8, ptr %305, i64 64
+  %308 = getelementptr i16, ptr %307, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %308, i32 0, i32 2, i32 1)
+  %309 = getelementptr i8, ptr %305, i64 128
+  %310 = getelementptr i16, ptr %309, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %310, i32 0, i32 2, i32 1)
+  %311 = getelementptr i8, ptr %305, i64 192
+  %312 = getelementptr i16, ptr %311, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %312, i32 0, i32 2, i32 1)
   br label %for_begin_r57.preheader.i
 
 for_begin_n_1.preheader.us.i.us:                  ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.preheader.i
   %indvars.iv247.i.us = phi i64 [ %indvars.iv.next248.i.us, %for_end_ax3_0.split.us.us.i.split.us.us ], [ 0, %for_begin_n_1.preheader.us.preheader.i ]
   %.idx31.us = shl nuw nsw i64 %indvars.iv247.i.us, 4
   %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
-  %289 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %290 = getelementptr i16, ptr %key_cache, i64 %289
-  %291 = getelementptr i16, ptr %290, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %291, i32 0, i32 2, i32 1)
-  %292 = getelementptr i8, ptr %290, i64 64
-  %293 = getelementptr i16, ptr %292, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %293, i32 0, i32 2, i32 1)
-  %294 = getelementptr i8, ptr %290, i64 128
-  %295 = getelementptr i16, ptr %294, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %295, i32 0, i32 2, i32 1)
-  %296 = getelementptr i8, ptr %290, i64 192
-  %297 = getelementptr i16, ptr %296, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %297, i32 0, i32 2, i32 1)
-  %298 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
-  %299 = load i64, ptr %298, align 8, !tbaa !5
-  %300 = getelementptr i16, ptr %key_cache, i64 %299
-  %301 = getelementptr i16, ptr %300, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %301, i32 0, i32 2, i32 1)
-  %302 = getelementptr i8, ptr %300, i64 64
-  %303 = getelementptr i16, ptr %302, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %303, i32 0, i32 2, i32 1)
-  %304 = getelementptr i8, ptr %300, i64 128
-  %305 = getelementptr i16, ptr %304, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %305, i32 0, i32 2, i32 1)
-  %306 = getelementptr i8, ptr %300, i64 192
-  %307 = getelementptr i16, ptr %306, i64 %55
-  tail call void @llvm.prefetch.p0(ptr readonly %307, i32 0, i32 2, i32 1)
+  %313 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %314 = getelementptr i16, ptr %key_cache, i64 %313
+  %315 = getelementptr i16, ptr %314, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %315, i32 0, i32 2, i32 1)
+  %316 = getelementptr i8, ptr %314, i64 64
+  %317 = getelementptr i16, ptr %316, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %317, i32 0, i32 2, i32 1)
+  %318 = getelementptr i8, ptr %314, i64 128
+  %319 = getelementptr i16, ptr %318, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %319, i32 0, i32 2, i32 1)
+  %320 = getelementptr i8, ptr %314, i64 192
+  %321 = getelementptr i16, ptr %320, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %321, i32 0, i32 2, i32 1)
+  %322 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
+  %323 = load i64, ptr %322, align 8, !tbaa !5
+  %324 = getelementptr i16, ptr %key_cache, i64 %323
+  %325 = getelementptr i16, ptr %324, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %325, i32 0, i32 2, i32 1)
+  %326 = getelementptr i8, ptr %324, i64 64
+  %327 = getelementptr i16, ptr %326, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %327, i32 0, i32 2, i32 1)
+  %328 = getelementptr i8, ptr %324, i64 128
+  %329 = getelementptr i16, ptr %328, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %329, i32 0, i32 2, i32 1)
+  %330 = getelementptr i8, ptr %324, i64 192
+  %331 = getelementptr i16, ptr %330, i64 %63
+  tail call void @llvm.prefetch.p0(ptr readonly %331, i32 0, i32 2, i32 1)
   %.idx266.i.us = shl nuw nsw i64 %indvars.iv247.i.us, 7
   %invariant.gep270.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx266.i.us
   br label %for_body_ax3_0.us.us.i.us.us
@@ -2869,233 +2922,233 @@ for_begin_n_1.preheader.us.i.us:                  ; preds = %for_end_ax3_0.split
 for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.us.i.us.us, %for_begin_n_1.preheader.us.i.us
   %indvars.iv243.i.us.us = phi i64 [ %indvars.iv.next244.i.us.us, %for_body_ax3_0.us.us.i.us.us ], [ 0, %for_begin_n_1.preheader.us.i.us ]
   %.idx32.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 11
-  %308 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
-  %309 = getelementptr inbounds nuw i8, ptr %308, i64 1984
-  %310 = load <16 x float>, ptr %309, align 4, !tbaa !5
-  %311 = load i64, ptr %298, align 8, !tbaa !5
-  %gep119.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %311
+  %332 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
+  %333 = getelementptr inbounds nuw i8, ptr %332, i64 1984
+  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
+  %335 = load i64, ptr %322, align 8, !tbaa !5
+  %gep119.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %335
   %gep115.us.us.7.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 224
-  %312 = load <16 x i16>, ptr %gep115.us.us.7.i.us.us, align 2, !tbaa !5
-  %313 = zext <16 x i16> %312 to <16 x i32>
-  %314 = shl nuw <16 x i32> %313, splat (i32 16)
-  %315 = bitcast <16 x i32> %314 to <16 x float>
-  %316 = getelementptr inbounds nuw i8, ptr %308, i64 1920
-  %317 = load <16 x float>, ptr %316, align 4, !tbaa !5
-  %gep115.us.us.6.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 192
-  %318 = load <16 x i16>, ptr %gep115.us.us.6.i.us.us, align 2, !tbaa !5
-  %319 = zext <16 x i16> %318 to <16 x i32>
-  %320 = shl nuw <16 x i32> %319, splat (i32 16)
-  %321 = bitcast <16 x i32> %320 to <16 x float>
-  %322 = getelementptr inbounds nuw i8, ptr %308, i64 1856
-  %323 = load <16 x float>, ptr %322, align 4, !tbaa !5
-  %gep115.us.us.5.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 160
-  %324 = load <16 x i16>, ptr %gep115.us.us.5.i.us.us, align 2, !tbaa !5
-  %325 = zext <16 x i16> %324 to <16 x i32>
-  %326 = shl nuw <16 x i32> %325, splat (i32 16)
-  %327 = bitcast <16 x i32> %326 to <16 x float>
-  %328 = getelementptr inbounds nuw i8, ptr %308, i64 1792
-  %329 = load <16 x float>, ptr %328, align 4, !tbaa !5
-  %gep115.us.us.4.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 128
-  %330 = load <16 x i16>, ptr %gep115.us.us.4.i.us.us, align 2, !tbaa !5
-  %331 = zext <16 x i16> %330 to <16 x i32>
-  %332 = shl nuw <16 x i32> %331, splat (i32 16)
-  %333 = bitcast <16 x i32> %332 to <16 x float>
-  %334 = getelementptr inbounds nuw i8, ptr %308, i64 1728
-  %335 = load <16 x float>, ptr %334, align 4, !tbaa !5
-  %gep115.us.us.3.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 96
-  %336 = load <16 x i16>, ptr %gep115.us.us.3.i.us.us, align 2, !tbaa !5
+  %336 = load <16 x i16>, ptr %gep115.us.us.7.i.us.us, align 2, !tbaa !5
   %337 = zext <16 x i16> %336 to <16 x i32>
   %338 = shl nuw <16 x i32> %337, splat (i32 16)
   %339 = bitcast <16 x i32> %338 to <16 x float>
-  %340 = getelementptr inbounds nuw i8, ptr %308, i64 1664
+  %340 = getelementptr inbounds nuw i8, ptr %332, i64 1920
   %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
-  %gep115.us.us.2.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 64
-  %342 = load <16 x i16>, ptr %gep115.us.us.2.i.us.us, align 2, !tbaa !5
+  %gep115.us.us.6.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 192
+  %342 = load <16 x i16>, ptr %gep115.us.us.6.i.us.us, align 2, !tbaa !5
   %343 = zext <16 x i16> %342 to <16 x i32>
   %344 = shl nuw <16 x i32> %343, splat (i32 16)
   %345 = bitcast <16 x i32> %344 to <16 x float>
-  %346 = getelementptr inbounds nuw i8, ptr %308, i64 1600
+  %346 = getelementptr inbounds nuw i8, ptr %332, i64 1856
   %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
-  %gep115.us.us.1.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 32
-  %348 = load <16 x i16>, ptr %gep115.us.us.1.i.us.us, align 2, !tbaa !5
+  %gep115.us.us.5.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 160
+  %348 = load <16 x i16>, ptr %gep115.us.us.5.i.us.us, align 2, !tbaa !5
   %349 = zext <16 x i16> %348 to <16 x i32>
   %350 = shl nuw <16 x i32> %349, splat (i32 16)
   %351 = bitcast <16 x i32> %350 to <16 x float>
-  %352 = getelementptr inbounds nuw i8, ptr %308, i64 1536
+  %352 = getelementptr inbounds nuw i8, ptr %332, i64 1792
   %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
-  %354 = load <16 x i16>, ptr %gep119.us.us.i.us.us, align 2, !tbaa !5
+  %gep115.us.us.4.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 128
+  %354 = load <16 x i16>, ptr %gep115.us.us.4.i.us.us, align 2, !tbaa !5
   %355 = zext <16 x i16> %354 to <16 x i32>
   %356 = shl nuw <16 x i32> %355, splat (i32 16)
   %357 = bitcast <16 x i32> %356 to <16 x float>
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %357, <16 x float> zeroinitializer)
-  %359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %351, <16 x float> %358)
-  %360 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %345, <16 x float> %359)
-  %361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %339, <16 x float> %360)
-  %362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %333, <16 x float> %361)
-  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %327, <16 x float> %362)
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %321, <16 x float> %363)
-  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %315, <16 x float> %364)
-  %366 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %gep117.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %366
+  %358 = getelementptr inbounds nuw i8, ptr %332, i64 1728
+  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
+  %gep115.us.us.3.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 96
+  %360 = load <16 x i16>, ptr %gep115.us.us.3.i.us.us, align 2, !tbaa !5
+  %361 = zext <16 x i16> %360 to <16 x i32>
+  %362 = shl nuw <16 x i32> %361, splat (i32 16)
+  %363 = bitcast <16 x i32> %362 to <16 x float>
+  %364 = getelementptr inbounds nuw i8, ptr %332, i64 1664
+  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
+  %gep115.us.us.2.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 64
+  %366 = load <16 x i16>, ptr %gep115.us.us.2.i.us.us, align 2, !tbaa !5
+  %367 = zext <16 x i16> %366 to <16 x i32>
+  %368 = shl nuw <16 x i32> %367, splat (i32 16)
+  %369 = bitcast <16 x i32> %368 to <16 x float>
+  %370 = getelementptr inbounds nuw i8, ptr %332, i64 1600
+  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
+  %gep115.us.us.1.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 32
+  %372 = load <16 x i16>, ptr %gep115.us.us.1.i.us.us, align 2, !tbaa !5
+  %373 = zext <16 x i16> %372 to <16 x i32>
+  %374 = shl nuw <16 x i32> %373, splat (i32 16)
+  %375 = bitcast <16 x i32> %374 to <16 x float>
+  %376 = getelementptr inbounds nuw i8, ptr %332, i64 1536
+  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %378 = load <16 x i16>, ptr %gep119.us.us.i.us.us, align 2, !tbaa !5
+  %379 = zext <16 x i16> %378 to <16 x i32>
+  %380 = shl nuw <16 x i32> %379, splat (i32 16)
+  %381 = bitcast <16 x i32> %380 to <16 x float>
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %381, <16 x float> zeroinitializer)
+  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %375, <16 x float> %382)
+  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %369, <16 x float> %383)
+  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %359, <16 x float> %363, <16 x float> %384)
+  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %357, <16 x float> %385)
+  %387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %351, <16 x float> %386)
+  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %345, <16 x float> %387)
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %339, <16 x float> %388)
+  %390 = load i64, ptr %gep.us, align 8, !tbaa !5
+  %gep117.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %390
   %gep113.us.us.7.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 224
-  %367 = load <16 x i16>, ptr %gep113.us.us.7.i.us.us, align 2, !tbaa !5
-  %368 = zext <16 x i16> %367 to <16 x i32>
-  %369 = shl nuw <16 x i32> %368, splat (i32 16)
-  %370 = bitcast <16 x i32> %369 to <16 x float>
-  %gep113.us.us.6.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 192
-  %371 = load <16 x i16>, ptr %gep113.us.us.6.i.us.us, align 2, !tbaa !5
-  %372 = zext <16 x i16> %371 to <16 x i32>
-  %373 = shl nuw <16 x i32> %372, splat (i32 16)
-  %374 = bitcast <16 x i32> %373 to <16 x float>
-  %gep113.us.us.5.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 160
-  %375 = load <16 x i16>, ptr %gep113.us.us.5.i.us.us, align 2, !tbaa !5
-  %376 = zext <16 x i16> %375 to <16 x i32>
-  %377 = shl nuw <16 x i32> %376, splat (i32 16)
-  %378 = bitcast <16 x i32> %377 to <16 x float>
-  %gep113.us.us.4.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 128
-  %379 = load <16 x i16>, ptr %gep113.us.us.4.i.us.us, align 2, !tbaa !5
-  %380 = zext <16 x i16> %379 to <16 x i32>
-  %381 = shl nuw <16 x i32> %380, splat (i32 16)
-  %382 = bitcast <16 x i32> %381 to <16 x float>
-  %gep113.us.us.3.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 96
-  %383 = load <16 x i16>, ptr %gep113.us.us.3.i.us.us, align 2, !tbaa !5
-  %384 = zext <16 x i16> %383 to <16 x i32>
-  %385 = shl nuw <16 x i32> %384, splat (i32 16)
-  %386 = bitcast <16 x i32> %385 to <16 x float>
-  %gep113.us.us.2.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 64
-  %387 = load <16 x i16>, ptr %gep113.us.us.2.i.us.us, align 2, !tbaa !5
-  %388 = zext <16 x i16> %387 to <16 x i32>
-  %389 = shl nuw <16 x i32> %388, splat (i32 16)
-  %390 = bitcast <16 x i32> %389 to <16 x float>
-  %gep113.us.us.1.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 32
-  %391 = load <16 x i16>, ptr %gep113.us.us.1.i.us.us, align 2, !tbaa !5
+  %391 = load <16 x i16>, ptr %gep113.us.us.7.i.us.us, align 2, !tbaa !5
   %392 = zext <16 x i16> %391 to <16 x i32>
   %393 = shl nuw <16 x i32> %392, splat (i32 16)
   %394 = bitcast <16 x i32> %393 to <16 x float>
-  %395 = load <16 x i16>, ptr %gep117.us.us.i.us.us, align 2, !tbaa !5
+  %gep113.us.us.6.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 192
+  %395 = load <16 x i16>, ptr %gep113.us.us.6.i.us.us, align 2, !tbaa !5
   %396 = zext <16 x i16> %395 to <16 x i32>
   %397 = shl nuw <16 x i32> %396, splat (i32 16)
   %398 = bitcast <16 x i32> %397 to <16 x float>
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %398, <16 x float> zeroinitializer)
-  %400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %394, <16 x float> %399)
-  %401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %390, <16 x float> %400)
-  %402 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %335, <16 x float> %386, <16 x float> %401)
-  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %382, <16 x float> %402)
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %323, <16 x float> %378, <16 x float> %403)
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %374, <16 x float> %404)
-  %406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %370, <16 x float> %405)
-  %407 = getelementptr inbounds nuw i8, ptr %308, i64 448
-  %408 = getelementptr inbounds nuw i8, ptr %308, i64 1472
-  %409 = load <16 x float>, ptr %408, align 4, !tbaa !5
-  %410 = getelementptr inbounds nuw i8, ptr %308, i64 1408
-  %411 = load <16 x float>, ptr %410, align 4, !tbaa !5
-  %412 = getelementptr inbounds nuw i8, ptr %308, i64 1344
-  %413 = load <16 x float>, ptr %412, align 4, !tbaa !5
-  %414 = getelementptr inbounds nuw i8, ptr %308, i64 1280
-  %415 = load <16 x float>, ptr %414, align 4, !tbaa !5
-  %416 = getelementptr inbounds nuw i8, ptr %308, i64 1216
-  %417 = load <16 x float>, ptr %416, align 4, !tbaa !5
-  %418 = getelementptr inbounds nuw i8, ptr %308, i64 1152
-  %419 = load <16 x float>, ptr %418, align 4, !tbaa !5
-  %420 = getelementptr inbounds nuw i8, ptr %308, i64 1088
-  %421 = load <16 x float>, ptr %420, align 4, !tbaa !5
-  %422 = getelementptr inbounds nuw i8, ptr %308, i64 1024
-  %423 = load <16 x float>, ptr %422, align 4, !tbaa !5
-  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %357, <16 x float> zeroinitializer)
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %351, <16 x float> %424)
-  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %345, <16 x float> %425)
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %339, <16 x float> %426)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %333, <16 x float> %427)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %413, <16 x float> %327, <16 x float> %428)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %411, <16 x float> %321, <16 x float> %429)
-  %431 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %315, <16 x float> %430)
-  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %423, <16 x float> %398, <16 x float> zeroinitializer)
-  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %394, <16 x float> %432)
-  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %419, <16 x float> %390, <16 x float> %433)
-  %435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %417, <16 x float> %386, <16 x float> %434)
-  %436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %382, <16 x float> %435)
-  %437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %413, <16 x float> %378, <16 x float> %436)
-  %438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %411, <16 x float> %374, <16 x float> %437)
-  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %370, <16 x float> %438)
-  %440 = getelementptr inbounds nuw i8, ptr %308, i64 960
+  %gep113.us.us.5.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 160
+  %399 = load <16 x i16>, ptr %gep113.us.us.5.i.us.us, align 2, !tbaa !5
+  %400 = zext <16 x i16> %399 to <16 x i32>
+  %401 = shl nuw <16 x i32> %400, splat (i32 16)
+  %402 = bitcast <16 x i32> %401 to <16 x float>
+  %gep113.us.us.4.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 128
+  %403 = load <16 x i16>, ptr %gep113.us.us.4.i.us.us, align 2, !tbaa !5
+  %404 = zext <16 x i16> %403 to <16 x i32>
+  %405 = shl nuw <16 x i32> %404, splat (i32 16)
+  %406 = bitcast <16 x i32> %405 to <16 x float>
+  %gep113.us.us.3.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 96
+  %407 = load <16 x i16>, ptr %gep113.us.us.3.i.us.us, align 2, !tbaa !5
+  %408 = zext <16 x i16> %407 to <16 x i32>
+  %409 = shl nuw <16 x i32> %408, splat (i32 16)
+  %410 = bitcast <16 x i32> %409 to <16 x float>
+  %gep113.us.us.2.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 64
+  %411 = load <16 x i16>, ptr %gep113.us.us.2.i.us.us, align 2, !tbaa !5
+  %412 = zext <16 x i16> %411 to <16 x i32>
+  %413 = shl nuw <16 x i32> %412, splat (i32 16)
+  %414 = bitcast <16 x i32> %413 to <16 x float>
+  %gep113.us.us.1.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 32
+  %415 = load <16 x i16>, ptr %gep113.us.us.1.i.us.us, align 2, !tbaa !5
+  %416 = zext <16 x i16> %415 to <16 x i32>
+  %417 = shl nuw <16 x i32> %416, splat (i32 16)
+  %418 = bitcast <16 x i32> %417 to <16 x float>
+  %419 = load <16 x i16>, ptr %gep117.us.us.i.us.us, align 2, !tbaa !5
+  %420 = zext <16 x i16> %419 to <16 x i32>
+  %421 = shl nuw <16 x i32> %420, splat (i32 16)
+  %422 = bitcast <16 x i32> %421 to <16 x float>
+  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %422, <16 x float> zeroinitializer)
+  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %418, <16 x float> %423)
+  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %414, <16 x float> %424)
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %359, <16 x float> %410, <16 x float> %425)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %406, <16 x float> %426)
+  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %402, <16 x float> %427)
+  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %398, <16 x float> %428)
+  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %394, <16 x float> %429)
+  %431 = getelementptr inbounds nuw i8, ptr %332, i64 448
+  %432 = getelementptr inbounds nuw i8, ptr %332, i64 1472
+  %433 = load <16 x float>, ptr %432, align 4, !tbaa !5
+  %434 = getelementptr inbounds nuw i8, ptr %332, i64 1408
+  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
+  %436 = getelementptr inbounds nuw i8, ptr %332, i64 1344
+  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
+  %438 = getelementptr inbounds nuw i8, ptr %332, i64 1280
+  %439 = load <16 x float>, ptr %438, align 4, !tbaa !5
+  %440 = getelementptr inbounds nuw i8, ptr %332, i64 1216
   %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
-  %442 = getelementptr inbounds nuw i8, ptr %308, i64 896
+  %442 = getelementptr inbounds nuw i8, ptr %332, i64 1152
   %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
-  %444 = getelementptr inbounds nuw i8, ptr %308, i64 832
+  %444 = getelementptr inbounds nuw i8, ptr %332, i64 1088
   %445 = load <16 x float>, ptr %444, align 4, !tbaa !5
-  %446 = getelementptr inbounds nuw i8, ptr %308, i64 768
+  %446 = getelementptr inbounds nuw i8, ptr %332, i64 1024
   %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = getelementptr inbounds nuw i8, ptr %308, i64 704
-  %449 = load <16 x float>, ptr %448, align 4, !tbaa !5
-  %450 = getelementptr inbounds nuw i8, ptr %308, i64 640
-  %451 = load <16 x float>, ptr %450, align 4, !tbaa !5
-  %452 = getelementptr inbounds nuw i8, ptr %308, i64 576
-  %453 = load <16 x float>, ptr %452, align 4, !tbaa !5
-  %454 = getelementptr inbounds nuw i8, ptr %308, i64 512
-  %455 = load <16 x float>, ptr %454, align 4, !tbaa !5
-  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %357, <16 x float> zeroinitializer)
-  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %453, <16 x float> %351, <16 x float> %456)
-  %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %451, <16 x float> %345, <16 x float> %457)
-  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %449, <16 x float> %339, <16 x float> %458)
-  %460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %333, <16 x float> %459)
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %327, <16 x float> %460)
-  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %321, <16 x float> %461)
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %315, <16 x float> %462)
-  %464 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %455, <16 x float> %398, <16 x float> zeroinitializer)
-  %465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %453, <16 x float> %394, <16 x float> %464)
-  %466 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %451, <16 x float> %390, <16 x float> %465)
-  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %449, <16 x float> %386, <16 x float> %466)
-  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %382, <16 x float> %467)
-  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %378, <16 x float> %468)
-  %470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %374, <16 x float> %469)
-  %471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %370, <16 x float> %470)
-  %472 = load <16 x float>, ptr %407, align 4, !tbaa !5
-  %473 = getelementptr inbounds nuw i8, ptr %308, i64 384
-  %474 = load <16 x float>, ptr %473, align 4, !tbaa !5
-  %475 = getelementptr inbounds nuw i8, ptr %308, i64 320
-  %476 = load <16 x float>, ptr %475, align 4, !tbaa !5
-  %477 = getelementptr inbounds nuw i8, ptr %308, i64 256
-  %478 = load <16 x float>, ptr %477, align 4, !tbaa !5
-  %479 = getelementptr inbounds nuw i8, ptr %308, i64 192
-  %480 = load <16 x float>, ptr %479, align 4, !tbaa !5
-  %481 = getelementptr inbounds nuw i8, ptr %308, i64 128
-  %482 = load <16 x float>, ptr %481, align 4, !tbaa !5
-  %483 = getelementptr inbounds nuw i8, ptr %308, i64 64
-  %484 = load <16 x float>, ptr %483, align 4, !tbaa !5
-  %485 = load <16 x float>, ptr %308, align 4, !tbaa !5
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %357, <16 x float> zeroinitializer)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %484, <16 x float> %351, <16 x float> %486)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %482, <16 x float> %345, <16 x float> %487)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %339, <16 x float> %488)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %333, <16 x float> %489)
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %476, <16 x float> %327, <16 x float> %490)
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %474, <16 x float> %321, <16 x float> %491)
-  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %472, <16 x float> %315, <16 x float> %492)
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %398, <16 x float> zeroinitializer)
-  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %484, <16 x float> %394, <16 x float> %494)
-  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %482, <16 x float> %390, <16 x float> %495)
-  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %480, <16 x float> %386, <16 x float> %496)
-  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %382, <16 x float> %497)
-  %499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %476, <16 x float> %378, <16 x float> %498)
-  %500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %474, <16 x float> %374, <16 x float> %499)
-  %501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %472, <16 x float> %370, <16 x float> %500)
+  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %381, <16 x float> zeroinitializer)
+  %449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %375, <16 x float> %448)
+  %450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %369, <16 x float> %449)
+  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %363, <16 x float> %450)
+  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %439, <16 x float> %357, <16 x float> %451)
+  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %351, <16 x float> %452)
+  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %345, <16 x float> %453)
+  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %433, <16 x float> %339, <16 x float> %454)
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %422, <16 x float> zeroinitializer)
+  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %418, <16 x float> %456)
+  %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %414, <16 x float> %457)
+  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %410, <16 x float> %458)
+  %460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %439, <16 x float> %406, <16 x float> %459)
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %402, <16 x float> %460)
+  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %398, <16 x float> %461)
+  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %433, <16 x float> %394, <16 x float> %462)
+  %464 = getelementptr inbounds nuw i8, ptr %332, i64 960
+  %465 = load <16 x float>, ptr %464, align 4, !tbaa !5
+  %466 = getelementptr inbounds nuw i8, ptr %332, i64 896
+  %467 = load <16 x float>, ptr %466, align 4, !tbaa !5
+  %468 = getelementptr inbounds nuw i8, ptr %332, i64 832
+  %469 = load <16 x float>, ptr %468, align 4, !tbaa !5
+  %470 = getelementptr inbounds nuw i8, ptr %332, i64 768
+  %471 = load <16 x float>, ptr %470, align 4, !tbaa !5
+  %472 = getelementptr inbounds nuw i8, ptr %332, i64 704
+  %473 = load <16 x float>, ptr %472, align 4, !tbaa !5
+  %474 = getelementptr inbounds nuw i8, ptr %332, i64 640
+  %475 = load <16 x float>, ptr %474, align 4, !tbaa !5
+  %476 = getelementptr inbounds nuw i8, ptr %332, i64 576
+  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
+  %478 = getelementptr inbounds nuw i8, ptr %332, i64 512
+  %479 = load <16 x float>, ptr %478, align 4, !tbaa !5
+  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %381, <16 x float> zeroinitializer)
+  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %477, <16 x float> %375, <16 x float> %480)
+  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %369, <16 x float> %481)
+  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %363, <16 x float> %482)
+  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %471, <16 x float> %357, <16 x float> %483)
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %351, <16 x float> %484)
+  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %345, <16 x float> %485)
+  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %339, <16 x float> %486)
+  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %422, <16 x float> zeroinitializer)
+  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %477, <16 x float> %418, <16 x float> %488)
+  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %414, <16 x float> %489)
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %410, <16 x float> %490)
+  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %471, <16 x float> %406, <16 x float> %491)
+  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %402, <16 x float> %492)
+  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %398, <16 x float> %493)
+  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %394, <16 x float> %494)
+  %496 = load <16 x float>, ptr %431, align 4, !tbaa !5
+  %497 = getelementptr inbounds nuw i8, ptr %332, i64 384
+  %498 = load <16 x float>, ptr %497, align 4, !tbaa !5
+  %499 = getelementptr inbounds nuw i8, ptr %332, i64 320
+  %500 = load <16 x float>, ptr %499, align 4, !tbaa !5
+  %501 = getelementptr inbounds nuw i8, ptr %332, i64 256
+  %502 = load <16 x float>, ptr %501, align 4, !tbaa !5
+  %503 = getelementptr inbounds nuw i8, ptr %332, i64 192
+  %504 = load <16 x float>, ptr %503, align 4, !tbaa !5
+  %505 = getelementptr inbounds nuw i8, ptr %332, i64 128
+  %506 = load <16 x float>, ptr %505, align 4, !tbaa !5
+  %507 = getelementptr inbounds nuw i8, ptr %332, i64 64
+  %508 = load <16 x float>, ptr %507, align 4, !tbaa !5
+  %509 = load <16 x float>, ptr %332, align 4, !tbaa !5
+  %510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %509, <16 x float> %381, <16 x float> zeroinitializer)
+  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %375, <16 x float> %510)
+  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %506, <16 x float> %369, <16 x float> %511)
+  %513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %363, <16 x float> %512)
+  %514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %502, <16 x float> %357, <16 x float> %513)
+  %515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %500, <16 x float> %351, <16 x float> %514)
+  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %498, <16 x float> %345, <16 x float> %515)
+  %517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %496, <16 x float> %339, <16 x float> %516)
+  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %509, <16 x float> %422, <16 x float> zeroinitializer)
+  %519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %418, <16 x float> %518)
+  %520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %506, <16 x float> %414, <16 x float> %519)
+  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %410, <16 x float> %520)
+  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %502, <16 x float> %406, <16 x float> %521)
+  %523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %500, <16 x float> %402, <16 x float> %522)
+  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %498, <16 x float> %398, <16 x float> %523)
+  %525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %496, <16 x float> %394, <16 x float> %524)
   %.idx.i.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 12
   %gep271.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep270.i.us, i64 %.idx.i.us.us
-  store <16 x float> %501, ptr %gep271.i.us.us, align 4, !tbaa !5
-  %502 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 64
-  store <16 x float> %493, ptr %502, align 4, !tbaa !5
-  %503 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1024
-  store <16 x float> %471, ptr %503, align 4, !tbaa !5
-  %504 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1088
-  store <16 x float> %463, ptr %504, align 4, !tbaa !5
-  %505 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2048
-  store <16 x float> %439, ptr %505, align 4, !tbaa !5
-  %506 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2112
-  store <16 x float> %431, ptr %506, align 4, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3072
-  store <16 x float> %406, ptr %507, align 4, !tbaa !5
-  %508 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3136
-  store <16 x float> %365, ptr %508, align 4, !tbaa !5
+  store <16 x float> %525, ptr %gep271.i.us.us, align 4, !tbaa !5
+  %526 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 64
+  store <16 x float> %517, ptr %526, align 4, !tbaa !5
+  %527 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1024
+  store <16 x float> %495, ptr %527, align 4, !tbaa !5
+  %528 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1088
+  store <16 x float> %487, ptr %528, align 4, !tbaa !5
+  %529 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2048
+  store <16 x float> %463, ptr %529, align 4, !tbaa !5
+  %530 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2112
+  store <16 x float> %455, ptr %530, align 4, !tbaa !5
+  %531 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3072
+  store <16 x float> %430, ptr %531, align 4, !tbaa !5
+  %532 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3136
+  store <16 x float> %389, ptr %532, align 4, !tbaa !5
   %indvars.iv.next244.i.us.us = add nuw nsw i64 %indvars.iv243.i.us.us, 1
   %exitcond246.not.i.us.us = icmp eq i64 %indvars.iv.next244.i.us.us, 4
   br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !46
@@ -3106,116 +3159,116 @@ for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.u
   br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !46
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
-  %509 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %510 = tail call i32 %509(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not.i = icmp eq i32 %510, 0
+  %533 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %534 = tail call i32 %533(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not.i = icmp eq i32 %534, 0
   br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !52
 
 for_begin_r57.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.i.preheader
-  %511 = add nuw nsw i64 %136, %111
-  %512 = and i64 %511, 4294967280
-  %513 = getelementptr inbounds nuw float, ptr %scores, i64 %512
+  %535 = add nuw nsw i64 %160, %135
+  %536 = and i64 %535, 4294967280
+  %537 = getelementptr inbounds nuw float, ptr %scores, i64 %536
   br label %for_body_r58.i
 
 for_body_r58.i:                                   ; preds = %for_body_r58.i, %for_begin_r57.preheader.i
   %indvars.iv251.i = phi i64 [ 0, %for_begin_r57.preheader.i ], [ %indvars.iv.next252.i, %for_body_r58.i ]
   %.idx267.i = shl nuw nsw i64 %indvars.iv251.i, 9
-  %514 = getelementptr inbounds nuw i8, ptr %513, i64 %.idx267.i
-  store <16 x float> zeroinitializer, ptr %514, align 64, !tbaa !5
+  %538 = getelementptr inbounds nuw i8, ptr %537, i64 %.idx267.i
+  store <16 x float> zeroinitializer, ptr %538, align 64, !tbaa !5
   %.idx268.i = shl nuw nsw i64 %indvars.iv251.i, 10
-  %515 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx268.i
-  %sum_0.i = load <16 x float>, ptr %515, align 4, !tbaa !5
-  %516 = getelementptr inbounds nuw i8, ptr %515, i64 64
-  %sum_1.i = load <16 x float>, ptr %516, align 4, !tbaa !5
-  %517 = getelementptr inbounds nuw i8, ptr %515, i64 128
-  %sum_2.i = load <16 x float>, ptr %517, align 4, !tbaa !5
-  %518 = getelementptr inbounds nuw i8, ptr %515, i64 192
-  %sum_3.i = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %519 = getelementptr inbounds nuw i8, ptr %515, i64 256
-  %sum_4.i = load <16 x float>, ptr %519, align 4, !tbaa !5
-  %520 = getelementptr inbounds nuw i8, ptr %515, i64 320
-  %sum_5.i = load <16 x float>, ptr %520, align 4, !tbaa !5
-  %521 = getelementptr inbounds nuw i8, ptr %515, i64 384
-  %sum_6.i = load <16 x float>, ptr %521, align 4, !tbaa !5
-  %522 = getelementptr inbounds nuw i8, ptr %515, i64 448
-  %sum_7.i = load <16 x float>, ptr %522, align 4, !tbaa !5
-  %523 = getelementptr inbounds nuw i8, ptr %515, i64 512
-  %sum_8.i = load <16 x float>, ptr %523, align 4, !tbaa !5
-  %524 = getelementptr inbounds nuw i8, ptr %515, i64 576
-  %sum_9.i = load <16 x float>, ptr %524, align 4, !tbaa !5
-  %525 = getelementptr inbounds nuw i8, ptr %515, i64 640
-  %sum_10.i = load <16 x float>, ptr %525, align 4, !tbaa !5
-  %526 = getelementptr inbounds nuw i8, ptr %515, i64 704
-  %sum_11.i = load <16 x float>, ptr %526, align 4, !tbaa !5
-  %527 = getelementptr inbounds nuw i8, ptr %515, i64 768
-  %sum_12.i = load <16 x float>, ptr %527, align 4, !tbaa !5
-  %528 = getelementptr inbounds nuw i8, ptr %515, i64 832
-  %sum_13.i = load <16 x float>, ptr %528, align 4, !tbaa !5
-  %529 = getelementptr inbounds nuw i8, ptr %515, i64 896
-  %sum_14.i = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %530 = getelementptr inbounds nuw i8, ptr %515, i64 960
-  %sum_15.i = load <16 x float>, ptr %530, align 4, !tbaa !5
-  %531 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %532 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %532, %531
-  %533 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %534 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %534, %533
-  %535 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %536 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %536, %535
-  %537 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %538 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %538, %537
-  %539 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %540 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %540, %539
-  %541 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %542 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %542, %541
-  %543 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %544 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %544, %543
-  %545 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %546 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %546, %545
-  %547 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %548 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %548, %547
-  %549 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %550 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %550, %549
-  %551 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %552 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %552, %551
-  %553 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %554 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %554, %553
-  %555 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %556 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %556, %555
-  %557 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %558 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %558, %557
-  %559 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %560 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %561 = fadd <16 x float> %560, %559
-  %562 = fadd <16 x float> %561, zeroinitializer
-  store <16 x float> %562, ptr %514, align 64, !tbaa !5
+  %539 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx268.i
+  %sum_0.i = load <16 x float>, ptr %539, align 4, !tbaa !5
+  %540 = getelementptr inbounds nuw i8, ptr %539, i64 64
+  %sum_1.i = load <16 x float>, ptr %540, align 4, !tbaa !5
+  %541 = getelementptr inbounds nuw i8, ptr %539, i64 128
+  %sum_2.i = load <16 x float>, ptr %541, align 4, !tbaa !5
+  %542 = getelementptr inbounds nuw i8, ptr %539, i64 192
+  %sum_3.i = load <16 x float>, ptr %542, align 4, !tbaa !5
+  %543 = getelementptr inbounds nuw i8, ptr %539, i64 256
+  %sum_4.i = load <16 x float>, ptr %543, align 4, !tbaa !5
+  %544 = getelementptr inbounds nuw i8, ptr %539, i64 320
+  %sum_5.i = load <16 x float>, ptr %544, align 4, !tbaa !5
+  %545 = getelementptr inbounds nuw i8, ptr %539, i64 384
+  %sum_6.i = load <16 x float>, ptr %545, align 4, !tbaa !5
+  %546 = getelementptr inbounds nuw i8, ptr %539, i64 448
+  %sum_7.i = load <16 x float>, ptr %546, align 4, !tbaa !5
+  %547 = getelementptr inbounds nuw i8, ptr %539, i64 512
+  %sum_8.i = load <16 x float>, ptr %547, align 4, !tbaa !5
+  %548 = getelementptr inbounds nuw i8, ptr %539, i64 576
+  %sum_9.i = load <16 x float>, ptr %548, align 4, !tbaa !5
+  %549 = getelementptr inbounds nuw i8, ptr %539, i64 640
+  %sum_10.i = load <16 x float>, ptr %549, align 4, !tbaa !5
+  %550 = getelementptr inbounds nuw i8, ptr %539, i64 704
+  %sum_11.i = load <16 x float>, ptr %550, align 4, !tbaa !5
+  %551 = getelementptr inbounds nuw i8, ptr %539, i64 768
+  %sum_12.i = load <16 x float>, ptr %551, align 4, !tbaa !5
+  %552 = getelementptr inbounds nuw i8, ptr %539, i64 832
+  %sum_13.i = load <16 x float>, ptr %552, align 4, !tbaa !5
+  %553 = getelementptr inbounds nuw i8, ptr %539, i64 896
+  %sum_14.i = load <16 x float>, ptr %553, align 4, !tbaa !5
+  %554 = getelementptr inbounds nuw i8, ptr %539, i64 960
+  %sum_15.i = load <16 x float>, ptr %554, align 4, !tbaa !5
+  %555 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %556 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %556, %555
+  %557 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %558 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %558, %557
+  %559 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %560 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %560, %559
+  %561 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %562 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %562, %561
+  %563 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %564 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %564, %563
+  %565 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %566 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %566, %565
+  %567 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %568 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %568, %567
+  %569 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %570 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %570, %569
+  %571 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %572 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %572, %571
+  %573 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %574 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %574, %573
+  %575 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %576 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %576, %575
+  %577 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %578 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %578, %577
+  %579 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %580 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %580, %579
+  %581 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %582 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %582, %581
+  %583 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %584 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %585 = fadd <16 x float> %584, %583
+  %586 = fadd <16 x float> %585, zeroinitializer
+  store <16 x float> %586, ptr %538, align 64, !tbaa !5
   %indvars.iv.next252.i = add nuw nsw i64 %indvars.iv251.i, 1
   %exitcond254.not.i = icmp eq i64 %indvars.iv.next252.i, 16
   br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !46
 
 for_end_r59.i:                                    ; preds = %for_body_r58.i
-  %563 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %564 = tail call i32 %563(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not73.i = icmp eq i32 %564, 0
+  %587 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %588 = tail call i32 %587(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not73.i = icmp eq i32 %588, 0
   br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !52
 
 if_end66.i:                                       ; preds = %for_end_to_m.i
-  %565 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %566 = tail call i32 %565(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not72.i = icmp eq i32 %566, 0
+  %589 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %590 = tail call i32 %589(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not72.i = icmp eq i32 %590, 0
   br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !52
 
 qk_matmul_compute_.exit:                          ; preds = %if_end66.i, %for_end_r59.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
@@ -3267,9 +3320,8 @@ entry:
   %num_seqs = trunc i64 %22 to i32
   %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
   %24 = load i64, ptr %23, align 8
-  %block_idx = trunc i64 %24 to i32
   %25 = getelementptr inbounds nuw i8, ptr %args, i64 128
-  %scale.type_index = load i32, ptr %25, align 8
+  %score_scale.type_index = load i32, ptr %25, align 8
   %26 = getelementptr inbounds nuw i8, ptr %args, i64 136
   %27 = load i64, ptr %26, align 8
   %28 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
@@ -3290,20 +3342,21 @@ entry:
   call void @llvm.assume(i1 true) [ "align"(ptr %probs, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_max, i64 64) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %tile_sum, i64 64) ]
-  %29 = shl nsw i32 %block_idx, 7
-  %30 = icmp sgt i32 %num_seqs, 0
-  br i1 %30, label %for_body_s.lr.ph.i, label %softmax_prepare_compute_.exit, !prof !3
+  %29 = icmp sgt i32 %num_seqs, 0
+  br i1 %29, label %for_body_s.lr.ph.i, label %softmax_prepare_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %entry
-  %31 = icmp eq i32 %scale.type_index, 3
+  %30 = icmp eq i32 %score_scale.type_index, 3
   %.cast = bitcast i64 %27 to double
-  %32 = fptrunc double %.cast to float
-  %33 = sitofp i64 %27 to float
-  %scale = select i1 %31, float %32, float %33
+  %31 = fptrunc double %.cast to float
+  %32 = sitofp i64 %27 to float
+  %score_scale = select i1 %30, float %31, float %32
+  %block_idx = trunc i64 %24 to i32
   %sext = shl i64 %20, 32
-  %34 = ashr exact i64 %sext, 30
-  %35 = getelementptr i8, ptr %context_lens, i64 %34
-  %36 = insertelement <16 x float> poison, float %scale, i64 0
+  %33 = ashr exact i64 %sext, 30
+  %34 = getelementptr i8, ptr %context_lens, i64 %33
+  %35 = shl nsw i32 %block_idx, 7
+  %36 = insertelement <16 x float> poison, float %score_scale, i64 0
   %37 = shufflevector <16 x float> %36, <16 x float> poison, <16 x i32> zeroinitializer
   %wide.trip.count.i = and i64 %22, 2147483647
   br label %for_body_s.i
@@ -3318,219 +3371,232 @@ for_body_s.i:                                     ; preds = %for_begin_s.i, %for
   %38 = shl i64 %indvars.iv92.i, 6
   %39 = and i64 %38, 17179869120
   %scevgep.i = getelementptr i8, ptr %tile_max, i64 %39
-  %40 = getelementptr i32, ptr %35, i64 %indvars.iv92.i
-  %41 = load i32, ptr %40, align 4, !tbaa !5
-  %42 = sub nsw i32 %41, %29
-  %43 = icmp sgt i32 %42, 0
-  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
-  %scaled.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %45 = icmp eq ptr %scaled.i, null
-  br i1 %45, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !8
+  %40 = getelementptr i32, ptr %34, i64 %indvars.iv92.i
+  %context_len.i = load i32, ptr %40, align 4, !tbaa !5
+  %41 = sub nsw i32 %context_len.i, %35
+  %42 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
+  %scaled.i = tail call ptr %42(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %43 = icmp eq ptr %scaled.i, null
+  br i1 %43, label %softmax_prepare_compute_.exit, label %for_begin_r.preheader.i, !prof !8
 
 for_begin_r.preheader.i:                          ; preds = %for_body_s.i
-  %46 = tail call i32 @llvm.smax.i32(i32 %42, i32 0)
-  %47 = tail call i32 @llvm.umin.i32(i32 %46, i32 128)
-  %48 = shl i64 %indvars.iv92.i, 11
-  %49 = and i64 %48, 4294965248
-  %50 = insertelement <16 x i32> poison, i32 %47, i64 0
-  %51 = shufflevector <16 x i32> %50, <16 x i32> poison, <16 x i32> zeroinitializer
-  %52 = icmp samesign ugt <16 x i32> %51, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %53 = add nsw i32 %47, -16
-  %54 = insertelement <16 x i32> poison, i32 %53, i64 0
-  %55 = shufflevector <16 x i32> %54, <16 x i32> poison, <16 x i32> zeroinitializer
-  %56 = icmp sgt <16 x i32> %55, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %57 = add nsw i32 %47, -32
-  %58 = insertelement <16 x i32> poison, i32 %57, i64 0
-  %59 = shufflevector <16 x i32> %58, <16 x i32> poison, <16 x i32> zeroinitializer
-  %60 = icmp sgt <16 x i32> %59, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %61 = add nsw i32 %47, -48
-  %62 = insertelement <16 x i32> poison, i32 %61, i64 0
-  %63 = shufflevector <16 x i32> %62, <16 x i32> poison, <16 x i32> zeroinitializer
-  %64 = icmp sgt <16 x i32> %63, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %65 = add nsw i32 %47, -64
-  %66 = insertelement <16 x i32> poison, i32 %65, i64 0
-  %67 = shufflevector <16 x i32> %66, <16 x i32> poison, <16 x i32> zeroinitializer
-  %68 = icmp sgt <16 x i32> %67, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %69 = add nsw i32 %47, -80
-  %70 = insertelement <16 x i32> poison, i32 %69, i64 0
-  %71 = shufflevector <16 x i32> %70, <16 x i32> poison, <16 x i32> zeroinitializer
-  %72 = icmp sgt <16 x i32> %71, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %73 = add nsw i32 %47, -96
-  %74 = insertelement <16 x i32> poison, i32 %73, i64 0
-  %75 = shufflevector <16 x i32> %74, <16 x i32> poison, <16 x i32> zeroinitializer
-  %76 = icmp sgt <16 x i32> %75, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %77 = add nsw i32 %47, -112
-  %78 = insertelement <16 x i32> poison, i32 %77, i64 0
-  %79 = shufflevector <16 x i32> %78, <16 x i32> poison, <16 x i32> zeroinitializer
-  %80 = icmp sgt <16 x i32> %79, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %invariant.gep = getelementptr inbounds nuw float, ptr %scores, i64 %49
+  %44 = tail call i32 @llvm.smax.i32(i32 %41, i32 0)
+  %45 = tail call i32 @llvm.umin.i32(i32 %44, i32 128)
+  %46 = shl i64 %indvars.iv92.i, 11
+  %47 = and i64 %46, 4294965248
+  %48 = insertelement <16 x i32> poison, i32 %45, i64 0
+  %49 = shufflevector <16 x i32> %48, <16 x i32> poison, <16 x i32> zeroinitializer
+  %50 = icmp samesign ugt <16 x i32> %49, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %51 = add nsw i32 %45, -16
+  %52 = insertelement <16 x i32> poison, i32 %51, i64 0
+  %53 = shufflevector <16 x i32> %52, <16 x i32> poison, <16 x i32> zeroinitializer
+  %54 = icmp sgt <16 x i32> %53, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %55 = add nsw i32 %45, -32
+  %56 = insertelement <16 x i32> poison, i32 %55, i64 0
+  %57 = shufflevector <16 x i32> %56, <16 x i32> poison, <16 x i32> zeroinitializer
+  %58 = icmp sgt <16 x i32> %57, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %59 = add nsw i32 %45, -48
+  %60 = insertelement <16 x i32> poison, i32 %59, i64 0
+  %61 = shufflevector <16 x i32> %60, <16 x i32> poison, <16 x i32> zeroinitializer
+  %62 = icmp sgt <16 x i32> %61, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %63 = add nsw i32 %45, -64
+  %64 = insertelement <16 x i32> poison, i32 %63, i64 0
+  %65 = shufflevector <16 x i32> %64, <16 x i32> poison, <16 x i32> zeroinitializer
+  %66 = icmp sgt <16 x i32> %65, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %67 = add nsw i32 %45, -80
+  %68 = insertelement <16 x i32> poison, i32 %67, i64 0
+  %69 = shufflevector <16 x i32> %68, <16 x i32> poison, <16 x i32> zeroinitializer
+  %70 = icmp sgt <16 x i32> %69, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %71 = add nsw i32 %45, -96
+  %72 = insertelement <16 x i32> poison, i32 %71, i64 0
+  %73 = shufflevector <16 x i32> %72, <16 x i32> poison, <16 x i32> zeroinitializer
+  %74 = icmp sgt <16 x i32> %73, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %75 = add nsw i32 %45, -112
+  %76 = insertelement <16 x i32> poison, i32 %75, i64 0
+  %77 = shufflevector <16 x i32> %76, <16 x i32> poison, <16 x i32> zeroinitializer
+  %78 = icmp sgt <16 x i32> %77, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %invariant.gep = getelementptr inbounds nuw float, ptr %scores, i64 %47
   br label %for_begin_to.preheader.i
 
 for_begin_to.preheader.i:                         ; preds = %for_begin_to.preheader.i, %for_begin_r.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvars.iv.next.i, %for_begin_to.preheader.i ]
-  %81 = shl nuw nsw i64 %indvars.iv.i, 7
-  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %81
-  %82 = load <16 x float>, ptr %gep, align 64, !tbaa !5
-  %83 = fmul <16 x float> %37, %82
-  %84 = select <16 x i1> %52, <16 x float> %83, <16 x float> splat (float 0xFFF0000000000000)
-  %85 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %81
-  store <16 x float> %84, ptr %85, align 4, !tbaa !5
-  %86 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  %87 = load <16 x float>, ptr %86, align 64, !tbaa !5
-  %88 = fmul <16 x float> %37, %87
-  %89 = select <16 x i1> %56, <16 x float> %88, <16 x float> splat (float 0xFFF0000000000000)
-  %90 = getelementptr inbounds nuw i8, ptr %85, i64 64
-  store <16 x float> %89, ptr %90, align 4, !tbaa !5
-  %91 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  %92 = load <16 x float>, ptr %91, align 64, !tbaa !5
-  %93 = fmul <16 x float> %37, %92
-  %94 = select <16 x i1> %60, <16 x float> %93, <16 x float> splat (float 0xFFF0000000000000)
-  %95 = getelementptr inbounds nuw i8, ptr %85, i64 128
-  store <16 x float> %94, ptr %95, align 4, !tbaa !5
-  %96 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  %97 = load <16 x float>, ptr %96, align 64, !tbaa !5
-  %98 = fmul <16 x float> %37, %97
-  %99 = select <16 x i1> %64, <16 x float> %98, <16 x float> splat (float 0xFFF0000000000000)
-  %100 = getelementptr inbounds nuw i8, ptr %85, i64 192
-  store <16 x float> %99, ptr %100, align 4, !tbaa !5
-  %101 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %102 = load <16 x float>, ptr %101, align 64, !tbaa !5
-  %103 = fmul <16 x float> %37, %102
-  %104 = select <16 x i1> %68, <16 x float> %103, <16 x float> splat (float 0xFFF0000000000000)
-  %105 = getelementptr inbounds nuw i8, ptr %85, i64 256
-  store <16 x float> %104, ptr %105, align 4, !tbaa !5
-  %106 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  %107 = load <16 x float>, ptr %106, align 64, !tbaa !5
-  %108 = fmul <16 x float> %37, %107
-  %109 = select <16 x i1> %72, <16 x float> %108, <16 x float> splat (float 0xFFF0000000000000)
-  %110 = getelementptr inbounds nuw i8, ptr %85, i64 320
-  store <16 x float> %109, ptr %110, align 4, !tbaa !5
-  %111 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  %112 = load <16 x float>, ptr %111, align 64, !tbaa !5
-  %113 = fmul <16 x float> %37, %112
-  %114 = select <16 x i1> %76, <16 x float> %113, <16 x float> splat (float 0xFFF0000000000000)
-  %115 = getelementptr inbounds nuw i8, ptr %85, i64 384
-  store <16 x float> %114, ptr %115, align 4, !tbaa !5
-  %116 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  %117 = load <16 x float>, ptr %116, align 64, !tbaa !5
-  %118 = fmul <16 x float> %37, %117
-  %119 = select <16 x i1> %80, <16 x float> %118, <16 x float> splat (float 0xFFF0000000000000)
-  %120 = getelementptr inbounds nuw i8, ptr %85, i64 448
-  store <16 x float> %119, ptr %120, align 4, !tbaa !5
+  %79 = shl nuw nsw i64 %indvars.iv.i, 7
+  %gep = getelementptr inbounds nuw float, ptr %invariant.gep, i64 %79
+  %80 = load <16 x float>, ptr %gep, align 64, !tbaa !5
+  %81 = fmul <16 x float> %37, %80
+  %82 = select <16 x i1> %50, <16 x float> %81, <16 x float> splat (float 0xFFF0000000000000)
+  %83 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %79
+  store <16 x float> %82, ptr %83, align 4, !tbaa !5
+  %84 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  %85 = load <16 x float>, ptr %84, align 64, !tbaa !5
+  %86 = fmul <16 x float> %37, %85
+  %87 = select <16 x i1> %54, <16 x float> %86, <16 x float> splat (float 0xFFF0000000000000)
+  %88 = getelementptr inbounds nuw i8, ptr %83, i64 64
+  store <16 x float> %87, ptr %88, align 4, !tbaa !5
+  %89 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  %90 = load <16 x float>, ptr %89, align 64, !tbaa !5
+  %91 = fmul <16 x float> %37, %90
+  %92 = select <16 x i1> %58, <16 x float> %91, <16 x float> splat (float 0xFFF0000000000000)
+  %93 = getelementptr inbounds nuw i8, ptr %83, i64 128
+  store <16 x float> %92, ptr %93, align 4, !tbaa !5
+  %94 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  %95 = load <16 x float>, ptr %94, align 64, !tbaa !5
+  %96 = fmul <16 x float> %37, %95
+  %97 = select <16 x i1> %62, <16 x float> %96, <16 x float> splat (float 0xFFF0000000000000)
+  %98 = getelementptr inbounds nuw i8, ptr %83, i64 192
+  store <16 x float> %97, ptr %98, align 4, !tbaa !5
+  %99 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %100 = load <16 x float>, ptr %99, align 64, !tbaa !5
+  %101 = fmul <16 x float> %37, %100
+  %102 = select <16 x i1> %66, <16 x float> %101, <16 x float> splat (float 0xFFF0000000000000)
+  %103 = getelementptr inbounds nuw i8, ptr %83, i64 256
+  store <16 x float> %102, ptr %103, align 4, !tbaa !5
+  %104 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  %105 = load <16 x float>, ptr %104, align 64, !tbaa !5
+  %106 = fmul <16 x float> %37, %105
+  %107 = select <16 x i1> %70, <16 x float> %106, <16 x float> splat (float 0xFFF0000000000000)
+  %108 = getelementptr inbounds nuw i8, ptr %83, i64 320
+  store <16 x float> %107, ptr %108, align 4, !tbaa !5
+  %109 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  %110 = load <16 x float>, ptr %109, align 64, !tbaa !5
+  %111 = fmul <16 x float> %37, %110
+  %112 = select <16 x i1> %74, <16 x float> %111, <16 x float> splat (float 0xFFF0000000000000)
+  %113 = getelementptr inbounds nuw i8, ptr %83, i64 384
+  store <16 x float> %112, ptr %113, align 4, !tbaa !5
+  %114 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  %115 = load <16 x float>, ptr %114, align 64, !tbaa !5
+  %116 = fmul <16 x float> %37, %115
+  %117 = select <16 x i1> %78, <16 x float> %116, <16 x float> splat (float 0xFFF0000000000000)
+  %118 = getelementptr inbounds nuw i8, ptr %83, i64 448
+  store <16 x float> %117, ptr %118, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
   br i1 %exitcond.not.i, label %for_begin_ax1.preheader.i, label %for_begin_to.preheader.i, !prof !46
 
 for_begin_r6.preheader.i:                         ; preds = %for_begin_ax1.preheader.i
-  %121 = shl nsw i64 %indvars.iv92.i, 4
-  br i1 %43, label %for_body_r7.us.preheader.i, label %for_body_r7.preheader.i
+  %119 = icmp sgt i32 %41, 0
+  %120 = shl nsw i64 %indvars.iv92.i, 4
+  br i1 %119, label %for_body_r7.us.preheader.i, label %for_body_r7.preheader.i
 
 for_body_r7.preheader.i:                          ; preds = %for_begin_r6.preheader.i
-  %122 = and i64 %121, 4294967280
-  %123 = getelementptr inbounds nuw float, ptr %tile_max, i64 %122
-  store <8 x float> splat (float 0xC6293E5940000000), ptr %123, align 64, !tbaa !5
-  %124 = getelementptr inbounds nuw i8, ptr %123, i64 32
-  store <8 x float> splat (float 0xC6293E5940000000), ptr %124, align 32, !tbaa !5
+  %121 = and i64 %120, 4294967280
+  %122 = getelementptr inbounds nuw float, ptr %tile_max, i64 %121
+  store <8 x float> splat (float 0xC6293E5940000000), ptr %122, align 64, !tbaa !5
+  %123 = getelementptr inbounds nuw i8, ptr %122, i64 32
+  store <8 x float> splat (float 0xC6293E5940000000), ptr %123, align 32, !tbaa !5
   br label %for_begin_r13.preheader.i
 
 for_body_r7.us.preheader.i:                       ; preds = %for_begin_r6.preheader.i
   call void @llvm.memcpy.p0.p0.i64(ptr noundef nonnull align 64 dereferenceable(64) %scevgep.i, ptr noundef nonnull align 16 dereferenceable(64) %peak40.i, i64 64, i1 false)
-  %.pre96.i = and i64 %121, 4294967280
+  %.pre96.i = and i64 %120, 4294967280
   br label %for_begin_r13.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_begin_ax1.preheader.i, %for_begin_to.preheader.i
   %indvars.iv65.i = phi i64 [ %indvars.iv.next66.i, %for_begin_ax1.preheader.i ], [ 0, %for_begin_to.preheader.i ]
   %.idx = shl nuw nsw i64 %indvars.iv65.i, 9
-  %125 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx
-  %126 = load <16 x float>, ptr %125, align 4, !tbaa !5
-  %127 = fcmp olt <16 x float> %126, splat (float 0xC7EFFFFFE0000000)
-  %128 = select <16 x i1> %127, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %126
-  %129 = getelementptr inbounds nuw i8, ptr %125, i64 64
-  %130 = load <16 x float>, ptr %129, align 4, !tbaa !5
-  %131 = fcmp ogt <16 x float> %128, %130
-  %132 = select <16 x i1> %131, <16 x float> %128, <16 x float> %130
-  %133 = getelementptr inbounds nuw i8, ptr %125, i64 128
-  %134 = load <16 x float>, ptr %133, align 4, !tbaa !5
-  %135 = fcmp ogt <16 x float> %132, %134
-  %136 = select <16 x i1> %135, <16 x float> %132, <16 x float> %134
-  %137 = getelementptr inbounds nuw i8, ptr %125, i64 192
-  %138 = load <16 x float>, ptr %137, align 4, !tbaa !5
-  %139 = fcmp ogt <16 x float> %136, %138
-  %140 = select <16 x i1> %139, <16 x float> %136, <16 x float> %138
-  %141 = getelementptr inbounds nuw i8, ptr %125, i64 256
-  %142 = load <16 x float>, ptr %141, align 4, !tbaa !5
-  %143 = fcmp ogt <16 x float> %140, %142
-  %144 = select <16 x i1> %143, <16 x float> %140, <16 x float> %142
-  %145 = getelementptr inbounds nuw i8, ptr %125, i64 320
-  %146 = load <16 x float>, ptr %145, align 4, !tbaa !5
-  %147 = fcmp ogt <16 x float> %144, %146
-  %148 = select <16 x i1> %147, <16 x float> %144, <16 x float> %146
-  %149 = getelementptr inbounds nuw i8, ptr %125, i64 384
-  %150 = load <16 x float>, ptr %149, align 4, !tbaa !5
-  %151 = fcmp ogt <16 x float> %148, %150
-  %152 = select <16 x i1> %151, <16 x float> %148, <16 x float> %150
-  %153 = getelementptr inbounds nuw i8, ptr %125, i64 448
-  %154 = load <16 x float>, ptr %153, align 4, !tbaa !5
-  %155 = fcmp ogt <16 x float> %152, %154
-  %156 = select <16 x i1> %155, <16 x float> %152, <16 x float> %154
-  %157 = getelementptr inbounds nuw float, ptr %peak40.i, i64 %indvars.iv65.i
-  %peak.rf39.sroa.0.0.vec.extract.i = extractelement <16 x float> %156, i64 0
-  %158 = fcmp olt float %peak.rf39.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %159 = select i1 %158, float 0xC7EFFFFFE0000000, float %peak.rf39.sroa.0.0.vec.extract.i
-  %peak.rf39.sroa.0.4.vec.extract.i = extractelement <16 x float> %156, i64 1
-  %160 = fcmp ogt float %159, %peak.rf39.sroa.0.4.vec.extract.i
-  %161 = select i1 %160, float %159, float %peak.rf39.sroa.0.4.vec.extract.i
-  %peak.rf39.sroa.0.8.vec.extract.i = extractelement <16 x float> %156, i64 2
-  %162 = fcmp ogt float %161, %peak.rf39.sroa.0.8.vec.extract.i
-  %163 = select i1 %162, float %161, float %peak.rf39.sroa.0.8.vec.extract.i
-  %peak.rf39.sroa.0.12.vec.extract.i = extractelement <16 x float> %156, i64 3
-  %164 = fcmp ogt float %163, %peak.rf39.sroa.0.12.vec.extract.i
-  %165 = select i1 %164, float %163, float %peak.rf39.sroa.0.12.vec.extract.i
-  %peak.rf39.sroa.0.16.vec.extract.i = extractelement <16 x float> %156, i64 4
-  %166 = fcmp ogt float %165, %peak.rf39.sroa.0.16.vec.extract.i
-  %167 = select i1 %166, float %165, float %peak.rf39.sroa.0.16.vec.extract.i
-  %peak.rf39.sroa.0.20.vec.extract.i = extractelement <16 x float> %156, i64 5
-  %168 = fcmp ogt float %167, %peak.rf39.sroa.0.20.vec.extract.i
-  %169 = select i1 %168, float %167, float %peak.rf39.sroa.0.20.vec.extract.i
-  %peak.rf39.sroa.0.24.vec.extract.i = extractelement <16 x float> %156, i64 6
-  %170 = fcmp ogt float %169, %peak.rf39.sroa.0.24.vec.extract.i
-  %171 = select i1 %170, float %169, float %peak.rf39.sroa.0.24.vec.extract.i
-  %peak.rf39.sroa.0.28.vec.extract.i = extractelement <16 x float> %156, i64 7
-  %172 = fcmp ogt float %171, %peak.rf39.sroa.0.28.vec.extract.i
-  %173 = select i1 %172, float %171, float %peak.rf39.sroa.0.28.vec.extract.i
-  %peak.rf39.sroa.0.32.vec.extract.i = extractelement <16 x float> %156, i64 8
-  %174 = fcmp ogt float %173, %peak.rf39.sroa.0.32.vec.extract.i
-  %175 = select i1 %174, float %173, float %peak.rf39.sroa.0.32.vec.extract.i
-  %peak.rf39.sroa.0.36.vec.extract.i = extractelement <16 x float> %156, i64 9
-  %176 = fcmp ogt float %175, %peak.rf39.sroa.0.36.vec.extract.i
-  %177 = select i1 %176, float %175, float %peak.rf39.sroa.0.36.vec.extract.i
-  %peak.rf39.sroa.0.40.vec.extract.i = extractelement <16 x float> %156, i64 10
-  %178 = fcmp ogt float %177, %peak.rf39.sroa.0.40.vec.extract.i
-  %179 = select i1 %178, float %177, float %peak.rf39.sroa.0.40.vec.extract.i
-  %peak.rf39.sroa.0.44.vec.extract.i = extractelement <16 x float> %156, i64 11
-  %180 = fcmp ogt float %179, %peak.rf39.sroa.0.44.vec.extract.i
-  %181 = select i1 %180, float %179, float %peak.rf39.sroa.0.44.vec.extract.i
-  %peak.rf39.sroa.0.48.vec.extract.i = extractelement <16 x float> %156, i64 12
-  %182 = fcmp ogt float %181, %peak.rf39.sroa.0.48.vec.extract.i
-  %183 = select i1 %182, float %181, float %peak.rf39.sroa.0.48.vec.extract.i
-  %peak.rf39.sroa.0.52.vec.extract.i = extractelement <16 x float> %156, i64 13
-  %184 = fcmp ogt float %183, %peak.rf39.sroa.0.52.vec.extract.i
-  %185 = select i1 %184, float %183, float %peak.rf39.sroa.0.52.vec.extract.i
-  %peak.rf39.sroa.0.56.vec.extract.i = extractelement <16 x float> %156, i64 14
-  %186 = fcmp ogt float %185, %peak.rf39.sroa.0.56.vec.extract.i
-  %187 = select i1 %186, float %185, float %peak.rf39.sroa.0.56.vec.extract.i
-  %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %156, i64 15
-  %188 = fcmp ogt float %187, %peak.rf39.sroa.0.60.vec.extract.i
-  %189 = select i1 %188, float %187, float %peak.rf39.sroa.0.60.vec.extract.i
-  store float %189, ptr %157, align 4, !tbaa !54
+  %124 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
+  %126 = fcmp olt <16 x float> %125, splat (float 0xC7EFFFFFE0000000)
+  %127 = select <16 x i1> %126, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> %125
+  %128 = getelementptr inbounds nuw i8, ptr %124, i64 64
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
+  %130 = fcmp ogt <16 x float> %127, %129
+  %131 = select <16 x i1> %130, <16 x float> %127, <16 x float> %129
+  %132 = getelementptr inbounds nuw i8, ptr %124, i64 128
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
+  %134 = fcmp ogt <16 x float> %131, %133
+  %135 = select <16 x i1> %134, <16 x float> %131, <16 x float> %133
+  %136 = getelementptr inbounds nuw i8, ptr %124, i64 192
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
+  %138 = fcmp ogt <16 x float> %135, %137
+  %139 = select <16 x i1> %138, <16 x float> %135, <16 x float> %137
+  %140 = getelementptr inbounds nuw i8, ptr %124, i64 256
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
+  %142 = fcmp ogt <16 x float> %139, %141
+  %143 = select <16 x i1> %142, <16 x float> %139, <16 x float> %141
+  %144 = getelementptr inbounds nuw i8, ptr %124, i64 320
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
+  %146 = fcmp ogt <16 x float> %143, %145
+  %147 = select <16 x i1> %146, <16 x float> %143, <16 x float> %145
+  %148 = getelementptr inbounds nuw i8, ptr %124, i64 384
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = fcmp ogt <16 x float> %147, %149
+  %151 = select <16 x i1> %150, <16 x float> %147, <16 x float> %149
+  %152 = getelementptr inbounds nuw i8, ptr %124, i64 448
+  %153 = load <16 x float>, ptr %152, align 4, !tbaa !5
+  %154 = fcmp ogt <16 x float> %151, %153
+  %155 = select <16 x i1> %154, <16 x float> %151, <16 x float> %153
+  %156 = getelementptr inbounds nuw float, ptr %peak40.i, i64 %indvars.iv65.i
+  %peak.rf39.sroa.0.0.vec.extract.i = extractelement <16 x float> %155, i64 0
+  %157 = fcmp olt float %peak.rf39.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %158 = select i1 %157, float 0xC7EFFFFFE0000000, float %peak.rf39.sroa.0.0.vec.extract.i
+  %peak.rf39.sroa.0.4.vec.extract.i = extractelement <16 x float> %155, i64 1
+  %159 = fcmp ogt float %158, %peak.rf39.sroa.0.4.vec.extract.i
+  %160 = select i1 %159, float %158, float %peak.rf39.sroa.0.4.vec.extract.i
+  %peak.rf39.sroa.0.8.vec.extract.i = extractelement <16 x float> %155, i64 2
+  %161 = fcmp ogt float %160, %peak.rf39.sroa.0.8.vec.extract.i
+  %162 = select i1 %161, float %160, float %peak.rf39.sroa.0.8.vec.extract.i
+  %peak.rf39.sroa.0.12.vec.extract.i = extractelement <16 x float> %155, i64 3
+  %163 = fcmp ogt float %162, %peak.rf39.sroa.0.12.vec.extract.i
+  %164 = select i1 %163, float %162, float %peak.rf39.sroa.0.12.vec.extract.i
+  %peak.rf39.sroa.0.16.vec.extract.i = extractelement <16 x float> %155, i64 4
+  %165 = fcmp ogt float %164, %peak.rf39.sroa.0.16.vec.extract.i
+  %166 = select i1 %165, float %164, float %peak.rf39.sroa.0.16.vec.extract.i
+  %peak.rf39.sroa.0.20.vec.extract.i = extractelement <16 x float> %155, i64 5
+  %167 = fcmp ogt float %166, %peak.rf39.sroa.0.20.vec.extract.i
+  %168 = select i1 %167, float %166, float %peak.rf39.sroa.0.20.vec.extract.i
+  %peak.rf39.sroa.0.24.vec.extract.i = extractelement <16 x float> %155, i64 6
+  %169 = fcmp ogt float %168, %peak.rf39.sroa.0.24.vec.extract.i
+  %170 = select i1 %169, float %168, float %peak.rf39.sroa.0.24.vec.extract.i
+  %peak.rf39.sroa.0.28.vec.extract.i = extractelement <16 x float> %155, i64 7
+  %171 = fcmp ogt float %170, %peak.rf39.sroa.0.28.vec.extract.i
+  %172 = select i1 %171, float %170, float %peak.rf39.sroa.0.28.vec.extract.i
+  %peak.rf39.sroa.0.32.vec.extract.i = extractelement <16 x float> %155, i64 8
+  %173 = fcmp ogt float %172, %peak.rf39.sroa.0.32.vec.extract.i
+  %174 = select i1 %173, float %172, float %peak.rf39.sroa.0.32.vec.extract.i
+  %peak.rf39.sroa.0.36.vec.extract.i = extractelement <16 x float> %155, i64 9
+  %175 = fcmp ogt float %174, %peak.rf39.sroa.0.36.vec.extract.i
+  %176 = select i1 %175, float %174, float %peak.rf39.sroa.0.36.vec.extract.i
+  %peak.rf39.sroa.0.40.vec.extract.i = extractelement <16 x float> %155, i64 10
+  %177 = fcmp ogt float %176, %peak.rf39.sroa.0.40.vec.extract.i
+  %178 = select i1 %177, float %176, float %peak.rf39.sroa.0.40.vec.extract.i
+  %peak.rf39.sroa.0.44.vec.extract.i = extractelement <16 x float> %155, i64 11
+  %179 = fcmp ogt float %178, %peak.rf39.sroa.0.44.vec.extract.i
+  %180 = select i1 %179, float %178, float %peak.rf39.sroa.0.44.vec.extract.i
+  %peak.rf39.sroa.0.48.vec.extract.i = extractelement <16 x float> %155, i64 12
+  %181 = fcmp ogt float %180, %peak.rf39.sroa.0.48.vec.extract.i
+  %182 = select i1 %181, float %180, float %peak.rf39.sroa.0.48.vec.extract.i
+  %peak.rf39.sroa.0.52.vec.extract.i = extractelement <16 x float> %155, i64 13
+  %183 = fcmp ogt float %182, %peak.rf39.sroa.0.52.vec.extract.i
+  %184 = select i1 %183, float %182, float %peak.rf39.sroa.0.52.vec.extract.i
+  %peak.rf39.sroa.0.56.vec.extract.i = extractelement <16 x float> %155, i64 14
+  %185 = fcmp ogt float %184, %peak.rf39.sroa.0.56.vec.extract.i
+  %186 = select i1 %185, float %184, float %peak.rf39.sroa.0.56.vec.extract.i
+  %peak.rf39.sroa.0.60.vec.extract.i = extractelement <16 x float> %155, i64 15
+  %187 = fcmp ogt float %186, %peak.rf39.sroa.0.60.vec.extract.i
+  %188 = select i1 %187, float %186, float %peak.rf39.sroa.0.60.vec.extract.i
+  store float %188, ptr %156, align 4, !tbaa !54
   %indvars.iv.next66.i = add nuw nsw i64 %indvars.iv65.i, 1
   %exitcond68.not.i = icmp eq i64 %indvars.iv.next66.i, 16
   br i1 %exitcond68.not.i, label %for_begin_r6.preheader.i, label %for_begin_ax1.preheader.i, !prof !46
 
 for_begin_r13.preheader.i:                        ; preds = %for_body_r7.us.preheader.i, %for_body_r7.preheader.i
-  %.pre-phi97.i = phi i64 [ %122, %for_body_r7.preheader.i ], [ %.pre96.i, %for_body_r7.us.preheader.i ]
+  %.pre-phi97.i = phi i64 [ %121, %for_body_r7.preheader.i ], [ %.pre96.i, %for_body_r7.us.preheader.i ]
+  %189 = add nsw i32 %context_len.i, -1
+  %190 = sitofp i32 %189 to float
+  %191 = bitcast float %190 to i32
+  %192 = ashr i32 %191, 23
+  %193 = tail call i32 @llvm.smax.i32(i32 %192, i32 125)
+  %194 = add nsw i32 %193, -125
+  %195 = uitofp nneg i32 %194 to float
+  %196 = fsub float 0x4168000FE0000000, %195
+  %197 = insertelement <16 x float> poison, float %196, i64 0
+  %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
+  %199 = tail call float @llvm.fmuladd.f32(float %195, float 0x3FE62E4300000000, float -8.700000e+01)
+  %200 = insertelement <16 x float> poison, float %199, i64 0
+  %201 = shufflevector <16 x float> %200, <16 x float> poison, <16 x i32> zeroinitializer
   %invariant.gep.i = getelementptr inbounds nuw float, ptr %tile_max, i64 %.pre-phi97.i
-  %invariant.gep24 = getelementptr inbounds nuw float, ptr %probs, i64 %49
+  %invariant.gep24 = getelementptr inbounds nuw float, ptr %probs, i64 %47
   br label %for_begin_to18.preheader.i
 
 for_begin_r23.preheader.i:                        ; preds = %for_begin_to18.preheader.i
@@ -3540,223 +3606,223 @@ for_begin_r23.preheader.i:                        ; preds = %for_begin_to18.preh
 for_begin_to18.preheader.i:                       ; preds = %for_begin_to18.preheader.i, %for_begin_r13.preheader.i
   %indvars.iv80.i = phi i64 [ 0, %for_begin_r13.preheader.i ], [ %indvars.iv.next81.i, %for_begin_to18.preheader.i ]
   %gep.i = getelementptr inbounds nuw float, ptr %invariant.gep.i, i64 %indvars.iv80.i
-  %190 = shl nuw nsw i64 %indvars.iv80.i, 7
-  %191 = load float, ptr %gep.i, align 4, !tbaa !5
-  %192 = insertelement <16 x float> poison, float %191, i64 0
-  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> zeroinitializer
-  %194 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %190
-  %195 = load <16 x float>, ptr %194, align 4, !tbaa !5
-  %arg.i = fsub <16 x float> %195, %193
-  %196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %197 = bitcast <16 x float> %196 to <16 x i32>
-  %198 = fadd <16 x float> %196, splat (float 0xC168000FE0000000)
-  %199 = fmul <16 x float> %198, splat (float 0x3F2BD01060000000)
-  %200 = fmul <16 x float> %198, splat (float 0x3FE6300000000000)
-  %201 = fsub <16 x float> %arg.i, %200
-  %202 = fadd <16 x float> %199, %201
-  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %202, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %203, <16 x float> %202, <16 x float> splat (float 0x3FA5558F20000000))
-  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %204, <16 x float> %202, <16 x float> splat (float 0x3FC5554920000000))
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %202, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %207 = fmul <16 x float> %202, %202
-  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %206, <16 x float> %207, <16 x float> %202)
-  %209 = shl <16 x i32> %197, splat (i32 23)
-  %210 = bitcast <16 x i32> %209 to <16 x float>
-  %211 = fadd <16 x float> %208, splat (float 1.000000e+00)
-  %212 = fmul <16 x float> %211, %210
-  %213 = fcmp olt <16 x float> %arg.i, splat (float -8.700000e+01)
-  %214 = select <16 x i1> %213, <16 x float> zeroinitializer, <16 x float> %212
-  %gep25 = getelementptr inbounds nuw float, ptr %invariant.gep24, i64 %190
-  store <16 x float> %214, ptr %gep25, align 64, !tbaa !5
-  %215 = load float, ptr %gep.i, align 4, !tbaa !5
-  %216 = insertelement <16 x float> poison, float %215, i64 0
-  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
-  %218 = getelementptr inbounds nuw i8, ptr %194, i64 64
-  %219 = load <16 x float>, ptr %218, align 4, !tbaa !5
-  %arg.1.i = fsub <16 x float> %219, %217
-  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %221 = bitcast <16 x float> %220 to <16 x i32>
-  %222 = fadd <16 x float> %220, splat (float 0xC168000FE0000000)
-  %223 = fmul <16 x float> %222, splat (float 0x3F2BD01060000000)
-  %224 = fmul <16 x float> %222, splat (float 0x3FE6300000000000)
-  %225 = fsub <16 x float> %arg.1.i, %224
-  %226 = fadd <16 x float> %223, %225
-  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %226, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %226, <16 x float> splat (float 0x3FA5558F20000000))
-  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %226, <16 x float> splat (float 0x3FC5554920000000))
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %226, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %231 = fmul <16 x float> %226, %226
-  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %230, <16 x float> %231, <16 x float> %226)
-  %233 = shl <16 x i32> %221, splat (i32 23)
-  %234 = bitcast <16 x i32> %233 to <16 x float>
-  %235 = fadd <16 x float> %232, splat (float 1.000000e+00)
-  %236 = fmul <16 x float> %235, %234
-  %237 = fcmp olt <16 x float> %arg.1.i, splat (float -8.700000e+01)
-  %238 = select <16 x i1> %237, <16 x float> zeroinitializer, <16 x float> %236
-  %239 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
-  store <16 x float> %238, ptr %239, align 64, !tbaa !5
-  %240 = load float, ptr %gep.i, align 4, !tbaa !5
-  %241 = insertelement <16 x float> poison, float %240, i64 0
-  %242 = shufflevector <16 x float> %241, <16 x float> poison, <16 x i32> zeroinitializer
-  %243 = getelementptr inbounds nuw i8, ptr %194, i64 128
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %arg.2.i = fsub <16 x float> %244, %242
-  %245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %246 = bitcast <16 x float> %245 to <16 x i32>
-  %247 = fadd <16 x float> %245, splat (float 0xC168000FE0000000)
-  %248 = fmul <16 x float> %247, splat (float 0x3F2BD01060000000)
-  %249 = fmul <16 x float> %247, splat (float 0x3FE6300000000000)
-  %250 = fsub <16 x float> %arg.2.i, %249
-  %251 = fadd <16 x float> %248, %250
-  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %251, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %252, <16 x float> %251, <16 x float> splat (float 0x3FA5558F20000000))
-  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %251, <16 x float> splat (float 0x3FC5554920000000))
-  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %254, <16 x float> %251, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %256 = fmul <16 x float> %251, %251
-  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %255, <16 x float> %256, <16 x float> %251)
-  %258 = shl <16 x i32> %246, splat (i32 23)
-  %259 = bitcast <16 x i32> %258 to <16 x float>
-  %260 = fadd <16 x float> %257, splat (float 1.000000e+00)
-  %261 = fmul <16 x float> %260, %259
-  %262 = fcmp olt <16 x float> %arg.2.i, splat (float -8.700000e+01)
-  %263 = select <16 x i1> %262, <16 x float> zeroinitializer, <16 x float> %261
-  %264 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
-  store <16 x float> %263, ptr %264, align 64, !tbaa !5
-  %265 = load float, ptr %gep.i, align 4, !tbaa !5
-  %266 = insertelement <16 x float> poison, float %265, i64 0
-  %267 = shufflevector <16 x float> %266, <16 x float> poison, <16 x i32> zeroinitializer
-  %268 = getelementptr inbounds nuw i8, ptr %194, i64 192
-  %269 = load <16 x float>, ptr %268, align 4, !tbaa !5
-  %arg.3.i = fsub <16 x float> %269, %267
-  %270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %271 = bitcast <16 x float> %270 to <16 x i32>
-  %272 = fadd <16 x float> %270, splat (float 0xC168000FE0000000)
-  %273 = fmul <16 x float> %272, splat (float 0x3F2BD01060000000)
-  %274 = fmul <16 x float> %272, splat (float 0x3FE6300000000000)
-  %275 = fsub <16 x float> %arg.3.i, %274
-  %276 = fadd <16 x float> %273, %275
-  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %276, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %276, <16 x float> splat (float 0x3FA5558F20000000))
-  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %278, <16 x float> %276, <16 x float> splat (float 0x3FC5554920000000))
-  %280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %279, <16 x float> %276, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %281 = fmul <16 x float> %276, %276
-  %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %280, <16 x float> %281, <16 x float> %276)
-  %283 = shl <16 x i32> %271, splat (i32 23)
-  %284 = bitcast <16 x i32> %283 to <16 x float>
-  %285 = fadd <16 x float> %282, splat (float 1.000000e+00)
-  %286 = fmul <16 x float> %285, %284
-  %287 = fcmp olt <16 x float> %arg.3.i, splat (float -8.700000e+01)
-  %288 = select <16 x i1> %287, <16 x float> zeroinitializer, <16 x float> %286
-  %289 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
-  store <16 x float> %288, ptr %289, align 64, !tbaa !5
-  %290 = load float, ptr %gep.i, align 4, !tbaa !5
-  %291 = insertelement <16 x float> poison, float %290, i64 0
-  %292 = shufflevector <16 x float> %291, <16 x float> poison, <16 x i32> zeroinitializer
-  %293 = getelementptr inbounds nuw i8, ptr %194, i64 256
-  %294 = load <16 x float>, ptr %293, align 4, !tbaa !5
-  %arg.4.i = fsub <16 x float> %294, %292
-  %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %296 = bitcast <16 x float> %295 to <16 x i32>
-  %297 = fadd <16 x float> %295, splat (float 0xC168000FE0000000)
-  %298 = fmul <16 x float> %297, splat (float 0x3F2BD01060000000)
-  %299 = fmul <16 x float> %297, splat (float 0x3FE6300000000000)
-  %300 = fsub <16 x float> %arg.4.i, %299
-  %301 = fadd <16 x float> %298, %300
-  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %302, <16 x float> %301, <16 x float> splat (float 0x3FA5558F20000000))
-  %304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %301, <16 x float> splat (float 0x3FC5554920000000))
-  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %301, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %306 = fmul <16 x float> %301, %301
-  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %306, <16 x float> %301)
-  %308 = shl <16 x i32> %296, splat (i32 23)
-  %309 = bitcast <16 x i32> %308 to <16 x float>
-  %310 = fadd <16 x float> %307, splat (float 1.000000e+00)
-  %311 = fmul <16 x float> %310, %309
-  %312 = fcmp olt <16 x float> %arg.4.i, splat (float -8.700000e+01)
-  %313 = select <16 x i1> %312, <16 x float> zeroinitializer, <16 x float> %311
-  %314 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
-  store <16 x float> %313, ptr %314, align 64, !tbaa !5
-  %315 = load float, ptr %gep.i, align 4, !tbaa !5
-  %316 = insertelement <16 x float> poison, float %315, i64 0
-  %317 = shufflevector <16 x float> %316, <16 x float> poison, <16 x i32> zeroinitializer
-  %318 = getelementptr inbounds nuw i8, ptr %194, i64 320
-  %319 = load <16 x float>, ptr %318, align 4, !tbaa !5
-  %arg.5.i = fsub <16 x float> %319, %317
-  %320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %321 = bitcast <16 x float> %320 to <16 x i32>
-  %322 = fadd <16 x float> %320, splat (float 0xC168000FE0000000)
-  %323 = fmul <16 x float> %322, splat (float 0x3F2BD01060000000)
-  %324 = fmul <16 x float> %322, splat (float 0x3FE6300000000000)
-  %325 = fsub <16 x float> %arg.5.i, %324
-  %326 = fadd <16 x float> %323, %325
-  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %327, <16 x float> %326, <16 x float> splat (float 0x3FA5558F20000000))
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %328, <16 x float> %326, <16 x float> splat (float 0x3FC5554920000000))
-  %330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %326, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %331 = fmul <16 x float> %326, %326
-  %332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %330, <16 x float> %331, <16 x float> %326)
-  %333 = shl <16 x i32> %321, splat (i32 23)
-  %334 = bitcast <16 x i32> %333 to <16 x float>
-  %335 = fadd <16 x float> %332, splat (float 1.000000e+00)
-  %336 = fmul <16 x float> %335, %334
-  %337 = fcmp olt <16 x float> %arg.5.i, splat (float -8.700000e+01)
-  %338 = select <16 x i1> %337, <16 x float> zeroinitializer, <16 x float> %336
-  %339 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
-  store <16 x float> %338, ptr %339, align 64, !tbaa !5
-  %340 = load float, ptr %gep.i, align 4, !tbaa !5
-  %341 = insertelement <16 x float> poison, float %340, i64 0
-  %342 = shufflevector <16 x float> %341, <16 x float> poison, <16 x i32> zeroinitializer
-  %343 = getelementptr inbounds nuw i8, ptr %194, i64 384
-  %344 = load <16 x float>, ptr %343, align 4, !tbaa !5
-  %arg.6.i = fsub <16 x float> %344, %342
-  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %346 = bitcast <16 x float> %345 to <16 x i32>
-  %347 = fadd <16 x float> %345, splat (float 0xC168000FE0000000)
-  %348 = fmul <16 x float> %347, splat (float 0x3F2BD01060000000)
-  %349 = fmul <16 x float> %347, splat (float 0x3FE6300000000000)
-  %350 = fsub <16 x float> %arg.6.i, %349
-  %351 = fadd <16 x float> %348, %350
-  %352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %352, <16 x float> %351, <16 x float> splat (float 0x3FA5558F20000000))
-  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %351, <16 x float> splat (float 0x3FC5554920000000))
-  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %354, <16 x float> %351, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %356 = fmul <16 x float> %351, %351
-  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %356, <16 x float> %351)
-  %358 = shl <16 x i32> %346, splat (i32 23)
-  %359 = bitcast <16 x i32> %358 to <16 x float>
-  %360 = fadd <16 x float> %357, splat (float 1.000000e+00)
-  %361 = fmul <16 x float> %360, %359
-  %362 = fcmp olt <16 x float> %arg.6.i, splat (float -8.700000e+01)
-  %363 = select <16 x i1> %362, <16 x float> zeroinitializer, <16 x float> %361
-  %364 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
-  store <16 x float> %363, ptr %364, align 64, !tbaa !5
-  %365 = load float, ptr %gep.i, align 4, !tbaa !5
-  %366 = insertelement <16 x float> poison, float %365, i64 0
-  %367 = shufflevector <16 x float> %366, <16 x float> poison, <16 x i32> zeroinitializer
-  %368 = getelementptr inbounds nuw i8, ptr %194, i64 448
-  %369 = load <16 x float>, ptr %368, align 4, !tbaa !5
-  %arg.7.i = fsub <16 x float> %369, %367
-  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %371 = bitcast <16 x float> %370 to <16 x i32>
-  %372 = fadd <16 x float> %370, splat (float 0xC168000FE0000000)
-  %373 = fmul <16 x float> %372, splat (float 0x3F2BD01060000000)
-  %374 = fmul <16 x float> %372, splat (float 0x3FE6300000000000)
-  %375 = fsub <16 x float> %arg.7.i, %374
-  %376 = fadd <16 x float> %373, %375
-  %377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %376, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %376, <16 x float> splat (float 0x3FA5558F20000000))
-  %379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %378, <16 x float> %376, <16 x float> splat (float 0x3FC5554920000000))
-  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %379, <16 x float> %376, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %381 = fmul <16 x float> %376, %376
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %381, <16 x float> %376)
-  %383 = shl <16 x i32> %371, splat (i32 23)
-  %384 = bitcast <16 x i32> %383 to <16 x float>
-  %385 = fadd <16 x float> %382, splat (float 1.000000e+00)
-  %386 = fmul <16 x float> %385, %384
-  %387 = fcmp olt <16 x float> %arg.7.i, splat (float -8.700000e+01)
-  %388 = select <16 x i1> %387, <16 x float> zeroinitializer, <16 x float> %386
-  %389 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
-  store <16 x float> %388, ptr %389, align 64, !tbaa !5
+  %202 = shl nuw nsw i64 %indvars.iv80.i, 7
+  %203 = load float, ptr %gep.i, align 4, !tbaa !5
+  %204 = insertelement <16 x float> poison, float %203, i64 0
+  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
+  %206 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %202
+  %207 = load <16 x float>, ptr %206, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %207, %205
+  %208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %209 = bitcast <16 x float> %208 to <16 x i32>
+  %210 = fsub <16 x float> %208, %198
+  %211 = fmul <16 x float> %210, splat (float 0x3F2BD01060000000)
+  %212 = fmul <16 x float> %210, splat (float 0x3FE6300000000000)
+  %213 = fsub <16 x float> %arg.i, %212
+  %214 = fadd <16 x float> %211, %213
+  %215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %214, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %214, <16 x float> splat (float 0x3FA5558F20000000))
+  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %216, <16 x float> %214, <16 x float> splat (float 0x3FC5554920000000))
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %217, <16 x float> %214, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %219 = fmul <16 x float> %214, %214
+  %220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %218, <16 x float> %219, <16 x float> %214)
+  %221 = shl <16 x i32> %209, splat (i32 23)
+  %222 = bitcast <16 x i32> %221 to <16 x float>
+  %223 = fadd <16 x float> %220, splat (float 1.000000e+00)
+  %224 = fmul <16 x float> %223, %222
+  %225 = fcmp olt <16 x float> %arg.i, %201
+  %226 = select <16 x i1> %225, <16 x float> zeroinitializer, <16 x float> %224
+  %gep25 = getelementptr inbounds nuw float, ptr %invariant.gep24, i64 %202
+  store <16 x float> %226, ptr %gep25, align 64, !tbaa !5
+  %227 = load float, ptr %gep.i, align 4, !tbaa !5
+  %228 = insertelement <16 x float> poison, float %227, i64 0
+  %229 = shufflevector <16 x float> %228, <16 x float> poison, <16 x i32> zeroinitializer
+  %230 = getelementptr inbounds nuw i8, ptr %206, i64 64
+  %231 = load <16 x float>, ptr %230, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %231, %229
+  %232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %233 = bitcast <16 x float> %232 to <16 x i32>
+  %234 = fsub <16 x float> %232, %198
+  %235 = fmul <16 x float> %234, splat (float 0x3F2BD01060000000)
+  %236 = fmul <16 x float> %234, splat (float 0x3FE6300000000000)
+  %237 = fsub <16 x float> %arg.1.i, %236
+  %238 = fadd <16 x float> %235, %237
+  %239 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %238, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %239, <16 x float> %238, <16 x float> splat (float 0x3FA5558F20000000))
+  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %238, <16 x float> splat (float 0x3FC5554920000000))
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %241, <16 x float> %238, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %243 = fmul <16 x float> %238, %238
+  %244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %242, <16 x float> %243, <16 x float> %238)
+  %245 = shl <16 x i32> %233, splat (i32 23)
+  %246 = bitcast <16 x i32> %245 to <16 x float>
+  %247 = fadd <16 x float> %244, splat (float 1.000000e+00)
+  %248 = fmul <16 x float> %247, %246
+  %249 = fcmp olt <16 x float> %arg.1.i, %201
+  %250 = select <16 x i1> %249, <16 x float> zeroinitializer, <16 x float> %248
+  %251 = getelementptr inbounds nuw i8, ptr %gep25, i64 64
+  store <16 x float> %250, ptr %251, align 64, !tbaa !5
+  %252 = load float, ptr %gep.i, align 4, !tbaa !5
+  %253 = insertelement <16 x float> poison, float %252, i64 0
+  %254 = shufflevector <16 x float> %253, <16 x float> poison, <16 x i32> zeroinitializer
+  %255 = getelementptr inbounds nuw i8, ptr %206, i64 128
+  %256 = load <16 x float>, ptr %255, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %256, %254
+  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %258 = bitcast <16 x float> %257 to <16 x i32>
+  %259 = fsub <16 x float> %257, %198
+  %260 = fmul <16 x float> %259, splat (float 0x3F2BD01060000000)
+  %261 = fmul <16 x float> %259, splat (float 0x3FE6300000000000)
+  %262 = fsub <16 x float> %arg.2.i, %261
+  %263 = fadd <16 x float> %260, %262
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %264, <16 x float> %263, <16 x float> splat (float 0x3FA5558F20000000))
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %265, <16 x float> %263, <16 x float> splat (float 0x3FC5554920000000))
+  %267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %266, <16 x float> %263, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %268 = fmul <16 x float> %263, %263
+  %269 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %267, <16 x float> %268, <16 x float> %263)
+  %270 = shl <16 x i32> %258, splat (i32 23)
+  %271 = bitcast <16 x i32> %270 to <16 x float>
+  %272 = fadd <16 x float> %269, splat (float 1.000000e+00)
+  %273 = fmul <16 x float> %272, %271
+  %274 = fcmp olt <16 x float> %arg.2.i, %201
+  %275 = select <16 x i1> %274, <16 x float> zeroinitializer, <16 x float> %273
+  %276 = getelementptr inbounds nuw i8, ptr %gep25, i64 128
+  store <16 x float> %275, ptr %276, align 64, !tbaa !5
+  %277 = load float, ptr %gep.i, align 4, !tbaa !5
+  %278 = insertelement <16 x float> poison, float %277, i64 0
+  %279 = shufflevector <16 x float> %278, <16 x float> poison, <16 x i32> zeroinitializer
+  %280 = getelementptr inbounds nuw i8, ptr %206, i64 192
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %281, %279
+  %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %283 = bitcast <16 x float> %282 to <16 x i32>
+  %284 = fsub <16 x float> %282, %198
+  %285 = fmul <16 x float> %284, splat (float 0x3F2BD01060000000)
+  %286 = fmul <16 x float> %284, splat (float 0x3FE6300000000000)
+  %287 = fsub <16 x float> %arg.3.i, %286
+  %288 = fadd <16 x float> %285, %287
+  %289 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %288, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %289, <16 x float> %288, <16 x float> splat (float 0x3FA5558F20000000))
+  %291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %290, <16 x float> %288, <16 x float> splat (float 0x3FC5554920000000))
+  %292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %288, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %293 = fmul <16 x float> %288, %288
+  %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %292, <16 x float> %293, <16 x float> %288)
+  %295 = shl <16 x i32> %283, splat (i32 23)
+  %296 = bitcast <16 x i32> %295 to <16 x float>
+  %297 = fadd <16 x float> %294, splat (float 1.000000e+00)
+  %298 = fmul <16 x float> %297, %296
+  %299 = fcmp olt <16 x float> %arg.3.i, %201
+  %300 = select <16 x i1> %299, <16 x float> zeroinitializer, <16 x float> %298
+  %301 = getelementptr inbounds nuw i8, ptr %gep25, i64 192
+  store <16 x float> %300, ptr %301, align 64, !tbaa !5
+  %302 = load float, ptr %gep.i, align 4, !tbaa !5
+  %303 = insertelement <16 x float> poison, float %302, i64 0
+  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
+  %305 = getelementptr inbounds nuw i8, ptr %206, i64 256
+  %306 = load <16 x float>, ptr %305, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %306, %304
+  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %308 = bitcast <16 x float> %307 to <16 x i32>
+  %309 = fsub <16 x float> %307, %198
+  %310 = fmul <16 x float> %309, splat (float 0x3F2BD01060000000)
+  %311 = fmul <16 x float> %309, splat (float 0x3FE6300000000000)
+  %312 = fsub <16 x float> %arg.4.i, %311
+  %313 = fadd <16 x float> %310, %312
+  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %313, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %315 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %314, <16 x float> %313, <16 x float> splat (float 0x3FA5558F20000000))
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %315, <16 x float> %313, <16 x float> splat (float 0x3FC5554920000000))
+  %317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %313, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %318 = fmul <16 x float> %313, %313
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %317, <16 x float> %318, <16 x float> %313)
+  %320 = shl <16 x i32> %308, splat (i32 23)
+  %321 = bitcast <16 x i32> %320 to <16 x float>
+  %322 = fadd <16 x float> %319, splat (float 1.000000e+00)
+  %323 = fmul <16 x float> %322, %321
+  %324 = fcmp olt <16 x float> %arg.4.i, %201
+  %325 = select <16 x i1> %324, <16 x float> zeroinitializer, <16 x float> %323
+  %326 = getelementptr inbounds nuw i8, ptr %gep25, i64 256
+  store <16 x float> %325, ptr %326, align 64, !tbaa !5
+  %327 = load float, ptr %gep.i, align 4, !tbaa !5
+  %328 = insertelement <16 x float> poison, float %327, i64 0
+  %329 = shufflevector <16 x float> %328, <16 x float> poison, <16 x i32> zeroinitializer
+  %330 = getelementptr inbounds nuw i8, ptr %206, i64 320
+  %331 = load <16 x float>, ptr %330, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %331, %329
+  %332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %333 = bitcast <16 x float> %332 to <16 x i32>
+  %334 = fsub <16 x float> %332, %198
+  %335 = fmul <16 x float> %334, splat (float 0x3F2BD01060000000)
+  %336 = fmul <16 x float> %334, splat (float 0x3FE6300000000000)
+  %337 = fsub <16 x float> %arg.5.i, %336
+  %338 = fadd <16 x float> %335, %337
+  %339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %338, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %338, <16 x float> splat (float 0x3FA5558F20000000))
+  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %340, <16 x float> %338, <16 x float> splat (float 0x3FC5554920000000))
+  %342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %338, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %343 = fmul <16 x float> %338, %338
+  %344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %342, <16 x float> %343, <16 x float> %338)
+  %345 = shl <16 x i32> %333, splat (i32 23)
+  %346 = bitcast <16 x i32> %345 to <16 x float>
+  %347 = fadd <16 x float> %344, splat (float 1.000000e+00)
+  %348 = fmul <16 x float> %347, %346
+  %349 = fcmp olt <16 x float> %arg.5.i, %201
+  %350 = select <16 x i1> %349, <16 x float> zeroinitializer, <16 x float> %348
+  %351 = getelementptr inbounds nuw i8, ptr %gep25, i64 320
+  store <16 x float> %350, ptr %351, align 64, !tbaa !5
+  %352 = load float, ptr %gep.i, align 4, !tbaa !5
+  %353 = insertelement <16 x float> poison, float %352, i64 0
+  %354 = shufflevector <16 x float> %353, <16 x float> poison, <16 x i32> zeroinitializer
+  %355 = getelementptr inbounds nuw i8, ptr %206, i64 384
+  %356 = load <16 x float>, ptr %355, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %356, %354
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %358 = bitcast <16 x float> %357 to <16 x i32>
+  %359 = fsub <16 x float> %357, %198
+  %360 = fmul <16 x float> %359, splat (float 0x3F2BD01060000000)
+  %361 = fmul <16 x float> %359, splat (float 0x3FE6300000000000)
+  %362 = fsub <16 x float> %arg.6.i, %361
+  %363 = fadd <16 x float> %360, %362
+  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %363, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %365 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %364, <16 x float> %363, <16 x float> splat (float 0x3FA5558F20000000))
+  %366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %363, <16 x float> splat (float 0x3FC5554920000000))
+  %367 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %366, <16 x float> %363, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %368 = fmul <16 x float> %363, %363
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %368, <16 x float> %363)
+  %370 = shl <16 x i32> %358, splat (i32 23)
+  %371 = bitcast <16 x i32> %370 to <16 x float>
+  %372 = fadd <16 x float> %369, splat (float 1.000000e+00)
+  %373 = fmul <16 x float> %372, %371
+  %374 = fcmp olt <16 x float> %arg.6.i, %201
+  %375 = select <16 x i1> %374, <16 x float> zeroinitializer, <16 x float> %373
+  %376 = getelementptr inbounds nuw i8, ptr %gep25, i64 384
+  store <16 x float> %375, ptr %376, align 64, !tbaa !5
+  %377 = load float, ptr %gep.i, align 4, !tbaa !5
+  %378 = insertelement <16 x float> poison, float %377, i64 0
+  %379 = shufflevector <16 x float> %378, <16 x float> poison, <16 x i32> zeroinitializer
+  %380 = getelementptr inbounds nuw i8, ptr %206, i64 448
+  %381 = load <16 x float>, ptr %380, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %381, %379
+  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %198)
+  %383 = bitcast <16 x float> %382 to <16 x i32>
+  %384 = fsub <16 x float> %382, %198
+  %385 = fmul <16 x float> %384, splat (float 0x3F2BD01060000000)
+  %386 = fmul <16 x float> %384, splat (float 0x3FE6300000000000)
+  %387 = fsub <16 x float> %arg.7.i, %386
+  %388 = fadd <16 x float> %385, %387
+  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %388, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %389, <16 x float> %388, <16 x float> splat (float 0x3FA5558F20000000))
+  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %388, <16 x float> splat (float 0x3FC5554920000000))
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %391, <16 x float> %388, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %393 = fmul <16 x float> %388, %388
+  %394 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %392, <16 x float> %393, <16 x float> %388)
+  %395 = shl <16 x i32> %383, splat (i32 23)
+  %396 = bitcast <16 x i32> %395 to <16 x float>
+  %397 = fadd <16 x float> %394, splat (float 1.000000e+00)
+  %398 = fmul <16 x float> %397, %396
+  %399 = fcmp olt <16 x float> %arg.7.i, %201
+  %400 = select <16 x i1> %399, <16 x float> zeroinitializer, <16 x float> %398
+  %401 = getelementptr inbounds nuw i8, ptr %gep25, i64 448
+  store <16 x float> %400, ptr %401, align 64, !tbaa !5
   %indvars.iv.next81.i = add nuw nsw i64 %indvars.iv80.i, 1
   %exitcond83.not.i = icmp eq i64 %indvars.iv.next81.i, 16
   br i1 %exitcond83.not.i, label %for_begin_r23.preheader.i, label %for_begin_to18.preheader.i, !prof !46
@@ -3765,71 +3831,71 @@ for_begin_ax128.preheader.i:                      ; preds = %for_begin_ax128.pre
   %indvars.iv88.i = phi i64 [ 0, %for_begin_r23.preheader.i ], [ %indvars.iv.next89.i, %for_begin_ax128.preheader.i ]
   %.idx23 = shl nuw nsw i64 %indvars.iv88.i, 9
   %gep27 = getelementptr inbounds nuw i8, ptr %invariant.gep24, i64 %.idx23
-  %390 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
-  %391 = fadd <16 x float> %390, zeroinitializer
-  %392 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
-  %393 = load <16 x float>, ptr %392, align 64, !tbaa !5
-  %394 = fadd <16 x float> %391, %393
-  %395 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
-  %396 = load <16 x float>, ptr %395, align 64, !tbaa !5
-  %397 = fadd <16 x float> %394, %396
-  %398 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
-  %399 = load <16 x float>, ptr %398, align 64, !tbaa !5
-  %400 = fadd <16 x float> %397, %399
-  %401 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
-  %402 = load <16 x float>, ptr %401, align 64, !tbaa !5
-  %403 = fadd <16 x float> %400, %402
-  %404 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
+  %402 = load <16 x float>, ptr %gep27, align 64, !tbaa !5
+  %403 = fadd <16 x float> %402, zeroinitializer
+  %404 = getelementptr inbounds nuw i8, ptr %gep27, i64 64
   %405 = load <16 x float>, ptr %404, align 64, !tbaa !5
   %406 = fadd <16 x float> %403, %405
-  %407 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
+  %407 = getelementptr inbounds nuw i8, ptr %gep27, i64 128
   %408 = load <16 x float>, ptr %407, align 64, !tbaa !5
   %409 = fadd <16 x float> %406, %408
-  %410 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
+  %410 = getelementptr inbounds nuw i8, ptr %gep27, i64 192
   %411 = load <16 x float>, ptr %410, align 64, !tbaa !5
   %412 = fadd <16 x float> %409, %411
+  %413 = getelementptr inbounds nuw i8, ptr %gep27, i64 256
+  %414 = load <16 x float>, ptr %413, align 64, !tbaa !5
+  %415 = fadd <16 x float> %412, %414
+  %416 = getelementptr inbounds nuw i8, ptr %gep27, i64 320
+  %417 = load <16 x float>, ptr %416, align 64, !tbaa !5
+  %418 = fadd <16 x float> %415, %417
+  %419 = getelementptr inbounds nuw i8, ptr %gep27, i64 384
+  %420 = load <16 x float>, ptr %419, align 64, !tbaa !5
+  %421 = fadd <16 x float> %418, %420
+  %422 = getelementptr inbounds nuw i8, ptr %gep27, i64 448
+  %423 = load <16 x float>, ptr %422, align 64, !tbaa !5
+  %424 = fadd <16 x float> %421, %423
   %gep99.i = getelementptr inbounds nuw float, ptr %invariant.gep98.i, i64 %indvars.iv88.i
-  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %412, i64 0
-  %413 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %412, i64 1
-  %414 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %413
-  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %412, i64 2
-  %415 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %414
-  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %412, i64 3
-  %416 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %415
-  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %412, i64 4
-  %417 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %416
-  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %412, i64 5
-  %418 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %417
-  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %412, i64 6
-  %419 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %418
-  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %412, i64 7
-  %420 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %419
-  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %412, i64 8
-  %421 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %420
-  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %412, i64 9
-  %422 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %421
-  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %412, i64 10
-  %423 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %422
-  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %412, i64 11
-  %424 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %423
-  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %412, i64 12
-  %425 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %424
-  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %412, i64 13
-  %426 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %425
-  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %412, i64 14
-  %427 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %426
-  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %412, i64 15
-  %428 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %427
-  store float %428, ptr %gep99.i, align 4, !tbaa !5
+  %tile_sum.rf37.sroa.0.0.vec.extract.i = extractelement <16 x float> %424, i64 0
+  %425 = fadd float %tile_sum.rf37.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf37.sroa.0.4.vec.extract.i = extractelement <16 x float> %424, i64 1
+  %426 = fadd float %tile_sum.rf37.sroa.0.4.vec.extract.i, %425
+  %tile_sum.rf37.sroa.0.8.vec.extract.i = extractelement <16 x float> %424, i64 2
+  %427 = fadd float %tile_sum.rf37.sroa.0.8.vec.extract.i, %426
+  %tile_sum.rf37.sroa.0.12.vec.extract.i = extractelement <16 x float> %424, i64 3
+  %428 = fadd float %tile_sum.rf37.sroa.0.12.vec.extract.i, %427
+  %tile_sum.rf37.sroa.0.16.vec.extract.i = extractelement <16 x float> %424, i64 4
+  %429 = fadd float %tile_sum.rf37.sroa.0.16.vec.extract.i, %428
+  %tile_sum.rf37.sroa.0.20.vec.extract.i = extractelement <16 x float> %424, i64 5
+  %430 = fadd float %tile_sum.rf37.sroa.0.20.vec.extract.i, %429
+  %tile_sum.rf37.sroa.0.24.vec.extract.i = extractelement <16 x float> %424, i64 6
+  %431 = fadd float %tile_sum.rf37.sroa.0.24.vec.extract.i, %430
+  %tile_sum.rf37.sroa.0.28.vec.extract.i = extractelement <16 x float> %424, i64 7
+  %432 = fadd float %tile_sum.rf37.sroa.0.28.vec.extract.i, %431
+  %tile_sum.rf37.sroa.0.32.vec.extract.i = extractelement <16 x float> %424, i64 8
+  %433 = fadd float %tile_sum.rf37.sroa.0.32.vec.extract.i, %432
+  %tile_sum.rf37.sroa.0.36.vec.extract.i = extractelement <16 x float> %424, i64 9
+  %434 = fadd float %tile_sum.rf37.sroa.0.36.vec.extract.i, %433
+  %tile_sum.rf37.sroa.0.40.vec.extract.i = extractelement <16 x float> %424, i64 10
+  %435 = fadd float %tile_sum.rf37.sroa.0.40.vec.extract.i, %434
+  %tile_sum.rf37.sroa.0.44.vec.extract.i = extractelement <16 x float> %424, i64 11
+  %436 = fadd float %tile_sum.rf37.sroa.0.44.vec.extract.i, %435
+  %tile_sum.rf37.sroa.0.48.vec.extract.i = extractelement <16 x float> %424, i64 12
+  %437 = fadd float %tile_sum.rf37.sroa.0.48.vec.extract.i, %436
+  %tile_sum.rf37.sroa.0.52.vec.extract.i = extractelement <16 x float> %424, i64 13
+  %438 = fadd float %tile_sum.rf37.sroa.0.52.vec.extract.i, %437
+  %tile_sum.rf37.sroa.0.56.vec.extract.i = extractelement <16 x float> %424, i64 14
+  %439 = fadd float %tile_sum.rf37.sroa.0.56.vec.extract.i, %438
+  %tile_sum.rf37.sroa.0.60.vec.extract.i = extractelement <16 x float> %424, i64 15
+  %440 = fadd float %tile_sum.rf37.sroa.0.60.vec.extract.i, %439
+  store float %440, ptr %gep99.i, align 4, !tbaa !5
   %indvars.iv.next89.i = add nuw nsw i64 %indvars.iv88.i, 1
   %exitcond91.not.i = icmp eq i64 %indvars.iv.next89.i, 16
   br i1 %exitcond91.not.i, label %for_end_r25.i, label %for_begin_ax128.preheader.i, !prof !46
 
 for_end_r25.i:                                    ; preds = %for_begin_ax128.preheader.i
-  %429 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %430 = tail call i32 %429(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not.i = icmp eq i32 %430, 0
+  %441 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %442 = tail call i32 %441(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not.i = icmp eq i32 %442, 0
   br i1 %.not.i, label %for_begin_s.i, label %softmax_prepare_compute_.exit, !prof !52
 
 softmax_prepare_compute_.exit:                    ; preds = %for_end_r25.i, %for_body_s.i, %for_begin_s.i, %entry
@@ -3849,6 +3915,9 @@ declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x floa
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
 declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -4005,10 +4074,10 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #3
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.fabs.f32(float) #3
@@ -4057,18 +4126,18 @@ attributes #8 = { nocallback nofree nounwind willreturn memory(argmem: readwrite
 !11 = !{!"llvm.loop.estimated_trip_count", i32 528416}
 !12 = !{!"branch_weights", i32 1073741824, i32 1073741824}
 !13 = !{!"branch_weights", i32 127, i32 134217601}
-!14 = !{!15, !15, i64 0}
-!15 = !{!"buffer0.w64.b0", !16, i64 0}
-!16 = !{!"buffer0.w128.b0", !17, i64 0}
-!17 = !{!"buffer0.w256.b0", !18, i64 0}
-!18 = !{!"buffer0.w512.b0", !19, i64 0}
-!19 = !{!"buffer0.w1024.b0", !20, i64 0}
-!20 = !{!"buffer0", !7, i64 0}
-!21 = !{!"branch_weights", i32 8128, i32 2147475520}
-!22 = distinct !{!22, !23}
-!23 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!24 = !{!20, !20, i64 0}
-!25 = !{!"branch_weights", i32 6096, i32 2147477552}
+!14 = !{!"branch_weights", i32 8128, i32 2147475520}
+!15 = distinct !{!15, !16}
+!16 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!17 = !{!18, !18, i64 0}
+!18 = !{!"buffer0", !7, i64 0}
+!19 = !{!"branch_weights", i32 6096, i32 2147477552}
+!20 = !{!21, !21, i64 0}
+!21 = !{!"buffer0.w64.b0", !22, i64 0}
+!22 = !{!"buffer0.w128.b0", !23, i64 0}
+!23 = !{!"buffer0.w256.b0", !24, i64 0}
+!24 = !{!"buffer0.w512.b0", !25, i64 0}
+!25 = !{!"buffer0.w1024.b0", !18, i64 0}
 !26 = !{!"branch_weights", i32 536870912, i32 1610612736}
 !27 = distinct !{!27, !28, !29}
 !28 = !{!"llvm.loop.estimated_trip_count", i32 1}

@@ -49,16 +49,18 @@ class Module:
                                     cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def normalize(row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), batch_start: T.int32, num_seqs: T.int32, head_start: T.int32, num_rows: T.int32):
+    def normalize(context_lens: T.Buffer((batch,), "int32", align=4), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), batch_start: T.int32, num_seqs: T.int32, head_start: T.int32, num_rows: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
+                seq: T.let[T.int32] = batch_start + vs
+                places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 with T.sblock("normalize"):
                     T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
-                    T.writes(out[batch_start + vs, head_start:head_start + num_rows, 0:128], lse[batch_start + vs, head_start:head_start + num_rows])
+                    T.writes(out[seq, head_start:head_start + num_rows, 0:128], lse[seq, head_start:head_start + num_rows])
                     factor = T.sblock_alloc_buffer((16,))
                     for r in T.vectorized(16):
                         with T.sblock("factor"):
@@ -73,14 +75,14 @@ class Module:
                                 vr = T.axis.spatial(16, r)
                                 vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                 T.reads(acc[vs, vr, vd], factor[vr])
-                                T.writes(out[batch_start + vs, head_start + vr, vd])
-                                out[batch_start + vs, head_start + vr, vd] = T.Cast("float32", acc[vs, vr, vd] * factor[vr])
+                                T.writes(out[seq, head_start + vr, vd])
+                                out[seq, head_start + vr, vd] = T.Cast("float32", acc[vs, vr, vd] * factor[vr])
                     for r in range(num_rows):
                         with T.sblock("lse"):
                             vr = T.axis.spatial(16, r)
                             T.reads(row_sum[vs, vr], row_max[vs, vr])
-                            T.writes(lse[batch_start + vs, head_start + vr])
-                            lse[batch_start + vs, head_start + vr] = T.Select(row_sum[vs, vr] == T.float32(0.0), T.float32("-inf"), row_max[vs, vr] + T.log(row_sum[vs, vr]))
+                            T.writes(lse[seq, head_start + vr])
+                            lse[seq, head_start + vr] = T.Select(row_sum[vs, vr] == T.float32(0.0), T.float32("-inf"), row_max[vs, vr] + T.log(row_sum[vs, vr] * T.reinterpret("float32", places + 127 << 23)))
 
     @T.prim_func(s_tir=True)
     def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), num_seqs: T.int32, block_idx: T.int32, num_steps: T.int32):
@@ -256,7 +258,7 @@ class Module:
                                                 tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
+    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32, query_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -280,7 +282,7 @@ class Module:
                                 vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
                                 T.reads(query[seq, head_start + vr, vd])
                                 T.writes(q_tile[0, vr, vd])
-                                q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                                q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
                     T.writes(key_offsets[0:256])
@@ -398,14 +400,15 @@ class Module:
                                 sums[0:16] = sums[T.Ramp(0, 1, 16)] + T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Shuffle([sum_28, sum_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_28, sum_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]), where={sum_29: T.Shuffle([sum_26, sum_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_26, sum_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_28: T.Shuffle([sum_24, sum_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_24, sum_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_27: T.Shuffle([sum_22, sum_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_22, sum_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_26: T.Shuffle([sum_20, sum_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_20, sum_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_25: T.Shuffle([sum_18, sum_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_18, sum_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_24: T.Shuffle([sum_16, sum_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_16, sum_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_23: T.Shuffle([sum_14, sum_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_14, sum_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_22: T.Shuffle([sum_12, sum_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_12, sum_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_21: T.Shuffle([sum_10, sum_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_10, sum_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_20: T.Shuffle([sum_8, sum_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_8, sum_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_19: T.Shuffle([sum_6, sum_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_6, sum_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_18: T.Shuffle([sum_4, sum_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_4, sum_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_17: T.Shuffle([sum_2, sum_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_2, sum_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_16: T.Shuffle([sum_0, sum_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_0, sum_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_15: parts[15, T.Ramp(0, 1, 16)]}), where={sum_14: parts[14, T.Ramp(0, 1, 16)]}), where={sum_13: parts[13, T.Ramp(0, 1, 16)]}), where={sum_12: parts[12, T.Ramp(0, 1, 16)]}), where={sum_11: parts[11, T.Ramp(0, 1, 16)]}), where={sum_10: parts[10, T.Ramp(0, 1, 16)]}), where={sum_9: parts[9, T.Ramp(0, 1, 16)]}), where={sum_8: parts[8, T.Ramp(0, 1, 16)]}), where={sum_7: parts[7, T.Ramp(0, 1, 16)]}), where={sum_6: parts[6, T.Ramp(0, 1, 16)]}), where={sum_5: parts[5, T.Ramp(0, 1, 16)]}), where={sum_4: parts[4, T.Ramp(0, 1, 16)]}), where={sum_3: parts[3, T.Ramp(0, 1, 16)]}), where={sum_2: parts[2, T.Ramp(0, 1, 16)]}), where={sum_1: parts[1, T.Ramp(0, 1, 16)]}), where={sum_0: parts[0, T.Ramp(0, 1, 16)]})
 
     @T.prim_func(s_tir=True)
-    def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), probs: T.Buffer((16, 16, 128), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, scale: T.float32):
+    def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), probs: T.Buffer((16, 16, 128), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, score_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[batch_start + vs] - block_idx * 128, 128), 0)
+                context_len: T.let[T.int32] = context_lens[batch_start + vs]
+                valid_len: T.let[T.int32] = T.max(T.min(context_len - block_idx * 128, 128), 0)
                 with T.sblock("softmax_prepare"):
                     T.reads(scores[vs, 0:16, 0:128])
                     T.writes(probs[vs, 0:16, 0:128], tile_max[vs, 0:16], tile_sum[vs, 0:16])
@@ -421,7 +424,7 @@ class Module:
                                 vo, vi, vr = T.axis.remap("SSS", [to, ti, r])
                                 T.reads(scores[vs, vr, vo * 16 + vi])
                                 T.writes(scaled[vr, vo * 16 + vi])
-                                scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vs, vr, vo * 16 + vi] * scale, T.float32("-inf"))
+                                scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vs, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
                     for r in range(16):
                         for ax0_init in T.vectorized(16):
                             for ax2_init in range(1):
@@ -473,14 +476,14 @@ class Module:
                                 T.reads(scaled[vr, vt], tile_max[vs, vr])
                                 T.writes(probs[vs, vr, vt])
                                 arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vs, vr]
-                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0))))
+                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0)))
                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                 high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0)) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
                     for r in range(16):
                         for ax0_init in T.vectorized(16):
                             for ax2_init in range(1):

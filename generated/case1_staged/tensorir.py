@@ -47,16 +47,18 @@ class Module:
                             cache[T.Div(target, T.int64(128)), T.truncmod(target, T.int64(128)), head_begin + vh, vd] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def normalize(row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), batch_start: T.int32, num_seqs: T.int32, head_start: T.int32, num_rows: T.int32):
+    def normalize(context_lens: T.Buffer((batch,), "int32", align=4), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), batch_start: T.int32, num_seqs: T.int32, head_start: T.int32, num_rows: T.int32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
+                seq: T.let[T.int32] = batch_start + vs
+                places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 with T.sblock("normalize"):
                     T.reads(row_max[vs, 0:16], row_sum[vs, 0:16], acc[vs, 0:16, 0:128])
-                    T.writes(out[batch_start + vs, head_start:head_start + num_rows, 0:128], lse[batch_start + vs, head_start:head_start + num_rows])
+                    T.writes(out[seq, head_start:head_start + num_rows, 0:128], lse[seq, head_start:head_start + num_rows])
                     factor = T.sblock_alloc_buffer((16,))
                     for r in range(16):
                         with T.sblock("factor"):
@@ -70,14 +72,14 @@ class Module:
                             vr = T.axis.spatial(16, r)
                             vd = T.axis.spatial(128, d)
                             T.reads(acc[vs, vr, vd], factor[vr])
-                            T.writes(out[batch_start + vs, head_start + vr, vd])
-                            out[batch_start + vs, head_start + vr, vd] = T.Cast("float32", acc[vs, vr, vd] * factor[vr])
+                            T.writes(out[seq, head_start + vr, vd])
+                            out[seq, head_start + vr, vd] = T.Cast("float32", acc[vs, vr, vd] * factor[vr])
                     for r in range(num_rows):
                         with T.sblock("lse"):
                             vr = T.axis.spatial(16, r)
                             T.reads(row_sum[vs, vr], row_max[vs, vr])
-                            T.writes(lse[batch_start + vs, head_start + vr])
-                            lse[batch_start + vs, head_start + vr] = T.Select(row_sum[vs, vr] == T.float32(0.0), T.float32("-inf"), row_max[vs, vr] + T.log(row_sum[vs, vr]))
+                            T.writes(lse[seq, head_start + vr])
+                            lse[seq, head_start + vr] = T.Select(row_sum[vs, vr] == T.float32(0.0), T.float32("-inf"), row_max[vs, vr] + T.log(row_sum[vs, vr] * T.reinterpret("float32", places + 127 << 23)))
 
     @T.prim_func(s_tir=True)
     def online_update(tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), tile_acc: T.Buffer((16, 16, 128), "float32"), row_max: T.Buffer((16, 16), "float32"), row_sum: T.Buffer((16, 16), "float32"), acc: T.Buffer((16, 16, 128), "float32"), num_seqs: T.int32, block_idx: T.int32, num_steps: T.int32):
@@ -214,7 +216,7 @@ class Module:
                             tile_acc[vs, vr, vd] = tile_acc[vs, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32):
+    def qk_matmul(query: T.Buffer((batch, T.int64(16), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "bfloat16", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), k_block: T.int64, k_row: T.int64, k_head: T.int64, batch_start: T.int32, num_seqs: T.int32, kv_head: T.int32, head_start: T.int32, num_rows: T.int32, block_idx: T.int32, query_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -236,7 +238,7 @@ class Module:
                             vr, vd = T.axis.remap("SS", [r, d])
                             T.reads(query[seq, head_start + vr, vd])
                             T.writes(q_tile[0, vr, vd])
-                            q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]), T.float32(0.0))
+                            q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
                     T.writes(key_offsets[0:256])
@@ -271,14 +273,15 @@ class Module:
                             scores[vs, vr, vt] = scores[vs, vr, vt] + q_tile[vi, vr, vd] * T.Cast("float32", key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd)])
 
     @T.prim_func(s_tir=True)
-    def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), probs: T.Buffer((16, 16, 128), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, scale: T.float32):
+    def softmax_prepare(context_lens: T.Buffer((batch,), "int32", align=4), scores: T.Buffer((16, 16, 128), "float32"), probs: T.Buffer((16, 16, 128), "float32"), tile_max: T.Buffer((16, 16), "float32"), tile_sum: T.Buffer((16, 16), "float32"), batch_start: T.int32, num_seqs: T.int32, block_idx: T.int32, score_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[batch_start + vs] - block_idx * 128, 128), 0)
+                context_len: T.let[T.int32] = context_lens[batch_start + vs]
+                valid_len: T.let[T.int32] = T.max(T.min(context_len - block_idx * 128, 128), 0)
                 with T.sblock("softmax_prepare"):
                     T.reads(scores[vs, 0:16, 0:128])
                     T.writes(probs[vs, 0:16, 0:128], tile_max[vs, 0:16], tile_sum[vs, 0:16])
@@ -289,7 +292,7 @@ class Module:
                             vo, vi, vr = T.axis.remap("SSS", [to, ti, r])
                             T.reads(scores[vs, vr, vo * 16 + vi])
                             T.writes(scaled[vr, vo * 16 + vi])
-                            scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vs, vr, vo * 16 + vi] * scale, T.float32("-inf"))
+                            scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vs, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
                     for r, to, ti in T.grid(16, 8, 16):
                         with T.sblock("peak"):
                             vt = T.axis.reduce(128, to * 16 + ti)
@@ -312,14 +315,14 @@ class Module:
                             T.reads(scaled[vr, vt], tile_max[vs, vr])
                             T.writes(probs[vs, vr, vt])
                             arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vs, vr]
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                            n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0))))
+                            n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0)))
                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                             high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                            probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                            probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0)) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
                     for r, to, ti in T.grid(16, 8, 16):
                         with T.sblock("tile_sum"):
                             vt = T.axis.reduce(128, to * 16 + ti)

@@ -12,11 +12,13 @@
 
 #include <dlfcn.h>
 #include <pthread.h>
+#include <sys/mman.h>
 #include <tvm/ffi/c_api.h>
 #include <tvm/ffi/extra/c_env_api.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdint>
@@ -45,6 +47,7 @@ constexpr int kArch = 90;  // compute capability, times ten, of the machine code
 
 constexpr DLDeviceType kDevice = kDLCUDA;
 constexpr char kDeviceName[] = "CUDA";
+constexpr bool kConvertsIndices = false;  // those of a GPU are read as they are
 constexpr DLDataType kDType = {kDLBfloat, 16, 1};
 constexpr DLDataType kOutDType = {kDLBfloat, 16, 1};
 constexpr DLDataType kInt32 = {kDLInt, 32, 1};
@@ -89,13 +92,13 @@ class Inputs {
     if (args_[i].type_index == kTVMFFITensor) return args_[i].v_obj;
     Raise("TypeError", "expected argument %d to be a tvm-ffi Tensor", i);
   }
-  int64_t Int(int i) const {
+  int64_t Int(int i, const char* name) const {
     if (args_[i].type_index == kTVMFFIInt) return args_[i].v_int64;
-    Raise("TypeError", "expected argument %d to be an integer", i);
+    Raise("TypeError", "%s: expected an integer of 64 bits, got tvm-ffi type index %d", name, args_[i].type_index);
   }
-  double Float(int i) const {
+  double Float(int i, const char* name) const {
     if (args_[i].type_index == kTVMFFIFloat) return args_[i].v_float64;
-    return static_cast<double>(Int(i));
+    return static_cast<double>(Int(i, name));
   }
 
  private:
@@ -189,19 +192,39 @@ Text ListText(const int64_t* values, int count, const char* any = nullptr) {
 }
 
 Text DTypeText(DLDataType dtype) {
-  static const char* const kKinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  // By DLPack's codes. From the eighth on the name says how many bits there are.
+  static const char* const kNames[] = {
+      "int", "uint", "float", "handle", "bfloat", "complex", "bool", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz",
+      "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float6_e2m3fn",
+      "float6_e3m2fn", "float4_e2m1fn"};
   Text text;
-  if (dtype.code < 7) {
-    text.Add("%s%d", kKinds[dtype.code], dtype.bits);
+  if (dtype.code >= sizeof kNames / sizeof *kNames) {
+    text.Add("an unknown type of %d bits (DLPack code %d)", dtype.bits, dtype.code);
+  } else if (dtype.code >= kDLBool) {
+    text.Add("%s", kNames[dtype.code]);
   } else {
-    text.Add("code%d_%d", dtype.code, dtype.bits);
+    text.Add("%s%d", kNames[dtype.code], dtype.bits);
   }
   return dtype.lanes == 1 ? text : text.Add("x%d", dtype.lanes);
 }
 
 bool Same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-// Check dtype, device, rank and shape (-1: any extent, by this name), the stride of the last axis, and alignment.
+// Whether there can be memory where an array begins. One whose memory has been given back, or that never had any, begins
+// at 0, and a view of it where its offset ends.
+bool HasMemory(const Array& array) {
+  constexpr uintptr_t kFirst = 1 << 16;  // the system maps nothing before
+  const auto address = reinterpret_cast<uintptr_t>(array.tensor.data);
+  if (address < kFirst) return false;
+  // Offsets end below this. A CPU's program that is position independent has nothing there, of others the system knows.
+  constexpr uintptr_t kOffsets = uintptr_t{1} << 40, kPage = 4096;
+  if (address >= kOffsets || kDevice != kDLCPU) return true;
+  unsigned char resident;
+  return mincore(reinterpret_cast<void*>(address & -kPage), 1, &resident) == 0 || errno != ENOMEM;
+}
+
+// Check dtype, device, rank and shape (-1: any extent, by this name), that there is memory, the stride of the last axis, and
+// alignment.
 Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype, DLDataType dtype,
                  std::initializer_list<int64_t> expected, const char* any = nullptr) {
   const int ndim = given.ndim;
@@ -234,6 +257,9 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype
     array.strides[ndim - 1] = 1;
     return array;
   }
+  if (!HasMemory(array)) {
+    Raise("ValueError", "%s: expected an array with memory, got one without: its address is %p", name, array.tensor.data);
+  }
   if (array.strides[ndim - 1] != 1) {
     Raise("ValueError", "%s: expected a contiguous last axis (stride 1), got stride %" PRId64, name,
           array.strides[ndim - 1]);
@@ -247,7 +273,9 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype
   return array;
 }
 
-// The bytes that an array spans, lowest and one past the highest.
+// ---------------------------------------------------------------- overlaps
+
+// The bytes that an array spans, lowest and one past the highest. Some of them may belong to no element.
 struct Span {
   intptr_t low, high;
 
@@ -262,51 +290,96 @@ struct Span {
   }
 };
 
-void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
-  const Span span(written), theirs(other);
-  if (std::max(span.low, theirs.low) < std::min(span.high, theirs.high)) {
-    Raise("ValueError",
-          "%s: expected memory apart from %s's bytes [%" PRIdPTR ", %" PRIdPTR "), got bytes [0, %" PRIdPTR ")", name,
-          other_name, theirs.low - span.low, theirs.high - span.low, span.high - span.low);
-  }
-}
-
 struct Axis {
   int64_t stride, extent;  // stride: its absolute value
 };
 
-// Up to five axes in the order of their strides.
-class Axes {
+// Sums of strides, each taken from 0 times up to its axis' extent - 1.
+class Sums {
  public:
+  // One more axis. Two of one stride are one axis, of as many steps as both.
   void Add(int64_t stride, int64_t extent) {
     const Axis axis{std::abs(stride), extent};
+    if (axis.stride == 0 || axis.extent == 1) return;
+    for (int i = 0; i < count_; ++i) {
+      if (axes_[i].stride == axis.stride) return void(axes_[i].extent += axis.extent - 1);
+    }
     int at = count_++;
-    for (; at > 0 && axes_[at - 1].stride > axis.stride; --at) axes_[at] = axes_[at - 1];
+    for (; at > 0 && axes_[at - 1].stride < axis.stride; --at) axes_[at] = axes_[at - 1];
     axes_[at] = axis;
   }
-  // Whether things of a size, repeated along the axes, have each a place of its own: each axis must step over all that
-  // the axes before it reach.
-  bool AreDistinct(int64_t reach) const {
-    for (int i = 0; i < count_; ++i) {
-      if (axes_[i].extent > 1 && axes_[i].stride < reach) return false;
-      reach += axes_[i].stride * (axes_[i].extent - 1);
-    }
-    return true;
+  // Whether one of the sums lies in [first, last]. Where strides are nested, as those of views into one buffer are, this
+  // takes a few steps. In general it is a hard problem: after some hundred steps the answer is yes.
+  bool Meet(int64_t first, int64_t last) const {
+    int steps = 1000;
+    return Meet(0, first, last, &steps);
   }
 
  private:
-  Axis axes_[5];
+  // The same for the axes from `at` on, which are in the order of their strides, the largest first.
+  bool Meet(int at, int64_t first, int64_t last, int* steps) const {
+    if (first <= 0 && 0 <= last) return true;
+    if (at == count_ || last < 0) return false;
+    int64_t rest = 0;  // what the axes after this one reach
+    for (int i = at + 1; i < count_; ++i) rest += axes_[i].stride * (axes_[i].extent - 1);
+    const Axis axis = axes_[at];
+    int64_t times = std::max<int64_t>(0, (first - rest + axis.stride - 1) / axis.stride);
+    for (; times < axis.extent && times * axis.stride <= last; ++times) {
+      const int64_t taken = times * axis.stride;
+      if (--*steps < 0 || Meet(at + 1, first - taken, last - taken, steps)) return true;
+    }
+    return false;
+  }
+
+  Axis axes_[8];
   int count_ = 0;
 };
 
-// Each element of a written array must have a place of its own.
+// Whether two arrays have a byte in common. Their rows along the last axis, which is contiguous, are taken whole: one of the
+// first array's begins at its lowest plus a sum of its strides, one of the second's at its highest minus such a sum.
+bool Overlap(const Array& a, const Array& b) {
+  const Span span_a(a), span_b(b);
+  if (std::max(span_a.low, span_b.low) >= std::min(span_a.high, span_b.high)) return false;
+  Sums sums;
+  intptr_t row_bytes[2];
+  int which = 0;
+  for (const Array* array : {&a, &b}) {
+    const intptr_t itemsize = array->tensor.dtype.bits / 8;
+    const int last = array->tensor.ndim - 1;
+    for (int i = 0; i < last; ++i) sums.Add(array->strides[i] * itemsize, array->shape[i]);
+    row_bytes[which++] = array->shape[last] * itemsize;
+  }
+  const intptr_t apart = span_b.high - row_bytes[1] - span_a.low;  // from a's lowest row to b's highest
+  return sums.Meet(apart - row_bytes[0] + 1, apart + row_bytes[1] - 1);
+}
+
+void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
+  if (!Overlap(written, other)) return;
+  const Span span(written), theirs(other);
+  Raise("ValueError",
+        "%s: expected memory apart from %s's bytes [%" PRIdPTR ", %" PRIdPTR "), got bytes [0, %" PRIdPTR ")", name,
+        other_name, theirs.low - span.low, theirs.high - span.low, span.high - span.low);
+}
+
+// Each element of a written array must have a place of its own: each axis must step over all that those of smaller strides
+// reach.
 void CheckDistinctElements(const char* name, const Array& array) {
   if (array.empty()) return;
-  Axes axes;
-  for (int i = 0; i < array.tensor.ndim; ++i) axes.Add(array.strides[i], array.shape[i]);
-  if (!axes.AreDistinct(1)) {
-    Raise("ValueError", "%s: expected elements that do not overlap, got shape %s with strides %s", name,
-          ListText(array.shape, array.tensor.ndim).c_str(), ListText(array.strides, array.tensor.ndim).c_str());
+  Axis axes[4];  // in the order of their strides
+  const int ndim = array.tensor.ndim;
+  for (int i = 0; i < ndim; ++i) {
+    const Axis axis{std::abs(array.strides[i]), array.shape[i]};
+    int at = i;
+    for (; at > 0 && axes[at - 1].stride > axis.stride; --at) axes[at] = axes[at - 1];
+    axes[at] = axis;
+  }
+  int64_t reach = 1;
+  for (int i = 0; i < ndim; ++i) {
+    if (axes[i].extent > 1 && axes[i].stride < reach) {
+      Raise("ValueError", "%s: expected elements that do not overlap, got shape %s with strides %s", name,
+            ListText(array.shape, ndim).c_str(), ListText(array.strides, ndim).c_str());
+    }
+    reach += axes[i].stride * (axes[i].extent - 1);
   }
 }
 
@@ -355,11 +428,26 @@ Check CheckCheck(int64_t value) {
 
 // ---------------------------------------------------------------- arguments
 
+// The scale of scores in two factors, so that products of queries with keys are about as large as the scores that come of
+// them. query is a power of two up to 1, by which queries are multiplied, exactly, when they are loaded. scores is the rest:
+// from 1 to 2, more where the scale itself is, less where it is below the normal numbers of float32.
+struct Scale {
+  float query, scores;
+};
+
+Scale SplitScale(double scale) {
+  constexpr double kSmallest = std::numeric_limits<float>::min();
+  double power = scale == 0 ? 0 : 1;
+  while (power > std::max(std::abs(scale), kSmallest)) power /= 2;
+  return {static_cast<float>(power), scale == 0 ? 0 : static_cast<float>(scale / power)};
+}
+
 struct Arguments {
   Array query;
   Cache key_cache, value_cache;
   Array block_table, context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
   int64_t batch, num_blocks;
+  Scale scale;
 };
 
 // Tokens that a row of block_table can name, and the kernels can count.
@@ -378,20 +466,41 @@ int64_t Capacity(const Array& block_table) { return std::min(block_table.shape[1
         num_blocks, block, seq, position, where);
 }
 
-void CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
-  if (context_len < 0 || context_len > capacity) RaiseContextLen(seq, context_len, capacity);
+// An entry of an array of int32 or int64.
+int64_t IndexAt(const Array& array, int64_t at) {
+  const void* const data = array.tensor.data;
+  return array.tensor.dtype.bits == 32 ? static_cast<const int32_t*>(data)[at] : static_cast<const int64_t*>(data)[at];
 }
 
-// Lengths within the block table, and every used block id within the cache. Unused entries are not looked at.
-void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks) {
-  const int64_t capacity = Capacity(block_table);
-  const auto* lens = static_cast<const int32_t*>(context_lens.tensor.data);
+int32_t CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
+  if (context_len < 0 || context_len > capacity) RaiseContextLen(seq, context_len, capacity);
+  return static_cast<int32_t>(context_len);
+}
+
+// Check the used block ids of a sequence. int64 ones go to `to`.
+template <typename Index>
+void CheckBlockIds(int64_t seq, const Index* row, int64_t used, int64_t num_blocks, int32_t* to) {
+  for (int64_t i = 0; i < used; ++i) {
+    if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
+    if (sizeof(Index) != sizeof(int32_t)) to[i] = static_cast<int32_t>(row[i]);
+  }
+}
+
+// Lengths within the block table, and every used block id within the cache. Unused entries are not looked at. Those that are
+// int64 are read once: what has been checked goes to lens_to and, row by row, to table_to.
+void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks, int32_t* lens_to = nullptr,
+                  int32_t* table_to = nullptr) {
+  const int64_t capacity = Capacity(block_table), width = block_table.shape[1];
+  const int64_t num_ids = std::min(num_blocks, int64_t{1} << 31);  // block ids of 32 bits
   for (int64_t seq = 0; seq < context_lens.shape[0]; ++seq) {
-    CheckContextLen(seq, lens[seq], capacity);
-    const auto* row = static_cast<const int32_t*>(block_table.tensor.data) + seq * block_table.strides[0];
-    const int64_t used = (lens[seq] + kBlockSize - 1) / kBlockSize;
-    for (int64_t i = 0; i < used; ++i) {
-      if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
+    const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
+    if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
+    const int64_t used = (context_len + kBlockSize - 1) / kBlockSize, start = seq * block_table.strides[0];
+    if (block_table.tensor.dtype.bits == 32) {
+      CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, used, num_ids, nullptr);
+    } else {
+      const auto* row = static_cast<const int64_t*>(block_table.tensor.data) + start;
+      CheckBlockIds(seq, row, used, num_ids, table_to + seq * width);
     }
   }
 }
@@ -419,6 +528,16 @@ struct ArgumentCheck {
     const bool is_bfloat16 = as_uint16 >> index & 1 && Same(given.dtype, {kDLUInt, 16, 1});
     return CheckArray(name, given, is_bfloat16 ? DLDataType{kDLBfloat, 16, 1} : given.dtype, dtype, shape, any);
   }
+  // An array of indices, int32 or int64 where those that kernels do not read are converted, otherwise of dtype.
+  Array Indices(int index, const char* name, DLDataType dtype, std::initializer_list<int64_t> shape,
+                const char* any = nullptr) const {
+    const DLDataType given = in.Tensor(index, name).dtype;
+    if (!kConvertsIndices) return (*this)(index, name, dtype, shape, any);
+    if (!Same(given, kInt32) && !Same(given, kInt64)) {
+      Raise("TypeError", "%s: expected dtype int32 or int64, got %s", name, DTypeText(given).c_str());
+    }
+    return (*this)(index, name, given, shape, any);
+  }
 };
 
 // key_cache and value_cache, which are arguments number key_index and value_index of a call.
@@ -431,6 +550,17 @@ void CheckCaches(const ArgumentCheck& check, int key_index, int value_index, Arr
   }
 }
 
+// out, argument number 5 of decode. Where its heads are given side by side, in rows of num_heads * head_dim, this is a view
+// that tells them apart.
+Array CheckOut(const ArgumentCheck& check, int64_t batch) {
+  if (check.in.Tensor(5, "out").ndim != 2) return check(5, "out", kOutDType, {batch, kNumHeads, kHeadDim});
+  Array out = check(5, "out", kOutDType, {batch, kNumHeads * kHeadDim});
+  out.tensor.ndim = 3;
+  out.shape[1] = kNumHeads, out.strides[1] = kHeadDim;
+  out.shape[2] = kHeadDim, out.strides[2] = 1;
+  return out;
+}
+
 // All but the indices, which may not be for this CPU to read.
 Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
   const ArgumentCheck check{in, as_uint16};
@@ -440,14 +570,15 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
   Array key_cache, value_cache;
   CheckCaches(check, 1, 2, &key_cache, &value_cache);
   args.num_blocks = key_cache.shape[0];
-  args.block_table = check(3, "block_table", kInt32, {args.batch, -1}, "max_blocks");
-  args.context_lens = check(4, "context_lens", kInt32, {args.batch});
-  args.out = check(5, "out", kOutDType, {args.batch, kNumHeads, kHeadDim});
+  args.block_table = check.Indices(3, "block_table", kInt32, {args.batch, -1}, "max_blocks");
+  args.context_lens = check.Indices(4, "context_lens", kInt32, {args.batch});
+  args.out = CheckOut(check, args.batch);
   const bool has_lse = !in.IsNone(6);
   if (has_lse) args.lse = check(6, "lse", kFloat32, {args.batch, kNumHeads});
   if (!(std::abs(static_cast<float>(scale)) <= std::numeric_limits<float>::max())) {
     Raise("ValueError", "scale: expected a finite float32, got %g", scale);
   }
+  args.scale = SplitScale(scale);
   const Named inputs[] = { {"query", &args.query}, {"key_cache", &key_cache}, {"value_cache", &value_cache},
                            {"block_table", &args.block_table}, {"context_lens", &args.context_lens} };
   CheckDistinctElements("out", args.out);
@@ -464,30 +595,36 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
 
 // ---------------------------------------------------------------- arguments of append_kv
 
+// How two caches share memory, in units of so many slots: unit u of value_cache is unit u + distance of key_cache.
+struct Sharing {
+  int64_t unit = 0;  // 0: they share none
+  int64_t distance = 0;
+};
+
 struct AppendArguments {
   Array key, value, key_cache, value_cache, slot_mapping;
+  Sharing sharing;
 
   int64_t num_slots() const { return key_cache.shape[0] * kBlockSize; }
 };
 
-// Key and value caches may share one buffer, so that their spans overlap and no element does: a block of the one beside
-// a block of the other, or a row beside a row. Then the axes that they have in common and the step from the one to the
-// other must lie around what is left of each as the axes of one array do.
-void CheckCachesApart(const Array& key_cache, const Array& value_cache) {
-  const intptr_t itemsize = kDType.bits / 8;
-  Array key_part = key_cache, value_part = value_cache;
-  Axes axes;
-  for (int i = 0; i < 4; ++i) {
-    if (key_cache.shape[i] == value_cache.shape[i] && key_cache.strides[i] == value_cache.strides[i]) {
-      axes.Add(key_cache.strides[i] * itemsize, key_cache.shape[i]);
-      key_part.shape[i] = value_part.shape[i] = 1;
-    }
-  }
-  const auto [key_low, key_high] = Span(key_part);
-  const auto [value_low, value_high] = Span(value_part);
-  axes.Add(value_low - key_low, 2);
-  const bool interleaved = axes.AreDistinct(std::max(key_high - key_low, value_high - value_low));
-  if (!interleaved) CheckNoOverlap("value_cache", value_cache, "key_cache", key_cache);
+// Key and value caches may be views of one buffer in which a block, or a slot, of the one lies beside that of the other. And
+// they may be views of the same blocks, some of which hold keys and others values. Then whether two slots meet is for
+// CheckSlotsApart to see; that is, where all blocks have the same size and distances, and the blocks of the one cache begin
+// where those of the other do: otherwise too much would have to be compared, and they are refused.
+Sharing CheckCachesApart(const Array& key_cache, const Array& value_cache) {
+  if (!Overlap(key_cache, value_cache)) return {};
+  const int64_t stride = key_cache.strides[0] * (kDType.bits / 8);
+  Array key_block = key_cache, value_block = value_cache;
+  key_block.shape[0] = value_block.shape[0] = 1;
+  const Span key(key_block), value(value_block);
+  const intptr_t step = value.low - key.low;
+  const bool same_blocks = stride != 0 && value_cache.strides[0] == key_cache.strides[0] && step != 0 &&
+                           step % stride == 0 && key.high - key.low <= std::abs(stride) &&
+                           value.high - value.low == key.high - key.low;
+  if (!same_blocks) CheckNoOverlap("value_cache", value_cache, "key_cache", key_cache);
+  const bool same_slots = std::equal(key_cache.strides + 1, key_cache.strides + 4, value_cache.strides + 1);
+  return same_slots ? Sharing{1, step / stride * kBlockSize} : Sharing{kBlockSize, step / stride};
 }
 
 [[noreturn]] void RaiseSlot(int64_t token, int64_t slot, int64_t num_slots, const char* where = "") {
@@ -495,11 +632,31 @@ void CheckCachesApart(const Array& key_cache, const Array& value_cache) {
         num_slots, slot, token, where);
 }
 
-// Every slot is -1 or within the caches.
-void CheckSlots(const Array& slot_mapping, int64_t num_slots) {
-  const auto* slots = static_cast<const int64_t*>(slot_mapping.tensor.data);
+// Every slot is -1 or within the caches. They go to `to`, where that is not nullptr.
+void CheckSlots(const Array& slot_mapping, int64_t num_slots, int64_t* to = nullptr) {
   for (int64_t token = 0; token < slot_mapping.shape[0]; ++token) {
-    if (slots[token] < -1 || slots[token] >= num_slots) RaiseSlot(token, slots[token], num_slots);
+    const int64_t slot = IndexAt(slot_mapping, token);
+    if (slot < -1 || slot >= num_slots) RaiseSlot(token, slot, num_slots);
+    if (to != nullptr) to[token] = slot;
+  }
+}
+
+// No slot of value_cache is in the place of one of key_cache, of those that a call writes, which are sorted here.
+void CheckSlotsApart(int64_t* slots, int64_t count, const Sharing& sharing) {
+  std::qsort(slots, count, sizeof *slots, [](const void* a, const void* b) {
+    const int64_t one = *static_cast<const int64_t*>(a), other = *static_cast<const int64_t*>(b);
+    return static_cast<int>(one > other) - static_cast<int>(one < other);
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = (slots[i] / sharing.unit + sharing.distance) * sharing.unit;
+    if (slots[i] < 0 || first < 0) continue;
+    const int64_t* const met = std::lower_bound(slots, slots + count, first);
+    if (met != slots + count && *met < first + sharing.unit) {
+      Raise("ValueError",
+            "value_cache: expected memory apart from key_cache's in all slots that are written, got slot %" PRId64
+            " in the %s of key_cache's slot %" PRId64,
+            slots[i], sharing.unit == 1 ? "place" : "block", *met);
+    }
   }
 }
 
@@ -511,10 +668,10 @@ AppendArguments CheckAppendArguments(const Inputs& in, int64_t as_uint16) {
   const int64_t num_tokens = args.key.shape[0];
   args.value = check(1, "value", kDType, {num_tokens, kNumKVHeads, kHeadDim});
   CheckCaches(check, 2, 3, &args.key_cache, &args.value_cache);
-  args.slot_mapping = check(4, "slot_mapping", kInt64, {num_tokens});
+  args.slot_mapping = check.Indices(4, "slot_mapping", kInt64, {num_tokens});
   CheckDistinctElements("key_cache", args.key_cache);
   CheckDistinctElements("value_cache", args.value_cache);
-  CheckCachesApart(args.key_cache, args.value_cache);
+  args.sharing = CheckCachesApart(args.key_cache, args.value_cache);
   const Named caches[] = { {"key_cache", &args.key_cache}, {"value_cache", &args.value_cache} };
   const Named inputs[] = { {"key", &args.key}, {"value", &args.value}, {"slot_mapping", &args.slot_mapping} };
   for (const Named& cache : caches) {
@@ -931,7 +1088,7 @@ void CheckNotCapturing(const Call& call, const char* choices) {
 // Fused: where a kernel checks the indices, that kernel, then decode, whose work items leave partial results of the sequences
 // that they share, and the merge of those. All launches are the same whatever the lengths are, so that a graph can hold
 // them.
-void LaunchDecode(const Call& call, const Arguments& args, float factor, Check check, const Array*) {
+void LaunchDecode(const Call& call, const Arguments& args, Check check, const Array*) {
   const int64_t num_items = args.batch + call.device.extra_items;
   const int64_t row_bytes = num_items * kNumHeads * int64_t{sizeof(float)};
   const bool has_lse = args.lse.tensor.data != nullptr;
@@ -959,8 +1116,9 @@ void LaunchDecode(const Call& call, const Arguments& args, float factor, Check c
   int64_t q_batch = args.query.strides[0];
   int64_t q_head = args.query.strides[1];
   CUdeviceptr query = Address(args.query);
+  float query_scale = args.scale.query;
   CUdeviceptr report = call.report;
-  float scale = factor;
+  float score_scale = args.scale.scores;
   CUdeviceptr status = check == kCheckDevice ? workspace.Take(sizeof(int32_t)) : call.device.zero;
   int64_t table_seq = args.block_table.strides[0];
   int64_t v_block = args.value_cache.block_stride;
@@ -978,7 +1136,7 @@ void LaunchDecode(const Call& call, const Arguments& args, float factor, Check c
   {
     void* values[] = {&block_table, &context_lens, &key_cache, &lse, &out, &partial_acc, &partial_max, &partial_sum,
                       &query, &status, &value_cache, &batch, &items, &k_block, &k_head, &k_row, &lse_batch, &out_batch,
-                      &out_head, &q_batch, &q_head, &scale, &table_seq, &v_block, &v_head, &v_row};
+                      &out_head, &q_batch, &q_head, &query_scale, &score_scale, &table_seq, &v_block, &v_head, &v_row};
     call.Launch(kCudaDecode, int64_t{items * 8}, values);
   }
   {
@@ -993,9 +1151,8 @@ void LaunchDecode(const Call& call, const Arguments& args, float factor, Check c
 // one query token per sequence, on the caller's stream. Everything but the indices is checked before anything is launched,
 // and they too with check "host". Bit i of as_uint16 says that argument i holds bfloat16 and is declared uint16.
 void Decode(const Inputs& in) {
-  const double scale = in.Float(7);
-  const Check check = CheckCheck(in.Int(8));
-  const Arguments args = CheckArguments(in, scale, in.Int(9));
+  const Check check = CheckCheck(in.Int(8, "check"));
+  const Arguments args = CheckArguments(in, in.Float(7, "scale"), in.Int(9, "as_uint16"));
   const bool has_lse = args.lse.tensor.data != nullptr;
   const int id = CheckSameDevice({
       {"query", &args.query},
@@ -1017,9 +1174,9 @@ void Decode(const Inputs& in) {
     const HostCopy block_table(call, args.block_table), context_lens(call, args.context_lens);
     PA_DRIVER(cuStreamSynchronize, call.stream);
     CheckIndices(block_table.array, context_lens.array, args.num_blocks);
-    LaunchDecode(call, args, static_cast<float>(scale), check, &context_lens.array);
+    LaunchDecode(call, args, check, &context_lens.array);
   } else {
-    LaunchDecode(call, args, static_cast<float>(scale), check, nullptr);
+    LaunchDecode(call, args, check, nullptr);
   }
 }
 
@@ -1067,8 +1224,8 @@ void LaunchAppend(const Call& call, const AppendArguments& args, const Cache& al
 // their slots, on the caller's stream. Of two tokens with the same slot the later stays. What is checked when is as in
 // decode.
 void AppendKV(const Inputs& in) {
-  const Check check = CheckCheck(in.Int(5));
-  const AppendArguments args = CheckAppendArguments(in, in.Int(6));
+  const Check check = CheckCheck(in.Int(5, "check"));
+  const AppendArguments args = CheckAppendArguments(in, in.Int(6, "as_uint16"));
   const Cache all_keys = AsCache("key_cache", args.key_cache), all_values = AsCache("value_cache", args.value_cache);
   CheckAligned("key", args.key, 16);
   CheckAligned("value", args.value, 16);
@@ -1080,6 +1237,10 @@ void AppendKV(const Inputs& in) {
       {"slot_mapping", &args.slot_mapping},
   });
   CheckCount("key", "a number of tokens", args.key.shape[0], kMaxTokens);
+  if (args.sharing.unit != 0 && check == kCheckDevice) {
+    Raise("ValueError", "value_cache: expected memory apart from key_cache's, got blocks that they share: which of their slots "
+          "are written, check 'host' looks at, and 'device' does not");
+  }
   Device& device = DeviceOf(id);
   RaiseReported(device);
   if (args.key.shape[0] == 0) return;
@@ -1089,6 +1250,9 @@ void AppendKV(const Inputs& in) {
     const HostCopy slot_mapping(call, args.slot_mapping);
     PA_DRIVER(cuStreamSynchronize, call.stream);
     CheckSlots(slot_mapping.array, args.num_slots());
+    if (args.sharing.unit != 0) {
+      CheckSlotsApart(static_cast<int64_t*>(slot_mapping.array.tensor.data), args.key.shape[0], args.sharing);
+    }
   }
   if (check == kCheckDevice) {
     Workspace workspace(call, Workspace::Aligned(sizeof(int32_t)));

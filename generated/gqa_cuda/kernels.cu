@@ -148,12 +148,8 @@ __forceinline__ __device__ void tvm_builtin_ptx_st_release_sys_global_b64_s64(co
 __forceinline__ __device__ void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_trans_shared_b16(uint32_t& __r0, uint32_t& __r1, uint32_t& __r2, uint32_t& __r3, uint32_t __p) {
   asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];" : "=r"(__r0), "=r"(__r1), "=r"(__r2), "=r"(__r3) : "r"(__p) : "memory");
 }
-__forceinline__ __device__ void tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& __d, uint32_t __a) {
-  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(__d) : "r"(__a));
-}
-
-__forceinline__ __device__ unsigned int tvm_builtin_reduce_add_sync_u32(unsigned int mask, unsigned int value) {
-    return __reduce_add_sync(mask, value);
+__forceinline__ __device__ void tvm_builtin_ptx_ex2_approx_ftz_f32(float& __d, float __value) {
+  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(__d) : "f"(__value));
 }
 
 __forceinline__ __device__ int tvm_builtin_cuda_any_sync(unsigned mask, int pred) {
@@ -174,8 +170,22 @@ __forceinline__ __device__ int tvm_builtin_ffs_u32(unsigned int value) {
 __forceinline__ __device__ void tvm_builtin_ptx_ld_global_nc_b32(uint32_t& __d, const void* __addr) {
   asm volatile("ld.global.nc.b32 %0, [%1];" : "=r"(__d) : "l"(__addr) : "memory");
 }
+__forceinline__ __device__ void tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(uint32_t& __d, uint32_t __a) {
+  asm volatile("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(__d) : "r"(__a));
+}
+
+__forceinline__ __device__ unsigned int tvm_builtin_reduce_add_sync_u32(unsigned int mask, unsigned int value) {
+    return __reduce_add_sync(mask, value);
+}
+
+__forceinline__ __device__ float tvm_builtin_uint_as_float(unsigned int bits) {
+    return __uint_as_float(bits);
+}
 __forceinline__ __device__ void tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(uint32_t __dst_mem, const void* __src_mem, uint32_t __src_size) {
   asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;" :  : "r"(__dst_mem), "l"(__src_mem), "r"(__src_size) : "memory");
+}
+__forceinline__ __device__ void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& __d, float __a, float __b) {
+  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(__d) : "f"(__a), "f"(__b));
 }
 __forceinline__ __device__ void tvm_builtin_ptx_cp_async_commit_group_async_commit_group() {
   asm volatile("cp.async.commit_group;" :  : );
@@ -202,25 +212,19 @@ __forceinline__ __device__ void tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_sh
 __forceinline__ __device__ void tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(float& __d0, float& __d1, float& __d2, float& __d3, uint32_t __a0, uint32_t __a1, uint32_t __a2, uint32_t __a3, uint32_t __b0, uint32_t __b1, float __c0, float __c1, float __c2, float __c3) {
   asm volatile("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" : "=f"(__d0), "=f"(__d1), "=f"(__d2), "=f"(__d3) : "r"(__a0), "r"(__a1), "r"(__a2), "r"(__a3), "r"(__b0), "r"(__b1), "f"(__c0), "f"(__c1), "f"(__c2), "f"(__c3));
 }
-__forceinline__ __device__ void tvm_builtin_ptx_ex2_approx_ftz_f32(float& __d, float __value) {
-  asm volatile("ex2.approx.ftz.f32 %0, %1;" : "=f"(__d) : "f"(__value));
-}
-__forceinline__ __device__ void tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(uint32_t& __d, float __a, float __b) {
-  asm volatile("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(__d) : "f"(__a), "f"(__b));
-}
-extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row);
+extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row);
 extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, int64_t* __restrict__ report_ptr, int* __restrict__ status_ptr, int batch, int items, int64_t lse_batch, int max_blocks, int64_t num_blocks, int64_t out_batch, int64_t out_head, int64_t table_seq);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, int* __restrict__ status_ptr, int batch, int max_blocks, int64_t num_blocks, int64_t table_seq);
 extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* __restrict__ key_ptr, ushort* __restrict__ key_cache_ptr, int64_t* __restrict__ report_ptr, int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, ushort* __restrict__ value_ptr, ushort* __restrict__ value_cache_ptr, int64_t k_block, int64_t k_head, int64_t k_row, int64_t key_head, int64_t key_token, int64_t num_blocks, int num_tokens, int64_t v_block, int64_t v_head, int64_t v_row, int64_t value_head, int64_t value_token);
 extern "C" __global__ void __launch_bounds__(128) cuda_check_slots_kernel(int64_t* __restrict__ slot_mapping_ptr, int* __restrict__ status_ptr, int64_t num_blocks, int num_tokens);
-extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row) {
+extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __restrict__ block_table_ptr, int* __restrict__ context_lens_ptr, nv_bfloat16* __restrict__ key_cache_ptr, float* __restrict__ lse_ptr, nv_bfloat16* __restrict__ out_ptr, float* __restrict__ partial_acc_ptr, float* __restrict__ partial_max_ptr, float* __restrict__ partial_sum_ptr, nv_bfloat16* __restrict__ query_ptr, int* __restrict__ status_ptr, nv_bfloat16* __restrict__ value_cache_ptr, int batch, int items, int64_t k_block, int64_t k_head, int64_t k_row, int64_t lse_batch, int64_t out_batch, int64_t out_head, int64_t q_batch, int64_t q_head, float query_scale, float score_scale, int64_t table_seq, int64_t v_block, int64_t v_head, int64_t v_row) {
   int warp_id_in_cta = __shfl_sync((uint)4294967295, (((int)threadIdx.x) >> 5), 0, 32);
   int cta = ((int)blockIdx.x);
   int warp_id = warp_id_in_cta;
   int cse_v1 = (((int)threadIdx.x) & 31);
   int lane_id = (((int)threadIdx.x) & 31);
   extern __shared__ __align__(128) uint ring_ptr[];
-  alignas(64) int found_ptr[4];
+  alignas(64) int found_ptr[5];
   alignas(64) int block_ptr[1];
   alignas(64) uint q_ptr[16];
   alignas(64) float row_max_ptr[2];
@@ -287,7 +291,8 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
       int length = (((owned_steps + owned) - 1) / owned);
       found_ptr[0] = (first_ptr[0] + owner);
       found_ptr[1] = ((number * (((owned_steps + owned) - 1) / owned)) * 64);
-      found_ptr[2] = min(context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)owner))], (((number + 1) * (((owned_steps + owned) - 1) / owned)) * 64));
+      found_ptr[4] = context_lens_ptr[(((int64_t)first_ptr[0]) + ((int64_t)owner))];
+      found_ptr[2] = min(found_ptr[4], (((number + 1) * (((owned_steps + owned) - 1) / owned)) * 64));
       found_ptr[3] = owned;
     }
     before_ptr[0] = (before_ptr[0] + __shfl_sync((uint)4294967295, end_ptr[0], 31, 32));
@@ -300,6 +305,9 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     rows_ptr[0] = (4 - max(first_row_ptr[0], 0));
     alignas(64) int end_ptr_1[1];
     end_ptr_1[0] = found_ptr[2];
+    alignas(64) int places_ptr[1];
+      float v_ = (float)(found_ptr[4] - 1);
+    places_ptr[0] = max((((*(int *)(&(v_))) >> 23) - 125), 0);
     alignas(64) int own_ptr[1];
     own_ptr[0] = ((warp_ptr[0] * 16) + found_ptr[1]);
     alignas(64) int num_tiles_ptr[1];
@@ -340,6 +348,54 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
       tvm_builtin_ptx_ld_global_nc_b32(q_ptr[14], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)112)])));
       tvm_builtin_ptx_ld_global_nc_b32(q_ptr[15], (&(query_ptr[((((((((int64_t)lane_ptr[0]) % (int64_t)4) * (int64_t)2) + (seq_ptr[0] * q_batch)) + (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) * q_head)) + (((int64_t)head) * q_head)) + (int64_t)120)])));
     }
+    alignas(64) uint word_ptr[1];
+    word_ptr[0] = q_ptr[0];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[0], (tvm_builtin_uint_as_float((word_ptr[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_1[1];
+    word_ptr_1[0] = q_ptr[1];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[1], (tvm_builtin_uint_as_float((word_ptr_1[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_1[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_2[1];
+    word_ptr_2[0] = q_ptr[2];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[2], (tvm_builtin_uint_as_float((word_ptr_2[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_2[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_3[1];
+    word_ptr_3[0] = q_ptr[3];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[3], (tvm_builtin_uint_as_float((word_ptr_3[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_3[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_4[1];
+    word_ptr_4[0] = q_ptr[4];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[4], (tvm_builtin_uint_as_float((word_ptr_4[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_4[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_5[1];
+    word_ptr_5[0] = q_ptr[5];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[5], (tvm_builtin_uint_as_float((word_ptr_5[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_5[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_6[1];
+    word_ptr_6[0] = q_ptr[6];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[6], (tvm_builtin_uint_as_float((word_ptr_6[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_6[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_7[1];
+    word_ptr_7[0] = q_ptr[7];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[7], (tvm_builtin_uint_as_float((word_ptr_7[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_7[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_8[1];
+    word_ptr_8[0] = q_ptr[8];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[8], (tvm_builtin_uint_as_float((word_ptr_8[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_8[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_9[1];
+    word_ptr_9[0] = q_ptr[9];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[9], (tvm_builtin_uint_as_float((word_ptr_9[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_9[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_10[1];
+    word_ptr_10[0] = q_ptr[10];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[10], (tvm_builtin_uint_as_float((word_ptr_10[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_10[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_11[1];
+    word_ptr_11[0] = q_ptr[11];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[11], (tvm_builtin_uint_as_float((word_ptr_11[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_11[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_12[1];
+    word_ptr_12[0] = q_ptr[12];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[12], (tvm_builtin_uint_as_float((word_ptr_12[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_12[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_13[1];
+    word_ptr_13[0] = q_ptr[13];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[13], (tvm_builtin_uint_as_float((word_ptr_13[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_13[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_14[1];
+    word_ptr_14[0] = q_ptr[14];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[14], (tvm_builtin_uint_as_float((word_ptr_14[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_14[0] << (uint)16)) * query_scale));
+    alignas(64) uint word_ptr_15[1];
+    word_ptr_15[0] = q_ptr[15];
+    tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(q_ptr[15], (tvm_builtin_uint_as_float((word_ptr_15[0] & (uint)4294901760)) * query_scale), (tvm_builtin_uint_as_float((word_ptr_15[0] << (uint)16)) * query_scale));
     row_max_ptr[0] = -CUDART_INF_F;
     row_max_ptr[1] = -CUDART_INF_F;
     row_sum_ptr[0] = 0x0p+0f/*0.000000e+00*/;
@@ -505,10 +561,10 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         alignas(64) float alpha_ptr[2];
         alignas(64) float shift_ptr[2];
         alignas(64) uint pair_ptr[2];
-        scores_ptr[0] = (((lane_ptr[0] / 4) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[0] * scale) : -CUDART_INF_F);
-        scores_ptr[1] = (((lane_ptr[0] / 4) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[1] * scale) : -CUDART_INF_F);
-        scores_ptr[2] = ((((lane_ptr[0] / 4) + 8) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[2] * scale) : -CUDART_INF_F);
-        scores_ptr[3] = ((((lane_ptr[0] / 4) + 8) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[3] * scale) : -CUDART_INF_F);
+        scores_ptr[0] = (((lane_ptr[0] / 4) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[0] * score_scale) : -CUDART_INF_F);
+        scores_ptr[1] = (((lane_ptr[0] / 4) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[1] * score_scale) : -CUDART_INF_F);
+        scores_ptr[2] = ((((lane_ptr[0] / 4) + 8) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[2] * score_scale) : -CUDART_INF_F);
+        scores_ptr[3] = ((((lane_ptr[0] / 4) + 8) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[3] * score_scale) : -CUDART_INF_F);
         alignas(64) float highest_ptr[1];
         highest_ptr[0] = row_max_ptr[0];
         highest_ptr[0] = max(highest_ptr[0], scores_ptr[0]);
@@ -563,10 +619,10 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         acc_ptr[29] = (acc_ptr[29] * alpha_ptr[1]);
         acc_ptr[30] = (acc_ptr[30] * alpha_ptr[0]);
         acc_ptr[31] = (acc_ptr[31] * alpha_ptr[1]);
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[0], ((scores_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[1], ((scores_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[2], ((scores_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[3], ((scores_ptr[3] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[0], (((scores_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[1], (((scores_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[2], (((scores_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
+        tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[3], (((scores_ptr[3] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
         tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[0], scores_ptr[1], scores_ptr[0]);
         tvm_builtin_ptx_movmatrix_sync_aligned_m8n8_trans_b16(p_frag_ptr[0], pair_ptr[0]);
         tvm_builtin_ptx_cvt_bf16x2_f32_rn_bf16x2_f32(pair_ptr[1], scores_ptr[3], scores_ptr[2]);
@@ -678,9 +734,10 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         int64_t head_1 = (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) + ((int64_t)row_2));
         int64_t cse_v10 = ((int64_t)d);
         if (found_ptr[3] == 1) {
-          out_ptr[(((seq_ptr[0] * out_batch) + (head_1 * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? 0x0p+0f/*0.000000e+00*/ : (value_ptr_4[0] / total_ptr[0])));
+          out_ptr[(((seq_ptr[0] * out_batch) + (head_1 * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr_4[0] : (value_ptr_4[0] / total_ptr[0])));
           if (d == 0) {
-            lse_ptr[((seq_ptr[0] * lse_batch) + head_1)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (shift + logf(total_ptr[0])));
+              int v__1 = (places_ptr[0] + 127) << 23;
+            lse_ptr[((seq_ptr[0] * lse_batch) + head_1)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (shift + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
           }
         } else {
           int64_t slot = ((((int64_t)item_ptr[0]) * (int64_t)32) + head_1);
@@ -789,9 +846,11 @@ extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restr
       }
       alignas(64) int64_t where_ptr[1];
       where_ptr[0] = ((((int64_t)seq_ptr[0]) * out_batch) + (((int64_t)head_ptr[0]) * out_head));
-      out_ptr[(where_ptr[0] + ((int64_t)d_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? 0x0p+0f/*0.000000e+00*/ : (value_ptr[0] / total_ptr[0])));
+      out_ptr[(where_ptr[0] + ((int64_t)d_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
       if (d_ptr[0] == 0) {
-        lse_ptr[((((int64_t)seq_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (shift_ptr[0] + logf(total_ptr[0])));
+            float v_ = (float)(context_lens_ptr[seq_ptr[0]] - 1);
+          int v__1 = (max((((*(int *)(&(v_))) >> 23) - 125), 0) + 127) << 23;
+        lse_ptr[((((int64_t)seq_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (shift_ptr[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
       }
     }
   }

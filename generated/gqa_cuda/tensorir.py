@@ -117,7 +117,7 @@ class Module:
                 T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * token, "relaxed", "gpu", "global", "max", "", "s32", "")
 
     @T.prim_func
-    def cuda_decode(query: T.Buffer((q_span,), "bfloat16"), key_cache: T.Buffer((k_span,), "bfloat16"), value_cache: T.Buffer((v_span,), "bfloat16"), block_table: T.Buffer((table_span,), "int32"), context_lens: T.Buffer((length_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((max_span,), "float32"), partial_sum: T.Buffer((sum_span,), "float32"), partial_acc: T.Buffer((acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, scale: T.float32):
+    def cuda_decode(query: T.Buffer((q_span,), "bfloat16"), key_cache: T.Buffer((k_span,), "bfloat16"), value_cache: T.Buffer((v_span,), "bfloat16"), block_table: T.Buffer((table_span,), "int32"), context_lens: T.Buffer((length_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((max_span,), "float32"), partial_sum: T.Buffer((sum_span,), "float32"), partial_acc: T.Buffer((acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, query_scale: T.float32, score_scale: T.float32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([items * 8])
         warp_id = T.warp_id([4])
@@ -126,7 +126,7 @@ class Module:
         warp_max = T.decl_buffer((16,), data=ring.data, scope="shared.dyn")
         warp_sum = T.decl_buffer((16,), data=ring.data, elem_offset=16, scope="shared.dyn")
         warp_acc = T.decl_buffer((2112,), data=ring.data, elem_offset=32, scope="shared.dyn")
-        found = T.alloc_local((4,), "int32")
+        found = T.alloc_local((5,), "int32")
         block: T.int32
         q = T.alloc_local((16,), "uint32")
         row_max = T.alloc_local((2,))
@@ -167,7 +167,8 @@ class Module:
                 length: T.let[T.int32] = T.Div(owned_steps + owned - 1, owned)
                 found[0] = first + owner
                 found[1] = number * length * 64
-                found[2] = T.min(context_lens[first + owner], (number + 1) * length * 64)
+                found[4] = context_lens[first + owner]
+                found[2] = T.min(found[4], (number + 1) * length * 64)
                 found[3] = owned
             before = before + T.cuda.__shfl_sync(T.uint32(4294967295), end, 31, 32)
             first = first + 32
@@ -175,6 +176,7 @@ class Module:
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(4 - first_row, 4)
             end: T.int32 = found[2]
+            places: T.int32 = T.max((T.reinterpret("int32", T.Cast("float32", found[4] - 1)) >> 23) - 125, 0)
             own: T.int32 = found[1] + warp * 16
             num_tiles: T.int32 = T.Div(T.max(end - own, 0) + 63, 64)
             for i in T.unroll(16):
@@ -185,6 +187,9 @@ class Module:
                     for k in T.unroll(8):
                         for half in T.unroll(2):
                             T.ptx.ld(q[(n * 8 + k) * 2 + half], T.address_of(query[seq * q_batch + T.Cast("int64", kv_head * 4 + first_row) * q_head + T.Cast("int64", head) * q_head + T.Cast("int64", k * 16 + half * 8 + T.truncmod(lane, 4) * 2)]), "", "", "", "global", "", "nc", "", "", "", "b32", "")
+            for i in T.unroll(16):
+                word: T.uint32 = q[i]
+                T.ptx.cvt(q[i], T.cuda.uint_as_float(word & T.uint32(4294901760)) * query_scale, T.cuda.uint_as_float(word << T.uint32(16)) * query_scale, "rn", "", "", "bf16x2", "f32", "")
             for i in T.unroll(2):
                 row_max[i] = T.float32("-inf")
             for i in T.unroll(4):
@@ -232,7 +237,7 @@ class Module:
                     for m in T.unroll(1):
                         for n in T.unroll(1):
                             for i in T.unroll(4):
-                                scores[(m + n) * 4 + i] = T.Select(m * 16 + i // 2 * 8 + T.Div(lane, 4) < end - own - ready * 64, scores[(m + n) * 4 + i] * scale, T.float32("-inf"))
+                                scores[(m + n) * 4 + i] = T.Select(m * 16 + i // 2 * 8 + T.Div(lane, 4) < end - own - ready * 64, scores[(m + n) * 4 + i] * score_scale, T.float32("-inf"))
                     for n in T.unroll(1):
                         for h in T.unroll(2):
                             highest: T.float32 = row_max[n * 2 + h]
@@ -250,7 +255,7 @@ class Module:
                                 acc[(n * 8 + k) * 4 + i] = acc[(n * 8 + k) * 4 + i] * alpha[i % 2]
                         for m in T.unroll(1):
                             for i in T.unroll(4):
-                                T.ptx.ex2(scores[(m + n) * 4 + i], (scores[(m + n) * 4 + i] - shift[i % 2]) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                                T.ptx.ex2(scores[(m + n) * 4 + i], (scores[(m + n) * 4 + i] - shift[i % 2]) * T.float32(1.4426950216293335) - T.Cast("float32", places), "approx", "ftz", "f32", "")
                             for i in T.unroll(2):
                                 T.ptx.cvt(pair[i], scores[(m + n) * 4 + 2 * i + 1], scores[(m + n) * 4 + 2 * i], "rn", "", "", "bf16x2", "f32", "")
                                 T.ptx.movmatrix(p_frag[(m + n) * 2 + i], pair[i], "sync", "aligned", "m8n8", "trans", "b16", "")
@@ -293,9 +298,9 @@ class Module:
                         value = value + weight[w] * warp_acc[(w * 4 + row) * 132 + d]
                     head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + first_row + row)
                     if found[3] == 1:
-                        out[seq * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), T.float32(0.0), value / total_1))
+                        out[seq * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
                         if d == 0:
-                            lse[seq * lse_batch + head] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), shift + T.log(total_1))
+                            lse[seq * lse_batch + head] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), shift + T.log(total_1 * T.reinterpret("float32", places + 127 << 23)))
                     else:
                         slot: T.let[T.int64] = T.Cast("int64", item) * T.int64(32) + head
                         partial_acc[slot * T.int64(128) + T.Cast("int64", d)] = value
@@ -365,6 +370,6 @@ class Module:
                         total_1 = total_1 + weight * partial_sum[slot]
                         value = value + weight * partial_acc[slot * T.int64(128) + T.Cast("int64", d)]
                     where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
-                    out[where + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), T.float32(0.0), value / total_1))
+                    out[where + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
                     if d == 0:
-                        lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), shift + T.log(total_1))
+                        lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), shift + T.log(total_1 * T.reinterpret("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0) + 127 << 23)))

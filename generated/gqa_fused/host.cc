@@ -10,16 +10,22 @@
 // which fills the cache.
 //   fused pipeline; num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16
 
+#include <dlfcn.h>
+#include <link.h>
 #include <pthread.h>
+#include <sched.h>
+#include <sys/mman.h>
 #include <tvm/ffi/c_api.h>
 
 #include <algorithm>
 #include <atomic>
+#include <cerrno>
 #include <cinttypes>
 #include <cstdarg>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <initializer_list>
 #include <limits>
 #include <new>
@@ -47,6 +53,7 @@ constexpr int64_t kMaxContextLen = int64_t{1} << 30;  // keeps the kernels' toke
 
 constexpr DLDeviceType kDevice = kDLCPU;
 constexpr char kDeviceName[] = "CPU";
+constexpr bool kConvertsIndices = true;  // int32 or int64 as the kernels read them
 constexpr DLDataType kDType = {kDLBfloat, 16, 1};
 constexpr DLDataType kOutDType = {kDLBfloat, 16, 1};
 constexpr DLDataType kInt32 = {kDLInt, 32, 1};
@@ -88,13 +95,13 @@ class Inputs {
     if (args_[i].type_index == kTVMFFITensor) return args_[i].v_obj;
     Raise("TypeError", "expected argument %d to be a tvm-ffi Tensor", i);
   }
-  int64_t Int(int i) const {
+  int64_t Int(int i, const char* name) const {
     if (args_[i].type_index == kTVMFFIInt) return args_[i].v_int64;
-    Raise("TypeError", "expected argument %d to be an integer", i);
+    Raise("TypeError", "%s: expected an integer of 64 bits, got tvm-ffi type index %d", name, args_[i].type_index);
   }
-  double Float(int i) const {
+  double Float(int i, const char* name) const {
     if (args_[i].type_index == kTVMFFIFloat) return args_[i].v_float64;
-    return static_cast<double>(Int(i));
+    return static_cast<double>(Int(i, name));
   }
 
  private:
@@ -298,19 +305,39 @@ Text ListText(const int64_t* values, int count, const char* any = nullptr) {
 }
 
 Text DTypeText(DLDataType dtype) {
-  static const char* const kKinds[] = {"int", "uint", "float", "handle", "bfloat", "complex", "bool"};
+  // By DLPack's codes. From the eighth on the name says how many bits there are.
+  static const char* const kNames[] = {
+      "int", "uint", "float", "handle", "bfloat", "complex", "bool", "float8_e3m4", "float8_e4m3", "float8_e4m3b11fnuz",
+      "float8_e4m3fn", "float8_e4m3fnuz", "float8_e5m2", "float8_e5m2fnuz", "float8_e8m0fnu", "float6_e2m3fn",
+      "float6_e3m2fn", "float4_e2m1fn"};
   Text text;
-  if (dtype.code < 7) {
-    text.Add("%s%d", kKinds[dtype.code], dtype.bits);
+  if (dtype.code >= sizeof kNames / sizeof *kNames) {
+    text.Add("an unknown type of %d bits (DLPack code %d)", dtype.bits, dtype.code);
+  } else if (dtype.code >= kDLBool) {
+    text.Add("%s", kNames[dtype.code]);
   } else {
-    text.Add("code%d_%d", dtype.code, dtype.bits);
+    text.Add("%s%d", kNames[dtype.code], dtype.bits);
   }
   return dtype.lanes == 1 ? text : text.Add("x%d", dtype.lanes);
 }
 
 bool Same(DLDataType a, DLDataType b) { return a.code == b.code && a.bits == b.bits && a.lanes == b.lanes; }
 
-// Check dtype, device, rank and shape (-1: any extent, by this name), the stride of the last axis, and alignment.
+// Whether there can be memory where an array begins. One whose memory has been given back, or that never had any, begins
+// at 0, and a view of it where its offset ends.
+bool HasMemory(const Array& array) {
+  constexpr uintptr_t kFirst = 1 << 16;  // the system maps nothing before
+  const auto address = reinterpret_cast<uintptr_t>(array.tensor.data);
+  if (address < kFirst) return false;
+  // Offsets end below this. A CPU's program that is position independent has nothing there, of others the system knows.
+  constexpr uintptr_t kOffsets = uintptr_t{1} << 40, kPage = 4096;
+  if (address >= kOffsets || kDevice != kDLCPU) return true;
+  unsigned char resident;
+  return mincore(reinterpret_cast<void*>(address & -kPage), 1, &resident) == 0 || errno != ENOMEM;
+}
+
+// Check dtype, device, rank and shape (-1: any extent, by this name), that there is memory, the stride of the last axis, and
+// alignment.
 Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype, DLDataType dtype,
                  std::initializer_list<int64_t> expected, const char* any = nullptr) {
   const int ndim = given.ndim;
@@ -343,6 +370,9 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype
     array.strides[ndim - 1] = 1;
     return array;
   }
+  if (!HasMemory(array)) {
+    Raise("ValueError", "%s: expected an array with memory, got one without: its address is %p", name, array.tensor.data);
+  }
   if (array.strides[ndim - 1] != 1) {
     Raise("ValueError", "%s: expected a contiguous last axis (stride 1), got stride %" PRId64, name,
           array.strides[ndim - 1]);
@@ -356,7 +386,9 @@ Array CheckArray(const char* name, const DLTensor& given, DLDataType given_dtype
   return array;
 }
 
-// The bytes that an array spans, lowest and one past the highest.
+// ---------------------------------------------------------------- overlaps
+
+// The bytes that an array spans, lowest and one past the highest. Some of them may belong to no element.
 struct Span {
   intptr_t low, high;
 
@@ -371,61 +403,121 @@ struct Span {
   }
 };
 
-void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
-  const Span span(written), theirs(other);
-  if (std::max(span.low, theirs.low) < std::min(span.high, theirs.high)) {
-    Raise("ValueError",
-          "%s: expected memory apart from %s's bytes [%" PRIdPTR ", %" PRIdPTR "), got bytes [0, %" PRIdPTR ")", name,
-          other_name, theirs.low - span.low, theirs.high - span.low, span.high - span.low);
-  }
-}
-
 struct Axis {
   int64_t stride, extent;  // stride: its absolute value
 };
 
-// Up to five axes in the order of their strides.
-class Axes {
+// Sums of strides, each taken from 0 times up to its axis' extent - 1.
+class Sums {
  public:
+  // One more axis. Two of one stride are one axis, of as many steps as both.
   void Add(int64_t stride, int64_t extent) {
     const Axis axis{std::abs(stride), extent};
+    if (axis.stride == 0 || axis.extent == 1) return;
+    for (int i = 0; i < count_; ++i) {
+      if (axes_[i].stride == axis.stride) return void(axes_[i].extent += axis.extent - 1);
+    }
     int at = count_++;
-    for (; at > 0 && axes_[at - 1].stride > axis.stride; --at) axes_[at] = axes_[at - 1];
+    for (; at > 0 && axes_[at - 1].stride < axis.stride; --at) axes_[at] = axes_[at - 1];
     axes_[at] = axis;
   }
-  // Whether things of a size, repeated along the axes, have each a place of its own: each axis must step over all that
-  // the axes before it reach.
-  bool AreDistinct(int64_t reach) const {
-    for (int i = 0; i < count_; ++i) {
-      if (axes_[i].extent > 1 && axes_[i].stride < reach) return false;
-      reach += axes_[i].stride * (axes_[i].extent - 1);
-    }
-    return true;
+  // Whether one of the sums lies in [first, last]. Where strides are nested, as those of views into one buffer are, this
+  // takes a few steps. In general it is a hard problem: after some hundred steps the answer is yes.
+  bool Meet(int64_t first, int64_t last) const {
+    int steps = 1000;
+    return Meet(0, first, last, &steps);
   }
 
  private:
-  Axis axes_[5];
+  // The same for the axes from `at` on, which are in the order of their strides, the largest first.
+  bool Meet(int at, int64_t first, int64_t last, int* steps) const {
+    if (first <= 0 && 0 <= last) return true;
+    if (at == count_ || last < 0) return false;
+    int64_t rest = 0;  // what the axes after this one reach
+    for (int i = at + 1; i < count_; ++i) rest += axes_[i].stride * (axes_[i].extent - 1);
+    const Axis axis = axes_[at];
+    int64_t times = std::max<int64_t>(0, (first - rest + axis.stride - 1) / axis.stride);
+    for (; times < axis.extent && times * axis.stride <= last; ++times) {
+      const int64_t taken = times * axis.stride;
+      if (--*steps < 0 || Meet(at + 1, first - taken, last - taken, steps)) return true;
+    }
+    return false;
+  }
+
+  Axis axes_[8];
   int count_ = 0;
 };
 
-// Each element of a written array must have a place of its own.
+// Whether two arrays have a byte in common. Their rows along the last axis, which is contiguous, are taken whole: one of the
+// first array's begins at its lowest plus a sum of its strides, one of the second's at its highest minus such a sum.
+bool Overlap(const Array& a, const Array& b) {
+  const Span span_a(a), span_b(b);
+  if (std::max(span_a.low, span_b.low) >= std::min(span_a.high, span_b.high)) return false;
+  Sums sums;
+  intptr_t row_bytes[2];
+  int which = 0;
+  for (const Array* array : {&a, &b}) {
+    const intptr_t itemsize = array->tensor.dtype.bits / 8;
+    const int last = array->tensor.ndim - 1;
+    for (int i = 0; i < last; ++i) sums.Add(array->strides[i] * itemsize, array->shape[i]);
+    row_bytes[which++] = array->shape[last] * itemsize;
+  }
+  const intptr_t apart = span_b.high - row_bytes[1] - span_a.low;  // from a's lowest row to b's highest
+  return sums.Meet(apart - row_bytes[0] + 1, apart + row_bytes[1] - 1);
+}
+
+void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
+  if (!Overlap(written, other)) return;
+  const Span span(written), theirs(other);
+  Raise("ValueError",
+        "%s: expected memory apart from %s's bytes [%" PRIdPTR ", %" PRIdPTR "), got bytes [0, %" PRIdPTR ")", name,
+        other_name, theirs.low - span.low, theirs.high - span.low, span.high - span.low);
+}
+
+// Each element of a written array must have a place of its own: each axis must step over all that those of smaller strides
+// reach.
 void CheckDistinctElements(const char* name, const Array& array) {
   if (array.empty()) return;
-  Axes axes;
-  for (int i = 0; i < array.tensor.ndim; ++i) axes.Add(array.strides[i], array.shape[i]);
-  if (!axes.AreDistinct(1)) {
-    Raise("ValueError", "%s: expected elements that do not overlap, got shape %s with strides %s", name,
-          ListText(array.shape, array.tensor.ndim).c_str(), ListText(array.strides, array.tensor.ndim).c_str());
+  Axis axes[4];  // in the order of their strides
+  const int ndim = array.tensor.ndim;
+  for (int i = 0; i < ndim; ++i) {
+    const Axis axis{std::abs(array.strides[i]), array.shape[i]};
+    int at = i;
+    for (; at > 0 && axes[at - 1].stride > axis.stride; --at) axes[at] = axes[at - 1];
+    axes[at] = axis;
+  }
+  int64_t reach = 1;
+  for (int i = 0; i < ndim; ++i) {
+    if (axes[i].extent > 1 && axes[i].stride < reach) {
+      Raise("ValueError", "%s: expected elements that do not overlap, got shape %s with strides %s", name,
+            ListText(array.shape, ndim).c_str(), ListText(array.strides, ndim).c_str());
+    }
+    reach += axes[i].stride * (axes[i].extent - 1);
   }
 }
 
 // ---------------------------------------------------------------- arguments
+
+// The scale of scores in two factors, so that products of queries with keys are about as large as the scores that come of
+// them. query is a power of two up to 1, by which queries are multiplied, exactly, when they are loaded. scores is the rest:
+// from 1 to 2, more where the scale itself is, less where it is below the normal numbers of float32.
+struct Scale {
+  float query, scores;
+};
+
+Scale SplitScale(double scale) {
+  constexpr double kSmallest = std::numeric_limits<float>::min();
+  double power = scale == 0 ? 0 : 1;
+  while (power > std::max(std::abs(scale), kSmallest)) power /= 2;
+  return {static_cast<float>(power), scale == 0 ? 0 : static_cast<float>(scale / power)};
+}
 
 struct Arguments {
   Array query;
   Cache key_cache, value_cache;
   Array block_table, context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
   int64_t batch, num_blocks;
+  Scale scale;
 };
 
 // Tokens that a row of block_table can name, and the kernels can count.
@@ -444,20 +536,41 @@ int64_t Capacity(const Array& block_table) { return std::min(block_table.shape[1
         num_blocks, block, seq, position, where);
 }
 
-void CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
-  if (context_len < 0 || context_len > capacity) RaiseContextLen(seq, context_len, capacity);
+// An entry of an array of int32 or int64.
+int64_t IndexAt(const Array& array, int64_t at) {
+  const void* const data = array.tensor.data;
+  return array.tensor.dtype.bits == 32 ? static_cast<const int32_t*>(data)[at] : static_cast<const int64_t*>(data)[at];
 }
 
-// Lengths within the block table, and every used block id within the cache. Unused entries are not looked at.
-void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks) {
-  const int64_t capacity = Capacity(block_table);
-  const auto* lens = static_cast<const int32_t*>(context_lens.tensor.data);
+int32_t CheckContextLen(int64_t seq, int64_t context_len, int64_t capacity) {
+  if (context_len < 0 || context_len > capacity) RaiseContextLen(seq, context_len, capacity);
+  return static_cast<int32_t>(context_len);
+}
+
+// Check the used block ids of a sequence. int64 ones go to `to`.
+template <typename Index>
+void CheckBlockIds(int64_t seq, const Index* row, int64_t used, int64_t num_blocks, int32_t* to) {
+  for (int64_t i = 0; i < used; ++i) {
+    if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
+    if (sizeof(Index) != sizeof(int32_t)) to[i] = static_cast<int32_t>(row[i]);
+  }
+}
+
+// Lengths within the block table, and every used block id within the cache. Unused entries are not looked at. Those that are
+// int64 are read once: what has been checked goes to lens_to and, row by row, to table_to.
+void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks, int32_t* lens_to = nullptr,
+                  int32_t* table_to = nullptr) {
+  const int64_t capacity = Capacity(block_table), width = block_table.shape[1];
+  const int64_t num_ids = std::min(num_blocks, int64_t{1} << 31);  // block ids of 32 bits
   for (int64_t seq = 0; seq < context_lens.shape[0]; ++seq) {
-    CheckContextLen(seq, lens[seq], capacity);
-    const auto* row = static_cast<const int32_t*>(block_table.tensor.data) + seq * block_table.strides[0];
-    const int64_t used = (lens[seq] + kBlockSize - 1) / kBlockSize;
-    for (int64_t i = 0; i < used; ++i) {
-      if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
+    const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
+    if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
+    const int64_t used = (context_len + kBlockSize - 1) / kBlockSize, start = seq * block_table.strides[0];
+    if (block_table.tensor.dtype.bits == 32) {
+      CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, used, num_ids, nullptr);
+    } else {
+      const auto* row = static_cast<const int64_t*>(block_table.tensor.data) + start;
+      CheckBlockIds(seq, row, used, num_ids, table_to + seq * width);
     }
   }
 }
@@ -492,6 +605,16 @@ struct ArgumentCheck {
     const bool is_bfloat16 = as_uint16 >> index & 1 && Same(given.dtype, {kDLUInt, 16, 1});
     return CheckArray(name, given, is_bfloat16 ? DLDataType{kDLBfloat, 16, 1} : given.dtype, dtype, shape, any);
   }
+  // An array of indices, int32 or int64 where those that kernels do not read are converted, otherwise of dtype.
+  Array Indices(int index, const char* name, DLDataType dtype, std::initializer_list<int64_t> shape,
+                const char* any = nullptr) const {
+    const DLDataType given = in.Tensor(index, name).dtype;
+    if (!kConvertsIndices) return (*this)(index, name, dtype, shape, any);
+    if (!Same(given, kInt32) && !Same(given, kInt64)) {
+      Raise("TypeError", "%s: expected dtype int32 or int64, got %s", name, DTypeText(given).c_str());
+    }
+    return (*this)(index, name, given, shape, any);
+  }
 };
 
 // key_cache and value_cache, which are arguments number key_index and value_index of a call.
@@ -504,6 +627,17 @@ void CheckCaches(const ArgumentCheck& check, int key_index, int value_index, Arr
   }
 }
 
+// out, argument number 5 of decode. Where its heads are given side by side, in rows of num_heads * head_dim, this is a view
+// that tells them apart.
+Array CheckOut(const ArgumentCheck& check, int64_t batch) {
+  if (check.in.Tensor(5, "out").ndim != 2) return check(5, "out", kOutDType, {batch, kNumHeads, kHeadDim});
+  Array out = check(5, "out", kOutDType, {batch, kNumHeads * kHeadDim});
+  out.tensor.ndim = 3;
+  out.shape[1] = kNumHeads, out.strides[1] = kHeadDim;
+  out.shape[2] = kHeadDim, out.strides[2] = 1;
+  return out;
+}
+
 // All but the indices, which may not be for this CPU to read.
 Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
   const ArgumentCheck check{in, as_uint16};
@@ -513,14 +647,15 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
   Array key_cache, value_cache;
   CheckCaches(check, 1, 2, &key_cache, &value_cache);
   args.num_blocks = key_cache.shape[0];
-  args.block_table = check(3, "block_table", kInt32, {args.batch, -1}, "max_blocks");
-  args.context_lens = check(4, "context_lens", kInt32, {args.batch});
-  args.out = check(5, "out", kOutDType, {args.batch, kNumHeads, kHeadDim});
+  args.block_table = check.Indices(3, "block_table", kInt32, {args.batch, -1}, "max_blocks");
+  args.context_lens = check.Indices(4, "context_lens", kInt32, {args.batch});
+  args.out = CheckOut(check, args.batch);
   const bool has_lse = !in.IsNone(6);
   if (has_lse) args.lse = check(6, "lse", kFloat32, {args.batch, kNumHeads});
   if (!(std::abs(static_cast<float>(scale)) <= std::numeric_limits<float>::max())) {
     Raise("ValueError", "scale: expected a finite float32, got %g", scale);
   }
+  args.scale = SplitScale(scale);
   const Named inputs[] = { {"query", &args.query}, {"key_cache", &key_cache}, {"value_cache", &value_cache},
                            {"block_table", &args.block_table}, {"context_lens", &args.context_lens} };
   CheckDistinctElements("out", args.out);
@@ -535,30 +670,104 @@ Arguments CheckArguments(const Inputs& in, double scale, int64_t as_uint16) {
   return args;
 }
 
-void CheckNumThreads(int64_t num_threads) {
-  if (num_threads < 1) Raise("ValueError", "num_threads: expected at least 1, got %" PRId64, num_threads);
+// ---------------------------------------------------------------- indices
+
+// Indices in the type that kernels read. Where they are given in another, they are converted as they are checked, into memory
+// that is borrowed for the call.
+template <typename Index>
+class Indices {
+ public:
+  explicit Indices(const Array& given) : array(given), converted_(call_workspace, IsNative(given) ? 0 : Count(given)) {
+    if (IsNative(given)) return;
+    const int last = given.tensor.ndim - 1;
+    array.tensor.data = converted_.data();
+    array.tensor.dtype.bits = 8 * sizeof(Index);
+    if (last == 1) array.strides[0] = given.shape[1];
+  }
+  // Where they are to be converted to; nullptr where they are not.
+  Index* to() const { return array.tensor.data == converted_.data() ? converted_.data() : nullptr; }
+
+  Array array;
+
+ private:
+  static bool IsNative(const Array& given) { return given.tensor.dtype.bits == 8 * sizeof(Index); }
+  static int64_t Count(const Array& given) { return given.shape[0] * (given.tensor.ndim == 1 ? 1 : given.shape[1]); }
+
+  Borrowed<Index> converted_;
+};
+
+// The instruction sets that the kernels may use: LLVM's name, and Linux's between spaces.
+constexpr struct {
+  const char *name, *flag;
+} kInstructionSets[] = {
+    {"avx", " avx "},
+    {"avx2", " avx2 "},
+    {"avx512bw", " avx512bw "},
+    {"avx512cd", " avx512cd "},
+    {"avx512dq", " avx512dq "},
+    {"avx512f", " avx512f "},
+    {"avx512vl", " avx512vl "},
+    {"bmi", " bmi1 "},
+    {"bmi2", " bmi2 "},
+    {"cmov", " cmov "},
+    {"f16c", " f16c "},
+    {"fma", " fma "},
+    {"lzcnt", " abm "},
+    {"movbe", " movbe "},
+    {"popcnt", " popcnt "},
+    {"sahf", " lahf_lm "},
+    {"sse", " sse "},
+    {"sse2", " sse2 "},
+    {"sse3", " pni "},
+    {"sse4.1", " sse4_1 "},
+    {"sse4.2", " sse4_2 "},
+    {"ssse3", " ssse3 "},
+    {nullptr, nullptr},
+};
+
+// The line of /proc/cpuinfo that names the instruction sets of this CPU, with spaces around each. What the system does not
+// save, or a virtual machine hides, it does not name.
+class CpuFlags {
+ public:
+  CpuFlags() {
+    FILE* const file = std::fopen("/proc/cpuinfo", "re");
+    size_t room = 0;
+    ssize_t length = 0;
+    while (file != nullptr && (length = getline(&line_, &room, file)) > 0 && std::strncmp(line_, "flags\t", 6) != 0) {
+    }
+    if (file != nullptr) std::fclose(file);
+    is_known_ = length > 0;
+    if (is_known_) line_[length - 1] = ' ';
+  }
+  CpuFlags(const CpuFlags&) = delete;
+  CpuFlags& operator=(const CpuFlags&) = delete;
+  ~CpuFlags() { std::free(line_); }
+
+  bool is_known() const { return is_known_; }
+  bool Has(const char* flag) const { return std::strstr(line_, flag) != nullptr; }
+
+ private:
+  char* line_ = nullptr;
+  bool is_known_ = false;
+};
+
+// The kernels' instruction sets that this CPU does not have, with a space before each.
+const char* MissingFeatures() {
+  static char names[135] = "";  // all of them
+  const CpuFlags flags;
+  if (!flags.is_known()) Raise("RuntimeError", "target: expected to read in /proc/cpuinfo what this CPU has, and could not");
+  char* end = names;
+  for (const auto* each = kInstructionSets; each->name != nullptr; ++each) {
+    if (!flags.Has(each->flag)) end += std::snprintf(end, names + sizeof names - end, " %s", each->name);
+  }
+  return names;
 }
 
 // Refuse to run instructions that this CPU does not have.
 void CheckCpuFeatures() {
-  static const Text missing = [] {
-    Text names;
-    if (!__builtin_cpu_supports("sse4.2")) names.Add(" sse4.2");
-    if (!__builtin_cpu_supports("popcnt")) names.Add(" popcnt");
-    if (!__builtin_cpu_supports("avx")) names.Add(" avx");
-    if (!__builtin_cpu_supports("fma")) names.Add(" fma");
-    if (!__builtin_cpu_supports("bmi")) names.Add(" bmi");
-    if (!__builtin_cpu_supports("bmi2")) names.Add(" bmi2");
-    if (!__builtin_cpu_supports("avx2")) names.Add(" avx2");
-    if (!__builtin_cpu_supports("avx512f")) names.Add(" avx512f");
-    if (!__builtin_cpu_supports("avx512cd")) names.Add(" avx512cd");
-    if (!__builtin_cpu_supports("avx512bw")) names.Add(" avx512bw");
-    if (!__builtin_cpu_supports("avx512dq")) names.Add(" avx512dq");
-    if (!__builtin_cpu_supports("avx512vl")) names.Add(" avx512vl");
-    return names;
-  }();
-  if (*missing.c_str() != '\0') {
-    Raise("RuntimeError", "target: this module is built for a CPU with features that this one lacks:%s", missing.c_str());
+  static const char* const missing = MissingFeatures();
+  if (*missing != '\0') {
+    Raise("RuntimeError", "target: this module is built for a CPU with features that this one lacks:%s", missing);
   }
 }
 
@@ -648,7 +857,7 @@ class Plan {
   Borrowed<WorkItem> items_;
 };
 
-// ---------------------------------------------------------------- run
+// ---------------------------------------------------------------- threads of our own
 
 // While it lives this thread rounds to nearest, computes with subnormal numbers and traps nothing, whatever its caller
 // has set: threads get that from whoever starts them, and a result would depend on which of them computes it.
@@ -664,19 +873,72 @@ class DefaultFloatingPoint {
   uint32_t callers_;
 };
 
+// The CPUs that a thread of ours may run on. Each set that a process asks for is made once, has a number from 1 on, and stays.
+class CpuSet {
+ public:
+  CpuSet(const int32_t* cpus, int64_t count)
+      : bytes_(CPU_ALLOC_SIZE(cpus[count - 1] + 1)), mask_(CPU_ALLOC(cpus[count - 1] + 1)) {
+    if (mask_ == nullptr) throw std::bad_alloc();
+    CPU_ZERO_S(bytes_, mask_);
+    for (int64_t i = 0; i < count; ++i) CPU_SET_S(cpus[i], bytes_, mask_);
+  }
+  CpuSet(const CpuSet&) = delete;
+  CpuSet& operator=(const CpuSet&) = delete;
+
+  // The number of a set of CPUs, ascending.
+  static int64_t NumberOf(const int32_t* cpus, int64_t count) {
+    auto* made = new CpuSet(cpus, count);
+    made->next_ = newest_.load();
+    do {
+      for (const CpuSet* set = made->next_; set != nullptr; set = set->next_) {
+        if (set->bytes_ != made->bytes_ || !CPU_EQUAL_S(set->bytes_, set->mask_, made->mask_)) continue;
+        CPU_FREE(made->mask_);
+        delete made;
+        return set->number_;
+      }
+      made->number_ = made->next_ == nullptr ? 1 : made->next_->number_ + 1;
+    } while (!newest_.compare_exchange_weak(made->next_, made));
+    return made->number_;
+  }
+
+  // The set of a number; nullptr of 0, which binds no thread.
+  static const CpuSet* Numbered(int64_t number) {
+    const CpuSet* set = newest_.load();
+    if (number == 0) return nullptr;
+    while (set != nullptr && set->number_ != number) set = set->next_;
+    if (set == nullptr) Raise("ValueError", "cpus: expected a number that cpu_set gave, got %" PRId64, number);
+    return set;
+  }
+
+  // Bind the calling thread. It stays where it is if the system has taken all of these CPUs away since.
+  void Bind() const { sched_setaffinity(0, bytes_, mask_); }
+
+ private:
+  static std::atomic<CpuSet*> newest_;
+
+  size_t bytes_;
+  cpu_set_t* mask_;
+  CpuSet* next_ = nullptr;
+  int64_t number_ = 0;
+};
+
+std::atomic<CpuSet*> CpuSet::newest_{nullptr};
+
 // Threads that help a decode call. The caller works as well and returns when every index is done, not when every helper
 // has come: a helper that the system starts late finds nothing left, and holds nobody up.
 class ThreadPool {
  public:
-  // Run body(context, 0) ... body(context, count - 1), each once, on up to num_threads threads, of which this is one.
-  void Run(void (*body)(const void*, int64_t), const void* context, int64_t count, int64_t num_threads) {
+  // Run body(context, 0) ... body(context, count - 1), each once, on up to num_threads threads, of which this is one. The
+  // others are bound to cpus, unless it is nullptr: a thread starts with the CPUs of whoever starts it, perhaps but one.
+  void Run(void (*body)(const void*, int64_t), const void* context, int64_t count, int64_t num_threads,
+           const CpuSet* cpus) {
     pthread_mutex_lock(&mutex_);
     Job* job = NewJob();
     if (job == nullptr) {
       pthread_mutex_unlock(&mutex_);
       throw std::bad_alloc();
     }
-    job->body = body, job->context = context, job->count = count;
+    job->body = body, job->context = context, job->count = count, job->cpus = cpus;
     job->helpers = num_threads - 1, job->users = 1;
     job->next = 0, job->done = 0;
     job->failed = false;
@@ -699,6 +961,7 @@ class ThreadPool {
     void (*body)(const void*, int64_t);
     const void* context;
     int64_t count;
+    const CpuSet* cpus;
     int64_t helpers;  // that may still join
     int64_t users;    // threads that hold it
     std::atomic<int64_t> next, done;
@@ -759,6 +1022,7 @@ class ThreadPool {
 
   [[noreturn]] void Serve() {
     const DefaultFloatingPoint state;
+    const CpuSet* bound = nullptr;
     pthread_mutex_lock(&mutex_);
     for (;;) {
       while (jobs_.first == nullptr) pthread_cond_wait(&wake_, &mutex_);
@@ -766,6 +1030,7 @@ class ThreadPool {
       ++job->users;
       if (--job->helpers == 0) jobs_.Remove(job);
       pthread_mutex_unlock(&mutex_);
+      if (job->cpus != nullptr && job->cpus != bound) (bound = job->cpus)->Bind();
       Work(*job);
       pthread_mutex_lock(&mutex_);
       Release(job);
@@ -779,19 +1044,212 @@ class ThreadPool {
   int64_t num_workers_ = 0;
 };
 
+// Whether this process is a child of fork() since it loaded the library.
+bool forked = false;
+
 // Never destroyed, as its threads are not: the library is linked so that it stays loaded. A child of fork() has none of
 // the threads, and starts a pool of its own.
 ThreadPool* pool = [] {
-  pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool; });
+  pthread_atfork(nullptr, nullptr, [] {
+    forked = true;
+    pool = new ThreadPool;
+  });
   return new ThreadPool;
 }();
 
+// ---------------------------------------------------------------- OpenMP's team
+
+// The functions of an OpenMP runtime that this process has loaded: GCC's, LLVM's and Intel's all have them. The library is
+// linked to none.
+struct OpenMP {
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);  // GOMP_parallel: function, its argument, threads, flags
+  int (*in_parallel)();
+  int (*max_threads)();
+  const char* path;
+  const OpenMP* older;
+};
+
+// Looks for the runtime, and again when the process has loaded a library since.
+class OpenMPFinder {
+ public:
+  // The runtime whose team the process's other libraries use, or nullptr. If there are several, that is the one that the
+  // global scope has, such as one that is preloaded or torch's, else the one that was loaded first.
+  const OpenMP* Find() {
+    unsigned long long loads = 0;
+    dl_iterate_phdr(ReadLoads, &loads);
+    if (loads != seen_loads_.load(std::memory_order_acquire)) {
+      pthread_mutex_lock(&mutex_);
+      found_.store(Look(), std::memory_order_relaxed);
+      seen_loads_.store(loads, std::memory_order_release);
+      pthread_mutex_unlock(&mutex_);
+    }
+    return found_.load(std::memory_order_relaxed);
+  }
+
+ private:
+  // How many libraries the process has ever loaded.
+  static int ReadLoads(dl_phdr_info* info, size_t, void* loads) {
+    *static_cast<unsigned long long*>(loads) = info->dlpi_adds;
+    return 1;
+  }
+
+  // The first library whose name is that of a runtime.
+  static int ReadName(dl_phdr_info* info, size_t, void* path) {
+    const char* slash = std::strrchr(info->dlpi_name, '/');
+    const char* name = slash == nullptr ? info->dlpi_name : slash + 1;
+    for (const char* runtime : {"libgomp", "libiomp5", "libomp"}) {
+      if (std::strncmp(name, runtime, std::strlen(runtime)) != 0) continue;
+      *static_cast<const char**>(path) = info->dlpi_name;
+      return 1;
+    }
+    return 0;
+  }
+
+  const OpenMP* Look() {
+    Dl_info global;
+    const char* path = nullptr;
+    void* symbol = dlsym(RTLD_DEFAULT, "GOMP_parallel");
+    if (symbol != nullptr && dladdr(symbol, &global) != 0) {
+      path = global.dli_fname;
+    } else {
+      dl_iterate_phdr(ReadName, &path);
+    }
+    void* library = path == nullptr ? nullptr : dlopen(path, RTLD_NOW | RTLD_NOLOAD);  // and it stays loaded
+    if (library == nullptr) return nullptr;
+    OpenMP runtime{};
+    const bool complete = Get(library, "GOMP_parallel", &runtime.parallel) &&
+                          Get(library, "omp_in_parallel", &runtime.in_parallel) &&
+                          Get(library, "omp_get_max_threads", &runtime.max_threads);
+    if (!complete) return nullptr;
+    for (const OpenMP* seen = newest_; seen != nullptr; seen = seen->older) {
+      if (seen->parallel == runtime.parallel) return seen;
+    }
+    runtime.path = path;
+    runtime.older = newest_;
+    return newest_ = new OpenMP(runtime);
+  }
+
+  template <typename Function>
+  static bool Get(void* library, const char* name, Function* function) {
+    void* symbol = dlsym(library, name);
+    std::memcpy(function, &symbol, sizeof symbol);
+    return symbol != nullptr;
+  }
+
+  pthread_mutex_t mutex_ = PTHREAD_MUTEX_INITIALIZER;
+  std::atomic<unsigned long long> seen_loads_{0};
+  std::atomic<const OpenMP*> found_{nullptr};
+  const OpenMP* newest_ = nullptr;
+};
+
+OpenMPFinder openmp_finder;
+
+// Whether this process was a child of fork(), with no program of its own since, when it loaded the library. Its parent may
+// have had a team, whose threads the runtime then takes to be here, and waits for.
+const bool born_by_fork = [] {
+  constexpr unsigned kForkedNoExec = 0x40;  // PF_FORKNOEXEC among the flags, field 9 of /proc/self/stat
+  char text[512];
+  std::FILE* file = std::fopen("/proc/self/stat", "r");
+  if (file == nullptr) return false;
+  const size_t size = std::fread(text, 1, sizeof text - 1, file);
+  std::fclose(file);
+  text[size] = '\0';
+  const char* after_name = std::strrchr(text, ')');
+  unsigned flags = 0;
+  const bool read = after_name != nullptr && std::sscanf(after_name + 1, " %*c %*d %*d %*d %*d %*d %u", &flags) == 1;
+  return read && (flags & kForkedNoExec) != 0;
+}();
+
+// A child of fork() has none of its parent's team. Where its own was begun anew nobody can tell but who says so: with
+// forced a process that was born by fork, before it loaded the library, counts as one that has.
+const OpenMP* OpenMPOfThisProcess(bool forced) {
+  return forked || (born_by_fork && !forced) ? nullptr : openmp_finder.Find();
+}
+
+// For a call that is to run on OpenMP's team.
+void CheckOpenMP() {
+  if (forked) Raise("RuntimeError", "threading: expected a process with OpenMP's team for 'openmp', got a child of fork()");
+  if (OpenMPOfThisProcess(true) == nullptr) {
+    Raise("RuntimeError", "threading: expected a loaded OpenMP runtime for 'openmp' (libgomp, libiomp5 or libomp), got none");
+  }
+}
+
+// The runtime that a call from this thread runs on, not from within a parallel region, which has its threads already. Unless
+// it is forced to, it does not run on a team of one, which leaves no other threads waiting on the CPUs.
+const OpenMP* Team(bool forced) {
+  const OpenMP* runtime = OpenMPOfThisProcess(forced);
+  if (runtime == nullptr || runtime->in_parallel()) return nullptr;
+  return forced || runtime->max_threads() > 1 ? runtime : nullptr;
+}
+
+// Run body(context, 0) ... body(context, count - 1) on up to num_threads threads of a team, where there is one and no other
+// call is on it: each thread that calls a runtime gets a team of its own, and two of them would share the CPUs.
+bool RunOnTeam(void (*body)(const void*, int64_t), const void* context, int64_t count, int64_t num_threads, bool forced) {
+  static std::atomic_flag busy = ATOMIC_FLAG_INIT;
+  const OpenMP* team = Team(forced);
+  if (team == nullptr || busy.test_and_set(std::memory_order_acquire)) return false;
+  struct Job {
+    void (*body)(const void*, int64_t);
+    const void* context;
+    int64_t count, num_threads;
+    std::atomic<int64_t> joined{0}, next{0};
+    std::atomic<bool> failed{false};  // for want of memory, the one way in which a body fails
+
+    void Work() {
+      if (joined.fetch_add(1) >= num_threads) return;
+      const DefaultFloatingPoint state;
+      for (int64_t i; (i = next.fetch_add(1)) < count;) {
+        try {
+          body(context, i);
+        } catch (const std::bad_alloc&) {
+          failed = true;
+        }
+      }
+    }
+  } job{body, context, count, num_threads};
+  // The whole team, whose size a runtime changes by ending threads and starting others.
+  team->parallel([](void* self) { static_cast<Job*>(self)->Work(); }, &job, static_cast<unsigned>(team->max_threads()), 0);
+  busy.clear(std::memory_order_release);
+  if (job.failed) throw std::bad_alloc();
+  return true;
+}
+
+// ---------------------------------------------------------------- run
+
+enum Threading : int64_t {
+  kAuto,
+  kOwn,
+  kOpenmp,
+};
+
+// How the work items of a call are spread.
+struct Threads {
+  int64_t limit;  // threads at most, the caller's own among them
+  Threading threading;
+  const CpuSet* cpus;  // of the pool's threads; nullptr: those of whoever starts them
+};
+
+// The arguments num_threads, threading and cpus of an entry point, the first of them at `first`.
+Threads CheckThreads(const Inputs& in, int first) {
+  const int64_t limit = in.Int(first, "num_threads"), threading = in.Int(first + 1, "threading"),
+                cpus = in.Int(first + 2, "cpus");
+  if (limit < 1) Raise("ValueError", "num_threads: expected at least 1, got %" PRId64, limit);
+  if (threading < 0 || threading > kOpenmp) {
+    Raise("ValueError", "threading: expected 0, 1 or 2, got %" PRId64, threading);
+  }
+  if (threading == kOpenmp) CheckOpenMP();
+  return {limit, static_cast<Threading>(threading), CpuSet::Numbered(cpus)};
+}
+
+// Run body(0) ... body(count - 1), each once: on this thread alone, on OpenMP's team, or on the pool's threads and this.
 template <typename Body>
-void ParallelFor(int64_t count, int64_t num_threads, const Body& body) {
-  num_threads = std::min({num_threads, count, int64_t{1024}});
+void ParallelFor(int64_t count, const Threads& threads, const Body& body) {
+  const int64_t num_threads = std::min({threads.limit, count, int64_t{1024}});
   if (num_threads > 1) {
     auto call = [](const void* context, int64_t i) { (*static_cast<const Body*>(context))(i); };
-    return pool->Run(call, &body, count, num_threads);
+    const bool forced = threads.threading == kOpenmp;
+    if (threads.threading != kOwn && RunOnTeam(call, &body, count, num_threads, forced)) return;
+    return pool->Run(call, &body, count, num_threads, threads.cpus);
   }
   for (int64_t i = 0; i < count; ++i) body(i);
 }
@@ -845,40 +1303,46 @@ class Partials {
 };
 
 // Fused: one kernel takes the item through all four stages, tile by tile.
-void RunItem(const WorkItem& item, const Arguments& args, float scale, const Partials& partials) {
+void RunItem(const WorkItem& item, const Arguments& args, const Partials& partials) {
   const Cache &key = args.key_cache, &value = args.value_cache;
   Call(__tvm_ffi_fused_decode, args.query, key.memory, value.memory, args.block_table, args.context_lens, partials.max,
        partials.sum, partials.acc, args.out, args.lse, key.block_stride, key.row_stride, key.head_stride,
        value.block_stride, value.row_stride, value.head_stride, item.batch_start, item.num_seqs, item.block_begin,
-       item.block_end, item.partial_start, scale);
+       item.block_end, item.partial_start, args.scale.query, args.scale.scores);
 }
 
 // ---------------------------------------------------------------- arguments of append_kv
 
+// How two caches share memory, in units of so many slots: unit u of value_cache is unit u + distance of key_cache.
+struct Sharing {
+  int64_t unit = 0;  // 0: they share none
+  int64_t distance = 0;
+};
+
 struct AppendArguments {
   Array key, value, key_cache, value_cache, slot_mapping;
+  Sharing sharing;
 
   int64_t num_slots() const { return key_cache.shape[0] * kBlockSize; }
 };
 
-// Key and value caches may share one buffer, so that their spans overlap and no element does: a block of the one beside
-// a block of the other, or a row beside a row. Then the axes that they have in common and the step from the one to the
-// other must lie around what is left of each as the axes of one array do.
-void CheckCachesApart(const Array& key_cache, const Array& value_cache) {
-  const intptr_t itemsize = kDType.bits / 8;
-  Array key_part = key_cache, value_part = value_cache;
-  Axes axes;
-  for (int i = 0; i < 4; ++i) {
-    if (key_cache.shape[i] == value_cache.shape[i] && key_cache.strides[i] == value_cache.strides[i]) {
-      axes.Add(key_cache.strides[i] * itemsize, key_cache.shape[i]);
-      key_part.shape[i] = value_part.shape[i] = 1;
-    }
-  }
-  const auto [key_low, key_high] = Span(key_part);
-  const auto [value_low, value_high] = Span(value_part);
-  axes.Add(value_low - key_low, 2);
-  const bool interleaved = axes.AreDistinct(std::max(key_high - key_low, value_high - value_low));
-  if (!interleaved) CheckNoOverlap("value_cache", value_cache, "key_cache", key_cache);
+// Key and value caches may be views of one buffer in which a block, or a slot, of the one lies beside that of the other. And
+// they may be views of the same blocks, some of which hold keys and others values. Then whether two slots meet is for
+// CheckSlotsApart to see; that is, where all blocks have the same size and distances, and the blocks of the one cache begin
+// where those of the other do: otherwise too much would have to be compared, and they are refused.
+Sharing CheckCachesApart(const Array& key_cache, const Array& value_cache) {
+  if (!Overlap(key_cache, value_cache)) return {};
+  const int64_t stride = key_cache.strides[0] * (kDType.bits / 8);
+  Array key_block = key_cache, value_block = value_cache;
+  key_block.shape[0] = value_block.shape[0] = 1;
+  const Span key(key_block), value(value_block);
+  const intptr_t step = value.low - key.low;
+  const bool same_blocks = stride != 0 && value_cache.strides[0] == key_cache.strides[0] && step != 0 &&
+                           step % stride == 0 && key.high - key.low <= std::abs(stride) &&
+                           value.high - value.low == key.high - key.low;
+  if (!same_blocks) CheckNoOverlap("value_cache", value_cache, "key_cache", key_cache);
+  const bool same_slots = std::equal(key_cache.strides + 1, key_cache.strides + 4, value_cache.strides + 1);
+  return same_slots ? Sharing{1, step / stride * kBlockSize} : Sharing{kBlockSize, step / stride};
 }
 
 [[noreturn]] void RaiseSlot(int64_t token, int64_t slot, int64_t num_slots, const char* where = "") {
@@ -886,11 +1350,31 @@ void CheckCachesApart(const Array& key_cache, const Array& value_cache) {
         num_slots, slot, token, where);
 }
 
-// Every slot is -1 or within the caches.
-void CheckSlots(const Array& slot_mapping, int64_t num_slots) {
-  const auto* slots = static_cast<const int64_t*>(slot_mapping.tensor.data);
+// Every slot is -1 or within the caches. They go to `to`, where that is not nullptr.
+void CheckSlots(const Array& slot_mapping, int64_t num_slots, int64_t* to = nullptr) {
   for (int64_t token = 0; token < slot_mapping.shape[0]; ++token) {
-    if (slots[token] < -1 || slots[token] >= num_slots) RaiseSlot(token, slots[token], num_slots);
+    const int64_t slot = IndexAt(slot_mapping, token);
+    if (slot < -1 || slot >= num_slots) RaiseSlot(token, slot, num_slots);
+    if (to != nullptr) to[token] = slot;
+  }
+}
+
+// No slot of value_cache is in the place of one of key_cache, of those that a call writes, which are sorted here.
+void CheckSlotsApart(int64_t* slots, int64_t count, const Sharing& sharing) {
+  std::qsort(slots, count, sizeof *slots, [](const void* a, const void* b) {
+    const int64_t one = *static_cast<const int64_t*>(a), other = *static_cast<const int64_t*>(b);
+    return static_cast<int>(one > other) - static_cast<int>(one < other);
+  });
+  for (int64_t i = 0; i < count; ++i) {
+    const int64_t first = (slots[i] / sharing.unit + sharing.distance) * sharing.unit;
+    if (slots[i] < 0 || first < 0) continue;
+    const int64_t* const met = std::lower_bound(slots, slots + count, first);
+    if (met != slots + count && *met < first + sharing.unit) {
+      Raise("ValueError",
+            "value_cache: expected memory apart from key_cache's in all slots that are written, got slot %" PRId64
+            " in the %s of key_cache's slot %" PRId64,
+            slots[i], sharing.unit == 1 ? "place" : "block", *met);
+    }
   }
 }
 
@@ -902,10 +1386,10 @@ AppendArguments CheckAppendArguments(const Inputs& in, int64_t as_uint16) {
   const int64_t num_tokens = args.key.shape[0];
   args.value = check(1, "value", kDType, {num_tokens, kNumKVHeads, kHeadDim});
   CheckCaches(check, 2, 3, &args.key_cache, &args.value_cache);
-  args.slot_mapping = check(4, "slot_mapping", kInt64, {num_tokens});
+  args.slot_mapping = check.Indices(4, "slot_mapping", kInt64, {num_tokens});
   CheckDistinctElements("key_cache", args.key_cache);
   CheckDistinctElements("value_cache", args.value_cache);
-  CheckCachesApart(args.key_cache, args.value_cache);
+  args.sharing = CheckCachesApart(args.key_cache, args.value_cache);
   const Named caches[] = { {"key_cache", &args.key_cache}, {"value_cache", &args.value_cache} };
   const Named inputs[] = { {"key", &args.key}, {"value", &args.value}, {"slot_mapping", &args.slot_mapping} };
   for (const Named& cache : caches) {
@@ -924,42 +1408,55 @@ Array AsBits(Array array) {
   return array;
 }
 
-// append_kv(key, value, key_cache, value_cache, slot_mapping, num_threads, as_uint16): write the keys and values of new tokens into
-// their slots. Everything is checked before anything is written. The work is divided by heads and never by tokens, and a
-// kernel takes the tokens in their order: of two with the same slot the later stays, at any number of threads.
+// CheckSlotsApart on a copy of the slots.
+void CheckSharedSlots(const Array& slot_mapping, const Sharing& sharing) {
+  if (sharing.unit == 0) return;
+  const int64_t count = slot_mapping.shape[0];
+  const Borrowed<int64_t> slots(call_workspace, count);
+  std::copy_n(static_cast<const int64_t*>(slot_mapping.tensor.data), count, slots.data());
+  CheckSlotsApart(slots.data(), count, sharing);
+}
+
+// append_kv(key, value, key_cache, value_cache, slot_mapping, num_threads, threading, cpus, as_uint16): write the keys and
+// values of new tokens into their slots. Everything is checked before anything is written. The work is divided by heads and
+// never by tokens, and a kernel takes the tokens in their order: of two with the same slot the later stays, at any number of
+// threads.
 void AppendKV(const Inputs& in) {
   CheckCpuFeatures();
-  const int64_t num_threads = in.Int(5);
-  const AppendArguments args = CheckAppendArguments(in, in.Int(6));
-  CheckNumThreads(num_threads);
-  CheckSlots(args.slot_mapping, args.num_slots());
+  Threads threads = CheckThreads(in, 5);
+  const AppendArguments args = CheckAppendArguments(in, in.Int(8, "as_uint16"));
+  const Indices<int64_t> slots(args.slot_mapping);
+  CheckSlots(args.slot_mapping, args.num_slots(), slots.to());
+  CheckSharedSlots(slots.array, args.sharing);
   const Array key = AsBits(args.key), value = AsBits(args.value);
   const Array key_cache = AsBits(args.key_cache), value_cache = AsBits(args.value_cache);
   const int64_t num_tokens = key.shape[0];
   if (num_tokens == 0) return;
   const bool few = 2 * num_tokens * kNumKVHeads * kHeadDim * (kDType.bits / 8) < kFewBytes;
   const int64_t heads = few ? kNumKVHeads : 1;  // of one kernel call
-  ParallelFor(2 * (kNumKVHeads / heads), few ? 1 : num_threads, [&](int64_t i) {
+  if (few) threads.limit = 1;
+  ParallelFor(2 * (kNumKVHeads / heads), threads, [&](int64_t i) {
     const int64_t head_begin = i / 2 * heads;
     const bool is_key = i % 2 == 0;
-    Call(__tvm_ffi_append_row, is_key ? key : value, is_key ? key_cache : value_cache, args.slot_mapping, head_begin,
+    Call(__tvm_ffi_append_row, is_key ? key : value, is_key ? key_cache : value_cache, slots.array, head_begin,
          heads);
   });
 }
 
 // ---------------------------------------------------------------- entry points
 
-// decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, num_threads, as_uint16):
-// attention of one query token per sequence. Everything is checked before anything is written. Bit i of as_uint16 says
-// that argument i holds bfloat16 and is declared uint16, for arrays of libraries that have no bfloat16 in DLPack.
+// decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, num_threads, threading, cpus,
+// as_uint16): attention of one query token per sequence. Everything is checked before anything is written. cpus is what
+// cpu_set gave. Bit i of as_uint16 says that argument i holds bfloat16 and is declared uint16, for arrays of libraries that
+// have no bfloat16 in DLPack.
 void Decode(const Inputs& in) {
   CheckCpuFeatures();
   const DefaultFloatingPoint state;
-  const double scale = in.Float(7);
-  const int64_t num_threads = in.Int(8);
-  Arguments args = CheckArguments(in, scale, in.Int(9));
-  CheckNumThreads(num_threads);
-  CheckIndices(args.block_table, args.context_lens, args.num_blocks);
+  Threads threads = CheckThreads(in, 8);
+  Arguments args = CheckArguments(in, in.Float(7, "scale"), in.Int(11, "as_uint16"));
+  const Indices<int32_t> block_table(args.block_table), context_lens(args.context_lens);
+  CheckIndices(args.block_table, args.context_lens, args.num_blocks, context_lens.to(), block_table.to());
+  args.block_table = block_table.array, args.context_lens = context_lens.array;
   const Plan plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const Partials partials(plan.num_partials);
   const bool has_lse = args.lse.tensor.data != nullptr;
@@ -967,14 +1464,14 @@ void Decode(const Inputs& in) {
   if (!has_lse) args.lse = Array(unused_lse.data(), {args.batch, kNumHeads});
   const Borrowed<std::atomic<int32_t>> missing(call_workspace, args.batch);  // partial results not yet computed
   for (int64_t seq = 0; seq < args.batch; ++seq) new (&missing.data()[seq]) std::atomic<int32_t>(plan.partials_of(seq));
-  const int64_t wanted_threads = plan.num_tokens / kThreadTokens + 1;
-  ParallelFor(plan.num_items, std::min(num_threads, wanted_threads), [&](int64_t i) {
+  threads.limit = std::min(threads.limit, plan.num_tokens / kThreadTokens + 1);
+  ParallelFor(plan.num_items, threads, [&](int64_t i) {
     const WorkItem& item = plan.item(i);
-    RunItem(item, args, static_cast<float>(scale), partials);
+    RunItem(item, args, partials);
     // Whoever computes the last of a sequence's partial results merges all of them, in their order.
     const int64_t seq = item.batch_start;
     if (item.partial_start < 0 || --missing.data()[seq] > 0) return;
-    Call(__tvm_ffi_merge_partials, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
+    Call(__tvm_ffi_merge_partials, args.context_lens, partials.max, partials.sum, partials.acc, args.out, args.lse, seq,
          plan.partial_begin(seq), plan.partials_of(seq));
   });
 }
@@ -987,11 +1484,13 @@ void ReturnText(const char* text, size_t size, TVMFFIAny* result) {
 // plan(context_lens): the work items that decode would run, in the order in which they are dealt out, as text: one line
 // an item with batch_start num_seqs block_begin block_end num_tokens.
 void PlanText(const Inputs& in, TVMFFIAny* result) {
-  const DLTensor& given = in.Tensor(0, "context_lens");
-  const Array lens = CheckArray("context_lens", given, given.dtype, kInt32, {-1}, "batch");
-  const auto* values = static_cast<const int32_t*>(lens.tensor.data);
-  for (int64_t seq = 0; seq < lens.shape[0]; ++seq) CheckContextLen(seq, values[seq], kMaxContextLen);
-  const Plan plan(values, lens.shape[0]);
+  const Array given = ArgumentCheck{in, 0}.Indices(0, "context_lens", kInt32, {-1}, "batch");
+  const Indices<int32_t> lens(given);
+  for (int64_t seq = 0; seq < given.shape[0]; ++seq) {
+    const int32_t context_len = CheckContextLen(seq, IndexAt(given, seq), kMaxContextLen);
+    if (lens.to() != nullptr) lens.to()[seq] = context_len;
+  }
+  const Plan plan(static_cast<const int32_t*>(lens.array.tensor.data), given.shape[0]);
   constexpr int64_t kLineBytes = 5 * 21 + 1;
   const Borrowed<char> text(call_workspace, plan.num_items * kLineBytes);
   char* end = text.data();
@@ -1003,6 +1502,21 @@ void PlanText(const Inputs& in, TVMFFIAny* result) {
     end[-1] = '\n';
   }
   ReturnText(text.data(), end - text.data(), result);
+}
+
+// cpu_set(cpus): the number by which decode and append_kv are told these CPUs, int32 [count], ascending.
+void MakeCpuSet(const Inputs& in, TVMFFIAny* result) {
+  const DLTensor& given = in.Tensor(0, "cpus");
+  const Array cpus = CheckArray("cpus", given, given.dtype, kInt32, {-1}, "count");
+  if (cpus.empty()) Raise("ValueError", "cpus: expected one CPU at least, got none");
+  *result = Packed(CpuSet::NumberOf(static_cast<const int32_t*>(cpus.tensor.data), cpus.shape[0]));
+}
+
+// openmp(): the path of the OpenMP runtime whose team a call from this thread would run on, or "".
+void OpenMPText(const Inputs&, TVMFFIAny* result) {
+  const OpenMP* runtime = Team(false);
+  const char* path = runtime == nullptr ? "" : runtime->path;
+  ReturnText(path, std::strlen(path), result);
 }
 
 // view_as_bfloat16(tensor): the same memory, declared bfloat16 instead of uint16.
@@ -1023,15 +1537,23 @@ void ViewAsBFloat16(const Inputs& in, TVMFFIAny* result) {
 #define PA_EXPORT extern "C" __attribute__((visibility("default")))
 
 PA_EXPORT int __tvm_ffi_decode(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
-  return Guarded([&] { Decode(Inputs(args, num_args, 10)); });
+  return Guarded([&] { Decode(Inputs(args, num_args, 12)); });
 }
 
 PA_EXPORT int __tvm_ffi_append_kv(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
-  return Guarded([&] { AppendKV(Inputs(args, num_args, 7)); });
+  return Guarded([&] { AppendKV(Inputs(args, num_args, 9)); });
 }
 
 PA_EXPORT int __tvm_ffi_plan(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
   return Guarded([&] { PlanText(Inputs(args, num_args, 1), result); });
+}
+
+PA_EXPORT int __tvm_ffi_cpu_set(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  return Guarded([&] { MakeCpuSet(Inputs(args, num_args, 1), result); });
+}
+
+PA_EXPORT int __tvm_ffi_openmp(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {
+  return Guarded([&] { OpenMPText(Inputs(args, num_args, 0), result); });
 }
 
 PA_EXPORT int __tvm_ffi_view_as_bfloat16(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny* result) {

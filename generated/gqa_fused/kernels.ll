@@ -333,86 +333,90 @@ entry:
   %49 = getelementptr inbounds nuw i8, ptr %args, i64 328
   %50 = load i64, ptr %49, align 8
   %51 = getelementptr inbounds nuw i8, ptr %args, i64 336
-  %scale.type_index = load i32, ptr %51, align 8
+  %query_scale.type_index = load i32, ptr %51, align 8
   %52 = getelementptr inbounds nuw i8, ptr %args, i64 344
   %53 = load i64, ptr %52, align 8
-  %54 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %54, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %55, align 8
-  %56 = icmp eq ptr %fused_decode.query_strides, null
-  %57 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %58 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %56, ptr %57, ptr %58
+  %54 = getelementptr inbounds nuw i8, ptr %args, i64 352
+  %score_scale.type_index = load i32, ptr %54, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %57, align 8
+  %58 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %58, align 8
+  %59 = icmp eq ptr %fused_decode.query_strides, null
+  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %61 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %59, ptr %60, ptr %61
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %56, label %if_then31, label %if_else32
+  br i1 %59, label %if_then31, label %if_else32
 
 if_then31:                                        ; preds = %entry
-  %59 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %60 = load i64, ptr %59, align 8
-  %61 = load i64, ptr %57, align 8
-  %62 = mul nsw i64 %61, %60
+  %62 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %63 = load i64, ptr %62, align 8
+  %64 = load i64, ptr %60, align 8
+  %65 = mul nsw i64 %64, %63
   br label %if_end33
 
 if_else32:                                        ; preds = %entry
-  %63 = load i64, ptr %fused_decode.query_strides, align 8
+  %66 = load i64, ptr %fused_decode.query_strides, align 8
   br label %if_end33
 
 if_end33:                                         ; preds = %if_else32, %if_then31
-  %q_batch = phi i64 [ %62, %if_then31 ], [ %63, %if_else32 ]
-  %64 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %64, align 4
-  %65 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %65, align 8
-  %66 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %66, label %if_then34, label %if_end36
+  %q_batch = phi i64 [ %65, %if_then31 ], [ %66, %if_else32 ]
+  %67 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %67, align 4
+  %68 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %68, align 8
+  %69 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %69, label %if_then34, label %if_end36
 
 if_then34:                                        ; preds = %if_end33
-  %67 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %67, align 8
-  %68 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  %70 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %70, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
   br label %if_end36
 
 if_end36:                                         ; preds = %if_then34, %if_end33
-  %table_seq.in = phi ptr [ %68, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
+  %table_seq.in = phi ptr [ %71, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_decode.out_shape = load ptr, ptr %69, align 8
-  %70 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_decode.out_strides = load ptr, ptr %70, align 8
-  %71 = icmp eq ptr %fused_decode.out_strides, null
-  %72 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
-  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
-  %out_head.in = select i1 %71, ptr %72, ptr %73
+  %72 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %72, align 8
+  %73 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %73, align 8
+  %74 = icmp eq ptr %fused_decode.out_strides, null
+  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %76 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %74, ptr %75, ptr %76
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %71, label %if_then40, label %if_else41
+  br i1 %74, label %if_then40, label %if_else41
 
 if_then40:                                        ; preds = %if_end36
-  %74 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
-  %75 = load i64, ptr %74, align 8
-  %76 = load i64, ptr %72, align 8
-  %77 = mul nsw i64 %76, %75
+  %77 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %78 = load i64, ptr %77, align 8
+  %79 = load i64, ptr %75, align 8
+  %80 = mul nsw i64 %79, %78
   br label %if_end42
 
 if_else41:                                        ; preds = %if_end36
-  %78 = load i64, ptr %fused_decode.out_strides, align 8
+  %81 = load i64, ptr %fused_decode.out_strides, align 8
   br label %if_end42
 
 if_end42:                                         ; preds = %if_else41, %if_then40
-  %out_batch = phi i64 [ %77, %if_then40 ], [ %78, %if_else41 ]
-  %79 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_decode.lse_strides = load ptr, ptr %79, align 8
-  %80 = icmp eq ptr %fused_decode.lse_strides, null
-  br i1 %80, label %if_then43, label %if_end45
+  %out_batch = phi i64 [ %80, %if_then40 ], [ %81, %if_else41 ]
+  %82 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %82, align 8
+  %83 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %83, label %if_then43, label %if_end45
 
 if_then43:                                        ; preds = %if_end42
-  %81 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_decode.lse_shape = load ptr, ptr %81, align 8
-  %82 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  %84 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %84, align 8
+  %85 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
   br label %if_end45
 
 if_end45:                                         ; preds = %if_then43, %if_end42
-  %lse_batch.in = phi ptr [ %82, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+  %lse_batch.in = phi ptr [ %85, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
   %num_seqs = trunc i64 %44 to i32
   %query = load ptr, ptr %query.handle, align 8
@@ -447,33 +451,40 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %83 = icmp sgt i32 %num_seqs, 0
-  br i1 %83, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  %86 = icmp sgt i32 %num_seqs, 0
+  br i1 %86, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %if_end45
   %block_begin = trunc i64 %46 to i32
   %block_end = trunc i64 %48 to i32
-  %84 = icmp eq i32 %scale.type_index, 3
+  %87 = icmp eq i32 %query_scale.type_index, 3
   %.cast = bitcast i64 %53 to double
-  %85 = fptrunc double %.cast to float
-  %86 = sitofp i64 %53 to float
-  %scale = select i1 %84, float %85, float %86
-  %87 = shl nsw i32 %block_begin, 4
-  %88 = shl nsw i32 %block_end, 4
+  %88 = fptrunc double %.cast to float
+  %89 = sitofp i64 %53 to float
+  %query_scale = select i1 %87, float %88, float %89
+  %90 = icmp eq i32 %score_scale.type_index, 3
+  %.cast58 = bitcast i64 %56 to double
+  %91 = fptrunc double %.cast58 to float
+  %92 = sitofp i64 %56 to float
+  %score_scale = select i1 %90, float %91, float %92
+  %93 = shl nsw i32 %block_begin, 4
+  %94 = shl nsw i32 %block_end, 4
+  %95 = insertelement <32 x float> poison, float %query_scale, i64 0
+  %96 = shufflevector <32 x float> %95, <32 x float> poison, <32 x i32> zeroinitializer
   %sext = shl i64 %42, 32
-  %89 = ashr exact i64 %sext, 32
-  %90 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
-  %91 = insertelement <16 x float> poison, float %90, i64 0
-  %92 = bitcast <16 x float> %91 to <16 x i32>
-  %93 = shufflevector <16 x i32> %92, <16 x i32> poison, <16 x i32> zeroinitializer
-  %94 = insertelement <16 x float> poison, float %scale, i64 0
-  %95 = shufflevector <16 x float> %94, <16 x float> poison, <16 x i32> zeroinitializer
-  %96 = and i64 %50, 2147483648
-  %.not = icmp eq i64 %96, 0
-  %97 = zext i32 %87 to i64
-  %98 = and i64 %50, 4294967295
+  %97 = ashr exact i64 %sext, 32
+  %98 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %99 = insertelement <16 x float> poison, float %98, i64 0
+  %100 = bitcast <16 x float> %99 to <16 x i32>
+  %101 = shufflevector <16 x i32> %100, <16 x i32> poison, <16 x i32> zeroinitializer
+  %102 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %103 = shufflevector <16 x float> %102, <16 x float> poison, <16 x i32> zeroinitializer
+  %104 = and i64 %50, 2147483648
+  %.not = icmp eq i64 %104, 0
+  %105 = zext i32 %93 to i64
+  %106 = and i64 %50, 4294967295
   %wide.trip.count834.i = and i64 %44, 2147483647
-  %invariant.op.i = add i32 %87, -1
+  %invariant.op.i = add i32 %93, -1
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end240.i
@@ -483,164 +494,185 @@ for_begin_s.i:                                    ; preds = %if_end240.i
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
   %indvars.iv829.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next830.i, %for_begin_s.i ]
-  %99 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %q_tile.i = tail call ptr %99(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %100 = icmp eq ptr %q_tile.i, null
-  br i1 %100, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
+  %107 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %107(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %108 = icmp eq ptr %q_tile.i, null
+  br i1 %108, label %fused_decode_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %101 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %101(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %102 = icmp eq ptr %acc.i, null
-  br i1 %102, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
+  %109 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %109(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %110 = icmp eq ptr %acc.i, null
+  br i1 %110, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %103 = add nsw i64 %indvars.iv829.i, %89
-  %104 = getelementptr inbounds i32, ptr %context_lens, i64 %103
-  %105 = load i32, ptr %104, align 4, !tbaa !5
-  %106 = mul nsw i64 %103, %q_batch
-  %107 = getelementptr i16, ptr %query, i64 %106
+  %111 = add nsw i64 %indvars.iv829.i, %97
+  %112 = getelementptr inbounds i32, ptr %context_lens, i64 %111
+  %113 = load i32, ptr %112, align 4, !tbaa !5
+  %114 = mul nsw i64 %111, %q_batch
+  %115 = getelementptr i16, ptr %query, i64 %114
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
   %indvars.iv682.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next683.i, %for_end_ax1.i ]
-  %108 = shl nuw nsw i64 %indvars.iv682.i, 2
-  %.idx58 = shl nuw nsw i64 %indvars.iv682.i, 11
-  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx58
+  %116 = shl nuw nsw i64 %indvars.iv682.i, 2
+  %.idx59 = shl nuw nsw i64 %indvars.iv682.i, 11
+  %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
   br label %for_begin_ax2.preheader.i
 
 for_end_tile.i:                                   ; preds = %for_end_ax1.i
-  %109 = tail call i32 @llvm.smin.i32(i32 %88, i32 %105)
-  %110 = sub nsw i32 %109, %87
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %110, i32 0)
-  %111 = add nuw nsw i32 %range_len.i, 127
-  %112 = lshr i32 %111, 7
-  %113 = tail call i32 @llvm.umax.i32(i32 %112, i32 1)
+  %117 = add nsw i32 %113, -1
+  %118 = sitofp i32 %117 to float
+  %119 = bitcast float %118 to i32
+  %120 = ashr i32 %119, 23
+  %121 = tail call i32 @llvm.smax.i32(i32 %120, i32 125)
+  %places.i = add nsw i32 %121, -125
+  %122 = tail call i32 @llvm.smin.i32(i32 %94, i32 %113)
+  %123 = sub nsw i32 %122, %93
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %123, i32 0)
+  %124 = add nuw nsw i32 %range_len.i, 127
+  %125 = lshr i32 %124, 7
+  %126 = tail call i32 @llvm.umax.i32(i32 %125, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %114 = mul nsw i64 %103, %table_seq
-  %invariant.gep434.i = getelementptr i32, ptr %block_table, i64 %114
-  %115 = zext nneg i32 %112 to i64
-  %116 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count792.i = zext nneg i32 %113 to i64
+  %127 = mul nsw i64 %111, %table_seq
+  %invariant.gep434.i = getelementptr i32, ptr %block_table, i64 %127
+  %128 = uitofp nneg i32 %places.i to float
+  %129 = fsub float 0x4168000FE0000000, %128
+  %130 = insertelement <16 x float> poison, float %129, i64 0
+  %131 = shufflevector <16 x float> %130, <16 x float> poison, <16 x i32> zeroinitializer
+  %132 = tail call float @llvm.fmuladd.f32(float %128, float 0x3FE62E4300000000, float -8.700000e+01)
+  %133 = insertelement <16 x float> poison, float %132, i64 0
+  %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
+  %135 = zext nneg i32 %125 to i64
+  %136 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count792.i = zext nneg i32 %126 to i64
   br label %for_begin_step.i
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
   %indvars.iv.i = phi i64 [ 0, %for_begin_ax1.preheader.i ], [ %indvars.iv.next.i, %for_begin_ax2.preheader.i ]
-  %117 = add nuw nsw i64 %indvars.iv.i, %108
-  %118 = mul nsw i64 %117, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %107, i64 %118
-  %119 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
-  %120 = zext <32 x i16> %119 to <32 x i32>
-  %121 = shl nuw <32 x i32> %120, splat (i32 16)
-  %122 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %137 = add nuw nsw i64 %indvars.iv.i, %116
+  %138 = mul nsw i64 %137, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %115, i64 %138
+  %139 = load <32 x i16>, ptr %invariant.gep.i, align 2, !tbaa !5
+  %140 = zext <32 x i16> %139 to <32 x i32>
+  %141 = shl nuw <32 x i32> %140, splat (i32 16)
+  %142 = bitcast <32 x i32> %141 to <32 x float>
+  %143 = fmul <32 x float> %96, %142
+  %144 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
   %.idx = shl nuw nsw i64 %indvars.iv.i, 9
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx
-  store <4 x i32> %122, ptr %gep, align 4, !tbaa !5
-  %123 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %124 = getelementptr inbounds nuw i8, ptr %gep, i64 64
-  store <4 x i32> %123, ptr %124, align 4, !tbaa !5
-  %125 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %126 = getelementptr inbounds nuw i8, ptr %gep, i64 16
-  store <4 x i32> %125, ptr %126, align 4, !tbaa !5
-  %127 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %128 = getelementptr inbounds nuw i8, ptr %gep, i64 80
-  store <4 x i32> %127, ptr %128, align 4, !tbaa !5
-  %129 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %130 = getelementptr inbounds nuw i8, ptr %gep, i64 32
-  store <4 x i32> %129, ptr %130, align 4, !tbaa !5
-  %131 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %132 = getelementptr inbounds nuw i8, ptr %gep, i64 96
-  store <4 x i32> %131, ptr %132, align 4, !tbaa !5
-  %133 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %134 = getelementptr inbounds nuw i8, ptr %gep, i64 48
-  store <4 x i32> %133, ptr %134, align 4, !tbaa !5
-  %135 = shufflevector <32 x i32> %121, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %136 = getelementptr inbounds nuw i8, ptr %gep, i64 112
-  store <4 x i32> %135, ptr %136, align 4, !tbaa !5
+  store <4 x float> %144, ptr %gep, align 4, !tbaa !5
+  %145 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %146 = getelementptr inbounds nuw i8, ptr %gep, i64 64
+  store <4 x float> %145, ptr %146, align 4, !tbaa !5
+  %147 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %148 = getelementptr inbounds nuw i8, ptr %gep, i64 16
+  store <4 x float> %147, ptr %148, align 4, !tbaa !5
+  %149 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %150 = getelementptr inbounds nuw i8, ptr %gep, i64 80
+  store <4 x float> %149, ptr %150, align 4, !tbaa !5
+  %151 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %152 = getelementptr inbounds nuw i8, ptr %gep, i64 32
+  store <4 x float> %151, ptr %152, align 4, !tbaa !5
+  %153 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %154 = getelementptr inbounds nuw i8, ptr %gep, i64 96
+  store <4 x float> %153, ptr %154, align 4, !tbaa !5
+  %155 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %156 = getelementptr inbounds nuw i8, ptr %gep, i64 48
+  store <4 x float> %155, ptr %156, align 4, !tbaa !5
+  %157 = shufflevector <32 x float> %143, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %158 = getelementptr inbounds nuw i8, ptr %gep, i64 112
+  store <4 x float> %157, ptr %158, align 4, !tbaa !5
   %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %137 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
-  %138 = zext <32 x i16> %137 to <32 x i32>
-  %139 = shl nuw <32 x i32> %138, splat (i32 16)
-  %140 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %141 = getelementptr inbounds nuw i8, ptr %gep, i64 128
-  store <4 x i32> %140, ptr %141, align 4, !tbaa !5
-  %142 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %143 = getelementptr inbounds nuw i8, ptr %gep, i64 192
-  store <4 x i32> %142, ptr %143, align 4, !tbaa !5
-  %144 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %145 = getelementptr inbounds nuw i8, ptr %gep, i64 144
-  store <4 x i32> %144, ptr %145, align 4, !tbaa !5
-  %146 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %147 = getelementptr inbounds nuw i8, ptr %gep, i64 208
-  store <4 x i32> %146, ptr %147, align 4, !tbaa !5
-  %148 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %149 = getelementptr inbounds nuw i8, ptr %gep, i64 160
-  store <4 x i32> %148, ptr %149, align 4, !tbaa !5
-  %150 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %151 = getelementptr inbounds nuw i8, ptr %gep, i64 224
-  store <4 x i32> %150, ptr %151, align 4, !tbaa !5
-  %152 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %153 = getelementptr inbounds nuw i8, ptr %gep, i64 176
-  store <4 x i32> %152, ptr %153, align 4, !tbaa !5
-  %154 = shufflevector <32 x i32> %139, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %155 = getelementptr inbounds nuw i8, ptr %gep, i64 240
-  store <4 x i32> %154, ptr %155, align 4, !tbaa !5
+  %159 = load <32 x i16>, ptr %gep.1.i, align 2, !tbaa !5
+  %160 = zext <32 x i16> %159 to <32 x i32>
+  %161 = shl nuw <32 x i32> %160, splat (i32 16)
+  %162 = bitcast <32 x i32> %161 to <32 x float>
+  %163 = fmul <32 x float> %96, %162
+  %164 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %165 = getelementptr inbounds nuw i8, ptr %gep, i64 128
+  store <4 x float> %164, ptr %165, align 4, !tbaa !5
+  %166 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %167 = getelementptr inbounds nuw i8, ptr %gep, i64 192
+  store <4 x float> %166, ptr %167, align 4, !tbaa !5
+  %168 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %169 = getelementptr inbounds nuw i8, ptr %gep, i64 144
+  store <4 x float> %168, ptr %169, align 4, !tbaa !5
+  %170 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %171 = getelementptr inbounds nuw i8, ptr %gep, i64 208
+  store <4 x float> %170, ptr %171, align 4, !tbaa !5
+  %172 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %173 = getelementptr inbounds nuw i8, ptr %gep, i64 160
+  store <4 x float> %172, ptr %173, align 4, !tbaa !5
+  %174 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %175 = getelementptr inbounds nuw i8, ptr %gep, i64 224
+  store <4 x float> %174, ptr %175, align 4, !tbaa !5
+  %176 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %177 = getelementptr inbounds nuw i8, ptr %gep, i64 176
+  store <4 x float> %176, ptr %177, align 4, !tbaa !5
+  %178 = shufflevector <32 x float> %163, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 240
+  store <4 x float> %178, ptr %179, align 4, !tbaa !5
   %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %156 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
-  %157 = zext <32 x i16> %156 to <32 x i32>
-  %158 = shl nuw <32 x i32> %157, splat (i32 16)
-  %159 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %160 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  store <4 x i32> %159, ptr %160, align 4, !tbaa !5
-  %161 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %162 = getelementptr inbounds nuw i8, ptr %gep, i64 320
-  store <4 x i32> %161, ptr %162, align 4, !tbaa !5
-  %163 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %164 = getelementptr inbounds nuw i8, ptr %gep, i64 272
-  store <4 x i32> %163, ptr %164, align 4, !tbaa !5
-  %165 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %166 = getelementptr inbounds nuw i8, ptr %gep, i64 336
-  store <4 x i32> %165, ptr %166, align 4, !tbaa !5
-  %167 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %168 = getelementptr inbounds nuw i8, ptr %gep, i64 288
-  store <4 x i32> %167, ptr %168, align 4, !tbaa !5
-  %169 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %170 = getelementptr inbounds nuw i8, ptr %gep, i64 352
-  store <4 x i32> %169, ptr %170, align 4, !tbaa !5
-  %171 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %172 = getelementptr inbounds nuw i8, ptr %gep, i64 304
-  store <4 x i32> %171, ptr %172, align 4, !tbaa !5
-  %173 = shufflevector <32 x i32> %158, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %174 = getelementptr inbounds nuw i8, ptr %gep, i64 368
-  store <4 x i32> %173, ptr %174, align 4, !tbaa !5
+  %180 = load <32 x i16>, ptr %gep.2.i, align 2, !tbaa !5
+  %181 = zext <32 x i16> %180 to <32 x i32>
+  %182 = shl nuw <32 x i32> %181, splat (i32 16)
+  %183 = bitcast <32 x i32> %182 to <32 x float>
+  %184 = fmul <32 x float> %96, %183
+  %185 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %186 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  store <4 x float> %185, ptr %186, align 4, !tbaa !5
+  %187 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %188 = getelementptr inbounds nuw i8, ptr %gep, i64 320
+  store <4 x float> %187, ptr %188, align 4, !tbaa !5
+  %189 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %190 = getelementptr inbounds nuw i8, ptr %gep, i64 272
+  store <4 x float> %189, ptr %190, align 4, !tbaa !5
+  %191 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %192 = getelementptr inbounds nuw i8, ptr %gep, i64 336
+  store <4 x float> %191, ptr %192, align 4, !tbaa !5
+  %193 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %194 = getelementptr inbounds nuw i8, ptr %gep, i64 288
+  store <4 x float> %193, ptr %194, align 4, !tbaa !5
+  %195 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %196 = getelementptr inbounds nuw i8, ptr %gep, i64 352
+  store <4 x float> %195, ptr %196, align 4, !tbaa !5
+  %197 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %198 = getelementptr inbounds nuw i8, ptr %gep, i64 304
+  store <4 x float> %197, ptr %198, align 4, !tbaa !5
+  %199 = shufflevector <32 x float> %184, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %200 = getelementptr inbounds nuw i8, ptr %gep, i64 368
+  store <4 x float> %199, ptr %200, align 4, !tbaa !5
   %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %175 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
-  %176 = zext <32 x i16> %175 to <32 x i32>
-  %177 = shl nuw <32 x i32> %176, splat (i32 16)
-  %178 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
-  %179 = getelementptr inbounds nuw i8, ptr %gep, i64 384
-  store <4 x i32> %178, ptr %179, align 4, !tbaa !5
-  %180 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
-  %181 = getelementptr inbounds nuw i8, ptr %gep, i64 448
-  store <4 x i32> %180, ptr %181, align 4, !tbaa !5
-  %182 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
-  %183 = getelementptr inbounds nuw i8, ptr %gep, i64 400
-  store <4 x i32> %182, ptr %183, align 4, !tbaa !5
-  %184 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
-  %185 = getelementptr inbounds nuw i8, ptr %gep, i64 464
-  store <4 x i32> %184, ptr %185, align 4, !tbaa !5
-  %186 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
-  %187 = getelementptr inbounds nuw i8, ptr %gep, i64 416
-  store <4 x i32> %186, ptr %187, align 4, !tbaa !5
-  %188 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
-  %189 = getelementptr inbounds nuw i8, ptr %gep, i64 480
-  store <4 x i32> %188, ptr %189, align 4, !tbaa !5
-  %190 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
-  %191 = getelementptr inbounds nuw i8, ptr %gep, i64 432
-  store <4 x i32> %190, ptr %191, align 4, !tbaa !5
-  %192 = shufflevector <32 x i32> %177, <32 x i32> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
-  %193 = getelementptr inbounds nuw i8, ptr %gep, i64 496
-  store <4 x i32> %192, ptr %193, align 4, !tbaa !5
+  %201 = load <32 x i16>, ptr %gep.3.i, align 2, !tbaa !5
+  %202 = zext <32 x i16> %201 to <32 x i32>
+  %203 = shl nuw <32 x i32> %202, splat (i32 16)
+  %204 = bitcast <32 x i32> %203 to <32 x float>
+  %205 = fmul <32 x float> %96, %204
+  %206 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 0, i32 2, i32 4, i32 6>
+  %207 = getelementptr inbounds nuw i8, ptr %gep, i64 384
+  store <4 x float> %206, ptr %207, align 4, !tbaa !5
+  %208 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 1, i32 3, i32 5, i32 7>
+  %209 = getelementptr inbounds nuw i8, ptr %gep, i64 448
+  store <4 x float> %208, ptr %209, align 4, !tbaa !5
+  %210 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 8, i32 10, i32 12, i32 14>
+  %211 = getelementptr inbounds nuw i8, ptr %gep, i64 400
+  store <4 x float> %210, ptr %211, align 4, !tbaa !5
+  %212 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 9, i32 11, i32 13, i32 15>
+  %213 = getelementptr inbounds nuw i8, ptr %gep, i64 464
+  store <4 x float> %212, ptr %213, align 4, !tbaa !5
+  %214 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 16, i32 18, i32 20, i32 22>
+  %215 = getelementptr inbounds nuw i8, ptr %gep, i64 416
+  store <4 x float> %214, ptr %215, align 4, !tbaa !5
+  %216 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 17, i32 19, i32 21, i32 23>
+  %217 = getelementptr inbounds nuw i8, ptr %gep, i64 480
+  store <4 x float> %216, ptr %217, align 4, !tbaa !5
+  %218 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 24, i32 26, i32 28, i32 30>
+  %219 = getelementptr inbounds nuw i8, ptr %gep, i64 432
+  store <4 x float> %218, ptr %219, align 4, !tbaa !5
+  %220 = shufflevector <32 x float> %205, <32 x float> poison, <4 x i32> <i32 25, i32 27, i32 29, i32 31>
+  %221 = getelementptr inbounds nuw i8, ptr %gep, i64 496
+  store <4 x float> %220, ptr %221, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
   br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
@@ -653,501 +685,508 @@ for_end_ax1.i:                                    ; preds = %for_begin_ax2.prehe
 for_begin_step.i:                                 ; preds = %if_end198.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end198.i ], [ %range_len.i, %for_end_tile.i ]
   %indvars.iv789.i = phi i64 [ %indvars.iv.next790.i, %if_end198.i ], [ 0, %for_end_tile.i ]
-  %smin301 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %194 = and i32 %smin301, 15
-  %195 = zext nneg i32 %194 to i64
+  %smin302 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %222 = and i32 %smin302, 15
+  %223 = zext nneg i32 %222 to i64
   %exitcond793.not.i = icmp eq i64 %indvars.iv789.i, %wide.trip.count792.i
   br i1 %exitcond793.not.i, label %for_begin_tile203.preheader.i, label %for_body_step.i, !prof !17
 
 for_begin_tile203.preheader.i:                    ; preds = %for_begin_step.i
-  %196 = add nuw nsw i64 %indvars.iv829.i, %98
-  %197 = shl nuw nsw i64 %196, 5
-  %.idx.i = shl nuw nsw i64 %196, 14
-  %198 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %199 = mul nsw i64 %103, %out_batch
-  %200 = getelementptr i16, ptr %out, i64 %199
-  %201 = mul nsw i64 %103, %lse_batch
-  %202 = getelementptr float, ptr %lse, i64 %201
+  %224 = add nuw nsw i64 %indvars.iv829.i, %106
+  %225 = shl nuw nsw i64 %224, 5
+  %.idx.i = shl nuw nsw i64 %224, 14
+  %226 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %227 = mul nsw i64 %111, %out_batch
+  %228 = getelementptr i16, ptr %out, i64 %227
+  %229 = mul nsw i64 %111, %lse_batch
+  %230 = getelementptr float, ptr %lse, i64 %229
+  %231 = shl nuw nsw i32 %121, 23
+  %232 = add nuw i32 %231, 16777216
+  %233 = bitcast i32 %232 to float
   br i1 %.not, label %for_body_tile204.i, label %for_body_tile204.us.i
 
 for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %for_begin_tile203.preheader.i
   %indvars.iv825.i = phi i64 [ %indvars.iv.next826.i, %if_end223.us.3.i ], [ 0, %for_begin_tile203.preheader.i ]
-  %203 = shl nuw nsw i64 %indvars.iv825.i, 2
-  %204 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %203
-  %total.us.i = load <4 x float>, ptr %204, align 16, !tbaa !18
-  %205 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
-  %206 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
-  %207 = select <4 x i1> %206, <4 x float> zeroinitializer, <4 x float> %205
-  %208 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> zeroinitializer
-  %209 = mul nsw i64 %203, %out_head
-  %invariant.gep625.us.i = getelementptr i16, ptr %200, i64 %209
-  %.idx60 = shl nuw nsw i64 %indvars.iv825.i, 11
-  %210 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
-  %211 = load <32 x float>, ptr %210, align 4, !tbaa !5
-  %212 = fmul <32 x float> %211, %208
-  %213 = bitcast <32 x float> %212 to <32 x i32>
-  %214 = lshr <32 x i32> %213, splat (i32 16)
-  %215 = and <32 x i32> %214, splat (i32 1)
-  %216 = add nuw <32 x i32> %213, splat (i32 32767)
-  %217 = add nuw <32 x i32> %216, %215
-  %218 = lshr <32 x i32> %217, splat (i32 16)
-  %219 = trunc nuw <32 x i32> %218 to <32 x i16>
-  store <32 x i16> %219, ptr %invariant.gep625.us.i, align 2, !tbaa !5
-  %220 = getelementptr inbounds nuw i8, ptr %210, i64 128
-  %221 = load <32 x float>, ptr %220, align 4, !tbaa !5
-  %222 = fmul <32 x float> %221, %208
-  %223 = bitcast <32 x float> %222 to <32 x i32>
-  %224 = lshr <32 x i32> %223, splat (i32 16)
-  %225 = and <32 x i32> %224, splat (i32 1)
-  %226 = add nuw <32 x i32> %223, splat (i32 32767)
-  %227 = add nuw <32 x i32> %226, %225
-  %228 = lshr <32 x i32> %227, splat (i32 16)
-  %229 = trunc nuw <32 x i32> %228 to <32 x i16>
+  %234 = shl nuw nsw i64 %indvars.iv825.i, 2
+  %235 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %234
+  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !18
+  %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
+  %239 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> zeroinitializer
+  %240 = mul nsw i64 %234, %out_head
+  %invariant.gep625.us.i = getelementptr i16, ptr %228, i64 %240
+  %.idx61 = shl nuw nsw i64 %indvars.iv825.i, 11
+  %241 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx61
+  %242 = load <32 x float>, ptr %241, align 4, !tbaa !5
+  %243 = fmul <32 x float> %242, %239
+  %244 = bitcast <32 x float> %243 to <32 x i32>
+  %245 = lshr <32 x i32> %244, splat (i32 16)
+  %246 = and <32 x i32> %245, splat (i32 1)
+  %247 = add nuw <32 x i32> %244, splat (i32 32767)
+  %248 = add nuw <32 x i32> %247, %246
+  %249 = lshr <32 x i32> %248, splat (i32 16)
+  %250 = trunc nuw <32 x i32> %249 to <32 x i16>
+  store <32 x i16> %250, ptr %invariant.gep625.us.i, align 2, !tbaa !5
+  %251 = getelementptr inbounds nuw i8, ptr %241, i64 128
+  %252 = load <32 x float>, ptr %251, align 4, !tbaa !5
+  %253 = fmul <32 x float> %252, %239
+  %254 = bitcast <32 x float> %253 to <32 x i32>
+  %255 = lshr <32 x i32> %254, splat (i32 16)
+  %256 = and <32 x i32> %255, splat (i32 1)
+  %257 = add nuw <32 x i32> %254, splat (i32 32767)
+  %258 = add nuw <32 x i32> %257, %256
+  %259 = lshr <32 x i32> %258, splat (i32 16)
+  %260 = trunc nuw <32 x i32> %259 to <32 x i16>
   %gep626.us.1.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 64
-  store <32 x i16> %229, ptr %gep626.us.1.i, align 2, !tbaa !5
-  %230 = getelementptr inbounds nuw i8, ptr %210, i64 256
-  %231 = load <32 x float>, ptr %230, align 4, !tbaa !5
-  %232 = fmul <32 x float> %208, %231
-  %233 = bitcast <32 x float> %232 to <32 x i32>
-  %234 = lshr <32 x i32> %233, splat (i32 16)
-  %235 = and <32 x i32> %234, splat (i32 1)
-  %236 = add nuw <32 x i32> %233, splat (i32 32767)
-  %237 = add nuw <32 x i32> %236, %235
-  %238 = lshr <32 x i32> %237, splat (i32 16)
-  %239 = trunc nuw <32 x i32> %238 to <32 x i16>
+  store <32 x i16> %260, ptr %gep626.us.1.i, align 2, !tbaa !5
+  %261 = getelementptr inbounds nuw i8, ptr %241, i64 256
+  %262 = load <32 x float>, ptr %261, align 4, !tbaa !5
+  %263 = fmul <32 x float> %239, %262
+  %264 = bitcast <32 x float> %263 to <32 x i32>
+  %265 = lshr <32 x i32> %264, splat (i32 16)
+  %266 = and <32 x i32> %265, splat (i32 1)
+  %267 = add nuw <32 x i32> %264, splat (i32 32767)
+  %268 = add nuw <32 x i32> %267, %266
+  %269 = lshr <32 x i32> %268, splat (i32 16)
+  %270 = trunc nuw <32 x i32> %269 to <32 x i16>
   %gep626.us.2.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 128
-  store <32 x i16> %239, ptr %gep626.us.2.i, align 2, !tbaa !5
-  %240 = getelementptr inbounds nuw i8, ptr %210, i64 384
-  %241 = load <32 x float>, ptr %240, align 4, !tbaa !5
-  %242 = fmul <32 x float> %208, %241
-  %243 = bitcast <32 x float> %242 to <32 x i32>
-  %244 = lshr <32 x i32> %243, splat (i32 16)
-  %245 = and <32 x i32> %244, splat (i32 1)
-  %246 = add nuw <32 x i32> %243, splat (i32 32767)
-  %247 = add nuw <32 x i32> %246, %245
-  %248 = lshr <32 x i32> %247, splat (i32 16)
-  %249 = trunc nuw <32 x i32> %248 to <32 x i16>
+  store <32 x i16> %270, ptr %gep626.us.2.i, align 2, !tbaa !5
+  %271 = getelementptr inbounds nuw i8, ptr %241, i64 384
+  %272 = load <32 x float>, ptr %271, align 4, !tbaa !5
+  %273 = fmul <32 x float> %239, %272
+  %274 = bitcast <32 x float> %273 to <32 x i32>
+  %275 = lshr <32 x i32> %274, splat (i32 16)
+  %276 = and <32 x i32> %275, splat (i32 1)
+  %277 = add nuw <32 x i32> %274, splat (i32 32767)
+  %278 = add nuw <32 x i32> %277, %276
+  %279 = lshr <32 x i32> %278, splat (i32 16)
+  %280 = trunc nuw <32 x i32> %279 to <32 x i16>
   %gep626.us.3.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 192
-  store <32 x i16> %249, ptr %gep626.us.3.i, align 2, !tbaa !5
-  %250 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %251 = or disjoint i64 %203, 1
-  %252 = mul nsw i64 %251, %out_head
-  %invariant.gep625.us.1.i = getelementptr i16, ptr %200, i64 %252
-  %253 = getelementptr inbounds nuw i8, ptr %210, i64 512
-  %254 = load <32 x float>, ptr %253, align 4, !tbaa !5
-  %255 = fmul <32 x float> %250, %254
-  %256 = bitcast <32 x float> %255 to <32 x i32>
-  %257 = lshr <32 x i32> %256, splat (i32 16)
-  %258 = and <32 x i32> %257, splat (i32 1)
-  %259 = add nuw <32 x i32> %256, splat (i32 32767)
-  %260 = add nuw <32 x i32> %259, %258
-  %261 = lshr <32 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <32 x i32> %261 to <32 x i16>
-  store <32 x i16> %262, ptr %invariant.gep625.us.1.i, align 2, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %210, i64 640
-  %264 = load <32 x float>, ptr %263, align 4, !tbaa !5
-  %265 = fmul <32 x float> %250, %264
-  %266 = bitcast <32 x float> %265 to <32 x i32>
-  %267 = lshr <32 x i32> %266, splat (i32 16)
-  %268 = and <32 x i32> %267, splat (i32 1)
-  %269 = add nuw <32 x i32> %266, splat (i32 32767)
-  %270 = add nuw <32 x i32> %269, %268
-  %271 = lshr <32 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <32 x i32> %271 to <32 x i16>
+  store <32 x i16> %280, ptr %gep626.us.3.i, align 2, !tbaa !5
+  %281 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %282 = or disjoint i64 %234, 1
+  %283 = mul nsw i64 %282, %out_head
+  %invariant.gep625.us.1.i = getelementptr i16, ptr %228, i64 %283
+  %284 = getelementptr inbounds nuw i8, ptr %241, i64 512
+  %285 = load <32 x float>, ptr %284, align 4, !tbaa !5
+  %286 = fmul <32 x float> %281, %285
+  %287 = bitcast <32 x float> %286 to <32 x i32>
+  %288 = lshr <32 x i32> %287, splat (i32 16)
+  %289 = and <32 x i32> %288, splat (i32 1)
+  %290 = add nuw <32 x i32> %287, splat (i32 32767)
+  %291 = add nuw <32 x i32> %290, %289
+  %292 = lshr <32 x i32> %291, splat (i32 16)
+  %293 = trunc nuw <32 x i32> %292 to <32 x i16>
+  store <32 x i16> %293, ptr %invariant.gep625.us.1.i, align 2, !tbaa !5
+  %294 = getelementptr inbounds nuw i8, ptr %241, i64 640
+  %295 = load <32 x float>, ptr %294, align 4, !tbaa !5
+  %296 = fmul <32 x float> %281, %295
+  %297 = bitcast <32 x float> %296 to <32 x i32>
+  %298 = lshr <32 x i32> %297, splat (i32 16)
+  %299 = and <32 x i32> %298, splat (i32 1)
+  %300 = add nuw <32 x i32> %297, splat (i32 32767)
+  %301 = add nuw <32 x i32> %300, %299
+  %302 = lshr <32 x i32> %301, splat (i32 16)
+  %303 = trunc nuw <32 x i32> %302 to <32 x i16>
   %gep626.us.1.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 64
-  store <32 x i16> %272, ptr %gep626.us.1.1.i, align 2, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %210, i64 768
-  %274 = load <32 x float>, ptr %273, align 4, !tbaa !5
-  %275 = fmul <32 x float> %250, %274
-  %276 = bitcast <32 x float> %275 to <32 x i32>
-  %277 = lshr <32 x i32> %276, splat (i32 16)
-  %278 = and <32 x i32> %277, splat (i32 1)
-  %279 = add nuw <32 x i32> %276, splat (i32 32767)
-  %280 = add nuw <32 x i32> %279, %278
-  %281 = lshr <32 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <32 x i32> %281 to <32 x i16>
+  store <32 x i16> %303, ptr %gep626.us.1.1.i, align 2, !tbaa !5
+  %304 = getelementptr inbounds nuw i8, ptr %241, i64 768
+  %305 = load <32 x float>, ptr %304, align 4, !tbaa !5
+  %306 = fmul <32 x float> %281, %305
+  %307 = bitcast <32 x float> %306 to <32 x i32>
+  %308 = lshr <32 x i32> %307, splat (i32 16)
+  %309 = and <32 x i32> %308, splat (i32 1)
+  %310 = add nuw <32 x i32> %307, splat (i32 32767)
+  %311 = add nuw <32 x i32> %310, %309
+  %312 = lshr <32 x i32> %311, splat (i32 16)
+  %313 = trunc nuw <32 x i32> %312 to <32 x i16>
   %gep626.us.2.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 128
-  store <32 x i16> %282, ptr %gep626.us.2.1.i, align 2, !tbaa !5
-  %283 = getelementptr inbounds nuw i8, ptr %210, i64 896
-  %284 = load <32 x float>, ptr %283, align 4, !tbaa !5
-  %285 = fmul <32 x float> %250, %284
-  %286 = bitcast <32 x float> %285 to <32 x i32>
-  %287 = lshr <32 x i32> %286, splat (i32 16)
-  %288 = and <32 x i32> %287, splat (i32 1)
-  %289 = add nuw <32 x i32> %286, splat (i32 32767)
-  %290 = add nuw <32 x i32> %289, %288
-  %291 = lshr <32 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <32 x i32> %291 to <32 x i16>
+  store <32 x i16> %313, ptr %gep626.us.2.1.i, align 2, !tbaa !5
+  %314 = getelementptr inbounds nuw i8, ptr %241, i64 896
+  %315 = load <32 x float>, ptr %314, align 4, !tbaa !5
+  %316 = fmul <32 x float> %281, %315
+  %317 = bitcast <32 x float> %316 to <32 x i32>
+  %318 = lshr <32 x i32> %317, splat (i32 16)
+  %319 = and <32 x i32> %318, splat (i32 1)
+  %320 = add nuw <32 x i32> %317, splat (i32 32767)
+  %321 = add nuw <32 x i32> %320, %319
+  %322 = lshr <32 x i32> %321, splat (i32 16)
+  %323 = trunc nuw <32 x i32> %322 to <32 x i16>
   %gep626.us.3.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 192
-  store <32 x i16> %292, ptr %gep626.us.3.1.i, align 2, !tbaa !5
-  %293 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %294 = or disjoint i64 %203, 2
-  %295 = mul nsw i64 %294, %out_head
-  %invariant.gep625.us.2.i = getelementptr i16, ptr %200, i64 %295
-  %296 = getelementptr inbounds nuw i8, ptr %210, i64 1024
-  %297 = load <32 x float>, ptr %296, align 4, !tbaa !5
-  %298 = fmul <32 x float> %293, %297
-  %299 = bitcast <32 x float> %298 to <32 x i32>
-  %300 = lshr <32 x i32> %299, splat (i32 16)
-  %301 = and <32 x i32> %300, splat (i32 1)
-  %302 = add nuw <32 x i32> %299, splat (i32 32767)
-  %303 = add nuw <32 x i32> %302, %301
-  %304 = lshr <32 x i32> %303, splat (i32 16)
-  %305 = trunc nuw <32 x i32> %304 to <32 x i16>
-  store <32 x i16> %305, ptr %invariant.gep625.us.2.i, align 2, !tbaa !5
-  %306 = getelementptr inbounds nuw i8, ptr %210, i64 1152
-  %307 = load <32 x float>, ptr %306, align 4, !tbaa !5
-  %308 = fmul <32 x float> %293, %307
-  %309 = bitcast <32 x float> %308 to <32 x i32>
-  %310 = lshr <32 x i32> %309, splat (i32 16)
-  %311 = and <32 x i32> %310, splat (i32 1)
-  %312 = add nuw <32 x i32> %309, splat (i32 32767)
-  %313 = add nuw <32 x i32> %312, %311
-  %314 = lshr <32 x i32> %313, splat (i32 16)
-  %315 = trunc nuw <32 x i32> %314 to <32 x i16>
+  store <32 x i16> %323, ptr %gep626.us.3.1.i, align 2, !tbaa !5
+  %324 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %325 = or disjoint i64 %234, 2
+  %326 = mul nsw i64 %325, %out_head
+  %invariant.gep625.us.2.i = getelementptr i16, ptr %228, i64 %326
+  %327 = getelementptr inbounds nuw i8, ptr %241, i64 1024
+  %328 = load <32 x float>, ptr %327, align 4, !tbaa !5
+  %329 = fmul <32 x float> %324, %328
+  %330 = bitcast <32 x float> %329 to <32 x i32>
+  %331 = lshr <32 x i32> %330, splat (i32 16)
+  %332 = and <32 x i32> %331, splat (i32 1)
+  %333 = add nuw <32 x i32> %330, splat (i32 32767)
+  %334 = add nuw <32 x i32> %333, %332
+  %335 = lshr <32 x i32> %334, splat (i32 16)
+  %336 = trunc nuw <32 x i32> %335 to <32 x i16>
+  store <32 x i16> %336, ptr %invariant.gep625.us.2.i, align 2, !tbaa !5
+  %337 = getelementptr inbounds nuw i8, ptr %241, i64 1152
+  %338 = load <32 x float>, ptr %337, align 4, !tbaa !5
+  %339 = fmul <32 x float> %324, %338
+  %340 = bitcast <32 x float> %339 to <32 x i32>
+  %341 = lshr <32 x i32> %340, splat (i32 16)
+  %342 = and <32 x i32> %341, splat (i32 1)
+  %343 = add nuw <32 x i32> %340, splat (i32 32767)
+  %344 = add nuw <32 x i32> %343, %342
+  %345 = lshr <32 x i32> %344, splat (i32 16)
+  %346 = trunc nuw <32 x i32> %345 to <32 x i16>
   %gep626.us.1.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 64
-  store <32 x i16> %315, ptr %gep626.us.1.2.i, align 2, !tbaa !5
-  %316 = getelementptr inbounds nuw i8, ptr %210, i64 1280
-  %317 = load <32 x float>, ptr %316, align 4, !tbaa !5
-  %318 = fmul <32 x float> %293, %317
-  %319 = bitcast <32 x float> %318 to <32 x i32>
-  %320 = lshr <32 x i32> %319, splat (i32 16)
-  %321 = and <32 x i32> %320, splat (i32 1)
-  %322 = add nuw <32 x i32> %319, splat (i32 32767)
-  %323 = add nuw <32 x i32> %322, %321
-  %324 = lshr <32 x i32> %323, splat (i32 16)
-  %325 = trunc nuw <32 x i32> %324 to <32 x i16>
+  store <32 x i16> %346, ptr %gep626.us.1.2.i, align 2, !tbaa !5
+  %347 = getelementptr inbounds nuw i8, ptr %241, i64 1280
+  %348 = load <32 x float>, ptr %347, align 4, !tbaa !5
+  %349 = fmul <32 x float> %324, %348
+  %350 = bitcast <32 x float> %349 to <32 x i32>
+  %351 = lshr <32 x i32> %350, splat (i32 16)
+  %352 = and <32 x i32> %351, splat (i32 1)
+  %353 = add nuw <32 x i32> %350, splat (i32 32767)
+  %354 = add nuw <32 x i32> %353, %352
+  %355 = lshr <32 x i32> %354, splat (i32 16)
+  %356 = trunc nuw <32 x i32> %355 to <32 x i16>
   %gep626.us.2.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 128
-  store <32 x i16> %325, ptr %gep626.us.2.2.i, align 2, !tbaa !5
-  %326 = getelementptr inbounds nuw i8, ptr %210, i64 1408
-  %327 = load <32 x float>, ptr %326, align 4, !tbaa !5
-  %328 = fmul <32 x float> %293, %327
-  %329 = bitcast <32 x float> %328 to <32 x i32>
-  %330 = lshr <32 x i32> %329, splat (i32 16)
-  %331 = and <32 x i32> %330, splat (i32 1)
-  %332 = add nuw <32 x i32> %329, splat (i32 32767)
-  %333 = add nuw <32 x i32> %332, %331
-  %334 = lshr <32 x i32> %333, splat (i32 16)
-  %335 = trunc nuw <32 x i32> %334 to <32 x i16>
+  store <32 x i16> %356, ptr %gep626.us.2.2.i, align 2, !tbaa !5
+  %357 = getelementptr inbounds nuw i8, ptr %241, i64 1408
+  %358 = load <32 x float>, ptr %357, align 4, !tbaa !5
+  %359 = fmul <32 x float> %324, %358
+  %360 = bitcast <32 x float> %359 to <32 x i32>
+  %361 = lshr <32 x i32> %360, splat (i32 16)
+  %362 = and <32 x i32> %361, splat (i32 1)
+  %363 = add nuw <32 x i32> %360, splat (i32 32767)
+  %364 = add nuw <32 x i32> %363, %362
+  %365 = lshr <32 x i32> %364, splat (i32 16)
+  %366 = trunc nuw <32 x i32> %365 to <32 x i16>
   %gep626.us.3.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 192
-  store <32 x i16> %335, ptr %gep626.us.3.2.i, align 2, !tbaa !5
-  %336 = shufflevector <4 x float> %207, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %337 = or disjoint i64 %203, 3
-  %338 = mul nsw i64 %337, %out_head
-  %invariant.gep625.us.3.i = getelementptr i16, ptr %200, i64 %338
-  %339 = getelementptr inbounds nuw i8, ptr %210, i64 1536
-  %340 = load <32 x float>, ptr %339, align 4, !tbaa !5
-  %341 = fmul <32 x float> %336, %340
-  %342 = bitcast <32 x float> %341 to <32 x i32>
-  %343 = lshr <32 x i32> %342, splat (i32 16)
-  %344 = and <32 x i32> %343, splat (i32 1)
-  %345 = add nuw <32 x i32> %342, splat (i32 32767)
-  %346 = add nuw <32 x i32> %345, %344
-  %347 = lshr <32 x i32> %346, splat (i32 16)
-  %348 = trunc nuw <32 x i32> %347 to <32 x i16>
-  store <32 x i16> %348, ptr %invariant.gep625.us.3.i, align 2, !tbaa !5
-  %349 = getelementptr inbounds nuw i8, ptr %210, i64 1664
-  %350 = load <32 x float>, ptr %349, align 4, !tbaa !5
-  %351 = fmul <32 x float> %336, %350
-  %352 = bitcast <32 x float> %351 to <32 x i32>
-  %353 = lshr <32 x i32> %352, splat (i32 16)
-  %354 = and <32 x i32> %353, splat (i32 1)
-  %355 = add nuw <32 x i32> %352, splat (i32 32767)
-  %356 = add nuw <32 x i32> %355, %354
-  %357 = lshr <32 x i32> %356, splat (i32 16)
-  %358 = trunc nuw <32 x i32> %357 to <32 x i16>
+  store <32 x i16> %366, ptr %gep626.us.3.2.i, align 2, !tbaa !5
+  %367 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %368 = or disjoint i64 %234, 3
+  %369 = mul nsw i64 %368, %out_head
+  %invariant.gep625.us.3.i = getelementptr i16, ptr %228, i64 %369
+  %370 = getelementptr inbounds nuw i8, ptr %241, i64 1536
+  %371 = load <32 x float>, ptr %370, align 4, !tbaa !5
+  %372 = fmul <32 x float> %367, %371
+  %373 = bitcast <32 x float> %372 to <32 x i32>
+  %374 = lshr <32 x i32> %373, splat (i32 16)
+  %375 = and <32 x i32> %374, splat (i32 1)
+  %376 = add nuw <32 x i32> %373, splat (i32 32767)
+  %377 = add nuw <32 x i32> %376, %375
+  %378 = lshr <32 x i32> %377, splat (i32 16)
+  %379 = trunc nuw <32 x i32> %378 to <32 x i16>
+  store <32 x i16> %379, ptr %invariant.gep625.us.3.i, align 2, !tbaa !5
+  %380 = getelementptr inbounds nuw i8, ptr %241, i64 1664
+  %381 = load <32 x float>, ptr %380, align 4, !tbaa !5
+  %382 = fmul <32 x float> %367, %381
+  %383 = bitcast <32 x float> %382 to <32 x i32>
+  %384 = lshr <32 x i32> %383, splat (i32 16)
+  %385 = and <32 x i32> %384, splat (i32 1)
+  %386 = add nuw <32 x i32> %383, splat (i32 32767)
+  %387 = add nuw <32 x i32> %386, %385
+  %388 = lshr <32 x i32> %387, splat (i32 16)
+  %389 = trunc nuw <32 x i32> %388 to <32 x i16>
   %gep626.us.1.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 64
-  store <32 x i16> %358, ptr %gep626.us.1.3.i, align 2, !tbaa !5
-  %359 = getelementptr inbounds nuw i8, ptr %210, i64 1792
-  %360 = load <32 x float>, ptr %359, align 4, !tbaa !5
-  %361 = fmul <32 x float> %336, %360
-  %362 = bitcast <32 x float> %361 to <32 x i32>
-  %363 = lshr <32 x i32> %362, splat (i32 16)
-  %364 = and <32 x i32> %363, splat (i32 1)
-  %365 = add nuw <32 x i32> %362, splat (i32 32767)
-  %366 = add nuw <32 x i32> %365, %364
-  %367 = lshr <32 x i32> %366, splat (i32 16)
-  %368 = trunc nuw <32 x i32> %367 to <32 x i16>
+  store <32 x i16> %389, ptr %gep626.us.1.3.i, align 2, !tbaa !5
+  %390 = getelementptr inbounds nuw i8, ptr %241, i64 1792
+  %391 = load <32 x float>, ptr %390, align 4, !tbaa !5
+  %392 = fmul <32 x float> %367, %391
+  %393 = bitcast <32 x float> %392 to <32 x i32>
+  %394 = lshr <32 x i32> %393, splat (i32 16)
+  %395 = and <32 x i32> %394, splat (i32 1)
+  %396 = add nuw <32 x i32> %393, splat (i32 32767)
+  %397 = add nuw <32 x i32> %396, %395
+  %398 = lshr <32 x i32> %397, splat (i32 16)
+  %399 = trunc nuw <32 x i32> %398 to <32 x i16>
   %gep626.us.2.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 128
-  store <32 x i16> %368, ptr %gep626.us.2.3.i, align 2, !tbaa !5
-  %369 = getelementptr inbounds nuw i8, ptr %210, i64 1920
-  %370 = load <32 x float>, ptr %369, align 4, !tbaa !5
-  %371 = fmul <32 x float> %336, %370
-  %372 = bitcast <32 x float> %371 to <32 x i32>
-  %373 = lshr <32 x i32> %372, splat (i32 16)
-  %374 = and <32 x i32> %373, splat (i32 1)
-  %375 = add nuw <32 x i32> %372, splat (i32 32767)
-  %376 = add nuw <32 x i32> %375, %374
-  %377 = lshr <32 x i32> %376, splat (i32 16)
-  %378 = trunc nuw <32 x i32> %377 to <32 x i16>
+  store <32 x i16> %399, ptr %gep626.us.2.3.i, align 2, !tbaa !5
+  %400 = getelementptr inbounds nuw i8, ptr %241, i64 1920
+  %401 = load <32 x float>, ptr %400, align 4, !tbaa !5
+  %402 = fmul <32 x float> %367, %401
+  %403 = bitcast <32 x float> %402 to <32 x i32>
+  %404 = lshr <32 x i32> %403, splat (i32 16)
+  %405 = and <32 x i32> %404, splat (i32 1)
+  %406 = add nuw <32 x i32> %403, splat (i32 32767)
+  %407 = add nuw <32 x i32> %406, %405
+  %408 = lshr <32 x i32> %407, splat (i32 16)
+  %409 = trunc nuw <32 x i32> %408 to <32 x i16>
   %gep626.us.3.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 192
-  store <32 x i16> %378, ptr %gep626.us.3.3.i, align 2, !tbaa !5
-  %379 = getelementptr float, ptr %202, i64 %203
-  %380 = load float, ptr %204, align 16, !tbaa !18
-  %381 = fcmp oeq float %380, 0.000000e+00
-  br i1 %381, label %if_end223.us.i, label %if_else222.us.i
+  store <32 x i16> %409, ptr %gep626.us.3.3.i, align 2, !tbaa !5
+  %410 = getelementptr float, ptr %230, i64 %234
+  %411 = load float, ptr %235, align 16, !tbaa !18
+  %412 = fcmp oeq float %411, 0.000000e+00
+  br i1 %412, label %if_end223.us.i, label %if_else222.us.i
 
 if_else222.us.i:                                  ; preds = %for_body_tile204.us.i
-  %382 = tail call float @llvm.log.f32(float %380)
-  %383 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %203
-  %384 = load float, ptr %383, align 16, !tbaa !20
-  %385 = fadd float %382, %384
+  %413 = fmul float %411, %233
+  %414 = tail call float @llvm.log.f32(float %413)
+  %415 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %234
+  %416 = load float, ptr %415, align 16, !tbaa !20
+  %417 = fadd float %414, %416
   br label %if_end223.us.i
 
 if_end223.us.i:                                   ; preds = %if_else222.us.i, %for_body_tile204.us.i
-  %386 = phi float [ %385, %if_else222.us.i ], [ 0xFFF0000000000000, %for_body_tile204.us.i ]
-  store float %386, ptr %379, align 4, !tbaa !5
-  %387 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %251
-  %388 = load float, ptr %387, align 4, !tbaa !18
-  %389 = fcmp oeq float %388, 0.000000e+00
-  br i1 %389, label %if_end223.us.1.i, label %if_else222.us.1.i
+  %418 = phi float [ %417, %if_else222.us.i ], [ 0xFFF0000000000000, %for_body_tile204.us.i ]
+  store float %418, ptr %410, align 4, !tbaa !5
+  %419 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %282
+  %420 = load float, ptr %419, align 4, !tbaa !18
+  %421 = fcmp oeq float %420, 0.000000e+00
+  br i1 %421, label %if_end223.us.1.i, label %if_else222.us.1.i
 
 if_else222.us.1.i:                                ; preds = %if_end223.us.i
-  %390 = tail call float @llvm.log.f32(float %388)
-  %391 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %251
-  %392 = load float, ptr %391, align 4, !tbaa !20
-  %393 = fadd float %390, %392
+  %422 = fmul float %420, %233
+  %423 = tail call float @llvm.log.f32(float %422)
+  %424 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %282
+  %425 = load float, ptr %424, align 4, !tbaa !20
+  %426 = fadd float %423, %425
   br label %if_end223.us.1.i
 
 if_end223.us.1.i:                                 ; preds = %if_else222.us.1.i, %if_end223.us.i
-  %394 = phi float [ %393, %if_else222.us.1.i ], [ 0xFFF0000000000000, %if_end223.us.i ]
-  %395 = getelementptr i8, ptr %379, i64 4
-  store float %394, ptr %395, align 4, !tbaa !5
-  %396 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %294
-  %397 = load float, ptr %396, align 8, !tbaa !18
-  %398 = fcmp oeq float %397, 0.000000e+00
-  br i1 %398, label %if_end223.us.2.i, label %if_else222.us.2.i
+  %427 = phi float [ %426, %if_else222.us.1.i ], [ 0xFFF0000000000000, %if_end223.us.i ]
+  %428 = getelementptr i8, ptr %410, i64 4
+  store float %427, ptr %428, align 4, !tbaa !5
+  %429 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %325
+  %430 = load float, ptr %429, align 8, !tbaa !18
+  %431 = fcmp oeq float %430, 0.000000e+00
+  br i1 %431, label %if_end223.us.2.i, label %if_else222.us.2.i
 
 if_else222.us.2.i:                                ; preds = %if_end223.us.1.i
-  %399 = tail call float @llvm.log.f32(float %397)
-  %400 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %294
-  %401 = load float, ptr %400, align 8, !tbaa !20
-  %402 = fadd float %399, %401
+  %432 = fmul float %430, %233
+  %433 = tail call float @llvm.log.f32(float %432)
+  %434 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %325
+  %435 = load float, ptr %434, align 8, !tbaa !20
+  %436 = fadd float %433, %435
   br label %if_end223.us.2.i
 
 if_end223.us.2.i:                                 ; preds = %if_else222.us.2.i, %if_end223.us.1.i
-  %403 = phi float [ %402, %if_else222.us.2.i ], [ 0xFFF0000000000000, %if_end223.us.1.i ]
-  %404 = getelementptr i8, ptr %379, i64 8
-  store float %403, ptr %404, align 4, !tbaa !5
-  %405 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %337
-  %406 = load float, ptr %405, align 4, !tbaa !18
-  %407 = fcmp oeq float %406, 0.000000e+00
-  br i1 %407, label %if_end223.us.3.i, label %if_else222.us.3.i
+  %437 = phi float [ %436, %if_else222.us.2.i ], [ 0xFFF0000000000000, %if_end223.us.1.i ]
+  %438 = getelementptr i8, ptr %410, i64 8
+  store float %437, ptr %438, align 4, !tbaa !5
+  %439 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %368
+  %440 = load float, ptr %439, align 4, !tbaa !18
+  %441 = fcmp oeq float %440, 0.000000e+00
+  br i1 %441, label %if_end223.us.3.i, label %if_else222.us.3.i
 
 if_else222.us.3.i:                                ; preds = %if_end223.us.2.i
-  %408 = tail call float @llvm.log.f32(float %406)
-  %409 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %337
-  %410 = load float, ptr %409, align 4, !tbaa !20
-  %411 = fadd float %408, %410
+  %442 = fmul float %440, %233
+  %443 = tail call float @llvm.log.f32(float %442)
+  %444 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %368
+  %445 = load float, ptr %444, align 4, !tbaa !20
+  %446 = fadd float %443, %445
   br label %if_end223.us.3.i
 
 if_end223.us.3.i:                                 ; preds = %if_else222.us.3.i, %if_end223.us.2.i
-  %412 = phi float [ %411, %if_else222.us.3.i ], [ 0xFFF0000000000000, %if_end223.us.2.i ]
-  %413 = getelementptr i8, ptr %379, i64 12
-  store float %412, ptr %413, align 4, !tbaa !5
+  %447 = phi float [ %446, %if_else222.us.3.i ], [ 0xFFF0000000000000, %if_end223.us.2.i ]
+  %448 = getelementptr i8, ptr %410, i64 12
+  store float %447, ptr %448, align 4, !tbaa !5
   %indvars.iv.next826.i = add nuw nsw i64 %indvars.iv825.i, 1
   %exitcond828.not.i = icmp eq i64 %indvars.iv.next826.i, 8
   br i1 %exitcond828.not.i, label %for_end_tile205.i, label %for_body_tile204.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %414 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %key_offsets.i = tail call ptr %414(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %415 = icmp eq ptr %key_offsets.i, null
-  br i1 %415, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
+  %449 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %449(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %450 = icmp eq ptr %key_offsets.i, null
+  br i1 %450, label %fused_decode_compute_.exit, label %if_end15.i, !prof !8
 
 if_end15.i:                                       ; preds = %for_body_step.i
-  %416 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %value_offsets.i = tail call ptr %416(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %417 = icmp eq ptr %value_offsets.i, null
-  br i1 %417, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
+  %451 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %451(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %452 = icmp eq ptr %value_offsets.i, null
+  br i1 %452, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
 if_end18.i:                                       ; preds = %if_end15.i
-  %418 = shl nsw i64 %indvars.iv789.i, 7
-  %419 = sub nsw i64 %116, %418
-  %420 = trunc nsw i64 %419 to i32
-  %421 = tail call i32 @llvm.smin.i32(i32 %420, i32 128)
-  %422 = add nsw i32 %421, 15
+  %453 = shl nsw i64 %indvars.iv789.i, 7
+  %454 = sub nsw i64 %136, %453
+  %455 = trunc nsw i64 %454 to i32
+  %456 = tail call i32 @llvm.smin.i32(i32 %455, i32 128)
+  %457 = add nsw i32 %456, 15
   %indvars.iv.next790.i = add nuw nsw i64 %indvars.iv789.i, 1
-  %423 = ashr i32 %422, 4
-  %424 = and i32 %422, -16
-  %425 = icmp samesign ult i64 %indvars.iv.next790.i, %115
-  %426 = select i1 %425, i32 256, i32 %424
-  %427 = icmp sgt i32 %426, 0
-  br i1 %427, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %458 = ashr i32 %457, 4
+  %459 = and i32 %457, -16
+  %460 = icmp samesign ult i64 %indvars.iv.next790.i, %135
+  %461 = select i1 %460, i32 256, i32 %459
+  %462 = icmp sgt i32 %461, 0
+  br i1 %462, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end18.i
-  %428 = add nuw nsw i64 %418, %97
-  %wide.trip.count.i = zext nneg i32 %426 to i64
+  %463 = add nuw nsw i64 %453, %105
+  %wide.trip.count.i = zext nneg i32 %461 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv686.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next687.i.1, %for_body_t.i ]
-  %429 = add nuw nsw i64 %indvars.iv686.i, %428
-  %430 = trunc i64 %429 to i32
-  %431 = tail call i32 @llvm.smin.i32(i32 %430, i32 %.reass.i)
-  %432 = sext i32 %431 to i64
-  %433 = ashr i64 %432, 4
-  %gep435.i = getelementptr i32, ptr %invariant.gep434.i, i64 %433
-  %434 = load i32, ptr %gep435.i, align 4, !tbaa !5
-  %block.i = sext i32 %434 to i64
-  %435 = and i64 %432, 15
-  %436 = mul nsw i64 %435, %k_row
-  %437 = mul nsw i64 %k_block, %block.i
-  %438 = add nsw i64 %436, %437
-  %439 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv686.i
-  store i64 %438, ptr %439, align 8, !tbaa !5
+  %464 = add nuw nsw i64 %indvars.iv686.i, %463
+  %465 = trunc i64 %464 to i32
+  %466 = tail call i32 @llvm.smin.i32(i32 %465, i32 %.reass.i)
+  %467 = sext i32 %466 to i64
+  %468 = ashr i64 %467, 4
+  %gep435.i = getelementptr i32, ptr %invariant.gep434.i, i64 %468
+  %469 = load i32, ptr %gep435.i, align 4, !tbaa !5
+  %block.i = sext i32 %469 to i64
+  %470 = and i64 %467, 15
+  %471 = mul nsw i64 %470, %k_row
+  %472 = mul nsw i64 %k_block, %block.i
+  %473 = add nsw i64 %471, %472
+  %474 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv686.i
+  store i64 %473, ptr %474, align 8, !tbaa !5
   %indvars.iv.next687.i = or disjoint i64 %indvars.iv686.i, 1
-  %440 = add nuw nsw i64 %indvars.iv.next687.i, %428
-  %441 = trunc i64 %440 to i32
-  %442 = tail call i32 @llvm.smin.i32(i32 %441, i32 %.reass.i)
-  %443 = sext i32 %442 to i64
-  %444 = ashr i64 %443, 4
-  %gep435.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %444
-  %445 = load i32, ptr %gep435.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %445 to i64
-  %446 = and i64 %443, 15
-  %447 = mul nsw i64 %446, %k_row
-  %448 = mul nsw i64 %k_block, %block.i.1
-  %449 = add nsw i64 %447, %448
-  %450 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next687.i
-  store i64 %449, ptr %450, align 8, !tbaa !5
+  %475 = add nuw nsw i64 %indvars.iv.next687.i, %463
+  %476 = trunc i64 %475 to i32
+  %477 = tail call i32 @llvm.smin.i32(i32 %476, i32 %.reass.i)
+  %478 = sext i32 %477 to i64
+  %479 = ashr i64 %478, 4
+  %gep435.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %479
+  %480 = load i32, ptr %gep435.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %480 to i64
+  %481 = and i64 %478, 15
+  %482 = mul nsw i64 %481, %k_row
+  %483 = mul nsw i64 %k_block, %block.i.1
+  %484 = add nsw i64 %482, %483
+  %485 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next687.i
+  store i64 %484, ptr %485, align 8, !tbaa !5
   %indvars.iv.next687.i.1 = add nuw nsw i64 %indvars.iv686.i, 2
   %exitcond689.not.i.1 = icmp eq i64 %indvars.iv.next687.i.1, %wide.trip.count.i
   br i1 %exitcond689.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
-  %451 = icmp sgt i32 %423, 0
-  %452 = icmp sgt i64 %419, 0
-  %453 = icmp eq i64 %indvars.iv789.i, 0
-  %454 = insertelement <4 x i1> poison, i1 %453, i64 0
-  %455 = shufflevector <4 x i1> %454, <4 x i1> poison, <4 x i32> zeroinitializer
-  %456 = ashr i32 %421, 4
-  %457 = icmp sgt i32 %456, 0
-  %458 = and i32 %421, 15
-  %.not637.i = icmp eq i32 %458, 0
-  %459 = and i32 %421, -16
-  %460 = sext i32 %459 to i64
-  %461 = zext i32 %456 to i64
-  %wide.trip.count711.i = zext i32 %423 to i64
-  %462 = add nsw i64 %wide.trip.count711.i, -1
+  %486 = icmp sgt i32 %458, 0
+  %487 = icmp sgt i64 %454, 0
+  %488 = icmp eq i64 %indvars.iv789.i, 0
+  %489 = insertelement <4 x i1> poison, i1 %488, i64 0
+  %490 = shufflevector <4 x i1> %489, <4 x i1> poison, <4 x i32> zeroinitializer
+  %491 = ashr i32 %456, 4
+  %492 = icmp sgt i32 %491, 0
+  %493 = and i32 %456, 15
+  %.not637.i = icmp eq i32 %493, 0
+  %494 = and i32 %456, -16
+  %495 = sext i32 %494 to i64
+  %496 = zext i32 %491 to i64
+  %wide.trip.count711.i = zext i32 %458 to i64
+  %497 = add nsw i64 %wide.trip.count711.i, -1
   %xtraiter = and i64 %wide.trip.count711.i, 3
-  %463 = icmp ult i32 %423, 4
+  %498 = icmp ult i32 %458, 4
   %unroll_iter = and i64 %wide.trip.count711.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod202 = icmp ne i64 %xtraiter, 0
-  %xtraiter203 = and i64 %wide.trip.count711.i, 3
-  %464 = icmp ult i32 %423, 4
-  %unroll_iter207 = and i64 %wide.trip.count711.i, 2147483644
-  %lcmp.mod205.not = icmp eq i64 %xtraiter203, 0
-  %lcmp.mod206 = icmp ne i64 %xtraiter203, 0
-  %xtraiter209 = and i64 %wide.trip.count711.i, 3
-  %465 = icmp ult i32 %423, 4
-  %unroll_iter213 = and i64 %wide.trip.count711.i, 2147483644
-  %lcmp.mod211.not = icmp eq i64 %xtraiter209, 0
-  %lcmp.mod212 = icmp ne i64 %xtraiter209, 0
-  %xtraiter215 = and i64 %wide.trip.count711.i, 3
-  %466 = icmp ult i32 %423, 4
-  %unroll_iter219 = and i64 %wide.trip.count711.i, 2147483644
-  %lcmp.mod217.not = icmp eq i64 %xtraiter215, 0
-  %lcmp.mod218 = icmp ne i64 %xtraiter215, 0
-  %xtraiter221 = and i64 %wide.trip.count711.i, 7
-  %467 = icmp ult i32 %423, 8
-  %unroll_iter226 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod223.not = icmp eq i64 %xtraiter221, 0
-  %lcmp.mod225 = icmp ne i64 %xtraiter221, 0
-  %xtraiter228 = and i64 %wide.trip.count711.i, 7
-  %468 = icmp ult i32 %423, 8
-  %unroll_iter233 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod230.not = icmp eq i64 %xtraiter228, 0
-  %lcmp.mod232 = icmp ne i64 %xtraiter228, 0
-  %xtraiter235 = and i64 %wide.trip.count711.i, 7
-  %469 = icmp ult i32 %423, 8
-  %unroll_iter240 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod237.not = icmp eq i64 %xtraiter235, 0
-  %lcmp.mod239 = icmp ne i64 %xtraiter235, 0
-  %xtraiter242 = and i64 %wide.trip.count711.i, 7
-  %470 = icmp ult i32 %423, 8
-  %unroll_iter247 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod244.not = icmp eq i64 %xtraiter242, 0
-  %lcmp.mod246 = icmp ne i64 %xtraiter242, 0
-  %xtraiter249 = and i64 %wide.trip.count711.i, 1
-  %471 = icmp eq i64 %462, 0
-  %unroll_iter253 = and i64 %wide.trip.count711.i, 2147483646
-  %lcmp.mod251.not = icmp eq i64 %xtraiter249, 0
-  %lcmp.mod252 = icmp ne i64 %xtraiter249, 0
-  %xtraiter255 = and i64 %wide.trip.count711.i, 1
-  %472 = icmp eq i64 %462, 0
-  %unroll_iter259 = and i64 %wide.trip.count711.i, 2147483646
-  %lcmp.mod257.not = icmp eq i64 %xtraiter255, 0
-  %lcmp.mod258 = icmp ne i64 %xtraiter255, 0
-  %xtraiter261 = and i64 %wide.trip.count711.i, 1
-  %473 = icmp eq i64 %462, 0
-  %unroll_iter265 = and i64 %wide.trip.count711.i, 2147483646
-  %lcmp.mod263.not = icmp eq i64 %xtraiter261, 0
-  %lcmp.mod264 = icmp ne i64 %xtraiter261, 0
-  %xtraiter267 = and i64 %wide.trip.count711.i, 1
-  %474 = icmp eq i64 %462, 0
-  %unroll_iter271 = and i64 %wide.trip.count711.i, 2147483646
-  %lcmp.mod269.not = icmp eq i64 %xtraiter267, 0
-  %lcmp.mod270 = icmp ne i64 %xtraiter267, 0
-  %xtraiter273 = and i64 %wide.trip.count711.i, 7
-  %475 = icmp ult i32 %423, 8
-  %unroll_iter278 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod275.not = icmp eq i64 %xtraiter273, 0
-  %lcmp.mod277 = icmp ne i64 %xtraiter273, 0
-  %xtraiter280 = and i64 %wide.trip.count711.i, 7
-  %476 = icmp ult i32 %423, 8
-  %unroll_iter285 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod282.not = icmp eq i64 %xtraiter280, 0
-  %lcmp.mod284 = icmp ne i64 %xtraiter280, 0
-  %xtraiter287 = and i64 %wide.trip.count711.i, 7
-  %477 = icmp ult i32 %423, 8
-  %unroll_iter292 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod289.not = icmp eq i64 %xtraiter287, 0
-  %lcmp.mod291 = icmp ne i64 %xtraiter287, 0
-  %xtraiter294 = and i64 %wide.trip.count711.i, 7
-  %478 = icmp ult i32 %423, 8
-  %unroll_iter299 = and i64 %wide.trip.count711.i, 2147483640
-  %lcmp.mod296.not = icmp eq i64 %xtraiter294, 0
-  %lcmp.mod298 = icmp ne i64 %xtraiter294, 0
-  %xtraiter302 = and i64 %195, 1
-  %479 = icmp eq i32 %194, 1
-  %unroll_iter328 = and i64 %195, 14
-  %lcmp.mod318.not = icmp eq i64 %xtraiter302, 0
-  %lcmp.mod327 = icmp ne i64 %xtraiter302, 0
+  %lcmp.mod203 = icmp ne i64 %xtraiter, 0
+  %xtraiter204 = and i64 %wide.trip.count711.i, 3
+  %499 = icmp ult i32 %458, 4
+  %unroll_iter208 = and i64 %wide.trip.count711.i, 2147483644
+  %lcmp.mod206.not = icmp eq i64 %xtraiter204, 0
+  %lcmp.mod207 = icmp ne i64 %xtraiter204, 0
+  %xtraiter210 = and i64 %wide.trip.count711.i, 3
+  %500 = icmp ult i32 %458, 4
+  %unroll_iter214 = and i64 %wide.trip.count711.i, 2147483644
+  %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
+  %lcmp.mod213 = icmp ne i64 %xtraiter210, 0
+  %xtraiter216 = and i64 %wide.trip.count711.i, 3
+  %501 = icmp ult i32 %458, 4
+  %unroll_iter220 = and i64 %wide.trip.count711.i, 2147483644
+  %lcmp.mod218.not = icmp eq i64 %xtraiter216, 0
+  %lcmp.mod219 = icmp ne i64 %xtraiter216, 0
+  %xtraiter222 = and i64 %wide.trip.count711.i, 7
+  %502 = icmp ult i32 %458, 8
+  %unroll_iter227 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod224.not = icmp eq i64 %xtraiter222, 0
+  %lcmp.mod226 = icmp ne i64 %xtraiter222, 0
+  %xtraiter229 = and i64 %wide.trip.count711.i, 7
+  %503 = icmp ult i32 %458, 8
+  %unroll_iter234 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod231.not = icmp eq i64 %xtraiter229, 0
+  %lcmp.mod233 = icmp ne i64 %xtraiter229, 0
+  %xtraiter236 = and i64 %wide.trip.count711.i, 7
+  %504 = icmp ult i32 %458, 8
+  %unroll_iter241 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod238.not = icmp eq i64 %xtraiter236, 0
+  %lcmp.mod240 = icmp ne i64 %xtraiter236, 0
+  %xtraiter243 = and i64 %wide.trip.count711.i, 7
+  %505 = icmp ult i32 %458, 8
+  %unroll_iter248 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod245.not = icmp eq i64 %xtraiter243, 0
+  %lcmp.mod247 = icmp ne i64 %xtraiter243, 0
+  %xtraiter250 = and i64 %wide.trip.count711.i, 1
+  %506 = icmp eq i64 %497, 0
+  %unroll_iter254 = and i64 %wide.trip.count711.i, 2147483646
+  %lcmp.mod252.not = icmp eq i64 %xtraiter250, 0
+  %lcmp.mod253 = icmp ne i64 %xtraiter250, 0
+  %xtraiter256 = and i64 %wide.trip.count711.i, 1
+  %507 = icmp eq i64 %497, 0
+  %unroll_iter260 = and i64 %wide.trip.count711.i, 2147483646
+  %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
+  %lcmp.mod259 = icmp ne i64 %xtraiter256, 0
+  %xtraiter262 = and i64 %wide.trip.count711.i, 1
+  %508 = icmp eq i64 %497, 0
+  %unroll_iter266 = and i64 %wide.trip.count711.i, 2147483646
+  %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
+  %lcmp.mod265 = icmp ne i64 %xtraiter262, 0
+  %xtraiter268 = and i64 %wide.trip.count711.i, 1
+  %509 = icmp eq i64 %497, 0
+  %unroll_iter272 = and i64 %wide.trip.count711.i, 2147483646
+  %lcmp.mod270.not = icmp eq i64 %xtraiter268, 0
+  %lcmp.mod271 = icmp ne i64 %xtraiter268, 0
+  %xtraiter274 = and i64 %wide.trip.count711.i, 7
+  %510 = icmp ult i32 %458, 8
+  %unroll_iter279 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod276.not = icmp eq i64 %xtraiter274, 0
+  %lcmp.mod278 = icmp ne i64 %xtraiter274, 0
+  %xtraiter281 = and i64 %wide.trip.count711.i, 7
+  %511 = icmp ult i32 %458, 8
+  %unroll_iter286 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod283.not = icmp eq i64 %xtraiter281, 0
+  %lcmp.mod285 = icmp ne i64 %xtraiter281, 0
+  %xtraiter288 = and i64 %wide.trip.count711.i, 7
+  %512 = icmp ult i32 %458, 8
+  %unroll_iter293 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod290.not = icmp eq i64 %xtraiter288, 0
+  %lcmp.mod292 = icmp ne i64 %xtraiter288, 0
+  %xtraiter295 = and i64 %wide.trip.count711.i, 7
+  %513 = icmp ult i32 %458, 8
+  %unroll_iter300 = and i64 %wide.trip.count711.i, 2147483640
+  %lcmp.mod297.not = icmp eq i64 %xtraiter295, 0
+  %lcmp.mod299 = icmp ne i64 %xtraiter295, 0
+  %xtraiter303 = and i64 %223, 1
+  %514 = icmp eq i32 %222, 1
+  %unroll_iter329 = and i64 %223, 14
+  %lcmp.mod319.not = icmp eq i64 %xtraiter303, 0
+  %lcmp.mod328 = icmp ne i64 %xtraiter303, 0
   br label %for_begin_kv_head.i
 
 for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
   %indvars.iv690.i = phi i64 [ %indvars.iv.next691.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
-  %480 = add nuw nsw i64 %indvars.iv690.i, %428
-  %481 = trunc i64 %480 to i32
-  %482 = tail call i32 @llvm.smin.i32(i32 %481, i32 %.reass.i)
-  %483 = sext i32 %482 to i64
-  %484 = ashr i64 %483, 4
-  %gep438.i = getelementptr i32, ptr %invariant.gep434.i, i64 %484
-  %485 = load i32, ptr %gep438.i, align 4, !tbaa !5
-  %block28.i = sext i32 %485 to i64
-  %486 = and i64 %483, 15
-  %487 = mul nsw i64 %486, %v_row
-  %488 = mul nsw i64 %v_block, %block28.i
-  %489 = add nsw i64 %487, %488
-  %490 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv690.i
-  store i64 %489, ptr %490, align 8, !tbaa !5
+  %515 = add nuw nsw i64 %indvars.iv690.i, %463
+  %516 = trunc i64 %515 to i32
+  %517 = tail call i32 @llvm.smin.i32(i32 %516, i32 %.reass.i)
+  %518 = sext i32 %517 to i64
+  %519 = ashr i64 %518, 4
+  %gep438.i = getelementptr i32, ptr %invariant.gep434.i, i64 %519
+  %520 = load i32, ptr %gep438.i, align 4, !tbaa !5
+  %block28.i = sext i32 %520 to i64
+  %521 = and i64 %518, 15
+  %522 = mul nsw i64 %521, %v_row
+  %523 = mul nsw i64 %v_block, %block28.i
+  %524 = add nsw i64 %522, %523
+  %525 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv690.i
+  store i64 %524, ptr %525, align 8, !tbaa !5
   %indvars.iv.next691.i = or disjoint i64 %indvars.iv690.i, 1
-  %491 = add nuw nsw i64 %indvars.iv.next691.i, %428
-  %492 = trunc i64 %491 to i32
-  %493 = tail call i32 @llvm.smin.i32(i32 %492, i32 %.reass.i)
-  %494 = sext i32 %493 to i64
-  %495 = ashr i64 %494, 4
-  %gep438.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %495
-  %496 = load i32, ptr %gep438.i.1, align 4, !tbaa !5
-  %block28.i.1 = sext i32 %496 to i64
-  %497 = and i64 %494, 15
-  %498 = mul nsw i64 %497, %v_row
-  %499 = mul nsw i64 %v_block, %block28.i.1
-  %500 = add nsw i64 %498, %499
-  %501 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next691.i
-  store i64 %500, ptr %501, align 8, !tbaa !5
+  %526 = add nuw nsw i64 %indvars.iv.next691.i, %463
+  %527 = trunc i64 %526 to i32
+  %528 = tail call i32 @llvm.smin.i32(i32 %527, i32 %.reass.i)
+  %529 = sext i32 %528 to i64
+  %530 = ashr i64 %529, 4
+  %gep438.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %530
+  %531 = load i32, ptr %gep438.i.1, align 4, !tbaa !5
+  %block28.i.1 = sext i32 %531 to i64
+  %532 = and i64 %529, 15
+  %533 = mul nsw i64 %532, %v_row
+  %534 = mul nsw i64 %v_block, %block28.i.1
+  %535 = add nsw i64 %533, %534
+  %536 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next691.i
+  store i64 %535, ptr %536, align 8, !tbaa !5
   %indvars.iv.next691.i.1 = add nuw nsw i64 %indvars.iv690.i, 2
   %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next691.i.1, %wide.trip.count.i
   br i1 %exitcond694.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
@@ -1158,71 +1197,71 @@ for_begin_kv_head.i:                              ; preds = %if_end192.i, %for_b
   br i1 %exitcond788.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %502 = icmp eq i64 %indvars.iv785.i, 7
-  %503 = and i1 %425, %502
+  %537 = icmp eq i64 %indvars.iv785.i, 7
+  %538 = and i1 %460, %537
   %indvars.iv.next786.i = add nuw nsw i64 %indvars.iv785.i, 1
-  %504 = trunc nuw nsw i64 %indvars.iv.next786.i to i32
-  %505 = select i1 %502, i32 0, i32 %504
-  %506 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.i = tail call ptr %506(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %507 = icmp eq ptr %scores.i, null
-  br i1 %507, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
+  %539 = trunc nuw nsw i64 %indvars.iv.next786.i to i32
+  %540 = select i1 %537, i32 0, i32 %539
+  %541 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %541(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %542 = icmp eq ptr %scores.i, null
+  br i1 %542, label %fused_decode_compute_.exit, label %if_end32.i, !prof !8
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %508 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %509 = tail call i32 %508(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not272.i = icmp eq i32 %509, 0
+  %543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %544 = tail call i32 %543(i32 1, i32 %dev_id, ptr %value_offsets.i)
+  %.not272.i = icmp eq i32 %544, 0
   br i1 %.not272.i, label %if_end198.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
-  %510 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %probs.i = tail call ptr %510(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %511 = icmp eq ptr %probs.i, null
-  br i1 %511, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
+  %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %545(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %546 = icmp eq ptr %probs.i, null
+  br i1 %546, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
 
 for_begin_to_m.preheader.i:                       ; preds = %if_end32.i
-  br i1 %451, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+  br i1 %486, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
 
 for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
-  %512 = zext nneg i32 %505 to i64
-  %513 = mul nsw i64 %k_head, %512
-  %514 = mul nsw i64 %indvars.iv785.i, %k_head
-  %invariant.gep453.i = getelementptr i32, ptr %key_cache, i64 %514
-  %515 = select i1 %503, i64 128, i64 0
-  %.idx59 = shl nuw nsw i64 %indvars.iv785.i, 11
-  %516 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
-  %517 = getelementptr inbounds nuw i8, ptr %516, i64 512
-  %518 = getelementptr inbounds nuw i8, ptr %516, i64 1024
-  %519 = getelementptr inbounds nuw i8, ptr %516, i64 1536
-  %520 = getelementptr inbounds nuw i8, ptr %516, i64 64
-  %521 = getelementptr inbounds nuw i8, ptr %516, i64 576
-  %522 = getelementptr inbounds nuw i8, ptr %516, i64 1088
-  %523 = getelementptr inbounds nuw i8, ptr %516, i64 1600
-  %524 = getelementptr inbounds nuw i8, ptr %516, i64 128
-  %525 = getelementptr inbounds nuw i8, ptr %516, i64 640
-  %526 = getelementptr inbounds nuw i8, ptr %516, i64 1152
-  %527 = getelementptr inbounds nuw i8, ptr %516, i64 1664
-  %528 = getelementptr inbounds nuw i8, ptr %516, i64 192
-  %529 = getelementptr inbounds nuw i8, ptr %516, i64 704
-  %530 = getelementptr inbounds nuw i8, ptr %516, i64 1216
-  %531 = getelementptr inbounds nuw i8, ptr %516, i64 1728
-  %532 = getelementptr inbounds nuw i8, ptr %516, i64 256
-  %533 = getelementptr inbounds nuw i8, ptr %516, i64 768
-  %534 = getelementptr inbounds nuw i8, ptr %516, i64 1280
-  %535 = getelementptr inbounds nuw i8, ptr %516, i64 1792
-  %536 = getelementptr inbounds nuw i8, ptr %516, i64 320
-  %537 = getelementptr inbounds nuw i8, ptr %516, i64 832
-  %538 = getelementptr inbounds nuw i8, ptr %516, i64 1344
-  %539 = getelementptr inbounds nuw i8, ptr %516, i64 1856
-  %540 = getelementptr inbounds nuw i8, ptr %516, i64 384
-  %541 = getelementptr inbounds nuw i8, ptr %516, i64 896
-  %542 = getelementptr inbounds nuw i8, ptr %516, i64 1408
-  %543 = getelementptr inbounds nuw i8, ptr %516, i64 1920
-  %544 = getelementptr inbounds nuw i8, ptr %516, i64 448
-  %545 = getelementptr inbounds nuw i8, ptr %516, i64 960
-  %546 = getelementptr inbounds nuw i8, ptr %516, i64 1472
-  %547 = getelementptr inbounds nuw i8, ptr %516, i64 1984
-  %invariant.gep146 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %515
+  %547 = zext nneg i32 %540 to i64
+  %548 = mul nsw i64 %k_head, %547
+  %549 = mul nsw i64 %indvars.iv785.i, %k_head
+  %invariant.gep453.i = getelementptr i32, ptr %key_cache, i64 %549
+  %550 = select i1 %538, i64 128, i64 0
+  %.idx60 = shl nuw nsw i64 %indvars.iv785.i, 11
+  %551 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx60
+  %552 = getelementptr inbounds nuw i8, ptr %551, i64 512
+  %553 = getelementptr inbounds nuw i8, ptr %551, i64 1024
+  %554 = getelementptr inbounds nuw i8, ptr %551, i64 1536
+  %555 = getelementptr inbounds nuw i8, ptr %551, i64 64
+  %556 = getelementptr inbounds nuw i8, ptr %551, i64 576
+  %557 = getelementptr inbounds nuw i8, ptr %551, i64 1088
+  %558 = getelementptr inbounds nuw i8, ptr %551, i64 1600
+  %559 = getelementptr inbounds nuw i8, ptr %551, i64 128
+  %560 = getelementptr inbounds nuw i8, ptr %551, i64 640
+  %561 = getelementptr inbounds nuw i8, ptr %551, i64 1152
+  %562 = getelementptr inbounds nuw i8, ptr %551, i64 1664
+  %563 = getelementptr inbounds nuw i8, ptr %551, i64 192
+  %564 = getelementptr inbounds nuw i8, ptr %551, i64 704
+  %565 = getelementptr inbounds nuw i8, ptr %551, i64 1216
+  %566 = getelementptr inbounds nuw i8, ptr %551, i64 1728
+  %567 = getelementptr inbounds nuw i8, ptr %551, i64 256
+  %568 = getelementptr inbounds nuw i8, ptr %551, i64 768
+  %569 = getelementptr inbounds nuw i8, ptr %551, i64 1280
+  %570 = getelementptr inbounds nuw i8, ptr %551, i64 1792
+  %571 = getelementptr inbounds nuw i8, ptr %551, i64 320
+  %572 = getelementptr inbounds nuw i8, ptr %551, i64 832
+  %573 = getelementptr inbounds nuw i8, ptr %551, i64 1344
+  %574 = getelementptr inbounds nuw i8, ptr %551, i64 1856
+  %575 = getelementptr inbounds nuw i8, ptr %551, i64 384
+  %576 = getelementptr inbounds nuw i8, ptr %551, i64 896
+  %577 = getelementptr inbounds nuw i8, ptr %551, i64 1408
+  %578 = getelementptr inbounds nuw i8, ptr %551, i64 1920
+  %579 = getelementptr inbounds nuw i8, ptr %551, i64 448
+  %580 = getelementptr inbounds nuw i8, ptr %551, i64 960
+  %581 = getelementptr inbounds nuw i8, ptr %551, i64 1472
+  %582 = getelementptr inbounds nuw i8, ptr %551, i64 1984
+  %invariant.gep147 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %550
   br label %for_body_to_m.i
 
 for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
@@ -1232,86 +1271,86 @@ for_begin_to_m.i:                                 ; preds = %for_begin_r.prehead
 
 for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
   %indvars.iv708.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next709.i, %for_begin_to_m.i ]
-  %548 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scores.rf.i = tail call ptr %548(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
-  %549 = icmp eq ptr %scores.rf.i, null
-  br i1 %549, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
+  %583 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.rf.i = tail call ptr %583(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
+  %584 = icmp eq ptr %scores.rf.i, null
+  br i1 %584, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
 
 for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
-  %550 = shl nsw i64 %indvars.iv708.i, 4
-  %invariant.gep952.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %550
-  %gep147 = getelementptr inbounds nuw i64, ptr %invariant.gep146, i64 %550
+  %585 = shl nsw i64 %indvars.iv708.i, 4
+  %invariant.gep952.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %585
+  %gep148 = getelementptr inbounds nuw i64, ptr %invariant.gep147, i64 %585
   br label %for_begin_n_1.preheader.i
 
 for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
-  %551 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled.i = tail call ptr %551(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %552 = icmp eq ptr %scaled.i, null
-  br i1 %552, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  %586 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %586(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %587 = icmp eq ptr %scaled.i, null
+  br i1 %587, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
 
 for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %463, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
+  br i1 %498, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
 
 for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
-  %553 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled917.i = tail call ptr %553(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %554 = icmp eq ptr %scaled917.i, null
-  br i1 %554, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
+  %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled917.i = tail call ptr %588(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %589 = icmp eq ptr %scaled917.i, null
+  br i1 %589, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
   %indvars.iv713.i = phi i64 [ %indvars.iv.next714.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %555 = shl nsw i64 %indvars.iv713.i, 4
-  %556 = getelementptr inbounds nuw float, ptr %scores.i, i64 %555
-  %557 = load <16 x float>, ptr %556, align 4, !tbaa !5
-  %558 = fmul <16 x float> %95, %557
-  %559 = trunc i64 %555 to i32
-  %560 = sub i32 %421, %559
-  %561 = insertelement <16 x i32> poison, i32 %560, i64 0
-  %562 = shufflevector <16 x i32> %561, <16 x i32> poison, <16 x i32> zeroinitializer
-  %563 = icmp sgt <16 x i32> %562, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %564 = select <16 x i1> %563, <16 x float> %558, <16 x float> splat (float 0xFFF0000000000000)
-  %565 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %555
-  store <16 x float> %564, ptr %565, align 4, !tbaa !5
+  %590 = shl nsw i64 %indvars.iv713.i, 4
+  %591 = getelementptr inbounds nuw float, ptr %scores.i, i64 %590
+  %592 = load <16 x float>, ptr %591, align 4, !tbaa !5
+  %593 = fmul <16 x float> %103, %592
+  %594 = trunc i64 %590 to i32
+  %595 = sub i32 %456, %594
+  %596 = insertelement <16 x i32> poison, i32 %595, i64 0
+  %597 = shufflevector <16 x i32> %596, <16 x i32> poison, <16 x i32> zeroinitializer
+  %598 = icmp sgt <16 x i32> %597, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %599 = select <16 x i1> %598, <16 x float> %593, <16 x float> splat (float 0xFFF0000000000000)
+  %600 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %590
+  store <16 x float> %599, ptr %600, align 4, !tbaa !5
   %indvars.iv.next714.i = shl i64 %indvars.iv713.i, 4
-  %566 = or disjoint i64 %indvars.iv.next714.i, 16
-  %567 = getelementptr inbounds nuw float, ptr %scores.i, i64 %566
-  %568 = load <16 x float>, ptr %567, align 4, !tbaa !5
-  %569 = fmul <16 x float> %95, %568
-  %570 = trunc i64 %566 to i32
-  %571 = sub i32 %421, %570
-  %572 = insertelement <16 x i32> poison, i32 %571, i64 0
-  %573 = shufflevector <16 x i32> %572, <16 x i32> poison, <16 x i32> zeroinitializer
-  %574 = icmp sgt <16 x i32> %573, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %575 = select <16 x i1> %574, <16 x float> %569, <16 x float> splat (float 0xFFF0000000000000)
-  %576 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %566
-  store <16 x float> %575, ptr %576, align 4, !tbaa !5
+  %601 = or disjoint i64 %indvars.iv.next714.i, 16
+  %602 = getelementptr inbounds nuw float, ptr %scores.i, i64 %601
+  %603 = load <16 x float>, ptr %602, align 4, !tbaa !5
+  %604 = fmul <16 x float> %103, %603
+  %605 = trunc i64 %601 to i32
+  %606 = sub i32 %456, %605
+  %607 = insertelement <16 x i32> poison, i32 %606, i64 0
+  %608 = shufflevector <16 x i32> %607, <16 x i32> poison, <16 x i32> zeroinitializer
+  %609 = icmp sgt <16 x i32> %608, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %610 = select <16 x i1> %609, <16 x float> %604, <16 x float> splat (float 0xFFF0000000000000)
+  %611 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %601
+  store <16 x float> %610, ptr %611, align 4, !tbaa !5
   %indvars.iv.next714.i.1 = shl i64 %indvars.iv713.i, 4
-  %577 = or disjoint i64 %indvars.iv.next714.i.1, 32
-  %578 = getelementptr inbounds nuw float, ptr %scores.i, i64 %577
-  %579 = load <16 x float>, ptr %578, align 4, !tbaa !5
-  %580 = fmul <16 x float> %95, %579
-  %581 = trunc i64 %577 to i32
-  %582 = sub i32 %421, %581
-  %583 = insertelement <16 x i32> poison, i32 %582, i64 0
-  %584 = shufflevector <16 x i32> %583, <16 x i32> poison, <16 x i32> zeroinitializer
-  %585 = icmp sgt <16 x i32> %584, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %586 = select <16 x i1> %585, <16 x float> %580, <16 x float> splat (float 0xFFF0000000000000)
-  %587 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %577
-  store <16 x float> %586, ptr %587, align 4, !tbaa !5
+  %612 = or disjoint i64 %indvars.iv.next714.i.1, 32
+  %613 = getelementptr inbounds nuw float, ptr %scores.i, i64 %612
+  %614 = load <16 x float>, ptr %613, align 4, !tbaa !5
+  %615 = fmul <16 x float> %103, %614
+  %616 = trunc i64 %612 to i32
+  %617 = sub i32 %456, %616
+  %618 = insertelement <16 x i32> poison, i32 %617, i64 0
+  %619 = shufflevector <16 x i32> %618, <16 x i32> poison, <16 x i32> zeroinitializer
+  %620 = icmp sgt <16 x i32> %619, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %621 = select <16 x i1> %620, <16 x float> %615, <16 x float> splat (float 0xFFF0000000000000)
+  %622 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %612
+  store <16 x float> %621, ptr %622, align 4, !tbaa !5
   %indvars.iv.next714.i.2 = shl i64 %indvars.iv713.i, 4
-  %588 = or disjoint i64 %indvars.iv.next714.i.2, 48
-  %589 = getelementptr inbounds nuw float, ptr %scores.i, i64 %588
-  %590 = load <16 x float>, ptr %589, align 4, !tbaa !5
-  %591 = fmul <16 x float> %95, %590
-  %592 = trunc i64 %588 to i32
-  %593 = sub i32 %421, %592
-  %594 = insertelement <16 x i32> poison, i32 %593, i64 0
-  %595 = shufflevector <16 x i32> %594, <16 x i32> poison, <16 x i32> zeroinitializer
-  %596 = icmp sgt <16 x i32> %595, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %597 = select <16 x i1> %596, <16 x float> %591, <16 x float> splat (float 0xFFF0000000000000)
-  %598 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %588
-  store <16 x float> %597, ptr %598, align 4, !tbaa !5
+  %623 = or disjoint i64 %indvars.iv.next714.i.2, 48
+  %624 = getelementptr inbounds nuw float, ptr %scores.i, i64 %623
+  %625 = load <16 x float>, ptr %624, align 4, !tbaa !5
+  %626 = fmul <16 x float> %103, %625
+  %627 = trunc i64 %623 to i32
+  %628 = sub i32 %456, %627
+  %629 = insertelement <16 x i32> poison, i32 %628, i64 0
+  %630 = shufflevector <16 x i32> %629, <16 x i32> poison, <16 x i32> zeroinitializer
+  %631 = icmp sgt <16 x i32> %630, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %632 = select <16 x i1> %631, <16 x float> %626, <16 x float> splat (float 0xFFF0000000000000)
+  %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %623
+  store <16 x float> %632, ptr %633, align 4, !tbaa !5
   %indvars.iv.next714.i.3 = add nuw nsw i64 %indvars.iv713.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
@@ -1322,3286 +1361,3286 @@ for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
   %indvars.iv713.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next714.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod202)
+  tail call void @llvm.assume(i1 %lcmp.mod203)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
   %indvars.iv713.i.epil = phi i64 [ %indvars.iv.next714.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv713.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %599 = shl nsw i64 %indvars.iv713.i.epil, 4
-  %600 = getelementptr inbounds nuw float, ptr %scores.i, i64 %599
-  %601 = load <16 x float>, ptr %600, align 4, !tbaa !5
-  %602 = fmul <16 x float> %95, %601
-  %603 = trunc i64 %599 to i32
-  %604 = sub i32 %421, %603
-  %605 = insertelement <16 x i32> poison, i32 %604, i64 0
-  %606 = shufflevector <16 x i32> %605, <16 x i32> poison, <16 x i32> zeroinitializer
-  %607 = icmp sgt <16 x i32> %606, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %608 = select <16 x i1> %607, <16 x float> %602, <16 x float> splat (float 0xFFF0000000000000)
-  %609 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %599
-  store <16 x float> %608, ptr %609, align 4, !tbaa !5
+  %634 = shl nsw i64 %indvars.iv713.i.epil, 4
+  %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
+  %636 = load <16 x float>, ptr %635, align 4, !tbaa !5
+  %637 = fmul <16 x float> %103, %636
+  %638 = trunc i64 %634 to i32
+  %639 = sub i32 %456, %638
+  %640 = insertelement <16 x i32> poison, i32 %639, i64 0
+  %641 = shufflevector <16 x i32> %640, <16 x i32> poison, <16 x i32> zeroinitializer
+  %642 = icmp sgt <16 x i32> %641, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %643 = select <16 x i1> %642, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
+  %644 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
+  store <16 x float> %643, ptr %644, align 4, !tbaa !5
   %indvars.iv.next714.i.epil = add nuw nsw i64 %indvars.iv713.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
   br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %464, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
+  br i1 %499, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
   %indvars.iv713.1.i = phi i64 [ %indvars.iv.next714.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter208 = phi i64 [ %niter208.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %610 = shl nsw i64 %indvars.iv713.1.i, 4
-  %611 = add nuw nsw i64 %610, 128
-  %612 = getelementptr inbounds nuw float, ptr %scores.i, i64 %611
-  %613 = load <16 x float>, ptr %612, align 4, !tbaa !5
-  %614 = fmul <16 x float> %95, %613
-  %615 = trunc i64 %610 to i32
-  %616 = sub i32 %421, %615
-  %617 = insertelement <16 x i32> poison, i32 %616, i64 0
-  %618 = shufflevector <16 x i32> %617, <16 x i32> poison, <16 x i32> zeroinitializer
-  %619 = icmp sgt <16 x i32> %618, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %620 = select <16 x i1> %619, <16 x float> %614, <16 x float> splat (float 0xFFF0000000000000)
-  %621 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %611
-  store <16 x float> %620, ptr %621, align 4, !tbaa !5
-  %indvars.iv.next714.1.i = shl i64 %indvars.iv713.1.i, 4
-  %622 = add nuw nsw i64 %indvars.iv.next714.1.i, 144
-  %623 = getelementptr inbounds nuw float, ptr %scores.i, i64 %622
-  %624 = load <16 x float>, ptr %623, align 4, !tbaa !5
-  %625 = fmul <16 x float> %95, %624
-  %626 = trunc i64 %indvars.iv.next714.1.i to i32
-  %627 = or disjoint i32 %626, 16
-  %628 = sub i32 %421, %627
-  %629 = insertelement <16 x i32> poison, i32 %628, i64 0
-  %630 = shufflevector <16 x i32> %629, <16 x i32> poison, <16 x i32> zeroinitializer
-  %631 = icmp sgt <16 x i32> %630, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %632 = select <16 x i1> %631, <16 x float> %625, <16 x float> splat (float 0xFFF0000000000000)
-  %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %622
-  store <16 x float> %632, ptr %633, align 4, !tbaa !5
-  %indvars.iv.next714.1.i.1 = shl i64 %indvars.iv713.1.i, 4
-  %634 = add nuw nsw i64 %indvars.iv.next714.1.i.1, 160
-  %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
-  %636 = load <16 x float>, ptr %635, align 4, !tbaa !5
-  %637 = fmul <16 x float> %95, %636
-  %638 = trunc i64 %indvars.iv.next714.1.i.1 to i32
-  %639 = or disjoint i32 %638, 32
-  %640 = sub i32 %421, %639
-  %641 = insertelement <16 x i32> poison, i32 %640, i64 0
-  %642 = shufflevector <16 x i32> %641, <16 x i32> poison, <16 x i32> zeroinitializer
-  %643 = icmp sgt <16 x i32> %642, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %644 = select <16 x i1> %643, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
-  %645 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
-  store <16 x float> %644, ptr %645, align 4, !tbaa !5
-  %indvars.iv.next714.1.i.2 = shl i64 %indvars.iv713.1.i, 4
-  %646 = add nuw nsw i64 %indvars.iv.next714.1.i.2, 176
+  %niter209 = phi i64 [ %niter209.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %645 = shl nsw i64 %indvars.iv713.1.i, 4
+  %646 = add nuw nsw i64 %645, 128
   %647 = getelementptr inbounds nuw float, ptr %scores.i, i64 %646
   %648 = load <16 x float>, ptr %647, align 4, !tbaa !5
-  %649 = fmul <16 x float> %95, %648
-  %650 = trunc i64 %indvars.iv.next714.1.i.2 to i32
-  %651 = or disjoint i32 %650, 48
-  %652 = sub i32 %421, %651
-  %653 = insertelement <16 x i32> poison, i32 %652, i64 0
-  %654 = shufflevector <16 x i32> %653, <16 x i32> poison, <16 x i32> zeroinitializer
-  %655 = icmp sgt <16 x i32> %654, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %656 = select <16 x i1> %655, <16 x float> %649, <16 x float> splat (float 0xFFF0000000000000)
-  %657 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %646
-  store <16 x float> %656, ptr %657, align 4, !tbaa !5
+  %649 = fmul <16 x float> %103, %648
+  %650 = trunc i64 %645 to i32
+  %651 = sub i32 %456, %650
+  %652 = insertelement <16 x i32> poison, i32 %651, i64 0
+  %653 = shufflevector <16 x i32> %652, <16 x i32> poison, <16 x i32> zeroinitializer
+  %654 = icmp sgt <16 x i32> %653, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %655 = select <16 x i1> %654, <16 x float> %649, <16 x float> splat (float 0xFFF0000000000000)
+  %656 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %646
+  store <16 x float> %655, ptr %656, align 4, !tbaa !5
+  %indvars.iv.next714.1.i = shl i64 %indvars.iv713.1.i, 4
+  %657 = add nuw nsw i64 %indvars.iv.next714.1.i, 144
+  %658 = getelementptr inbounds nuw float, ptr %scores.i, i64 %657
+  %659 = load <16 x float>, ptr %658, align 4, !tbaa !5
+  %660 = fmul <16 x float> %103, %659
+  %661 = trunc i64 %indvars.iv.next714.1.i to i32
+  %662 = or disjoint i32 %661, 16
+  %663 = sub i32 %456, %662
+  %664 = insertelement <16 x i32> poison, i32 %663, i64 0
+  %665 = shufflevector <16 x i32> %664, <16 x i32> poison, <16 x i32> zeroinitializer
+  %666 = icmp sgt <16 x i32> %665, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %667 = select <16 x i1> %666, <16 x float> %660, <16 x float> splat (float 0xFFF0000000000000)
+  %668 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %657
+  store <16 x float> %667, ptr %668, align 4, !tbaa !5
+  %indvars.iv.next714.1.i.1 = shl i64 %indvars.iv713.1.i, 4
+  %669 = add nuw nsw i64 %indvars.iv.next714.1.i.1, 160
+  %670 = getelementptr inbounds nuw float, ptr %scores.i, i64 %669
+  %671 = load <16 x float>, ptr %670, align 4, !tbaa !5
+  %672 = fmul <16 x float> %103, %671
+  %673 = trunc i64 %indvars.iv.next714.1.i.1 to i32
+  %674 = or disjoint i32 %673, 32
+  %675 = sub i32 %456, %674
+  %676 = insertelement <16 x i32> poison, i32 %675, i64 0
+  %677 = shufflevector <16 x i32> %676, <16 x i32> poison, <16 x i32> zeroinitializer
+  %678 = icmp sgt <16 x i32> %677, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %679 = select <16 x i1> %678, <16 x float> %672, <16 x float> splat (float 0xFFF0000000000000)
+  %680 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %669
+  store <16 x float> %679, ptr %680, align 4, !tbaa !5
+  %indvars.iv.next714.1.i.2 = shl i64 %indvars.iv713.1.i, 4
+  %681 = add nuw nsw i64 %indvars.iv.next714.1.i.2, 176
+  %682 = getelementptr inbounds nuw float, ptr %scores.i, i64 %681
+  %683 = load <16 x float>, ptr %682, align 4, !tbaa !5
+  %684 = fmul <16 x float> %103, %683
+  %685 = trunc i64 %indvars.iv.next714.1.i.2 to i32
+  %686 = or disjoint i32 %685, 48
+  %687 = sub i32 %456, %686
+  %688 = insertelement <16 x i32> poison, i32 %687, i64 0
+  %689 = shufflevector <16 x i32> %688, <16 x i32> poison, <16 x i32> zeroinitializer
+  %690 = icmp sgt <16 x i32> %689, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %691 = select <16 x i1> %690, <16 x float> %684, <16 x float> splat (float 0xFFF0000000000000)
+  %692 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %681
+  store <16 x float> %691, ptr %692, align 4, !tbaa !5
   %indvars.iv.next714.1.i.3 = add nuw nsw i64 %indvars.iv713.1.i, 4
-  %niter208.next.3 = add i64 %niter208, 4
-  %niter208.ncmp.3 = icmp eq i64 %niter208.next.3, %unroll_iter207
-  br i1 %niter208.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
+  %niter209.next.3 = add i64 %niter209, 4
+  %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
+  br i1 %niter209.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod205.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod206.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
   %indvars.iv713.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next714.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod206)
+  tail call void @llvm.assume(i1 %lcmp.mod207)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
   %indvars.iv713.1.i.epil = phi i64 [ %indvars.iv.next714.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv713.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter204 = phi i64 [ %epil.iter204.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %658 = shl nsw i64 %indvars.iv713.1.i.epil, 4
-  %659 = add nuw nsw i64 %658, 128
-  %660 = getelementptr inbounds nuw float, ptr %scores.i, i64 %659
-  %661 = load <16 x float>, ptr %660, align 4, !tbaa !5
-  %662 = fmul <16 x float> %95, %661
-  %663 = trunc i64 %658 to i32
-  %664 = sub i32 %421, %663
-  %665 = insertelement <16 x i32> poison, i32 %664, i64 0
-  %666 = shufflevector <16 x i32> %665, <16 x i32> poison, <16 x i32> zeroinitializer
-  %667 = icmp sgt <16 x i32> %666, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %668 = select <16 x i1> %667, <16 x float> %662, <16 x float> splat (float 0xFFF0000000000000)
-  %669 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %659
-  store <16 x float> %668, ptr %669, align 4, !tbaa !5
+  %epil.iter205 = phi i64 [ %epil.iter205.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %693 = shl nsw i64 %indvars.iv713.1.i.epil, 4
+  %694 = add nuw nsw i64 %693, 128
+  %695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %694
+  %696 = load <16 x float>, ptr %695, align 4, !tbaa !5
+  %697 = fmul <16 x float> %103, %696
+  %698 = trunc i64 %693 to i32
+  %699 = sub i32 %456, %698
+  %700 = insertelement <16 x i32> poison, i32 %699, i64 0
+  %701 = shufflevector <16 x i32> %700, <16 x i32> poison, <16 x i32> zeroinitializer
+  %702 = icmp sgt <16 x i32> %701, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %703 = select <16 x i1> %702, <16 x float> %697, <16 x float> splat (float 0xFFF0000000000000)
+  %704 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %694
+  store <16 x float> %703, ptr %704, align 4, !tbaa !5
   %indvars.iv.next714.1.i.epil = add nuw nsw i64 %indvars.iv713.1.i.epil, 1
-  %epil.iter204.next = add i64 %epil.iter204, 1
-  %epil.iter204.cmp.not = icmp eq i64 %epil.iter204.next, %xtraiter203
-  br i1 %epil.iter204.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
+  %epil.iter205.next = add i64 %epil.iter205, 1
+  %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
+  br i1 %epil.iter205.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %465, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
+  br i1 %500, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
   %indvars.iv713.2.i = phi i64 [ %indvars.iv.next714.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter214 = phi i64 [ %niter214.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %670 = shl nsw i64 %indvars.iv713.2.i, 4
-  %671 = add nuw nsw i64 %670, 256
-  %672 = getelementptr inbounds nuw float, ptr %scores.i, i64 %671
-  %673 = load <16 x float>, ptr %672, align 4, !tbaa !5
-  %674 = fmul <16 x float> %95, %673
-  %675 = trunc i64 %670 to i32
-  %676 = sub i32 %421, %675
-  %677 = insertelement <16 x i32> poison, i32 %676, i64 0
-  %678 = shufflevector <16 x i32> %677, <16 x i32> poison, <16 x i32> zeroinitializer
-  %679 = icmp sgt <16 x i32> %678, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %680 = select <16 x i1> %679, <16 x float> %674, <16 x float> splat (float 0xFFF0000000000000)
-  %681 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %671
-  store <16 x float> %680, ptr %681, align 4, !tbaa !5
-  %indvars.iv.next714.2.i = shl i64 %indvars.iv713.2.i, 4
-  %682 = add nuw nsw i64 %indvars.iv.next714.2.i, 272
-  %683 = getelementptr inbounds nuw float, ptr %scores.i, i64 %682
-  %684 = load <16 x float>, ptr %683, align 4, !tbaa !5
-  %685 = fmul <16 x float> %95, %684
-  %686 = trunc i64 %indvars.iv.next714.2.i to i32
-  %687 = or disjoint i32 %686, 16
-  %688 = sub i32 %421, %687
-  %689 = insertelement <16 x i32> poison, i32 %688, i64 0
-  %690 = shufflevector <16 x i32> %689, <16 x i32> poison, <16 x i32> zeroinitializer
-  %691 = icmp sgt <16 x i32> %690, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %692 = select <16 x i1> %691, <16 x float> %685, <16 x float> splat (float 0xFFF0000000000000)
-  %693 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %682
-  store <16 x float> %692, ptr %693, align 4, !tbaa !5
-  %indvars.iv.next714.2.i.1 = shl i64 %indvars.iv713.2.i, 4
-  %694 = add nuw nsw i64 %indvars.iv.next714.2.i.1, 288
-  %695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %694
-  %696 = load <16 x float>, ptr %695, align 4, !tbaa !5
-  %697 = fmul <16 x float> %95, %696
-  %698 = trunc i64 %indvars.iv.next714.2.i.1 to i32
-  %699 = or disjoint i32 %698, 32
-  %700 = sub i32 %421, %699
-  %701 = insertelement <16 x i32> poison, i32 %700, i64 0
-  %702 = shufflevector <16 x i32> %701, <16 x i32> poison, <16 x i32> zeroinitializer
-  %703 = icmp sgt <16 x i32> %702, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %704 = select <16 x i1> %703, <16 x float> %697, <16 x float> splat (float 0xFFF0000000000000)
-  %705 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %694
-  store <16 x float> %704, ptr %705, align 4, !tbaa !5
-  %indvars.iv.next714.2.i.2 = shl i64 %indvars.iv713.2.i, 4
-  %706 = add nuw nsw i64 %indvars.iv.next714.2.i.2, 304
+  %niter215 = phi i64 [ %niter215.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %705 = shl nsw i64 %indvars.iv713.2.i, 4
+  %706 = add nuw nsw i64 %705, 256
   %707 = getelementptr inbounds nuw float, ptr %scores.i, i64 %706
   %708 = load <16 x float>, ptr %707, align 4, !tbaa !5
-  %709 = fmul <16 x float> %95, %708
-  %710 = trunc i64 %indvars.iv.next714.2.i.2 to i32
-  %711 = or disjoint i32 %710, 48
-  %712 = sub i32 %421, %711
-  %713 = insertelement <16 x i32> poison, i32 %712, i64 0
-  %714 = shufflevector <16 x i32> %713, <16 x i32> poison, <16 x i32> zeroinitializer
-  %715 = icmp sgt <16 x i32> %714, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %716 = select <16 x i1> %715, <16 x float> %709, <16 x float> splat (float 0xFFF0000000000000)
-  %717 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %706
-  store <16 x float> %716, ptr %717, align 4, !tbaa !5
+  %709 = fmul <16 x float> %103, %708
+  %710 = trunc i64 %705 to i32
+  %711 = sub i32 %456, %710
+  %712 = insertelement <16 x i32> poison, i32 %711, i64 0
+  %713 = shufflevector <16 x i32> %712, <16 x i32> poison, <16 x i32> zeroinitializer
+  %714 = icmp sgt <16 x i32> %713, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %715 = select <16 x i1> %714, <16 x float> %709, <16 x float> splat (float 0xFFF0000000000000)
+  %716 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %706
+  store <16 x float> %715, ptr %716, align 4, !tbaa !5
+  %indvars.iv.next714.2.i = shl i64 %indvars.iv713.2.i, 4
+  %717 = add nuw nsw i64 %indvars.iv.next714.2.i, 272
+  %718 = getelementptr inbounds nuw float, ptr %scores.i, i64 %717
+  %719 = load <16 x float>, ptr %718, align 4, !tbaa !5
+  %720 = fmul <16 x float> %103, %719
+  %721 = trunc i64 %indvars.iv.next714.2.i to i32
+  %722 = or disjoint i32 %721, 16
+  %723 = sub i32 %456, %722
+  %724 = insertelement <16 x i32> poison, i32 %723, i64 0
+  %725 = shufflevector <16 x i32> %724, <16 x i32> poison, <16 x i32> zeroinitializer
+  %726 = icmp sgt <16 x i32> %725, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %727 = select <16 x i1> %726, <16 x float> %720, <16 x float> splat (float 0xFFF0000000000000)
+  %728 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %717
+  store <16 x float> %727, ptr %728, align 4, !tbaa !5
+  %indvars.iv.next714.2.i.1 = shl i64 %indvars.iv713.2.i, 4
+  %729 = add nuw nsw i64 %indvars.iv.next714.2.i.1, 288
+  %730 = getelementptr inbounds nuw float, ptr %scores.i, i64 %729
+  %731 = load <16 x float>, ptr %730, align 4, !tbaa !5
+  %732 = fmul <16 x float> %103, %731
+  %733 = trunc i64 %indvars.iv.next714.2.i.1 to i32
+  %734 = or disjoint i32 %733, 32
+  %735 = sub i32 %456, %734
+  %736 = insertelement <16 x i32> poison, i32 %735, i64 0
+  %737 = shufflevector <16 x i32> %736, <16 x i32> poison, <16 x i32> zeroinitializer
+  %738 = icmp sgt <16 x i32> %737, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %739 = select <16 x i1> %738, <16 x float> %732, <16 x float> splat (float 0xFFF0000000000000)
+  %740 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %729
+  store <16 x float> %739, ptr %740, align 4, !tbaa !5
+  %indvars.iv.next714.2.i.2 = shl i64 %indvars.iv713.2.i, 4
+  %741 = add nuw nsw i64 %indvars.iv.next714.2.i.2, 304
+  %742 = getelementptr inbounds nuw float, ptr %scores.i, i64 %741
+  %743 = load <16 x float>, ptr %742, align 4, !tbaa !5
+  %744 = fmul <16 x float> %103, %743
+  %745 = trunc i64 %indvars.iv.next714.2.i.2 to i32
+  %746 = or disjoint i32 %745, 48
+  %747 = sub i32 %456, %746
+  %748 = insertelement <16 x i32> poison, i32 %747, i64 0
+  %749 = shufflevector <16 x i32> %748, <16 x i32> poison, <16 x i32> zeroinitializer
+  %750 = icmp sgt <16 x i32> %749, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %751 = select <16 x i1> %750, <16 x float> %744, <16 x float> splat (float 0xFFF0000000000000)
+  %752 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %741
+  store <16 x float> %751, ptr %752, align 4, !tbaa !5
   %indvars.iv.next714.2.i.3 = add nuw nsw i64 %indvars.iv713.2.i, 4
-  %niter214.next.3 = add i64 %niter214, 4
-  %niter214.ncmp.3 = icmp eq i64 %niter214.next.3, %unroll_iter213
-  br i1 %niter214.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
+  %niter215.next.3 = add i64 %niter215, 4
+  %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
+  br i1 %niter215.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod211.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod212.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
   %indvars.iv713.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next714.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod212)
+  tail call void @llvm.assume(i1 %lcmp.mod213)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
   %indvars.iv713.2.i.epil = phi i64 [ %indvars.iv.next714.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv713.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter210 = phi i64 [ %epil.iter210.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %718 = shl nsw i64 %indvars.iv713.2.i.epil, 4
-  %719 = add nuw nsw i64 %718, 256
-  %720 = getelementptr inbounds nuw float, ptr %scores.i, i64 %719
-  %721 = load <16 x float>, ptr %720, align 4, !tbaa !5
-  %722 = fmul <16 x float> %95, %721
-  %723 = trunc i64 %718 to i32
-  %724 = sub i32 %421, %723
-  %725 = insertelement <16 x i32> poison, i32 %724, i64 0
-  %726 = shufflevector <16 x i32> %725, <16 x i32> poison, <16 x i32> zeroinitializer
-  %727 = icmp sgt <16 x i32> %726, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %728 = select <16 x i1> %727, <16 x float> %722, <16 x float> splat (float 0xFFF0000000000000)
-  %729 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %719
-  store <16 x float> %728, ptr %729, align 4, !tbaa !5
+  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %753 = shl nsw i64 %indvars.iv713.2.i.epil, 4
+  %754 = add nuw nsw i64 %753, 256
+  %755 = getelementptr inbounds nuw float, ptr %scores.i, i64 %754
+  %756 = load <16 x float>, ptr %755, align 4, !tbaa !5
+  %757 = fmul <16 x float> %103, %756
+  %758 = trunc i64 %753 to i32
+  %759 = sub i32 %456, %758
+  %760 = insertelement <16 x i32> poison, i32 %759, i64 0
+  %761 = shufflevector <16 x i32> %760, <16 x i32> poison, <16 x i32> zeroinitializer
+  %762 = icmp sgt <16 x i32> %761, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %763 = select <16 x i1> %762, <16 x float> %757, <16 x float> splat (float 0xFFF0000000000000)
+  %764 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %754
+  store <16 x float> %763, ptr %764, align 4, !tbaa !5
   %indvars.iv.next714.2.i.epil = add nuw nsw i64 %indvars.iv713.2.i.epil, 1
-  %epil.iter210.next = add i64 %epil.iter210, 1
-  %epil.iter210.cmp.not = icmp eq i64 %epil.iter210.next, %xtraiter209
-  br i1 %epil.iter210.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
+  %epil.iter211.next = add i64 %epil.iter211, 1
+  %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
+  br i1 %epil.iter211.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %466, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
+  br i1 %501, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
   %indvars.iv713.3.i = phi i64 [ %indvars.iv.next714.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter220 = phi i64 [ %niter220.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %730 = shl nsw i64 %indvars.iv713.3.i, 4
-  %731 = add nuw nsw i64 %730, 384
-  %732 = getelementptr inbounds nuw float, ptr %scores.i, i64 %731
-  %733 = load <16 x float>, ptr %732, align 4, !tbaa !5
-  %734 = fmul <16 x float> %95, %733
-  %735 = trunc i64 %730 to i32
-  %736 = sub i32 %421, %735
-  %737 = insertelement <16 x i32> poison, i32 %736, i64 0
-  %738 = shufflevector <16 x i32> %737, <16 x i32> poison, <16 x i32> zeroinitializer
-  %739 = icmp sgt <16 x i32> %738, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %740 = select <16 x i1> %739, <16 x float> %734, <16 x float> splat (float 0xFFF0000000000000)
-  %741 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %731
-  store <16 x float> %740, ptr %741, align 4, !tbaa !5
-  %indvars.iv.next714.3.i = shl i64 %indvars.iv713.3.i, 4
-  %742 = add nuw nsw i64 %indvars.iv.next714.3.i, 400
-  %743 = getelementptr inbounds nuw float, ptr %scores.i, i64 %742
-  %744 = load <16 x float>, ptr %743, align 4, !tbaa !5
-  %745 = fmul <16 x float> %95, %744
-  %746 = trunc i64 %indvars.iv.next714.3.i to i32
-  %747 = or disjoint i32 %746, 16
-  %748 = sub i32 %421, %747
-  %749 = insertelement <16 x i32> poison, i32 %748, i64 0
-  %750 = shufflevector <16 x i32> %749, <16 x i32> poison, <16 x i32> zeroinitializer
-  %751 = icmp sgt <16 x i32> %750, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %752 = select <16 x i1> %751, <16 x float> %745, <16 x float> splat (float 0xFFF0000000000000)
-  %753 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %742
-  store <16 x float> %752, ptr %753, align 4, !tbaa !5
-  %indvars.iv.next714.3.i.1 = shl i64 %indvars.iv713.3.i, 4
-  %754 = add nuw nsw i64 %indvars.iv.next714.3.i.1, 416
-  %755 = getelementptr inbounds nuw float, ptr %scores.i, i64 %754
-  %756 = load <16 x float>, ptr %755, align 4, !tbaa !5
-  %757 = fmul <16 x float> %95, %756
-  %758 = trunc i64 %indvars.iv.next714.3.i.1 to i32
-  %759 = or disjoint i32 %758, 32
-  %760 = sub i32 %421, %759
-  %761 = insertelement <16 x i32> poison, i32 %760, i64 0
-  %762 = shufflevector <16 x i32> %761, <16 x i32> poison, <16 x i32> zeroinitializer
-  %763 = icmp sgt <16 x i32> %762, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %764 = select <16 x i1> %763, <16 x float> %757, <16 x float> splat (float 0xFFF0000000000000)
-  %765 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %754
-  store <16 x float> %764, ptr %765, align 4, !tbaa !5
-  %indvars.iv.next714.3.i.2 = shl i64 %indvars.iv713.3.i, 4
-  %766 = add nuw nsw i64 %indvars.iv.next714.3.i.2, 432
+  %niter221 = phi i64 [ %niter221.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %765 = shl nsw i64 %indvars.iv713.3.i, 4
+  %766 = add nuw nsw i64 %765, 384
   %767 = getelementptr inbounds nuw float, ptr %scores.i, i64 %766
   %768 = load <16 x float>, ptr %767, align 4, !tbaa !5
-  %769 = fmul <16 x float> %95, %768
-  %770 = trunc i64 %indvars.iv.next714.3.i.2 to i32
-  %771 = or disjoint i32 %770, 48
-  %772 = sub i32 %421, %771
-  %773 = insertelement <16 x i32> poison, i32 %772, i64 0
-  %774 = shufflevector <16 x i32> %773, <16 x i32> poison, <16 x i32> zeroinitializer
-  %775 = icmp sgt <16 x i32> %774, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %776 = select <16 x i1> %775, <16 x float> %769, <16 x float> splat (float 0xFFF0000000000000)
-  %777 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %766
-  store <16 x float> %776, ptr %777, align 4, !tbaa !5
+  %769 = fmul <16 x float> %103, %768
+  %770 = trunc i64 %765 to i32
+  %771 = sub i32 %456, %770
+  %772 = insertelement <16 x i32> poison, i32 %771, i64 0
+  %773 = shufflevector <16 x i32> %772, <16 x i32> poison, <16 x i32> zeroinitializer
+  %774 = icmp sgt <16 x i32> %773, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %775 = select <16 x i1> %774, <16 x float> %769, <16 x float> splat (float 0xFFF0000000000000)
+  %776 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %766
+  store <16 x float> %775, ptr %776, align 4, !tbaa !5
+  %indvars.iv.next714.3.i = shl i64 %indvars.iv713.3.i, 4
+  %777 = add nuw nsw i64 %indvars.iv.next714.3.i, 400
+  %778 = getelementptr inbounds nuw float, ptr %scores.i, i64 %777
+  %779 = load <16 x float>, ptr %778, align 4, !tbaa !5
+  %780 = fmul <16 x float> %103, %779
+  %781 = trunc i64 %indvars.iv.next714.3.i to i32
+  %782 = or disjoint i32 %781, 16
+  %783 = sub i32 %456, %782
+  %784 = insertelement <16 x i32> poison, i32 %783, i64 0
+  %785 = shufflevector <16 x i32> %784, <16 x i32> poison, <16 x i32> zeroinitializer
+  %786 = icmp sgt <16 x i32> %785, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %787 = select <16 x i1> %786, <16 x float> %780, <16 x float> splat (float 0xFFF0000000000000)
+  %788 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %777
+  store <16 x float> %787, ptr %788, align 4, !tbaa !5
+  %indvars.iv.next714.3.i.1 = shl i64 %indvars.iv713.3.i, 4
+  %789 = add nuw nsw i64 %indvars.iv.next714.3.i.1, 416
+  %790 = getelementptr inbounds nuw float, ptr %scores.i, i64 %789
+  %791 = load <16 x float>, ptr %790, align 4, !tbaa !5
+  %792 = fmul <16 x float> %103, %791
+  %793 = trunc i64 %indvars.iv.next714.3.i.1 to i32
+  %794 = or disjoint i32 %793, 32
+  %795 = sub i32 %456, %794
+  %796 = insertelement <16 x i32> poison, i32 %795, i64 0
+  %797 = shufflevector <16 x i32> %796, <16 x i32> poison, <16 x i32> zeroinitializer
+  %798 = icmp sgt <16 x i32> %797, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %799 = select <16 x i1> %798, <16 x float> %792, <16 x float> splat (float 0xFFF0000000000000)
+  %800 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %789
+  store <16 x float> %799, ptr %800, align 4, !tbaa !5
+  %indvars.iv.next714.3.i.2 = shl i64 %indvars.iv713.3.i, 4
+  %801 = add nuw nsw i64 %indvars.iv.next714.3.i.2, 432
+  %802 = getelementptr inbounds nuw float, ptr %scores.i, i64 %801
+  %803 = load <16 x float>, ptr %802, align 4, !tbaa !5
+  %804 = fmul <16 x float> %103, %803
+  %805 = trunc i64 %indvars.iv.next714.3.i.2 to i32
+  %806 = or disjoint i32 %805, 48
+  %807 = sub i32 %456, %806
+  %808 = insertelement <16 x i32> poison, i32 %807, i64 0
+  %809 = shufflevector <16 x i32> %808, <16 x i32> poison, <16 x i32> zeroinitializer
+  %810 = icmp sgt <16 x i32> %809, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %811 = select <16 x i1> %810, <16 x float> %804, <16 x float> splat (float 0xFFF0000000000000)
+  %812 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %801
+  store <16 x float> %811, ptr %812, align 4, !tbaa !5
   %indvars.iv.next714.3.i.3 = add nuw nsw i64 %indvars.iv713.3.i, 4
-  %niter220.next.3 = add i64 %niter220, 4
-  %niter220.ncmp.3 = icmp eq i64 %niter220.next.3, %unroll_iter219
-  br i1 %niter220.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
+  %niter221.next.3 = add i64 %niter221, 4
+  %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
+  br i1 %niter221.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
 
 for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod217.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod218.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
   %indvars.iv713.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next714.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod218)
+  tail call void @llvm.assume(i1 %lcmp.mod219)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
   %indvars.iv713.3.i.epil = phi i64 [ %indvars.iv.next714.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv713.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter216 = phi i64 [ %epil.iter216.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %778 = shl nsw i64 %indvars.iv713.3.i.epil, 4
-  %779 = add nuw nsw i64 %778, 384
-  %780 = getelementptr inbounds nuw float, ptr %scores.i, i64 %779
-  %781 = load <16 x float>, ptr %780, align 4, !tbaa !5
-  %782 = fmul <16 x float> %95, %781
-  %783 = trunc i64 %778 to i32
-  %784 = sub i32 %421, %783
-  %785 = insertelement <16 x i32> poison, i32 %784, i64 0
-  %786 = shufflevector <16 x i32> %785, <16 x i32> poison, <16 x i32> zeroinitializer
-  %787 = icmp sgt <16 x i32> %786, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %788 = select <16 x i1> %787, <16 x float> %782, <16 x float> splat (float 0xFFF0000000000000)
-  %789 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %779
-  store <16 x float> %788, ptr %789, align 4, !tbaa !5
+  %epil.iter217 = phi i64 [ %epil.iter217.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %813 = shl nsw i64 %indvars.iv713.3.i.epil, 4
+  %814 = add nuw nsw i64 %813, 384
+  %815 = getelementptr inbounds nuw float, ptr %scores.i, i64 %814
+  %816 = load <16 x float>, ptr %815, align 4, !tbaa !5
+  %817 = fmul <16 x float> %103, %816
+  %818 = trunc i64 %813 to i32
+  %819 = sub i32 %456, %818
+  %820 = insertelement <16 x i32> poison, i32 %819, i64 0
+  %821 = shufflevector <16 x i32> %820, <16 x i32> poison, <16 x i32> zeroinitializer
+  %822 = icmp sgt <16 x i32> %821, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %823 = select <16 x i1> %822, <16 x float> %817, <16 x float> splat (float 0xFFF0000000000000)
+  %824 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %814
+  store <16 x float> %823, ptr %824, align 4, !tbaa !5
   %indvars.iv.next714.3.i.epil = add nuw nsw i64 %indvars.iv713.3.i.epil, 1
-  %epil.iter216.next = add i64 %epil.iter216, 1
-  %epil.iter216.cmp.not = icmp eq i64 %epil.iter216.next, %xtraiter215
-  br i1 %epil.iter216.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
+  %epil.iter217.next = add i64 %epil.iter217, 1
+  %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
+  br i1 %epil.iter217.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
 
 for_body_ax157.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax157.i.preheader.unr-lcssa
-  br i1 %467, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
+  br i1 %502, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
-  %790 = getelementptr inbounds nuw float, ptr %scores.i, i64 %550
-  store <16 x float> zeroinitializer, ptr %790, align 4, !tbaa !5
+  %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
+  store <16 x float> zeroinitializer, ptr %825, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
-  %791 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
-  %sum_1.i = load <16 x float>, ptr %791, align 4, !tbaa !5
-  %792 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
-  %sum_2.i = load <16 x float>, ptr %792, align 4, !tbaa !5
-  %793 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
-  %sum_3.i = load <16 x float>, ptr %793, align 4, !tbaa !5
-  %794 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
-  %sum_4.i = load <16 x float>, ptr %794, align 4, !tbaa !5
-  %795 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
-  %sum_5.i = load <16 x float>, ptr %795, align 4, !tbaa !5
-  %796 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
-  %sum_6.i = load <16 x float>, ptr %796, align 4, !tbaa !5
-  %797 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
-  %sum_7.i = load <16 x float>, ptr %797, align 4, !tbaa !5
-  %798 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
-  %sum_8.i = load <16 x float>, ptr %798, align 4, !tbaa !5
-  %799 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
-  %sum_9.i = load <16 x float>, ptr %799, align 4, !tbaa !5
-  %800 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
-  %sum_10.i = load <16 x float>, ptr %800, align 4, !tbaa !5
-  %801 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
-  %sum_11.i = load <16 x float>, ptr %801, align 4, !tbaa !5
-  %802 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
-  %sum_12.i = load <16 x float>, ptr %802, align 4, !tbaa !5
-  %803 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
-  %sum_13.i = load <16 x float>, ptr %803, align 4, !tbaa !5
-  %804 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
-  %sum_14.i = load <16 x float>, ptr %804, align 4, !tbaa !5
-  %805 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
-  %sum_15.i = load <16 x float>, ptr %805, align 4, !tbaa !5
-  %806 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %807 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %807, %806
-  %808 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %809 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %809, %808
-  %810 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %811 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %811, %810
-  %812 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %813 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %813, %812
-  %814 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %815 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %815, %814
-  %816 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %817 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %817, %816
-  %818 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %819 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %819, %818
-  %820 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %821 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %821, %820
-  %822 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %823 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %823, %822
-  %824 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %825 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %825, %824
-  %826 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %827 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %827, %826
-  %828 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %829 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %829, %828
-  %830 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %831 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %831, %830
-  %832 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %833 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %833, %832
-  %834 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %835 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %836 = fadd <16 x float> %835, %834
-  %837 = fadd <16 x float> %836, zeroinitializer
-  store <16 x float> %837, ptr %790, align 4, !tbaa !5
-  %838 = getelementptr inbounds nuw i8, ptr %790, i64 512
-  store <16 x float> zeroinitializer, ptr %838, align 4, !tbaa !5
-  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
-  %sum_0.1.i = load <16 x float>, ptr %839, align 4, !tbaa !5
-  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
-  %sum_1.1.i = load <16 x float>, ptr %840, align 4, !tbaa !5
-  %841 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
-  %sum_2.1.i = load <16 x float>, ptr %841, align 4, !tbaa !5
-  %842 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
-  %sum_3.1.i = load <16 x float>, ptr %842, align 4, !tbaa !5
-  %843 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
-  %sum_4.1.i = load <16 x float>, ptr %843, align 4, !tbaa !5
-  %844 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
-  %sum_5.1.i = load <16 x float>, ptr %844, align 4, !tbaa !5
-  %845 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
-  %sum_6.1.i = load <16 x float>, ptr %845, align 4, !tbaa !5
-  %846 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
-  %sum_7.1.i = load <16 x float>, ptr %846, align 4, !tbaa !5
-  %847 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
-  %sum_8.1.i = load <16 x float>, ptr %847, align 4, !tbaa !5
-  %848 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
-  %sum_9.1.i = load <16 x float>, ptr %848, align 4, !tbaa !5
-  %849 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
-  %sum_10.1.i = load <16 x float>, ptr %849, align 4, !tbaa !5
-  %850 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
-  %sum_11.1.i = load <16 x float>, ptr %850, align 4, !tbaa !5
-  %851 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
-  %sum_12.1.i = load <16 x float>, ptr %851, align 4, !tbaa !5
-  %852 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
-  %sum_13.1.i = load <16 x float>, ptr %852, align 4, !tbaa !5
-  %853 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
-  %sum_14.1.i = load <16 x float>, ptr %853, align 4, !tbaa !5
-  %854 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
-  %sum_15.1.i = load <16 x float>, ptr %854, align 4, !tbaa !5
-  %855 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %856 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.1.i = fadd <16 x float> %856, %855
-  %857 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %858 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.1.i = fadd <16 x float> %858, %857
-  %859 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %860 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.1.i = fadd <16 x float> %860, %859
-  %861 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %862 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.1.i = fadd <16 x float> %862, %861
-  %863 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %864 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.1.i = fadd <16 x float> %864, %863
-  %865 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %866 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.1.i = fadd <16 x float> %866, %865
-  %867 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %868 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.1.i = fadd <16 x float> %868, %867
-  %869 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %870 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.1.i = fadd <16 x float> %870, %869
-  %871 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %872 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.1.i = fadd <16 x float> %872, %871
-  %873 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %874 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.1.i = fadd <16 x float> %874, %873
-  %875 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %876 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.1.i = fadd <16 x float> %876, %875
-  %877 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %878 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.1.i = fadd <16 x float> %878, %877
-  %879 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %880 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.1.i = fadd <16 x float> %880, %879
-  %881 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %882 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.1.i = fadd <16 x float> %882, %881
-  %883 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %884 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %885 = fadd <16 x float> %884, %883
-  %886 = fadd <16 x float> %885, zeroinitializer
-  store <16 x float> %886, ptr %838, align 4, !tbaa !5
-  %887 = getelementptr inbounds nuw i8, ptr %790, i64 1024
-  store <16 x float> zeroinitializer, ptr %887, align 4, !tbaa !5
-  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
-  %sum_0.2.i = load <16 x float>, ptr %888, align 4, !tbaa !5
-  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
-  %sum_1.2.i = load <16 x float>, ptr %889, align 4, !tbaa !5
-  %890 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
-  %sum_2.2.i = load <16 x float>, ptr %890, align 4, !tbaa !5
-  %891 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
-  %sum_3.2.i = load <16 x float>, ptr %891, align 4, !tbaa !5
-  %892 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
-  %sum_4.2.i = load <16 x float>, ptr %892, align 4, !tbaa !5
-  %893 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
-  %sum_5.2.i = load <16 x float>, ptr %893, align 4, !tbaa !5
-  %894 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
-  %sum_6.2.i = load <16 x float>, ptr %894, align 4, !tbaa !5
-  %895 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
-  %sum_7.2.i = load <16 x float>, ptr %895, align 4, !tbaa !5
-  %896 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
-  %sum_8.2.i = load <16 x float>, ptr %896, align 4, !tbaa !5
-  %897 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
-  %sum_9.2.i = load <16 x float>, ptr %897, align 4, !tbaa !5
-  %898 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
-  %sum_10.2.i = load <16 x float>, ptr %898, align 4, !tbaa !5
-  %899 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
-  %sum_11.2.i = load <16 x float>, ptr %899, align 4, !tbaa !5
-  %900 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
-  %sum_12.2.i = load <16 x float>, ptr %900, align 4, !tbaa !5
-  %901 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
-  %sum_13.2.i = load <16 x float>, ptr %901, align 4, !tbaa !5
-  %902 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
-  %sum_14.2.i = load <16 x float>, ptr %902, align 4, !tbaa !5
-  %903 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
-  %sum_15.2.i = load <16 x float>, ptr %903, align 4, !tbaa !5
-  %904 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %905 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.2.i = fadd <16 x float> %905, %904
-  %906 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %907 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.2.i = fadd <16 x float> %907, %906
-  %908 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %909 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.2.i = fadd <16 x float> %909, %908
-  %910 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %911 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.2.i = fadd <16 x float> %911, %910
-  %912 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %913 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.2.i = fadd <16 x float> %913, %912
-  %914 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %915 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.2.i = fadd <16 x float> %915, %914
-  %916 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %917 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.2.i = fadd <16 x float> %917, %916
-  %918 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %919 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.2.i = fadd <16 x float> %919, %918
-  %920 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %921 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.2.i = fadd <16 x float> %921, %920
-  %922 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %923 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.2.i = fadd <16 x float> %923, %922
-  %924 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %925 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.2.i = fadd <16 x float> %925, %924
-  %926 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %927 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.2.i = fadd <16 x float> %927, %926
-  %928 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %929 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.2.i = fadd <16 x float> %929, %928
-  %930 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %931 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.2.i = fadd <16 x float> %931, %930
-  %932 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %933 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %934 = fadd <16 x float> %933, %932
-  %935 = fadd <16 x float> %934, zeroinitializer
-  store <16 x float> %935, ptr %887, align 4, !tbaa !5
-  %936 = getelementptr inbounds nuw i8, ptr %790, i64 1536
-  store <16 x float> zeroinitializer, ptr %936, align 4, !tbaa !5
-  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
-  %sum_0.3.i = load <16 x float>, ptr %937, align 4, !tbaa !5
-  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
-  %sum_1.3.i = load <16 x float>, ptr %938, align 4, !tbaa !5
-  %939 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
-  %sum_2.3.i = load <16 x float>, ptr %939, align 4, !tbaa !5
-  %940 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
-  %sum_3.3.i = load <16 x float>, ptr %940, align 4, !tbaa !5
-  %941 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
-  %sum_4.3.i = load <16 x float>, ptr %941, align 4, !tbaa !5
-  %942 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
-  %sum_5.3.i = load <16 x float>, ptr %942, align 4, !tbaa !5
-  %943 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
-  %sum_6.3.i = load <16 x float>, ptr %943, align 4, !tbaa !5
-  %944 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
-  %sum_7.3.i = load <16 x float>, ptr %944, align 4, !tbaa !5
-  %945 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
-  %sum_8.3.i = load <16 x float>, ptr %945, align 4, !tbaa !5
-  %946 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
-  %sum_9.3.i = load <16 x float>, ptr %946, align 4, !tbaa !5
-  %947 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
-  %sum_10.3.i = load <16 x float>, ptr %947, align 4, !tbaa !5
-  %948 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
-  %sum_11.3.i = load <16 x float>, ptr %948, align 4, !tbaa !5
-  %949 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
-  %sum_12.3.i = load <16 x float>, ptr %949, align 4, !tbaa !5
-  %950 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
-  %sum_13.3.i = load <16 x float>, ptr %950, align 4, !tbaa !5
-  %951 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
-  %sum_14.3.i = load <16 x float>, ptr %951, align 4, !tbaa !5
-  %952 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
-  %sum_15.3.i = load <16 x float>, ptr %952, align 4, !tbaa !5
-  %953 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %954 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.3.i = fadd <16 x float> %954, %953
-  %955 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %956 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.3.i = fadd <16 x float> %956, %955
-  %957 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %958 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.3.i = fadd <16 x float> %958, %957
-  %959 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %960 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.3.i = fadd <16 x float> %960, %959
-  %961 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %962 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.3.i = fadd <16 x float> %962, %961
-  %963 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %964 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.3.i = fadd <16 x float> %964, %963
-  %965 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %966 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.3.i = fadd <16 x float> %966, %965
-  %967 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %968 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.3.i = fadd <16 x float> %968, %967
-  %969 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %970 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.3.i = fadd <16 x float> %970, %969
-  %971 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %972 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.3.i = fadd <16 x float> %972, %971
-  %973 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %974 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.3.i = fadd <16 x float> %974, %973
-  %975 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %976 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.3.i = fadd <16 x float> %976, %975
-  %977 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %978 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.3.i = fadd <16 x float> %978, %977
-  %979 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %980 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.3.i = fadd <16 x float> %980, %979
-  %981 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %982 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %983 = fadd <16 x float> %982, %981
-  %984 = fadd <16 x float> %983, zeroinitializer
-  store <16 x float> %984, ptr %936, align 4, !tbaa !5
-  %985 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %986 = tail call i32 %985(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not277.i = icmp eq i32 %986, 0
+  %826 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 64
+  %sum_1.i = load <16 x float>, ptr %826, align 4, !tbaa !5
+  %827 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 128
+  %sum_2.i = load <16 x float>, ptr %827, align 4, !tbaa !5
+  %828 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 192
+  %sum_3.i = load <16 x float>, ptr %828, align 4, !tbaa !5
+  %829 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 256
+  %sum_4.i = load <16 x float>, ptr %829, align 4, !tbaa !5
+  %830 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 320
+  %sum_5.i = load <16 x float>, ptr %830, align 4, !tbaa !5
+  %831 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 384
+  %sum_6.i = load <16 x float>, ptr %831, align 4, !tbaa !5
+  %832 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 448
+  %sum_7.i = load <16 x float>, ptr %832, align 4, !tbaa !5
+  %833 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 512
+  %sum_8.i = load <16 x float>, ptr %833, align 4, !tbaa !5
+  %834 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 576
+  %sum_9.i = load <16 x float>, ptr %834, align 4, !tbaa !5
+  %835 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 640
+  %sum_10.i = load <16 x float>, ptr %835, align 4, !tbaa !5
+  %836 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 704
+  %sum_11.i = load <16 x float>, ptr %836, align 4, !tbaa !5
+  %837 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 768
+  %sum_12.i = load <16 x float>, ptr %837, align 4, !tbaa !5
+  %838 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 832
+  %sum_13.i = load <16 x float>, ptr %838, align 4, !tbaa !5
+  %839 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 896
+  %sum_14.i = load <16 x float>, ptr %839, align 4, !tbaa !5
+  %840 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 960
+  %sum_15.i = load <16 x float>, ptr %840, align 4, !tbaa !5
+  %841 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %842 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %842, %841
+  %843 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %844 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %844, %843
+  %845 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %846 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %846, %845
+  %847 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %848 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %848, %847
+  %849 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %850 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %850, %849
+  %851 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %852 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %852, %851
+  %853 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %854 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %854, %853
+  %855 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %856 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %856, %855
+  %857 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %858 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %858, %857
+  %859 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %860 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %860, %859
+  %861 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %862 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %862, %861
+  %863 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %864 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %864, %863
+  %865 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %866 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %866, %865
+  %867 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %868 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %868, %867
+  %869 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %870 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %871 = fadd <16 x float> %870, %869
+  %872 = fadd <16 x float> %871, zeroinitializer
+  store <16 x float> %872, ptr %825, align 4, !tbaa !5
+  %873 = getelementptr inbounds nuw i8, ptr %825, i64 512
+  store <16 x float> zeroinitializer, ptr %873, align 4, !tbaa !5
+  %874 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1024
+  %sum_0.1.i = load <16 x float>, ptr %874, align 4, !tbaa !5
+  %875 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1088
+  %sum_1.1.i = load <16 x float>, ptr %875, align 4, !tbaa !5
+  %876 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1152
+  %sum_2.1.i = load <16 x float>, ptr %876, align 4, !tbaa !5
+  %877 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1216
+  %sum_3.1.i = load <16 x float>, ptr %877, align 4, !tbaa !5
+  %878 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1280
+  %sum_4.1.i = load <16 x float>, ptr %878, align 4, !tbaa !5
+  %879 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1344
+  %sum_5.1.i = load <16 x float>, ptr %879, align 4, !tbaa !5
+  %880 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1408
+  %sum_6.1.i = load <16 x float>, ptr %880, align 4, !tbaa !5
+  %881 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1472
+  %sum_7.1.i = load <16 x float>, ptr %881, align 4, !tbaa !5
+  %882 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1536
+  %sum_8.1.i = load <16 x float>, ptr %882, align 4, !tbaa !5
+  %883 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1600
+  %sum_9.1.i = load <16 x float>, ptr %883, align 4, !tbaa !5
+  %884 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1664
+  %sum_10.1.i = load <16 x float>, ptr %884, align 4, !tbaa !5
+  %885 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1728
+  %sum_11.1.i = load <16 x float>, ptr %885, align 4, !tbaa !5
+  %886 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1792
+  %sum_12.1.i = load <16 x float>, ptr %886, align 4, !tbaa !5
+  %887 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1856
+  %sum_13.1.i = load <16 x float>, ptr %887, align 4, !tbaa !5
+  %888 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1920
+  %sum_14.1.i = load <16 x float>, ptr %888, align 4, !tbaa !5
+  %889 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 1984
+  %sum_15.1.i = load <16 x float>, ptr %889, align 4, !tbaa !5
+  %890 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %891 = shufflevector <16 x float> %sum_0.1.i, <16 x float> %sum_1.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.1.i = fadd <16 x float> %891, %890
+  %892 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %893 = shufflevector <16 x float> %sum_2.1.i, <16 x float> %sum_3.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.1.i = fadd <16 x float> %893, %892
+  %894 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %895 = shufflevector <16 x float> %sum_4.1.i, <16 x float> %sum_5.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.1.i = fadd <16 x float> %895, %894
+  %896 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %897 = shufflevector <16 x float> %sum_6.1.i, <16 x float> %sum_7.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.1.i = fadd <16 x float> %897, %896
+  %898 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %899 = shufflevector <16 x float> %sum_8.1.i, <16 x float> %sum_9.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.1.i = fadd <16 x float> %899, %898
+  %900 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %901 = shufflevector <16 x float> %sum_10.1.i, <16 x float> %sum_11.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.1.i = fadd <16 x float> %901, %900
+  %902 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %903 = shufflevector <16 x float> %sum_12.1.i, <16 x float> %sum_13.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.1.i = fadd <16 x float> %903, %902
+  %904 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %905 = shufflevector <16 x float> %sum_14.1.i, <16 x float> %sum_15.1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.1.i = fadd <16 x float> %905, %904
+  %906 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %907 = shufflevector <16 x float> %sum_16.1.i, <16 x float> %sum_17.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.1.i = fadd <16 x float> %907, %906
+  %908 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %909 = shufflevector <16 x float> %sum_18.1.i, <16 x float> %sum_19.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.1.i = fadd <16 x float> %909, %908
+  %910 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %911 = shufflevector <16 x float> %sum_20.1.i, <16 x float> %sum_21.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.1.i = fadd <16 x float> %911, %910
+  %912 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %913 = shufflevector <16 x float> %sum_22.1.i, <16 x float> %sum_23.1.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.1.i = fadd <16 x float> %913, %912
+  %914 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %915 = shufflevector <16 x float> %sum_24.1.i, <16 x float> %sum_25.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.1.i = fadd <16 x float> %915, %914
+  %916 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %917 = shufflevector <16 x float> %sum_26.1.i, <16 x float> %sum_27.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.1.i = fadd <16 x float> %917, %916
+  %918 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %919 = shufflevector <16 x float> %sum_28.1.i, <16 x float> %sum_29.1.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %920 = fadd <16 x float> %919, %918
+  %921 = fadd <16 x float> %920, zeroinitializer
+  store <16 x float> %921, ptr %873, align 4, !tbaa !5
+  %922 = getelementptr inbounds nuw i8, ptr %825, i64 1024
+  store <16 x float> zeroinitializer, ptr %922, align 4, !tbaa !5
+  %923 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2048
+  %sum_0.2.i = load <16 x float>, ptr %923, align 4, !tbaa !5
+  %924 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2112
+  %sum_1.2.i = load <16 x float>, ptr %924, align 4, !tbaa !5
+  %925 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2176
+  %sum_2.2.i = load <16 x float>, ptr %925, align 4, !tbaa !5
+  %926 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2240
+  %sum_3.2.i = load <16 x float>, ptr %926, align 4, !tbaa !5
+  %927 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2304
+  %sum_4.2.i = load <16 x float>, ptr %927, align 4, !tbaa !5
+  %928 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2368
+  %sum_5.2.i = load <16 x float>, ptr %928, align 4, !tbaa !5
+  %929 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2432
+  %sum_6.2.i = load <16 x float>, ptr %929, align 4, !tbaa !5
+  %930 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2496
+  %sum_7.2.i = load <16 x float>, ptr %930, align 4, !tbaa !5
+  %931 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2560
+  %sum_8.2.i = load <16 x float>, ptr %931, align 4, !tbaa !5
+  %932 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2624
+  %sum_9.2.i = load <16 x float>, ptr %932, align 4, !tbaa !5
+  %933 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2688
+  %sum_10.2.i = load <16 x float>, ptr %933, align 4, !tbaa !5
+  %934 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2752
+  %sum_11.2.i = load <16 x float>, ptr %934, align 4, !tbaa !5
+  %935 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2816
+  %sum_12.2.i = load <16 x float>, ptr %935, align 4, !tbaa !5
+  %936 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2880
+  %sum_13.2.i = load <16 x float>, ptr %936, align 4, !tbaa !5
+  %937 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 2944
+  %sum_14.2.i = load <16 x float>, ptr %937, align 4, !tbaa !5
+  %938 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3008
+  %sum_15.2.i = load <16 x float>, ptr %938, align 4, !tbaa !5
+  %939 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %940 = shufflevector <16 x float> %sum_0.2.i, <16 x float> %sum_1.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.2.i = fadd <16 x float> %940, %939
+  %941 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %942 = shufflevector <16 x float> %sum_2.2.i, <16 x float> %sum_3.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.2.i = fadd <16 x float> %942, %941
+  %943 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %944 = shufflevector <16 x float> %sum_4.2.i, <16 x float> %sum_5.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.2.i = fadd <16 x float> %944, %943
+  %945 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %946 = shufflevector <16 x float> %sum_6.2.i, <16 x float> %sum_7.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.2.i = fadd <16 x float> %946, %945
+  %947 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %948 = shufflevector <16 x float> %sum_8.2.i, <16 x float> %sum_9.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.2.i = fadd <16 x float> %948, %947
+  %949 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %950 = shufflevector <16 x float> %sum_10.2.i, <16 x float> %sum_11.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.2.i = fadd <16 x float> %950, %949
+  %951 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %952 = shufflevector <16 x float> %sum_12.2.i, <16 x float> %sum_13.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.2.i = fadd <16 x float> %952, %951
+  %953 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %954 = shufflevector <16 x float> %sum_14.2.i, <16 x float> %sum_15.2.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.2.i = fadd <16 x float> %954, %953
+  %955 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %956 = shufflevector <16 x float> %sum_16.2.i, <16 x float> %sum_17.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.2.i = fadd <16 x float> %956, %955
+  %957 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %958 = shufflevector <16 x float> %sum_18.2.i, <16 x float> %sum_19.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.2.i = fadd <16 x float> %958, %957
+  %959 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %960 = shufflevector <16 x float> %sum_20.2.i, <16 x float> %sum_21.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.2.i = fadd <16 x float> %960, %959
+  %961 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %962 = shufflevector <16 x float> %sum_22.2.i, <16 x float> %sum_23.2.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.2.i = fadd <16 x float> %962, %961
+  %963 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %964 = shufflevector <16 x float> %sum_24.2.i, <16 x float> %sum_25.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.2.i = fadd <16 x float> %964, %963
+  %965 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %966 = shufflevector <16 x float> %sum_26.2.i, <16 x float> %sum_27.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.2.i = fadd <16 x float> %966, %965
+  %967 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %968 = shufflevector <16 x float> %sum_28.2.i, <16 x float> %sum_29.2.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %969 = fadd <16 x float> %968, %967
+  %970 = fadd <16 x float> %969, zeroinitializer
+  store <16 x float> %970, ptr %922, align 4, !tbaa !5
+  %971 = getelementptr inbounds nuw i8, ptr %825, i64 1536
+  store <16 x float> zeroinitializer, ptr %971, align 4, !tbaa !5
+  %972 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3072
+  %sum_0.3.i = load <16 x float>, ptr %972, align 4, !tbaa !5
+  %973 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3136
+  %sum_1.3.i = load <16 x float>, ptr %973, align 4, !tbaa !5
+  %974 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3200
+  %sum_2.3.i = load <16 x float>, ptr %974, align 4, !tbaa !5
+  %975 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3264
+  %sum_3.3.i = load <16 x float>, ptr %975, align 4, !tbaa !5
+  %976 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3328
+  %sum_4.3.i = load <16 x float>, ptr %976, align 4, !tbaa !5
+  %977 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3392
+  %sum_5.3.i = load <16 x float>, ptr %977, align 4, !tbaa !5
+  %978 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3456
+  %sum_6.3.i = load <16 x float>, ptr %978, align 4, !tbaa !5
+  %979 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3520
+  %sum_7.3.i = load <16 x float>, ptr %979, align 4, !tbaa !5
+  %980 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3584
+  %sum_8.3.i = load <16 x float>, ptr %980, align 4, !tbaa !5
+  %981 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3648
+  %sum_9.3.i = load <16 x float>, ptr %981, align 4, !tbaa !5
+  %982 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3712
+  %sum_10.3.i = load <16 x float>, ptr %982, align 4, !tbaa !5
+  %983 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3776
+  %sum_11.3.i = load <16 x float>, ptr %983, align 4, !tbaa !5
+  %984 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3840
+  %sum_12.3.i = load <16 x float>, ptr %984, align 4, !tbaa !5
+  %985 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3904
+  %sum_13.3.i = load <16 x float>, ptr %985, align 4, !tbaa !5
+  %986 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 3968
+  %sum_14.3.i = load <16 x float>, ptr %986, align 4, !tbaa !5
+  %987 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 4032
+  %sum_15.3.i = load <16 x float>, ptr %987, align 4, !tbaa !5
+  %988 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %989 = shufflevector <16 x float> %sum_0.3.i, <16 x float> %sum_1.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.3.i = fadd <16 x float> %989, %988
+  %990 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %991 = shufflevector <16 x float> %sum_2.3.i, <16 x float> %sum_3.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.3.i = fadd <16 x float> %991, %990
+  %992 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %993 = shufflevector <16 x float> %sum_4.3.i, <16 x float> %sum_5.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.3.i = fadd <16 x float> %993, %992
+  %994 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %995 = shufflevector <16 x float> %sum_6.3.i, <16 x float> %sum_7.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.3.i = fadd <16 x float> %995, %994
+  %996 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %997 = shufflevector <16 x float> %sum_8.3.i, <16 x float> %sum_9.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.3.i = fadd <16 x float> %997, %996
+  %998 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %999 = shufflevector <16 x float> %sum_10.3.i, <16 x float> %sum_11.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.3.i = fadd <16 x float> %999, %998
+  %1000 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1001 = shufflevector <16 x float> %sum_12.3.i, <16 x float> %sum_13.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.3.i = fadd <16 x float> %1001, %1000
+  %1002 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %1003 = shufflevector <16 x float> %sum_14.3.i, <16 x float> %sum_15.3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.3.i = fadd <16 x float> %1003, %1002
+  %1004 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1005 = shufflevector <16 x float> %sum_16.3.i, <16 x float> %sum_17.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.3.i = fadd <16 x float> %1005, %1004
+  %1006 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1007 = shufflevector <16 x float> %sum_18.3.i, <16 x float> %sum_19.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.3.i = fadd <16 x float> %1007, %1006
+  %1008 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1009 = shufflevector <16 x float> %sum_20.3.i, <16 x float> %sum_21.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.3.i = fadd <16 x float> %1009, %1008
+  %1010 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %1011 = shufflevector <16 x float> %sum_22.3.i, <16 x float> %sum_23.3.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.3.i = fadd <16 x float> %1011, %1010
+  %1012 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1013 = shufflevector <16 x float> %sum_24.3.i, <16 x float> %sum_25.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.3.i = fadd <16 x float> %1013, %1012
+  %1014 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1015 = shufflevector <16 x float> %sum_26.3.i, <16 x float> %sum_27.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.3.i = fadd <16 x float> %1015, %1014
+  %1016 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %1017 = shufflevector <16 x float> %sum_28.3.i, <16 x float> %sum_29.3.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %1018 = fadd <16 x float> %1017, %1016
+  %1019 = fadd <16 x float> %1018, zeroinitializer
+  store <16 x float> %1019, ptr %971, align 4, !tbaa !5
+  %1020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1021 = tail call i32 %1020(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not277.i = icmp eq i32 %1021, 0
   br i1 %.not277.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
 
 for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
   %indvars.iv700.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next701.i, %for_begin_n_1.preheader.i ]
-  %987 = shl nuw nsw i64 %indvars.iv700.i, 1
-  %988 = getelementptr inbounds nuw i64, ptr %gep147, i64 %987
-  %989 = load i64, ptr %988, align 8, !tbaa !5
-  %990 = getelementptr i32, ptr %key_cache, i64 %989
-  %991 = getelementptr i32, ptr %990, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %991, i32 0, i32 2, i32 1)
-  %992 = getelementptr i8, ptr %990, i64 64
-  %993 = getelementptr i32, ptr %992, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %993, i32 0, i32 2, i32 1)
-  %994 = getelementptr i8, ptr %990, i64 128
-  %995 = getelementptr i32, ptr %994, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %995, i32 0, i32 2, i32 1)
-  %996 = getelementptr i8, ptr %990, i64 192
-  %997 = getelementptr i32, ptr %996, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %997, i32 0, i32 2, i32 1)
-  %998 = getelementptr inbounds nuw i8, ptr %988, i64 8
-  %999 = load i64, ptr %998, align 8, !tbaa !5
-  %1000 = getelementptr i32, ptr %key_cache, i64 %999
-  %1001 = getelementptr i32, ptr %1000, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %1001, i32 0, i32 2, i32 1)
-  %1002 = getelementptr i8, ptr %1000, i64 64
-  %1003 = getelementptr i32, ptr %1002, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %1003, i32 0, i32 2, i32 1)
-  %1004 = getelementptr i8, ptr %1000, i64 128
-  %1005 = getelementptr i32, ptr %1004, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %1005, i32 0, i32 2, i32 1)
-  %1006 = getelementptr i8, ptr %1000, i64 192
-  %1007 = getelementptr i32, ptr %1006, i64 %513
-  tail call void @llvm.prefetch.p0(ptr readonly %1007, i32 0, i32 2, i32 1)
-  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep952.i, i64 %987
-  %1008 = load i64, ptr %gep.i, align 8, !tbaa !5
-  %gep454.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1008
-  %1009 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
-  %1010 = load i64, ptr %1009, align 8, !tbaa !5
-  %gep456.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1010
-  %1011 = load <16 x float>, ptr %516, align 4, !tbaa !5
-  %1012 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
-  %1013 = shl <16 x i32> %1012, splat (i32 16)
-  %1014 = bitcast <16 x i32> %1013 to <16 x float>
-  %1015 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1014, <16 x float> zeroinitializer)
-  %1016 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
-  %1017 = shl <16 x i32> %1016, splat (i32 16)
-  %1018 = bitcast <16 x i32> %1017 to <16 x float>
-  %1019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1011, <16 x float> %1018, <16 x float> zeroinitializer)
-  %1020 = load <16 x float>, ptr %517, align 4, !tbaa !5
-  %1021 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1014, <16 x float> zeroinitializer)
-  %1022 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1020, <16 x float> %1018, <16 x float> zeroinitializer)
-  %1023 = load <16 x float>, ptr %518, align 4, !tbaa !5
-  %1024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1023, <16 x float> %1014, <16 x float> zeroinitializer)
-  %1025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1023, <16 x float> %1018, <16 x float> zeroinitializer)
-  %1026 = load <16 x float>, ptr %519, align 4, !tbaa !5
-  %1027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1014, <16 x float> zeroinitializer)
-  %1028 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1026, <16 x float> %1018, <16 x float> zeroinitializer)
-  %1029 = load <16 x float>, ptr %520, align 4, !tbaa !5
-  %1030 = and <16 x i32> %1012, %93
-  %1031 = bitcast <16 x i32> %1030 to <16 x float>
-  %1032 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> %1031, <16 x float> %1015)
-  %1033 = and <16 x i32> %1016, %93
-  %1034 = bitcast <16 x i32> %1033 to <16 x float>
-  %1035 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1029, <16 x float> %1034, <16 x float> %1019)
-  %1036 = load <16 x float>, ptr %521, align 4, !tbaa !5
-  %1037 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1031, <16 x float> %1021)
-  %1038 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1036, <16 x float> %1034, <16 x float> %1022)
-  %1039 = load <16 x float>, ptr %522, align 4, !tbaa !5
-  %1040 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1039, <16 x float> %1031, <16 x float> %1024)
-  %1041 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1039, <16 x float> %1034, <16 x float> %1025)
-  %1042 = load <16 x float>, ptr %523, align 4, !tbaa !5
-  %1043 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1031, <16 x float> %1027)
-  %1044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1042, <16 x float> %1034, <16 x float> %1028)
-  %1045 = load <16 x float>, ptr %524, align 4, !tbaa !5
+  %1022 = shl nuw nsw i64 %indvars.iv700.i, 1
+  %1023 = getelementptr inbounds nuw i64, ptr %gep148, i64 %1022
+  %1024 = load i64, ptr %1023, align 8, !tbaa !5
+  %1025 = getelementptr i32, ptr %key_cache, i64 %1024
+  %1026 = getelementptr i32, ptr %1025, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1026, i32 0, i32 2, i32 1)
+  %1027 = getelementptr i8, ptr %1025, i64 64
+  %1028 = getelementptr i32, ptr %1027, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1028, i32 0, i32 2, i32 1)
+  %1029 = getelementptr i8, ptr %1025, i64 128
+  %1030 = getelementptr i32, ptr %1029, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1030, i32 0, i32 2, i32 1)
+  %1031 = getelementptr i8, ptr %1025, i64 192
+  %1032 = getelementptr i32, ptr %1031, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1032, i32 0, i32 2, i32 1)
+  %1033 = getelementptr inbounds nuw i8, ptr %1023, i64 8
+  %1034 = load i64, ptr %1033, align 8, !tbaa !5
+  %1035 = getelementptr i32, ptr %key_cache, i64 %1034
+  %1036 = getelementptr i32, ptr %1035, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1036, i32 0, i32 2, i32 1)
+  %1037 = getelementptr i8, ptr %1035, i64 64
+  %1038 = getelementptr i32, ptr %1037, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1038, i32 0, i32 2, i32 1)
+  %1039 = getelementptr i8, ptr %1035, i64 128
+  %1040 = getelementptr i32, ptr %1039, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1040, i32 0, i32 2, i32 1)
+  %1041 = getelementptr i8, ptr %1035, i64 192
+  %1042 = getelementptr i32, ptr %1041, i64 %548
+  tail call void @llvm.prefetch.p0(ptr readonly %1042, i32 0, i32 2, i32 1)
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep952.i, i64 %1022
+  %1043 = load i64, ptr %gep.i, align 8, !tbaa !5
+  %gep454.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1043
+  %1044 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
+  %1045 = load i64, ptr %1044, align 8, !tbaa !5
+  %gep456.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1045
+  %1046 = load <16 x float>, ptr %551, align 4, !tbaa !5
+  %1047 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
+  %1048 = shl <16 x i32> %1047, splat (i32 16)
+  %1049 = bitcast <16 x i32> %1048 to <16 x float>
+  %1050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1046, <16 x float> %1049, <16 x float> zeroinitializer)
+  %1051 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
+  %1052 = shl <16 x i32> %1051, splat (i32 16)
+  %1053 = bitcast <16 x i32> %1052 to <16 x float>
+  %1054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1046, <16 x float> %1053, <16 x float> zeroinitializer)
+  %1055 = load <16 x float>, ptr %552, align 4, !tbaa !5
+  %1056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1049, <16 x float> zeroinitializer)
+  %1057 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1055, <16 x float> %1053, <16 x float> zeroinitializer)
+  %1058 = load <16 x float>, ptr %553, align 4, !tbaa !5
+  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1049, <16 x float> zeroinitializer)
+  %1060 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1058, <16 x float> %1053, <16 x float> zeroinitializer)
+  %1061 = load <16 x float>, ptr %554, align 4, !tbaa !5
+  %1062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1061, <16 x float> %1049, <16 x float> zeroinitializer)
+  %1063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1061, <16 x float> %1053, <16 x float> zeroinitializer)
+  %1064 = load <16 x float>, ptr %555, align 4, !tbaa !5
+  %1065 = and <16 x i32> %1047, %101
+  %1066 = bitcast <16 x i32> %1065 to <16 x float>
+  %1067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> %1066, <16 x float> %1050)
+  %1068 = and <16 x i32> %1051, %101
+  %1069 = bitcast <16 x i32> %1068 to <16 x float>
+  %1070 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1064, <16 x float> %1069, <16 x float> %1054)
+  %1071 = load <16 x float>, ptr %556, align 4, !tbaa !5
+  %1072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1071, <16 x float> %1066, <16 x float> %1056)
+  %1073 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1071, <16 x float> %1069, <16 x float> %1057)
+  %1074 = load <16 x float>, ptr %557, align 4, !tbaa !5
+  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1074, <16 x float> %1066, <16 x float> %1059)
+  %1076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1074, <16 x float> %1069, <16 x float> %1060)
+  %1077 = load <16 x float>, ptr %558, align 4, !tbaa !5
+  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1066, <16 x float> %1062)
+  %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1069, <16 x float> %1063)
+  %1080 = load <16 x float>, ptr %559, align 4, !tbaa !5
   %gep441.1.i = getelementptr i8, ptr %gep454.i, i64 64
-  %1046 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
-  %1047 = shl <16 x i32> %1046, splat (i32 16)
-  %1048 = bitcast <16 x i32> %1047 to <16 x float>
-  %1049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1048, <16 x float> %1032)
+  %1081 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
+  %1082 = shl <16 x i32> %1081, splat (i32 16)
+  %1083 = bitcast <16 x i32> %1082 to <16 x float>
+  %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1083, <16 x float> %1067)
   %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
-  %1050 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
-  %1051 = shl <16 x i32> %1050, splat (i32 16)
-  %1052 = bitcast <16 x i32> %1051 to <16 x float>
-  %1053 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1045, <16 x float> %1052, <16 x float> %1035)
-  %1054 = load <16 x float>, ptr %525, align 4, !tbaa !5
-  %1055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1048, <16 x float> %1037)
-  %1056 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1054, <16 x float> %1052, <16 x float> %1038)
-  %1057 = load <16 x float>, ptr %526, align 4, !tbaa !5
-  %1058 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1048, <16 x float> %1040)
-  %1059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1057, <16 x float> %1052, <16 x float> %1041)
-  %1060 = load <16 x float>, ptr %527, align 4, !tbaa !5
-  %1061 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1048, <16 x float> %1043)
-  %1062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1060, <16 x float> %1052, <16 x float> %1044)
-  %1063 = load <16 x float>, ptr %528, align 4, !tbaa !5
-  %1064 = and <16 x i32> %1046, %93
-  %1065 = bitcast <16 x i32> %1064 to <16 x float>
-  %1066 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1063, <16 x float> %1065, <16 x float> %1049)
-  %1067 = and <16 x i32> %1050, %93
-  %1068 = bitcast <16 x i32> %1067 to <16 x float>
-  %1069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1063, <16 x float> %1068, <16 x float> %1053)
-  %1070 = load <16 x float>, ptr %529, align 4, !tbaa !5
-  %1071 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1065, <16 x float> %1055)
-  %1072 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1070, <16 x float> %1068, <16 x float> %1056)
-  %1073 = load <16 x float>, ptr %530, align 4, !tbaa !5
-  %1074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1065, <16 x float> %1058)
-  %1075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1073, <16 x float> %1068, <16 x float> %1059)
-  %1076 = load <16 x float>, ptr %531, align 4, !tbaa !5
-  %1077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1065, <16 x float> %1061)
-  %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1076, <16 x float> %1068, <16 x float> %1062)
-  %1079 = load <16 x float>, ptr %532, align 4, !tbaa !5
+  %1085 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
+  %1086 = shl <16 x i32> %1085, splat (i32 16)
+  %1087 = bitcast <16 x i32> %1086 to <16 x float>
+  %1088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1087, <16 x float> %1070)
+  %1089 = load <16 x float>, ptr %560, align 4, !tbaa !5
+  %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1083, <16 x float> %1072)
+  %1091 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1089, <16 x float> %1087, <16 x float> %1073)
+  %1092 = load <16 x float>, ptr %561, align 4, !tbaa !5
+  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1083, <16 x float> %1075)
+  %1094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1092, <16 x float> %1087, <16 x float> %1076)
+  %1095 = load <16 x float>, ptr %562, align 4, !tbaa !5
+  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1095, <16 x float> %1083, <16 x float> %1078)
+  %1097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1095, <16 x float> %1087, <16 x float> %1079)
+  %1098 = load <16 x float>, ptr %563, align 4, !tbaa !5
+  %1099 = and <16 x i32> %1081, %101
+  %1100 = bitcast <16 x i32> %1099 to <16 x float>
+  %1101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1098, <16 x float> %1100, <16 x float> %1084)
+  %1102 = and <16 x i32> %1085, %101
+  %1103 = bitcast <16 x i32> %1102 to <16 x float>
+  %1104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1098, <16 x float> %1103, <16 x float> %1088)
+  %1105 = load <16 x float>, ptr %564, align 4, !tbaa !5
+  %1106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1105, <16 x float> %1100, <16 x float> %1090)
+  %1107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1105, <16 x float> %1103, <16 x float> %1091)
+  %1108 = load <16 x float>, ptr %565, align 4, !tbaa !5
+  %1109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1108, <16 x float> %1100, <16 x float> %1093)
+  %1110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1108, <16 x float> %1103, <16 x float> %1094)
+  %1111 = load <16 x float>, ptr %566, align 4, !tbaa !5
+  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1100, <16 x float> %1096)
+  %1113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1103, <16 x float> %1097)
+  %1114 = load <16 x float>, ptr %567, align 4, !tbaa !5
   %gep441.2.i = getelementptr i8, ptr %gep454.i, i64 128
-  %1080 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
-  %1081 = shl <16 x i32> %1080, splat (i32 16)
-  %1082 = bitcast <16 x i32> %1081 to <16 x float>
-  %1083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1082, <16 x float> %1066)
+  %1115 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
+  %1116 = shl <16 x i32> %1115, splat (i32 16)
+  %1117 = bitcast <16 x i32> %1116 to <16 x float>
+  %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1114, <16 x float> %1117, <16 x float> %1101)
   %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
-  %1084 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
-  %1085 = shl <16 x i32> %1084, splat (i32 16)
-  %1086 = bitcast <16 x i32> %1085 to <16 x float>
-  %1087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1079, <16 x float> %1086, <16 x float> %1069)
-  %1088 = load <16 x float>, ptr %533, align 4, !tbaa !5
-  %1089 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1082, <16 x float> %1071)
-  %1090 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1088, <16 x float> %1086, <16 x float> %1072)
-  %1091 = load <16 x float>, ptr %534, align 4, !tbaa !5
-  %1092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1082, <16 x float> %1074)
-  %1093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1091, <16 x float> %1086, <16 x float> %1075)
-  %1094 = load <16 x float>, ptr %535, align 4, !tbaa !5
-  %1095 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1082, <16 x float> %1077)
-  %1096 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1094, <16 x float> %1086, <16 x float> %1078)
-  %1097 = load <16 x float>, ptr %536, align 4, !tbaa !5
-  %1098 = and <16 x i32> %1080, %93
-  %1099 = bitcast <16 x i32> %1098 to <16 x float>
-  %1100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> %1099, <16 x float> %1083)
-  %1101 = and <16 x i32> %1084, %93
-  %1102 = bitcast <16 x i32> %1101 to <16 x float>
-  %1103 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1097, <16 x float> %1102, <16 x float> %1087)
-  %1104 = load <16 x float>, ptr %537, align 4, !tbaa !5
-  %1105 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1099, <16 x float> %1089)
-  %1106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1104, <16 x float> %1102, <16 x float> %1090)
-  %1107 = load <16 x float>, ptr %538, align 4, !tbaa !5
-  %1108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1107, <16 x float> %1099, <16 x float> %1092)
-  %1109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1107, <16 x float> %1102, <16 x float> %1093)
-  %1110 = load <16 x float>, ptr %539, align 4, !tbaa !5
-  %1111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1099, <16 x float> %1095)
-  %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1110, <16 x float> %1102, <16 x float> %1096)
-  %1113 = load <16 x float>, ptr %540, align 4, !tbaa !5
+  %1119 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
+  %1120 = shl <16 x i32> %1119, splat (i32 16)
+  %1121 = bitcast <16 x i32> %1120 to <16 x float>
+  %1122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1114, <16 x float> %1121, <16 x float> %1104)
+  %1123 = load <16 x float>, ptr %568, align 4, !tbaa !5
+  %1124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1123, <16 x float> %1117, <16 x float> %1106)
+  %1125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1123, <16 x float> %1121, <16 x float> %1107)
+  %1126 = load <16 x float>, ptr %569, align 4, !tbaa !5
+  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1117, <16 x float> %1109)
+  %1128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1126, <16 x float> %1121, <16 x float> %1110)
+  %1129 = load <16 x float>, ptr %570, align 4, !tbaa !5
+  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1129, <16 x float> %1117, <16 x float> %1112)
+  %1131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1129, <16 x float> %1121, <16 x float> %1113)
+  %1132 = load <16 x float>, ptr %571, align 4, !tbaa !5
+  %1133 = and <16 x i32> %1115, %101
+  %1134 = bitcast <16 x i32> %1133 to <16 x float>
+  %1135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1132, <16 x float> %1134, <16 x float> %1118)
+  %1136 = and <16 x i32> %1119, %101
+  %1137 = bitcast <16 x i32> %1136 to <16 x float>
+  %1138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1132, <16 x float> %1137, <16 x float> %1122)
+  %1139 = load <16 x float>, ptr %572, align 4, !tbaa !5
+  %1140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1139, <16 x float> %1134, <16 x float> %1124)
+  %1141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1139, <16 x float> %1137, <16 x float> %1125)
+  %1142 = load <16 x float>, ptr %573, align 4, !tbaa !5
+  %1143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1142, <16 x float> %1134, <16 x float> %1127)
+  %1144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1142, <16 x float> %1137, <16 x float> %1128)
+  %1145 = load <16 x float>, ptr %574, align 4, !tbaa !5
+  %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1145, <16 x float> %1134, <16 x float> %1130)
+  %1147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1145, <16 x float> %1137, <16 x float> %1131)
+  %1148 = load <16 x float>, ptr %575, align 4, !tbaa !5
   %gep441.3.i = getelementptr i8, ptr %gep454.i, i64 192
-  %1114 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
-  %1115 = shl <16 x i32> %1114, splat (i32 16)
-  %1116 = bitcast <16 x i32> %1115 to <16 x float>
-  %1117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1116, <16 x float> %1100)
+  %1149 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
+  %1150 = shl <16 x i32> %1149, splat (i32 16)
+  %1151 = bitcast <16 x i32> %1150 to <16 x float>
+  %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1148, <16 x float> %1151, <16 x float> %1135)
   %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
-  %1118 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
-  %1119 = shl <16 x i32> %1118, splat (i32 16)
-  %1120 = bitcast <16 x i32> %1119 to <16 x float>
-  %1121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1113, <16 x float> %1120, <16 x float> %1103)
-  %1122 = load <16 x float>, ptr %541, align 4, !tbaa !5
-  %1123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1116, <16 x float> %1105)
-  %1124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1122, <16 x float> %1120, <16 x float> %1106)
-  %1125 = load <16 x float>, ptr %542, align 4, !tbaa !5
-  %1126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1116, <16 x float> %1108)
-  %1127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1125, <16 x float> %1120, <16 x float> %1109)
-  %1128 = load <16 x float>, ptr %543, align 4, !tbaa !5
-  %1129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1116, <16 x float> %1111)
-  %1130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1128, <16 x float> %1120, <16 x float> %1112)
-  %1131 = load <16 x float>, ptr %544, align 4, !tbaa !5
-  %1132 = and <16 x i32> %1114, %93
-  %1133 = bitcast <16 x i32> %1132 to <16 x float>
-  %1134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1131, <16 x float> %1133, <16 x float> %1117)
-  %1135 = and <16 x i32> %1118, %93
-  %1136 = bitcast <16 x i32> %1135 to <16 x float>
-  %1137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1131, <16 x float> %1136, <16 x float> %1121)
-  %1138 = load <16 x float>, ptr %545, align 4, !tbaa !5
-  %1139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1138, <16 x float> %1133, <16 x float> %1123)
-  %1140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1138, <16 x float> %1136, <16 x float> %1124)
-  %1141 = load <16 x float>, ptr %546, align 4, !tbaa !5
-  %1142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1141, <16 x float> %1133, <16 x float> %1126)
-  %1143 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1141, <16 x float> %1136, <16 x float> %1127)
-  %1144 = load <16 x float>, ptr %547, align 4, !tbaa !5
-  %1145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1133, <16 x float> %1129)
-  %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1144, <16 x float> %1136, <16 x float> %1130)
+  %1153 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
+  %1154 = shl <16 x i32> %1153, splat (i32 16)
+  %1155 = bitcast <16 x i32> %1154 to <16 x float>
+  %1156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1148, <16 x float> %1155, <16 x float> %1138)
+  %1157 = load <16 x float>, ptr %576, align 4, !tbaa !5
+  %1158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1157, <16 x float> %1151, <16 x float> %1140)
+  %1159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1157, <16 x float> %1155, <16 x float> %1141)
+  %1160 = load <16 x float>, ptr %577, align 4, !tbaa !5
+  %1161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1160, <16 x float> %1151, <16 x float> %1143)
+  %1162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1160, <16 x float> %1155, <16 x float> %1144)
+  %1163 = load <16 x float>, ptr %578, align 4, !tbaa !5
+  %1164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1163, <16 x float> %1151, <16 x float> %1146)
+  %1165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1163, <16 x float> %1155, <16 x float> %1147)
+  %1166 = load <16 x float>, ptr %579, align 4, !tbaa !5
+  %1167 = and <16 x i32> %1149, %101
+  %1168 = bitcast <16 x i32> %1167 to <16 x float>
+  %1169 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1166, <16 x float> %1168, <16 x float> %1152)
+  %1170 = and <16 x i32> %1153, %101
+  %1171 = bitcast <16 x i32> %1170 to <16 x float>
+  %1172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1166, <16 x float> %1171, <16 x float> %1156)
+  %1173 = load <16 x float>, ptr %580, align 4, !tbaa !5
+  %1174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1173, <16 x float> %1168, <16 x float> %1158)
+  %1175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1173, <16 x float> %1171, <16 x float> %1159)
+  %1176 = load <16 x float>, ptr %581, align 4, !tbaa !5
+  %1177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1176, <16 x float> %1168, <16 x float> %1161)
+  %1178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1176, <16 x float> %1171, <16 x float> %1162)
+  %1179 = load <16 x float>, ptr %582, align 4, !tbaa !5
+  %1180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1179, <16 x float> %1168, <16 x float> %1164)
+  %1181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1179, <16 x float> %1171, <16 x float> %1165)
   %.idx908.i = shl nuw nsw i64 %indvars.iv700.i, 7
-  %1147 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx908.i
-  store <16 x float> %1134, ptr %1147, align 4, !tbaa !5
-  %1148 = getelementptr inbounds nuw i8, ptr %1147, i64 64
-  store <16 x float> %1137, ptr %1148, align 4, !tbaa !5
-  %1149 = getelementptr inbounds nuw i8, ptr %1147, i64 1024
-  store <16 x float> %1139, ptr %1149, align 4, !tbaa !5
-  %1150 = getelementptr inbounds nuw i8, ptr %1147, i64 1088
-  store <16 x float> %1140, ptr %1150, align 4, !tbaa !5
-  %1151 = getelementptr inbounds nuw i8, ptr %1147, i64 2048
-  store <16 x float> %1142, ptr %1151, align 4, !tbaa !5
-  %1152 = getelementptr inbounds nuw i8, ptr %1147, i64 2112
-  store <16 x float> %1143, ptr %1152, align 4, !tbaa !5
-  %1153 = getelementptr inbounds nuw i8, ptr %1147, i64 3072
-  store <16 x float> %1145, ptr %1153, align 4, !tbaa !5
-  %1154 = getelementptr inbounds nuw i8, ptr %1147, i64 3136
-  store <16 x float> %1146, ptr %1154, align 4, !tbaa !5
+  %1182 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx908.i
+  store <16 x float> %1169, ptr %1182, align 4, !tbaa !5
+  %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
+  store <16 x float> %1172, ptr %1183, align 4, !tbaa !5
+  %1184 = getelementptr inbounds nuw i8, ptr %1182, i64 1024
+  store <16 x float> %1174, ptr %1184, align 4, !tbaa !5
+  %1185 = getelementptr inbounds nuw i8, ptr %1182, i64 1088
+  store <16 x float> %1175, ptr %1185, align 4, !tbaa !5
+  %1186 = getelementptr inbounds nuw i8, ptr %1182, i64 2048
+  store <16 x float> %1177, ptr %1186, align 4, !tbaa !5
+  %1187 = getelementptr inbounds nuw i8, ptr %1182, i64 2112
+  store <16 x float> %1178, ptr %1187, align 4, !tbaa !5
+  %1188 = getelementptr inbounds nuw i8, ptr %1182, i64 3072
+  store <16 x float> %1180, ptr %1188, align 4, !tbaa !5
+  %1189 = getelementptr inbounds nuw i8, ptr %1182, i64 3136
+  store <16 x float> %1181, ptr %1189, align 4, !tbaa !5
   %indvars.iv.next701.i = add nuw nsw i64 %indvars.iv700.i, 1
   %exitcond703.not.i = icmp eq i64 %indvars.iv.next701.i, 8
   br i1 %exitcond703.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
 
 for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
   %peak.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 0
-  %1155 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1156 = select i1 %1155, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.3.i
+  %1190 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1191 = select i1 %1190, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.3.i
   %peak.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 1
-  %1157 = fcmp ogt float %1156, %peak.rf260.sroa.0.4.vec.extract.3.i
-  %1158 = select i1 %1157, float %1156, float %peak.rf260.sroa.0.4.vec.extract.3.i
+  %1192 = fcmp ogt float %1191, %peak.rf260.sroa.0.4.vec.extract.3.i
+  %1193 = select i1 %1192, float %1191, float %peak.rf260.sroa.0.4.vec.extract.3.i
   %peak.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 2
-  %1159 = fcmp ogt float %1158, %peak.rf260.sroa.0.8.vec.extract.3.i
-  %1160 = select i1 %1159, float %1158, float %peak.rf260.sroa.0.8.vec.extract.3.i
+  %1194 = fcmp ogt float %1193, %peak.rf260.sroa.0.8.vec.extract.3.i
+  %1195 = select i1 %1194, float %1193, float %peak.rf260.sroa.0.8.vec.extract.3.i
   %peak.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 3
-  %1161 = fcmp ogt float %1160, %peak.rf260.sroa.0.12.vec.extract.3.i
-  %1162 = select i1 %1161, float %1160, float %peak.rf260.sroa.0.12.vec.extract.3.i
+  %1196 = fcmp ogt float %1195, %peak.rf260.sroa.0.12.vec.extract.3.i
+  %1197 = select i1 %1196, float %1195, float %peak.rf260.sroa.0.12.vec.extract.3.i
   %peak.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 4
-  %1163 = fcmp ogt float %1162, %peak.rf260.sroa.0.16.vec.extract.3.i
-  %1164 = select i1 %1163, float %1162, float %peak.rf260.sroa.0.16.vec.extract.3.i
+  %1198 = fcmp ogt float %1197, %peak.rf260.sroa.0.16.vec.extract.3.i
+  %1199 = select i1 %1198, float %1197, float %peak.rf260.sroa.0.16.vec.extract.3.i
   %peak.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 5
-  %1165 = fcmp ogt float %1164, %peak.rf260.sroa.0.20.vec.extract.3.i
-  %1166 = select i1 %1165, float %1164, float %peak.rf260.sroa.0.20.vec.extract.3.i
+  %1200 = fcmp ogt float %1199, %peak.rf260.sroa.0.20.vec.extract.3.i
+  %1201 = select i1 %1200, float %1199, float %peak.rf260.sroa.0.20.vec.extract.3.i
   %peak.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 6
-  %1167 = fcmp ogt float %1166, %peak.rf260.sroa.0.24.vec.extract.3.i
-  %1168 = select i1 %1167, float %1166, float %peak.rf260.sroa.0.24.vec.extract.3.i
+  %1202 = fcmp ogt float %1201, %peak.rf260.sroa.0.24.vec.extract.3.i
+  %1203 = select i1 %1202, float %1201, float %peak.rf260.sroa.0.24.vec.extract.3.i
   %peak.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 7
-  %1169 = fcmp ogt float %1168, %peak.rf260.sroa.0.28.vec.extract.3.i
-  %1170 = select i1 %1169, float %1168, float %peak.rf260.sroa.0.28.vec.extract.3.i
+  %1204 = fcmp ogt float %1203, %peak.rf260.sroa.0.28.vec.extract.3.i
+  %1205 = select i1 %1204, float %1203, float %peak.rf260.sroa.0.28.vec.extract.3.i
   %peak.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 8
-  %1171 = fcmp ogt float %1170, %peak.rf260.sroa.0.32.vec.extract.3.i
-  %1172 = select i1 %1171, float %1170, float %peak.rf260.sroa.0.32.vec.extract.3.i
+  %1206 = fcmp ogt float %1205, %peak.rf260.sroa.0.32.vec.extract.3.i
+  %1207 = select i1 %1206, float %1205, float %peak.rf260.sroa.0.32.vec.extract.3.i
   %peak.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 9
-  %1173 = fcmp ogt float %1172, %peak.rf260.sroa.0.36.vec.extract.3.i
-  %1174 = select i1 %1173, float %1172, float %peak.rf260.sroa.0.36.vec.extract.3.i
+  %1208 = fcmp ogt float %1207, %peak.rf260.sroa.0.36.vec.extract.3.i
+  %1209 = select i1 %1208, float %1207, float %peak.rf260.sroa.0.36.vec.extract.3.i
   %peak.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 10
-  %1175 = fcmp ogt float %1174, %peak.rf260.sroa.0.40.vec.extract.3.i
-  %1176 = select i1 %1175, float %1174, float %peak.rf260.sroa.0.40.vec.extract.3.i
+  %1210 = fcmp ogt float %1209, %peak.rf260.sroa.0.40.vec.extract.3.i
+  %1211 = select i1 %1210, float %1209, float %peak.rf260.sroa.0.40.vec.extract.3.i
   %peak.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 11
-  %1177 = fcmp ogt float %1176, %peak.rf260.sroa.0.44.vec.extract.3.i
-  %1178 = select i1 %1177, float %1176, float %peak.rf260.sroa.0.44.vec.extract.3.i
+  %1212 = fcmp ogt float %1211, %peak.rf260.sroa.0.44.vec.extract.3.i
+  %1213 = select i1 %1212, float %1211, float %peak.rf260.sroa.0.44.vec.extract.3.i
   %peak.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 12
-  %1179 = fcmp ogt float %1178, %peak.rf260.sroa.0.48.vec.extract.3.i
-  %1180 = select i1 %1179, float %1178, float %peak.rf260.sroa.0.48.vec.extract.3.i
+  %1214 = fcmp ogt float %1213, %peak.rf260.sroa.0.48.vec.extract.3.i
+  %1215 = select i1 %1214, float %1213, float %peak.rf260.sroa.0.48.vec.extract.3.i
   %peak.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 13
-  %1181 = fcmp ogt float %1180, %peak.rf260.sroa.0.52.vec.extract.3.i
-  %1182 = select i1 %1181, float %1180, float %peak.rf260.sroa.0.52.vec.extract.3.i
+  %1216 = fcmp ogt float %1215, %peak.rf260.sroa.0.52.vec.extract.3.i
+  %1217 = select i1 %1216, float %1215, float %peak.rf260.sroa.0.52.vec.extract.3.i
   %peak.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 14
-  %1183 = fcmp ogt float %1182, %peak.rf260.sroa.0.56.vec.extract.3.i
-  %1184 = select i1 %1183, float %1182, float %peak.rf260.sroa.0.56.vec.extract.3.i
+  %1218 = fcmp ogt float %1217, %peak.rf260.sroa.0.56.vec.extract.3.i
+  %1219 = select i1 %1218, float %1217, float %peak.rf260.sroa.0.56.vec.extract.3.i
   %peak.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 15
-  %1185 = fcmp ogt float %1184, %peak.rf260.sroa.0.60.vec.extract.3.i
-  %1186 = select i1 %1185, float %1184, float %peak.rf260.sroa.0.60.vec.extract.3.i
-  %peak261.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.8.vec.insert.i, float %1186, i64 3
+  %1220 = fcmp ogt float %1219, %peak.rf260.sroa.0.60.vec.extract.3.i
+  %1221 = select i1 %1220, float %1219, float %peak.rf260.sroa.0.60.vec.extract.3.i
+  %peak261.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.8.vec.insert.i, float %1221, i64 3
   br label %for_begin_r68.preheader.i
 
 for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
   %indvars.iv722.i = phi i64 [ %indvars.iv.next723.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.i = phi <16 x float> [ %1225, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
-  %niter227 = phi i64 [ %niter227.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.i = phi <16 x float> [ %1260, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
+  %niter228 = phi i64 [ %niter228.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
   %.idx909.i = shl nsw i64 %indvars.iv722.i, 6
-  %1187 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i
-  %1188 = load <16 x float>, ptr %1187, align 4, !tbaa !5
-  %1189 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i, %1188
-  %1190 = select <16 x i1> %1189, <16 x float> %peak.rf_global259.sroa.0.0462.i, <16 x float> %1188
-  %indvars.iv.next723.i = shl i64 %indvars.iv722.i, 6
-  %1191 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i
-  %1192 = getelementptr inbounds nuw i8, ptr %1191, i64 64
-  %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !5
-  %1194 = fcmp ogt <16 x float> %1190, %1193
-  %1195 = select <16 x i1> %1194, <16 x float> %1190, <16 x float> %1193
-  %indvars.iv.next723.i.1 = shl i64 %indvars.iv722.i, 6
-  %1196 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.1
-  %1197 = getelementptr inbounds nuw i8, ptr %1196, i64 128
-  %1198 = load <16 x float>, ptr %1197, align 4, !tbaa !5
-  %1199 = fcmp ogt <16 x float> %1195, %1198
-  %1200 = select <16 x i1> %1199, <16 x float> %1195, <16 x float> %1198
-  %indvars.iv.next723.i.2 = shl i64 %indvars.iv722.i, 6
-  %1201 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.2
-  %1202 = getelementptr inbounds nuw i8, ptr %1201, i64 192
-  %1203 = load <16 x float>, ptr %1202, align 4, !tbaa !5
-  %1204 = fcmp ogt <16 x float> %1200, %1203
-  %1205 = select <16 x i1> %1204, <16 x float> %1200, <16 x float> %1203
-  %indvars.iv.next723.i.3 = shl i64 %indvars.iv722.i, 6
-  %1206 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.3
-  %1207 = getelementptr inbounds nuw i8, ptr %1206, i64 256
-  %1208 = load <16 x float>, ptr %1207, align 4, !tbaa !5
-  %1209 = fcmp ogt <16 x float> %1205, %1208
-  %1210 = select <16 x i1> %1209, <16 x float> %1205, <16 x float> %1208
-  %indvars.iv.next723.i.4 = shl i64 %indvars.iv722.i, 6
-  %1211 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.4
-  %1212 = getelementptr inbounds nuw i8, ptr %1211, i64 320
-  %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !5
-  %1214 = fcmp ogt <16 x float> %1210, %1213
-  %1215 = select <16 x i1> %1214, <16 x float> %1210, <16 x float> %1213
-  %indvars.iv.next723.i.5 = shl i64 %indvars.iv722.i, 6
-  %1216 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.5
-  %1217 = getelementptr inbounds nuw i8, ptr %1216, i64 384
-  %1218 = load <16 x float>, ptr %1217, align 4, !tbaa !5
-  %1219 = fcmp ogt <16 x float> %1215, %1218
-  %1220 = select <16 x i1> %1219, <16 x float> %1215, <16 x float> %1218
-  %indvars.iv.next723.i.6 = shl i64 %indvars.iv722.i, 6
-  %1221 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.6
-  %1222 = getelementptr inbounds nuw i8, ptr %1221, i64 448
+  %1222 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i
   %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !5
-  %1224 = fcmp ogt <16 x float> %1220, %1223
-  %1225 = select <16 x i1> %1224, <16 x float> %1220, <16 x float> %1223
+  %1224 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i, %1223
+  %1225 = select <16 x i1> %1224, <16 x float> %peak.rf_global259.sroa.0.0462.i, <16 x float> %1223
+  %indvars.iv.next723.i = shl i64 %indvars.iv722.i, 6
+  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i
+  %1227 = getelementptr inbounds nuw i8, ptr %1226, i64 64
+  %1228 = load <16 x float>, ptr %1227, align 4, !tbaa !5
+  %1229 = fcmp ogt <16 x float> %1225, %1228
+  %1230 = select <16 x i1> %1229, <16 x float> %1225, <16 x float> %1228
+  %indvars.iv.next723.i.1 = shl i64 %indvars.iv722.i, 6
+  %1231 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.1
+  %1232 = getelementptr inbounds nuw i8, ptr %1231, i64 128
+  %1233 = load <16 x float>, ptr %1232, align 4, !tbaa !5
+  %1234 = fcmp ogt <16 x float> %1230, %1233
+  %1235 = select <16 x i1> %1234, <16 x float> %1230, <16 x float> %1233
+  %indvars.iv.next723.i.2 = shl i64 %indvars.iv722.i, 6
+  %1236 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.2
+  %1237 = getelementptr inbounds nuw i8, ptr %1236, i64 192
+  %1238 = load <16 x float>, ptr %1237, align 4, !tbaa !5
+  %1239 = fcmp ogt <16 x float> %1235, %1238
+  %1240 = select <16 x i1> %1239, <16 x float> %1235, <16 x float> %1238
+  %indvars.iv.next723.i.3 = shl i64 %indvars.iv722.i, 6
+  %1241 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.3
+  %1242 = getelementptr inbounds nuw i8, ptr %1241, i64 256
+  %1243 = load <16 x float>, ptr %1242, align 4, !tbaa !5
+  %1244 = fcmp ogt <16 x float> %1240, %1243
+  %1245 = select <16 x i1> %1244, <16 x float> %1240, <16 x float> %1243
+  %indvars.iv.next723.i.4 = shl i64 %indvars.iv722.i, 6
+  %1246 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.4
+  %1247 = getelementptr inbounds nuw i8, ptr %1246, i64 320
+  %1248 = load <16 x float>, ptr %1247, align 4, !tbaa !5
+  %1249 = fcmp ogt <16 x float> %1245, %1248
+  %1250 = select <16 x i1> %1249, <16 x float> %1245, <16 x float> %1248
+  %indvars.iv.next723.i.5 = shl i64 %indvars.iv722.i, 6
+  %1251 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.5
+  %1252 = getelementptr inbounds nuw i8, ptr %1251, i64 384
+  %1253 = load <16 x float>, ptr %1252, align 4, !tbaa !5
+  %1254 = fcmp ogt <16 x float> %1250, %1253
+  %1255 = select <16 x i1> %1254, <16 x float> %1250, <16 x float> %1253
+  %indvars.iv.next723.i.6 = shl i64 %indvars.iv722.i, 6
+  %1256 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.6
+  %1257 = getelementptr inbounds nuw i8, ptr %1256, i64 448
+  %1258 = load <16 x float>, ptr %1257, align 4, !tbaa !5
+  %1259 = fcmp ogt <16 x float> %1255, %1258
+  %1260 = select <16 x i1> %1259, <16 x float> %1255, <16 x float> %1258
   %indvars.iv.next723.i.7 = add nuw nsw i64 %indvars.iv722.i, 8
-  %niter227.next.7 = add i64 %niter227, 8
-  %niter227.ncmp.7 = icmp eq i64 %niter227.next.7, %unroll_iter226
-  br i1 %niter227.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
+  %niter228.next.7 = add i64 %niter228, 8
+  %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
+  br i1 %niter228.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
 
 for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
-  br i1 %lcmp.mod223.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod224.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
 
 for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
   %indvars.iv722.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next723.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod225)
+  %peak.rf_global259.sroa.0.0462.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1260, %for_end_ax158.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod226)
   br label %for_body_ax157.i.epil
 
 for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
   %indvars.iv722.i.epil = phi i64 [ %indvars.iv.next723.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv722.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.i.epil = phi <16 x float> [ %1229, %for_body_ax157.i.epil ], [ %peak.rf_global259.sroa.0.0462.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %epil.iter222 = phi i64 [ %epil.iter222.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.i.epil = phi <16 x float> [ %1264, %for_body_ax157.i.epil ], [ %peak.rf_global259.sroa.0.0462.i.epil.init, %for_body_ax157.i.epil.preheader ]
+  %epil.iter223 = phi i64 [ %epil.iter223.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
   %.idx909.i.epil = shl nsw i64 %indvars.iv722.i.epil, 6
-  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i.epil
-  %1227 = load <16 x float>, ptr %1226, align 4, !tbaa !5
-  %1228 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, %1227
-  %1229 = select <16 x i1> %1228, <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, <16 x float> %1227
+  %1261 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i.epil
+  %1262 = load <16 x float>, ptr %1261, align 4, !tbaa !5
+  %1263 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, %1262
+  %1264 = select <16 x i1> %1263, <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, <16 x float> %1262
   %indvars.iv.next723.i.epil = add nuw nsw i64 %indvars.iv722.i.epil, 1
-  %epil.iter222.next = add i64 %epil.iter222, 1
-  %epil.iter222.cmp.not = icmp eq i64 %epil.iter222.next, %xtraiter221
-  br i1 %epil.iter222.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
+  %epil.iter223.next = add i64 %epil.iter223, 1
+  %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
+  br i1 %epil.iter223.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
 
 for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
   %scaled918920923.i = phi ptr [ %scaled917.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1225, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1229, %for_body_ax157.i.epil ]
+  %peak.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1260, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1264, %for_body_ax157.i.epil ]
   %peak.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 0
-  %1230 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1231 = select i1 %1230, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.i
+  %1265 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1266 = select i1 %1265, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.i
   %peak.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 1
-  %1232 = fcmp ogt float %1231, %peak.rf260.sroa.0.4.vec.extract.i
-  %1233 = select i1 %1232, float %1231, float %peak.rf260.sroa.0.4.vec.extract.i
+  %1267 = fcmp ogt float %1266, %peak.rf260.sroa.0.4.vec.extract.i
+  %1268 = select i1 %1267, float %1266, float %peak.rf260.sroa.0.4.vec.extract.i
   %peak.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 2
-  %1234 = fcmp ogt float %1233, %peak.rf260.sroa.0.8.vec.extract.i
-  %1235 = select i1 %1234, float %1233, float %peak.rf260.sroa.0.8.vec.extract.i
+  %1269 = fcmp ogt float %1268, %peak.rf260.sroa.0.8.vec.extract.i
+  %1270 = select i1 %1269, float %1268, float %peak.rf260.sroa.0.8.vec.extract.i
   %peak.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 3
-  %1236 = fcmp ogt float %1235, %peak.rf260.sroa.0.12.vec.extract.i
-  %1237 = select i1 %1236, float %1235, float %peak.rf260.sroa.0.12.vec.extract.i
+  %1271 = fcmp ogt float %1270, %peak.rf260.sroa.0.12.vec.extract.i
+  %1272 = select i1 %1271, float %1270, float %peak.rf260.sroa.0.12.vec.extract.i
   %peak.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 4
-  %1238 = fcmp ogt float %1237, %peak.rf260.sroa.0.16.vec.extract.i
-  %1239 = select i1 %1238, float %1237, float %peak.rf260.sroa.0.16.vec.extract.i
+  %1273 = fcmp ogt float %1272, %peak.rf260.sroa.0.16.vec.extract.i
+  %1274 = select i1 %1273, float %1272, float %peak.rf260.sroa.0.16.vec.extract.i
   %peak.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 5
-  %1240 = fcmp ogt float %1239, %peak.rf260.sroa.0.20.vec.extract.i
-  %1241 = select i1 %1240, float %1239, float %peak.rf260.sroa.0.20.vec.extract.i
+  %1275 = fcmp ogt float %1274, %peak.rf260.sroa.0.20.vec.extract.i
+  %1276 = select i1 %1275, float %1274, float %peak.rf260.sroa.0.20.vec.extract.i
   %peak.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 6
-  %1242 = fcmp ogt float %1241, %peak.rf260.sroa.0.24.vec.extract.i
-  %1243 = select i1 %1242, float %1241, float %peak.rf260.sroa.0.24.vec.extract.i
+  %1277 = fcmp ogt float %1276, %peak.rf260.sroa.0.24.vec.extract.i
+  %1278 = select i1 %1277, float %1276, float %peak.rf260.sroa.0.24.vec.extract.i
   %peak.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 7
-  %1244 = fcmp ogt float %1243, %peak.rf260.sroa.0.28.vec.extract.i
-  %1245 = select i1 %1244, float %1243, float %peak.rf260.sroa.0.28.vec.extract.i
+  %1279 = fcmp ogt float %1278, %peak.rf260.sroa.0.28.vec.extract.i
+  %1280 = select i1 %1279, float %1278, float %peak.rf260.sroa.0.28.vec.extract.i
   %peak.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 8
-  %1246 = fcmp ogt float %1245, %peak.rf260.sroa.0.32.vec.extract.i
-  %1247 = select i1 %1246, float %1245, float %peak.rf260.sroa.0.32.vec.extract.i
+  %1281 = fcmp ogt float %1280, %peak.rf260.sroa.0.32.vec.extract.i
+  %1282 = select i1 %1281, float %1280, float %peak.rf260.sroa.0.32.vec.extract.i
   %peak.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 9
-  %1248 = fcmp ogt float %1247, %peak.rf260.sroa.0.36.vec.extract.i
-  %1249 = select i1 %1248, float %1247, float %peak.rf260.sroa.0.36.vec.extract.i
+  %1283 = fcmp ogt float %1282, %peak.rf260.sroa.0.36.vec.extract.i
+  %1284 = select i1 %1283, float %1282, float %peak.rf260.sroa.0.36.vec.extract.i
   %peak.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 10
-  %1250 = fcmp ogt float %1249, %peak.rf260.sroa.0.40.vec.extract.i
-  %1251 = select i1 %1250, float %1249, float %peak.rf260.sroa.0.40.vec.extract.i
+  %1285 = fcmp ogt float %1284, %peak.rf260.sroa.0.40.vec.extract.i
+  %1286 = select i1 %1285, float %1284, float %peak.rf260.sroa.0.40.vec.extract.i
   %peak.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 11
-  %1252 = fcmp ogt float %1251, %peak.rf260.sroa.0.44.vec.extract.i
-  %1253 = select i1 %1252, float %1251, float %peak.rf260.sroa.0.44.vec.extract.i
+  %1287 = fcmp ogt float %1286, %peak.rf260.sroa.0.44.vec.extract.i
+  %1288 = select i1 %1287, float %1286, float %peak.rf260.sroa.0.44.vec.extract.i
   %peak.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 12
-  %1254 = fcmp ogt float %1253, %peak.rf260.sroa.0.48.vec.extract.i
-  %1255 = select i1 %1254, float %1253, float %peak.rf260.sroa.0.48.vec.extract.i
+  %1289 = fcmp ogt float %1288, %peak.rf260.sroa.0.48.vec.extract.i
+  %1290 = select i1 %1289, float %1288, float %peak.rf260.sroa.0.48.vec.extract.i
   %peak.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 13
-  %1256 = fcmp ogt float %1255, %peak.rf260.sroa.0.52.vec.extract.i
-  %1257 = select i1 %1256, float %1255, float %peak.rf260.sroa.0.52.vec.extract.i
+  %1291 = fcmp ogt float %1290, %peak.rf260.sroa.0.52.vec.extract.i
+  %1292 = select i1 %1291, float %1290, float %peak.rf260.sroa.0.52.vec.extract.i
   %peak.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 14
-  %1258 = fcmp ogt float %1257, %peak.rf260.sroa.0.56.vec.extract.i
-  %1259 = select i1 %1258, float %1257, float %peak.rf260.sroa.0.56.vec.extract.i
+  %1293 = fcmp ogt float %1292, %peak.rf260.sroa.0.56.vec.extract.i
+  %1294 = select i1 %1293, float %1292, float %peak.rf260.sroa.0.56.vec.extract.i
   %peak.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 15
-  %1260 = fcmp ogt float %1259, %peak.rf260.sroa.0.60.vec.extract.i
-  %1261 = select i1 %1260, float %1259, float %peak.rf260.sroa.0.60.vec.extract.i
-  %peak261.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1261, i64 0
-  br i1 %451, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
+  %1295 = fcmp ogt float %1294, %peak.rf260.sroa.0.60.vec.extract.i
+  %1296 = select i1 %1295, float %1294, float %peak.rf260.sroa.0.60.vec.extract.i
+  %peak261.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1296, i64 0
+  br i1 %486, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
 
 for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
-  br i1 %468, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
+  br i1 %503, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
 
 for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
   %indvars.iv722.1.i = phi i64 [ %indvars.iv.next723.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.1.i = phi <16 x float> [ %1301, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
-  %niter234 = phi i64 [ %niter234.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.1.i = phi <16 x float> [ %1336, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
+  %niter235 = phi i64 [ %niter235.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
   %.idx910.i = shl nsw i64 %indvars.iv722.1.i, 6
-  %1262 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i
-  %1263 = getelementptr inbounds nuw i8, ptr %1262, i64 512
-  %1264 = load <16 x float>, ptr %1263, align 4, !tbaa !5
-  %1265 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i, %1264
-  %1266 = select <16 x i1> %1265, <16 x float> %peak.rf_global259.sroa.0.0462.1.i, <16 x float> %1264
-  %indvars.iv.next723.1.i = shl i64 %indvars.iv722.1.i, 6
-  %1267 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i
-  %1268 = getelementptr inbounds nuw i8, ptr %1267, i64 576
-  %1269 = load <16 x float>, ptr %1268, align 4, !tbaa !5
-  %1270 = fcmp ogt <16 x float> %1266, %1269
-  %1271 = select <16 x i1> %1270, <16 x float> %1266, <16 x float> %1269
-  %indvars.iv.next723.1.i.1 = shl i64 %indvars.iv722.1.i, 6
-  %1272 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.1
-  %1273 = getelementptr inbounds nuw i8, ptr %1272, i64 640
-  %1274 = load <16 x float>, ptr %1273, align 4, !tbaa !5
-  %1275 = fcmp ogt <16 x float> %1271, %1274
-  %1276 = select <16 x i1> %1275, <16 x float> %1271, <16 x float> %1274
-  %indvars.iv.next723.1.i.2 = shl i64 %indvars.iv722.1.i, 6
-  %1277 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.2
-  %1278 = getelementptr inbounds nuw i8, ptr %1277, i64 704
-  %1279 = load <16 x float>, ptr %1278, align 4, !tbaa !5
-  %1280 = fcmp ogt <16 x float> %1276, %1279
-  %1281 = select <16 x i1> %1280, <16 x float> %1276, <16 x float> %1279
-  %indvars.iv.next723.1.i.3 = shl i64 %indvars.iv722.1.i, 6
-  %1282 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.3
-  %1283 = getelementptr inbounds nuw i8, ptr %1282, i64 768
-  %1284 = load <16 x float>, ptr %1283, align 4, !tbaa !5
-  %1285 = fcmp ogt <16 x float> %1281, %1284
-  %1286 = select <16 x i1> %1285, <16 x float> %1281, <16 x float> %1284
-  %indvars.iv.next723.1.i.4 = shl i64 %indvars.iv722.1.i, 6
-  %1287 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.4
-  %1288 = getelementptr inbounds nuw i8, ptr %1287, i64 832
-  %1289 = load <16 x float>, ptr %1288, align 4, !tbaa !5
-  %1290 = fcmp ogt <16 x float> %1286, %1289
-  %1291 = select <16 x i1> %1290, <16 x float> %1286, <16 x float> %1289
-  %indvars.iv.next723.1.i.5 = shl i64 %indvars.iv722.1.i, 6
-  %1292 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.5
-  %1293 = getelementptr inbounds nuw i8, ptr %1292, i64 896
-  %1294 = load <16 x float>, ptr %1293, align 4, !tbaa !5
-  %1295 = fcmp ogt <16 x float> %1291, %1294
-  %1296 = select <16 x i1> %1295, <16 x float> %1291, <16 x float> %1294
-  %indvars.iv.next723.1.i.6 = shl i64 %indvars.iv722.1.i, 6
-  %1297 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.6
-  %1298 = getelementptr inbounds nuw i8, ptr %1297, i64 960
+  %1297 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i
+  %1298 = getelementptr inbounds nuw i8, ptr %1297, i64 512
   %1299 = load <16 x float>, ptr %1298, align 4, !tbaa !5
-  %1300 = fcmp ogt <16 x float> %1296, %1299
-  %1301 = select <16 x i1> %1300, <16 x float> %1296, <16 x float> %1299
+  %1300 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i, %1299
+  %1301 = select <16 x i1> %1300, <16 x float> %peak.rf_global259.sroa.0.0462.1.i, <16 x float> %1299
+  %indvars.iv.next723.1.i = shl i64 %indvars.iv722.1.i, 6
+  %1302 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i
+  %1303 = getelementptr inbounds nuw i8, ptr %1302, i64 576
+  %1304 = load <16 x float>, ptr %1303, align 4, !tbaa !5
+  %1305 = fcmp ogt <16 x float> %1301, %1304
+  %1306 = select <16 x i1> %1305, <16 x float> %1301, <16 x float> %1304
+  %indvars.iv.next723.1.i.1 = shl i64 %indvars.iv722.1.i, 6
+  %1307 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.1
+  %1308 = getelementptr inbounds nuw i8, ptr %1307, i64 640
+  %1309 = load <16 x float>, ptr %1308, align 4, !tbaa !5
+  %1310 = fcmp ogt <16 x float> %1306, %1309
+  %1311 = select <16 x i1> %1310, <16 x float> %1306, <16 x float> %1309
+  %indvars.iv.next723.1.i.2 = shl i64 %indvars.iv722.1.i, 6
+  %1312 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.2
+  %1313 = getelementptr inbounds nuw i8, ptr %1312, i64 704
+  %1314 = load <16 x float>, ptr %1313, align 4, !tbaa !5
+  %1315 = fcmp ogt <16 x float> %1311, %1314
+  %1316 = select <16 x i1> %1315, <16 x float> %1311, <16 x float> %1314
+  %indvars.iv.next723.1.i.3 = shl i64 %indvars.iv722.1.i, 6
+  %1317 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.3
+  %1318 = getelementptr inbounds nuw i8, ptr %1317, i64 768
+  %1319 = load <16 x float>, ptr %1318, align 4, !tbaa !5
+  %1320 = fcmp ogt <16 x float> %1316, %1319
+  %1321 = select <16 x i1> %1320, <16 x float> %1316, <16 x float> %1319
+  %indvars.iv.next723.1.i.4 = shl i64 %indvars.iv722.1.i, 6
+  %1322 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.4
+  %1323 = getelementptr inbounds nuw i8, ptr %1322, i64 832
+  %1324 = load <16 x float>, ptr %1323, align 4, !tbaa !5
+  %1325 = fcmp ogt <16 x float> %1321, %1324
+  %1326 = select <16 x i1> %1325, <16 x float> %1321, <16 x float> %1324
+  %indvars.iv.next723.1.i.5 = shl i64 %indvars.iv722.1.i, 6
+  %1327 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.5
+  %1328 = getelementptr inbounds nuw i8, ptr %1327, i64 896
+  %1329 = load <16 x float>, ptr %1328, align 4, !tbaa !5
+  %1330 = fcmp ogt <16 x float> %1326, %1329
+  %1331 = select <16 x i1> %1330, <16 x float> %1326, <16 x float> %1329
+  %indvars.iv.next723.1.i.6 = shl i64 %indvars.iv722.1.i, 6
+  %1332 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.6
+  %1333 = getelementptr inbounds nuw i8, ptr %1332, i64 960
+  %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
+  %1335 = fcmp ogt <16 x float> %1331, %1334
+  %1336 = select <16 x i1> %1335, <16 x float> %1331, <16 x float> %1334
   %indvars.iv.next723.1.i.7 = add nuw nsw i64 %indvars.iv722.1.i, 8
-  %niter234.next.7 = add i64 %niter234, 8
-  %niter234.ncmp.7 = icmp eq i64 %niter234.next.7, %unroll_iter233
-  br i1 %niter234.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
+  %niter235.next.7 = add i64 %niter235, 8
+  %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
+  br i1 %niter235.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
 
 for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
-  br i1 %lcmp.mod230.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod231.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
 
 for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
   %indvars.iv722.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next723.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod232)
+  %peak.rf_global259.sroa.0.0462.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1336, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod233)
   br label %for_body_ax157.1.i.epil
 
 for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
   %indvars.iv722.1.i.epil = phi i64 [ %indvars.iv.next723.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv722.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.1.i.epil = phi <16 x float> [ %1306, %for_body_ax157.1.i.epil ], [ %peak.rf_global259.sroa.0.0462.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %epil.iter229 = phi i64 [ %epil.iter229.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.1.i.epil = phi <16 x float> [ %1341, %for_body_ax157.1.i.epil ], [ %peak.rf_global259.sroa.0.0462.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
+  %epil.iter230 = phi i64 [ %epil.iter230.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
   %.idx910.i.epil = shl nsw i64 %indvars.iv722.1.i.epil, 6
-  %1302 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i.epil
-  %1303 = getelementptr inbounds nuw i8, ptr %1302, i64 512
-  %1304 = load <16 x float>, ptr %1303, align 4, !tbaa !5
-  %1305 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, %1304
-  %1306 = select <16 x i1> %1305, <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, <16 x float> %1304
+  %1337 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i.epil
+  %1338 = getelementptr inbounds nuw i8, ptr %1337, i64 512
+  %1339 = load <16 x float>, ptr %1338, align 4, !tbaa !5
+  %1340 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, %1339
+  %1341 = select <16 x i1> %1340, <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, <16 x float> %1339
   %indvars.iv.next723.1.i.epil = add nuw nsw i64 %indvars.iv722.1.i.epil, 1
-  %epil.iter229.next = add i64 %epil.iter229, 1
-  %epil.iter229.cmp.not = icmp eq i64 %epil.iter229.next, %xtraiter228
-  br i1 %epil.iter229.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
+  %epil.iter230.next = add i64 %epil.iter230, 1
+  %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
+  br i1 %epil.iter230.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
 
 for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
-  %peak.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1301, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1306, %for_body_ax157.1.i.epil ]
+  %peak.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1336, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax157.1.i.epil ]
   %peak.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 0
-  %1307 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1308 = select i1 %1307, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.1.i
+  %1342 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1343 = select i1 %1342, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.1.i
   %peak.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 1
-  %1309 = fcmp ogt float %1308, %peak.rf260.sroa.0.4.vec.extract.1.i
-  %1310 = select i1 %1309, float %1308, float %peak.rf260.sroa.0.4.vec.extract.1.i
+  %1344 = fcmp ogt float %1343, %peak.rf260.sroa.0.4.vec.extract.1.i
+  %1345 = select i1 %1344, float %1343, float %peak.rf260.sroa.0.4.vec.extract.1.i
   %peak.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 2
-  %1311 = fcmp ogt float %1310, %peak.rf260.sroa.0.8.vec.extract.1.i
-  %1312 = select i1 %1311, float %1310, float %peak.rf260.sroa.0.8.vec.extract.1.i
+  %1346 = fcmp ogt float %1345, %peak.rf260.sroa.0.8.vec.extract.1.i
+  %1347 = select i1 %1346, float %1345, float %peak.rf260.sroa.0.8.vec.extract.1.i
   %peak.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 3
-  %1313 = fcmp ogt float %1312, %peak.rf260.sroa.0.12.vec.extract.1.i
-  %1314 = select i1 %1313, float %1312, float %peak.rf260.sroa.0.12.vec.extract.1.i
+  %1348 = fcmp ogt float %1347, %peak.rf260.sroa.0.12.vec.extract.1.i
+  %1349 = select i1 %1348, float %1347, float %peak.rf260.sroa.0.12.vec.extract.1.i
   %peak.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 4
-  %1315 = fcmp ogt float %1314, %peak.rf260.sroa.0.16.vec.extract.1.i
-  %1316 = select i1 %1315, float %1314, float %peak.rf260.sroa.0.16.vec.extract.1.i
+  %1350 = fcmp ogt float %1349, %peak.rf260.sroa.0.16.vec.extract.1.i
+  %1351 = select i1 %1350, float %1349, float %peak.rf260.sroa.0.16.vec.extract.1.i
   %peak.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 5
-  %1317 = fcmp ogt float %1316, %peak.rf260.sroa.0.20.vec.extract.1.i
-  %1318 = select i1 %1317, float %1316, float %peak.rf260.sroa.0.20.vec.extract.1.i
+  %1352 = fcmp ogt float %1351, %peak.rf260.sroa.0.20.vec.extract.1.i
+  %1353 = select i1 %1352, float %1351, float %peak.rf260.sroa.0.20.vec.extract.1.i
   %peak.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 6
-  %1319 = fcmp ogt float %1318, %peak.rf260.sroa.0.24.vec.extract.1.i
-  %1320 = select i1 %1319, float %1318, float %peak.rf260.sroa.0.24.vec.extract.1.i
+  %1354 = fcmp ogt float %1353, %peak.rf260.sroa.0.24.vec.extract.1.i
+  %1355 = select i1 %1354, float %1353, float %peak.rf260.sroa.0.24.vec.extract.1.i
   %peak.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 7
-  %1321 = fcmp ogt float %1320, %peak.rf260.sroa.0.28.vec.extract.1.i
-  %1322 = select i1 %1321, float %1320, float %peak.rf260.sroa.0.28.vec.extract.1.i
+  %1356 = fcmp ogt float %1355, %peak.rf260.sroa.0.28.vec.extract.1.i
+  %1357 = select i1 %1356, float %1355, float %peak.rf260.sroa.0.28.vec.extract.1.i
   %peak.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 8
-  %1323 = fcmp ogt float %1322, %peak.rf260.sroa.0.32.vec.extract.1.i
-  %1324 = select i1 %1323, float %1322, float %peak.rf260.sroa.0.32.vec.extract.1.i
+  %1358 = fcmp ogt float %1357, %peak.rf260.sroa.0.32.vec.extract.1.i
+  %1359 = select i1 %1358, float %1357, float %peak.rf260.sroa.0.32.vec.extract.1.i
   %peak.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 9
-  %1325 = fcmp ogt float %1324, %peak.rf260.sroa.0.36.vec.extract.1.i
-  %1326 = select i1 %1325, float %1324, float %peak.rf260.sroa.0.36.vec.extract.1.i
+  %1360 = fcmp ogt float %1359, %peak.rf260.sroa.0.36.vec.extract.1.i
+  %1361 = select i1 %1360, float %1359, float %peak.rf260.sroa.0.36.vec.extract.1.i
   %peak.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 10
-  %1327 = fcmp ogt float %1326, %peak.rf260.sroa.0.40.vec.extract.1.i
-  %1328 = select i1 %1327, float %1326, float %peak.rf260.sroa.0.40.vec.extract.1.i
+  %1362 = fcmp ogt float %1361, %peak.rf260.sroa.0.40.vec.extract.1.i
+  %1363 = select i1 %1362, float %1361, float %peak.rf260.sroa.0.40.vec.extract.1.i
   %peak.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 11
-  %1329 = fcmp ogt float %1328, %peak.rf260.sroa.0.44.vec.extract.1.i
-  %1330 = select i1 %1329, float %1328, float %peak.rf260.sroa.0.44.vec.extract.1.i
+  %1364 = fcmp ogt float %1363, %peak.rf260.sroa.0.44.vec.extract.1.i
+  %1365 = select i1 %1364, float %1363, float %peak.rf260.sroa.0.44.vec.extract.1.i
   %peak.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 12
-  %1331 = fcmp ogt float %1330, %peak.rf260.sroa.0.48.vec.extract.1.i
-  %1332 = select i1 %1331, float %1330, float %peak.rf260.sroa.0.48.vec.extract.1.i
+  %1366 = fcmp ogt float %1365, %peak.rf260.sroa.0.48.vec.extract.1.i
+  %1367 = select i1 %1366, float %1365, float %peak.rf260.sroa.0.48.vec.extract.1.i
   %peak.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 13
-  %1333 = fcmp ogt float %1332, %peak.rf260.sroa.0.52.vec.extract.1.i
-  %1334 = select i1 %1333, float %1332, float %peak.rf260.sroa.0.52.vec.extract.1.i
+  %1368 = fcmp ogt float %1367, %peak.rf260.sroa.0.52.vec.extract.1.i
+  %1369 = select i1 %1368, float %1367, float %peak.rf260.sroa.0.52.vec.extract.1.i
   %peak.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 14
-  %1335 = fcmp ogt float %1334, %peak.rf260.sroa.0.56.vec.extract.1.i
-  %1336 = select i1 %1335, float %1334, float %peak.rf260.sroa.0.56.vec.extract.1.i
+  %1370 = fcmp ogt float %1369, %peak.rf260.sroa.0.56.vec.extract.1.i
+  %1371 = select i1 %1370, float %1369, float %peak.rf260.sroa.0.56.vec.extract.1.i
   %peak.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 15
-  %1337 = fcmp ogt float %1336, %peak.rf260.sroa.0.60.vec.extract.1.i
-  %1338 = select i1 %1337, float %1336, float %peak.rf260.sroa.0.60.vec.extract.1.i
-  %peak261.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.0.vec.insert.i, float %1338, i64 1
-  br i1 %451, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
+  %1372 = fcmp ogt float %1371, %peak.rf260.sroa.0.60.vec.extract.1.i
+  %1373 = select i1 %1372, float %1371, float %peak.rf260.sroa.0.60.vec.extract.1.i
+  %peak261.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.0.vec.insert.i, float %1373, i64 1
+  br i1 %486, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
 
 for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
-  br i1 %469, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
+  br i1 %504, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
 
 for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
   %indvars.iv722.2.i = phi i64 [ %indvars.iv.next723.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.2.i = phi <16 x float> [ %1378, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
-  %niter241 = phi i64 [ %niter241.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.2.i = phi <16 x float> [ %1413, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
+  %niter242 = phi i64 [ %niter242.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
   %.idx911.i = shl nsw i64 %indvars.iv722.2.i, 6
-  %1339 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i
-  %1340 = getelementptr inbounds nuw i8, ptr %1339, i64 1024
-  %1341 = load <16 x float>, ptr %1340, align 4, !tbaa !5
-  %1342 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i, %1341
-  %1343 = select <16 x i1> %1342, <16 x float> %peak.rf_global259.sroa.0.0462.2.i, <16 x float> %1341
-  %indvars.iv.next723.2.i = shl i64 %indvars.iv722.2.i, 6
-  %1344 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i
-  %1345 = getelementptr inbounds nuw i8, ptr %1344, i64 1088
-  %1346 = load <16 x float>, ptr %1345, align 4, !tbaa !5
-  %1347 = fcmp ogt <16 x float> %1343, %1346
-  %1348 = select <16 x i1> %1347, <16 x float> %1343, <16 x float> %1346
-  %indvars.iv.next723.2.i.1 = shl i64 %indvars.iv722.2.i, 6
-  %1349 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.1
-  %1350 = getelementptr inbounds nuw i8, ptr %1349, i64 1152
-  %1351 = load <16 x float>, ptr %1350, align 4, !tbaa !5
-  %1352 = fcmp ogt <16 x float> %1348, %1351
-  %1353 = select <16 x i1> %1352, <16 x float> %1348, <16 x float> %1351
-  %indvars.iv.next723.2.i.2 = shl i64 %indvars.iv722.2.i, 6
-  %1354 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.2
-  %1355 = getelementptr inbounds nuw i8, ptr %1354, i64 1216
-  %1356 = load <16 x float>, ptr %1355, align 4, !tbaa !5
-  %1357 = fcmp ogt <16 x float> %1353, %1356
-  %1358 = select <16 x i1> %1357, <16 x float> %1353, <16 x float> %1356
-  %indvars.iv.next723.2.i.3 = shl i64 %indvars.iv722.2.i, 6
-  %1359 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.3
-  %1360 = getelementptr inbounds nuw i8, ptr %1359, i64 1280
-  %1361 = load <16 x float>, ptr %1360, align 4, !tbaa !5
-  %1362 = fcmp ogt <16 x float> %1358, %1361
-  %1363 = select <16 x i1> %1362, <16 x float> %1358, <16 x float> %1361
-  %indvars.iv.next723.2.i.4 = shl i64 %indvars.iv722.2.i, 6
-  %1364 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.4
-  %1365 = getelementptr inbounds nuw i8, ptr %1364, i64 1344
-  %1366 = load <16 x float>, ptr %1365, align 4, !tbaa !5
-  %1367 = fcmp ogt <16 x float> %1363, %1366
-  %1368 = select <16 x i1> %1367, <16 x float> %1363, <16 x float> %1366
-  %indvars.iv.next723.2.i.5 = shl i64 %indvars.iv722.2.i, 6
-  %1369 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.5
-  %1370 = getelementptr inbounds nuw i8, ptr %1369, i64 1408
-  %1371 = load <16 x float>, ptr %1370, align 4, !tbaa !5
-  %1372 = fcmp ogt <16 x float> %1368, %1371
-  %1373 = select <16 x i1> %1372, <16 x float> %1368, <16 x float> %1371
-  %indvars.iv.next723.2.i.6 = shl i64 %indvars.iv722.2.i, 6
-  %1374 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.6
-  %1375 = getelementptr inbounds nuw i8, ptr %1374, i64 1472
+  %1374 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i
+  %1375 = getelementptr inbounds nuw i8, ptr %1374, i64 1024
   %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
-  %1377 = fcmp ogt <16 x float> %1373, %1376
-  %1378 = select <16 x i1> %1377, <16 x float> %1373, <16 x float> %1376
+  %1377 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i, %1376
+  %1378 = select <16 x i1> %1377, <16 x float> %peak.rf_global259.sroa.0.0462.2.i, <16 x float> %1376
+  %indvars.iv.next723.2.i = shl i64 %indvars.iv722.2.i, 6
+  %1379 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i
+  %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 1088
+  %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
+  %1382 = fcmp ogt <16 x float> %1378, %1381
+  %1383 = select <16 x i1> %1382, <16 x float> %1378, <16 x float> %1381
+  %indvars.iv.next723.2.i.1 = shl i64 %indvars.iv722.2.i, 6
+  %1384 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.1
+  %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 1152
+  %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
+  %1387 = fcmp ogt <16 x float> %1383, %1386
+  %1388 = select <16 x i1> %1387, <16 x float> %1383, <16 x float> %1386
+  %indvars.iv.next723.2.i.2 = shl i64 %indvars.iv722.2.i, 6
+  %1389 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.2
+  %1390 = getelementptr inbounds nuw i8, ptr %1389, i64 1216
+  %1391 = load <16 x float>, ptr %1390, align 4, !tbaa !5
+  %1392 = fcmp ogt <16 x float> %1388, %1391
+  %1393 = select <16 x i1> %1392, <16 x float> %1388, <16 x float> %1391
+  %indvars.iv.next723.2.i.3 = shl i64 %indvars.iv722.2.i, 6
+  %1394 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.3
+  %1395 = getelementptr inbounds nuw i8, ptr %1394, i64 1280
+  %1396 = load <16 x float>, ptr %1395, align 4, !tbaa !5
+  %1397 = fcmp ogt <16 x float> %1393, %1396
+  %1398 = select <16 x i1> %1397, <16 x float> %1393, <16 x float> %1396
+  %indvars.iv.next723.2.i.4 = shl i64 %indvars.iv722.2.i, 6
+  %1399 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.4
+  %1400 = getelementptr inbounds nuw i8, ptr %1399, i64 1344
+  %1401 = load <16 x float>, ptr %1400, align 4, !tbaa !5
+  %1402 = fcmp ogt <16 x float> %1398, %1401
+  %1403 = select <16 x i1> %1402, <16 x float> %1398, <16 x float> %1401
+  %indvars.iv.next723.2.i.5 = shl i64 %indvars.iv722.2.i, 6
+  %1404 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.5
+  %1405 = getelementptr inbounds nuw i8, ptr %1404, i64 1408
+  %1406 = load <16 x float>, ptr %1405, align 4, !tbaa !5
+  %1407 = fcmp ogt <16 x float> %1403, %1406
+  %1408 = select <16 x i1> %1407, <16 x float> %1403, <16 x float> %1406
+  %indvars.iv.next723.2.i.6 = shl i64 %indvars.iv722.2.i, 6
+  %1409 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.6
+  %1410 = getelementptr inbounds nuw i8, ptr %1409, i64 1472
+  %1411 = load <16 x float>, ptr %1410, align 4, !tbaa !5
+  %1412 = fcmp ogt <16 x float> %1408, %1411
+  %1413 = select <16 x i1> %1412, <16 x float> %1408, <16 x float> %1411
   %indvars.iv.next723.2.i.7 = add nuw nsw i64 %indvars.iv722.2.i, 8
-  %niter241.next.7 = add i64 %niter241, 8
-  %niter241.ncmp.7 = icmp eq i64 %niter241.next.7, %unroll_iter240
-  br i1 %niter241.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
+  %niter242.next.7 = add i64 %niter242, 8
+  %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
+  br i1 %niter242.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
 
 for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
-  br i1 %lcmp.mod237.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod238.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
 
 for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
   %indvars.iv722.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next723.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod239)
+  %peak.rf_global259.sroa.0.0462.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1413, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod240)
   br label %for_body_ax157.2.i.epil
 
 for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
   %indvars.iv722.2.i.epil = phi i64 [ %indvars.iv.next723.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv722.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.2.i.epil = phi <16 x float> [ %1383, %for_body_ax157.2.i.epil ], [ %peak.rf_global259.sroa.0.0462.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %epil.iter236 = phi i64 [ %epil.iter236.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.2.i.epil = phi <16 x float> [ %1418, %for_body_ax157.2.i.epil ], [ %peak.rf_global259.sroa.0.0462.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
+  %epil.iter237 = phi i64 [ %epil.iter237.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
   %.idx911.i.epil = shl nsw i64 %indvars.iv722.2.i.epil, 6
-  %1379 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i.epil
-  %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 1024
-  %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
-  %1382 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, %1381
-  %1383 = select <16 x i1> %1382, <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, <16 x float> %1381
+  %1414 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i.epil
+  %1415 = getelementptr inbounds nuw i8, ptr %1414, i64 1024
+  %1416 = load <16 x float>, ptr %1415, align 4, !tbaa !5
+  %1417 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, %1416
+  %1418 = select <16 x i1> %1417, <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, <16 x float> %1416
   %indvars.iv.next723.2.i.epil = add nuw nsw i64 %indvars.iv722.2.i.epil, 1
-  %epil.iter236.next = add i64 %epil.iter236, 1
-  %epil.iter236.cmp.not = icmp eq i64 %epil.iter236.next, %xtraiter235
-  br i1 %epil.iter236.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
+  %epil.iter237.next = add i64 %epil.iter237, 1
+  %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
+  br i1 %epil.iter237.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
 
 for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
-  %peak.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1378, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1383, %for_body_ax157.2.i.epil ]
+  %peak.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1413, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax157.2.i.epil ]
   %peak.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 0
-  %1384 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1385 = select i1 %1384, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.2.i
+  %1419 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1420 = select i1 %1419, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.2.i
   %peak.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 1
-  %1386 = fcmp ogt float %1385, %peak.rf260.sroa.0.4.vec.extract.2.i
-  %1387 = select i1 %1386, float %1385, float %peak.rf260.sroa.0.4.vec.extract.2.i
+  %1421 = fcmp ogt float %1420, %peak.rf260.sroa.0.4.vec.extract.2.i
+  %1422 = select i1 %1421, float %1420, float %peak.rf260.sroa.0.4.vec.extract.2.i
   %peak.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 2
-  %1388 = fcmp ogt float %1387, %peak.rf260.sroa.0.8.vec.extract.2.i
-  %1389 = select i1 %1388, float %1387, float %peak.rf260.sroa.0.8.vec.extract.2.i
+  %1423 = fcmp ogt float %1422, %peak.rf260.sroa.0.8.vec.extract.2.i
+  %1424 = select i1 %1423, float %1422, float %peak.rf260.sroa.0.8.vec.extract.2.i
   %peak.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 3
-  %1390 = fcmp ogt float %1389, %peak.rf260.sroa.0.12.vec.extract.2.i
-  %1391 = select i1 %1390, float %1389, float %peak.rf260.sroa.0.12.vec.extract.2.i
+  %1425 = fcmp ogt float %1424, %peak.rf260.sroa.0.12.vec.extract.2.i
+  %1426 = select i1 %1425, float %1424, float %peak.rf260.sroa.0.12.vec.extract.2.i
   %peak.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 4
-  %1392 = fcmp ogt float %1391, %peak.rf260.sroa.0.16.vec.extract.2.i
-  %1393 = select i1 %1392, float %1391, float %peak.rf260.sroa.0.16.vec.extract.2.i
+  %1427 = fcmp ogt float %1426, %peak.rf260.sroa.0.16.vec.extract.2.i
+  %1428 = select i1 %1427, float %1426, float %peak.rf260.sroa.0.16.vec.extract.2.i
   %peak.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 5
-  %1394 = fcmp ogt float %1393, %peak.rf260.sroa.0.20.vec.extract.2.i
-  %1395 = select i1 %1394, float %1393, float %peak.rf260.sroa.0.20.vec.extract.2.i
+  %1429 = fcmp ogt float %1428, %peak.rf260.sroa.0.20.vec.extract.2.i
+  %1430 = select i1 %1429, float %1428, float %peak.rf260.sroa.0.20.vec.extract.2.i
   %peak.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 6
-  %1396 = fcmp ogt float %1395, %peak.rf260.sroa.0.24.vec.extract.2.i
-  %1397 = select i1 %1396, float %1395, float %peak.rf260.sroa.0.24.vec.extract.2.i
+  %1431 = fcmp ogt float %1430, %peak.rf260.sroa.0.24.vec.extract.2.i
+  %1432 = select i1 %1431, float %1430, float %peak.rf260.sroa.0.24.vec.extract.2.i
   %peak.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 7
-  %1398 = fcmp ogt float %1397, %peak.rf260.sroa.0.28.vec.extract.2.i
-  %1399 = select i1 %1398, float %1397, float %peak.rf260.sroa.0.28.vec.extract.2.i
+  %1433 = fcmp ogt float %1432, %peak.rf260.sroa.0.28.vec.extract.2.i
+  %1434 = select i1 %1433, float %1432, float %peak.rf260.sroa.0.28.vec.extract.2.i
   %peak.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 8
-  %1400 = fcmp ogt float %1399, %peak.rf260.sroa.0.32.vec.extract.2.i
-  %1401 = select i1 %1400, float %1399, float %peak.rf260.sroa.0.32.vec.extract.2.i
+  %1435 = fcmp ogt float %1434, %peak.rf260.sroa.0.32.vec.extract.2.i
+  %1436 = select i1 %1435, float %1434, float %peak.rf260.sroa.0.32.vec.extract.2.i
   %peak.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 9
-  %1402 = fcmp ogt float %1401, %peak.rf260.sroa.0.36.vec.extract.2.i
-  %1403 = select i1 %1402, float %1401, float %peak.rf260.sroa.0.36.vec.extract.2.i
+  %1437 = fcmp ogt float %1436, %peak.rf260.sroa.0.36.vec.extract.2.i
+  %1438 = select i1 %1437, float %1436, float %peak.rf260.sroa.0.36.vec.extract.2.i
   %peak.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 10
-  %1404 = fcmp ogt float %1403, %peak.rf260.sroa.0.40.vec.extract.2.i
-  %1405 = select i1 %1404, float %1403, float %peak.rf260.sroa.0.40.vec.extract.2.i
+  %1439 = fcmp ogt float %1438, %peak.rf260.sroa.0.40.vec.extract.2.i
+  %1440 = select i1 %1439, float %1438, float %peak.rf260.sroa.0.40.vec.extract.2.i
   %peak.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 11
-  %1406 = fcmp ogt float %1405, %peak.rf260.sroa.0.44.vec.extract.2.i
-  %1407 = select i1 %1406, float %1405, float %peak.rf260.sroa.0.44.vec.extract.2.i
+  %1441 = fcmp ogt float %1440, %peak.rf260.sroa.0.44.vec.extract.2.i
+  %1442 = select i1 %1441, float %1440, float %peak.rf260.sroa.0.44.vec.extract.2.i
   %peak.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 12
-  %1408 = fcmp ogt float %1407, %peak.rf260.sroa.0.48.vec.extract.2.i
-  %1409 = select i1 %1408, float %1407, float %peak.rf260.sroa.0.48.vec.extract.2.i
+  %1443 = fcmp ogt float %1442, %peak.rf260.sroa.0.48.vec.extract.2.i
+  %1444 = select i1 %1443, float %1442, float %peak.rf260.sroa.0.48.vec.extract.2.i
   %peak.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 13
-  %1410 = fcmp ogt float %1409, %peak.rf260.sroa.0.52.vec.extract.2.i
-  %1411 = select i1 %1410, float %1409, float %peak.rf260.sroa.0.52.vec.extract.2.i
+  %1445 = fcmp ogt float %1444, %peak.rf260.sroa.0.52.vec.extract.2.i
+  %1446 = select i1 %1445, float %1444, float %peak.rf260.sroa.0.52.vec.extract.2.i
   %peak.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 14
-  %1412 = fcmp ogt float %1411, %peak.rf260.sroa.0.56.vec.extract.2.i
-  %1413 = select i1 %1412, float %1411, float %peak.rf260.sroa.0.56.vec.extract.2.i
+  %1447 = fcmp ogt float %1446, %peak.rf260.sroa.0.56.vec.extract.2.i
+  %1448 = select i1 %1447, float %1446, float %peak.rf260.sroa.0.56.vec.extract.2.i
   %peak.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 15
-  %1414 = fcmp ogt float %1413, %peak.rf260.sroa.0.60.vec.extract.2.i
-  %1415 = select i1 %1414, float %1413, float %peak.rf260.sroa.0.60.vec.extract.2.i
-  %peak261.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.4.vec.insert.i, float %1415, i64 2
-  br i1 %451, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
+  %1449 = fcmp ogt float %1448, %peak.rf260.sroa.0.60.vec.extract.2.i
+  %1450 = select i1 %1449, float %1448, float %peak.rf260.sroa.0.60.vec.extract.2.i
+  %peak261.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.4.vec.insert.i, float %1450, i64 2
+  br i1 %486, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
 
 for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
-  br i1 %470, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
+  br i1 %505, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
 
 for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
   %indvars.iv722.3.i = phi i64 [ %indvars.iv.next723.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.3.i = phi <16 x float> [ %1455, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
-  %niter248 = phi i64 [ %niter248.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
+  %peak.rf_global259.sroa.0.0462.3.i = phi <16 x float> [ %1490, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
+  %niter249 = phi i64 [ %niter249.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
   %.idx912.i = shl nsw i64 %indvars.iv722.3.i, 6
-  %1416 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i
-  %1417 = getelementptr inbounds nuw i8, ptr %1416, i64 1536
-  %1418 = load <16 x float>, ptr %1417, align 4, !tbaa !5
-  %1419 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i, %1418
-  %1420 = select <16 x i1> %1419, <16 x float> %peak.rf_global259.sroa.0.0462.3.i, <16 x float> %1418
-  %indvars.iv.next723.3.i = shl i64 %indvars.iv722.3.i, 6
-  %1421 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i
-  %1422 = getelementptr inbounds nuw i8, ptr %1421, i64 1600
-  %1423 = load <16 x float>, ptr %1422, align 4, !tbaa !5
-  %1424 = fcmp ogt <16 x float> %1420, %1423
-  %1425 = select <16 x i1> %1424, <16 x float> %1420, <16 x float> %1423
-  %indvars.iv.next723.3.i.1 = shl i64 %indvars.iv722.3.i, 6
-  %1426 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.1
-  %1427 = getelementptr inbounds nuw i8, ptr %1426, i64 1664
-  %1428 = load <16 x float>, ptr %1427, align 4, !tbaa !5
-  %1429 = fcmp ogt <16 x float> %1425, %1428
-  %1430 = select <16 x i1> %1429, <16 x float> %1425, <16 x float> %1428
-  %indvars.iv.next723.3.i.2 = shl i64 %indvars.iv722.3.i, 6
-  %1431 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.2
-  %1432 = getelementptr inbounds nuw i8, ptr %1431, i64 1728
-  %1433 = load <16 x float>, ptr %1432, align 4, !tbaa !5
-  %1434 = fcmp ogt <16 x float> %1430, %1433
-  %1435 = select <16 x i1> %1434, <16 x float> %1430, <16 x float> %1433
-  %indvars.iv.next723.3.i.3 = shl i64 %indvars.iv722.3.i, 6
-  %1436 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.3
-  %1437 = getelementptr inbounds nuw i8, ptr %1436, i64 1792
-  %1438 = load <16 x float>, ptr %1437, align 4, !tbaa !5
-  %1439 = fcmp ogt <16 x float> %1435, %1438
-  %1440 = select <16 x i1> %1439, <16 x float> %1435, <16 x float> %1438
-  %indvars.iv.next723.3.i.4 = shl i64 %indvars.iv722.3.i, 6
-  %1441 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.4
-  %1442 = getelementptr inbounds nuw i8, ptr %1441, i64 1856
-  %1443 = load <16 x float>, ptr %1442, align 4, !tbaa !5
-  %1444 = fcmp ogt <16 x float> %1440, %1443
-  %1445 = select <16 x i1> %1444, <16 x float> %1440, <16 x float> %1443
-  %indvars.iv.next723.3.i.5 = shl i64 %indvars.iv722.3.i, 6
-  %1446 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.5
-  %1447 = getelementptr inbounds nuw i8, ptr %1446, i64 1920
-  %1448 = load <16 x float>, ptr %1447, align 4, !tbaa !5
-  %1449 = fcmp ogt <16 x float> %1445, %1448
-  %1450 = select <16 x i1> %1449, <16 x float> %1445, <16 x float> %1448
-  %indvars.iv.next723.3.i.6 = shl i64 %indvars.iv722.3.i, 6
-  %1451 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.6
-  %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1984
+  %1451 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i
+  %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1536
   %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
-  %1454 = fcmp ogt <16 x float> %1450, %1453
-  %1455 = select <16 x i1> %1454, <16 x float> %1450, <16 x float> %1453
+  %1454 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i, %1453
+  %1455 = select <16 x i1> %1454, <16 x float> %peak.rf_global259.sroa.0.0462.3.i, <16 x float> %1453
+  %indvars.iv.next723.3.i = shl i64 %indvars.iv722.3.i, 6
+  %1456 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i
+  %1457 = getelementptr inbounds nuw i8, ptr %1456, i64 1600
+  %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !5
+  %1459 = fcmp ogt <16 x float> %1455, %1458
+  %1460 = select <16 x i1> %1459, <16 x float> %1455, <16 x float> %1458
+  %indvars.iv.next723.3.i.1 = shl i64 %indvars.iv722.3.i, 6
+  %1461 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.1
+  %1462 = getelementptr inbounds nuw i8, ptr %1461, i64 1664
+  %1463 = load <16 x float>, ptr %1462, align 4, !tbaa !5
+  %1464 = fcmp ogt <16 x float> %1460, %1463
+  %1465 = select <16 x i1> %1464, <16 x float> %1460, <16 x float> %1463
+  %indvars.iv.next723.3.i.2 = shl i64 %indvars.iv722.3.i, 6
+  %1466 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.2
+  %1467 = getelementptr inbounds nuw i8, ptr %1466, i64 1728
+  %1468 = load <16 x float>, ptr %1467, align 4, !tbaa !5
+  %1469 = fcmp ogt <16 x float> %1465, %1468
+  %1470 = select <16 x i1> %1469, <16 x float> %1465, <16 x float> %1468
+  %indvars.iv.next723.3.i.3 = shl i64 %indvars.iv722.3.i, 6
+  %1471 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.3
+  %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1792
+  %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
+  %1474 = fcmp ogt <16 x float> %1470, %1473
+  %1475 = select <16 x i1> %1474, <16 x float> %1470, <16 x float> %1473
+  %indvars.iv.next723.3.i.4 = shl i64 %indvars.iv722.3.i, 6
+  %1476 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.4
+  %1477 = getelementptr inbounds nuw i8, ptr %1476, i64 1856
+  %1478 = load <16 x float>, ptr %1477, align 4, !tbaa !5
+  %1479 = fcmp ogt <16 x float> %1475, %1478
+  %1480 = select <16 x i1> %1479, <16 x float> %1475, <16 x float> %1478
+  %indvars.iv.next723.3.i.5 = shl i64 %indvars.iv722.3.i, 6
+  %1481 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.5
+  %1482 = getelementptr inbounds nuw i8, ptr %1481, i64 1920
+  %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !5
+  %1484 = fcmp ogt <16 x float> %1480, %1483
+  %1485 = select <16 x i1> %1484, <16 x float> %1480, <16 x float> %1483
+  %indvars.iv.next723.3.i.6 = shl i64 %indvars.iv722.3.i, 6
+  %1486 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.6
+  %1487 = getelementptr inbounds nuw i8, ptr %1486, i64 1984
+  %1488 = load <16 x float>, ptr %1487, align 4, !tbaa !5
+  %1489 = fcmp ogt <16 x float> %1485, %1488
+  %1490 = select <16 x i1> %1489, <16 x float> %1485, <16 x float> %1488
   %indvars.iv.next723.3.i.7 = add nuw nsw i64 %indvars.iv722.3.i, 8
-  %niter248.next.7 = add i64 %niter248, 8
-  %niter248.ncmp.7 = icmp eq i64 %niter248.next.7, %unroll_iter247
-  br i1 %niter248.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
+  %niter249.next.7 = add i64 %niter249, 8
+  %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
+  br i1 %niter249.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
 
 for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
-  br i1 %lcmp.mod244.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod245.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
 
 for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
   %indvars.iv722.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next723.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod246)
+  %peak.rf_global259.sroa.0.0462.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1490, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod247)
   br label %for_body_ax157.3.i.epil
 
 for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
   %indvars.iv722.3.i.epil = phi i64 [ %indvars.iv.next723.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv722.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.3.i.epil = phi <16 x float> [ %1460, %for_body_ax157.3.i.epil ], [ %peak.rf_global259.sroa.0.0462.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %epil.iter243 = phi i64 [ %epil.iter243.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
+  %peak.rf_global259.sroa.0.0462.3.i.epil = phi <16 x float> [ %1495, %for_body_ax157.3.i.epil ], [ %peak.rf_global259.sroa.0.0462.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
+  %epil.iter244 = phi i64 [ %epil.iter244.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
   %.idx912.i.epil = shl nsw i64 %indvars.iv722.3.i.epil, 6
-  %1456 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i.epil
-  %1457 = getelementptr inbounds nuw i8, ptr %1456, i64 1536
-  %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !5
-  %1459 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, %1458
-  %1460 = select <16 x i1> %1459, <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, <16 x float> %1458
+  %1491 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i.epil
+  %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1536
+  %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
+  %1494 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, %1493
+  %1495 = select <16 x i1> %1494, <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, <16 x float> %1493
   %indvars.iv.next723.3.i.epil = add nuw nsw i64 %indvars.iv722.3.i.epil, 1
-  %epil.iter243.next = add i64 %epil.iter243, 1
-  %epil.iter243.cmp.not = icmp eq i64 %epil.iter243.next, %xtraiter242
-  br i1 %epil.iter243.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
+  %epil.iter244.next = add i64 %epil.iter244, 1
+  %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
+  br i1 %epil.iter244.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
 
 for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
-  %peak.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1455, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1460, %for_body_ax157.3.i.epil ]
-  br i1 %452, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
+  %peak.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1490, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax157.3.i.epil ]
+  br i1 %487, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
 
 for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
   %tile_max263.sroa.0.3.i = phi <4 x float> [ %peak261.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
-  br i1 %451, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
+  br i1 %486, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
 
 for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
-  %1461 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
-  br i1 %471, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !4
+  %1496 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  br i1 %506, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !4
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
   %indvars.iv738.i = phi i64 [ %indvars.iv.next739.i.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
-  %niter254 = phi i64 [ %niter254.next.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
-  %1462 = shl nsw i64 %indvars.iv738.i, 4
-  %1463 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1462
-  %1464 = load <16 x float>, ptr %1463, align 4, !tbaa !5
-  %arg.us.i = fsub <16 x float> %1464, %1461
-  %1465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1466 = bitcast <16 x float> %1465 to <16 x i32>
-  %1467 = fadd <16 x float> %1465, splat (float 0xC168000FE0000000)
-  %1468 = fmul <16 x float> %1467, splat (float 0x3F2BD01060000000)
-  %1469 = fmul <16 x float> %1467, splat (float 0x3FE6300000000000)
-  %1470 = fsub <16 x float> %arg.us.i, %1469
-  %1471 = fadd <16 x float> %1468, %1470
-  %1472 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1471, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1472, <16 x float> %1471, <16 x float> splat (float 0x3FA5558F20000000))
-  %1474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1473, <16 x float> %1471, <16 x float> splat (float 0x3FC5554920000000))
-  %1475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1474, <16 x float> %1471, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1476 = fmul <16 x float> %1471, %1471
-  %1477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1475, <16 x float> %1476, <16 x float> %1471)
-  %1478 = shl <16 x i32> %1466, splat (i32 23)
-  %1479 = bitcast <16 x i32> %1478 to <16 x float>
-  %1480 = fadd <16 x float> %1477, splat (float 1.000000e+00)
-  %1481 = fmul <16 x float> %1480, %1479
-  %1482 = fcmp olt <16 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1483 = select <16 x i1> %1482, <16 x float> zeroinitializer, <16 x float> %1481
-  %1484 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1462
-  store <16 x float> %1483, ptr %1484, align 4, !tbaa !5
+  %niter255 = phi i64 [ %niter255.next.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
+  %1497 = shl nsw i64 %indvars.iv738.i, 4
+  %1498 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1497
+  %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !5
+  %arg.us.i = fsub <16 x float> %1499, %1496
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1501 = bitcast <16 x float> %1500 to <16 x i32>
+  %1502 = fsub <16 x float> %1500, %131
+  %1503 = fmul <16 x float> %1502, splat (float 0x3F2BD01060000000)
+  %1504 = fmul <16 x float> %1502, splat (float 0x3FE6300000000000)
+  %1505 = fsub <16 x float> %arg.us.i, %1504
+  %1506 = fadd <16 x float> %1503, %1505
+  %1507 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1506, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1507, <16 x float> %1506, <16 x float> splat (float 0x3FA5558F20000000))
+  %1509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1506, <16 x float> splat (float 0x3FC5554920000000))
+  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1509, <16 x float> %1506, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1511 = fmul <16 x float> %1506, %1506
+  %1512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1510, <16 x float> %1511, <16 x float> %1506)
+  %1513 = shl <16 x i32> %1501, splat (i32 23)
+  %1514 = bitcast <16 x i32> %1513 to <16 x float>
+  %1515 = fadd <16 x float> %1512, splat (float 1.000000e+00)
+  %1516 = fmul <16 x float> %1515, %1514
+  %1517 = fcmp olt <16 x float> %arg.us.i, %134
+  %1518 = select <16 x i1> %1517, <16 x float> zeroinitializer, <16 x float> %1516
+  %1519 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1497
+  store <16 x float> %1518, ptr %1519, align 4, !tbaa !5
   %indvars.iv.next739.i = shl i64 %indvars.iv738.i, 4
-  %1485 = or disjoint i64 %indvars.iv.next739.i, 16
-  %1486 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1485
-  %1487 = load <16 x float>, ptr %1486, align 4, !tbaa !5
-  %arg.us.i.1 = fsub <16 x float> %1487, %1461
-  %1488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1489 = bitcast <16 x float> %1488 to <16 x i32>
-  %1490 = fadd <16 x float> %1488, splat (float 0xC168000FE0000000)
-  %1491 = fmul <16 x float> %1490, splat (float 0x3F2BD01060000000)
-  %1492 = fmul <16 x float> %1490, splat (float 0x3FE6300000000000)
-  %1493 = fsub <16 x float> %arg.us.i.1, %1492
-  %1494 = fadd <16 x float> %1491, %1493
-  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1494, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1494, <16 x float> splat (float 0x3FA5558F20000000))
-  %1497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1496, <16 x float> %1494, <16 x float> splat (float 0x3FC5554920000000))
-  %1498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1497, <16 x float> %1494, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1499 = fmul <16 x float> %1494, %1494
-  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1498, <16 x float> %1499, <16 x float> %1494)
-  %1501 = shl <16 x i32> %1489, splat (i32 23)
-  %1502 = bitcast <16 x i32> %1501 to <16 x float>
-  %1503 = fadd <16 x float> %1500, splat (float 1.000000e+00)
-  %1504 = fmul <16 x float> %1503, %1502
-  %1505 = fcmp olt <16 x float> %arg.us.i.1, splat (float -8.700000e+01)
-  %1506 = select <16 x i1> %1505, <16 x float> zeroinitializer, <16 x float> %1504
-  %1507 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1485
-  store <16 x float> %1506, ptr %1507, align 4, !tbaa !5
+  %1520 = or disjoint i64 %indvars.iv.next739.i, 16
+  %1521 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1520
+  %1522 = load <16 x float>, ptr %1521, align 4, !tbaa !5
+  %arg.us.i.1 = fsub <16 x float> %1522, %1496
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1524 = bitcast <16 x float> %1523 to <16 x i32>
+  %1525 = fsub <16 x float> %1523, %131
+  %1526 = fmul <16 x float> %1525, splat (float 0x3F2BD01060000000)
+  %1527 = fmul <16 x float> %1525, splat (float 0x3FE6300000000000)
+  %1528 = fsub <16 x float> %arg.us.i.1, %1527
+  %1529 = fadd <16 x float> %1526, %1528
+  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1529, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1530, <16 x float> %1529, <16 x float> splat (float 0x3FA5558F20000000))
+  %1532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1531, <16 x float> %1529, <16 x float> splat (float 0x3FC5554920000000))
+  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1532, <16 x float> %1529, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1534 = fmul <16 x float> %1529, %1529
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1533, <16 x float> %1534, <16 x float> %1529)
+  %1536 = shl <16 x i32> %1524, splat (i32 23)
+  %1537 = bitcast <16 x i32> %1536 to <16 x float>
+  %1538 = fadd <16 x float> %1535, splat (float 1.000000e+00)
+  %1539 = fmul <16 x float> %1538, %1537
+  %1540 = fcmp olt <16 x float> %arg.us.i.1, %134
+  %1541 = select <16 x i1> %1540, <16 x float> zeroinitializer, <16 x float> %1539
+  %1542 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1520
+  store <16 x float> %1541, ptr %1542, align 4, !tbaa !5
   %indvars.iv.next739.i.1 = add nuw nsw i64 %indvars.iv738.i, 2
-  %niter254.next.1 = add i64 %niter254, 2
-  %niter254.ncmp.1 = icmp eq i64 %niter254.next.1, %unroll_iter253
-  br i1 %niter254.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, label %for_body_to74.us.i, !prof !9, !llvm.loop !51
+  %niter255.next.1 = add i64 %niter255, 2
+  %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
+  br i1 %niter255.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, label %for_body_to74.us.i, !prof !9, !llvm.loop !51
 
 for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to74.us.i
-  br i1 %lcmp.mod251.not, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod252.not, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i.epil.preheader, !prof !12
 
 for_body_to74.us.i.epil.preheader:                ; preds = %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, %for_begin_to73.preheader.us.preheader.i
   %indvars.iv738.i.epil.init = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next739.i.1, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod252)
-  %1508 = shl nsw i64 %indvars.iv738.i.epil.init, 4
-  %1509 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1508
-  %1510 = load <16 x float>, ptr %1509, align 4, !tbaa !5
-  %arg.us.i.epil = fsub <16 x float> %1510, %1461
-  %1511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1512 = bitcast <16 x float> %1511 to <16 x i32>
-  %1513 = fadd <16 x float> %1511, splat (float 0xC168000FE0000000)
-  %1514 = fmul <16 x float> %1513, splat (float 0x3F2BD01060000000)
-  %1515 = fmul <16 x float> %1513, splat (float 0x3FE6300000000000)
-  %1516 = fsub <16 x float> %arg.us.i.epil, %1515
-  %1517 = fadd <16 x float> %1514, %1516
-  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1517, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1518, <16 x float> %1517, <16 x float> splat (float 0x3FA5558F20000000))
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1519, <16 x float> %1517, <16 x float> splat (float 0x3FC5554920000000))
-  %1521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1520, <16 x float> %1517, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1522 = fmul <16 x float> %1517, %1517
-  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1521, <16 x float> %1522, <16 x float> %1517)
-  %1524 = shl <16 x i32> %1512, splat (i32 23)
-  %1525 = bitcast <16 x i32> %1524 to <16 x float>
-  %1526 = fadd <16 x float> %1523, splat (float 1.000000e+00)
-  %1527 = fmul <16 x float> %1526, %1525
-  %1528 = fcmp olt <16 x float> %arg.us.i.epil, splat (float -8.700000e+01)
-  %1529 = select <16 x i1> %1528, <16 x float> zeroinitializer, <16 x float> %1527
-  %1530 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1508
-  store <16 x float> %1529, ptr %1530, align 4, !tbaa !5
+  tail call void @llvm.assume(i1 %lcmp.mod253)
+  %1543 = shl nsw i64 %indvars.iv738.i.epil.init, 4
+  %1544 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1543
+  %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
+  %arg.us.i.epil = fsub <16 x float> %1545, %1496
+  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1547 = bitcast <16 x float> %1546 to <16 x i32>
+  %1548 = fsub <16 x float> %1546, %131
+  %1549 = fmul <16 x float> %1548, splat (float 0x3F2BD01060000000)
+  %1550 = fmul <16 x float> %1548, splat (float 0x3FE6300000000000)
+  %1551 = fsub <16 x float> %arg.us.i.epil, %1550
+  %1552 = fadd <16 x float> %1549, %1551
+  %1553 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1552, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1554 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1553, <16 x float> %1552, <16 x float> splat (float 0x3FA5558F20000000))
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1554, <16 x float> %1552, <16 x float> splat (float 0x3FC5554920000000))
+  %1556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1555, <16 x float> %1552, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1557 = fmul <16 x float> %1552, %1552
+  %1558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1556, <16 x float> %1557, <16 x float> %1552)
+  %1559 = shl <16 x i32> %1547, splat (i32 23)
+  %1560 = bitcast <16 x i32> %1559 to <16 x float>
+  %1561 = fadd <16 x float> %1558, splat (float 1.000000e+00)
+  %1562 = fmul <16 x float> %1561, %1560
+  %1563 = fcmp olt <16 x float> %arg.us.i.epil, %134
+  %1564 = select <16 x i1> %1563, <16 x float> zeroinitializer, <16 x float> %1562
+  %1565 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1543
+  store <16 x float> %1564, ptr %1565, align 4, !tbaa !5
   br label %for_begin_to73.for_end_to75_crit_edge.us.i
 
 for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa
-  %1531 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br i1 %472, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !4
+  %1566 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br i1 %507, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !4
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
   %indvars.iv738.1.i = phi i64 [ %indvars.iv.next739.1.i.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
-  %niter260 = phi i64 [ %niter260.next.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
-  %1532 = shl nsw i64 %indvars.iv738.1.i, 4
-  %1533 = add nuw nsw i64 %1532, 128
-  %1534 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1533
-  %1535 = load <16 x float>, ptr %1534, align 4, !tbaa !5
-  %arg.us.1.i = fsub <16 x float> %1535, %1531
-  %1536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1537 = bitcast <16 x float> %1536 to <16 x i32>
-  %1538 = fadd <16 x float> %1536, splat (float 0xC168000FE0000000)
-  %1539 = fmul <16 x float> %1538, splat (float 0x3F2BD01060000000)
-  %1540 = fmul <16 x float> %1538, splat (float 0x3FE6300000000000)
-  %1541 = fsub <16 x float> %arg.us.1.i, %1540
-  %1542 = fadd <16 x float> %1539, %1541
-  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1542, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1543, <16 x float> %1542, <16 x float> splat (float 0x3FA5558F20000000))
-  %1545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1544, <16 x float> %1542, <16 x float> splat (float 0x3FC5554920000000))
-  %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1545, <16 x float> %1542, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1547 = fmul <16 x float> %1542, %1542
-  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1546, <16 x float> %1547, <16 x float> %1542)
-  %1549 = shl <16 x i32> %1537, splat (i32 23)
-  %1550 = bitcast <16 x i32> %1549 to <16 x float>
-  %1551 = fadd <16 x float> %1548, splat (float 1.000000e+00)
-  %1552 = fmul <16 x float> %1551, %1550
-  %1553 = fcmp olt <16 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1554 = select <16 x i1> %1553, <16 x float> zeroinitializer, <16 x float> %1552
-  %1555 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1533
-  store <16 x float> %1554, ptr %1555, align 4, !tbaa !5
+  %niter261 = phi i64 [ %niter261.next.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
+  %1567 = shl nsw i64 %indvars.iv738.1.i, 4
+  %1568 = add nuw nsw i64 %1567, 128
+  %1569 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1568
+  %1570 = load <16 x float>, ptr %1569, align 4, !tbaa !5
+  %arg.us.1.i = fsub <16 x float> %1570, %1566
+  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1572 = bitcast <16 x float> %1571 to <16 x i32>
+  %1573 = fsub <16 x float> %1571, %131
+  %1574 = fmul <16 x float> %1573, splat (float 0x3F2BD01060000000)
+  %1575 = fmul <16 x float> %1573, splat (float 0x3FE6300000000000)
+  %1576 = fsub <16 x float> %arg.us.1.i, %1575
+  %1577 = fadd <16 x float> %1574, %1576
+  %1578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1577, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1578, <16 x float> %1577, <16 x float> splat (float 0x3FA5558F20000000))
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1579, <16 x float> %1577, <16 x float> splat (float 0x3FC5554920000000))
+  %1581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1580, <16 x float> %1577, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1582 = fmul <16 x float> %1577, %1577
+  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1582, <16 x float> %1577)
+  %1584 = shl <16 x i32> %1572, splat (i32 23)
+  %1585 = bitcast <16 x i32> %1584 to <16 x float>
+  %1586 = fadd <16 x float> %1583, splat (float 1.000000e+00)
+  %1587 = fmul <16 x float> %1586, %1585
+  %1588 = fcmp olt <16 x float> %arg.us.1.i, %134
+  %1589 = select <16 x i1> %1588, <16 x float> zeroinitializer, <16 x float> %1587
+  %1590 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1568
+  store <16 x float> %1589, ptr %1590, align 4, !tbaa !5
   %indvars.iv.next739.1.i = shl i64 %indvars.iv738.1.i, 4
-  %1556 = add nuw nsw i64 %indvars.iv.next739.1.i, 144
-  %1557 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1556
-  %1558 = load <16 x float>, ptr %1557, align 4, !tbaa !5
-  %arg.us.1.i.1 = fsub <16 x float> %1558, %1531
-  %1559 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1560 = bitcast <16 x float> %1559 to <16 x i32>
-  %1561 = fadd <16 x float> %1559, splat (float 0xC168000FE0000000)
-  %1562 = fmul <16 x float> %1561, splat (float 0x3F2BD01060000000)
-  %1563 = fmul <16 x float> %1561, splat (float 0x3FE6300000000000)
-  %1564 = fsub <16 x float> %arg.us.1.i.1, %1563
-  %1565 = fadd <16 x float> %1562, %1564
-  %1566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1565, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1566, <16 x float> %1565, <16 x float> splat (float 0x3FA5558F20000000))
-  %1568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1567, <16 x float> %1565, <16 x float> splat (float 0x3FC5554920000000))
-  %1569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1568, <16 x float> %1565, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1570 = fmul <16 x float> %1565, %1565
-  %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1570, <16 x float> %1565)
-  %1572 = shl <16 x i32> %1560, splat (i32 23)
-  %1573 = bitcast <16 x i32> %1572 to <16 x float>
-  %1574 = fadd <16 x float> %1571, splat (float 1.000000e+00)
-  %1575 = fmul <16 x float> %1574, %1573
-  %1576 = fcmp olt <16 x float> %arg.us.1.i.1, splat (float -8.700000e+01)
-  %1577 = select <16 x i1> %1576, <16 x float> zeroinitializer, <16 x float> %1575
-  %1578 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1556
-  store <16 x float> %1577, ptr %1578, align 4, !tbaa !5
+  %1591 = add nuw nsw i64 %indvars.iv.next739.1.i, 144
+  %1592 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1591
+  %1593 = load <16 x float>, ptr %1592, align 4, !tbaa !5
+  %arg.us.1.i.1 = fsub <16 x float> %1593, %1566
+  %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1595 = bitcast <16 x float> %1594 to <16 x i32>
+  %1596 = fsub <16 x float> %1594, %131
+  %1597 = fmul <16 x float> %1596, splat (float 0x3F2BD01060000000)
+  %1598 = fmul <16 x float> %1596, splat (float 0x3FE6300000000000)
+  %1599 = fsub <16 x float> %arg.us.1.i.1, %1598
+  %1600 = fadd <16 x float> %1597, %1599
+  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1600, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1601, <16 x float> %1600, <16 x float> splat (float 0x3FA5558F20000000))
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1602, <16 x float> %1600, <16 x float> splat (float 0x3FC5554920000000))
+  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1603, <16 x float> %1600, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1605 = fmul <16 x float> %1600, %1600
+  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1604, <16 x float> %1605, <16 x float> %1600)
+  %1607 = shl <16 x i32> %1595, splat (i32 23)
+  %1608 = bitcast <16 x i32> %1607 to <16 x float>
+  %1609 = fadd <16 x float> %1606, splat (float 1.000000e+00)
+  %1610 = fmul <16 x float> %1609, %1608
+  %1611 = fcmp olt <16 x float> %arg.us.1.i.1, %134
+  %1612 = select <16 x i1> %1611, <16 x float> zeroinitializer, <16 x float> %1610
+  %1613 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1591
+  store <16 x float> %1612, ptr %1613, align 4, !tbaa !5
   %indvars.iv.next739.1.i.1 = add nuw nsw i64 %indvars.iv738.1.i, 2
-  %niter260.next.1 = add i64 %niter260, 2
-  %niter260.ncmp.1 = icmp eq i64 %niter260.next.1, %unroll_iter259
-  br i1 %niter260.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, label %for_body_to74.us.1.i, !prof !9, !llvm.loop !52
+  %niter261.next.1 = add i64 %niter261, 2
+  %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
+  br i1 %niter261.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, label %for_body_to74.us.1.i, !prof !9, !llvm.loop !52
 
 for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to74.us.1.i
-  br i1 %lcmp.mod257.not, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod258.not, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i.epil.preheader, !prof !12
 
 for_body_to74.us.1.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.i
   %indvars.iv738.1.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next739.1.i.1, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod258)
-  %1579 = shl nsw i64 %indvars.iv738.1.i.epil.init, 4
-  %1580 = add nuw nsw i64 %1579, 128
-  %1581 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1580
-  %1582 = load <16 x float>, ptr %1581, align 4, !tbaa !5
-  %arg.us.1.i.epil = fsub <16 x float> %1582, %1531
-  %1583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1584 = bitcast <16 x float> %1583 to <16 x i32>
-  %1585 = fadd <16 x float> %1583, splat (float 0xC168000FE0000000)
-  %1586 = fmul <16 x float> %1585, splat (float 0x3F2BD01060000000)
-  %1587 = fmul <16 x float> %1585, splat (float 0x3FE6300000000000)
-  %1588 = fsub <16 x float> %arg.us.1.i.epil, %1587
-  %1589 = fadd <16 x float> %1586, %1588
-  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1589, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1590, <16 x float> %1589, <16 x float> splat (float 0x3FA5558F20000000))
-  %1592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1591, <16 x float> %1589, <16 x float> splat (float 0x3FC5554920000000))
-  %1593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1592, <16 x float> %1589, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1594 = fmul <16 x float> %1589, %1589
-  %1595 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1594, <16 x float> %1589)
-  %1596 = shl <16 x i32> %1584, splat (i32 23)
-  %1597 = bitcast <16 x i32> %1596 to <16 x float>
-  %1598 = fadd <16 x float> %1595, splat (float 1.000000e+00)
-  %1599 = fmul <16 x float> %1598, %1597
-  %1600 = fcmp olt <16 x float> %arg.us.1.i.epil, splat (float -8.700000e+01)
-  %1601 = select <16 x i1> %1600, <16 x float> zeroinitializer, <16 x float> %1599
-  %1602 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1580
-  store <16 x float> %1601, ptr %1602, align 4, !tbaa !5
+  tail call void @llvm.assume(i1 %lcmp.mod259)
+  %1614 = shl nsw i64 %indvars.iv738.1.i.epil.init, 4
+  %1615 = add nuw nsw i64 %1614, 128
+  %1616 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1615
+  %1617 = load <16 x float>, ptr %1616, align 4, !tbaa !5
+  %arg.us.1.i.epil = fsub <16 x float> %1617, %1566
+  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1619 = bitcast <16 x float> %1618 to <16 x i32>
+  %1620 = fsub <16 x float> %1618, %131
+  %1621 = fmul <16 x float> %1620, splat (float 0x3F2BD01060000000)
+  %1622 = fmul <16 x float> %1620, splat (float 0x3FE6300000000000)
+  %1623 = fsub <16 x float> %arg.us.1.i.epil, %1622
+  %1624 = fadd <16 x float> %1621, %1623
+  %1625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1624, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1625, <16 x float> %1624, <16 x float> splat (float 0x3FA5558F20000000))
+  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1626, <16 x float> %1624, <16 x float> splat (float 0x3FC5554920000000))
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1627, <16 x float> %1624, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1629 = fmul <16 x float> %1624, %1624
+  %1630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1628, <16 x float> %1629, <16 x float> %1624)
+  %1631 = shl <16 x i32> %1619, splat (i32 23)
+  %1632 = bitcast <16 x i32> %1631 to <16 x float>
+  %1633 = fadd <16 x float> %1630, splat (float 1.000000e+00)
+  %1634 = fmul <16 x float> %1633, %1632
+  %1635 = fcmp olt <16 x float> %arg.us.1.i.epil, %134
+  %1636 = select <16 x i1> %1635, <16 x float> zeroinitializer, <16 x float> %1634
+  %1637 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1615
+  store <16 x float> %1636, ptr %1637, align 4, !tbaa !5
   br label %for_begin_to73.for_end_to75_crit_edge.us.1.i
 
 for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa
-  %1603 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %473, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !4
+  %1638 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %508, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !4
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
   %indvars.iv738.2.i = phi i64 [ %indvars.iv.next739.2.i.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
-  %niter266 = phi i64 [ %niter266.next.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
-  %1604 = shl nsw i64 %indvars.iv738.2.i, 4
-  %1605 = add nuw nsw i64 %1604, 256
-  %1606 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1605
-  %1607 = load <16 x float>, ptr %1606, align 4, !tbaa !5
-  %arg.us.2.i = fsub <16 x float> %1607, %1603
-  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1609 = bitcast <16 x float> %1608 to <16 x i32>
-  %1610 = fadd <16 x float> %1608, splat (float 0xC168000FE0000000)
-  %1611 = fmul <16 x float> %1610, splat (float 0x3F2BD01060000000)
-  %1612 = fmul <16 x float> %1610, splat (float 0x3FE6300000000000)
-  %1613 = fsub <16 x float> %arg.us.2.i, %1612
-  %1614 = fadd <16 x float> %1611, %1613
-  %1615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1614, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1615, <16 x float> %1614, <16 x float> splat (float 0x3FA5558F20000000))
-  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1616, <16 x float> %1614, <16 x float> splat (float 0x3FC5554920000000))
-  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1617, <16 x float> %1614, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1619 = fmul <16 x float> %1614, %1614
-  %1620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1618, <16 x float> %1619, <16 x float> %1614)
-  %1621 = shl <16 x i32> %1609, splat (i32 23)
-  %1622 = bitcast <16 x i32> %1621 to <16 x float>
-  %1623 = fadd <16 x float> %1620, splat (float 1.000000e+00)
-  %1624 = fmul <16 x float> %1623, %1622
-  %1625 = fcmp olt <16 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1626 = select <16 x i1> %1625, <16 x float> zeroinitializer, <16 x float> %1624
-  %1627 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1605
-  store <16 x float> %1626, ptr %1627, align 4, !tbaa !5
+  %niter267 = phi i64 [ %niter267.next.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
+  %1639 = shl nsw i64 %indvars.iv738.2.i, 4
+  %1640 = add nuw nsw i64 %1639, 256
+  %1641 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1640
+  %1642 = load <16 x float>, ptr %1641, align 4, !tbaa !5
+  %arg.us.2.i = fsub <16 x float> %1642, %1638
+  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1644 = bitcast <16 x float> %1643 to <16 x i32>
+  %1645 = fsub <16 x float> %1643, %131
+  %1646 = fmul <16 x float> %1645, splat (float 0x3F2BD01060000000)
+  %1647 = fmul <16 x float> %1645, splat (float 0x3FE6300000000000)
+  %1648 = fsub <16 x float> %arg.us.2.i, %1647
+  %1649 = fadd <16 x float> %1646, %1648
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1649, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1650, <16 x float> %1649, <16 x float> splat (float 0x3FA5558F20000000))
+  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1651, <16 x float> %1649, <16 x float> splat (float 0x3FC5554920000000))
+  %1653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1652, <16 x float> %1649, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1654 = fmul <16 x float> %1649, %1649
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1653, <16 x float> %1654, <16 x float> %1649)
+  %1656 = shl <16 x i32> %1644, splat (i32 23)
+  %1657 = bitcast <16 x i32> %1656 to <16 x float>
+  %1658 = fadd <16 x float> %1655, splat (float 1.000000e+00)
+  %1659 = fmul <16 x float> %1658, %1657
+  %1660 = fcmp olt <16 x float> %arg.us.2.i, %134
+  %1661 = select <16 x i1> %1660, <16 x float> zeroinitializer, <16 x float> %1659
+  %1662 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1640
+  store <16 x float> %1661, ptr %1662, align 4, !tbaa !5
   %indvars.iv.next739.2.i = shl i64 %indvars.iv738.2.i, 4
-  %1628 = add nuw nsw i64 %indvars.iv.next739.2.i, 272
-  %1629 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1628
-  %1630 = load <16 x float>, ptr %1629, align 4, !tbaa !5
-  %arg.us.2.i.1 = fsub <16 x float> %1630, %1603
-  %1631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1632 = bitcast <16 x float> %1631 to <16 x i32>
-  %1633 = fadd <16 x float> %1631, splat (float 0xC168000FE0000000)
-  %1634 = fmul <16 x float> %1633, splat (float 0x3F2BD01060000000)
-  %1635 = fmul <16 x float> %1633, splat (float 0x3FE6300000000000)
-  %1636 = fsub <16 x float> %arg.us.2.i.1, %1635
-  %1637 = fadd <16 x float> %1634, %1636
-  %1638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1637, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1638, <16 x float> %1637, <16 x float> splat (float 0x3FA5558F20000000))
-  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1639, <16 x float> %1637, <16 x float> splat (float 0x3FC5554920000000))
-  %1641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1640, <16 x float> %1637, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1642 = fmul <16 x float> %1637, %1637
-  %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1641, <16 x float> %1642, <16 x float> %1637)
-  %1644 = shl <16 x i32> %1632, splat (i32 23)
-  %1645 = bitcast <16 x i32> %1644 to <16 x float>
-  %1646 = fadd <16 x float> %1643, splat (float 1.000000e+00)
-  %1647 = fmul <16 x float> %1646, %1645
-  %1648 = fcmp olt <16 x float> %arg.us.2.i.1, splat (float -8.700000e+01)
-  %1649 = select <16 x i1> %1648, <16 x float> zeroinitializer, <16 x float> %1647
-  %1650 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1628
-  store <16 x float> %1649, ptr %1650, align 4, !tbaa !5
+  %1663 = add nuw nsw i64 %indvars.iv.next739.2.i, 272
+  %1664 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1663
+  %1665 = load <16 x float>, ptr %1664, align 4, !tbaa !5
+  %arg.us.2.i.1 = fsub <16 x float> %1665, %1638
+  %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1667 = bitcast <16 x float> %1666 to <16 x i32>
+  %1668 = fsub <16 x float> %1666, %131
+  %1669 = fmul <16 x float> %1668, splat (float 0x3F2BD01060000000)
+  %1670 = fmul <16 x float> %1668, splat (float 0x3FE6300000000000)
+  %1671 = fsub <16 x float> %arg.us.2.i.1, %1670
+  %1672 = fadd <16 x float> %1669, %1671
+  %1673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1672, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1673, <16 x float> %1672, <16 x float> splat (float 0x3FA5558F20000000))
+  %1675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1674, <16 x float> %1672, <16 x float> splat (float 0x3FC5554920000000))
+  %1676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1675, <16 x float> %1672, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1677 = fmul <16 x float> %1672, %1672
+  %1678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1676, <16 x float> %1677, <16 x float> %1672)
+  %1679 = shl <16 x i32> %1667, splat (i32 23)
+  %1680 = bitcast <16 x i32> %1679 to <16 x float>
+  %1681 = fadd <16 x float> %1678, splat (float 1.000000e+00)
+  %1682 = fmul <16 x float> %1681, %1680
+  %1683 = fcmp olt <16 x float> %arg.us.2.i.1, %134
+  %1684 = select <16 x i1> %1683, <16 x float> zeroinitializer, <16 x float> %1682
+  %1685 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1663
+  store <16 x float> %1684, ptr %1685, align 4, !tbaa !5
   %indvars.iv.next739.2.i.1 = add nuw nsw i64 %indvars.iv738.2.i, 2
-  %niter266.next.1 = add i64 %niter266, 2
-  %niter266.ncmp.1 = icmp eq i64 %niter266.next.1, %unroll_iter265
-  br i1 %niter266.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, label %for_body_to74.us.2.i, !prof !9, !llvm.loop !53
+  %niter267.next.1 = add i64 %niter267, 2
+  %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
+  br i1 %niter267.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, label %for_body_to74.us.2.i, !prof !9, !llvm.loop !53
 
 for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to74.us.2.i
-  br i1 %lcmp.mod263.not, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod264.not, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i.epil.preheader, !prof !12
 
 for_body_to74.us.2.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.1.i
   %indvars.iv738.2.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next739.2.i.1, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod264)
-  %1651 = shl nsw i64 %indvars.iv738.2.i.epil.init, 4
-  %1652 = add nuw nsw i64 %1651, 256
-  %1653 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1652
-  %1654 = load <16 x float>, ptr %1653, align 4, !tbaa !5
-  %arg.us.2.i.epil = fsub <16 x float> %1654, %1603
-  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1656 = bitcast <16 x float> %1655 to <16 x i32>
-  %1657 = fadd <16 x float> %1655, splat (float 0xC168000FE0000000)
-  %1658 = fmul <16 x float> %1657, splat (float 0x3F2BD01060000000)
-  %1659 = fmul <16 x float> %1657, splat (float 0x3FE6300000000000)
-  %1660 = fsub <16 x float> %arg.us.2.i.epil, %1659
-  %1661 = fadd <16 x float> %1658, %1660
-  %1662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1661, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1662, <16 x float> %1661, <16 x float> splat (float 0x3FA5558F20000000))
-  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1663, <16 x float> %1661, <16 x float> splat (float 0x3FC5554920000000))
-  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1664, <16 x float> %1661, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1666 = fmul <16 x float> %1661, %1661
-  %1667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1665, <16 x float> %1666, <16 x float> %1661)
-  %1668 = shl <16 x i32> %1656, splat (i32 23)
-  %1669 = bitcast <16 x i32> %1668 to <16 x float>
-  %1670 = fadd <16 x float> %1667, splat (float 1.000000e+00)
-  %1671 = fmul <16 x float> %1670, %1669
-  %1672 = fcmp olt <16 x float> %arg.us.2.i.epil, splat (float -8.700000e+01)
-  %1673 = select <16 x i1> %1672, <16 x float> zeroinitializer, <16 x float> %1671
-  %1674 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1652
-  store <16 x float> %1673, ptr %1674, align 4, !tbaa !5
+  tail call void @llvm.assume(i1 %lcmp.mod265)
+  %1686 = shl nsw i64 %indvars.iv738.2.i.epil.init, 4
+  %1687 = add nuw nsw i64 %1686, 256
+  %1688 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1687
+  %1689 = load <16 x float>, ptr %1688, align 4, !tbaa !5
+  %arg.us.2.i.epil = fsub <16 x float> %1689, %1638
+  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1691 = bitcast <16 x float> %1690 to <16 x i32>
+  %1692 = fsub <16 x float> %1690, %131
+  %1693 = fmul <16 x float> %1692, splat (float 0x3F2BD01060000000)
+  %1694 = fmul <16 x float> %1692, splat (float 0x3FE6300000000000)
+  %1695 = fsub <16 x float> %arg.us.2.i.epil, %1694
+  %1696 = fadd <16 x float> %1693, %1695
+  %1697 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1696, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1696, <16 x float> splat (float 0x3FA5558F20000000))
+  %1699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1698, <16 x float> %1696, <16 x float> splat (float 0x3FC5554920000000))
+  %1700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1699, <16 x float> %1696, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1701 = fmul <16 x float> %1696, %1696
+  %1702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1700, <16 x float> %1701, <16 x float> %1696)
+  %1703 = shl <16 x i32> %1691, splat (i32 23)
+  %1704 = bitcast <16 x i32> %1703 to <16 x float>
+  %1705 = fadd <16 x float> %1702, splat (float 1.000000e+00)
+  %1706 = fmul <16 x float> %1705, %1704
+  %1707 = fcmp olt <16 x float> %arg.us.2.i.epil, %134
+  %1708 = select <16 x i1> %1707, <16 x float> zeroinitializer, <16 x float> %1706
+  %1709 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1687
+  store <16 x float> %1708, ptr %1709, align 4, !tbaa !5
   br label %for_begin_to73.for_end_to75_crit_edge.us.2.i
 
 for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa
-  %1675 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br i1 %474, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !4
+  %1710 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br i1 %509, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !4
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
   %indvars.iv738.3.i = phi i64 [ %indvars.iv.next739.3.i.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
-  %niter272 = phi i64 [ %niter272.next.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
-  %1676 = shl nsw i64 %indvars.iv738.3.i, 4
-  %1677 = add nuw nsw i64 %1676, 384
-  %1678 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1677
-  %1679 = load <16 x float>, ptr %1678, align 4, !tbaa !5
-  %arg.us.3.i = fsub <16 x float> %1679, %1675
-  %1680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1681 = bitcast <16 x float> %1680 to <16 x i32>
-  %1682 = fadd <16 x float> %1680, splat (float 0xC168000FE0000000)
-  %1683 = fmul <16 x float> %1682, splat (float 0x3F2BD01060000000)
-  %1684 = fmul <16 x float> %1682, splat (float 0x3FE6300000000000)
-  %1685 = fsub <16 x float> %arg.us.3.i, %1684
-  %1686 = fadd <16 x float> %1683, %1685
-  %1687 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1686, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1687, <16 x float> %1686, <16 x float> splat (float 0x3FA5558F20000000))
-  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1688, <16 x float> %1686, <16 x float> splat (float 0x3FC5554920000000))
-  %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1689, <16 x float> %1686, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1691 = fmul <16 x float> %1686, %1686
-  %1692 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1690, <16 x float> %1691, <16 x float> %1686)
-  %1693 = shl <16 x i32> %1681, splat (i32 23)
-  %1694 = bitcast <16 x i32> %1693 to <16 x float>
-  %1695 = fadd <16 x float> %1692, splat (float 1.000000e+00)
-  %1696 = fmul <16 x float> %1695, %1694
-  %1697 = fcmp olt <16 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1698 = select <16 x i1> %1697, <16 x float> zeroinitializer, <16 x float> %1696
-  %1699 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1677
-  store <16 x float> %1698, ptr %1699, align 4, !tbaa !5
+  %niter273 = phi i64 [ %niter273.next.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
+  %1711 = shl nsw i64 %indvars.iv738.3.i, 4
+  %1712 = add nuw nsw i64 %1711, 384
+  %1713 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1712
+  %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !5
+  %arg.us.3.i = fsub <16 x float> %1714, %1710
+  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1716 = bitcast <16 x float> %1715 to <16 x i32>
+  %1717 = fsub <16 x float> %1715, %131
+  %1718 = fmul <16 x float> %1717, splat (float 0x3F2BD01060000000)
+  %1719 = fmul <16 x float> %1717, splat (float 0x3FE6300000000000)
+  %1720 = fsub <16 x float> %arg.us.3.i, %1719
+  %1721 = fadd <16 x float> %1718, %1720
+  %1722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1721, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1722, <16 x float> %1721, <16 x float> splat (float 0x3FA5558F20000000))
+  %1724 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1723, <16 x float> %1721, <16 x float> splat (float 0x3FC5554920000000))
+  %1725 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1724, <16 x float> %1721, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1726 = fmul <16 x float> %1721, %1721
+  %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1725, <16 x float> %1726, <16 x float> %1721)
+  %1728 = shl <16 x i32> %1716, splat (i32 23)
+  %1729 = bitcast <16 x i32> %1728 to <16 x float>
+  %1730 = fadd <16 x float> %1727, splat (float 1.000000e+00)
+  %1731 = fmul <16 x float> %1730, %1729
+  %1732 = fcmp olt <16 x float> %arg.us.3.i, %134
+  %1733 = select <16 x i1> %1732, <16 x float> zeroinitializer, <16 x float> %1731
+  %1734 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1712
+  store <16 x float> %1733, ptr %1734, align 4, !tbaa !5
   %indvars.iv.next739.3.i = shl i64 %indvars.iv738.3.i, 4
-  %1700 = add nuw nsw i64 %indvars.iv.next739.3.i, 400
-  %1701 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1700
-  %1702 = load <16 x float>, ptr %1701, align 4, !tbaa !5
-  %arg.us.3.i.1 = fsub <16 x float> %1702, %1675
-  %1703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1704 = bitcast <16 x float> %1703 to <16 x i32>
-  %1705 = fadd <16 x float> %1703, splat (float 0xC168000FE0000000)
-  %1706 = fmul <16 x float> %1705, splat (float 0x3F2BD01060000000)
-  %1707 = fmul <16 x float> %1705, splat (float 0x3FE6300000000000)
-  %1708 = fsub <16 x float> %arg.us.3.i.1, %1707
-  %1709 = fadd <16 x float> %1706, %1708
-  %1710 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1709, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1710, <16 x float> %1709, <16 x float> splat (float 0x3FA5558F20000000))
-  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1711, <16 x float> %1709, <16 x float> splat (float 0x3FC5554920000000))
-  %1713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1712, <16 x float> %1709, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1714 = fmul <16 x float> %1709, %1709
-  %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1713, <16 x float> %1714, <16 x float> %1709)
-  %1716 = shl <16 x i32> %1704, splat (i32 23)
-  %1717 = bitcast <16 x i32> %1716 to <16 x float>
-  %1718 = fadd <16 x float> %1715, splat (float 1.000000e+00)
-  %1719 = fmul <16 x float> %1718, %1717
-  %1720 = fcmp olt <16 x float> %arg.us.3.i.1, splat (float -8.700000e+01)
-  %1721 = select <16 x i1> %1720, <16 x float> zeroinitializer, <16 x float> %1719
-  %1722 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1700
-  store <16 x float> %1721, ptr %1722, align 4, !tbaa !5
+  %1735 = add nuw nsw i64 %indvars.iv.next739.3.i, 400
+  %1736 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1735
+  %1737 = load <16 x float>, ptr %1736, align 4, !tbaa !5
+  %arg.us.3.i.1 = fsub <16 x float> %1737, %1710
+  %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1739 = bitcast <16 x float> %1738 to <16 x i32>
+  %1740 = fsub <16 x float> %1738, %131
+  %1741 = fmul <16 x float> %1740, splat (float 0x3F2BD01060000000)
+  %1742 = fmul <16 x float> %1740, splat (float 0x3FE6300000000000)
+  %1743 = fsub <16 x float> %arg.us.3.i.1, %1742
+  %1744 = fadd <16 x float> %1741, %1743
+  %1745 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1744, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1745, <16 x float> %1744, <16 x float> splat (float 0x3FA5558F20000000))
+  %1747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1746, <16 x float> %1744, <16 x float> splat (float 0x3FC5554920000000))
+  %1748 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1747, <16 x float> %1744, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1749 = fmul <16 x float> %1744, %1744
+  %1750 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1748, <16 x float> %1749, <16 x float> %1744)
+  %1751 = shl <16 x i32> %1739, splat (i32 23)
+  %1752 = bitcast <16 x i32> %1751 to <16 x float>
+  %1753 = fadd <16 x float> %1750, splat (float 1.000000e+00)
+  %1754 = fmul <16 x float> %1753, %1752
+  %1755 = fcmp olt <16 x float> %arg.us.3.i.1, %134
+  %1756 = select <16 x i1> %1755, <16 x float> zeroinitializer, <16 x float> %1754
+  %1757 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1735
+  store <16 x float> %1756, ptr %1757, align 4, !tbaa !5
   %indvars.iv.next739.3.i.1 = add nuw nsw i64 %indvars.iv738.3.i, 2
-  %niter272.next.1 = add i64 %niter272, 2
-  %niter272.ncmp.1 = icmp eq i64 %niter272.next.1, %unroll_iter271
-  br i1 %niter272.ncmp.1, label %for_body_ax184.i.preheader.unr-lcssa, label %for_body_to74.us.3.i, !prof !9, !llvm.loop !54
+  %niter273.next.1 = add i64 %niter273, 2
+  %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
+  br i1 %niter273.ncmp.1, label %for_body_ax184.i.preheader.unr-lcssa, label %for_body_to74.us.3.i, !prof !9, !llvm.loop !54
 
 for_body_ax184.i.preheader.unr-lcssa:             ; preds = %for_body_to74.us.3.i
-  br i1 %lcmp.mod269.not, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod270.not, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !12
 
 for_body_to74.us.3.i.epil.preheader:              ; preds = %for_body_ax184.i.preheader.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.2.i
   %indvars.iv738.3.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next739.3.i.1, %for_body_ax184.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod270)
-  %1723 = shl nsw i64 %indvars.iv738.3.i.epil.init, 4
-  %1724 = add nuw nsw i64 %1723, 384
-  %1725 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1724
-  %1726 = load <16 x float>, ptr %1725, align 4, !tbaa !5
-  %arg.us.3.i.epil = fsub <16 x float> %1726, %1675
-  %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
-  %1728 = bitcast <16 x float> %1727 to <16 x i32>
-  %1729 = fadd <16 x float> %1727, splat (float 0xC168000FE0000000)
-  %1730 = fmul <16 x float> %1729, splat (float 0x3F2BD01060000000)
-  %1731 = fmul <16 x float> %1729, splat (float 0x3FE6300000000000)
-  %1732 = fsub <16 x float> %arg.us.3.i.epil, %1731
-  %1733 = fadd <16 x float> %1730, %1732
-  %1734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1733, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
-  %1735 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1734, <16 x float> %1733, <16 x float> splat (float 0x3FA5558F20000000))
-  %1736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1735, <16 x float> %1733, <16 x float> splat (float 0x3FC5554920000000))
-  %1737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1736, <16 x float> %1733, <16 x float> splat (float 0x3FDFFFFFC0000000))
-  %1738 = fmul <16 x float> %1733, %1733
-  %1739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1737, <16 x float> %1738, <16 x float> %1733)
-  %1740 = shl <16 x i32> %1728, splat (i32 23)
-  %1741 = bitcast <16 x i32> %1740 to <16 x float>
-  %1742 = fadd <16 x float> %1739, splat (float 1.000000e+00)
-  %1743 = fmul <16 x float> %1742, %1741
-  %1744 = fcmp olt <16 x float> %arg.us.3.i.epil, splat (float -8.700000e+01)
-  %1745 = select <16 x i1> %1744, <16 x float> zeroinitializer, <16 x float> %1743
-  %1746 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1724
-  store <16 x float> %1745, ptr %1746, align 4, !tbaa !5
+  tail call void @llvm.assume(i1 %lcmp.mod271)
+  %1758 = shl nsw i64 %indvars.iv738.3.i.epil.init, 4
+  %1759 = add nuw nsw i64 %1758, 384
+  %1760 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1759
+  %1761 = load <16 x float>, ptr %1760, align 4, !tbaa !5
+  %arg.us.3.i.epil = fsub <16 x float> %1761, %1710
+  %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
+  %1763 = bitcast <16 x float> %1762 to <16 x i32>
+  %1764 = fsub <16 x float> %1762, %131
+  %1765 = fmul <16 x float> %1764, splat (float 0x3F2BD01060000000)
+  %1766 = fmul <16 x float> %1764, splat (float 0x3FE6300000000000)
+  %1767 = fsub <16 x float> %arg.us.3.i.epil, %1766
+  %1768 = fadd <16 x float> %1765, %1767
+  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1768, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1769, <16 x float> %1768, <16 x float> splat (float 0x3FA5558F20000000))
+  %1771 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1770, <16 x float> %1768, <16 x float> splat (float 0x3FC5554920000000))
+  %1772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1771, <16 x float> %1768, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1773 = fmul <16 x float> %1768, %1768
+  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1772, <16 x float> %1773, <16 x float> %1768)
+  %1775 = shl <16 x i32> %1763, splat (i32 23)
+  %1776 = bitcast <16 x i32> %1775 to <16 x float>
+  %1777 = fadd <16 x float> %1774, splat (float 1.000000e+00)
+  %1778 = fmul <16 x float> %1777, %1776
+  %1779 = fcmp olt <16 x float> %arg.us.3.i.epil, %134
+  %1780 = select <16 x i1> %1779, <16 x float> zeroinitializer, <16 x float> %1778
+  %1781 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1759
+  store <16 x float> %1780, ptr %1781, align 4, !tbaa !5
   br label %for_body_ax184.i.preheader
 
 for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i.epil.preheader, %for_body_ax184.i.preheader.unr-lcssa
-  br i1 %475, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
+  br i1 %510, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
   %indvars.iv747.i = phi i64 [ %indvars.iv.next748.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.i = phi <16 x float> [ %1777, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
-  %niter279 = phi i64 [ %niter279.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.i = phi <16 x float> [ %1812, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
+  %niter280 = phi i64 [ %niter280.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
   %.idx913.i = shl nsw i64 %indvars.iv747.i, 6
-  %1747 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
-  %1748 = load <16 x float>, ptr %1747, align 4, !tbaa !5
-  %1749 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i, %1748
+  %1782 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
+  %1783 = load <16 x float>, ptr %1782, align 4, !tbaa !5
+  %1784 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i, %1783
   %indvars.iv.next748.i = shl i64 %indvars.iv747.i, 6
-  %1750 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i
-  %1751 = getelementptr inbounds nuw i8, ptr %1750, i64 64
-  %1752 = load <16 x float>, ptr %1751, align 4, !tbaa !5
-  %1753 = fadd <16 x float> %1749, %1752
+  %1785 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i
+  %1786 = getelementptr inbounds nuw i8, ptr %1785, i64 64
+  %1787 = load <16 x float>, ptr %1786, align 4, !tbaa !5
+  %1788 = fadd <16 x float> %1784, %1787
   %indvars.iv.next748.i.1 = shl i64 %indvars.iv747.i, 6
-  %1754 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.1
-  %1755 = getelementptr inbounds nuw i8, ptr %1754, i64 128
-  %1756 = load <16 x float>, ptr %1755, align 4, !tbaa !5
-  %1757 = fadd <16 x float> %1753, %1756
+  %1789 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.1
+  %1790 = getelementptr inbounds nuw i8, ptr %1789, i64 128
+  %1791 = load <16 x float>, ptr %1790, align 4, !tbaa !5
+  %1792 = fadd <16 x float> %1788, %1791
   %indvars.iv.next748.i.2 = shl i64 %indvars.iv747.i, 6
-  %1758 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.2
-  %1759 = getelementptr inbounds nuw i8, ptr %1758, i64 192
-  %1760 = load <16 x float>, ptr %1759, align 4, !tbaa !5
-  %1761 = fadd <16 x float> %1757, %1760
+  %1793 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.2
+  %1794 = getelementptr inbounds nuw i8, ptr %1793, i64 192
+  %1795 = load <16 x float>, ptr %1794, align 4, !tbaa !5
+  %1796 = fadd <16 x float> %1792, %1795
   %indvars.iv.next748.i.3 = shl i64 %indvars.iv747.i, 6
-  %1762 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.3
-  %1763 = getelementptr inbounds nuw i8, ptr %1762, i64 256
-  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !5
-  %1765 = fadd <16 x float> %1761, %1764
+  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.3
+  %1798 = getelementptr inbounds nuw i8, ptr %1797, i64 256
+  %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
+  %1800 = fadd <16 x float> %1796, %1799
   %indvars.iv.next748.i.4 = shl i64 %indvars.iv747.i, 6
-  %1766 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.4
-  %1767 = getelementptr inbounds nuw i8, ptr %1766, i64 320
-  %1768 = load <16 x float>, ptr %1767, align 4, !tbaa !5
-  %1769 = fadd <16 x float> %1765, %1768
+  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.4
+  %1802 = getelementptr inbounds nuw i8, ptr %1801, i64 320
+  %1803 = load <16 x float>, ptr %1802, align 4, !tbaa !5
+  %1804 = fadd <16 x float> %1800, %1803
   %indvars.iv.next748.i.5 = shl i64 %indvars.iv747.i, 6
-  %1770 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.5
-  %1771 = getelementptr inbounds nuw i8, ptr %1770, i64 384
-  %1772 = load <16 x float>, ptr %1771, align 4, !tbaa !5
-  %1773 = fadd <16 x float> %1769, %1772
+  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.5
+  %1806 = getelementptr inbounds nuw i8, ptr %1805, i64 384
+  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
+  %1808 = fadd <16 x float> %1804, %1807
   %indvars.iv.next748.i.6 = shl i64 %indvars.iv747.i, 6
-  %1774 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.6
-  %1775 = getelementptr inbounds nuw i8, ptr %1774, i64 448
-  %1776 = load <16 x float>, ptr %1775, align 4, !tbaa !5
-  %1777 = fadd <16 x float> %1773, %1776
+  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.6
+  %1810 = getelementptr inbounds nuw i8, ptr %1809, i64 448
+  %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
+  %1812 = fadd <16 x float> %1808, %1811
   %indvars.iv.next748.i.7 = add nuw nsw i64 %indvars.iv747.i, 8
-  %niter279.next.7 = add i64 %niter279, 8
-  %niter279.ncmp.7 = icmp eq i64 %niter279.next.7, %unroll_iter278
-  br i1 %niter279.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !55
+  %niter280.next.7 = add i64 %niter280, 8
+  %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
+  br i1 %niter280.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !55
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod275.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod276.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
   %indvars.iv747.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next748.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod277)
+  %tile_sum.rf_global257.sroa.0.0469.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1812, %for_end_ax185.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod278)
   br label %for_body_ax184.i.epil
 
 for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
   %indvars.iv747.i.epil = phi i64 [ %indvars.iv.next748.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv747.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.i.epil = phi <16 x float> [ %1780, %for_body_ax184.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %epil.iter274 = phi i64 [ %epil.iter274.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.i.epil = phi <16 x float> [ %1815, %for_body_ax184.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.i.epil.init, %for_body_ax184.i.epil.preheader ]
+  %epil.iter275 = phi i64 [ %epil.iter275.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
   %.idx913.i.epil = shl nsw i64 %indvars.iv747.i.epil, 6
-  %1778 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
-  %1779 = load <16 x float>, ptr %1778, align 4, !tbaa !5
-  %1780 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i.epil, %1779
+  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
+  %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !5
+  %1815 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i.epil, %1814
   %indvars.iv.next748.i.epil = add nuw nsw i64 %indvars.iv747.i.epil, 1
-  %epil.iter274.next = add i64 %epil.iter274, 1
-  %epil.iter274.cmp.not = icmp eq i64 %epil.iter274.next, %xtraiter273
-  br i1 %epil.iter274.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !56
+  %epil.iter275.next = add i64 %epil.iter275, 1
+  %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
+  br i1 %epil.iter275.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !56
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1777, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1780, %for_body_ax184.i.epil ]
+  %tile_sum.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1812, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax184.i.epil ]
   %tile_sum.rf258.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 0
-  %1781 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.i, 0.000000e+00
+  %1816 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.i, 0.000000e+00
   %tile_sum.rf258.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 1
-  %1782 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.i, %1781
+  %1817 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.i, %1816
   %tile_sum.rf258.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 2
-  %1783 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.i, %1782
+  %1818 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.i, %1817
   %tile_sum.rf258.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 3
-  %1784 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.i, %1783
+  %1819 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.i, %1818
   %tile_sum.rf258.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 4
-  %1785 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.i, %1784
+  %1820 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.i, %1819
   %tile_sum.rf258.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 5
-  %1786 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.i, %1785
+  %1821 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.i, %1820
   %tile_sum.rf258.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 6
-  %1787 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.i, %1786
+  %1822 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.i, %1821
   %tile_sum.rf258.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 7
-  %1788 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.i, %1787
+  %1823 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.i, %1822
   %tile_sum.rf258.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 8
-  %1789 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.i, %1788
+  %1824 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.i, %1823
   %tile_sum.rf258.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 9
-  %1790 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.i, %1789
+  %1825 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.i, %1824
   %tile_sum.rf258.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 10
-  %1791 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.i, %1790
+  %1826 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.i, %1825
   %tile_sum.rf258.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 11
-  %1792 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.i, %1791
+  %1827 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.i, %1826
   %tile_sum.rf258.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 12
-  %1793 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.i, %1792
+  %1828 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.i, %1827
   %tile_sum.rf258.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 13
-  %1794 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.i, %1793
+  %1829 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.i, %1828
   %tile_sum.rf258.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 14
-  %1795 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.i, %1794
+  %1830 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.i, %1829
   %tile_sum.rf258.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 15
-  %1796 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.i, %1795
-  %tile_sum262.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1796, i64 0
-  br i1 %451, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
+  %1831 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.i, %1830
+  %tile_sum262.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1831, i64 0
+  br i1 %486, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
 
 for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
-  br i1 %476, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
+  br i1 %511, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
 
 for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
   %indvars.iv747.1.i = phi i64 [ %indvars.iv.next748.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.1.i = phi <16 x float> [ %1828, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
-  %niter286 = phi i64 [ %niter286.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.1.i = phi <16 x float> [ %1863, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
+  %niter287 = phi i64 [ %niter287.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
   %.idx914.i = shl nsw i64 %indvars.iv747.1.i, 6
-  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
-  %1798 = getelementptr inbounds nuw i8, ptr %1797, i64 512
-  %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
-  %1800 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i, %1799
+  %1832 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
+  %1833 = getelementptr inbounds nuw i8, ptr %1832, i64 512
+  %1834 = load <16 x float>, ptr %1833, align 4, !tbaa !5
+  %1835 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i, %1834
   %indvars.iv.next748.1.i = shl i64 %indvars.iv747.1.i, 6
-  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i
-  %1802 = getelementptr inbounds nuw i8, ptr %1801, i64 576
-  %1803 = load <16 x float>, ptr %1802, align 4, !tbaa !5
-  %1804 = fadd <16 x float> %1800, %1803
+  %1836 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i
+  %1837 = getelementptr inbounds nuw i8, ptr %1836, i64 576
+  %1838 = load <16 x float>, ptr %1837, align 4, !tbaa !5
+  %1839 = fadd <16 x float> %1835, %1838
   %indvars.iv.next748.1.i.1 = shl i64 %indvars.iv747.1.i, 6
-  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.1
-  %1806 = getelementptr inbounds nuw i8, ptr %1805, i64 640
-  %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
-  %1808 = fadd <16 x float> %1804, %1807
+  %1840 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.1
+  %1841 = getelementptr inbounds nuw i8, ptr %1840, i64 640
+  %1842 = load <16 x float>, ptr %1841, align 4, !tbaa !5
+  %1843 = fadd <16 x float> %1839, %1842
   %indvars.iv.next748.1.i.2 = shl i64 %indvars.iv747.1.i, 6
-  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.2
-  %1810 = getelementptr inbounds nuw i8, ptr %1809, i64 704
-  %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
-  %1812 = fadd <16 x float> %1808, %1811
+  %1844 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.2
+  %1845 = getelementptr inbounds nuw i8, ptr %1844, i64 704
+  %1846 = load <16 x float>, ptr %1845, align 4, !tbaa !5
+  %1847 = fadd <16 x float> %1843, %1846
   %indvars.iv.next748.1.i.3 = shl i64 %indvars.iv747.1.i, 6
-  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.3
-  %1814 = getelementptr inbounds nuw i8, ptr %1813, i64 768
-  %1815 = load <16 x float>, ptr %1814, align 4, !tbaa !5
-  %1816 = fadd <16 x float> %1812, %1815
+  %1848 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.3
+  %1849 = getelementptr inbounds nuw i8, ptr %1848, i64 768
+  %1850 = load <16 x float>, ptr %1849, align 4, !tbaa !5
+  %1851 = fadd <16 x float> %1847, %1850
   %indvars.iv.next748.1.i.4 = shl i64 %indvars.iv747.1.i, 6
-  %1817 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.4
-  %1818 = getelementptr inbounds nuw i8, ptr %1817, i64 832
-  %1819 = load <16 x float>, ptr %1818, align 4, !tbaa !5
-  %1820 = fadd <16 x float> %1816, %1819
+  %1852 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.4
+  %1853 = getelementptr inbounds nuw i8, ptr %1852, i64 832
+  %1854 = load <16 x float>, ptr %1853, align 4, !tbaa !5
+  %1855 = fadd <16 x float> %1851, %1854
   %indvars.iv.next748.1.i.5 = shl i64 %indvars.iv747.1.i, 6
-  %1821 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.5
-  %1822 = getelementptr inbounds nuw i8, ptr %1821, i64 896
-  %1823 = load <16 x float>, ptr %1822, align 4, !tbaa !5
-  %1824 = fadd <16 x float> %1820, %1823
+  %1856 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.5
+  %1857 = getelementptr inbounds nuw i8, ptr %1856, i64 896
+  %1858 = load <16 x float>, ptr %1857, align 4, !tbaa !5
+  %1859 = fadd <16 x float> %1855, %1858
   %indvars.iv.next748.1.i.6 = shl i64 %indvars.iv747.1.i, 6
-  %1825 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.6
-  %1826 = getelementptr inbounds nuw i8, ptr %1825, i64 960
-  %1827 = load <16 x float>, ptr %1826, align 4, !tbaa !5
-  %1828 = fadd <16 x float> %1824, %1827
+  %1860 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.6
+  %1861 = getelementptr inbounds nuw i8, ptr %1860, i64 960
+  %1862 = load <16 x float>, ptr %1861, align 4, !tbaa !5
+  %1863 = fadd <16 x float> %1859, %1862
   %indvars.iv.next748.1.i.7 = add nuw nsw i64 %indvars.iv747.1.i, 8
-  %niter286.next.7 = add i64 %niter286, 8
-  %niter286.ncmp.7 = icmp eq i64 %niter286.next.7, %unroll_iter285
-  br i1 %niter286.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !57
+  %niter287.next.7 = add i64 %niter287, 8
+  %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
+  br i1 %niter287.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !57
 
 for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
-  br i1 %lcmp.mod282.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod283.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
 
 for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
   %indvars.iv747.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next748.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod284)
+  %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1863, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod285)
   br label %for_body_ax184.1.i.epil
 
 for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
   %indvars.iv747.1.i.epil = phi i64 [ %indvars.iv.next748.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv747.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.1.i.epil = phi <16 x float> [ %1832, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %epil.iter281 = phi i64 [ %epil.iter281.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.1.i.epil = phi <16 x float> [ %1867, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
+  %epil.iter282 = phi i64 [ %epil.iter282.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
   %.idx914.i.epil = shl nsw i64 %indvars.iv747.1.i.epil, 6
-  %1829 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
-  %1830 = getelementptr inbounds nuw i8, ptr %1829, i64 512
-  %1831 = load <16 x float>, ptr %1830, align 4, !tbaa !5
-  %1832 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i.epil, %1831
+  %1864 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
+  %1865 = getelementptr inbounds nuw i8, ptr %1864, i64 512
+  %1866 = load <16 x float>, ptr %1865, align 4, !tbaa !5
+  %1867 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i.epil, %1866
   %indvars.iv.next748.1.i.epil = add nuw nsw i64 %indvars.iv747.1.i.epil, 1
-  %epil.iter281.next = add i64 %epil.iter281, 1
-  %epil.iter281.cmp.not = icmp eq i64 %epil.iter281.next, %xtraiter280
-  br i1 %epil.iter281.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !58
+  %epil.iter282.next = add i64 %epil.iter282, 1
+  %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
+  br i1 %epil.iter282.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !58
 
 for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1828, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1832, %for_body_ax184.1.i.epil ]
+  %tile_sum.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1863, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax184.1.i.epil ]
   %tile_sum.rf258.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 0
-  %1833 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %1868 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.1.i, 0.000000e+00
   %tile_sum.rf258.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 1
-  %1834 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.1.i, %1833
+  %1869 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.1.i, %1868
   %tile_sum.rf258.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 2
-  %1835 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.1.i, %1834
+  %1870 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.1.i, %1869
   %tile_sum.rf258.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 3
-  %1836 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.1.i, %1835
+  %1871 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.1.i, %1870
   %tile_sum.rf258.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 4
-  %1837 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.1.i, %1836
+  %1872 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.1.i, %1871
   %tile_sum.rf258.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 5
-  %1838 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.1.i, %1837
+  %1873 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.1.i, %1872
   %tile_sum.rf258.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 6
-  %1839 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.1.i, %1838
+  %1874 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.1.i, %1873
   %tile_sum.rf258.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 7
-  %1840 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.1.i, %1839
+  %1875 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.1.i, %1874
   %tile_sum.rf258.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 8
-  %1841 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.1.i, %1840
+  %1876 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.1.i, %1875
   %tile_sum.rf258.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 9
-  %1842 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.1.i, %1841
+  %1877 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.1.i, %1876
   %tile_sum.rf258.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 10
-  %1843 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.1.i, %1842
+  %1878 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.1.i, %1877
   %tile_sum.rf258.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 11
-  %1844 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.1.i, %1843
+  %1879 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.1.i, %1878
   %tile_sum.rf258.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 12
-  %1845 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.1.i, %1844
+  %1880 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.1.i, %1879
   %tile_sum.rf258.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 13
-  %1846 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.1.i, %1845
+  %1881 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.1.i, %1880
   %tile_sum.rf258.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 14
-  %1847 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.1.i, %1846
+  %1882 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.1.i, %1881
   %tile_sum.rf258.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 15
-  %1848 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.1.i, %1847
-  %tile_sum262.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.0.vec.insert.i, float %1848, i64 1
-  br i1 %451, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
+  %1883 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.1.i, %1882
+  %tile_sum262.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.0.vec.insert.i, float %1883, i64 1
+  br i1 %486, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
 
 for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
-  br i1 %477, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
+  br i1 %512, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
 
 for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
   %indvars.iv747.2.i = phi i64 [ %indvars.iv.next748.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.2.i = phi <16 x float> [ %1880, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
-  %niter293 = phi i64 [ %niter293.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.2.i = phi <16 x float> [ %1915, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
+  %niter294 = phi i64 [ %niter294.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
   %.idx915.i = shl nsw i64 %indvars.iv747.2.i, 6
-  %1849 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i
-  %1850 = getelementptr inbounds nuw i8, ptr %1849, i64 1024
-  %1851 = load <16 x float>, ptr %1850, align 4, !tbaa !5
-  %1852 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i, %1851
+  %1884 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i
+  %1885 = getelementptr inbounds nuw i8, ptr %1884, i64 1024
+  %1886 = load <16 x float>, ptr %1885, align 4, !tbaa !5
+  %1887 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i, %1886
   %indvars.iv.next748.2.i = shl i64 %indvars.iv747.2.i, 6
-  %1853 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i
-  %1854 = getelementptr inbounds nuw i8, ptr %1853, i64 1088
-  %1855 = load <16 x float>, ptr %1854, align 4, !tbaa !5
-  %1856 = fadd <16 x float> %1852, %1855
+  %1888 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i
+  %1889 = getelementptr inbounds nuw i8, ptr %1888, i64 1088
+  %1890 = load <16 x float>, ptr %1889, align 4, !tbaa !5
+  %1891 = fadd <16 x float> %1887, %1890
   %indvars.iv.next748.2.i.1 = shl i64 %indvars.iv747.2.i, 6
-  %1857 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.1
-  %1858 = getelementptr inbounds nuw i8, ptr %1857, i64 1152
-  %1859 = load <16 x float>, ptr %1858, align 4, !tbaa !5
-  %1860 = fadd <16 x float> %1856, %1859
+  %1892 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.1
+  %1893 = getelementptr inbounds nuw i8, ptr %1892, i64 1152
+  %1894 = load <16 x float>, ptr %1893, align 4, !tbaa !5
+  %1895 = fadd <16 x float> %1891, %1894
   %indvars.iv.next748.2.i.2 = shl i64 %indvars.iv747.2.i, 6
-  %1861 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.2
-  %1862 = getelementptr inbounds nuw i8, ptr %1861, i64 1216
-  %1863 = load <16 x float>, ptr %1862, align 4, !tbaa !5
-  %1864 = fadd <16 x float> %1860, %1863
+  %1896 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.2
+  %1897 = getelementptr inbounds nuw i8, ptr %1896, i64 1216
+  %1898 = load <16 x float>, ptr %1897, align 4, !tbaa !5
+  %1899 = fadd <16 x float> %1895, %1898
   %indvars.iv.next748.2.i.3 = shl i64 %indvars.iv747.2.i, 6
-  %1865 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.3
-  %1866 = getelementptr inbounds nuw i8, ptr %1865, i64 1280
-  %1867 = load <16 x float>, ptr %1866, align 4, !tbaa !5
-  %1868 = fadd <16 x float> %1864, %1867
+  %1900 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.3
+  %1901 = getelementptr inbounds nuw i8, ptr %1900, i64 1280
+  %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !5
+  %1903 = fadd <16 x float> %1899, %1902
   %indvars.iv.next748.2.i.4 = shl i64 %indvars.iv747.2.i, 6
-  %1869 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.4
-  %1870 = getelementptr inbounds nuw i8, ptr %1869, i64 1344
-  %1871 = load <16 x float>, ptr %1870, align 4, !tbaa !5
-  %1872 = fadd <16 x float> %1868, %1871
+  %1904 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.4
+  %1905 = getelementptr inbounds nuw i8, ptr %1904, i64 1344
+  %1906 = load <16 x float>, ptr %1905, align 4, !tbaa !5
+  %1907 = fadd <16 x float> %1903, %1906
   %indvars.iv.next748.2.i.5 = shl i64 %indvars.iv747.2.i, 6
-  %1873 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.5
-  %1874 = getelementptr inbounds nuw i8, ptr %1873, i64 1408
-  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
-  %1876 = fadd <16 x float> %1872, %1875
+  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.5
+  %1909 = getelementptr inbounds nuw i8, ptr %1908, i64 1408
+  %1910 = load <16 x float>, ptr %1909, align 4, !tbaa !5
+  %1911 = fadd <16 x float> %1907, %1910
   %indvars.iv.next748.2.i.6 = shl i64 %indvars.iv747.2.i, 6
-  %1877 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.6
-  %1878 = getelementptr inbounds nuw i8, ptr %1877, i64 1472
-  %1879 = load <16 x float>, ptr %1878, align 4, !tbaa !5
-  %1880 = fadd <16 x float> %1876, %1879
+  %1912 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.6
+  %1913 = getelementptr inbounds nuw i8, ptr %1912, i64 1472
+  %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
+  %1915 = fadd <16 x float> %1911, %1914
   %indvars.iv.next748.2.i.7 = add nuw nsw i64 %indvars.iv747.2.i, 8
-  %niter293.next.7 = add i64 %niter293, 8
-  %niter293.ncmp.7 = icmp eq i64 %niter293.next.7, %unroll_iter292
-  br i1 %niter293.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !59
+  %niter294.next.7 = add i64 %niter294, 8
+  %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
+  br i1 %niter294.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !59
 
 for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
-  br i1 %lcmp.mod289.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod290.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
 
 for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
   %indvars.iv747.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next748.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod291)
+  %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1915, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod292)
   br label %for_body_ax184.2.i.epil
 
 for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
   %indvars.iv747.2.i.epil = phi i64 [ %indvars.iv.next748.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv747.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.2.i.epil = phi <16 x float> [ %1884, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %epil.iter288 = phi i64 [ %epil.iter288.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.2.i.epil = phi <16 x float> [ %1919, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
+  %epil.iter289 = phi i64 [ %epil.iter289.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
   %.idx915.i.epil = shl nsw i64 %indvars.iv747.2.i.epil, 6
-  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i.epil
-  %1882 = getelementptr inbounds nuw i8, ptr %1881, i64 1024
-  %1883 = load <16 x float>, ptr %1882, align 4, !tbaa !5
-  %1884 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i.epil, %1883
+  %1916 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i.epil
+  %1917 = getelementptr inbounds nuw i8, ptr %1916, i64 1024
+  %1918 = load <16 x float>, ptr %1917, align 4, !tbaa !5
+  %1919 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i.epil, %1918
   %indvars.iv.next748.2.i.epil = add nuw nsw i64 %indvars.iv747.2.i.epil, 1
-  %epil.iter288.next = add i64 %epil.iter288, 1
-  %epil.iter288.cmp.not = icmp eq i64 %epil.iter288.next, %xtraiter287
-  br i1 %epil.iter288.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !60
+  %epil.iter289.next = add i64 %epil.iter289, 1
+  %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
+  br i1 %epil.iter289.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !60
 
 for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1880, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1884, %for_body_ax184.2.i.epil ]
+  %tile_sum.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1915, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax184.2.i.epil ]
   %tile_sum.rf258.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 0
-  %1885 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %1920 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.2.i, 0.000000e+00
   %tile_sum.rf258.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 1
-  %1886 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.2.i, %1885
+  %1921 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.2.i, %1920
   %tile_sum.rf258.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 2
-  %1887 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.2.i, %1886
+  %1922 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.2.i, %1921
   %tile_sum.rf258.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 3
-  %1888 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.2.i, %1887
+  %1923 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.2.i, %1922
   %tile_sum.rf258.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 4
-  %1889 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.2.i, %1888
+  %1924 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.2.i, %1923
   %tile_sum.rf258.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 5
-  %1890 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.2.i, %1889
+  %1925 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.2.i, %1924
   %tile_sum.rf258.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 6
-  %1891 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.2.i, %1890
+  %1926 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.2.i, %1925
   %tile_sum.rf258.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 7
-  %1892 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.2.i, %1891
+  %1927 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.2.i, %1926
   %tile_sum.rf258.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 8
-  %1893 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.2.i, %1892
+  %1928 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.2.i, %1927
   %tile_sum.rf258.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 9
-  %1894 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.2.i, %1893
+  %1929 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.2.i, %1928
   %tile_sum.rf258.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 10
-  %1895 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.2.i, %1894
+  %1930 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.2.i, %1929
   %tile_sum.rf258.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 11
-  %1896 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.2.i, %1895
+  %1931 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.2.i, %1930
   %tile_sum.rf258.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 12
-  %1897 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.2.i, %1896
+  %1932 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.2.i, %1931
   %tile_sum.rf258.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 13
-  %1898 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.2.i, %1897
+  %1933 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.2.i, %1932
   %tile_sum.rf258.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 14
-  %1899 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.2.i, %1898
+  %1934 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.2.i, %1933
   %tile_sum.rf258.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 15
-  %1900 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.2.i, %1899
-  %tile_sum262.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.4.vec.insert.i, float %1900, i64 2
-  br i1 %451, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
+  %1935 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.2.i, %1934
+  %tile_sum262.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.4.vec.insert.i, float %1935, i64 2
+  br i1 %486, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
 
 for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
-  br i1 %478, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
+  br i1 %513, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
 
 for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
   %indvars.iv747.3.i = phi i64 [ %indvars.iv.next748.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.3.i = phi <16 x float> [ %1932, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
-  %niter300 = phi i64 [ %niter300.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.3.i = phi <16 x float> [ %1967, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
+  %niter301 = phi i64 [ %niter301.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
   %.idx916.i = shl nsw i64 %indvars.iv747.3.i, 6
-  %1901 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i
-  %1902 = getelementptr inbounds nuw i8, ptr %1901, i64 1536
-  %1903 = load <16 x float>, ptr %1902, align 4, !tbaa !5
-  %1904 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i, %1903
+  %1936 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i
+  %1937 = getelementptr inbounds nuw i8, ptr %1936, i64 1536
+  %1938 = load <16 x float>, ptr %1937, align 4, !tbaa !5
+  %1939 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i, %1938
   %indvars.iv.next748.3.i = shl i64 %indvars.iv747.3.i, 6
-  %1905 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i
-  %1906 = getelementptr inbounds nuw i8, ptr %1905, i64 1600
-  %1907 = load <16 x float>, ptr %1906, align 4, !tbaa !5
-  %1908 = fadd <16 x float> %1904, %1907
+  %1940 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i
+  %1941 = getelementptr inbounds nuw i8, ptr %1940, i64 1600
+  %1942 = load <16 x float>, ptr %1941, align 4, !tbaa !5
+  %1943 = fadd <16 x float> %1939, %1942
   %indvars.iv.next748.3.i.1 = shl i64 %indvars.iv747.3.i, 6
-  %1909 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.1
-  %1910 = getelementptr inbounds nuw i8, ptr %1909, i64 1664
-  %1911 = load <16 x float>, ptr %1910, align 4, !tbaa !5
-  %1912 = fadd <16 x float> %1908, %1911
+  %1944 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.1
+  %1945 = getelementptr inbounds nuw i8, ptr %1944, i64 1664
+  %1946 = load <16 x float>, ptr %1945, align 4, !tbaa !5
+  %1947 = fadd <16 x float> %1943, %1946
   %indvars.iv.next748.3.i.2 = shl i64 %indvars.iv747.3.i, 6
-  %1913 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.2
-  %1914 = getelementptr inbounds nuw i8, ptr %1913, i64 1728
-  %1915 = load <16 x float>, ptr %1914, align 4, !tbaa !5
-  %1916 = fadd <16 x float> %1912, %1915
+  %1948 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.2
+  %1949 = getelementptr inbounds nuw i8, ptr %1948, i64 1728
+  %1950 = load <16 x float>, ptr %1949, align 4, !tbaa !5
+  %1951 = fadd <16 x float> %1947, %1950
   %indvars.iv.next748.3.i.3 = shl i64 %indvars.iv747.3.i, 6
-  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.3
-  %1918 = getelementptr inbounds nuw i8, ptr %1917, i64 1792
-  %1919 = load <16 x float>, ptr %1918, align 4, !tbaa !5
-  %1920 = fadd <16 x float> %1916, %1919
+  %1952 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.3
+  %1953 = getelementptr inbounds nuw i8, ptr %1952, i64 1792
+  %1954 = load <16 x float>, ptr %1953, align 4, !tbaa !5
+  %1955 = fadd <16 x float> %1951, %1954
   %indvars.iv.next748.3.i.4 = shl i64 %indvars.iv747.3.i, 6
-  %1921 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.4
-  %1922 = getelementptr inbounds nuw i8, ptr %1921, i64 1856
-  %1923 = load <16 x float>, ptr %1922, align 4, !tbaa !5
-  %1924 = fadd <16 x float> %1920, %1923
+  %1956 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.4
+  %1957 = getelementptr inbounds nuw i8, ptr %1956, i64 1856
+  %1958 = load <16 x float>, ptr %1957, align 4, !tbaa !5
+  %1959 = fadd <16 x float> %1955, %1958
   %indvars.iv.next748.3.i.5 = shl i64 %indvars.iv747.3.i, 6
-  %1925 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.5
-  %1926 = getelementptr inbounds nuw i8, ptr %1925, i64 1920
-  %1927 = load <16 x float>, ptr %1926, align 4, !tbaa !5
-  %1928 = fadd <16 x float> %1924, %1927
+  %1960 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.5
+  %1961 = getelementptr inbounds nuw i8, ptr %1960, i64 1920
+  %1962 = load <16 x float>, ptr %1961, align 4, !tbaa !5
+  %1963 = fadd <16 x float> %1959, %1962
   %indvars.iv.next748.3.i.6 = shl i64 %indvars.iv747.3.i, 6
-  %1929 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.6
-  %1930 = getelementptr inbounds nuw i8, ptr %1929, i64 1984
-  %1931 = load <16 x float>, ptr %1930, align 4, !tbaa !5
-  %1932 = fadd <16 x float> %1928, %1931
+  %1964 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.6
+  %1965 = getelementptr inbounds nuw i8, ptr %1964, i64 1984
+  %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !5
+  %1967 = fadd <16 x float> %1963, %1966
   %indvars.iv.next748.3.i.7 = add nuw nsw i64 %indvars.iv747.3.i, 8
-  %niter300.next.7 = add i64 %niter300, 8
-  %niter300.ncmp.7 = icmp eq i64 %niter300.next.7, %unroll_iter299
-  br i1 %niter300.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !61
+  %niter301.next.7 = add i64 %niter301, 8
+  %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
+  br i1 %niter301.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !61
 
 for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
-  br i1 %lcmp.mod296.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod297.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
 
 for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
   %indvars.iv747.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next748.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod298)
+  %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1967, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod299)
   br label %for_body_ax184.3.i.epil
 
 for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
   %indvars.iv747.3.i.epil = phi i64 [ %indvars.iv.next748.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv747.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.3.i.epil = phi <16 x float> [ %1936, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %epil.iter295 = phi i64 [ %epil.iter295.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
+  %tile_sum.rf_global257.sroa.0.0469.3.i.epil = phi <16 x float> [ %1971, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
+  %epil.iter296 = phi i64 [ %epil.iter296.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
   %.idx916.i.epil = shl nsw i64 %indvars.iv747.3.i.epil, 6
-  %1933 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i.epil
-  %1934 = getelementptr inbounds nuw i8, ptr %1933, i64 1536
-  %1935 = load <16 x float>, ptr %1934, align 4, !tbaa !5
-  %1936 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i.epil, %1935
+  %1968 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i.epil
+  %1969 = getelementptr inbounds nuw i8, ptr %1968, i64 1536
+  %1970 = load <16 x float>, ptr %1969, align 4, !tbaa !5
+  %1971 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i.epil, %1970
   %indvars.iv.next748.3.i.epil = add nuw nsw i64 %indvars.iv747.3.i.epil, 1
-  %epil.iter295.next = add i64 %epil.iter295, 1
-  %epil.iter295.cmp.not = icmp eq i64 %epil.iter295.next, %xtraiter294
-  br i1 %epil.iter295.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !62
+  %epil.iter296.next = add i64 %epil.iter296, 1
+  %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
+  br i1 %epil.iter296.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !62
 
 for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1932, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1936, %for_body_ax184.3.i.epil ]
+  %tile_sum.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1967, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax184.3.i.epil ]
   %tile_sum.rf258.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 0
-  %1937 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %1972 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.3.i, 0.000000e+00
   %tile_sum.rf258.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 1
-  %1938 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.3.i, %1937
+  %1973 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.3.i, %1972
   %tile_sum.rf258.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 2
-  %1939 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.3.i, %1938
+  %1974 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.3.i, %1973
   %tile_sum.rf258.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 3
-  %1940 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.3.i, %1939
+  %1975 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.3.i, %1974
   %tile_sum.rf258.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 4
-  %1941 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.3.i, %1940
+  %1976 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.3.i, %1975
   %tile_sum.rf258.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 5
-  %1942 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.3.i, %1941
+  %1977 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.3.i, %1976
   %tile_sum.rf258.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 6
-  %1943 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.3.i, %1942
+  %1978 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.3.i, %1977
   %tile_sum.rf258.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 7
-  %1944 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.3.i, %1943
+  %1979 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.3.i, %1978
   %tile_sum.rf258.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 8
-  %1945 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.3.i, %1944
+  %1980 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.3.i, %1979
   %tile_sum.rf258.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 9
-  %1946 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.3.i, %1945
+  %1981 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.3.i, %1980
   %tile_sum.rf258.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 10
-  %1947 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.3.i, %1946
+  %1982 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.3.i, %1981
   %tile_sum.rf258.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 11
-  %1948 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.3.i, %1947
+  %1983 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.3.i, %1982
   %tile_sum.rf258.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 12
-  %1949 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.3.i, %1948
+  %1984 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.3.i, %1983
   %tile_sum.rf258.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 13
-  %1950 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.3.i, %1949
+  %1985 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.3.i, %1984
   %tile_sum.rf258.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 14
-  %1951 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.3.i, %1950
+  %1986 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.3.i, %1985
   %tile_sum.rf258.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 15
-  %1952 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.3.i, %1951
-  %tile_sum262.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.8.vec.insert.i, float %1952, i64 3
-  %1953 = shl nuw nsw i64 %indvars.iv785.i, 2
-  %1954 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %1953
-  %1955 = load <4 x float>, ptr %1954, align 16, !tbaa !20
-  %old_max.i = select <4 x i1> %455, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1955
-  %1956 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %1953
-  %1957 = load <4 x float>, ptr %1956, align 16, !tbaa !18
-  %old_sum.i = select <4 x i1> %455, <4 x float> zeroinitializer, <4 x float> %1957
-  %1958 = fcmp ogt <4 x float> %old_max.i, %tile_max263.sroa.0.3.i
-  %1959 = fcmp oeq <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
-  %1960 = select <4 x i1> %1959, <4 x i1> splat (i1 true), <4 x i1> %1958
-  %old_or_both.i = select <4 x i1> %1960, <4 x float> %old_max.i, <4 x float> %tile_max263.sroa.0.3.i
-  %1961 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %1961, <4 x float> %tile_max263.sroa.0.3.i, <4 x float> %old_or_both.i
-  %1962 = fsub <4 x float> %old_max.i, %m.i
-  %1963 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1962, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %1964 = bitcast <4 x float> %1963 to <4 x i32>
-  %1965 = fadd <4 x float> %1963, splat (float 0xC168000FE0000000)
-  %1966 = fmul <4 x float> %1965, splat (float 0x3F2BD01060000000)
-  %1967 = fmul <4 x float> %1965, splat (float 0x3FE6300000000000)
-  %1968 = fsub <4 x float> %1962, %1967
-  %1969 = fadd <4 x float> %1966, %1968
-  %1970 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1969, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %1971 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1970, <4 x float> %1969, <4 x float> splat (float 0x3FA5558F20000000))
-  %1972 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1971, <4 x float> %1969, <4 x float> splat (float 0x3FC5554920000000))
-  %1973 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1972, <4 x float> %1969, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %1974 = fmul <4 x float> %1969, %1969
-  %1975 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1973, <4 x float> %1974, <4 x float> %1969)
-  %1976 = shl <4 x i32> %1964, splat (i32 23)
-  %1977 = bitcast <4 x i32> %1976 to <4 x float>
-  %1978 = fadd <4 x float> %1975, splat (float 1.000000e+00)
-  %1979 = fmul <4 x float> %1978, %1977
-  %1980 = fcmp olt <4 x float> %1962, splat (float -8.700000e+01)
-  %1981 = select <4 x i1> %1980, <4 x float> zeroinitializer, <4 x float> %1979
-  %1982 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %1983 = select <4 x i1> %1982, <4 x float> %1981, <4 x float> zeroinitializer
+  %1987 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.3.i, %1986
+  %tile_sum262.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.8.vec.insert.i, float %1987, i64 3
+  %1988 = shl nuw nsw i64 %indvars.iv785.i, 2
+  %1989 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %1988
+  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !20
+  %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
+  %1991 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %1988
+  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !18
+  %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
+  %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max263.sroa.0.3.i
+  %1994 = fcmp oeq <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
+  %1995 = select <4 x i1> %1994, <4 x i1> splat (i1 true), <4 x i1> %1993
+  %old_or_both.i = select <4 x i1> %1995, <4 x float> %old_max.i, <4 x float> %tile_max263.sroa.0.3.i
+  %1996 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %1996, <4 x float> %tile_max263.sroa.0.3.i, <4 x float> %old_or_both.i
+  %1997 = fsub <4 x float> %old_max.i, %m.i
+  %1998 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1997, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %1999 = bitcast <4 x float> %1998 to <4 x i32>
+  %2000 = fadd <4 x float> %1998, splat (float 0xC168000FE0000000)
+  %2001 = fmul <4 x float> %2000, splat (float 0x3F2BD01060000000)
+  %2002 = fmul <4 x float> %2000, splat (float 0x3FE6300000000000)
+  %2003 = fsub <4 x float> %1997, %2002
+  %2004 = fadd <4 x float> %2001, %2003
+  %2005 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2004, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2006 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2005, <4 x float> %2004, <4 x float> splat (float 0x3FA5558F20000000))
+  %2007 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2006, <4 x float> %2004, <4 x float> splat (float 0x3FC5554920000000))
+  %2008 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2007, <4 x float> %2004, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2009 = fmul <4 x float> %2004, %2004
+  %2010 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2008, <4 x float> %2009, <4 x float> %2004)
+  %2011 = shl <4 x i32> %1999, splat (i32 23)
+  %2012 = bitcast <4 x i32> %2011 to <4 x float>
+  %2013 = fadd <4 x float> %2010, splat (float 1.000000e+00)
+  %2014 = fmul <4 x float> %2013, %2012
+  %2015 = fcmp olt <4 x float> %1997, splat (float -8.700000e+01)
+  %2016 = select <4 x i1> %2015, <4 x float> zeroinitializer, <4 x float> %2014
+  %2017 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2018 = select <4 x i1> %2017, <4 x float> %2016, <4 x float> zeroinitializer
   %arg105.i = fsub <4 x float> %tile_max263.sroa.0.3.i, %m.i
-  %1984 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg105.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %1985 = bitcast <4 x float> %1984 to <4 x i32>
-  %1986 = fadd <4 x float> %1984, splat (float 0xC168000FE0000000)
-  %1987 = fmul <4 x float> %1986, splat (float 0x3F2BD01060000000)
-  %1988 = fmul <4 x float> %1986, splat (float 0x3FE6300000000000)
-  %1989 = fsub <4 x float> %arg105.i, %1988
-  %1990 = fadd <4 x float> %1987, %1989
-  %1991 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1990, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %1992 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1991, <4 x float> %1990, <4 x float> splat (float 0x3FA5558F20000000))
-  %1993 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1992, <4 x float> %1990, <4 x float> splat (float 0x3FC5554920000000))
-  %1994 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1993, <4 x float> %1990, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %1995 = fmul <4 x float> %1990, %1990
-  %1996 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1994, <4 x float> %1995, <4 x float> %1990)
-  %1997 = shl <4 x i32> %1985, splat (i32 23)
-  %1998 = bitcast <4 x i32> %1997 to <4 x float>
-  %1999 = fadd <4 x float> %1996, splat (float 1.000000e+00)
-  %2000 = fmul <4 x float> %1999, %1998
-  %2001 = fcmp olt <4 x float> %arg105.i, splat (float -8.700000e+01)
-  %2002 = select <4 x i1> %2001, <4 x float> zeroinitializer, <4 x float> %2000
-  %2003 = fcmp one <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
-  %2004 = select <4 x i1> %2003, <4 x float> %2002, <4 x float> zeroinitializer
-  %2005 = fmul <4 x float> %old_sum.i, %1983
-  %2006 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2004, <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, <4 x float> %2005)
-  store <4 x float> %m.i, ptr %1954, align 16, !tbaa !20
-  store <4 x float> %2006, ptr %1956, align 16, !tbaa !18
-  %2007 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> zeroinitializer
-  %2008 = shl nuw nsw i64 %indvars.iv785.i, 9
-  %2009 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> zeroinitializer
-  %2010 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2011 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2012 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2013 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2014 = shufflevector <4 x float> %2004, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2015 = shufflevector <4 x float> %1983, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2016 = zext nneg i32 %505 to i64
-  %2017 = mul nsw i64 %v_head, %2016
-  %2018 = select i1 %503, i32 128, i32 0
-  %2019 = mul nsw i64 %indvars.iv785.i, %v_head
-  %invariant.gep588.i = getelementptr i32, ptr %value_cache, i64 %2019
+  %2019 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg105.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2020 = bitcast <4 x float> %2019 to <4 x i32>
+  %2021 = fadd <4 x float> %2019, splat (float 0xC168000FE0000000)
+  %2022 = fmul <4 x float> %2021, splat (float 0x3F2BD01060000000)
+  %2023 = fmul <4 x float> %2021, splat (float 0x3FE6300000000000)
+  %2024 = fsub <4 x float> %arg105.i, %2023
+  %2025 = fadd <4 x float> %2022, %2024
+  %2026 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2025, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2027 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2026, <4 x float> %2025, <4 x float> splat (float 0x3FA5558F20000000))
+  %2028 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2027, <4 x float> %2025, <4 x float> splat (float 0x3FC5554920000000))
+  %2029 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2028, <4 x float> %2025, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2030 = fmul <4 x float> %2025, %2025
+  %2031 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2029, <4 x float> %2030, <4 x float> %2025)
+  %2032 = shl <4 x i32> %2020, splat (i32 23)
+  %2033 = bitcast <4 x i32> %2032 to <4 x float>
+  %2034 = fadd <4 x float> %2031, splat (float 1.000000e+00)
+  %2035 = fmul <4 x float> %2034, %2033
+  %2036 = fcmp olt <4 x float> %arg105.i, splat (float -8.700000e+01)
+  %2037 = select <4 x i1> %2036, <4 x float> zeroinitializer, <4 x float> %2035
+  %2038 = fcmp one <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
+  %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
+  %2040 = fmul <4 x float> %old_sum.i, %2018
+  %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, <4 x float> %2040)
+  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !20
+  store <4 x float> %2041, ptr %1991, align 16, !tbaa !18
+  %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
+  %2043 = shl nuw nsw i64 %indvars.iv785.i, 9
+  %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
+  %2045 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2046 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2047 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2048 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2049 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2050 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2051 = zext nneg i32 %540 to i64
+  %2052 = mul nsw i64 %v_head, %2051
+  %2053 = select i1 %538, i32 128, i32 0
+  %2054 = mul nsw i64 %indvars.iv785.i, %v_head
+  %invariant.gep588.i = getelementptr i32, ptr %value_cache, i64 %2054
   br label %for_body_d_0_m.i
 
 for_body_d_0_m.i:                                 ; preds = %if_end187.i, %for_end_ax185.3.i
   %indvars.iv781.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next782.i, %if_end187.i ]
-  br i1 %457, label %for_begin_ax2125.preheader.lr.ph.i, label %for_end_to122.i, !prof !3
+  br i1 %492, label %for_begin_ax2125.preheader.lr.ph.i, label %for_end_to122.i, !prof !3
 
 for_begin_ax2125.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
-  %2020 = mul nuw nsw i64 %indvars.iv781.i, %461
+  %2055 = mul nuw nsw i64 %indvars.iv781.i, %496
   %gep589.idx.i = shl i64 %indvars.iv781.i, 6
   %gep589.i = getelementptr i8, ptr %invariant.gep588.i, i64 %gep589.idx.i
   br label %for_begin_ax2125.preheader.i
 
 for_end_d_0_m.i:                                  ; preds = %if_end187.i
-  %2021 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2022 = tail call i32 %2021(i32 1, i32 %dev_id, ptr nonnull %scaled918920923.i)
-  %.not274.i = icmp eq i32 %2022, 0
+  %2056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled918920923.i)
+  %.not274.i = icmp eq i32 %2057, 0
   br i1 %.not274.i, label %if_end189.i, label %fused_decode_compute_.exit, !prof !17
 
 for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.preheader.i, %for_begin_ax2125.preheader.lr.ph.i
   %indvars.iv757.i = phi i64 [ 0, %for_begin_ax2125.preheader.lr.ph.i ], [ %indvars.iv.next758.i, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.238.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2579, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.204.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2578, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.170.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2573, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.136.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2572, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.102.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2567, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.0.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2558, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.34.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2561, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.68.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2566, %for_begin_ax2125.preheader.i ]
-  %2023 = add nuw nsw i64 %indvars.iv757.i, %2020
-  %2024 = trunc i64 %2023 to i32
-  %2025 = shl i32 %2024, 2
-  %2026 = add i32 %2025, %2018
-  %2027 = sext i32 %2026 to i64
-  %2028 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2027
-  %2029 = load i64, ptr %2028, align 8, !tbaa !5
-  %2030 = getelementptr i32, ptr %value_cache, i64 %2029
-  %2031 = getelementptr i32, ptr %2030, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2031, i32 0, i32 2, i32 1)
-  %2032 = getelementptr i8, ptr %2030, i64 64
-  %2033 = getelementptr i32, ptr %2032, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2033, i32 0, i32 2, i32 1)
-  %2034 = getelementptr i8, ptr %2030, i64 128
-  %2035 = getelementptr i32, ptr %2034, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2035, i32 0, i32 2, i32 1)
-  %2036 = getelementptr i8, ptr %2030, i64 192
-  %2037 = getelementptr i32, ptr %2036, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2037, i32 0, i32 2, i32 1)
-  %2038 = getelementptr i8, ptr %2028, i64 8
-  %2039 = load i64, ptr %2038, align 8, !tbaa !5
-  %2040 = getelementptr i32, ptr %value_cache, i64 %2039
-  %2041 = getelementptr i32, ptr %2040, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2041, i32 0, i32 2, i32 1)
-  %2042 = getelementptr i8, ptr %2040, i64 64
-  %2043 = getelementptr i32, ptr %2042, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2043, i32 0, i32 2, i32 1)
-  %2044 = getelementptr i8, ptr %2040, i64 128
-  %2045 = getelementptr i32, ptr %2044, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2045, i32 0, i32 2, i32 1)
-  %2046 = getelementptr i8, ptr %2040, i64 192
-  %2047 = getelementptr i32, ptr %2046, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2047, i32 0, i32 2, i32 1)
-  %2048 = getelementptr i8, ptr %2028, i64 16
-  %2049 = load i64, ptr %2048, align 8, !tbaa !5
-  %2050 = getelementptr i32, ptr %value_cache, i64 %2049
-  %2051 = getelementptr i32, ptr %2050, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2051, i32 0, i32 2, i32 1)
-  %2052 = getelementptr i8, ptr %2050, i64 64
-  %2053 = getelementptr i32, ptr %2052, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2053, i32 0, i32 2, i32 1)
-  %2054 = getelementptr i8, ptr %2050, i64 128
-  %2055 = getelementptr i32, ptr %2054, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2055, i32 0, i32 2, i32 1)
-  %2056 = getelementptr i8, ptr %2050, i64 192
-  %2057 = getelementptr i32, ptr %2056, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2057, i32 0, i32 2, i32 1)
-  %2058 = getelementptr i8, ptr %2028, i64 24
-  %2059 = load i64, ptr %2058, align 8, !tbaa !5
-  %2060 = getelementptr i32, ptr %value_cache, i64 %2059
-  %2061 = getelementptr i32, ptr %2060, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2061, i32 0, i32 2, i32 1)
-  %2062 = getelementptr i8, ptr %2060, i64 64
-  %2063 = getelementptr i32, ptr %2062, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2063, i32 0, i32 2, i32 1)
-  %2064 = getelementptr i8, ptr %2060, i64 128
-  %2065 = getelementptr i32, ptr %2064, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2065, i32 0, i32 2, i32 1)
-  %2066 = getelementptr i8, ptr %2060, i64 192
-  %2067 = getelementptr i32, ptr %2066, i64 %2017
-  tail call void @llvm.prefetch.p0(ptr readonly %2067, i32 0, i32 2, i32 1)
-  %2068 = shl nsw i64 %indvars.iv757.i, 4
-  %2069 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2068
-  %2070 = load float, ptr %2069, align 4, !tbaa !5
-  %2071 = insertelement <16 x float> poison, float %2070, i64 0
-  %2072 = shufflevector <16 x float> %2071, <16 x float> poison, <16 x i32> zeroinitializer
-  %2073 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2068
+  %full_acc253.sroa.238.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2614, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.204.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2613, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.170.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2608, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.136.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2607, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.102.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2602, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.0.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2593, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.34.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2596, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.68.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2601, %for_begin_ax2125.preheader.i ]
+  %2058 = add nuw nsw i64 %indvars.iv757.i, %2055
+  %2059 = trunc i64 %2058 to i32
+  %2060 = shl i32 %2059, 2
+  %2061 = add i32 %2060, %2053
+  %2062 = sext i32 %2061 to i64
+  %2063 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2062
+  %2064 = load i64, ptr %2063, align 8, !tbaa !5
+  %2065 = getelementptr i32, ptr %value_cache, i64 %2064
+  %2066 = getelementptr i32, ptr %2065, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2066, i32 0, i32 2, i32 1)
+  %2067 = getelementptr i8, ptr %2065, i64 64
+  %2068 = getelementptr i32, ptr %2067, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2068, i32 0, i32 2, i32 1)
+  %2069 = getelementptr i8, ptr %2065, i64 128
+  %2070 = getelementptr i32, ptr %2069, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2070, i32 0, i32 2, i32 1)
+  %2071 = getelementptr i8, ptr %2065, i64 192
+  %2072 = getelementptr i32, ptr %2071, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2072, i32 0, i32 2, i32 1)
+  %2073 = getelementptr i8, ptr %2063, i64 8
   %2074 = load i64, ptr %2073, align 8, !tbaa !5
-  %gep494.i = getelementptr i32, ptr %gep589.i, i64 %2074
-  %2075 = load <16 x i32>, ptr %gep494.i, align 4, !tbaa !5
-  %2076 = shl <16 x i32> %2075, splat (i32 16)
-  %2077 = bitcast <16 x i32> %2076 to <16 x float>
-  %2078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2077, <16 x float> %full_acc253.sroa.0.0476.i)
-  %2079 = and <16 x i32> %2075, %93
-  %2080 = bitcast <16 x i32> %2079 to <16 x float>
-  %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2072, <16 x float> %2080, <16 x float> %full_acc253.sroa.34.0475.i)
-  %2082 = getelementptr inbounds nuw i8, ptr %2069, i64 512
-  %2083 = load float, ptr %2082, align 4, !tbaa !5
-  %2084 = insertelement <16 x float> poison, float %2083, i64 0
-  %2085 = shufflevector <16 x float> %2084, <16 x float> poison, <16 x i32> zeroinitializer
-  %2086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2077, <16 x float> %full_acc253.sroa.68.0474.i)
-  %2087 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2085, <16 x float> %2080, <16 x float> %full_acc253.sroa.102.0477.i)
-  %2088 = getelementptr inbounds nuw i8, ptr %2069, i64 1024
-  %2089 = load float, ptr %2088, align 4, !tbaa !5
-  %2090 = insertelement <16 x float> poison, float %2089, i64 0
-  %2091 = shufflevector <16 x float> %2090, <16 x float> poison, <16 x i32> zeroinitializer
-  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2077, <16 x float> %full_acc253.sroa.136.0478.i)
-  %2093 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2091, <16 x float> %2080, <16 x float> %full_acc253.sroa.170.0479.i)
-  %2094 = getelementptr inbounds nuw i8, ptr %2069, i64 1536
-  %2095 = load float, ptr %2094, align 4, !tbaa !5
-  %2096 = insertelement <16 x float> poison, float %2095, i64 0
-  %2097 = shufflevector <16 x float> %2096, <16 x float> poison, <16 x i32> zeroinitializer
-  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2077, <16 x float> %full_acc253.sroa.204.0480.i)
-  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2080, <16 x float> %full_acc253.sroa.238.0481.i)
-  %2100 = or disjoint i64 %2068, 1
-  %2101 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2100
-  %2102 = load float, ptr %2101, align 4, !tbaa !5
-  %2103 = insertelement <16 x float> poison, float %2102, i64 0
-  %2104 = shufflevector <16 x float> %2103, <16 x float> poison, <16 x i32> zeroinitializer
-  %2105 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2100
-  %2106 = load i64, ptr %2105, align 8, !tbaa !5
-  %gep498.i = getelementptr i32, ptr %gep589.i, i64 %2106
-  %2107 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !5
-  %2108 = shl <16 x i32> %2107, splat (i32 16)
-  %2109 = bitcast <16 x i32> %2108 to <16 x float>
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2109, <16 x float> %2078)
-  %2111 = and <16 x i32> %2107, %93
+  %2075 = getelementptr i32, ptr %value_cache, i64 %2074
+  %2076 = getelementptr i32, ptr %2075, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2076, i32 0, i32 2, i32 1)
+  %2077 = getelementptr i8, ptr %2075, i64 64
+  %2078 = getelementptr i32, ptr %2077, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2078, i32 0, i32 2, i32 1)
+  %2079 = getelementptr i8, ptr %2075, i64 128
+  %2080 = getelementptr i32, ptr %2079, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2080, i32 0, i32 2, i32 1)
+  %2081 = getelementptr i8, ptr %2075, i64 192
+  %2082 = getelementptr i32, ptr %2081, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2082, i32 0, i32 2, i32 1)
+  %2083 = getelementptr i8, ptr %2063, i64 16
+  %2084 = load i64, ptr %2083, align 8, !tbaa !5
+  %2085 = getelementptr i32, ptr %value_cache, i64 %2084
+  %2086 = getelementptr i32, ptr %2085, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2086, i32 0, i32 2, i32 1)
+  %2087 = getelementptr i8, ptr %2085, i64 64
+  %2088 = getelementptr i32, ptr %2087, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2088, i32 0, i32 2, i32 1)
+  %2089 = getelementptr i8, ptr %2085, i64 128
+  %2090 = getelementptr i32, ptr %2089, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2090, i32 0, i32 2, i32 1)
+  %2091 = getelementptr i8, ptr %2085, i64 192
+  %2092 = getelementptr i32, ptr %2091, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2092, i32 0, i32 2, i32 1)
+  %2093 = getelementptr i8, ptr %2063, i64 24
+  %2094 = load i64, ptr %2093, align 8, !tbaa !5
+  %2095 = getelementptr i32, ptr %value_cache, i64 %2094
+  %2096 = getelementptr i32, ptr %2095, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2096, i32 0, i32 2, i32 1)
+  %2097 = getelementptr i8, ptr %2095, i64 64
+  %2098 = getelementptr i32, ptr %2097, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2098, i32 0, i32 2, i32 1)
+  %2099 = getelementptr i8, ptr %2095, i64 128
+  %2100 = getelementptr i32, ptr %2099, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2100, i32 0, i32 2, i32 1)
+  %2101 = getelementptr i8, ptr %2095, i64 192
+  %2102 = getelementptr i32, ptr %2101, i64 %2052
+  tail call void @llvm.prefetch.p0(ptr readonly %2102, i32 0, i32 2, i32 1)
+  %2103 = shl nsw i64 %indvars.iv757.i, 4
+  %2104 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2103
+  %2105 = load float, ptr %2104, align 4, !tbaa !5
+  %2106 = insertelement <16 x float> poison, float %2105, i64 0
+  %2107 = shufflevector <16 x float> %2106, <16 x float> poison, <16 x i32> zeroinitializer
+  %2108 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2103
+  %2109 = load i64, ptr %2108, align 8, !tbaa !5
+  %gep494.i = getelementptr i32, ptr %gep589.i, i64 %2109
+  %2110 = load <16 x i32>, ptr %gep494.i, align 4, !tbaa !5
+  %2111 = shl <16 x i32> %2110, splat (i32 16)
   %2112 = bitcast <16 x i32> %2111 to <16 x float>
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2104, <16 x float> %2112, <16 x float> %2081)
-  %2114 = getelementptr inbounds nuw i8, ptr %2069, i64 516
-  %2115 = load float, ptr %2114, align 4, !tbaa !5
-  %2116 = insertelement <16 x float> poison, float %2115, i64 0
-  %2117 = shufflevector <16 x float> %2116, <16 x float> poison, <16 x i32> zeroinitializer
-  %2118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> %2109, <16 x float> %2086)
-  %2119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2117, <16 x float> %2112, <16 x float> %2087)
-  %2120 = getelementptr inbounds nuw i8, ptr %2069, i64 1028
-  %2121 = load float, ptr %2120, align 4, !tbaa !5
-  %2122 = insertelement <16 x float> poison, float %2121, i64 0
-  %2123 = shufflevector <16 x float> %2122, <16 x float> poison, <16 x i32> zeroinitializer
-  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2109, <16 x float> %2092)
-  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2112, <16 x float> %2093)
-  %2126 = getelementptr inbounds nuw i8, ptr %2069, i64 1540
-  %2127 = load float, ptr %2126, align 4, !tbaa !5
-  %2128 = insertelement <16 x float> poison, float %2127, i64 0
-  %2129 = shufflevector <16 x float> %2128, <16 x float> poison, <16 x i32> zeroinitializer
-  %2130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2109, <16 x float> %2098)
-  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2129, <16 x float> %2112, <16 x float> %2099)
-  %2132 = or disjoint i64 %2068, 2
-  %2133 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2132
-  %2134 = load float, ptr %2133, align 4, !tbaa !5
-  %2135 = insertelement <16 x float> poison, float %2134, i64 0
-  %2136 = shufflevector <16 x float> %2135, <16 x float> poison, <16 x i32> zeroinitializer
-  %2137 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2132
-  %2138 = load i64, ptr %2137, align 8, !tbaa !5
-  %gep502.i = getelementptr i32, ptr %gep589.i, i64 %2138
-  %2139 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !5
-  %2140 = shl <16 x i32> %2139, splat (i32 16)
-  %2141 = bitcast <16 x i32> %2140 to <16 x float>
-  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2141, <16 x float> %2110)
-  %2143 = and <16 x i32> %2139, %93
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2112, <16 x float> %full_acc253.sroa.0.0476.i)
+  %2114 = and <16 x i32> %2110, %101
+  %2115 = bitcast <16 x i32> %2114 to <16 x float>
+  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2115, <16 x float> %full_acc253.sroa.34.0475.i)
+  %2117 = getelementptr inbounds nuw i8, ptr %2104, i64 512
+  %2118 = load float, ptr %2117, align 4, !tbaa !5
+  %2119 = insertelement <16 x float> poison, float %2118, i64 0
+  %2120 = shufflevector <16 x float> %2119, <16 x float> poison, <16 x i32> zeroinitializer
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2112, <16 x float> %full_acc253.sroa.68.0474.i)
+  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2115, <16 x float> %full_acc253.sroa.102.0477.i)
+  %2123 = getelementptr inbounds nuw i8, ptr %2104, i64 1024
+  %2124 = load float, ptr %2123, align 4, !tbaa !5
+  %2125 = insertelement <16 x float> poison, float %2124, i64 0
+  %2126 = shufflevector <16 x float> %2125, <16 x float> poison, <16 x i32> zeroinitializer
+  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2112, <16 x float> %full_acc253.sroa.136.0478.i)
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2115, <16 x float> %full_acc253.sroa.170.0479.i)
+  %2129 = getelementptr inbounds nuw i8, ptr %2104, i64 1536
+  %2130 = load float, ptr %2129, align 4, !tbaa !5
+  %2131 = insertelement <16 x float> poison, float %2130, i64 0
+  %2132 = shufflevector <16 x float> %2131, <16 x float> poison, <16 x i32> zeroinitializer
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2112, <16 x float> %full_acc253.sroa.204.0480.i)
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2115, <16 x float> %full_acc253.sroa.238.0481.i)
+  %2135 = or disjoint i64 %2103, 1
+  %2136 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2135
+  %2137 = load float, ptr %2136, align 4, !tbaa !5
+  %2138 = insertelement <16 x float> poison, float %2137, i64 0
+  %2139 = shufflevector <16 x float> %2138, <16 x float> poison, <16 x i32> zeroinitializer
+  %2140 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2135
+  %2141 = load i64, ptr %2140, align 8, !tbaa !5
+  %gep498.i = getelementptr i32, ptr %gep589.i, i64 %2141
+  %2142 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !5
+  %2143 = shl <16 x i32> %2142, splat (i32 16)
   %2144 = bitcast <16 x i32> %2143 to <16 x float>
-  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2136, <16 x float> %2144, <16 x float> %2113)
-  %2146 = getelementptr inbounds nuw i8, ptr %2069, i64 520
-  %2147 = load float, ptr %2146, align 4, !tbaa !5
-  %2148 = insertelement <16 x float> poison, float %2147, i64 0
-  %2149 = shufflevector <16 x float> %2148, <16 x float> poison, <16 x i32> zeroinitializer
-  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %2141, <16 x float> %2118)
-  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %2144, <16 x float> %2119)
-  %2152 = getelementptr inbounds nuw i8, ptr %2069, i64 1032
-  %2153 = load float, ptr %2152, align 4, !tbaa !5
-  %2154 = insertelement <16 x float> poison, float %2153, i64 0
-  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
-  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2141, <16 x float> %2124)
-  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2155, <16 x float> %2144, <16 x float> %2125)
-  %2158 = getelementptr inbounds nuw i8, ptr %2069, i64 1544
-  %2159 = load float, ptr %2158, align 4, !tbaa !5
-  %2160 = insertelement <16 x float> poison, float %2159, i64 0
-  %2161 = shufflevector <16 x float> %2160, <16 x float> poison, <16 x i32> zeroinitializer
-  %2162 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2141, <16 x float> %2130)
-  %2163 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2161, <16 x float> %2144, <16 x float> %2131)
-  %2164 = or disjoint i64 %2068, 3
-  %2165 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2164
-  %2166 = load float, ptr %2165, align 4, !tbaa !5
-  %2167 = insertelement <16 x float> poison, float %2166, i64 0
-  %2168 = shufflevector <16 x float> %2167, <16 x float> poison, <16 x i32> zeroinitializer
-  %2169 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2164
-  %2170 = load i64, ptr %2169, align 8, !tbaa !5
-  %gep506.i = getelementptr i32, ptr %gep589.i, i64 %2170
-  %2171 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !5
-  %2172 = shl <16 x i32> %2171, splat (i32 16)
-  %2173 = bitcast <16 x i32> %2172 to <16 x float>
-  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2173, <16 x float> %2142)
-  %2175 = and <16 x i32> %2171, %93
+  %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2144, <16 x float> %2113)
+  %2146 = and <16 x i32> %2142, %101
+  %2147 = bitcast <16 x i32> %2146 to <16 x float>
+  %2148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2147, <16 x float> %2116)
+  %2149 = getelementptr inbounds nuw i8, ptr %2104, i64 516
+  %2150 = load float, ptr %2149, align 4, !tbaa !5
+  %2151 = insertelement <16 x float> poison, float %2150, i64 0
+  %2152 = shufflevector <16 x float> %2151, <16 x float> poison, <16 x i32> zeroinitializer
+  %2153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2152, <16 x float> %2144, <16 x float> %2121)
+  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2152, <16 x float> %2147, <16 x float> %2122)
+  %2155 = getelementptr inbounds nuw i8, ptr %2104, i64 1028
+  %2156 = load float, ptr %2155, align 4, !tbaa !5
+  %2157 = insertelement <16 x float> poison, float %2156, i64 0
+  %2158 = shufflevector <16 x float> %2157, <16 x float> poison, <16 x i32> zeroinitializer
+  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %2144, <16 x float> %2127)
+  %2160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2158, <16 x float> %2147, <16 x float> %2128)
+  %2161 = getelementptr inbounds nuw i8, ptr %2104, i64 1540
+  %2162 = load float, ptr %2161, align 4, !tbaa !5
+  %2163 = insertelement <16 x float> poison, float %2162, i64 0
+  %2164 = shufflevector <16 x float> %2163, <16 x float> poison, <16 x i32> zeroinitializer
+  %2165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> %2144, <16 x float> %2133)
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2164, <16 x float> %2147, <16 x float> %2134)
+  %2167 = or disjoint i64 %2103, 2
+  %2168 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2167
+  %2169 = load float, ptr %2168, align 4, !tbaa !5
+  %2170 = insertelement <16 x float> poison, float %2169, i64 0
+  %2171 = shufflevector <16 x float> %2170, <16 x float> poison, <16 x i32> zeroinitializer
+  %2172 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2167
+  %2173 = load i64, ptr %2172, align 8, !tbaa !5
+  %gep502.i = getelementptr i32, ptr %gep589.i, i64 %2173
+  %2174 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !5
+  %2175 = shl <16 x i32> %2174, splat (i32 16)
   %2176 = bitcast <16 x i32> %2175 to <16 x float>
-  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2176, <16 x float> %2145)
-  %2178 = getelementptr inbounds nuw i8, ptr %2069, i64 524
-  %2179 = load float, ptr %2178, align 4, !tbaa !5
-  %2180 = insertelement <16 x float> poison, float %2179, i64 0
-  %2181 = shufflevector <16 x float> %2180, <16 x float> poison, <16 x i32> zeroinitializer
-  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2173, <16 x float> %2150)
-  %2183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2181, <16 x float> %2176, <16 x float> %2151)
-  %2184 = getelementptr inbounds nuw i8, ptr %2069, i64 1036
-  %2185 = load float, ptr %2184, align 4, !tbaa !5
-  %2186 = insertelement <16 x float> poison, float %2185, i64 0
-  %2187 = shufflevector <16 x float> %2186, <16 x float> poison, <16 x i32> zeroinitializer
-  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2173, <16 x float> %2156)
-  %2189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2187, <16 x float> %2176, <16 x float> %2157)
-  %2190 = getelementptr inbounds nuw i8, ptr %2069, i64 1548
-  %2191 = load float, ptr %2190, align 4, !tbaa !5
-  %2192 = insertelement <16 x float> poison, float %2191, i64 0
-  %2193 = shufflevector <16 x float> %2192, <16 x float> poison, <16 x i32> zeroinitializer
-  %2194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> %2173, <16 x float> %2162)
-  %2195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2193, <16 x float> %2176, <16 x float> %2163)
-  %2196 = or disjoint i64 %2068, 4
-  %2197 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2196
-  %2198 = load float, ptr %2197, align 4, !tbaa !5
-  %2199 = insertelement <16 x float> poison, float %2198, i64 0
-  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
-  %2201 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2196
-  %2202 = load i64, ptr %2201, align 8, !tbaa !5
-  %gep510.i = getelementptr i32, ptr %gep589.i, i64 %2202
-  %2203 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !5
-  %2204 = shl <16 x i32> %2203, splat (i32 16)
-  %2205 = bitcast <16 x i32> %2204 to <16 x float>
-  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2205, <16 x float> %2174)
-  %2207 = and <16 x i32> %2203, %93
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2171, <16 x float> %2176, <16 x float> %2145)
+  %2178 = and <16 x i32> %2174, %101
+  %2179 = bitcast <16 x i32> %2178 to <16 x float>
+  %2180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2171, <16 x float> %2179, <16 x float> %2148)
+  %2181 = getelementptr inbounds nuw i8, ptr %2104, i64 520
+  %2182 = load float, ptr %2181, align 4, !tbaa !5
+  %2183 = insertelement <16 x float> poison, float %2182, i64 0
+  %2184 = shufflevector <16 x float> %2183, <16 x float> poison, <16 x i32> zeroinitializer
+  %2185 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2184, <16 x float> %2176, <16 x float> %2153)
+  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2184, <16 x float> %2179, <16 x float> %2154)
+  %2187 = getelementptr inbounds nuw i8, ptr %2104, i64 1032
+  %2188 = load float, ptr %2187, align 4, !tbaa !5
+  %2189 = insertelement <16 x float> poison, float %2188, i64 0
+  %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
+  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2190, <16 x float> %2176, <16 x float> %2159)
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2190, <16 x float> %2179, <16 x float> %2160)
+  %2193 = getelementptr inbounds nuw i8, ptr %2104, i64 1544
+  %2194 = load float, ptr %2193, align 4, !tbaa !5
+  %2195 = insertelement <16 x float> poison, float %2194, i64 0
+  %2196 = shufflevector <16 x float> %2195, <16 x float> poison, <16 x i32> zeroinitializer
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2176, <16 x float> %2165)
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> %2179, <16 x float> %2166)
+  %2199 = or disjoint i64 %2103, 3
+  %2200 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2199
+  %2201 = load float, ptr %2200, align 4, !tbaa !5
+  %2202 = insertelement <16 x float> poison, float %2201, i64 0
+  %2203 = shufflevector <16 x float> %2202, <16 x float> poison, <16 x i32> zeroinitializer
+  %2204 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2199
+  %2205 = load i64, ptr %2204, align 8, !tbaa !5
+  %gep506.i = getelementptr i32, ptr %gep589.i, i64 %2205
+  %2206 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !5
+  %2207 = shl <16 x i32> %2206, splat (i32 16)
   %2208 = bitcast <16 x i32> %2207 to <16 x float>
-  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2208, <16 x float> %2177)
-  %2210 = getelementptr inbounds nuw i8, ptr %2069, i64 528
-  %2211 = load float, ptr %2210, align 4, !tbaa !5
-  %2212 = insertelement <16 x float> poison, float %2211, i64 0
-  %2213 = shufflevector <16 x float> %2212, <16 x float> poison, <16 x i32> zeroinitializer
-  %2214 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2205, <16 x float> %2182)
-  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2213, <16 x float> %2208, <16 x float> %2183)
-  %2216 = getelementptr inbounds nuw i8, ptr %2069, i64 1040
-  %2217 = load float, ptr %2216, align 4, !tbaa !5
-  %2218 = insertelement <16 x float> poison, float %2217, i64 0
-  %2219 = shufflevector <16 x float> %2218, <16 x float> poison, <16 x i32> zeroinitializer
-  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2205, <16 x float> %2188)
-  %2221 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2219, <16 x float> %2208, <16 x float> %2189)
-  %2222 = getelementptr inbounds nuw i8, ptr %2069, i64 1552
-  %2223 = load float, ptr %2222, align 4, !tbaa !5
-  %2224 = insertelement <16 x float> poison, float %2223, i64 0
-  %2225 = shufflevector <16 x float> %2224, <16 x float> poison, <16 x i32> zeroinitializer
-  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2205, <16 x float> %2194)
-  %2227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2208, <16 x float> %2195)
-  %2228 = or disjoint i64 %2068, 5
-  %2229 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2228
-  %2230 = load float, ptr %2229, align 4, !tbaa !5
-  %2231 = insertelement <16 x float> poison, float %2230, i64 0
-  %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
-  %2233 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2228
-  %2234 = load i64, ptr %2233, align 8, !tbaa !5
-  %gep514.i = getelementptr i32, ptr %gep589.i, i64 %2234
-  %2235 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !5
-  %2236 = shl <16 x i32> %2235, splat (i32 16)
-  %2237 = bitcast <16 x i32> %2236 to <16 x float>
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2237, <16 x float> %2206)
-  %2239 = and <16 x i32> %2235, %93
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> %2208, <16 x float> %2177)
+  %2210 = and <16 x i32> %2206, %101
+  %2211 = bitcast <16 x i32> %2210 to <16 x float>
+  %2212 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> %2211, <16 x float> %2180)
+  %2213 = getelementptr inbounds nuw i8, ptr %2104, i64 524
+  %2214 = load float, ptr %2213, align 4, !tbaa !5
+  %2215 = insertelement <16 x float> poison, float %2214, i64 0
+  %2216 = shufflevector <16 x float> %2215, <16 x float> poison, <16 x i32> zeroinitializer
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> %2208, <16 x float> %2185)
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2216, <16 x float> %2211, <16 x float> %2186)
+  %2219 = getelementptr inbounds nuw i8, ptr %2104, i64 1036
+  %2220 = load float, ptr %2219, align 4, !tbaa !5
+  %2221 = insertelement <16 x float> poison, float %2220, i64 0
+  %2222 = shufflevector <16 x float> %2221, <16 x float> poison, <16 x i32> zeroinitializer
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> %2208, <16 x float> %2191)
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> %2211, <16 x float> %2192)
+  %2225 = getelementptr inbounds nuw i8, ptr %2104, i64 1548
+  %2226 = load float, ptr %2225, align 4, !tbaa !5
+  %2227 = insertelement <16 x float> poison, float %2226, i64 0
+  %2228 = shufflevector <16 x float> %2227, <16 x float> poison, <16 x i32> zeroinitializer
+  %2229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2208, <16 x float> %2197)
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2211, <16 x float> %2198)
+  %2231 = or disjoint i64 %2103, 4
+  %2232 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2231
+  %2233 = load float, ptr %2232, align 4, !tbaa !5
+  %2234 = insertelement <16 x float> poison, float %2233, i64 0
+  %2235 = shufflevector <16 x float> %2234, <16 x float> poison, <16 x i32> zeroinitializer
+  %2236 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2231
+  %2237 = load i64, ptr %2236, align 8, !tbaa !5
+  %gep510.i = getelementptr i32, ptr %gep589.i, i64 %2237
+  %2238 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !5
+  %2239 = shl <16 x i32> %2238, splat (i32 16)
   %2240 = bitcast <16 x i32> %2239 to <16 x float>
-  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2232, <16 x float> %2240, <16 x float> %2209)
-  %2242 = getelementptr inbounds nuw i8, ptr %2069, i64 532
-  %2243 = load float, ptr %2242, align 4, !tbaa !5
-  %2244 = insertelement <16 x float> poison, float %2243, i64 0
-  %2245 = shufflevector <16 x float> %2244, <16 x float> poison, <16 x i32> zeroinitializer
-  %2246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2245, <16 x float> %2237, <16 x float> %2214)
-  %2247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2245, <16 x float> %2240, <16 x float> %2215)
-  %2248 = getelementptr inbounds nuw i8, ptr %2069, i64 1044
-  %2249 = load float, ptr %2248, align 4, !tbaa !5
-  %2250 = insertelement <16 x float> poison, float %2249, i64 0
-  %2251 = shufflevector <16 x float> %2250, <16 x float> poison, <16 x i32> zeroinitializer
-  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2237, <16 x float> %2220)
-  %2253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2251, <16 x float> %2240, <16 x float> %2221)
-  %2254 = getelementptr inbounds nuw i8, ptr %2069, i64 1556
-  %2255 = load float, ptr %2254, align 4, !tbaa !5
-  %2256 = insertelement <16 x float> poison, float %2255, i64 0
-  %2257 = shufflevector <16 x float> %2256, <16 x float> poison, <16 x i32> zeroinitializer
-  %2258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %2237, <16 x float> %2226)
-  %2259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2257, <16 x float> %2240, <16 x float> %2227)
-  %2260 = or disjoint i64 %2068, 6
-  %2261 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2260
-  %2262 = load float, ptr %2261, align 4, !tbaa !5
-  %2263 = insertelement <16 x float> poison, float %2262, i64 0
-  %2264 = shufflevector <16 x float> %2263, <16 x float> poison, <16 x i32> zeroinitializer
-  %2265 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2260
-  %2266 = load i64, ptr %2265, align 8, !tbaa !5
-  %gep518.i = getelementptr i32, ptr %gep589.i, i64 %2266
-  %2267 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !5
-  %2268 = shl <16 x i32> %2267, splat (i32 16)
-  %2269 = bitcast <16 x i32> %2268 to <16 x float>
-  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %2269, <16 x float> %2238)
-  %2271 = and <16 x i32> %2267, %93
+  %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2240, <16 x float> %2209)
+  %2242 = and <16 x i32> %2238, %101
+  %2243 = bitcast <16 x i32> %2242 to <16 x float>
+  %2244 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2243, <16 x float> %2212)
+  %2245 = getelementptr inbounds nuw i8, ptr %2104, i64 528
+  %2246 = load float, ptr %2245, align 4, !tbaa !5
+  %2247 = insertelement <16 x float> poison, float %2246, i64 0
+  %2248 = shufflevector <16 x float> %2247, <16 x float> poison, <16 x i32> zeroinitializer
+  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2240, <16 x float> %2217)
+  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2243, <16 x float> %2218)
+  %2251 = getelementptr inbounds nuw i8, ptr %2104, i64 1040
+  %2252 = load float, ptr %2251, align 4, !tbaa !5
+  %2253 = insertelement <16 x float> poison, float %2252, i64 0
+  %2254 = shufflevector <16 x float> %2253, <16 x float> poison, <16 x i32> zeroinitializer
+  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2240, <16 x float> %2223)
+  %2256 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2254, <16 x float> %2243, <16 x float> %2224)
+  %2257 = getelementptr inbounds nuw i8, ptr %2104, i64 1552
+  %2258 = load float, ptr %2257, align 4, !tbaa !5
+  %2259 = insertelement <16 x float> poison, float %2258, i64 0
+  %2260 = shufflevector <16 x float> %2259, <16 x float> poison, <16 x i32> zeroinitializer
+  %2261 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2240, <16 x float> %2229)
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2260, <16 x float> %2243, <16 x float> %2230)
+  %2263 = or disjoint i64 %2103, 5
+  %2264 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2263
+  %2265 = load float, ptr %2264, align 4, !tbaa !5
+  %2266 = insertelement <16 x float> poison, float %2265, i64 0
+  %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
+  %2268 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2263
+  %2269 = load i64, ptr %2268, align 8, !tbaa !5
+  %gep514.i = getelementptr i32, ptr %gep589.i, i64 %2269
+  %2270 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !5
+  %2271 = shl <16 x i32> %2270, splat (i32 16)
   %2272 = bitcast <16 x i32> %2271 to <16 x float>
-  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2264, <16 x float> %2272, <16 x float> %2241)
-  %2274 = getelementptr inbounds nuw i8, ptr %2069, i64 536
-  %2275 = load float, ptr %2274, align 4, !tbaa !5
-  %2276 = insertelement <16 x float> poison, float %2275, i64 0
-  %2277 = shufflevector <16 x float> %2276, <16 x float> poison, <16 x i32> zeroinitializer
-  %2278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2277, <16 x float> %2269, <16 x float> %2246)
-  %2279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2277, <16 x float> %2272, <16 x float> %2247)
-  %2280 = getelementptr inbounds nuw i8, ptr %2069, i64 1048
-  %2281 = load float, ptr %2280, align 4, !tbaa !5
-  %2282 = insertelement <16 x float> poison, float %2281, i64 0
-  %2283 = shufflevector <16 x float> %2282, <16 x float> poison, <16 x i32> zeroinitializer
-  %2284 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2269, <16 x float> %2252)
-  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2283, <16 x float> %2272, <16 x float> %2253)
-  %2286 = getelementptr inbounds nuw i8, ptr %2069, i64 1560
-  %2287 = load float, ptr %2286, align 4, !tbaa !5
-  %2288 = insertelement <16 x float> poison, float %2287, i64 0
-  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
-  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %2269, <16 x float> %2258)
-  %2291 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %2272, <16 x float> %2259)
-  %2292 = or disjoint i64 %2068, 7
-  %2293 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2292
-  %2294 = load float, ptr %2293, align 4, !tbaa !5
-  %2295 = insertelement <16 x float> poison, float %2294, i64 0
-  %2296 = shufflevector <16 x float> %2295, <16 x float> poison, <16 x i32> zeroinitializer
-  %2297 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2292
-  %2298 = load i64, ptr %2297, align 8, !tbaa !5
-  %gep522.i = getelementptr i32, ptr %gep589.i, i64 %2298
-  %2299 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !5
-  %2300 = shl <16 x i32> %2299, splat (i32 16)
-  %2301 = bitcast <16 x i32> %2300 to <16 x float>
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2296, <16 x float> %2301, <16 x float> %2270)
-  %2303 = and <16 x i32> %2299, %93
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2267, <16 x float> %2272, <16 x float> %2241)
+  %2274 = and <16 x i32> %2270, %101
+  %2275 = bitcast <16 x i32> %2274 to <16 x float>
+  %2276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2267, <16 x float> %2275, <16 x float> %2244)
+  %2277 = getelementptr inbounds nuw i8, ptr %2104, i64 532
+  %2278 = load float, ptr %2277, align 4, !tbaa !5
+  %2279 = insertelement <16 x float> poison, float %2278, i64 0
+  %2280 = shufflevector <16 x float> %2279, <16 x float> poison, <16 x i32> zeroinitializer
+  %2281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2280, <16 x float> %2272, <16 x float> %2249)
+  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2280, <16 x float> %2275, <16 x float> %2250)
+  %2283 = getelementptr inbounds nuw i8, ptr %2104, i64 1044
+  %2284 = load float, ptr %2283, align 4, !tbaa !5
+  %2285 = insertelement <16 x float> poison, float %2284, i64 0
+  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
+  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2272, <16 x float> %2255)
+  %2288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2286, <16 x float> %2275, <16 x float> %2256)
+  %2289 = getelementptr inbounds nuw i8, ptr %2104, i64 1556
+  %2290 = load float, ptr %2289, align 4, !tbaa !5
+  %2291 = insertelement <16 x float> poison, float %2290, i64 0
+  %2292 = shufflevector <16 x float> %2291, <16 x float> poison, <16 x i32> zeroinitializer
+  %2293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2272, <16 x float> %2261)
+  %2294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2275, <16 x float> %2262)
+  %2295 = or disjoint i64 %2103, 6
+  %2296 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2295
+  %2297 = load float, ptr %2296, align 4, !tbaa !5
+  %2298 = insertelement <16 x float> poison, float %2297, i64 0
+  %2299 = shufflevector <16 x float> %2298, <16 x float> poison, <16 x i32> zeroinitializer
+  %2300 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2295
+  %2301 = load i64, ptr %2300, align 8, !tbaa !5
+  %gep518.i = getelementptr i32, ptr %gep589.i, i64 %2301
+  %2302 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !5
+  %2303 = shl <16 x i32> %2302, splat (i32 16)
   %2304 = bitcast <16 x i32> %2303 to <16 x float>
-  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2296, <16 x float> %2304, <16 x float> %2273)
-  %2306 = getelementptr inbounds nuw i8, ptr %2069, i64 540
-  %2307 = load float, ptr %2306, align 4, !tbaa !5
-  %2308 = insertelement <16 x float> poison, float %2307, i64 0
-  %2309 = shufflevector <16 x float> %2308, <16 x float> poison, <16 x i32> zeroinitializer
-  %2310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2309, <16 x float> %2301, <16 x float> %2278)
-  %2311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2309, <16 x float> %2304, <16 x float> %2279)
-  %2312 = getelementptr inbounds nuw i8, ptr %2069, i64 1052
-  %2313 = load float, ptr %2312, align 4, !tbaa !5
-  %2314 = insertelement <16 x float> poison, float %2313, i64 0
-  %2315 = shufflevector <16 x float> %2314, <16 x float> poison, <16 x i32> zeroinitializer
-  %2316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2315, <16 x float> %2301, <16 x float> %2284)
-  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2315, <16 x float> %2304, <16 x float> %2285)
-  %2318 = getelementptr inbounds nuw i8, ptr %2069, i64 1564
-  %2319 = load float, ptr %2318, align 4, !tbaa !5
-  %2320 = insertelement <16 x float> poison, float %2319, i64 0
-  %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
-  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %2301, <16 x float> %2290)
-  %2323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2321, <16 x float> %2304, <16 x float> %2291)
-  %2324 = or disjoint i64 %2068, 8
-  %2325 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2324
-  %2326 = load float, ptr %2325, align 4, !tbaa !5
-  %2327 = insertelement <16 x float> poison, float %2326, i64 0
-  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
-  %2329 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2324
-  %2330 = load i64, ptr %2329, align 8, !tbaa !5
-  %gep526.i = getelementptr i32, ptr %gep589.i, i64 %2330
-  %2331 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !5
-  %2332 = shl <16 x i32> %2331, splat (i32 16)
-  %2333 = bitcast <16 x i32> %2332 to <16 x float>
-  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2333, <16 x float> %2302)
-  %2335 = and <16 x i32> %2331, %93
+  %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2299, <16 x float> %2304, <16 x float> %2273)
+  %2306 = and <16 x i32> %2302, %101
+  %2307 = bitcast <16 x i32> %2306 to <16 x float>
+  %2308 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2299, <16 x float> %2307, <16 x float> %2276)
+  %2309 = getelementptr inbounds nuw i8, ptr %2104, i64 536
+  %2310 = load float, ptr %2309, align 4, !tbaa !5
+  %2311 = insertelement <16 x float> poison, float %2310, i64 0
+  %2312 = shufflevector <16 x float> %2311, <16 x float> poison, <16 x i32> zeroinitializer
+  %2313 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2304, <16 x float> %2281)
+  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2312, <16 x float> %2307, <16 x float> %2282)
+  %2315 = getelementptr inbounds nuw i8, ptr %2104, i64 1048
+  %2316 = load float, ptr %2315, align 4, !tbaa !5
+  %2317 = insertelement <16 x float> poison, float %2316, i64 0
+  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
+  %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2304, <16 x float> %2287)
+  %2320 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2318, <16 x float> %2307, <16 x float> %2288)
+  %2321 = getelementptr inbounds nuw i8, ptr %2104, i64 1560
+  %2322 = load float, ptr %2321, align 4, !tbaa !5
+  %2323 = insertelement <16 x float> poison, float %2322, i64 0
+  %2324 = shufflevector <16 x float> %2323, <16 x float> poison, <16 x i32> zeroinitializer
+  %2325 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2304, <16 x float> %2293)
+  %2326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2324, <16 x float> %2307, <16 x float> %2294)
+  %2327 = or disjoint i64 %2103, 7
+  %2328 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2327
+  %2329 = load float, ptr %2328, align 4, !tbaa !5
+  %2330 = insertelement <16 x float> poison, float %2329, i64 0
+  %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
+  %2332 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2327
+  %2333 = load i64, ptr %2332, align 8, !tbaa !5
+  %gep522.i = getelementptr i32, ptr %gep589.i, i64 %2333
+  %2334 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !5
+  %2335 = shl <16 x i32> %2334, splat (i32 16)
   %2336 = bitcast <16 x i32> %2335 to <16 x float>
-  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2328, <16 x float> %2336, <16 x float> %2305)
-  %2338 = getelementptr inbounds nuw i8, ptr %2069, i64 544
-  %2339 = load float, ptr %2338, align 4, !tbaa !5
-  %2340 = insertelement <16 x float> poison, float %2339, i64 0
-  %2341 = shufflevector <16 x float> %2340, <16 x float> poison, <16 x i32> zeroinitializer
-  %2342 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2333, <16 x float> %2310)
-  %2343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2341, <16 x float> %2336, <16 x float> %2311)
-  %2344 = getelementptr inbounds nuw i8, ptr %2069, i64 1056
-  %2345 = load float, ptr %2344, align 4, !tbaa !5
-  %2346 = insertelement <16 x float> poison, float %2345, i64 0
-  %2347 = shufflevector <16 x float> %2346, <16 x float> poison, <16 x i32> zeroinitializer
-  %2348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2333, <16 x float> %2316)
-  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2347, <16 x float> %2336, <16 x float> %2317)
-  %2350 = getelementptr inbounds nuw i8, ptr %2069, i64 1568
-  %2351 = load float, ptr %2350, align 4, !tbaa !5
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2333, <16 x float> %2322)
-  %2355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2353, <16 x float> %2336, <16 x float> %2323)
-  %2356 = or disjoint i64 %2068, 9
-  %2357 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2356
-  %2358 = load float, ptr %2357, align 4, !tbaa !5
-  %2359 = insertelement <16 x float> poison, float %2358, i64 0
-  %2360 = shufflevector <16 x float> %2359, <16 x float> poison, <16 x i32> zeroinitializer
-  %2361 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2356
-  %2362 = load i64, ptr %2361, align 8, !tbaa !5
-  %gep530.i = getelementptr i32, ptr %gep589.i, i64 %2362
-  %2363 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !5
-  %2364 = shl <16 x i32> %2363, splat (i32 16)
-  %2365 = bitcast <16 x i32> %2364 to <16 x float>
-  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2360, <16 x float> %2365, <16 x float> %2334)
-  %2367 = and <16 x i32> %2363, %93
+  %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2331, <16 x float> %2336, <16 x float> %2305)
+  %2338 = and <16 x i32> %2334, %101
+  %2339 = bitcast <16 x i32> %2338 to <16 x float>
+  %2340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2331, <16 x float> %2339, <16 x float> %2308)
+  %2341 = getelementptr inbounds nuw i8, ptr %2104, i64 540
+  %2342 = load float, ptr %2341, align 4, !tbaa !5
+  %2343 = insertelement <16 x float> poison, float %2342, i64 0
+  %2344 = shufflevector <16 x float> %2343, <16 x float> poison, <16 x i32> zeroinitializer
+  %2345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2344, <16 x float> %2336, <16 x float> %2313)
+  %2346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2344, <16 x float> %2339, <16 x float> %2314)
+  %2347 = getelementptr inbounds nuw i8, ptr %2104, i64 1052
+  %2348 = load float, ptr %2347, align 4, !tbaa !5
+  %2349 = insertelement <16 x float> poison, float %2348, i64 0
+  %2350 = shufflevector <16 x float> %2349, <16 x float> poison, <16 x i32> zeroinitializer
+  %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2350, <16 x float> %2336, <16 x float> %2319)
+  %2352 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2350, <16 x float> %2339, <16 x float> %2320)
+  %2353 = getelementptr inbounds nuw i8, ptr %2104, i64 1564
+  %2354 = load float, ptr %2353, align 4, !tbaa !5
+  %2355 = insertelement <16 x float> poison, float %2354, i64 0
+  %2356 = shufflevector <16 x float> %2355, <16 x float> poison, <16 x i32> zeroinitializer
+  %2357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2356, <16 x float> %2336, <16 x float> %2325)
+  %2358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2356, <16 x float> %2339, <16 x float> %2326)
+  %2359 = or disjoint i64 %2103, 8
+  %2360 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2359
+  %2361 = load float, ptr %2360, align 4, !tbaa !5
+  %2362 = insertelement <16 x float> poison, float %2361, i64 0
+  %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
+  %2364 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2359
+  %2365 = load i64, ptr %2364, align 8, !tbaa !5
+  %gep526.i = getelementptr i32, ptr %gep589.i, i64 %2365
+  %2366 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !5
+  %2367 = shl <16 x i32> %2366, splat (i32 16)
   %2368 = bitcast <16 x i32> %2367 to <16 x float>
-  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2360, <16 x float> %2368, <16 x float> %2337)
-  %2370 = getelementptr inbounds nuw i8, ptr %2069, i64 548
-  %2371 = load float, ptr %2370, align 4, !tbaa !5
-  %2372 = insertelement <16 x float> poison, float %2371, i64 0
-  %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2373, <16 x float> %2365, <16 x float> %2342)
-  %2375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2373, <16 x float> %2368, <16 x float> %2343)
-  %2376 = getelementptr inbounds nuw i8, ptr %2069, i64 1060
-  %2377 = load float, ptr %2376, align 4, !tbaa !5
-  %2378 = insertelement <16 x float> poison, float %2377, i64 0
-  %2379 = shufflevector <16 x float> %2378, <16 x float> poison, <16 x i32> zeroinitializer
-  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2379, <16 x float> %2365, <16 x float> %2348)
-  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2379, <16 x float> %2368, <16 x float> %2349)
-  %2382 = getelementptr inbounds nuw i8, ptr %2069, i64 1572
-  %2383 = load float, ptr %2382, align 4, !tbaa !5
-  %2384 = insertelement <16 x float> poison, float %2383, i64 0
-  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2365, <16 x float> %2354)
-  %2387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2385, <16 x float> %2368, <16 x float> %2355)
-  %2388 = or disjoint i64 %2068, 10
-  %2389 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2388
-  %2390 = load float, ptr %2389, align 4, !tbaa !5
-  %2391 = insertelement <16 x float> poison, float %2390, i64 0
-  %2392 = shufflevector <16 x float> %2391, <16 x float> poison, <16 x i32> zeroinitializer
-  %2393 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2388
-  %2394 = load i64, ptr %2393, align 8, !tbaa !5
-  %gep534.i = getelementptr i32, ptr %gep589.i, i64 %2394
-  %2395 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !5
-  %2396 = shl <16 x i32> %2395, splat (i32 16)
-  %2397 = bitcast <16 x i32> %2396 to <16 x float>
-  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2392, <16 x float> %2397, <16 x float> %2366)
-  %2399 = and <16 x i32> %2395, %93
+  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2363, <16 x float> %2368, <16 x float> %2337)
+  %2370 = and <16 x i32> %2366, %101
+  %2371 = bitcast <16 x i32> %2370 to <16 x float>
+  %2372 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2363, <16 x float> %2371, <16 x float> %2340)
+  %2373 = getelementptr inbounds nuw i8, ptr %2104, i64 544
+  %2374 = load float, ptr %2373, align 4, !tbaa !5
+  %2375 = insertelement <16 x float> poison, float %2374, i64 0
+  %2376 = shufflevector <16 x float> %2375, <16 x float> poison, <16 x i32> zeroinitializer
+  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2368, <16 x float> %2345)
+  %2378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2371, <16 x float> %2346)
+  %2379 = getelementptr inbounds nuw i8, ptr %2104, i64 1056
+  %2380 = load float, ptr %2379, align 4, !tbaa !5
+  %2381 = insertelement <16 x float> poison, float %2380, i64 0
+  %2382 = shufflevector <16 x float> %2381, <16 x float> poison, <16 x i32> zeroinitializer
+  %2383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2382, <16 x float> %2368, <16 x float> %2351)
+  %2384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2382, <16 x float> %2371, <16 x float> %2352)
+  %2385 = getelementptr inbounds nuw i8, ptr %2104, i64 1568
+  %2386 = load float, ptr %2385, align 4, !tbaa !5
+  %2387 = insertelement <16 x float> poison, float %2386, i64 0
+  %2388 = shufflevector <16 x float> %2387, <16 x float> poison, <16 x i32> zeroinitializer
+  %2389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2388, <16 x float> %2368, <16 x float> %2357)
+  %2390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2388, <16 x float> %2371, <16 x float> %2358)
+  %2391 = or disjoint i64 %2103, 9
+  %2392 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2391
+  %2393 = load float, ptr %2392, align 4, !tbaa !5
+  %2394 = insertelement <16 x float> poison, float %2393, i64 0
+  %2395 = shufflevector <16 x float> %2394, <16 x float> poison, <16 x i32> zeroinitializer
+  %2396 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2391
+  %2397 = load i64, ptr %2396, align 8, !tbaa !5
+  %gep530.i = getelementptr i32, ptr %gep589.i, i64 %2397
+  %2398 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !5
+  %2399 = shl <16 x i32> %2398, splat (i32 16)
   %2400 = bitcast <16 x i32> %2399 to <16 x float>
-  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2392, <16 x float> %2400, <16 x float> %2369)
-  %2402 = getelementptr inbounds nuw i8, ptr %2069, i64 552
-  %2403 = load float, ptr %2402, align 4, !tbaa !5
-  %2404 = insertelement <16 x float> poison, float %2403, i64 0
-  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
-  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2397, <16 x float> %2374)
-  %2407 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2405, <16 x float> %2400, <16 x float> %2375)
-  %2408 = getelementptr inbounds nuw i8, ptr %2069, i64 1064
-  %2409 = load float, ptr %2408, align 4, !tbaa !5
-  %2410 = insertelement <16 x float> poison, float %2409, i64 0
-  %2411 = shufflevector <16 x float> %2410, <16 x float> poison, <16 x i32> zeroinitializer
-  %2412 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2397, <16 x float> %2380)
-  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %2400, <16 x float> %2381)
-  %2414 = getelementptr inbounds nuw i8, ptr %2069, i64 1576
-  %2415 = load float, ptr %2414, align 4, !tbaa !5
-  %2416 = insertelement <16 x float> poison, float %2415, i64 0
-  %2417 = shufflevector <16 x float> %2416, <16 x float> poison, <16 x i32> zeroinitializer
-  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> %2397, <16 x float> %2386)
-  %2419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2417, <16 x float> %2400, <16 x float> %2387)
-  %2420 = or disjoint i64 %2068, 11
-  %2421 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2420
-  %2422 = load float, ptr %2421, align 4, !tbaa !5
-  %2423 = insertelement <16 x float> poison, float %2422, i64 0
-  %2424 = shufflevector <16 x float> %2423, <16 x float> poison, <16 x i32> zeroinitializer
-  %2425 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2420
-  %2426 = load i64, ptr %2425, align 8, !tbaa !5
-  %gep538.i = getelementptr i32, ptr %gep589.i, i64 %2426
-  %2427 = load <16 x i32>, ptr %gep538.i, align 4, !tbaa !5
-  %2428 = shl <16 x i32> %2427, splat (i32 16)
-  %2429 = bitcast <16 x i32> %2428 to <16 x float>
-  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2424, <16 x float> %2429, <16 x float> %2398)
-  %2431 = and <16 x i32> %2427, %93
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2400, <16 x float> %2369)
+  %2402 = and <16 x i32> %2398, %101
+  %2403 = bitcast <16 x i32> %2402 to <16 x float>
+  %2404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2403, <16 x float> %2372)
+  %2405 = getelementptr inbounds nuw i8, ptr %2104, i64 548
+  %2406 = load float, ptr %2405, align 4, !tbaa !5
+  %2407 = insertelement <16 x float> poison, float %2406, i64 0
+  %2408 = shufflevector <16 x float> %2407, <16 x float> poison, <16 x i32> zeroinitializer
+  %2409 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2408, <16 x float> %2400, <16 x float> %2377)
+  %2410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2408, <16 x float> %2403, <16 x float> %2378)
+  %2411 = getelementptr inbounds nuw i8, ptr %2104, i64 1060
+  %2412 = load float, ptr %2411, align 4, !tbaa !5
+  %2413 = insertelement <16 x float> poison, float %2412, i64 0
+  %2414 = shufflevector <16 x float> %2413, <16 x float> poison, <16 x i32> zeroinitializer
+  %2415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2414, <16 x float> %2400, <16 x float> %2383)
+  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2414, <16 x float> %2403, <16 x float> %2384)
+  %2417 = getelementptr inbounds nuw i8, ptr %2104, i64 1572
+  %2418 = load float, ptr %2417, align 4, !tbaa !5
+  %2419 = insertelement <16 x float> poison, float %2418, i64 0
+  %2420 = shufflevector <16 x float> %2419, <16 x float> poison, <16 x i32> zeroinitializer
+  %2421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2400, <16 x float> %2389)
+  %2422 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2403, <16 x float> %2390)
+  %2423 = or disjoint i64 %2103, 10
+  %2424 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2423
+  %2425 = load float, ptr %2424, align 4, !tbaa !5
+  %2426 = insertelement <16 x float> poison, float %2425, i64 0
+  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
+  %2428 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2423
+  %2429 = load i64, ptr %2428, align 8, !tbaa !5
+  %gep534.i = getelementptr i32, ptr %gep589.i, i64 %2429
+  %2430 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !5
+  %2431 = shl <16 x i32> %2430, splat (i32 16)
   %2432 = bitcast <16 x i32> %2431 to <16 x float>
-  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2424, <16 x float> %2432, <16 x float> %2401)
-  %2434 = getelementptr inbounds nuw i8, ptr %2069, i64 556
-  %2435 = load float, ptr %2434, align 4, !tbaa !5
-  %2436 = insertelement <16 x float> poison, float %2435, i64 0
-  %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
-  %2438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2429, <16 x float> %2406)
-  %2439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2437, <16 x float> %2432, <16 x float> %2407)
-  %2440 = getelementptr inbounds nuw i8, ptr %2069, i64 1068
-  %2441 = load float, ptr %2440, align 4, !tbaa !5
-  %2442 = insertelement <16 x float> poison, float %2441, i64 0
-  %2443 = shufflevector <16 x float> %2442, <16 x float> poison, <16 x i32> zeroinitializer
-  %2444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2429, <16 x float> %2412)
-  %2445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2443, <16 x float> %2432, <16 x float> %2413)
-  %2446 = getelementptr inbounds nuw i8, ptr %2069, i64 1580
-  %2447 = load float, ptr %2446, align 4, !tbaa !5
-  %2448 = insertelement <16 x float> poison, float %2447, i64 0
-  %2449 = shufflevector <16 x float> %2448, <16 x float> poison, <16 x i32> zeroinitializer
-  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2429, <16 x float> %2418)
-  %2451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2449, <16 x float> %2432, <16 x float> %2419)
-  %2452 = or disjoint i64 %2068, 12
-  %2453 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2452
-  %2454 = load float, ptr %2453, align 4, !tbaa !5
-  %2455 = insertelement <16 x float> poison, float %2454, i64 0
-  %2456 = shufflevector <16 x float> %2455, <16 x float> poison, <16 x i32> zeroinitializer
-  %2457 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2452
-  %2458 = load i64, ptr %2457, align 8, !tbaa !5
-  %gep542.i = getelementptr i32, ptr %gep589.i, i64 %2458
-  %2459 = load <16 x i32>, ptr %gep542.i, align 4, !tbaa !5
-  %2460 = shl <16 x i32> %2459, splat (i32 16)
-  %2461 = bitcast <16 x i32> %2460 to <16 x float>
-  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2456, <16 x float> %2461, <16 x float> %2430)
-  %2463 = and <16 x i32> %2459, %93
+  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2432, <16 x float> %2401)
+  %2434 = and <16 x i32> %2430, %101
+  %2435 = bitcast <16 x i32> %2434 to <16 x float>
+  %2436 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2435, <16 x float> %2404)
+  %2437 = getelementptr inbounds nuw i8, ptr %2104, i64 552
+  %2438 = load float, ptr %2437, align 4, !tbaa !5
+  %2439 = insertelement <16 x float> poison, float %2438, i64 0
+  %2440 = shufflevector <16 x float> %2439, <16 x float> poison, <16 x i32> zeroinitializer
+  %2441 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2432, <16 x float> %2409)
+  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2440, <16 x float> %2435, <16 x float> %2410)
+  %2443 = getelementptr inbounds nuw i8, ptr %2104, i64 1064
+  %2444 = load float, ptr %2443, align 4, !tbaa !5
+  %2445 = insertelement <16 x float> poison, float %2444, i64 0
+  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
+  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2432, <16 x float> %2415)
+  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2446, <16 x float> %2435, <16 x float> %2416)
+  %2449 = getelementptr inbounds nuw i8, ptr %2104, i64 1576
+  %2450 = load float, ptr %2449, align 4, !tbaa !5
+  %2451 = insertelement <16 x float> poison, float %2450, i64 0
+  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
+  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2432, <16 x float> %2421)
+  %2454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2452, <16 x float> %2435, <16 x float> %2422)
+  %2455 = or disjoint i64 %2103, 11
+  %2456 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2455
+  %2457 = load float, ptr %2456, align 4, !tbaa !5
+  %2458 = insertelement <16 x float> poison, float %2457, i64 0
+  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
+  %2460 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2455
+  %2461 = load i64, ptr %2460, align 8, !tbaa !5
+  %gep538.i = getelementptr i32, ptr %gep589.i, i64 %2461
+  %2462 = load <16 x i32>, ptr %gep538.i, align 4, !tbaa !5
+  %2463 = shl <16 x i32> %2462, splat (i32 16)
   %2464 = bitcast <16 x i32> %2463 to <16 x float>
-  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2456, <16 x float> %2464, <16 x float> %2433)
-  %2466 = getelementptr inbounds nuw i8, ptr %2069, i64 560
-  %2467 = load float, ptr %2466, align 4, !tbaa !5
-  %2468 = insertelement <16 x float> poison, float %2467, i64 0
-  %2469 = shufflevector <16 x float> %2468, <16 x float> poison, <16 x i32> zeroinitializer
-  %2470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2461, <16 x float> %2438)
-  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2464, <16 x float> %2439)
-  %2472 = getelementptr inbounds nuw i8, ptr %2069, i64 1072
-  %2473 = load float, ptr %2472, align 4, !tbaa !5
-  %2474 = insertelement <16 x float> poison, float %2473, i64 0
-  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
-  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2475, <16 x float> %2461, <16 x float> %2444)
-  %2477 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2475, <16 x float> %2464, <16 x float> %2445)
-  %2478 = getelementptr inbounds nuw i8, ptr %2069, i64 1584
-  %2479 = load float, ptr %2478, align 4, !tbaa !5
-  %2480 = insertelement <16 x float> poison, float %2479, i64 0
-  %2481 = shufflevector <16 x float> %2480, <16 x float> poison, <16 x i32> zeroinitializer
-  %2482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2461, <16 x float> %2450)
-  %2483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2481, <16 x float> %2464, <16 x float> %2451)
-  %2484 = or disjoint i64 %2068, 13
-  %2485 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2484
-  %2486 = load float, ptr %2485, align 4, !tbaa !5
-  %2487 = insertelement <16 x float> poison, float %2486, i64 0
-  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
-  %2489 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2484
-  %2490 = load i64, ptr %2489, align 8, !tbaa !5
-  %gep546.i = getelementptr i32, ptr %gep589.i, i64 %2490
-  %2491 = load <16 x i32>, ptr %gep546.i, align 4, !tbaa !5
-  %2492 = shl <16 x i32> %2491, splat (i32 16)
-  %2493 = bitcast <16 x i32> %2492 to <16 x float>
-  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2488, <16 x float> %2493, <16 x float> %2462)
-  %2495 = and <16 x i32> %2491, %93
+  %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2464, <16 x float> %2433)
+  %2466 = and <16 x i32> %2462, %101
+  %2467 = bitcast <16 x i32> %2466 to <16 x float>
+  %2468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2467, <16 x float> %2436)
+  %2469 = getelementptr inbounds nuw i8, ptr %2104, i64 556
+  %2470 = load float, ptr %2469, align 4, !tbaa !5
+  %2471 = insertelement <16 x float> poison, float %2470, i64 0
+  %2472 = shufflevector <16 x float> %2471, <16 x float> poison, <16 x i32> zeroinitializer
+  %2473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2472, <16 x float> %2464, <16 x float> %2441)
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2472, <16 x float> %2467, <16 x float> %2442)
+  %2475 = getelementptr inbounds nuw i8, ptr %2104, i64 1068
+  %2476 = load float, ptr %2475, align 4, !tbaa !5
+  %2477 = insertelement <16 x float> poison, float %2476, i64 0
+  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
+  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2464, <16 x float> %2447)
+  %2480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2478, <16 x float> %2467, <16 x float> %2448)
+  %2481 = getelementptr inbounds nuw i8, ptr %2104, i64 1580
+  %2482 = load float, ptr %2481, align 4, !tbaa !5
+  %2483 = insertelement <16 x float> poison, float %2482, i64 0
+  %2484 = shufflevector <16 x float> %2483, <16 x float> poison, <16 x i32> zeroinitializer
+  %2485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2484, <16 x float> %2464, <16 x float> %2453)
+  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2484, <16 x float> %2467, <16 x float> %2454)
+  %2487 = or disjoint i64 %2103, 12
+  %2488 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2487
+  %2489 = load float, ptr %2488, align 4, !tbaa !5
+  %2490 = insertelement <16 x float> poison, float %2489, i64 0
+  %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
+  %2492 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2487
+  %2493 = load i64, ptr %2492, align 8, !tbaa !5
+  %gep542.i = getelementptr i32, ptr %gep589.i, i64 %2493
+  %2494 = load <16 x i32>, ptr %gep542.i, align 4, !tbaa !5
+  %2495 = shl <16 x i32> %2494, splat (i32 16)
   %2496 = bitcast <16 x i32> %2495 to <16 x float>
-  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2488, <16 x float> %2496, <16 x float> %2465)
-  %2498 = getelementptr inbounds nuw i8, ptr %2069, i64 564
-  %2499 = load float, ptr %2498, align 4, !tbaa !5
-  %2500 = insertelement <16 x float> poison, float %2499, i64 0
-  %2501 = shufflevector <16 x float> %2500, <16 x float> poison, <16 x i32> zeroinitializer
-  %2502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2493, <16 x float> %2470)
-  %2503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %2496, <16 x float> %2471)
-  %2504 = getelementptr inbounds nuw i8, ptr %2069, i64 1076
-  %2505 = load float, ptr %2504, align 4, !tbaa !5
-  %2506 = insertelement <16 x float> poison, float %2505, i64 0
-  %2507 = shufflevector <16 x float> %2506, <16 x float> poison, <16 x i32> zeroinitializer
-  %2508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2493, <16 x float> %2476)
-  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2496, <16 x float> %2477)
-  %2510 = getelementptr inbounds nuw i8, ptr %2069, i64 1588
-  %2511 = load float, ptr %2510, align 4, !tbaa !5
-  %2512 = insertelement <16 x float> poison, float %2511, i64 0
-  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
-  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2513, <16 x float> %2493, <16 x float> %2482)
-  %2515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2513, <16 x float> %2496, <16 x float> %2483)
-  %2516 = or disjoint i64 %2068, 14
-  %2517 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2516
-  %2518 = load float, ptr %2517, align 4, !tbaa !5
-  %2519 = insertelement <16 x float> poison, float %2518, i64 0
-  %2520 = shufflevector <16 x float> %2519, <16 x float> poison, <16 x i32> zeroinitializer
-  %2521 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2516
-  %2522 = load i64, ptr %2521, align 8, !tbaa !5
-  %gep550.i = getelementptr i32, ptr %gep589.i, i64 %2522
-  %2523 = load <16 x i32>, ptr %gep550.i, align 4, !tbaa !5
-  %2524 = shl <16 x i32> %2523, splat (i32 16)
-  %2525 = bitcast <16 x i32> %2524 to <16 x float>
-  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2525, <16 x float> %2494)
-  %2527 = and <16 x i32> %2523, %93
+  %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2496, <16 x float> %2465)
+  %2498 = and <16 x i32> %2494, %101
+  %2499 = bitcast <16 x i32> %2498 to <16 x float>
+  %2500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2499, <16 x float> %2468)
+  %2501 = getelementptr inbounds nuw i8, ptr %2104, i64 560
+  %2502 = load float, ptr %2501, align 4, !tbaa !5
+  %2503 = insertelement <16 x float> poison, float %2502, i64 0
+  %2504 = shufflevector <16 x float> %2503, <16 x float> poison, <16 x i32> zeroinitializer
+  %2505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2504, <16 x float> %2496, <16 x float> %2473)
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2504, <16 x float> %2499, <16 x float> %2474)
+  %2507 = getelementptr inbounds nuw i8, ptr %2104, i64 1072
+  %2508 = load float, ptr %2507, align 4, !tbaa !5
+  %2509 = insertelement <16 x float> poison, float %2508, i64 0
+  %2510 = shufflevector <16 x float> %2509, <16 x float> poison, <16 x i32> zeroinitializer
+  %2511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2510, <16 x float> %2496, <16 x float> %2479)
+  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2510, <16 x float> %2499, <16 x float> %2480)
+  %2513 = getelementptr inbounds nuw i8, ptr %2104, i64 1584
+  %2514 = load float, ptr %2513, align 4, !tbaa !5
+  %2515 = insertelement <16 x float> poison, float %2514, i64 0
+  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
+  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2516, <16 x float> %2496, <16 x float> %2485)
+  %2518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2516, <16 x float> %2499, <16 x float> %2486)
+  %2519 = or disjoint i64 %2103, 13
+  %2520 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2519
+  %2521 = load float, ptr %2520, align 4, !tbaa !5
+  %2522 = insertelement <16 x float> poison, float %2521, i64 0
+  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
+  %2524 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2519
+  %2525 = load i64, ptr %2524, align 8, !tbaa !5
+  %gep546.i = getelementptr i32, ptr %gep589.i, i64 %2525
+  %2526 = load <16 x i32>, ptr %gep546.i, align 4, !tbaa !5
+  %2527 = shl <16 x i32> %2526, splat (i32 16)
   %2528 = bitcast <16 x i32> %2527 to <16 x float>
-  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2520, <16 x float> %2528, <16 x float> %2497)
-  %2530 = getelementptr inbounds nuw i8, ptr %2069, i64 568
-  %2531 = load float, ptr %2530, align 4, !tbaa !5
-  %2532 = insertelement <16 x float> poison, float %2531, i64 0
-  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
-  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2525, <16 x float> %2502)
-  %2535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2533, <16 x float> %2528, <16 x float> %2503)
-  %2536 = getelementptr inbounds nuw i8, ptr %2069, i64 1080
-  %2537 = load float, ptr %2536, align 4, !tbaa !5
-  %2538 = insertelement <16 x float> poison, float %2537, i64 0
-  %2539 = shufflevector <16 x float> %2538, <16 x float> poison, <16 x i32> zeroinitializer
-  %2540 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2525, <16 x float> %2508)
-  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2539, <16 x float> %2528, <16 x float> %2509)
-  %2542 = getelementptr inbounds nuw i8, ptr %2069, i64 1592
-  %2543 = load float, ptr %2542, align 4, !tbaa !5
-  %2544 = insertelement <16 x float> poison, float %2543, i64 0
-  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
-  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2525, <16 x float> %2514)
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2545, <16 x float> %2528, <16 x float> %2515)
-  %2548 = or disjoint i64 %2068, 15
-  %2549 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2548
-  %2550 = load float, ptr %2549, align 4, !tbaa !5
-  %2551 = insertelement <16 x float> poison, float %2550, i64 0
-  %2552 = shufflevector <16 x float> %2551, <16 x float> poison, <16 x i32> zeroinitializer
-  %2553 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2548
-  %2554 = load i64, ptr %2553, align 8, !tbaa !5
-  %gep554.i = getelementptr i32, ptr %gep589.i, i64 %2554
-  %2555 = load <16 x i32>, ptr %gep554.i, align 4, !tbaa !5
-  %2556 = shl <16 x i32> %2555, splat (i32 16)
-  %2557 = bitcast <16 x i32> %2556 to <16 x float>
-  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2557, <16 x float> %2526)
-  %2559 = and <16 x i32> %2555, %93
+  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2528, <16 x float> %2497)
+  %2530 = and <16 x i32> %2526, %101
+  %2531 = bitcast <16 x i32> %2530 to <16 x float>
+  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2531, <16 x float> %2500)
+  %2533 = getelementptr inbounds nuw i8, ptr %2104, i64 564
+  %2534 = load float, ptr %2533, align 4, !tbaa !5
+  %2535 = insertelement <16 x float> poison, float %2534, i64 0
+  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
+  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2536, <16 x float> %2528, <16 x float> %2505)
+  %2538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2536, <16 x float> %2531, <16 x float> %2506)
+  %2539 = getelementptr inbounds nuw i8, ptr %2104, i64 1076
+  %2540 = load float, ptr %2539, align 4, !tbaa !5
+  %2541 = insertelement <16 x float> poison, float %2540, i64 0
+  %2542 = shufflevector <16 x float> %2541, <16 x float> poison, <16 x i32> zeroinitializer
+  %2543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2542, <16 x float> %2528, <16 x float> %2511)
+  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2542, <16 x float> %2531, <16 x float> %2512)
+  %2545 = getelementptr inbounds nuw i8, ptr %2104, i64 1588
+  %2546 = load float, ptr %2545, align 4, !tbaa !5
+  %2547 = insertelement <16 x float> poison, float %2546, i64 0
+  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2528, <16 x float> %2517)
+  %2550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2531, <16 x float> %2518)
+  %2551 = or disjoint i64 %2103, 14
+  %2552 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2551
+  %2553 = load float, ptr %2552, align 4, !tbaa !5
+  %2554 = insertelement <16 x float> poison, float %2553, i64 0
+  %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
+  %2556 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2551
+  %2557 = load i64, ptr %2556, align 8, !tbaa !5
+  %gep550.i = getelementptr i32, ptr %gep589.i, i64 %2557
+  %2558 = load <16 x i32>, ptr %gep550.i, align 4, !tbaa !5
+  %2559 = shl <16 x i32> %2558, splat (i32 16)
   %2560 = bitcast <16 x i32> %2559 to <16 x float>
-  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2552, <16 x float> %2560, <16 x float> %2529)
-  %2562 = getelementptr inbounds nuw i8, ptr %2069, i64 572
-  %2563 = load float, ptr %2562, align 4, !tbaa !5
-  %2564 = insertelement <16 x float> poison, float %2563, i64 0
-  %2565 = shufflevector <16 x float> %2564, <16 x float> poison, <16 x i32> zeroinitializer
-  %2566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2565, <16 x float> %2557, <16 x float> %2534)
-  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2565, <16 x float> %2560, <16 x float> %2535)
-  %2568 = getelementptr inbounds nuw i8, ptr %2069, i64 1084
-  %2569 = load float, ptr %2568, align 4, !tbaa !5
-  %2570 = insertelement <16 x float> poison, float %2569, i64 0
-  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
-  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2571, <16 x float> %2557, <16 x float> %2540)
-  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2571, <16 x float> %2560, <16 x float> %2541)
-  %2574 = getelementptr inbounds nuw i8, ptr %2069, i64 1596
-  %2575 = load float, ptr %2574, align 4, !tbaa !5
-  %2576 = insertelement <16 x float> poison, float %2575, i64 0
-  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
-  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2557, <16 x float> %2546)
-  %2579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2577, <16 x float> %2560, <16 x float> %2547)
+  %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2560, <16 x float> %2529)
+  %2562 = and <16 x i32> %2558, %101
+  %2563 = bitcast <16 x i32> %2562 to <16 x float>
+  %2564 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2563, <16 x float> %2532)
+  %2565 = getelementptr inbounds nuw i8, ptr %2104, i64 568
+  %2566 = load float, ptr %2565, align 4, !tbaa !5
+  %2567 = insertelement <16 x float> poison, float %2566, i64 0
+  %2568 = shufflevector <16 x float> %2567, <16 x float> poison, <16 x i32> zeroinitializer
+  %2569 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2560, <16 x float> %2537)
+  %2570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2568, <16 x float> %2563, <16 x float> %2538)
+  %2571 = getelementptr inbounds nuw i8, ptr %2104, i64 1080
+  %2572 = load float, ptr %2571, align 4, !tbaa !5
+  %2573 = insertelement <16 x float> poison, float %2572, i64 0
+  %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
+  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2560, <16 x float> %2543)
+  %2576 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2574, <16 x float> %2563, <16 x float> %2544)
+  %2577 = getelementptr inbounds nuw i8, ptr %2104, i64 1592
+  %2578 = load float, ptr %2577, align 4, !tbaa !5
+  %2579 = insertelement <16 x float> poison, float %2578, i64 0
+  %2580 = shufflevector <16 x float> %2579, <16 x float> poison, <16 x i32> zeroinitializer
+  %2581 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2560, <16 x float> %2549)
+  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2580, <16 x float> %2563, <16 x float> %2550)
+  %2583 = or disjoint i64 %2103, 15
+  %2584 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2583
+  %2585 = load float, ptr %2584, align 4, !tbaa !5
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %2588 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2583
+  %2589 = load i64, ptr %2588, align 8, !tbaa !5
+  %gep554.i = getelementptr i32, ptr %gep589.i, i64 %2589
+  %2590 = load <16 x i32>, ptr %gep554.i, align 4, !tbaa !5
+  %2591 = shl <16 x i32> %2590, splat (i32 16)
+  %2592 = bitcast <16 x i32> %2591 to <16 x float>
+  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2592, <16 x float> %2561)
+  %2594 = and <16 x i32> %2590, %101
+  %2595 = bitcast <16 x i32> %2594 to <16 x float>
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2595, <16 x float> %2564)
+  %2597 = getelementptr inbounds nuw i8, ptr %2104, i64 572
+  %2598 = load float, ptr %2597, align 4, !tbaa !5
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2592, <16 x float> %2569)
+  %2602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2600, <16 x float> %2595, <16 x float> %2570)
+  %2603 = getelementptr inbounds nuw i8, ptr %2104, i64 1084
+  %2604 = load float, ptr %2603, align 4, !tbaa !5
+  %2605 = insertelement <16 x float> poison, float %2604, i64 0
+  %2606 = shufflevector <16 x float> %2605, <16 x float> poison, <16 x i32> zeroinitializer
+  %2607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2592, <16 x float> %2575)
+  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2606, <16 x float> %2595, <16 x float> %2576)
+  %2609 = getelementptr inbounds nuw i8, ptr %2104, i64 1596
+  %2610 = load float, ptr %2609, align 4, !tbaa !5
+  %2611 = insertelement <16 x float> poison, float %2610, i64 0
+  %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
+  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2592, <16 x float> %2581)
+  %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2595, <16 x float> %2582)
   %indvars.iv.next758.i = add nuw nsw i64 %indvars.iv757.i, 1
-  %exitcond761.not.i = icmp eq i64 %indvars.iv.next758.i, %461
+  %exitcond761.not.i = icmp eq i64 %indvars.iv.next758.i, %496
   br i1 %exitcond761.not.i, label %for_end_to122.i, label %for_begin_ax2125.preheader.i, !prof !13
 
 for_end_to122.i:                                  ; preds = %for_begin_ax2125.preheader.i, %for_body_d_0_m.i
-  %full_acc253.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2566, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2561, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2558, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2567, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2572, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2573, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2578, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2579, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2601, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2596, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2593, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2602, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2607, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2608, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2613, %for_begin_ax2125.preheader.i ]
+  %full_acc253.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2614, %for_begin_ax2125.preheader.i ]
   br i1 %.not637.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to122.i
   %gep621.idx.i = shl i64 %indvars.iv781.i, 6
   %gep621.i = getelementptr i8, ptr %invariant.gep588.i, i64 %gep621.idx.i
-  br i1 %479, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
+  br i1 %514, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
-  br i1 %lcmp.mod318.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod319.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv762.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next763.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init305 = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init307 = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init309 = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init311 = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init313 = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init315 = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init317 = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod327)
-  %2580 = add nuw nsw i64 %indvars.iv762.i.epil.init, %460
-  %2581 = getelementptr inbounds float, ptr %probs.i, i64 %2580
-  %2582 = load float, ptr %2581, align 4, !tbaa !5
-  %2583 = insertelement <16 x float> poison, float %2582, i64 0
-  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
-  %2585 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2580
-  %2586 = load i64, ptr %2585, align 8, !tbaa !5
-  %gep580.i.epil = getelementptr i32, ptr %gep621.i, i64 %2586
-  %2587 = load <16 x i32>, ptr %gep580.i.epil, align 4, !tbaa !5
-  %2588 = shl <16 x i32> %2587, splat (i32 16)
-  %2589 = bitcast <16 x i32> %2588 to <16 x float>
-  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2584, <16 x float> %2589, <16 x float> %.epil.init)
-  %2591 = and <16 x i32> %2587, %93
-  %2592 = bitcast <16 x i32> %2591 to <16 x float>
-  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2584, <16 x float> %2592, <16 x float> %.epil.init305)
-  %2594 = getelementptr i8, ptr %2581, i64 512
-  %2595 = load float, ptr %2594, align 4, !tbaa !5
-  %2596 = insertelement <16 x float> poison, float %2595, i64 0
-  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
-  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2597, <16 x float> %2589, <16 x float> %.epil.init307)
-  %2599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2597, <16 x float> %2592, <16 x float> %.epil.init309)
-  %2600 = getelementptr i8, ptr %2581, i64 1024
-  %2601 = load float, ptr %2600, align 4, !tbaa !5
-  %2602 = insertelement <16 x float> poison, float %2601, i64 0
-  %2603 = shufflevector <16 x float> %2602, <16 x float> poison, <16 x i32> zeroinitializer
-  %2604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2589, <16 x float> %.epil.init311)
-  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2603, <16 x float> %2592, <16 x float> %.epil.init313)
-  %2606 = getelementptr i8, ptr %2581, i64 1536
-  %2607 = load float, ptr %2606, align 4, !tbaa !5
-  %2608 = insertelement <16 x float> poison, float %2607, i64 0
-  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
-  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2609, <16 x float> %2589, <16 x float> %.epil.init315)
-  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2609, <16 x float> %2592, <16 x float> %.epil.init317)
+  %.epil.init = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2700, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init306 = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2703, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init308 = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2708, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init310 = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2709, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init312 = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init314 = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2715, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init316 = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init318 = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2721, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod328)
+  %2615 = add nuw nsw i64 %indvars.iv762.i.epil.init, %495
+  %2616 = getelementptr inbounds float, ptr %probs.i, i64 %2615
+  %2617 = load float, ptr %2616, align 4, !tbaa !5
+  %2618 = insertelement <16 x float> poison, float %2617, i64 0
+  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
+  %2620 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2615
+  %2621 = load i64, ptr %2620, align 8, !tbaa !5
+  %gep580.i.epil = getelementptr i32, ptr %gep621.i, i64 %2621
+  %2622 = load <16 x i32>, ptr %gep580.i.epil, align 4, !tbaa !5
+  %2623 = shl <16 x i32> %2622, splat (i32 16)
+  %2624 = bitcast <16 x i32> %2623 to <16 x float>
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2619, <16 x float> %2624, <16 x float> %.epil.init)
+  %2626 = and <16 x i32> %2622, %101
+  %2627 = bitcast <16 x i32> %2626 to <16 x float>
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2619, <16 x float> %2627, <16 x float> %.epil.init306)
+  %2629 = getelementptr i8, ptr %2616, i64 512
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2632, <16 x float> %2624, <16 x float> %.epil.init308)
+  %2634 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2632, <16 x float> %2627, <16 x float> %.epil.init310)
+  %2635 = getelementptr i8, ptr %2616, i64 1024
+  %2636 = load float, ptr %2635, align 4, !tbaa !5
+  %2637 = insertelement <16 x float> poison, float %2636, i64 0
+  %2638 = shufflevector <16 x float> %2637, <16 x float> poison, <16 x i32> zeroinitializer
+  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2638, <16 x float> %2624, <16 x float> %.epil.init312)
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2638, <16 x float> %2627, <16 x float> %.epil.init314)
+  %2641 = getelementptr i8, ptr %2616, i64 1536
+  %2642 = load float, ptr %2641, align 4, !tbaa !5
+  %2643 = insertelement <16 x float> poison, float %2642, i64 0
+  %2644 = shufflevector <16 x float> %2643, <16 x float> poison, <16 x i32> zeroinitializer
+  %2645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2644, <16 x float> %2624, <16 x float> %.epil.init316)
+  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2644, <16 x float> %2627, <16 x float> %.epil.init318)
   br label %for_begin_ax4_0.preheader.i
 
 for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to122.i
-  %.lcssa567.i = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_end_to122.i ], [ %2686, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2611, %for_body_ti.i.epil.preheader ]
-  %.lcssa565.i = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_end_to122.i ], [ %2685, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2610, %for_body_ti.i.epil.preheader ]
-  %.lcssa563.i = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_end_to122.i ], [ %2680, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2605, %for_body_ti.i.epil.preheader ]
-  %.lcssa561.i = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_end_to122.i ], [ %2679, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2604, %for_body_ti.i.epil.preheader ]
-  %.lcssa559.i = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_end_to122.i ], [ %2674, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2599, %for_body_ti.i.epil.preheader ]
-  %.lcssa557.i = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_end_to122.i ], [ %2673, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2598, %for_body_ti.i.epil.preheader ]
-  %.lcssa555.i = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_end_to122.i ], [ %2668, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2593, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_end_to122.i ], [ %2665, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2590, %for_body_ti.i.epil.preheader ]
-  %2612 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa555.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2613 = shl nuw nsw i64 %indvars.iv781.i, 5
-  %2614 = add nuw nsw i64 %2613, %2008
-  br i1 %453, label %if_end139.i, label %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, !prof !8
+  %.lcssa567.i = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_end_to122.i ], [ %2721, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2646, %for_body_ti.i.epil.preheader ]
+  %.lcssa565.i = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_end_to122.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2645, %for_body_ti.i.epil.preheader ]
+  %.lcssa563.i = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_end_to122.i ], [ %2715, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2640, %for_body_ti.i.epil.preheader ]
+  %.lcssa561.i = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_end_to122.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2639, %for_body_ti.i.epil.preheader ]
+  %.lcssa559.i = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_end_to122.i ], [ %2709, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2634, %for_body_ti.i.epil.preheader ]
+  %.lcssa557.i = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_end_to122.i ], [ %2708, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2633, %for_body_ti.i.epil.preheader ]
+  %.lcssa555.i = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_end_to122.i ], [ %2703, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2628, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_end_to122.i ], [ %2700, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2625, %for_body_ti.i.epil.preheader ]
+  %2647 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa555.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2648 = shl nuw nsw i64 %indvars.iv781.i, 5
+  %2649 = add nuw nsw i64 %2648, %2043
+  br i1 %488, label %if_end139.i, label %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, !prof !8
 
 for_begin_ax4_0.preheader.i.if_end139.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
-  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2614
+  %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2649
   %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
   br label %if_end139.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv762.i = phi i64 [ %indvars.iv.next763.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2615 = phi <16 x float> [ %2665, %for_body_ti.i ], [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2616 = phi <16 x float> [ %2668, %for_body_ti.i ], [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2617 = phi <16 x float> [ %2673, %for_body_ti.i ], [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2618 = phi <16 x float> [ %2674, %for_body_ti.i ], [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2619 = phi <16 x float> [ %2679, %for_body_ti.i ], [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2620 = phi <16 x float> [ %2680, %for_body_ti.i ], [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2621 = phi <16 x float> [ %2685, %for_body_ti.i ], [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2622 = phi <16 x float> [ %2686, %for_body_ti.i ], [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %niter329 = phi i64 [ %niter329.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2623 = add nuw nsw i64 %indvars.iv762.i, %460
-  %2624 = getelementptr inbounds float, ptr %probs.i, i64 %2623
-  %2625 = load float, ptr %2624, align 4, !tbaa !5
-  %2626 = insertelement <16 x float> poison, float %2625, i64 0
-  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
-  %2628 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2623
-  %2629 = load i64, ptr %2628, align 8, !tbaa !5
-  %gep580.i = getelementptr i32, ptr %gep621.i, i64 %2629
-  %2630 = load <16 x i32>, ptr %gep580.i, align 4, !tbaa !5
-  %2631 = shl <16 x i32> %2630, splat (i32 16)
-  %2632 = bitcast <16 x i32> %2631 to <16 x float>
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2632, <16 x float> %2615)
-  %2634 = and <16 x i32> %2630, %93
-  %2635 = bitcast <16 x i32> %2634 to <16 x float>
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2627, <16 x float> %2635, <16 x float> %2616)
-  %2637 = getelementptr i8, ptr %2624, i64 512
-  %2638 = load float, ptr %2637, align 4, !tbaa !5
-  %2639 = insertelement <16 x float> poison, float %2638, i64 0
-  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
-  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2640, <16 x float> %2632, <16 x float> %2617)
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2640, <16 x float> %2635, <16 x float> %2618)
-  %2643 = getelementptr i8, ptr %2624, i64 1024
-  %2644 = load float, ptr %2643, align 4, !tbaa !5
-  %2645 = insertelement <16 x float> poison, float %2644, i64 0
-  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
-  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2646, <16 x float> %2632, <16 x float> %2619)
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2646, <16 x float> %2635, <16 x float> %2620)
-  %2649 = getelementptr i8, ptr %2624, i64 1536
-  %2650 = load float, ptr %2649, align 4, !tbaa !5
-  %2651 = insertelement <16 x float> poison, float %2650, i64 0
-  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
-  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2632, <16 x float> %2621)
-  %2654 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2652, <16 x float> %2635, <16 x float> %2622)
-  %indvars.iv.next763.i = or disjoint i64 %indvars.iv762.i, 1
-  %2655 = add nuw nsw i64 %indvars.iv.next763.i, %460
-  %2656 = getelementptr inbounds float, ptr %probs.i, i64 %2655
-  %2657 = load float, ptr %2656, align 4, !tbaa !5
-  %2658 = insertelement <16 x float> poison, float %2657, i64 0
-  %2659 = shufflevector <16 x float> %2658, <16 x float> poison, <16 x i32> zeroinitializer
-  %2660 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2655
-  %2661 = load i64, ptr %2660, align 8, !tbaa !5
-  %gep580.i.1 = getelementptr i32, ptr %gep621.i, i64 %2661
-  %2662 = load <16 x i32>, ptr %gep580.i.1, align 4, !tbaa !5
-  %2663 = shl <16 x i32> %2662, splat (i32 16)
-  %2664 = bitcast <16 x i32> %2663 to <16 x float>
-  %2665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2664, <16 x float> %2633)
-  %2666 = and <16 x i32> %2662, %93
+  %2650 = phi <16 x float> [ %2700, %for_body_ti.i ], [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2651 = phi <16 x float> [ %2703, %for_body_ti.i ], [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2652 = phi <16 x float> [ %2708, %for_body_ti.i ], [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2653 = phi <16 x float> [ %2709, %for_body_ti.i ], [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2654 = phi <16 x float> [ %2714, %for_body_ti.i ], [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2655 = phi <16 x float> [ %2715, %for_body_ti.i ], [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2656 = phi <16 x float> [ %2720, %for_body_ti.i ], [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2657 = phi <16 x float> [ %2721, %for_body_ti.i ], [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %niter330 = phi i64 [ %niter330.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2658 = add nuw nsw i64 %indvars.iv762.i, %495
+  %2659 = getelementptr inbounds float, ptr %probs.i, i64 %2658
+  %2660 = load float, ptr %2659, align 4, !tbaa !5
+  %2661 = insertelement <16 x float> poison, float %2660, i64 0
+  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
+  %2663 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2658
+  %2664 = load i64, ptr %2663, align 8, !tbaa !5
+  %gep580.i = getelementptr i32, ptr %gep621.i, i64 %2664
+  %2665 = load <16 x i32>, ptr %gep580.i, align 4, !tbaa !5
+  %2666 = shl <16 x i32> %2665, splat (i32 16)
   %2667 = bitcast <16 x i32> %2666 to <16 x float>
-  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2667, <16 x float> %2636)
-  %2669 = getelementptr i8, ptr %2656, i64 512
-  %2670 = load float, ptr %2669, align 4, !tbaa !5
-  %2671 = insertelement <16 x float> poison, float %2670, i64 0
-  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
-  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2672, <16 x float> %2664, <16 x float> %2641)
-  %2674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2672, <16 x float> %2667, <16 x float> %2642)
-  %2675 = getelementptr i8, ptr %2656, i64 1024
-  %2676 = load float, ptr %2675, align 4, !tbaa !5
-  %2677 = insertelement <16 x float> poison, float %2676, i64 0
-  %2678 = shufflevector <16 x float> %2677, <16 x float> poison, <16 x i32> zeroinitializer
-  %2679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2678, <16 x float> %2664, <16 x float> %2647)
-  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2678, <16 x float> %2667, <16 x float> %2648)
-  %2681 = getelementptr i8, ptr %2656, i64 1536
-  %2682 = load float, ptr %2681, align 4, !tbaa !5
-  %2683 = insertelement <16 x float> poison, float %2682, i64 0
-  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
-  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2684, <16 x float> %2664, <16 x float> %2653)
-  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2684, <16 x float> %2667, <16 x float> %2654)
+  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2667, <16 x float> %2650)
+  %2669 = and <16 x i32> %2665, %101
+  %2670 = bitcast <16 x i32> %2669 to <16 x float>
+  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2670, <16 x float> %2651)
+  %2672 = getelementptr i8, ptr %2659, i64 512
+  %2673 = load float, ptr %2672, align 4, !tbaa !5
+  %2674 = insertelement <16 x float> poison, float %2673, i64 0
+  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
+  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2675, <16 x float> %2667, <16 x float> %2652)
+  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2675, <16 x float> %2670, <16 x float> %2653)
+  %2678 = getelementptr i8, ptr %2659, i64 1024
+  %2679 = load float, ptr %2678, align 4, !tbaa !5
+  %2680 = insertelement <16 x float> poison, float %2679, i64 0
+  %2681 = shufflevector <16 x float> %2680, <16 x float> poison, <16 x i32> zeroinitializer
+  %2682 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2681, <16 x float> %2667, <16 x float> %2654)
+  %2683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2681, <16 x float> %2670, <16 x float> %2655)
+  %2684 = getelementptr i8, ptr %2659, i64 1536
+  %2685 = load float, ptr %2684, align 4, !tbaa !5
+  %2686 = insertelement <16 x float> poison, float %2685, i64 0
+  %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
+  %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2667, <16 x float> %2656)
+  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2670, <16 x float> %2657)
+  %indvars.iv.next763.i = or disjoint i64 %indvars.iv762.i, 1
+  %2690 = add nuw nsw i64 %indvars.iv.next763.i, %495
+  %2691 = getelementptr inbounds float, ptr %probs.i, i64 %2690
+  %2692 = load float, ptr %2691, align 4, !tbaa !5
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2690
+  %2696 = load i64, ptr %2695, align 8, !tbaa !5
+  %gep580.i.1 = getelementptr i32, ptr %gep621.i, i64 %2696
+  %2697 = load <16 x i32>, ptr %gep580.i.1, align 4, !tbaa !5
+  %2698 = shl <16 x i32> %2697, splat (i32 16)
+  %2699 = bitcast <16 x i32> %2698 to <16 x float>
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2694, <16 x float> %2699, <16 x float> %2668)
+  %2701 = and <16 x i32> %2697, %101
+  %2702 = bitcast <16 x i32> %2701 to <16 x float>
+  %2703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2694, <16 x float> %2702, <16 x float> %2671)
+  %2704 = getelementptr i8, ptr %2691, i64 512
+  %2705 = load float, ptr %2704, align 4, !tbaa !5
+  %2706 = insertelement <16 x float> poison, float %2705, i64 0
+  %2707 = shufflevector <16 x float> %2706, <16 x float> poison, <16 x i32> zeroinitializer
+  %2708 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2699, <16 x float> %2676)
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2702, <16 x float> %2677)
+  %2710 = getelementptr i8, ptr %2691, i64 1024
+  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2712 = insertelement <16 x float> poison, float %2711, i64 0
+  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2713, <16 x float> %2699, <16 x float> %2682)
+  %2715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2713, <16 x float> %2702, <16 x float> %2683)
+  %2716 = getelementptr i8, ptr %2691, i64 1536
+  %2717 = load float, ptr %2716, align 4, !tbaa !5
+  %2718 = insertelement <16 x float> poison, float %2717, i64 0
+  %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
+  %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2719, <16 x float> %2699, <16 x float> %2688)
+  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2719, <16 x float> %2702, <16 x float> %2689)
   %indvars.iv.next763.i.1 = add nuw nsw i64 %indvars.iv762.i, 2
-  %niter329.next.1 = add i64 %niter329, 2
-  %niter329.ncmp.1 = icmp eq i64 %niter329.next.1, %unroll_iter328
-  br i1 %niter329.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
+  %niter330.next.1 = add i64 %niter330, 2
+  %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
+  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
 
 if_end139.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, %for_begin_ax4_0.preheader.i
-  %2687 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
-  %2688 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2614
-  %2689 = fmul <32 x float> %2009, %2687
-  %2690 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2007, <32 x float> %2612, <32 x float> %2689)
-  store <32 x float> %2690, ptr %2688, align 4, !tbaa !5
-  %2691 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %453, label %if_end155.i, label %if_end139.if_end155_crit_edge.i, !prof !8
+  %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+  %2723 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2649
+  %2724 = fmul <32 x float> %2044, %2722
+  %2725 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2042, <32 x float> %2647, <32 x float> %2724)
+  store <32 x float> %2725, ptr %2723, align 4, !tbaa !5
+  %2726 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %488, label %if_end155.i, label %if_end139.if_end155_crit_edge.i, !prof !8
 
 if_end139.if_end155_crit_edge.i:                  ; preds = %if_end139.i
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2688, i64 512
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2723, i64 512
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
   br label %if_end155.i
 
 if_end155.i:                                      ; preds = %if_end139.if_end155_crit_edge.i, %if_end139.i
-  %2692 = phi <32 x float> [ %.pre.i, %if_end139.if_end155_crit_edge.i ], [ zeroinitializer, %if_end139.i ]
-  %2693 = getelementptr inbounds nuw i8, ptr %2688, i64 512
-  %2694 = fmul <32 x float> %2011, %2692
-  %2695 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2010, <32 x float> %2691, <32 x float> %2694)
-  store <32 x float> %2695, ptr %2693, align 4, !tbaa !5
-  %2696 = shufflevector <16 x float> %.lcssa561.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %453, label %if_end171.i, label %if_end155.if_end171_crit_edge.i, !prof !8
+  %2727 = phi <32 x float> [ %.pre.i, %if_end139.if_end155_crit_edge.i ], [ zeroinitializer, %if_end139.i ]
+  %2728 = getelementptr inbounds nuw i8, ptr %2723, i64 512
+  %2729 = fmul <32 x float> %2046, %2727
+  %2730 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2045, <32 x float> %2726, <32 x float> %2729)
+  store <32 x float> %2730, ptr %2728, align 4, !tbaa !5
+  %2731 = shufflevector <16 x float> %.lcssa561.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %488, label %if_end171.i, label %if_end155.if_end171_crit_edge.i, !prof !8
 
 if_end155.if_end171_crit_edge.i:                  ; preds = %if_end155.i
-  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2688, i64 1024
+  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2723, i64 1024
   %.pre895.i = load <32 x float>, ptr %.phi.trans.insert894.i, align 4, !tbaa !5
   br label %if_end171.i
 
 if_end171.i:                                      ; preds = %if_end155.if_end171_crit_edge.i, %if_end155.i
-  %2697 = phi <32 x float> [ %.pre895.i, %if_end155.if_end171_crit_edge.i ], [ zeroinitializer, %if_end155.i ]
-  %2698 = getelementptr inbounds nuw i8, ptr %2688, i64 1024
-  %2699 = fmul <32 x float> %2013, %2697
-  %2700 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2012, <32 x float> %2696, <32 x float> %2699)
-  store <32 x float> %2700, ptr %2698, align 4, !tbaa !5
-  %2701 = shufflevector <16 x float> %.lcssa565.i, <16 x float> %.lcssa567.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %453, label %if_end187.i, label %if_end171.if_end187_crit_edge.i, !prof !8
+  %2732 = phi <32 x float> [ %.pre895.i, %if_end155.if_end171_crit_edge.i ], [ zeroinitializer, %if_end155.i ]
+  %2733 = getelementptr inbounds nuw i8, ptr %2723, i64 1024
+  %2734 = fmul <32 x float> %2048, %2732
+  %2735 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2047, <32 x float> %2731, <32 x float> %2734)
+  store <32 x float> %2735, ptr %2733, align 4, !tbaa !5
+  %2736 = shufflevector <16 x float> %.lcssa565.i, <16 x float> %.lcssa567.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %488, label %if_end187.i, label %if_end171.if_end187_crit_edge.i, !prof !8
 
 if_end171.if_end187_crit_edge.i:                  ; preds = %if_end171.i
-  %.phi.trans.insert896.i = getelementptr inbounds nuw i8, ptr %2688, i64 1536
+  %.phi.trans.insert896.i = getelementptr inbounds nuw i8, ptr %2723, i64 1536
   %.pre897.i = load <32 x float>, ptr %.phi.trans.insert896.i, align 4, !tbaa !5
   br label %if_end187.i
 
 if_end187.i:                                      ; preds = %if_end171.if_end187_crit_edge.i, %if_end171.i
-  %2702 = phi <32 x float> [ %.pre897.i, %if_end171.if_end187_crit_edge.i ], [ zeroinitializer, %if_end171.i ]
-  %2703 = getelementptr inbounds nuw i8, ptr %2688, i64 1536
-  %2704 = fmul <32 x float> %2015, %2702
-  %2705 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2014, <32 x float> %2701, <32 x float> %2704)
-  store <32 x float> %2705, ptr %2703, align 4, !tbaa !5
+  %2737 = phi <32 x float> [ %.pre897.i, %if_end171.if_end187_crit_edge.i ], [ zeroinitializer, %if_end171.i ]
+  %2738 = getelementptr inbounds nuw i8, ptr %2723, i64 1536
+  %2739 = fmul <32 x float> %2050, %2737
+  %2740 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2049, <32 x float> %2736, <32 x float> %2739)
+  store <32 x float> %2740, ptr %2738, align 4, !tbaa !5
   %indvars.iv.next782.i = add nuw nsw i64 %indvars.iv781.i, 1
   %exitcond784.not.i = icmp eq i64 %indvars.iv.next782.i, 4
   br i1 %exitcond784.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
 if_end189.i:                                      ; preds = %for_end_d_0_m.i
-  %2706 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2707 = tail call i32 %2706(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not275.i = icmp eq i32 %2707, 0
+  %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr %probs.i)
+  %.not275.i = icmp eq i32 %2742, 0
   br i1 %.not275.i, label %if_end192.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end192.i:                                      ; preds = %if_end189.i
-  %2708 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2709 = tail call i32 %2708(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not276.i = icmp eq i32 %2709, 0
+  %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not276.i = icmp eq i32 %2744, 0
   br i1 %.not276.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end198.i:                                      ; preds = %for_end_kv_head.i
-  %2710 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2711 = tail call i32 %2710(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not273.i = icmp eq i32 %2711, 0
+  %2745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2746 = tail call i32 %2745(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not273.i = icmp eq i32 %2746, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
   br i1 %.not273.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
 for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
   %indvars.iv809.i = phi i64 [ %indvars.iv.next810.i, %for_body_tile204.i ], [ 0, %for_begin_tile203.preheader.i ]
-  %2712 = shl nuw nsw i64 %indvars.iv809.i, 2
-  %2713 = add nuw nsw i64 %2712, %197
-  %2714 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2712
-  %2715 = load float, ptr %2714, align 16, !tbaa !20
-  %2716 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2713
-  store float %2715, ptr %2716, align 4, !tbaa !5
-  %2717 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2712
-  %2718 = load float, ptr %2717, align 16, !tbaa !18
-  %2719 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2713
-  store float %2718, ptr %2719, align 4, !tbaa !5
-  %2720 = or disjoint i64 %2712, 1
-  %2721 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2720
-  %2722 = load float, ptr %2721, align 4, !tbaa !20
-  %2723 = or disjoint i64 %2713, 1
-  %2724 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2723
-  store float %2722, ptr %2724, align 4, !tbaa !5
-  %2725 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2720
-  %2726 = load float, ptr %2725, align 4, !tbaa !18
-  %2727 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2723
-  store float %2726, ptr %2727, align 4, !tbaa !5
-  %2728 = or disjoint i64 %2712, 2
-  %2729 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2728
-  %2730 = load float, ptr %2729, align 8, !tbaa !20
-  %2731 = or disjoint i64 %2713, 2
-  %2732 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2731
-  store float %2730, ptr %2732, align 4, !tbaa !5
-  %2733 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2728
-  %2734 = load float, ptr %2733, align 8, !tbaa !18
-  %2735 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2731
-  store float %2734, ptr %2735, align 4, !tbaa !5
-  %2736 = or disjoint i64 %2712, 3
-  %2737 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2736
-  %2738 = load float, ptr %2737, align 4, !tbaa !20
-  %2739 = or disjoint i64 %2713, 3
-  %2740 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2739
-  store float %2738, ptr %2740, align 4, !tbaa !5
-  %2741 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2736
-  %2742 = load float, ptr %2741, align 4, !tbaa !18
-  %2743 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2739
-  store float %2742, ptr %2743, align 4, !tbaa !5
-  %2744 = shl nuw nsw i64 %indvars.iv809.i, 9
-  %2745 = getelementptr inbounds nuw float, ptr %198, i64 %2744
-  %2746 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2744
-  %2747 = load <32 x float>, ptr %2746, align 4, !tbaa !5
-  store <32 x float> %2747, ptr %2745, align 4, !tbaa !5
-  %2748 = getelementptr inbounds nuw i8, ptr %2746, i64 128
-  %2749 = load <32 x float>, ptr %2748, align 4, !tbaa !5
-  %2750 = getelementptr inbounds nuw i8, ptr %2745, i64 128
-  store <32 x float> %2749, ptr %2750, align 4, !tbaa !5
-  %2751 = getelementptr inbounds nuw i8, ptr %2746, i64 256
-  %2752 = load <32 x float>, ptr %2751, align 4, !tbaa !5
-  %2753 = getelementptr inbounds nuw i8, ptr %2745, i64 256
-  store <32 x float> %2752, ptr %2753, align 4, !tbaa !5
-  %2754 = getelementptr inbounds nuw i8, ptr %2746, i64 384
-  %2755 = load <32 x float>, ptr %2754, align 4, !tbaa !5
-  %2756 = getelementptr inbounds nuw i8, ptr %2745, i64 384
-  store <32 x float> %2755, ptr %2756, align 4, !tbaa !5
-  %2757 = getelementptr inbounds nuw i8, ptr %2745, i64 512
-  %2758 = getelementptr inbounds nuw i8, ptr %2746, i64 512
-  %2759 = load <32 x float>, ptr %2758, align 4, !tbaa !5
-  store <32 x float> %2759, ptr %2757, align 4, !tbaa !5
-  %2760 = getelementptr inbounds nuw i8, ptr %2746, i64 640
-  %2761 = load <32 x float>, ptr %2760, align 4, !tbaa !5
-  %2762 = getelementptr inbounds nuw i8, ptr %2745, i64 640
-  store <32 x float> %2761, ptr %2762, align 4, !tbaa !5
-  %2763 = getelementptr inbounds nuw i8, ptr %2746, i64 768
-  %2764 = load <32 x float>, ptr %2763, align 4, !tbaa !5
-  %2765 = getelementptr inbounds nuw i8, ptr %2745, i64 768
-  store <32 x float> %2764, ptr %2765, align 4, !tbaa !5
-  %2766 = getelementptr inbounds nuw i8, ptr %2746, i64 896
-  %2767 = load <32 x float>, ptr %2766, align 4, !tbaa !5
-  %2768 = getelementptr inbounds nuw i8, ptr %2745, i64 896
-  store <32 x float> %2767, ptr %2768, align 4, !tbaa !5
-  %2769 = getelementptr inbounds nuw i8, ptr %2745, i64 1024
-  %2770 = getelementptr inbounds nuw i8, ptr %2746, i64 1024
-  %2771 = load <32 x float>, ptr %2770, align 4, !tbaa !5
-  store <32 x float> %2771, ptr %2769, align 4, !tbaa !5
-  %2772 = getelementptr inbounds nuw i8, ptr %2746, i64 1152
-  %2773 = load <32 x float>, ptr %2772, align 4, !tbaa !5
-  %2774 = getelementptr inbounds nuw i8, ptr %2745, i64 1152
-  store <32 x float> %2773, ptr %2774, align 4, !tbaa !5
-  %2775 = getelementptr inbounds nuw i8, ptr %2746, i64 1280
-  %2776 = load <32 x float>, ptr %2775, align 4, !tbaa !5
-  %2777 = getelementptr inbounds nuw i8, ptr %2745, i64 1280
-  store <32 x float> %2776, ptr %2777, align 4, !tbaa !5
-  %2778 = getelementptr inbounds nuw i8, ptr %2746, i64 1408
-  %2779 = load <32 x float>, ptr %2778, align 4, !tbaa !5
-  %2780 = getelementptr inbounds nuw i8, ptr %2745, i64 1408
-  store <32 x float> %2779, ptr %2780, align 4, !tbaa !5
-  %2781 = getelementptr inbounds nuw i8, ptr %2745, i64 1536
-  %2782 = getelementptr inbounds nuw i8, ptr %2746, i64 1536
-  %2783 = load <32 x float>, ptr %2782, align 4, !tbaa !5
-  store <32 x float> %2783, ptr %2781, align 4, !tbaa !5
-  %2784 = getelementptr inbounds nuw i8, ptr %2746, i64 1664
-  %2785 = load <32 x float>, ptr %2784, align 4, !tbaa !5
-  %2786 = getelementptr inbounds nuw i8, ptr %2745, i64 1664
-  store <32 x float> %2785, ptr %2786, align 4, !tbaa !5
-  %2787 = getelementptr inbounds nuw i8, ptr %2746, i64 1792
-  %2788 = load <32 x float>, ptr %2787, align 4, !tbaa !5
-  %2789 = getelementptr inbounds nuw i8, ptr %2745, i64 1792
-  store <32 x float> %2788, ptr %2789, align 4, !tbaa !5
-  %2790 = getelementptr inbounds nuw i8, ptr %2746, i64 1920
-  %2791 = load <32 x float>, ptr %2790, align 4, !tbaa !5
-  %2792 = getelementptr inbounds nuw i8, ptr %2745, i64 1920
-  store <32 x float> %2791, ptr %2792, align 4, !tbaa !5
+  %2747 = shl nuw nsw i64 %indvars.iv809.i, 2
+  %2748 = add nuw nsw i64 %2747, %225
+  %2749 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2747
+  %2750 = load float, ptr %2749, align 16, !tbaa !20
+  %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
+  store float %2750, ptr %2751, align 4, !tbaa !5
+  %2752 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2747
+  %2753 = load float, ptr %2752, align 16, !tbaa !18
+  %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
+  store float %2753, ptr %2754, align 4, !tbaa !5
+  %2755 = or disjoint i64 %2747, 1
+  %2756 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2755
+  %2757 = load float, ptr %2756, align 4, !tbaa !20
+  %2758 = or disjoint i64 %2748, 1
+  %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
+  store float %2757, ptr %2759, align 4, !tbaa !5
+  %2760 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2755
+  %2761 = load float, ptr %2760, align 4, !tbaa !18
+  %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
+  store float %2761, ptr %2762, align 4, !tbaa !5
+  %2763 = or disjoint i64 %2747, 2
+  %2764 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2763
+  %2765 = load float, ptr %2764, align 8, !tbaa !20
+  %2766 = or disjoint i64 %2748, 2
+  %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
+  store float %2765, ptr %2767, align 4, !tbaa !5
+  %2768 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2763
+  %2769 = load float, ptr %2768, align 8, !tbaa !18
+  %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
+  store float %2769, ptr %2770, align 4, !tbaa !5
+  %2771 = or disjoint i64 %2747, 3
+  %2772 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2771
+  %2773 = load float, ptr %2772, align 4, !tbaa !20
+  %2774 = or disjoint i64 %2748, 3
+  %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
+  store float %2773, ptr %2775, align 4, !tbaa !5
+  %2776 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2771
+  %2777 = load float, ptr %2776, align 4, !tbaa !18
+  %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
+  store float %2777, ptr %2778, align 4, !tbaa !5
+  %2779 = shl nuw nsw i64 %indvars.iv809.i, 9
+  %2780 = getelementptr inbounds nuw float, ptr %226, i64 %2779
+  %2781 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2779
+  %2782 = load <32 x float>, ptr %2781, align 4, !tbaa !5
+  store <32 x float> %2782, ptr %2780, align 4, !tbaa !5
+  %2783 = getelementptr inbounds nuw i8, ptr %2781, i64 128
+  %2784 = load <32 x float>, ptr %2783, align 4, !tbaa !5
+  %2785 = getelementptr inbounds nuw i8, ptr %2780, i64 128
+  store <32 x float> %2784, ptr %2785, align 4, !tbaa !5
+  %2786 = getelementptr inbounds nuw i8, ptr %2781, i64 256
+  %2787 = load <32 x float>, ptr %2786, align 4, !tbaa !5
+  %2788 = getelementptr inbounds nuw i8, ptr %2780, i64 256
+  store <32 x float> %2787, ptr %2788, align 4, !tbaa !5
+  %2789 = getelementptr inbounds nuw i8, ptr %2781, i64 384
+  %2790 = load <32 x float>, ptr %2789, align 4, !tbaa !5
+  %2791 = getelementptr inbounds nuw i8, ptr %2780, i64 384
+  store <32 x float> %2790, ptr %2791, align 4, !tbaa !5
+  %2792 = getelementptr inbounds nuw i8, ptr %2780, i64 512
+  %2793 = getelementptr inbounds nuw i8, ptr %2781, i64 512
+  %2794 = load <32 x float>, ptr %2793, align 4, !tbaa !5
+  store <32 x float> %2794, ptr %2792, align 4, !tbaa !5
+  %2795 = getelementptr inbounds nuw i8, ptr %2781, i64 640
+  %2796 = load <32 x float>, ptr %2795, align 4, !tbaa !5
+  %2797 = getelementptr inbounds nuw i8, ptr %2780, i64 640
+  store <32 x float> %2796, ptr %2797, align 4, !tbaa !5
+  %2798 = getelementptr inbounds nuw i8, ptr %2781, i64 768
+  %2799 = load <32 x float>, ptr %2798, align 4, !tbaa !5
+  %2800 = getelementptr inbounds nuw i8, ptr %2780, i64 768
+  store <32 x float> %2799, ptr %2800, align 4, !tbaa !5
+  %2801 = getelementptr inbounds nuw i8, ptr %2781, i64 896
+  %2802 = load <32 x float>, ptr %2801, align 4, !tbaa !5
+  %2803 = getelementptr inbounds nuw i8, ptr %2780, i64 896
+  store <32 x float> %2802, ptr %2803, align 4, !tbaa !5
+  %2804 = getelementptr inbounds nuw i8, ptr %2780, i64 1024
+  %2805 = getelementptr inbounds nuw i8, ptr %2781, i64 1024
+  %2806 = load <32 x float>, ptr %2805, align 4, !tbaa !5
+  store <32 x float> %2806, ptr %2804, align 4, !tbaa !5
+  %2807 = getelementptr inbounds nuw i8, ptr %2781, i64 1152
+  %2808 = load <32 x float>, ptr %2807, align 4, !tbaa !5
+  %2809 = getelementptr inbounds nuw i8, ptr %2780, i64 1152
+  store <32 x float> %2808, ptr %2809, align 4, !tbaa !5
+  %2810 = getelementptr inbounds nuw i8, ptr %2781, i64 1280
+  %2811 = load <32 x float>, ptr %2810, align 4, !tbaa !5
+  %2812 = getelementptr inbounds nuw i8, ptr %2780, i64 1280
+  store <32 x float> %2811, ptr %2812, align 4, !tbaa !5
+  %2813 = getelementptr inbounds nuw i8, ptr %2781, i64 1408
+  %2814 = load <32 x float>, ptr %2813, align 4, !tbaa !5
+  %2815 = getelementptr inbounds nuw i8, ptr %2780, i64 1408
+  store <32 x float> %2814, ptr %2815, align 4, !tbaa !5
+  %2816 = getelementptr inbounds nuw i8, ptr %2780, i64 1536
+  %2817 = getelementptr inbounds nuw i8, ptr %2781, i64 1536
+  %2818 = load <32 x float>, ptr %2817, align 4, !tbaa !5
+  store <32 x float> %2818, ptr %2816, align 4, !tbaa !5
+  %2819 = getelementptr inbounds nuw i8, ptr %2781, i64 1664
+  %2820 = load <32 x float>, ptr %2819, align 4, !tbaa !5
+  %2821 = getelementptr inbounds nuw i8, ptr %2780, i64 1664
+  store <32 x float> %2820, ptr %2821, align 4, !tbaa !5
+  %2822 = getelementptr inbounds nuw i8, ptr %2781, i64 1792
+  %2823 = load <32 x float>, ptr %2822, align 4, !tbaa !5
+  %2824 = getelementptr inbounds nuw i8, ptr %2780, i64 1792
+  store <32 x float> %2823, ptr %2824, align 4, !tbaa !5
+  %2825 = getelementptr inbounds nuw i8, ptr %2781, i64 1920
+  %2826 = load <32 x float>, ptr %2825, align 4, !tbaa !5
+  %2827 = getelementptr inbounds nuw i8, ptr %2780, i64 1920
+  store <32 x float> %2826, ptr %2827, align 4, !tbaa !5
   %indvars.iv.next810.i = add nuw nsw i64 %indvars.iv809.i, 1
   %exitcond812.not.i = icmp eq i64 %indvars.iv.next810.i, 8
   br i1 %exitcond812.not.i, label %for_end_tile205.i, label %for_body_tile204.i, !prof !16
 
 for_end_tile205.i:                                ; preds = %for_body_tile204.i, %if_end223.us.3.i
-  %2793 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2794 = tail call i32 %2793(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2794, 0
+  %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2829, 0
   br i1 %.not.i, label %if_end240.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end240.i:                                      ; preds = %for_end_tile205.i
-  %2795 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2796 = tail call i32 %2795(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not270.i = icmp eq i32 %2796, 0
+  %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not270.i = icmp eq i32 %2831, 0
   br i1 %.not270.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
 
 fused_decode_compute_.exit:                       ; preds = %if_end240.i, %for_end_tile205.i, %if_end198.i, %if_end192.i, %if_end189.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
@@ -4618,86 +4657,95 @@ entry:
   %alpha38.i = alloca [32 x float], align 16
   %row_sum39.i = alloca [32 x float], align 16
   %row_max40.i = alloca [32 x float], align 16
-  %partial_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %partial_max.type_index, 70
+  %context_lens.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_max.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_max.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %partial_max.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_max.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %partial_sum.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_sum.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %partial_sum.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_sum.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %out.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %out.type_index, 70
+  %partial_acc.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %partial_acc.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %out.handle.idx = select i1 %12, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %partial_acc.handle.idx = select i1 %12, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_acc.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %lse.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %lse.type_index, 70
+  %out.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %out.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %lse.handle.idx = select i1 %16, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %20 = load i64, ptr %19, align 8
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %22 = load i64, ptr %21, align 8
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %out.handle.idx = select i1 %16, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %lse.type_index = load i32, ptr %19, align 8
+  %20 = icmp eq i32 %lse.type_index, 70
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %22 = load ptr, ptr %21, align 8
+  %lse.handle.idx = select i1 %20, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %25, align 4
-  %26 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %26, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %27, align 8
-  %28 = icmp eq ptr %merge_partials.out_strides, null
-  %29 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %30 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %28, ptr %29, ptr %30
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_partials.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %28, label %if_then16, label %if_else17
+  br i1 %32, label %if_then19, label %if_else20
 
-if_then16:                                        ; preds = %entry
-  %31 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %32 = load i64, ptr %31, align 8
-  %33 = load i64, ptr %29, align 8
-  %34 = mul nsw i64 %33, %32
-  br label %if_end18
-
-if_else17:                                        ; preds = %entry
-  %35 = load i64, ptr %merge_partials.out_strides, align 8
-  br label %if_end18
-
-if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %34, %if_then16 ], [ %35, %if_else17 ]
-  %36 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %36, align 8
-  %37 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %37, label %if_then19, label %if_end21
-
-if_then19:                                        ; preds = %if_end18
-  %38 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %38, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+if_then19:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
   br label %if_end21
 
-if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %39, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+if_else20:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_else20, %if_then19
+  %out_batch = phi i64 [ %38, %if_then19 ], [ %39, %if_else20 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %41, label %if_then22, label %if_end24
+
+if_then22:                                        ; preds = %if_end21
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  br label %if_end24
+
+if_end24:                                         ; preds = %if_then22, %if_end21
+  %lse_batch.in = phi ptr [ %43, %if_then22 ], [ %merge_partials.lse_strides, %if_end21 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   %partial_sum = load ptr, ptr %partial_sum.handle, align 8
@@ -4713,246 +4761,249 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %41 = icmp eq ptr %acc.i, null
-  br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !8
 
-for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %24 to i32
-  %42 = icmp sgt i32 %num_partials, 0
-  br i1 %42, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+for_begin_step.preheader.i:                       ; preds = %if_end24
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %22, 32
-  %43 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %24, 2147483647
+  %sext = shl i64 %26, 32
+  %47 = ashr exact i64 %sext, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
   %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %102, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv64.i, 0
-  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total4145.i
-  %48 = add nsw i64 %indvars.iv64.i, %43
-  %49 = shl nsw i64 %48, 5
-  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
-  %51 = load <32 x float>, ptr %50, align 4, !tbaa !5
-  %52 = fcmp ogt <32 x float> %old_max.i, %51
-  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
-  %54 = load <32 x float>, ptr %53, align 4, !tbaa !5
-  %55 = fcmp oeq <32 x float> %54, zeroinitializer
-  %56 = select <32 x i1> %55, <32 x i1> splat (i1 true), <32 x i1> %52
-  %old_or_both.i = select <32 x i1> %56, <32 x float> %old_max.i, <32 x float> %51
-  %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
-  %58 = fsub <32 x float> %old_max.i, %m.i
-  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %60 = bitcast <32 x float> %59 to <32 x i32>
-  %61 = fadd <32 x float> %59, splat (float 0xC168000FE0000000)
-  %62 = fmul <32 x float> %61, splat (float 0x3F2BD01060000000)
-  %63 = fmul <32 x float> %61, splat (float 0x3FE6300000000000)
-  %64 = fsub <32 x float> %58, %63
-  %65 = fadd <32 x float> %62, %64
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %65, <32 x float> splat (float 0x3FA5558F20000000))
-  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %65, <32 x float> splat (float 0x3FC5554920000000))
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %65, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %70 = fmul <32 x float> %65, %65
-  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %70, <32 x float> %65)
-  %72 = shl <32 x i32> %60, splat (i32 23)
-  %73 = bitcast <32 x i32> %72 to <32 x float>
-  %74 = fadd <32 x float> %71, splat (float 1.000000e+00)
-  %75 = fmul <32 x float> %74, %73
-  %76 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
-  %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
-  %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
-  store <32 x float> %79, ptr %alpha38.i, align 16, !tbaa !65
-  %arg2.i = fsub <32 x float> %51, %m.i
-  %80 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %81 = bitcast <32 x float> %80 to <32 x i32>
-  %82 = fadd <32 x float> %80, splat (float 0xC168000FE0000000)
-  %83 = fmul <32 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <32 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <32 x float> %arg2.i, %84
-  %86 = fadd <32 x float> %83, %85
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %86, <32 x float> splat (float 0x3FA5558F20000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %86, <32 x float> splat (float 0x3FC5554920000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %86, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %91 = fmul <32 x float> %86, %86
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> %91, <32 x float> %86)
-  %93 = shl <32 x i32> %81, splat (i32 23)
-  %94 = bitcast <32 x i32> %93 to <32 x float>
-  %95 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %96 = fmul <32 x float> %95, %94
-  %97 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %98 = select <32 x i1> %97, <32 x float> zeroinitializer, <32 x float> %96
-  %99 = fcmp one <32 x float> %54, zeroinitializer
-  %100 = select <32 x i1> %99, <32 x float> %98, <32 x float> zeroinitializer
-  store <32 x float> %100, ptr %beta37.i, align 16, !tbaa !71
-  %101 = fmul <32 x float> %old_sum.i, %79
-  %102 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %100, <32 x float> %54, <32 x float> %101)
-  %.idx.i = shl nsw i64 %48, 14
-  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+  %48 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
+  %49 = icmp eq i64 %indvars.iv64.i, 0
+  %50 = insertelement <32 x i1> poison, i1 %49, i64 0
+  %51 = shufflevector <32 x i1> %50, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %51, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %48
+  %old_sum.i = select <32 x i1> %51, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %52 = add nsw i64 %indvars.iv64.i, %47
+  %53 = shl nsw i64 %52, 5
+  %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
+  %55 = load <32 x float>, ptr %54, align 4, !tbaa !5
+  %56 = fcmp ogt <32 x float> %old_max.i, %55
+  %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
+  %58 = load <32 x float>, ptr %57, align 4, !tbaa !5
+  %59 = fcmp oeq <32 x float> %58, zeroinitializer
+  %60 = select <32 x i1> %59, <32 x i1> splat (i1 true), <32 x i1> %56
+  %old_or_both.i = select <32 x i1> %60, <32 x float> %old_max.i, <32 x float> %55
+  %61 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %61, <32 x float> %55, <32 x float> %old_or_both.i
+  %62 = fsub <32 x float> %old_max.i, %m.i
+  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %64 = bitcast <32 x float> %63 to <32 x i32>
+  %65 = fadd <32 x float> %63, splat (float 0xC168000FE0000000)
+  %66 = fmul <32 x float> %65, splat (float 0x3F2BD01060000000)
+  %67 = fmul <32 x float> %65, splat (float 0x3FE6300000000000)
+  %68 = fsub <32 x float> %62, %67
+  %69 = fadd <32 x float> %66, %68
+  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %69, <32 x float> splat (float 0x3FA5558F20000000))
+  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> %69, <32 x float> splat (float 0x3FC5554920000000))
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %69, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %74 = fmul <32 x float> %69, %69
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %74, <32 x float> %69)
+  %76 = shl <32 x i32> %64, splat (i32 23)
+  %77 = bitcast <32 x i32> %76 to <32 x float>
+  %78 = fadd <32 x float> %75, splat (float 1.000000e+00)
+  %79 = fmul <32 x float> %78, %77
+  %80 = fcmp olt <32 x float> %62, splat (float -8.700000e+01)
+  %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
+  %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !65
+  %arg2.i = fsub <32 x float> %55, %m.i
+  %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %85 = bitcast <32 x float> %84 to <32 x i32>
+  %86 = fadd <32 x float> %84, splat (float 0xC168000FE0000000)
+  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <32 x float> %arg2.i, %88
+  %90 = fadd <32 x float> %87, %89
+  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3FA5558F20000000))
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FC5554920000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %95 = fmul <32 x float> %90, %90
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %95, <32 x float> %90)
+  %97 = shl <32 x i32> %85, splat (i32 23)
+  %98 = bitcast <32 x i32> %97 to <32 x float>
+  %99 = fadd <32 x float> %96, splat (float 1.000000e+00)
+  %100 = fmul <32 x float> %99, %98
+  %101 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
+  %103 = fcmp one <32 x float> %58, zeroinitializer
+  %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !71
+  %105 = fmul <32 x float> %old_sum.i, %83
+  %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
+  %.idx.i = shl nsw i64 %52, 14
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %104 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %105 = load float, ptr %104, align 4, !tbaa !77
-  %106 = insertelement <16 x float> poison, float %105, i64 0
-  %107 = shufflevector <16 x float> %106, <16 x float> poison, <16 x i32> zeroinitializer
-  %108 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %109 = getelementptr float, ptr %103, i64 %108
-  %110 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !78
-  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
-  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !5
-  %113 = load <16 x float>, ptr %109, align 4, !tbaa !5
-  %.scalar = fmul float %111, 0.000000e+00
-  %114 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
-  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %113, <16 x float> %115)
-  store <16 x float> %116, ptr %112, align 4, !tbaa !5
-  %117 = getelementptr inbounds nuw i8, ptr %112, i64 64
-  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !5
-  %118 = getelementptr i8, ptr %109, i64 64
-  %119 = load <16 x float>, ptr %118, align 4, !tbaa !5
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %119, <16 x float> %115)
-  store <16 x float> %120, ptr %117, align 4, !tbaa !5
-  %121 = getelementptr inbounds nuw i8, ptr %112, i64 128
+  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %109 = load float, ptr %108, align 4, !tbaa !77
+  %110 = insertelement <16 x float> poison, float %109, i64 0
+  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
+  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %113 = getelementptr float, ptr %107, i64 %112
+  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %115 = load float, ptr %114, align 4, !tbaa !78
+  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
+  %.scalar = fmul float %115, 0.000000e+00
+  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
+  store <16 x float> %120, ptr %116, align 4, !tbaa !5
+  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
   store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !5
-  %122 = getelementptr i8, ptr %109, i64 128
+  %122 = getelementptr i8, ptr %113, i64 64
   %123 = load <16 x float>, ptr %122, align 4, !tbaa !5
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %123, <16 x float> %115)
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
   store <16 x float> %124, ptr %121, align 4, !tbaa !5
-  %125 = getelementptr inbounds nuw i8, ptr %112, i64 192
+  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
   store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !5
-  %126 = getelementptr i8, ptr %109, i64 192
+  %126 = getelementptr i8, ptr %113, i64 128
   %127 = load <16 x float>, ptr %126, align 4, !tbaa !5
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %127, <16 x float> %115)
+  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
   store <16 x float> %128, ptr %125, align 4, !tbaa !5
-  %129 = getelementptr inbounds nuw i8, ptr %112, i64 256
+  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
   store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !5
-  %130 = getelementptr i8, ptr %109, i64 256
+  %130 = getelementptr i8, ptr %113, i64 192
   %131 = load <16 x float>, ptr %130, align 4, !tbaa !5
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %131, <16 x float> %115)
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
   store <16 x float> %132, ptr %129, align 4, !tbaa !5
-  %133 = getelementptr inbounds nuw i8, ptr %112, i64 320
+  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
   store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !5
-  %134 = getelementptr i8, ptr %109, i64 320
+  %134 = getelementptr i8, ptr %113, i64 256
   %135 = load <16 x float>, ptr %134, align 4, !tbaa !5
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %135, <16 x float> %115)
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
   store <16 x float> %136, ptr %133, align 4, !tbaa !5
-  %137 = getelementptr inbounds nuw i8, ptr %112, i64 384
+  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
   store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !5
-  %138 = getelementptr i8, ptr %109, i64 384
+  %138 = getelementptr i8, ptr %113, i64 320
   %139 = load <16 x float>, ptr %138, align 4, !tbaa !5
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %139, <16 x float> %115)
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
   store <16 x float> %140, ptr %137, align 4, !tbaa !5
-  %141 = getelementptr inbounds nuw i8, ptr %112, i64 448
+  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
   store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !5
-  %142 = getelementptr i8, ptr %109, i64 448
+  %142 = getelementptr i8, ptr %113, i64 384
   %143 = load <16 x float>, ptr %142, align 4, !tbaa !5
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %143, <16 x float> %115)
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
   store <16 x float> %144, ptr %141, align 4, !tbaa !5
+  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !5
+  %146 = getelementptr i8, ptr %113, i64 448
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !5
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
   br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %102, %for_end_r_0.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
   %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %145 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %146 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %147 = select <32 x i1> %146, <32 x float> zeroinitializer, <32 x float> %145
-  store <32 x float> %147, ptr %factor34.i, align 16, !tbaa !79
-  %sext28 = shl i64 %20, 32
-  %148 = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %148
-  %150 = getelementptr i16, ptr %out, i64 %149
+  %sext33 = shl i64 %24, 32
+  %149 = ashr exact i64 %sext33, 32
+  %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
+  %151 = load i32, ptr %150, align 4, !tbaa !5
+  %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !79
+  %155 = mul nsw i64 %out_batch, %149
+  %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %152 = load float, ptr %151, align 4, !tbaa !77
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = shl nuw nsw i64 %indvars.iv.i, 7
-  %156 = getelementptr float, ptr %103, i64 %155
-  %157 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !78
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !77
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !5
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %155
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !5
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !5
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !5
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %107, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !78
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !5
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %162, i64 64
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !5
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %162, i64 128
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !5
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %162, i64 192
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !5
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %162, i64 256
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !5
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %162, i64 320
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !5
-  %202 = getelementptr i8, ptr %156, i64 448
+  %202 = getelementptr i8, ptr %162, i64 384
   %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %206)
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
   store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
   br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
@@ -4964,199 +5015,211 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %209 = load float, ptr %208, align 4, !tbaa !85
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !85
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !5
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !5
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !5
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
   %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !5
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !5
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
   %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !5
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !5
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !5
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
   %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !5
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !5
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
   %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !5
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !5
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
   %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !5
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !5
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
   %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !5
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !5
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
   %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !5
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !5
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
   br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %293 = mul nsw i64 %lse_batch, %148
-  %294 = getelementptr float, ptr %lse, i64 %293
+  %299 = add nsw i32 %151, -1
+  %300 = sitofp i32 %299 to float
+  %301 = bitcast float %300 to i32
+  %302 = ashr i32 %301, 23
+  %303 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
+  %304 = mul nsw i64 %lse_batch, %149
+  %305 = getelementptr float, ptr %lse, i64 %304
+  %306 = shl nuw nsw i32 %303, 23
+  %307 = add nuw i32 %306, 16777216
+  %308 = bitcast i32 %307 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %296 = load float, ptr %295, align 16, !tbaa !86
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end30.i, label %if_else.i
+  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %310 = load float, ptr %309, align 16, !tbaa !86
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %302 = load float, ptr %301, align 16, !tbaa !88
-  %303 = fadd float %300, %302
+  %314 = fmul float %310, %308
+  %315 = tail call float @llvm.log.f32(float %314)
+  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %317 = load float, ptr %316, align 16, !tbaa !88
+  %318 = fadd float %315, %317
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv76.i
-  store float %304, ptr %305, align 4, !tbaa !5
+  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %320 = getelementptr float, ptr %305, i64 %indvars.iv76.i
+  store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %307 = load float, ptr %306, align 4, !tbaa !86
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end30.i.1, label %if_else.i.1
+  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %322 = load float, ptr %321, align 4, !tbaa !86
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %311 = load float, ptr %310, align 4, !tbaa !88
-  %312 = fadd float %309, %311
+  %324 = fmul float %322, %308
+  %325 = tail call float @llvm.log.f32(float %324)
+  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %327 = load float, ptr %326, align 4, !tbaa !88
+  %328 = fadd float %325, %327
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i
-  store float %313, ptr %314, align 4, !tbaa !5
+  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %330 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i
+  store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !86
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end30.i.2, label %if_else.i.2
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %332 = load float, ptr %331, align 8, !tbaa !86
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !88
-  %321 = fadd float %318, %320
+  %334 = fmul float %332, %308
+  %335 = tail call float @llvm.log.f32(float %334)
+  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %337 = load float, ptr %336, align 8, !tbaa !88
+  %338 = fadd float %335, %337
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i.1
-  store float %322, ptr %323, align 4, !tbaa !5
+  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %340 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.1
+  store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !86
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end30.i.3, label %if_else.i.3
+  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %342 = load float, ptr %341, align 4, !tbaa !86
+  %343 = fcmp oeq float %342, 0.000000e+00
+  br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !88
-  %330 = fadd float %327, %329
+  %344 = fmul float %342, %308
+  %345 = tail call float @llvm.log.f32(float %344)
+  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !88
+  %348 = fadd float %345, %347
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i.2
-  store float %331, ptr %332, align 4, !tbaa !5
+  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %350 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.2
+  store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
   br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !16, !llvm.loop !90
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
+  %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
@@ -5176,6 +5239,9 @@ declare float @llvm.arithmetic.fence.f32(float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
@@ -5341,10 +5407,10 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #4
+declare i32 @llvm.smax.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #4
+declare i32 @llvm.smin.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umax.i32(i32, i32) #4

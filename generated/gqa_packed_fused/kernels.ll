@@ -1219,87 +1219,96 @@ entry:
   %49 = getelementptr inbounds nuw i8, ptr %args, i64 328
   %50 = load i64, ptr %49, align 8
   %51 = getelementptr inbounds nuw i8, ptr %args, i64 336
-  %scale.type_index = load i32, ptr %51, align 8
+  %query_scale.type_index = load i32, ptr %51, align 8
   %52 = getelementptr inbounds nuw i8, ptr %args, i64 344
   %53 = load i64, ptr %52, align 8
-  %54 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
-  %fused_decode.query_shape = load ptr, ptr %54, align 8
-  %55 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
-  %fused_decode.query_strides = load ptr, ptr %55, align 8
-  %56 = icmp eq ptr %fused_decode.query_strides, null
-  %57 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
-  %58 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
-  %q_head.in = select i1 %56, ptr %57, ptr %58
+  %54 = getelementptr inbounds nuw i8, ptr %args, i64 352
+  %score_scale.type_index = load i32, ptr %54, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_decode.query_shape = load ptr, ptr %57, align 8
+  %58 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_decode.query_strides = load ptr, ptr %58, align 8
+  %59 = icmp eq ptr %fused_decode.query_strides, null
+  %60 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 16
+  %61 = getelementptr inbounds nuw i8, ptr %fused_decode.query_strides, i64 8
+  %q_head.in = select i1 %59, ptr %60, ptr %61
   %q_head = load i64, ptr %q_head.in, align 8
-  br i1 %56, label %if_then31, label %if_else32
+  br i1 %59, label %if_then31, label %if_else32
 
 if_then31:                                        ; preds = %entry
-  %59 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
-  %60 = load i64, ptr %59, align 8
-  %61 = load i64, ptr %57, align 8
-  %62 = mul nsw i64 %61, %60
+  %62 = getelementptr inbounds nuw i8, ptr %fused_decode.query_shape, i64 8
+  %63 = load i64, ptr %62, align 8
+  %64 = load i64, ptr %60, align 8
+  %65 = mul nsw i64 %64, %63
   br label %if_end33
 
 if_else32:                                        ; preds = %entry
-  %63 = load i64, ptr %fused_decode.query_strides, align 8
+  %66 = load i64, ptr %fused_decode.query_strides, align 8
   br label %if_end33
 
 if_end33:                                         ; preds = %if_else32, %if_then31
-  %q_batch = phi i64 [ %62, %if_then31 ], [ %63, %if_else32 ]
-  %64 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
-  %dev_id = load i32, ptr %64, align 4
-  %65 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
-  %fused_decode.block_table_strides = load ptr, ptr %65, align 8
-  %66 = icmp eq ptr %fused_decode.block_table_strides, null
-  br i1 %66, label %if_then34, label %if_end36
+  %q_batch = phi i64 [ %65, %if_then31 ], [ %66, %if_else32 ]
+  %67 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %67, align 4
+  %68 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_decode.block_table_strides = load ptr, ptr %68, align 8
+  %69 = icmp eq ptr %fused_decode.block_table_strides, null
+  br i1 %69, label %if_then34, label %if_end36
 
 if_then34:                                        ; preds = %if_end33
-  %67 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
-  %fused_decode.block_table_shape = load ptr, ptr %67, align 8
-  %68 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
+  %70 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_decode.block_table_shape = load ptr, ptr %70, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %fused_decode.block_table_shape, i64 8
   br label %if_end36
 
 if_end36:                                         ; preds = %if_then34, %if_end33
-  %table_seq.in = phi ptr [ %68, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
+  %table_seq.in = phi ptr [ %71, %if_then34 ], [ %fused_decode.block_table_strides, %if_end33 ]
   %table_seq = load i64, ptr %table_seq.in, align 8
-  %69 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %fused_decode.out_shape = load ptr, ptr %69, align 8
-  %70 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %fused_decode.out_strides = load ptr, ptr %70, align 8
-  %71 = icmp eq ptr %fused_decode.out_strides, null
-  %72 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
-  %73 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
-  %out_head.in = select i1 %71, ptr %72, ptr %73
+  %72 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_decode.out_shape = load ptr, ptr %72, align 8
+  %73 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_decode.out_strides = load ptr, ptr %73, align 8
+  %74 = icmp eq ptr %fused_decode.out_strides, null
+  %75 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 16
+  %76 = getelementptr inbounds nuw i8, ptr %fused_decode.out_strides, i64 8
+  %out_head.in = select i1 %74, ptr %75, ptr %76
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %71, label %if_then40, label %if_else41
+  br i1 %74, label %if_then40, label %if_else41
 
 if_then40:                                        ; preds = %if_end36
-  %74 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
-  %75 = load i64, ptr %74, align 8
-  %76 = load i64, ptr %72, align 8
-  %77 = mul nsw i64 %76, %75
+  %77 = getelementptr inbounds nuw i8, ptr %fused_decode.out_shape, i64 8
+  %78 = load i64, ptr %77, align 8
+  %79 = load i64, ptr %75, align 8
+  %80 = mul nsw i64 %79, %78
   br label %if_end42
 
 if_else41:                                        ; preds = %if_end36
-  %78 = load i64, ptr %fused_decode.out_strides, align 8
+  %81 = load i64, ptr %fused_decode.out_strides, align 8
   br label %if_end42
 
 if_end42:                                         ; preds = %if_else41, %if_then40
-  %out_batch = phi i64 [ %77, %if_then40 ], [ %78, %if_else41 ]
-  %79 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %fused_decode.lse_strides = load ptr, ptr %79, align 8
-  %80 = icmp eq ptr %fused_decode.lse_strides, null
-  br i1 %80, label %if_then43, label %if_end45
+  %out_batch = phi i64 [ %80, %if_then40 ], [ %81, %if_else41 ]
+  %82 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_decode.lse_strides = load ptr, ptr %82, align 8
+  %83 = icmp eq ptr %fused_decode.lse_strides, null
+  br i1 %83, label %if_then43, label %if_end45
 
 if_then43:                                        ; preds = %if_end42
-  %81 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %fused_decode.lse_shape = load ptr, ptr %81, align 8
-  %82 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
+  %84 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_decode.lse_shape = load ptr, ptr %84, align 8
+  %85 = getelementptr inbounds nuw i8, ptr %fused_decode.lse_shape, i64 8
   br label %if_end45
 
 if_end45:                                         ; preds = %if_then43, %if_end42
-  %lse_batch.in = phi ptr [ %82, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
+  %lse_batch.in = phi ptr [ %85, %if_then43 ], [ %fused_decode.lse_strides, %if_end42 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %86 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %53 to double
+  %87 = fptrunc double %.cast to float
+  %88 = sitofp i64 %53 to float
+  %query_scale = select i1 %86, float %87, float %88
   %num_seqs = trunc i64 %44 to i32
   %query = load ptr, ptr %query.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
@@ -1335,1776 +1344,1960 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %83 = icmp sgt i32 %num_seqs, 0
-  br i1 %83, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
+  %89 = icmp sgt i32 %num_seqs, 0
+  br i1 %89, label %for_body_s.lr.ph.i, label %fused_decode_compute_.exit, !prof !3
 
 for_body_s.lr.ph.i:                               ; preds = %if_end45
   %block_begin = trunc i64 %46 to i32
   %block_end = trunc i64 %48 to i32
-  %84 = icmp eq i32 %scale.type_index, 3
-  %.cast = bitcast i64 %53 to double
-  %85 = fptrunc double %.cast to float
-  %86 = sitofp i64 %53 to float
-  %scale = select i1 %84, float %85, float %86
-  %87 = shl nsw i32 %block_begin, 4
-  %88 = shl nsw i32 %block_end, 4
+  %90 = icmp eq i32 %score_scale.type_index, 3
+  %.cast58 = bitcast i64 %56 to double
+  %91 = fptrunc double %.cast58 to float
+  %92 = sitofp i64 %56 to float
+  %score_scale = select i1 %90, float %91, float %92
+  %93 = shl nsw i32 %block_begin, 4
+  %94 = shl nsw i32 %block_end, 4
   %sext = shl i64 %42, 32
-  %89 = ashr exact i64 %sext, 32
-  %90 = insertelement <32 x float> poison, float %scale, i64 0
-  %91 = shufflevector <32 x float> %90, <32 x float> poison, <32 x i32> zeroinitializer
-  %92 = and i64 %50, 2147483648
-  %.not = icmp eq i64 %92, 0
-  %93 = zext i32 %87 to i64
-  %94 = and i64 %50, 4294967295
-  %wide.trip.count1249.i = and i64 %44, 2147483647
-  %invariant.op.i = add i32 %87, -1
-  %95 = getelementptr i8, ptr %value_cache, i64 64
-  %96 = getelementptr i8, ptr %value_cache, i64 128
-  %97 = getelementptr i8, ptr %value_cache, i64 192
-  %98 = getelementptr i8, ptr %value_cache, i64 256
-  %99 = getelementptr i8, ptr %value_cache, i64 320
-  %100 = getelementptr i8, ptr %value_cache, i64 384
-  %101 = getelementptr i8, ptr %value_cache, i64 448
-  %102 = mul i64 %q_batch, %89
-  %103 = shl i64 %102, 1
-  %104 = shl i64 %q_batch, 1
-  %105 = mul i64 %q_head, 56
-  %106 = getelementptr i8, ptr %query, i64 %103
-  %107 = getelementptr i8, ptr %query, i64 %103
-  %108 = getelementptr i8, ptr %107, i64 %105
-  %109 = getelementptr i8, ptr %108, i64 256
+  %95 = ashr exact i64 %sext, 32
+  %96 = insertelement <32 x float> poison, float %score_scale, i64 0
+  %97 = shufflevector <32 x float> %96, <32 x float> poison, <32 x i32> zeroinitializer
+  %98 = and i64 %50, 2147483648
+  %.not = icmp eq i64 %98, 0
+  %99 = zext i32 %93 to i64
+  %100 = and i64 %50, 4294967295
+  %wide.trip.count1232.i = and i64 %44, 2147483647
+  %invariant.op.i = add i32 %93, -1
+  %101 = getelementptr i8, ptr %value_cache, i64 64
+  %102 = getelementptr i8, ptr %value_cache, i64 128
+  %103 = getelementptr i8, ptr %value_cache, i64 192
+  %104 = getelementptr i8, ptr %value_cache, i64 256
+  %105 = getelementptr i8, ptr %value_cache, i64 320
+  %106 = getelementptr i8, ptr %value_cache, i64 384
+  %107 = getelementptr i8, ptr %value_cache, i64 448
+  %108 = mul i64 %q_batch, %95
+  %109 = shl i64 %108, 1
+  %110 = mul i64 %q_head, 6
+  %111 = shl i64 %q_batch, 1
+  %112 = mul i64 %q_head, 62
+  %113 = mul i64 %q_batch, %95
+  %114 = shl i64 %113, 1
+  %115 = shl i64 %q_head, 2
+  %116 = shl i64 %q_batch, 1
+  %117 = mul i64 %q_head, 60
+  %118 = mul i64 %q_batch, %95
+  %119 = shl i64 %118, 1
+  %120 = add i64 %118, %q_head
+  %121 = shl i64 %120, 1
+  %122 = shl i64 %q_batch, 1
+  %123 = mul i64 %q_head, 58
+  %124 = mul i64 %q_batch, %95
+  %125 = shl i64 %124, 1
+  %126 = shl i64 %q_batch, 1
+  %127 = mul i64 %q_head, 56
+  %128 = getelementptr i8, ptr %query, i64 %125
+  %129 = getelementptr i8, ptr %query, i64 %125
+  %130 = getelementptr i8, ptr %129, i64 %127
+  %131 = getelementptr i8, ptr %130, i64 256
+  %132 = getelementptr i8, ptr %query, i64 %121
+  %133 = getelementptr i8, ptr %query, i64 %119
+  %134 = getelementptr i8, ptr %133, i64 %123
+  %135 = getelementptr i8, ptr %134, i64 256
+  %136 = getelementptr i8, ptr %query, i64 %114
+  %137 = getelementptr i8, ptr %136, i64 %115
+  %138 = getelementptr i8, ptr %query, i64 %114
+  %139 = getelementptr i8, ptr %138, i64 %117
+  %140 = getelementptr i8, ptr %139, i64 256
+  %141 = getelementptr i8, ptr %query, i64 %109
+  %142 = getelementptr i8, ptr %141, i64 %110
+  %143 = getelementptr i8, ptr %query, i64 %109
+  %144 = getelementptr i8, ptr %143, i64 %112
+  %145 = getelementptr i8, ptr %144, i64 256
   %.mask = and i64 %q_head, 1152921504606846976
-  %stride.check = icmp ne i64 %.mask, 0
+  %stride.check161 = icmp ne i64 %.mask, 0
+  %broadcast.splatinsert164 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat165 = shufflevector <8 x float> %broadcast.splatinsert164, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask182 = and i64 %q_head, 1152921504606846976
+  %stride.check133 = icmp ne i64 %.mask182, 0
+  %broadcast.splatinsert136 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat137 = shufflevector <8 x float> %broadcast.splatinsert136, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask183 = and i64 %q_head, 1152921504606846976
+  %stride.check104 = icmp ne i64 %.mask183, 0
+  %broadcast.splatinsert107 = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat108 = shufflevector <8 x float> %broadcast.splatinsert107, <8 x float> poison, <8 x i32> zeroinitializer
+  %.mask184 = and i64 %q_head, 1152921504606846976
+  %stride.check = icmp ne i64 %.mask184, 0
+  %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end204.i
-  %indvars.iv.next1245.i = add nuw nsw i64 %indvars.iv1244.i, 1
-  %exitcond1250.not.i = icmp eq i64 %indvars.iv.next1245.i, %wide.trip.count1249.i
-  br i1 %exitcond1250.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+  %indvars.iv.next1228.i = add nuw nsw i64 %indvars.iv1227.i, 1
+  %exitcond1233.not.i = icmp eq i64 %indvars.iv.next1228.i, %wide.trip.count1232.i
+  br i1 %exitcond1233.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1244.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1245.i, %for_begin_s.i ]
-  %110 = mul i64 %104, %indvars.iv1244.i
-  %scevgep86 = getelementptr i8, ptr %106, i64 %110
-  %scevgep87 = getelementptr i8, ptr %109, i64 %110
-  %111 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %q_tile.i = tail call ptr %111(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
-  %112 = icmp eq ptr %q_tile.i, null
-  br i1 %112, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
+  %indvars.iv1227.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1228.i, %for_begin_s.i ]
+  %146 = mul i64 %126, %indvars.iv1227.i
+  %scevgep156 = getelementptr i8, ptr %128, i64 %146
+  %scevgep157 = getelementptr i8, ptr %131, i64 %146
+  %147 = mul i64 %122, %indvars.iv1227.i
+  %scevgep128 = getelementptr i8, ptr %132, i64 %147
+  %scevgep129 = getelementptr i8, ptr %135, i64 %147
+  %148 = mul i64 %116, %indvars.iv1227.i
+  %scevgep99 = getelementptr i8, ptr %137, i64 %148
+  %scevgep100 = getelementptr i8, ptr %140, i64 %148
+  %149 = mul i64 %111, %indvars.iv1227.i
+  %scevgep84 = getelementptr i8, ptr %142, i64 %149
+  %scevgep85 = getelementptr i8, ptr %145, i64 %149
+  %150 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %150(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %151 = icmp eq ptr %q_tile.i, null
+  br i1 %151, label %fused_decode_compute_.exit, label %if_end.i, !prof !7
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %113 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %113(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %114 = icmp eq ptr %acc.i, null
-  br i1 %114, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
+  %152 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %152(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %153 = icmp eq ptr %acc.i, null
+  br i1 %153, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %115 = add nsw i64 %indvars.iv1244.i, %89
-  %116 = getelementptr inbounds i32, ptr %context_lens, i64 %115
-  %117 = load i32, ptr %116, align 4, !tbaa !4
-  %118 = mul nsw i64 %115, %q_batch
-  %119 = getelementptr i16, ptr %query, i64 %118
-  %scevgep = getelementptr i8, ptr %q_tile.i, i64 7424
-  %bound0 = icmp ult ptr %q_tile.i, %scevgep87
-  %bound1 = icmp ult ptr %scevgep86, %scevgep
+  %154 = add nsw i64 %indvars.iv1227.i, %95
+  %155 = getelementptr inbounds i32, ptr %context_lens, i64 %154
+  %156 = load i32, ptr %155, align 4, !tbaa !4
+  %157 = mul nsw i64 %154, %q_batch
+  %158 = getelementptr i16, ptr %query, i64 %157
+  %scevgep = getelementptr i8, ptr %q_tile.i, i64 768
+  %scevgep83 = getelementptr i8, ptr %q_tile.i, i64 8192
+  %scevgep97 = getelementptr i8, ptr %q_tile.i, i64 512
+  %scevgep98 = getelementptr i8, ptr %q_tile.i, i64 7936
+  %scevgep126 = getelementptr i8, ptr %q_tile.i, i64 256
+  %scevgep127 = getelementptr i8, ptr %q_tile.i, i64 7680
+  %scevgep155 = getelementptr i8, ptr %q_tile.i, i64 7424
+  %bound0158 = icmp ult ptr %q_tile.i, %scevgep157
+  %bound1159 = icmp ult ptr %scevgep156, %scevgep155
+  %found.conflict160 = and i1 %bound0158, %bound1159
+  %159 = or i1 %found.conflict160, %stride.check161
+  %bound0130 = icmp ult ptr %scevgep126, %scevgep129
+  %bound1131 = icmp ult ptr %scevgep128, %scevgep127
+  %found.conflict132 = and i1 %bound0130, %bound1131
+  %160 = or i1 %found.conflict132, %stride.check133
+  %bound0101 = icmp ult ptr %scevgep97, %scevgep100
+  %bound1102 = icmp ult ptr %scevgep99, %scevgep98
+  %found.conflict103 = and i1 %bound0101, %bound1102
+  %161 = or i1 %found.conflict103, %stride.check104
+  %bound0 = icmp ult ptr %scevgep, %scevgep85
+  %bound1 = icmp ult ptr %scevgep84, %scevgep83
   %found.conflict = and i1 %bound0, %bound1
-  %120 = or i1 %found.conflict, %stride.check
+  %162 = or i1 %found.conflict, %stride.check
   br label %for_begin_r.preheader.i
 
-for_begin_r.preheader.i:                          ; preds = %for_end_d.i, %if_end2.i
-  %indvars.iv1097.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1098.i, %for_end_d.i ]
-  %121 = shl nuw nsw i64 %indvars.iv1097.i, 2
-  %122 = mul nsw i64 %121, %q_head
-  %invariant.gep.i = getelementptr i16, ptr %119, i64 %122
-  %invariant.gep1309.i.idx = shl nuw nsw i64 %indvars.iv1097.i, 10
-  %invariant.gep1309.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1309.i.idx
-  br i1 %120, label %for_body_d.i, label %vector.body, !prof !11
+for_begin_r.preheader.i:                          ; preds = %for_end_d.3.i, %if_end2.i
+  %indvars.iv1080.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1081.i, %for_end_d.3.i ]
+  %163 = shl nuw nsw i64 %indvars.iv1080.i, 2
+  %164 = mul nsw i64 %163, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %158, i64 %164
+  %invariant.gep1292.i.idx = shl nuw nsw i64 %indvars.iv1080.i, 10
+  %invariant.gep1292.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1292.i.idx
+  br i1 %159, label %for_body_d.i, label %vector.body166, !prof !11
 
-vector.body:                                      ; preds = %for_begin_r.preheader.i
-  %123 = getelementptr i8, ptr %invariant.gep.i, i64 32
-  %124 = getelementptr i8, ptr %invariant.gep.i, i64 64
-  %125 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.load = load <8 x i32>, ptr %invariant.gep.i, align 2, !alias.scope !12
-  %wide.load88 = load <8 x i32>, ptr %123, align 2, !alias.scope !12
-  %wide.load89 = load <8 x i32>, ptr %124, align 2, !alias.scope !12
-  %wide.load90 = load <8 x i32>, ptr %125, align 2, !alias.scope !12
-  %126 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 32
-  %127 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 64
-  %128 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 96
-  store <8 x i32> %wide.load, ptr %invariant.gep1309.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load88, ptr %126, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load89, ptr %127, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90, ptr %128, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  %129 = getelementptr i8, ptr %invariant.gep.i, i64 128
-  %130 = getelementptr i8, ptr %invariant.gep.i, i64 160
-  %131 = getelementptr i8, ptr %invariant.gep.i, i64 192
-  %132 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.load.1 = load <8 x i32>, ptr %129, align 2, !alias.scope !12
-  %wide.load88.1 = load <8 x i32>, ptr %130, align 2, !alias.scope !12
-  %wide.load89.1 = load <8 x i32>, ptr %131, align 2, !alias.scope !12
-  %wide.load90.1 = load <8 x i32>, ptr %132, align 2, !alias.scope !12
-  %133 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 128
-  %134 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 160
-  %135 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 192
-  %136 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 224
-  store <8 x i32> %wide.load.1, ptr %133, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load88.1, ptr %134, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load89.1, ptr %135, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %wide.load90.1, ptr %136, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+vector.body166:                                   ; preds = %for_begin_r.preheader.i
+  %165 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %166 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %167 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec172 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec173 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %168 = zext <8 x i16> %strided.vec170 to <8 x i32>
+  %169 = zext <8 x i16> %strided.vec173 to <8 x i32>
+  %170 = zext <8 x i16> %strided.vec176 to <8 x i32>
+  %171 = zext <8 x i16> %strided.vec179 to <8 x i32>
+  %172 = shl nuw <8 x i32> %168, splat (i32 16)
+  %173 = shl nuw <8 x i32> %169, splat (i32 16)
+  %174 = shl nuw <8 x i32> %170, splat (i32 16)
+  %175 = shl nuw <8 x i32> %171, splat (i32 16)
+  %176 = bitcast <8 x i32> %172 to <8 x float>
+  %177 = bitcast <8 x i32> %173 to <8 x float>
+  %178 = bitcast <8 x i32> %174 to <8 x float>
+  %179 = bitcast <8 x i32> %175 to <8 x float>
+  %180 = fmul <8 x float> %broadcast.splat165, %176
+  %181 = fmul <8 x float> %broadcast.splat165, %177
+  %182 = fmul <8 x float> %broadcast.splat165, %178
+  %183 = fmul <8 x float> %broadcast.splat165, %179
+  %184 = bitcast <8 x float> %180 to <8 x i32>
+  %185 = bitcast <8 x float> %181 to <8 x i32>
+  %186 = bitcast <8 x float> %182 to <8 x i32>
+  %187 = bitcast <8 x float> %183 to <8 x i32>
+  %188 = zext <8 x i16> %strided.vec169 to <8 x i32>
+  %189 = zext <8 x i16> %strided.vec172 to <8 x i32>
+  %190 = zext <8 x i16> %strided.vec175 to <8 x i32>
+  %191 = zext <8 x i16> %strided.vec178 to <8 x i32>
+  %192 = shl nuw <8 x i32> %188, splat (i32 16)
+  %193 = shl nuw <8 x i32> %189, splat (i32 16)
+  %194 = shl nuw <8 x i32> %190, splat (i32 16)
+  %195 = shl nuw <8 x i32> %191, splat (i32 16)
+  %196 = bitcast <8 x i32> %192 to <8 x float>
+  %197 = bitcast <8 x i32> %193 to <8 x float>
+  %198 = bitcast <8 x i32> %194 to <8 x float>
+  %199 = bitcast <8 x i32> %195 to <8 x float>
+  %200 = fmul <8 x float> %broadcast.splat165, %196
+  %201 = fmul <8 x float> %broadcast.splat165, %197
+  %202 = fmul <8 x float> %broadcast.splat165, %198
+  %203 = fmul <8 x float> %broadcast.splat165, %199
+  %204 = bitcast <8 x float> %200 to <8 x i32>
+  %205 = bitcast <8 x float> %201 to <8 x i32>
+  %206 = bitcast <8 x float> %202 to <8 x i32>
+  %207 = bitcast <8 x float> %203 to <8 x i32>
+  %208 = lshr <8 x i32> %204, splat (i32 16)
+  %209 = lshr <8 x i32> %205, splat (i32 16)
+  %210 = lshr <8 x i32> %206, splat (i32 16)
+  %211 = lshr <8 x i32> %207, splat (i32 16)
+  %212 = or <8 x i32> %208, %184
+  %213 = or <8 x i32> %209, %185
+  %214 = or <8 x i32> %210, %186
+  %215 = or <8 x i32> %211, %187
+  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 32
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 64
+  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 96
+  store <8 x i32> %212, ptr %invariant.gep1292.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %219 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %220 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %221 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %222 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec172.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec173.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !12
+  %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %223 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
+  %224 = zext <8 x i16> %strided.vec173.1 to <8 x i32>
+  %225 = zext <8 x i16> %strided.vec176.1 to <8 x i32>
+  %226 = zext <8 x i16> %strided.vec179.1 to <8 x i32>
+  %227 = shl nuw <8 x i32> %223, splat (i32 16)
+  %228 = shl nuw <8 x i32> %224, splat (i32 16)
+  %229 = shl nuw <8 x i32> %225, splat (i32 16)
+  %230 = shl nuw <8 x i32> %226, splat (i32 16)
+  %231 = bitcast <8 x i32> %227 to <8 x float>
+  %232 = bitcast <8 x i32> %228 to <8 x float>
+  %233 = bitcast <8 x i32> %229 to <8 x float>
+  %234 = bitcast <8 x i32> %230 to <8 x float>
+  %235 = fmul <8 x float> %broadcast.splat165, %231
+  %236 = fmul <8 x float> %broadcast.splat165, %232
+  %237 = fmul <8 x float> %broadcast.splat165, %233
+  %238 = fmul <8 x float> %broadcast.splat165, %234
+  %239 = bitcast <8 x float> %235 to <8 x i32>
+  %240 = bitcast <8 x float> %236 to <8 x i32>
+  %241 = bitcast <8 x float> %237 to <8 x i32>
+  %242 = bitcast <8 x float> %238 to <8 x i32>
+  %243 = zext <8 x i16> %strided.vec169.1 to <8 x i32>
+  %244 = zext <8 x i16> %strided.vec172.1 to <8 x i32>
+  %245 = zext <8 x i16> %strided.vec175.1 to <8 x i32>
+  %246 = zext <8 x i16> %strided.vec178.1 to <8 x i32>
+  %247 = shl nuw <8 x i32> %243, splat (i32 16)
+  %248 = shl nuw <8 x i32> %244, splat (i32 16)
+  %249 = shl nuw <8 x i32> %245, splat (i32 16)
+  %250 = shl nuw <8 x i32> %246, splat (i32 16)
+  %251 = bitcast <8 x i32> %247 to <8 x float>
+  %252 = bitcast <8 x i32> %248 to <8 x float>
+  %253 = bitcast <8 x i32> %249 to <8 x float>
+  %254 = bitcast <8 x i32> %250 to <8 x float>
+  %255 = fmul <8 x float> %broadcast.splat165, %251
+  %256 = fmul <8 x float> %broadcast.splat165, %252
+  %257 = fmul <8 x float> %broadcast.splat165, %253
+  %258 = fmul <8 x float> %broadcast.splat165, %254
+  %259 = bitcast <8 x float> %255 to <8 x i32>
+  %260 = bitcast <8 x float> %256 to <8 x i32>
+  %261 = bitcast <8 x float> %257 to <8 x i32>
+  %262 = bitcast <8 x float> %258 to <8 x i32>
+  %263 = lshr <8 x i32> %259, splat (i32 16)
+  %264 = lshr <8 x i32> %260, splat (i32 16)
+  %265 = lshr <8 x i32> %261, splat (i32 16)
+  %266 = lshr <8 x i32> %262, splat (i32 16)
+  %267 = or <8 x i32> %263, %239
+  %268 = or <8 x i32> %264, %240
+  %269 = or <8 x i32> %265, %241
+  %270 = or <8 x i32> %266, %242
+  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 128
+  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 160
+  %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 192
+  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 224
+  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   br label %for_end_d.i
 
-for_end_tile.i:                                   ; preds = %for_end_d.i
-  %137 = tail call i32 @llvm.smin.i32(i32 %88, i32 %117)
-  %138 = sub nsw i32 %137, %87
-  %range_len.i = tail call i32 @llvm.smax.i32(i32 %138, i32 0)
-  %139 = add nuw nsw i32 %range_len.i, 127
-  %140 = lshr i32 %139, 7
-  %141 = tail call i32 @llvm.umax.i32(i32 %140, i32 1)
+for_end_tile.i:                                   ; preds = %for_end_d.3.i
+  %275 = add nsw i32 %156, -1
+  %276 = sitofp i32 %275 to float
+  %277 = bitcast float %276 to i32
+  %278 = ashr i32 %277, 23
+  %279 = tail call i32 @llvm.smax.i32(i32 %278, i32 125)
+  %places.i = add nsw i32 %279, -125
+  %280 = tail call i32 @llvm.smin.i32(i32 %94, i32 %156)
+  %281 = sub nsw i32 %280, %93
+  %range_len.i = tail call i32 @llvm.smax.i32(i32 %281, i32 0)
+  %282 = add nuw nsw i32 %range_len.i, 127
+  %283 = lshr i32 %282, 7
+  %284 = tail call i32 @llvm.umax.i32(i32 %283, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
-  %142 = mul nsw i64 %115, %table_seq
-  %143 = getelementptr i32, ptr %block_table, i64 %142
-  %144 = zext nneg i32 %140 to i64
-  %145 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1207.i = zext nneg i32 %141 to i64
+  %285 = mul nsw i64 %154, %table_seq
+  %286 = getelementptr i32, ptr %block_table, i64 %285
+  %287 = uitofp nneg i32 %places.i to float
+  %288 = fsub float 0x4168000FE0000000, %287
+  %289 = insertelement <32 x float> poison, float %288, i64 0
+  %290 = shufflevector <32 x float> %289, <32 x float> poison, <32 x i32> zeroinitializer
+  %291 = tail call float @llvm.fmuladd.f32(float %287, float 0x3FE62E4300000000, float -8.700000e+01)
+  %292 = insertelement <32 x float> poison, float %291, i64 0
+  %293 = shufflevector <32 x float> %292, <32 x float> poison, <32 x i32> zeroinitializer
+  %294 = zext nneg i32 %283 to i64
+  %295 = zext nneg i32 %range_len.i to i64
+  %wide.trip.count1190.i = zext nneg i32 %284 to i64
   br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
-  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.7, %for_body_d.i ], [ 0, %for_begin_r.preheader.i ]
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.i ], [ 0, %for_begin_r.preheader.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 2
   %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
-  %146 = load i32, ptr %gep.i, align 2
-  %gep1310.i = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.i
-  store i32 %146, ptr %gep1310.i, align 4, !tbaa !4
+  %296 = getelementptr i8, ptr %gep.i, i64 2
+  %297 = load i16, ptr %296, align 2, !tbaa !4
+  %298 = zext i16 %297 to i32
+  %299 = shl nuw i32 %298, 16
+  %300 = bitcast i32 %299 to float
+  %301 = fmul float %query_scale, %300
+  %302 = bitcast float %301 to i32
+  %303 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %304 = zext i16 %303 to i32
+  %305 = shl nuw i32 %304, 16
+  %306 = bitcast i32 %305 to float
+  %307 = fmul float %query_scale, %306
+  %308 = bitcast float %307 to i32
+  %309 = lshr i32 %308, 16
+  %310 = or i32 %309, %302
+  %gep1293.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.i
+  store i32 %310, ptr %gep1293.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
-  %147 = load i32, ptr %gep.i.1, align 2
-  %gep1310.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i
-  store i32 %147, ptr %gep1310.i.1, align 4, !tbaa !4
+  %311 = getelementptr i8, ptr %gep.i.1, i64 2
+  %312 = load i16, ptr %311, align 2, !tbaa !4
+  %313 = zext i16 %312 to i32
+  %314 = shl nuw i32 %313, 16
+  %315 = bitcast i32 %314 to float
+  %316 = fmul float %query_scale, %315
+  %317 = bitcast float %316 to i32
+  %318 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %319 = zext i16 %318 to i32
+  %320 = shl nuw i32 %319, 16
+  %321 = bitcast i32 %320 to float
+  %322 = fmul float %query_scale, %321
+  %323 = bitcast float %322 to i32
+  %324 = lshr i32 %323, 16
+  %325 = or i32 %324, %317
+  %gep1293.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.i
+  store i32 %325, ptr %gep1293.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
-  %148 = load i32, ptr %gep.i.2, align 2
-  %gep1310.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.1
-  store i32 %148, ptr %gep1310.i.2, align 4, !tbaa !4
+  %326 = getelementptr i8, ptr %gep.i.2, i64 2
+  %327 = load i16, ptr %326, align 2, !tbaa !4
+  %328 = zext i16 %327 to i32
+  %329 = shl nuw i32 %328, 16
+  %330 = bitcast i32 %329 to float
+  %331 = fmul float %query_scale, %330
+  %332 = bitcast float %331 to i32
+  %333 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %334 = zext i16 %333 to i32
+  %335 = shl nuw i32 %334, 16
+  %336 = bitcast i32 %335 to float
+  %337 = fmul float %query_scale, %336
+  %338 = bitcast float %337 to i32
+  %339 = lshr i32 %338, 16
+  %340 = or i32 %339, %332
+  %gep1293.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.i.1
+  store i32 %340, ptr %gep1293.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
-  %149 = load i32, ptr %gep.i.3, align 2
-  %gep1310.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.2
-  store i32 %149, ptr %gep1310.i.3, align 4, !tbaa !4
-  %indvars.iv.next.i.3 = or disjoint i64 %indvars.iv.i, 4
-  %gep.idx.i.4 = shl i64 %indvars.iv.next.i.3, 2
-  %gep.i.4 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.4
-  %150 = load i32, ptr %gep.i.4, align 2
-  %gep1310.i.4 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.3
-  store i32 %150, ptr %gep1310.i.4, align 4, !tbaa !4
-  %indvars.iv.next.i.4 = or disjoint i64 %indvars.iv.i, 5
-  %gep.idx.i.5 = shl i64 %indvars.iv.next.i.4, 2
-  %gep.i.5 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.5
-  %151 = load i32, ptr %gep.i.5, align 2
-  %gep1310.i.5 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.4
-  store i32 %151, ptr %gep1310.i.5, align 4, !tbaa !4
-  %indvars.iv.next.i.5 = or disjoint i64 %indvars.iv.i, 6
-  %gep.idx.i.6 = shl i64 %indvars.iv.next.i.5, 2
-  %gep.i.6 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.6
-  %152 = load i32, ptr %gep.i.6, align 2
-  %gep1310.i.6 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.5
-  store i32 %152, ptr %gep1310.i.6, align 4, !tbaa !4
-  %indvars.iv.next.i.6 = or disjoint i64 %indvars.iv.i, 7
-  %gep.idx.i.7 = shl i64 %indvars.iv.next.i.6, 2
-  %gep.i.7 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.7
-  %153 = load i32, ptr %gep.i.7, align 2
-  %gep1310.i.7 = getelementptr inbounds nuw i32, ptr %invariant.gep1309.i, i64 %indvars.iv.next.i.6
-  store i32 %153, ptr %gep1310.i.7, align 4, !tbaa !4
-  %indvars.iv.next.i.7 = add nuw nsw i64 %indvars.iv.i, 8
-  %exitcond.not.i.7 = icmp eq i64 %indvars.iv.next.i.7, 64
-  br i1 %exitcond.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
+  %341 = getelementptr i8, ptr %gep.i.3, i64 2
+  %342 = load i16, ptr %341, align 2, !tbaa !4
+  %343 = zext i16 %342 to i32
+  %344 = shl nuw i32 %343, 16
+  %345 = bitcast i32 %344 to float
+  %346 = fmul float %query_scale, %345
+  %347 = bitcast float %346 to i32
+  %348 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %349 = zext i16 %348 to i32
+  %350 = shl nuw i32 %349, 16
+  %351 = bitcast i32 %350 to float
+  %352 = fmul float %query_scale, %351
+  %353 = bitcast float %352 to i32
+  %354 = lshr i32 %353, 16
+  %355 = or i32 %354, %347
+  %gep1293.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.i.2
+  store i32 %355, ptr %gep1293.i.3, align 4, !tbaa !4
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
 
-for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body
-  %154 = or disjoint i64 %121, 1
-  %155 = mul nsw i64 %154, %q_head
-  %invariant.gep.1.i = getelementptr i16, ptr %119, i64 %155
-  %156 = load i32, ptr %invariant.gep.1.i, align 2
-  %157 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 256
-  store i32 %156, ptr %157, align 4, !tbaa !4
-  %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 4
-  %158 = load i32, ptr %gep.1.i.1, align 2
-  %159 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 260
-  store i32 %158, ptr %159, align 4, !tbaa !4
-  %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 8
-  %160 = load i32, ptr %gep.1.i.2, align 2
-  %161 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 264
-  store i32 %160, ptr %161, align 4, !tbaa !4
-  %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 12
-  %162 = load i32, ptr %gep.1.i.3, align 2
-  %163 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 268
-  store i32 %162, ptr %163, align 4, !tbaa !4
-  %gep.1.i.4 = getelementptr i8, ptr %invariant.gep.1.i, i64 16
-  %164 = load i32, ptr %gep.1.i.4, align 2
-  %165 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 272
-  store i32 %164, ptr %165, align 4, !tbaa !4
-  %gep.1.i.5 = getelementptr i8, ptr %invariant.gep.1.i, i64 20
-  %166 = load i32, ptr %gep.1.i.5, align 2
-  %167 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 276
-  store i32 %166, ptr %167, align 4, !tbaa !4
-  %gep.1.i.6 = getelementptr i8, ptr %invariant.gep.1.i, i64 24
-  %168 = load i32, ptr %gep.1.i.6, align 2
-  %169 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 280
-  store i32 %168, ptr %169, align 4, !tbaa !4
-  %gep.1.i.7 = getelementptr i8, ptr %invariant.gep.1.i, i64 28
-  %170 = load i32, ptr %gep.1.i.7, align 2
-  %171 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 284
-  store i32 %170, ptr %171, align 4, !tbaa !4
-  %gep.1.i.8 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
-  %172 = load i32, ptr %gep.1.i.8, align 2
-  %173 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 288
-  store i32 %172, ptr %173, align 4, !tbaa !4
-  %gep.1.i.9 = getelementptr i8, ptr %invariant.gep.1.i, i64 36
-  %174 = load i32, ptr %gep.1.i.9, align 2
-  %175 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 292
-  store i32 %174, ptr %175, align 4, !tbaa !4
-  %gep.1.i.10 = getelementptr i8, ptr %invariant.gep.1.i, i64 40
-  %176 = load i32, ptr %gep.1.i.10, align 2
-  %177 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 296
-  store i32 %176, ptr %177, align 4, !tbaa !4
-  %gep.1.i.11 = getelementptr i8, ptr %invariant.gep.1.i, i64 44
-  %178 = load i32, ptr %gep.1.i.11, align 2
-  %179 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 300
-  store i32 %178, ptr %179, align 4, !tbaa !4
-  %gep.1.i.12 = getelementptr i8, ptr %invariant.gep.1.i, i64 48
-  %180 = load i32, ptr %gep.1.i.12, align 2
-  %181 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 304
-  store i32 %180, ptr %181, align 4, !tbaa !4
-  %gep.1.i.13 = getelementptr i8, ptr %invariant.gep.1.i, i64 52
-  %182 = load i32, ptr %gep.1.i.13, align 2
-  %183 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 308
-  store i32 %182, ptr %183, align 4, !tbaa !4
-  %gep.1.i.14 = getelementptr i8, ptr %invariant.gep.1.i, i64 56
-  %184 = load i32, ptr %gep.1.i.14, align 2
-  %185 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 312
-  store i32 %184, ptr %185, align 4, !tbaa !4
-  %gep.1.i.15 = getelementptr i8, ptr %invariant.gep.1.i, i64 60
-  %186 = load i32, ptr %gep.1.i.15, align 2
-  %187 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 316
-  store i32 %186, ptr %187, align 4, !tbaa !4
-  %gep.1.i.16 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
-  %188 = load i32, ptr %gep.1.i.16, align 2
-  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 320
-  store i32 %188, ptr %189, align 4, !tbaa !4
-  %gep.1.i.17 = getelementptr i8, ptr %invariant.gep.1.i, i64 68
-  %190 = load i32, ptr %gep.1.i.17, align 2
-  %191 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 324
-  store i32 %190, ptr %191, align 4, !tbaa !4
-  %gep.1.i.18 = getelementptr i8, ptr %invariant.gep.1.i, i64 72
-  %192 = load i32, ptr %gep.1.i.18, align 2
-  %193 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 328
-  store i32 %192, ptr %193, align 4, !tbaa !4
-  %gep.1.i.19 = getelementptr i8, ptr %invariant.gep.1.i, i64 76
-  %194 = load i32, ptr %gep.1.i.19, align 2
-  %195 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 332
-  store i32 %194, ptr %195, align 4, !tbaa !4
-  %gep.1.i.20 = getelementptr i8, ptr %invariant.gep.1.i, i64 80
-  %196 = load i32, ptr %gep.1.i.20, align 2
-  %197 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 336
-  store i32 %196, ptr %197, align 4, !tbaa !4
-  %gep.1.i.21 = getelementptr i8, ptr %invariant.gep.1.i, i64 84
-  %198 = load i32, ptr %gep.1.i.21, align 2
-  %199 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 340
-  store i32 %198, ptr %199, align 4, !tbaa !4
-  %gep.1.i.22 = getelementptr i8, ptr %invariant.gep.1.i, i64 88
-  %200 = load i32, ptr %gep.1.i.22, align 2
-  %201 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 344
-  store i32 %200, ptr %201, align 4, !tbaa !4
-  %gep.1.i.23 = getelementptr i8, ptr %invariant.gep.1.i, i64 92
-  %202 = load i32, ptr %gep.1.i.23, align 2
-  %203 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 348
-  store i32 %202, ptr %203, align 4, !tbaa !4
-  %gep.1.i.24 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %204 = load i32, ptr %gep.1.i.24, align 2
-  %205 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 352
-  store i32 %204, ptr %205, align 4, !tbaa !4
-  %gep.1.i.25 = getelementptr i8, ptr %invariant.gep.1.i, i64 100
-  %206 = load i32, ptr %gep.1.i.25, align 2
-  %207 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 356
-  store i32 %206, ptr %207, align 4, !tbaa !4
-  %gep.1.i.26 = getelementptr i8, ptr %invariant.gep.1.i, i64 104
-  %208 = load i32, ptr %gep.1.i.26, align 2
-  %209 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 360
-  store i32 %208, ptr %209, align 4, !tbaa !4
-  %gep.1.i.27 = getelementptr i8, ptr %invariant.gep.1.i, i64 108
-  %210 = load i32, ptr %gep.1.i.27, align 2
-  %211 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 364
-  store i32 %210, ptr %211, align 4, !tbaa !4
-  %gep.1.i.28 = getelementptr i8, ptr %invariant.gep.1.i, i64 112
-  %212 = load i32, ptr %gep.1.i.28, align 2
-  %213 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 368
-  store i32 %212, ptr %213, align 4, !tbaa !4
-  %gep.1.i.29 = getelementptr i8, ptr %invariant.gep.1.i, i64 116
-  %214 = load i32, ptr %gep.1.i.29, align 2
-  %215 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 372
-  store i32 %214, ptr %215, align 4, !tbaa !4
-  %gep.1.i.30 = getelementptr i8, ptr %invariant.gep.1.i, i64 120
-  %216 = load i32, ptr %gep.1.i.30, align 2
-  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 376
-  store i32 %216, ptr %217, align 4, !tbaa !4
-  %gep.1.i.31 = getelementptr i8, ptr %invariant.gep.1.i, i64 124
-  %218 = load i32, ptr %gep.1.i.31, align 2
-  %219 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 380
-  store i32 %218, ptr %219, align 4, !tbaa !4
-  %gep.1.i.32 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
-  %220 = load i32, ptr %gep.1.i.32, align 2
-  %221 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 384
-  store i32 %220, ptr %221, align 4, !tbaa !4
-  %gep.1.i.33 = getelementptr i8, ptr %invariant.gep.1.i, i64 132
-  %222 = load i32, ptr %gep.1.i.33, align 2
-  %223 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 388
-  store i32 %222, ptr %223, align 4, !tbaa !4
-  %gep.1.i.34 = getelementptr i8, ptr %invariant.gep.1.i, i64 136
-  %224 = load i32, ptr %gep.1.i.34, align 2
-  %225 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 392
-  store i32 %224, ptr %225, align 4, !tbaa !4
-  %gep.1.i.35 = getelementptr i8, ptr %invariant.gep.1.i, i64 140
-  %226 = load i32, ptr %gep.1.i.35, align 2
-  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 396
-  store i32 %226, ptr %227, align 4, !tbaa !4
-  %gep.1.i.36 = getelementptr i8, ptr %invariant.gep.1.i, i64 144
-  %228 = load i32, ptr %gep.1.i.36, align 2
-  %229 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 400
-  store i32 %228, ptr %229, align 4, !tbaa !4
-  %gep.1.i.37 = getelementptr i8, ptr %invariant.gep.1.i, i64 148
-  %230 = load i32, ptr %gep.1.i.37, align 2
-  %231 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 404
-  store i32 %230, ptr %231, align 4, !tbaa !4
-  %gep.1.i.38 = getelementptr i8, ptr %invariant.gep.1.i, i64 152
-  %232 = load i32, ptr %gep.1.i.38, align 2
-  %233 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 408
-  store i32 %232, ptr %233, align 4, !tbaa !4
-  %gep.1.i.39 = getelementptr i8, ptr %invariant.gep.1.i, i64 156
-  %234 = load i32, ptr %gep.1.i.39, align 2
-  %235 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 412
-  store i32 %234, ptr %235, align 4, !tbaa !4
-  %gep.1.i.40 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
-  %236 = load i32, ptr %gep.1.i.40, align 2
-  %237 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 416
-  store i32 %236, ptr %237, align 4, !tbaa !4
-  %gep.1.i.41 = getelementptr i8, ptr %invariant.gep.1.i, i64 164
-  %238 = load i32, ptr %gep.1.i.41, align 2
-  %239 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 420
-  store i32 %238, ptr %239, align 4, !tbaa !4
-  %gep.1.i.42 = getelementptr i8, ptr %invariant.gep.1.i, i64 168
-  %240 = load i32, ptr %gep.1.i.42, align 2
-  %241 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 424
-  store i32 %240, ptr %241, align 4, !tbaa !4
-  %gep.1.i.43 = getelementptr i8, ptr %invariant.gep.1.i, i64 172
-  %242 = load i32, ptr %gep.1.i.43, align 2
-  %243 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 428
-  store i32 %242, ptr %243, align 4, !tbaa !4
-  %gep.1.i.44 = getelementptr i8, ptr %invariant.gep.1.i, i64 176
-  %244 = load i32, ptr %gep.1.i.44, align 2
-  %245 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 432
-  store i32 %244, ptr %245, align 4, !tbaa !4
-  %gep.1.i.45 = getelementptr i8, ptr %invariant.gep.1.i, i64 180
-  %246 = load i32, ptr %gep.1.i.45, align 2
-  %247 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 436
-  store i32 %246, ptr %247, align 4, !tbaa !4
-  %gep.1.i.46 = getelementptr i8, ptr %invariant.gep.1.i, i64 184
-  %248 = load i32, ptr %gep.1.i.46, align 2
-  %249 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 440
-  store i32 %248, ptr %249, align 4, !tbaa !4
-  %gep.1.i.47 = getelementptr i8, ptr %invariant.gep.1.i, i64 188
-  %250 = load i32, ptr %gep.1.i.47, align 2
-  %251 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 444
-  store i32 %250, ptr %251, align 4, !tbaa !4
-  %gep.1.i.48 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
-  %252 = load i32, ptr %gep.1.i.48, align 2
-  %253 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 448
-  store i32 %252, ptr %253, align 4, !tbaa !4
-  %gep.1.i.49 = getelementptr i8, ptr %invariant.gep.1.i, i64 196
-  %254 = load i32, ptr %gep.1.i.49, align 2
-  %255 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 452
-  store i32 %254, ptr %255, align 4, !tbaa !4
-  %gep.1.i.50 = getelementptr i8, ptr %invariant.gep.1.i, i64 200
-  %256 = load i32, ptr %gep.1.i.50, align 2
-  %257 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 456
-  store i32 %256, ptr %257, align 4, !tbaa !4
-  %gep.1.i.51 = getelementptr i8, ptr %invariant.gep.1.i, i64 204
-  %258 = load i32, ptr %gep.1.i.51, align 2
-  %259 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 460
-  store i32 %258, ptr %259, align 4, !tbaa !4
-  %gep.1.i.52 = getelementptr i8, ptr %invariant.gep.1.i, i64 208
-  %260 = load i32, ptr %gep.1.i.52, align 2
-  %261 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 464
-  store i32 %260, ptr %261, align 4, !tbaa !4
-  %gep.1.i.53 = getelementptr i8, ptr %invariant.gep.1.i, i64 212
-  %262 = load i32, ptr %gep.1.i.53, align 2
-  %263 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 468
-  store i32 %262, ptr %263, align 4, !tbaa !4
-  %gep.1.i.54 = getelementptr i8, ptr %invariant.gep.1.i, i64 216
-  %264 = load i32, ptr %gep.1.i.54, align 2
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 472
-  store i32 %264, ptr %265, align 4, !tbaa !4
-  %gep.1.i.55 = getelementptr i8, ptr %invariant.gep.1.i, i64 220
-  %266 = load i32, ptr %gep.1.i.55, align 2
-  %267 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 476
-  store i32 %266, ptr %267, align 4, !tbaa !4
-  %gep.1.i.56 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %268 = load i32, ptr %gep.1.i.56, align 2
-  %269 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 480
-  store i32 %268, ptr %269, align 4, !tbaa !4
-  %gep.1.i.57 = getelementptr i8, ptr %invariant.gep.1.i, i64 228
-  %270 = load i32, ptr %gep.1.i.57, align 2
-  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 484
-  store i32 %270, ptr %271, align 4, !tbaa !4
-  %gep.1.i.58 = getelementptr i8, ptr %invariant.gep.1.i, i64 232
-  %272 = load i32, ptr %gep.1.i.58, align 2
-  %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 488
-  store i32 %272, ptr %273, align 4, !tbaa !4
-  %gep.1.i.59 = getelementptr i8, ptr %invariant.gep.1.i, i64 236
-  %274 = load i32, ptr %gep.1.i.59, align 2
-  %275 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 492
-  store i32 %274, ptr %275, align 4, !tbaa !4
-  %gep.1.i.60 = getelementptr i8, ptr %invariant.gep.1.i, i64 240
-  %276 = load i32, ptr %gep.1.i.60, align 2
-  %277 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 496
-  store i32 %276, ptr %277, align 4, !tbaa !4
-  %gep.1.i.61 = getelementptr i8, ptr %invariant.gep.1.i, i64 244
-  %278 = load i32, ptr %gep.1.i.61, align 2
-  %279 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 500
-  store i32 %278, ptr %279, align 4, !tbaa !4
-  %gep.1.i.62 = getelementptr i8, ptr %invariant.gep.1.i, i64 248
-  %280 = load i32, ptr %gep.1.i.62, align 2
-  %281 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 504
-  store i32 %280, ptr %281, align 4, !tbaa !4
-  %gep.1.i.63 = getelementptr i8, ptr %invariant.gep.1.i, i64 252
-  %282 = load i32, ptr %gep.1.i.63, align 2
-  %283 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 508
-  store i32 %282, ptr %283, align 4, !tbaa !4
-  %284 = or disjoint i64 %121, 2
-  %285 = mul nsw i64 %284, %q_head
-  %invariant.gep.2.i = getelementptr i16, ptr %119, i64 %285
-  %286 = load i32, ptr %invariant.gep.2.i, align 2
-  %287 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 512
-  store i32 %286, ptr %287, align 4, !tbaa !4
-  %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 4
-  %288 = load i32, ptr %gep.2.i.1, align 2
-  %289 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 516
-  store i32 %288, ptr %289, align 4, !tbaa !4
-  %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 8
-  %290 = load i32, ptr %gep.2.i.2, align 2
-  %291 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 520
-  store i32 %290, ptr %291, align 4, !tbaa !4
-  %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 12
-  %292 = load i32, ptr %gep.2.i.3, align 2
-  %293 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 524
-  store i32 %292, ptr %293, align 4, !tbaa !4
-  %gep.2.i.4 = getelementptr i8, ptr %invariant.gep.2.i, i64 16
-  %294 = load i32, ptr %gep.2.i.4, align 2
-  %295 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 528
-  store i32 %294, ptr %295, align 4, !tbaa !4
-  %gep.2.i.5 = getelementptr i8, ptr %invariant.gep.2.i, i64 20
-  %296 = load i32, ptr %gep.2.i.5, align 2
-  %297 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 532
-  store i32 %296, ptr %297, align 4, !tbaa !4
-  %gep.2.i.6 = getelementptr i8, ptr %invariant.gep.2.i, i64 24
-  %298 = load i32, ptr %gep.2.i.6, align 2
-  %299 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 536
-  store i32 %298, ptr %299, align 4, !tbaa !4
-  %gep.2.i.7 = getelementptr i8, ptr %invariant.gep.2.i, i64 28
-  %300 = load i32, ptr %gep.2.i.7, align 2
-  %301 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 540
-  store i32 %300, ptr %301, align 4, !tbaa !4
-  %gep.2.i.8 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
-  %302 = load i32, ptr %gep.2.i.8, align 2
-  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 544
-  store i32 %302, ptr %303, align 4, !tbaa !4
-  %gep.2.i.9 = getelementptr i8, ptr %invariant.gep.2.i, i64 36
-  %304 = load i32, ptr %gep.2.i.9, align 2
-  %305 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 548
-  store i32 %304, ptr %305, align 4, !tbaa !4
-  %gep.2.i.10 = getelementptr i8, ptr %invariant.gep.2.i, i64 40
-  %306 = load i32, ptr %gep.2.i.10, align 2
-  %307 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 552
-  store i32 %306, ptr %307, align 4, !tbaa !4
-  %gep.2.i.11 = getelementptr i8, ptr %invariant.gep.2.i, i64 44
-  %308 = load i32, ptr %gep.2.i.11, align 2
-  %309 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 556
-  store i32 %308, ptr %309, align 4, !tbaa !4
-  %gep.2.i.12 = getelementptr i8, ptr %invariant.gep.2.i, i64 48
-  %310 = load i32, ptr %gep.2.i.12, align 2
-  %311 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 560
-  store i32 %310, ptr %311, align 4, !tbaa !4
-  %gep.2.i.13 = getelementptr i8, ptr %invariant.gep.2.i, i64 52
-  %312 = load i32, ptr %gep.2.i.13, align 2
-  %313 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 564
-  store i32 %312, ptr %313, align 4, !tbaa !4
-  %gep.2.i.14 = getelementptr i8, ptr %invariant.gep.2.i, i64 56
-  %314 = load i32, ptr %gep.2.i.14, align 2
-  %315 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 568
-  store i32 %314, ptr %315, align 4, !tbaa !4
-  %gep.2.i.15 = getelementptr i8, ptr %invariant.gep.2.i, i64 60
-  %316 = load i32, ptr %gep.2.i.15, align 2
-  %317 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 572
-  store i32 %316, ptr %317, align 4, !tbaa !4
-  %gep.2.i.16 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
-  %318 = load i32, ptr %gep.2.i.16, align 2
-  %319 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 576
-  store i32 %318, ptr %319, align 4, !tbaa !4
-  %gep.2.i.17 = getelementptr i8, ptr %invariant.gep.2.i, i64 68
-  %320 = load i32, ptr %gep.2.i.17, align 2
-  %321 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 580
-  store i32 %320, ptr %321, align 4, !tbaa !4
-  %gep.2.i.18 = getelementptr i8, ptr %invariant.gep.2.i, i64 72
-  %322 = load i32, ptr %gep.2.i.18, align 2
-  %323 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 584
-  store i32 %322, ptr %323, align 4, !tbaa !4
-  %gep.2.i.19 = getelementptr i8, ptr %invariant.gep.2.i, i64 76
-  %324 = load i32, ptr %gep.2.i.19, align 2
-  %325 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 588
-  store i32 %324, ptr %325, align 4, !tbaa !4
-  %gep.2.i.20 = getelementptr i8, ptr %invariant.gep.2.i, i64 80
-  %326 = load i32, ptr %gep.2.i.20, align 2
-  %327 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 592
-  store i32 %326, ptr %327, align 4, !tbaa !4
-  %gep.2.i.21 = getelementptr i8, ptr %invariant.gep.2.i, i64 84
-  %328 = load i32, ptr %gep.2.i.21, align 2
-  %329 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 596
-  store i32 %328, ptr %329, align 4, !tbaa !4
-  %gep.2.i.22 = getelementptr i8, ptr %invariant.gep.2.i, i64 88
-  %330 = load i32, ptr %gep.2.i.22, align 2
-  %331 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 600
-  store i32 %330, ptr %331, align 4, !tbaa !4
-  %gep.2.i.23 = getelementptr i8, ptr %invariant.gep.2.i, i64 92
-  %332 = load i32, ptr %gep.2.i.23, align 2
-  %333 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 604
-  store i32 %332, ptr %333, align 4, !tbaa !4
-  %gep.2.i.24 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %334 = load i32, ptr %gep.2.i.24, align 2
-  %335 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 608
-  store i32 %334, ptr %335, align 4, !tbaa !4
-  %gep.2.i.25 = getelementptr i8, ptr %invariant.gep.2.i, i64 100
-  %336 = load i32, ptr %gep.2.i.25, align 2
-  %337 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 612
-  store i32 %336, ptr %337, align 4, !tbaa !4
-  %gep.2.i.26 = getelementptr i8, ptr %invariant.gep.2.i, i64 104
-  %338 = load i32, ptr %gep.2.i.26, align 2
-  %339 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 616
-  store i32 %338, ptr %339, align 4, !tbaa !4
-  %gep.2.i.27 = getelementptr i8, ptr %invariant.gep.2.i, i64 108
-  %340 = load i32, ptr %gep.2.i.27, align 2
-  %341 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 620
-  store i32 %340, ptr %341, align 4, !tbaa !4
-  %gep.2.i.28 = getelementptr i8, ptr %invariant.gep.2.i, i64 112
-  %342 = load i32, ptr %gep.2.i.28, align 2
-  %343 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 624
-  store i32 %342, ptr %343, align 4, !tbaa !4
-  %gep.2.i.29 = getelementptr i8, ptr %invariant.gep.2.i, i64 116
-  %344 = load i32, ptr %gep.2.i.29, align 2
-  %345 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 628
-  store i32 %344, ptr %345, align 4, !tbaa !4
-  %gep.2.i.30 = getelementptr i8, ptr %invariant.gep.2.i, i64 120
-  %346 = load i32, ptr %gep.2.i.30, align 2
-  %347 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 632
-  store i32 %346, ptr %347, align 4, !tbaa !4
-  %gep.2.i.31 = getelementptr i8, ptr %invariant.gep.2.i, i64 124
-  %348 = load i32, ptr %gep.2.i.31, align 2
-  %349 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 636
-  store i32 %348, ptr %349, align 4, !tbaa !4
-  %gep.2.i.32 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
-  %350 = load i32, ptr %gep.2.i.32, align 2
-  %351 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 640
-  store i32 %350, ptr %351, align 4, !tbaa !4
-  %gep.2.i.33 = getelementptr i8, ptr %invariant.gep.2.i, i64 132
-  %352 = load i32, ptr %gep.2.i.33, align 2
-  %353 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 644
-  store i32 %352, ptr %353, align 4, !tbaa !4
-  %gep.2.i.34 = getelementptr i8, ptr %invariant.gep.2.i, i64 136
-  %354 = load i32, ptr %gep.2.i.34, align 2
-  %355 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 648
-  store i32 %354, ptr %355, align 4, !tbaa !4
-  %gep.2.i.35 = getelementptr i8, ptr %invariant.gep.2.i, i64 140
-  %356 = load i32, ptr %gep.2.i.35, align 2
-  %357 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 652
-  store i32 %356, ptr %357, align 4, !tbaa !4
-  %gep.2.i.36 = getelementptr i8, ptr %invariant.gep.2.i, i64 144
-  %358 = load i32, ptr %gep.2.i.36, align 2
-  %359 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 656
-  store i32 %358, ptr %359, align 4, !tbaa !4
-  %gep.2.i.37 = getelementptr i8, ptr %invariant.gep.2.i, i64 148
-  %360 = load i32, ptr %gep.2.i.37, align 2
-  %361 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 660
-  store i32 %360, ptr %361, align 4, !tbaa !4
-  %gep.2.i.38 = getelementptr i8, ptr %invariant.gep.2.i, i64 152
-  %362 = load i32, ptr %gep.2.i.38, align 2
-  %363 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 664
-  store i32 %362, ptr %363, align 4, !tbaa !4
-  %gep.2.i.39 = getelementptr i8, ptr %invariant.gep.2.i, i64 156
-  %364 = load i32, ptr %gep.2.i.39, align 2
-  %365 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 668
-  store i32 %364, ptr %365, align 4, !tbaa !4
-  %gep.2.i.40 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
-  %366 = load i32, ptr %gep.2.i.40, align 2
-  %367 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 672
-  store i32 %366, ptr %367, align 4, !tbaa !4
-  %gep.2.i.41 = getelementptr i8, ptr %invariant.gep.2.i, i64 164
-  %368 = load i32, ptr %gep.2.i.41, align 2
-  %369 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 676
-  store i32 %368, ptr %369, align 4, !tbaa !4
-  %gep.2.i.42 = getelementptr i8, ptr %invariant.gep.2.i, i64 168
-  %370 = load i32, ptr %gep.2.i.42, align 2
-  %371 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 680
-  store i32 %370, ptr %371, align 4, !tbaa !4
-  %gep.2.i.43 = getelementptr i8, ptr %invariant.gep.2.i, i64 172
-  %372 = load i32, ptr %gep.2.i.43, align 2
-  %373 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 684
-  store i32 %372, ptr %373, align 4, !tbaa !4
-  %gep.2.i.44 = getelementptr i8, ptr %invariant.gep.2.i, i64 176
-  %374 = load i32, ptr %gep.2.i.44, align 2
-  %375 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 688
-  store i32 %374, ptr %375, align 4, !tbaa !4
-  %gep.2.i.45 = getelementptr i8, ptr %invariant.gep.2.i, i64 180
-  %376 = load i32, ptr %gep.2.i.45, align 2
-  %377 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 692
-  store i32 %376, ptr %377, align 4, !tbaa !4
-  %gep.2.i.46 = getelementptr i8, ptr %invariant.gep.2.i, i64 184
-  %378 = load i32, ptr %gep.2.i.46, align 2
-  %379 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 696
-  store i32 %378, ptr %379, align 4, !tbaa !4
-  %gep.2.i.47 = getelementptr i8, ptr %invariant.gep.2.i, i64 188
-  %380 = load i32, ptr %gep.2.i.47, align 2
-  %381 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 700
-  store i32 %380, ptr %381, align 4, !tbaa !4
-  %gep.2.i.48 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
-  %382 = load i32, ptr %gep.2.i.48, align 2
-  %383 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 704
-  store i32 %382, ptr %383, align 4, !tbaa !4
-  %gep.2.i.49 = getelementptr i8, ptr %invariant.gep.2.i, i64 196
-  %384 = load i32, ptr %gep.2.i.49, align 2
-  %385 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 708
-  store i32 %384, ptr %385, align 4, !tbaa !4
-  %gep.2.i.50 = getelementptr i8, ptr %invariant.gep.2.i, i64 200
-  %386 = load i32, ptr %gep.2.i.50, align 2
-  %387 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 712
-  store i32 %386, ptr %387, align 4, !tbaa !4
-  %gep.2.i.51 = getelementptr i8, ptr %invariant.gep.2.i, i64 204
-  %388 = load i32, ptr %gep.2.i.51, align 2
-  %389 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 716
-  store i32 %388, ptr %389, align 4, !tbaa !4
-  %gep.2.i.52 = getelementptr i8, ptr %invariant.gep.2.i, i64 208
-  %390 = load i32, ptr %gep.2.i.52, align 2
-  %391 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 720
-  store i32 %390, ptr %391, align 4, !tbaa !4
-  %gep.2.i.53 = getelementptr i8, ptr %invariant.gep.2.i, i64 212
-  %392 = load i32, ptr %gep.2.i.53, align 2
-  %393 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 724
-  store i32 %392, ptr %393, align 4, !tbaa !4
-  %gep.2.i.54 = getelementptr i8, ptr %invariant.gep.2.i, i64 216
-  %394 = load i32, ptr %gep.2.i.54, align 2
-  %395 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 728
-  store i32 %394, ptr %395, align 4, !tbaa !4
-  %gep.2.i.55 = getelementptr i8, ptr %invariant.gep.2.i, i64 220
-  %396 = load i32, ptr %gep.2.i.55, align 2
-  %397 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 732
-  store i32 %396, ptr %397, align 4, !tbaa !4
-  %gep.2.i.56 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %398 = load i32, ptr %gep.2.i.56, align 2
-  %399 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 736
-  store i32 %398, ptr %399, align 4, !tbaa !4
-  %gep.2.i.57 = getelementptr i8, ptr %invariant.gep.2.i, i64 228
-  %400 = load i32, ptr %gep.2.i.57, align 2
-  %401 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 740
-  store i32 %400, ptr %401, align 4, !tbaa !4
-  %gep.2.i.58 = getelementptr i8, ptr %invariant.gep.2.i, i64 232
-  %402 = load i32, ptr %gep.2.i.58, align 2
-  %403 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 744
-  store i32 %402, ptr %403, align 4, !tbaa !4
-  %gep.2.i.59 = getelementptr i8, ptr %invariant.gep.2.i, i64 236
-  %404 = load i32, ptr %gep.2.i.59, align 2
-  %405 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 748
-  store i32 %404, ptr %405, align 4, !tbaa !4
-  %gep.2.i.60 = getelementptr i8, ptr %invariant.gep.2.i, i64 240
-  %406 = load i32, ptr %gep.2.i.60, align 2
-  %407 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 752
-  store i32 %406, ptr %407, align 4, !tbaa !4
-  %gep.2.i.61 = getelementptr i8, ptr %invariant.gep.2.i, i64 244
-  %408 = load i32, ptr %gep.2.i.61, align 2
-  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 756
-  store i32 %408, ptr %409, align 4, !tbaa !4
-  %gep.2.i.62 = getelementptr i8, ptr %invariant.gep.2.i, i64 248
-  %410 = load i32, ptr %gep.2.i.62, align 2
-  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 760
-  store i32 %410, ptr %411, align 4, !tbaa !4
-  %gep.2.i.63 = getelementptr i8, ptr %invariant.gep.2.i, i64 252
-  %412 = load i32, ptr %gep.2.i.63, align 2
-  %413 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 764
-  store i32 %412, ptr %413, align 4, !tbaa !4
-  %414 = or disjoint i64 %121, 3
-  %415 = mul nsw i64 %414, %q_head
-  %invariant.gep.3.i = getelementptr i16, ptr %119, i64 %415
-  %416 = load i32, ptr %invariant.gep.3.i, align 2
-  %417 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 768
-  store i32 %416, ptr %417, align 4, !tbaa !4
-  %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 4
-  %418 = load i32, ptr %gep.3.i.1, align 2
-  %419 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 772
-  store i32 %418, ptr %419, align 4, !tbaa !4
-  %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 8
-  %420 = load i32, ptr %gep.3.i.2, align 2
-  %421 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 776
-  store i32 %420, ptr %421, align 4, !tbaa !4
-  %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 12
-  %422 = load i32, ptr %gep.3.i.3, align 2
-  %423 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 780
-  store i32 %422, ptr %423, align 4, !tbaa !4
-  %gep.3.i.4 = getelementptr i8, ptr %invariant.gep.3.i, i64 16
-  %424 = load i32, ptr %gep.3.i.4, align 2
-  %425 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 784
-  store i32 %424, ptr %425, align 4, !tbaa !4
-  %gep.3.i.5 = getelementptr i8, ptr %invariant.gep.3.i, i64 20
-  %426 = load i32, ptr %gep.3.i.5, align 2
-  %427 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 788
-  store i32 %426, ptr %427, align 4, !tbaa !4
-  %gep.3.i.6 = getelementptr i8, ptr %invariant.gep.3.i, i64 24
-  %428 = load i32, ptr %gep.3.i.6, align 2
-  %429 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 792
-  store i32 %428, ptr %429, align 4, !tbaa !4
-  %gep.3.i.7 = getelementptr i8, ptr %invariant.gep.3.i, i64 28
-  %430 = load i32, ptr %gep.3.i.7, align 2
-  %431 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 796
-  store i32 %430, ptr %431, align 4, !tbaa !4
-  %gep.3.i.8 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
-  %432 = load i32, ptr %gep.3.i.8, align 2
-  %433 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 800
-  store i32 %432, ptr %433, align 4, !tbaa !4
-  %gep.3.i.9 = getelementptr i8, ptr %invariant.gep.3.i, i64 36
-  %434 = load i32, ptr %gep.3.i.9, align 2
-  %435 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 804
-  store i32 %434, ptr %435, align 4, !tbaa !4
-  %gep.3.i.10 = getelementptr i8, ptr %invariant.gep.3.i, i64 40
-  %436 = load i32, ptr %gep.3.i.10, align 2
-  %437 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 808
-  store i32 %436, ptr %437, align 4, !tbaa !4
-  %gep.3.i.11 = getelementptr i8, ptr %invariant.gep.3.i, i64 44
-  %438 = load i32, ptr %gep.3.i.11, align 2
-  %439 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 812
-  store i32 %438, ptr %439, align 4, !tbaa !4
-  %gep.3.i.12 = getelementptr i8, ptr %invariant.gep.3.i, i64 48
-  %440 = load i32, ptr %gep.3.i.12, align 2
-  %441 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 816
-  store i32 %440, ptr %441, align 4, !tbaa !4
-  %gep.3.i.13 = getelementptr i8, ptr %invariant.gep.3.i, i64 52
-  %442 = load i32, ptr %gep.3.i.13, align 2
-  %443 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 820
-  store i32 %442, ptr %443, align 4, !tbaa !4
-  %gep.3.i.14 = getelementptr i8, ptr %invariant.gep.3.i, i64 56
-  %444 = load i32, ptr %gep.3.i.14, align 2
-  %445 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 824
-  store i32 %444, ptr %445, align 4, !tbaa !4
-  %gep.3.i.15 = getelementptr i8, ptr %invariant.gep.3.i, i64 60
-  %446 = load i32, ptr %gep.3.i.15, align 2
-  %447 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 828
-  store i32 %446, ptr %447, align 4, !tbaa !4
-  %gep.3.i.16 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
-  %448 = load i32, ptr %gep.3.i.16, align 2
-  %449 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 832
-  store i32 %448, ptr %449, align 4, !tbaa !4
-  %gep.3.i.17 = getelementptr i8, ptr %invariant.gep.3.i, i64 68
-  %450 = load i32, ptr %gep.3.i.17, align 2
-  %451 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 836
-  store i32 %450, ptr %451, align 4, !tbaa !4
-  %gep.3.i.18 = getelementptr i8, ptr %invariant.gep.3.i, i64 72
-  %452 = load i32, ptr %gep.3.i.18, align 2
-  %453 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 840
-  store i32 %452, ptr %453, align 4, !tbaa !4
-  %gep.3.i.19 = getelementptr i8, ptr %invariant.gep.3.i, i64 76
-  %454 = load i32, ptr %gep.3.i.19, align 2
-  %455 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 844
-  store i32 %454, ptr %455, align 4, !tbaa !4
-  %gep.3.i.20 = getelementptr i8, ptr %invariant.gep.3.i, i64 80
-  %456 = load i32, ptr %gep.3.i.20, align 2
-  %457 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 848
-  store i32 %456, ptr %457, align 4, !tbaa !4
-  %gep.3.i.21 = getelementptr i8, ptr %invariant.gep.3.i, i64 84
-  %458 = load i32, ptr %gep.3.i.21, align 2
-  %459 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 852
-  store i32 %458, ptr %459, align 4, !tbaa !4
-  %gep.3.i.22 = getelementptr i8, ptr %invariant.gep.3.i, i64 88
-  %460 = load i32, ptr %gep.3.i.22, align 2
-  %461 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 856
-  store i32 %460, ptr %461, align 4, !tbaa !4
-  %gep.3.i.23 = getelementptr i8, ptr %invariant.gep.3.i, i64 92
-  %462 = load i32, ptr %gep.3.i.23, align 2
-  %463 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 860
-  store i32 %462, ptr %463, align 4, !tbaa !4
-  %gep.3.i.24 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %464 = load i32, ptr %gep.3.i.24, align 2
-  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 864
-  store i32 %464, ptr %465, align 4, !tbaa !4
-  %gep.3.i.25 = getelementptr i8, ptr %invariant.gep.3.i, i64 100
-  %466 = load i32, ptr %gep.3.i.25, align 2
-  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 868
-  store i32 %466, ptr %467, align 4, !tbaa !4
-  %gep.3.i.26 = getelementptr i8, ptr %invariant.gep.3.i, i64 104
-  %468 = load i32, ptr %gep.3.i.26, align 2
-  %469 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 872
-  store i32 %468, ptr %469, align 4, !tbaa !4
-  %gep.3.i.27 = getelementptr i8, ptr %invariant.gep.3.i, i64 108
-  %470 = load i32, ptr %gep.3.i.27, align 2
-  %471 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 876
-  store i32 %470, ptr %471, align 4, !tbaa !4
-  %gep.3.i.28 = getelementptr i8, ptr %invariant.gep.3.i, i64 112
-  %472 = load i32, ptr %gep.3.i.28, align 2
-  %473 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 880
-  store i32 %472, ptr %473, align 4, !tbaa !4
-  %gep.3.i.29 = getelementptr i8, ptr %invariant.gep.3.i, i64 116
-  %474 = load i32, ptr %gep.3.i.29, align 2
-  %475 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 884
-  store i32 %474, ptr %475, align 4, !tbaa !4
-  %gep.3.i.30 = getelementptr i8, ptr %invariant.gep.3.i, i64 120
-  %476 = load i32, ptr %gep.3.i.30, align 2
-  %477 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 888
-  store i32 %476, ptr %477, align 4, !tbaa !4
-  %gep.3.i.31 = getelementptr i8, ptr %invariant.gep.3.i, i64 124
-  %478 = load i32, ptr %gep.3.i.31, align 2
-  %479 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 892
-  store i32 %478, ptr %479, align 4, !tbaa !4
-  %gep.3.i.32 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
-  %480 = load i32, ptr %gep.3.i.32, align 2
-  %481 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 896
-  store i32 %480, ptr %481, align 4, !tbaa !4
-  %gep.3.i.33 = getelementptr i8, ptr %invariant.gep.3.i, i64 132
-  %482 = load i32, ptr %gep.3.i.33, align 2
-  %483 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 900
-  store i32 %482, ptr %483, align 4, !tbaa !4
-  %gep.3.i.34 = getelementptr i8, ptr %invariant.gep.3.i, i64 136
-  %484 = load i32, ptr %gep.3.i.34, align 2
-  %485 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 904
-  store i32 %484, ptr %485, align 4, !tbaa !4
-  %gep.3.i.35 = getelementptr i8, ptr %invariant.gep.3.i, i64 140
-  %486 = load i32, ptr %gep.3.i.35, align 2
-  %487 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 908
-  store i32 %486, ptr %487, align 4, !tbaa !4
-  %gep.3.i.36 = getelementptr i8, ptr %invariant.gep.3.i, i64 144
-  %488 = load i32, ptr %gep.3.i.36, align 2
-  %489 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 912
-  store i32 %488, ptr %489, align 4, !tbaa !4
-  %gep.3.i.37 = getelementptr i8, ptr %invariant.gep.3.i, i64 148
-  %490 = load i32, ptr %gep.3.i.37, align 2
-  %491 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 916
-  store i32 %490, ptr %491, align 4, !tbaa !4
-  %gep.3.i.38 = getelementptr i8, ptr %invariant.gep.3.i, i64 152
-  %492 = load i32, ptr %gep.3.i.38, align 2
-  %493 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 920
-  store i32 %492, ptr %493, align 4, !tbaa !4
-  %gep.3.i.39 = getelementptr i8, ptr %invariant.gep.3.i, i64 156
-  %494 = load i32, ptr %gep.3.i.39, align 2
-  %495 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 924
-  store i32 %494, ptr %495, align 4, !tbaa !4
-  %gep.3.i.40 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
-  %496 = load i32, ptr %gep.3.i.40, align 2
-  %497 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 928
-  store i32 %496, ptr %497, align 4, !tbaa !4
-  %gep.3.i.41 = getelementptr i8, ptr %invariant.gep.3.i, i64 164
-  %498 = load i32, ptr %gep.3.i.41, align 2
-  %499 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 932
-  store i32 %498, ptr %499, align 4, !tbaa !4
-  %gep.3.i.42 = getelementptr i8, ptr %invariant.gep.3.i, i64 168
-  %500 = load i32, ptr %gep.3.i.42, align 2
-  %501 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 936
-  store i32 %500, ptr %501, align 4, !tbaa !4
-  %gep.3.i.43 = getelementptr i8, ptr %invariant.gep.3.i, i64 172
-  %502 = load i32, ptr %gep.3.i.43, align 2
-  %503 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 940
-  store i32 %502, ptr %503, align 4, !tbaa !4
-  %gep.3.i.44 = getelementptr i8, ptr %invariant.gep.3.i, i64 176
-  %504 = load i32, ptr %gep.3.i.44, align 2
-  %505 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 944
-  store i32 %504, ptr %505, align 4, !tbaa !4
-  %gep.3.i.45 = getelementptr i8, ptr %invariant.gep.3.i, i64 180
-  %506 = load i32, ptr %gep.3.i.45, align 2
-  %507 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 948
-  store i32 %506, ptr %507, align 4, !tbaa !4
-  %gep.3.i.46 = getelementptr i8, ptr %invariant.gep.3.i, i64 184
-  %508 = load i32, ptr %gep.3.i.46, align 2
-  %509 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 952
-  store i32 %508, ptr %509, align 4, !tbaa !4
-  %gep.3.i.47 = getelementptr i8, ptr %invariant.gep.3.i, i64 188
-  %510 = load i32, ptr %gep.3.i.47, align 2
-  %511 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 956
-  store i32 %510, ptr %511, align 4, !tbaa !4
-  %gep.3.i.48 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
-  %512 = load i32, ptr %gep.3.i.48, align 2
-  %513 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 960
-  store i32 %512, ptr %513, align 4, !tbaa !4
-  %gep.3.i.49 = getelementptr i8, ptr %invariant.gep.3.i, i64 196
-  %514 = load i32, ptr %gep.3.i.49, align 2
-  %515 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 964
-  store i32 %514, ptr %515, align 4, !tbaa !4
-  %gep.3.i.50 = getelementptr i8, ptr %invariant.gep.3.i, i64 200
-  %516 = load i32, ptr %gep.3.i.50, align 2
-  %517 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 968
-  store i32 %516, ptr %517, align 4, !tbaa !4
-  %gep.3.i.51 = getelementptr i8, ptr %invariant.gep.3.i, i64 204
-  %518 = load i32, ptr %gep.3.i.51, align 2
-  %519 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 972
-  store i32 %518, ptr %519, align 4, !tbaa !4
-  %gep.3.i.52 = getelementptr i8, ptr %invariant.gep.3.i, i64 208
-  %520 = load i32, ptr %gep.3.i.52, align 2
-  %521 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 976
-  store i32 %520, ptr %521, align 4, !tbaa !4
-  %gep.3.i.53 = getelementptr i8, ptr %invariant.gep.3.i, i64 212
-  %522 = load i32, ptr %gep.3.i.53, align 2
-  %523 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 980
-  store i32 %522, ptr %523, align 4, !tbaa !4
-  %gep.3.i.54 = getelementptr i8, ptr %invariant.gep.3.i, i64 216
-  %524 = load i32, ptr %gep.3.i.54, align 2
-  %525 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 984
-  store i32 %524, ptr %525, align 4, !tbaa !4
-  %gep.3.i.55 = getelementptr i8, ptr %invariant.gep.3.i, i64 220
-  %526 = load i32, ptr %gep.3.i.55, align 2
-  %527 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 988
-  store i32 %526, ptr %527, align 4, !tbaa !4
-  %gep.3.i.56 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %528 = load i32, ptr %gep.3.i.56, align 2
-  %529 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 992
-  store i32 %528, ptr %529, align 4, !tbaa !4
-  %gep.3.i.57 = getelementptr i8, ptr %invariant.gep.3.i, i64 228
-  %530 = load i32, ptr %gep.3.i.57, align 2
-  %531 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 996
-  store i32 %530, ptr %531, align 4, !tbaa !4
-  %gep.3.i.58 = getelementptr i8, ptr %invariant.gep.3.i, i64 232
-  %532 = load i32, ptr %gep.3.i.58, align 2
-  %533 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1000
-  store i32 %532, ptr %533, align 4, !tbaa !4
-  %gep.3.i.59 = getelementptr i8, ptr %invariant.gep.3.i, i64 236
-  %534 = load i32, ptr %gep.3.i.59, align 2
-  %535 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1004
-  store i32 %534, ptr %535, align 4, !tbaa !4
-  %gep.3.i.60 = getelementptr i8, ptr %invariant.gep.3.i, i64 240
-  %536 = load i32, ptr %gep.3.i.60, align 2
-  %537 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1008
-  store i32 %536, ptr %537, align 4, !tbaa !4
-  %gep.3.i.61 = getelementptr i8, ptr %invariant.gep.3.i, i64 244
-  %538 = load i32, ptr %gep.3.i.61, align 2
-  %539 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1012
-  store i32 %538, ptr %539, align 4, !tbaa !4
-  %gep.3.i.62 = getelementptr i8, ptr %invariant.gep.3.i, i64 248
-  %540 = load i32, ptr %gep.3.i.62, align 2
-  %541 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1016
-  store i32 %540, ptr %541, align 4, !tbaa !4
-  %gep.3.i.63 = getelementptr i8, ptr %invariant.gep.3.i, i64 252
-  %542 = load i32, ptr %gep.3.i.63, align 2
-  %543 = getelementptr inbounds nuw i8, ptr %invariant.gep1309.i, i64 1020
-  store i32 %542, ptr %543, align 4, !tbaa !4
-  %indvars.iv.next1098.i = add nuw nsw i64 %indvars.iv1097.i, 1
-  %exitcond1100.not.i = icmp eq i64 %indvars.iv.next1098.i, 8
-  br i1 %exitcond1100.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !21
+for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body166
+  %356 = or disjoint i64 %163, 1
+  %357 = mul nsw i64 %356, %q_head
+  %invariant.gep.1.i = getelementptr i16, ptr %158, i64 %357
+  br i1 %160, label %for_body_d.1.i, label %vector.body138, !prof !11
+
+vector.body138:                                   ; preds = %for_end_d.i
+  %358 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
+  %359 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
+  %360 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
+  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec141 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec142 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec144 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec145 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %361 = zext <8 x i16> %strided.vec142 to <8 x i32>
+  %362 = zext <8 x i16> %strided.vec145 to <8 x i32>
+  %363 = zext <8 x i16> %strided.vec148 to <8 x i32>
+  %364 = zext <8 x i16> %strided.vec151 to <8 x i32>
+  %365 = shl nuw <8 x i32> %361, splat (i32 16)
+  %366 = shl nuw <8 x i32> %362, splat (i32 16)
+  %367 = shl nuw <8 x i32> %363, splat (i32 16)
+  %368 = shl nuw <8 x i32> %364, splat (i32 16)
+  %369 = bitcast <8 x i32> %365 to <8 x float>
+  %370 = bitcast <8 x i32> %366 to <8 x float>
+  %371 = bitcast <8 x i32> %367 to <8 x float>
+  %372 = bitcast <8 x i32> %368 to <8 x float>
+  %373 = fmul <8 x float> %broadcast.splat137, %369
+  %374 = fmul <8 x float> %broadcast.splat137, %370
+  %375 = fmul <8 x float> %broadcast.splat137, %371
+  %376 = fmul <8 x float> %broadcast.splat137, %372
+  %377 = bitcast <8 x float> %373 to <8 x i32>
+  %378 = bitcast <8 x float> %374 to <8 x i32>
+  %379 = bitcast <8 x float> %375 to <8 x i32>
+  %380 = bitcast <8 x float> %376 to <8 x i32>
+  %381 = zext <8 x i16> %strided.vec141 to <8 x i32>
+  %382 = zext <8 x i16> %strided.vec144 to <8 x i32>
+  %383 = zext <8 x i16> %strided.vec147 to <8 x i32>
+  %384 = zext <8 x i16> %strided.vec150 to <8 x i32>
+  %385 = shl nuw <8 x i32> %381, splat (i32 16)
+  %386 = shl nuw <8 x i32> %382, splat (i32 16)
+  %387 = shl nuw <8 x i32> %383, splat (i32 16)
+  %388 = shl nuw <8 x i32> %384, splat (i32 16)
+  %389 = bitcast <8 x i32> %385 to <8 x float>
+  %390 = bitcast <8 x i32> %386 to <8 x float>
+  %391 = bitcast <8 x i32> %387 to <8 x float>
+  %392 = bitcast <8 x i32> %388 to <8 x float>
+  %393 = fmul <8 x float> %broadcast.splat137, %389
+  %394 = fmul <8 x float> %broadcast.splat137, %390
+  %395 = fmul <8 x float> %broadcast.splat137, %391
+  %396 = fmul <8 x float> %broadcast.splat137, %392
+  %397 = bitcast <8 x float> %393 to <8 x i32>
+  %398 = bitcast <8 x float> %394 to <8 x i32>
+  %399 = bitcast <8 x float> %395 to <8 x i32>
+  %400 = bitcast <8 x float> %396 to <8 x i32>
+  %401 = lshr <8 x i32> %397, splat (i32 16)
+  %402 = lshr <8 x i32> %398, splat (i32 16)
+  %403 = lshr <8 x i32> %399, splat (i32 16)
+  %404 = lshr <8 x i32> %400, splat (i32 16)
+  %405 = or <8 x i32> %401, %377
+  %406 = or <8 x i32> %402, %378
+  %407 = or <8 x i32> %403, %379
+  %408 = or <8 x i32> %404, %380
+  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 256
+  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 288
+  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 320
+  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 352
+  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  %413 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
+  %414 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
+  %415 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
+  %416 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
+  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec141.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec142.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec144.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec145.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %417 = zext <8 x i16> %strided.vec142.1 to <8 x i32>
+  %418 = zext <8 x i16> %strided.vec145.1 to <8 x i32>
+  %419 = zext <8 x i16> %strided.vec148.1 to <8 x i32>
+  %420 = zext <8 x i16> %strided.vec151.1 to <8 x i32>
+  %421 = shl nuw <8 x i32> %417, splat (i32 16)
+  %422 = shl nuw <8 x i32> %418, splat (i32 16)
+  %423 = shl nuw <8 x i32> %419, splat (i32 16)
+  %424 = shl nuw <8 x i32> %420, splat (i32 16)
+  %425 = bitcast <8 x i32> %421 to <8 x float>
+  %426 = bitcast <8 x i32> %422 to <8 x float>
+  %427 = bitcast <8 x i32> %423 to <8 x float>
+  %428 = bitcast <8 x i32> %424 to <8 x float>
+  %429 = fmul <8 x float> %broadcast.splat137, %425
+  %430 = fmul <8 x float> %broadcast.splat137, %426
+  %431 = fmul <8 x float> %broadcast.splat137, %427
+  %432 = fmul <8 x float> %broadcast.splat137, %428
+  %433 = bitcast <8 x float> %429 to <8 x i32>
+  %434 = bitcast <8 x float> %430 to <8 x i32>
+  %435 = bitcast <8 x float> %431 to <8 x i32>
+  %436 = bitcast <8 x float> %432 to <8 x i32>
+  %437 = zext <8 x i16> %strided.vec141.1 to <8 x i32>
+  %438 = zext <8 x i16> %strided.vec144.1 to <8 x i32>
+  %439 = zext <8 x i16> %strided.vec147.1 to <8 x i32>
+  %440 = zext <8 x i16> %strided.vec150.1 to <8 x i32>
+  %441 = shl nuw <8 x i32> %437, splat (i32 16)
+  %442 = shl nuw <8 x i32> %438, splat (i32 16)
+  %443 = shl nuw <8 x i32> %439, splat (i32 16)
+  %444 = shl nuw <8 x i32> %440, splat (i32 16)
+  %445 = bitcast <8 x i32> %441 to <8 x float>
+  %446 = bitcast <8 x i32> %442 to <8 x float>
+  %447 = bitcast <8 x i32> %443 to <8 x float>
+  %448 = bitcast <8 x i32> %444 to <8 x float>
+  %449 = fmul <8 x float> %broadcast.splat137, %445
+  %450 = fmul <8 x float> %broadcast.splat137, %446
+  %451 = fmul <8 x float> %broadcast.splat137, %447
+  %452 = fmul <8 x float> %broadcast.splat137, %448
+  %453 = bitcast <8 x float> %449 to <8 x i32>
+  %454 = bitcast <8 x float> %450 to <8 x i32>
+  %455 = bitcast <8 x float> %451 to <8 x i32>
+  %456 = bitcast <8 x float> %452 to <8 x i32>
+  %457 = lshr <8 x i32> %453, splat (i32 16)
+  %458 = lshr <8 x i32> %454, splat (i32 16)
+  %459 = lshr <8 x i32> %455, splat (i32 16)
+  %460 = lshr <8 x i32> %456, splat (i32 16)
+  %461 = or <8 x i32> %457, %433
+  %462 = or <8 x i32> %458, %434
+  %463 = or <8 x i32> %459, %435
+  %464 = or <8 x i32> %460, %436
+  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 384
+  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 416
+  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 448
+  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 480
+  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  br label %for_end_d.1.i
+
+for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
+  %indvars.iv.1.i = phi i64 [ %indvars.iv.next.1.i.3, %for_body_d.1.i ], [ 0, %for_end_d.i ]
+  %gep.1.idx.i = shl i64 %indvars.iv.1.i, 2
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i
+  %469 = getelementptr i8, ptr %gep.1.i, i64 2
+  %470 = load i16, ptr %469, align 2, !tbaa !4
+  %471 = zext i16 %470 to i32
+  %472 = shl nuw i32 %471, 16
+  %473 = bitcast i32 %472 to float
+  %474 = fmul float %query_scale, %473
+  %475 = bitcast float %474 to i32
+  %476 = load i16, ptr %gep.1.i, align 2, !tbaa !4
+  %477 = zext i16 %476 to i32
+  %478 = shl nuw i32 %477, 16
+  %479 = bitcast i32 %478 to float
+  %480 = fmul float %query_scale, %479
+  %481 = bitcast float %480 to i32
+  %482 = lshr i32 %481, 16
+  %483 = or i32 %482, %475
+  %gep1295.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.1.i
+  %484 = getelementptr inbounds nuw i8, ptr %gep1295.i, i64 256
+  store i32 %483, ptr %484, align 4, !tbaa !4
+  %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
+  %gep.1.idx.i.1 = shl i64 %indvars.iv.next.1.i, 2
+  %gep.1.i.1 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.1
+  %485 = getelementptr i8, ptr %gep.1.i.1, i64 2
+  %486 = load i16, ptr %485, align 2, !tbaa !4
+  %487 = zext i16 %486 to i32
+  %488 = shl nuw i32 %487, 16
+  %489 = bitcast i32 %488 to float
+  %490 = fmul float %query_scale, %489
+  %491 = bitcast float %490 to i32
+  %492 = load i16, ptr %gep.1.i.1, align 2, !tbaa !4
+  %493 = zext i16 %492 to i32
+  %494 = shl nuw i32 %493, 16
+  %495 = bitcast i32 %494 to float
+  %496 = fmul float %query_scale, %495
+  %497 = bitcast float %496 to i32
+  %498 = lshr i32 %497, 16
+  %499 = or i32 %498, %491
+  %gep1295.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.1.i
+  %500 = getelementptr inbounds nuw i8, ptr %gep1295.i.1, i64 256
+  store i32 %499, ptr %500, align 4, !tbaa !4
+  %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
+  %gep.1.idx.i.2 = shl i64 %indvars.iv.next.1.i.1, 2
+  %gep.1.i.2 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.2
+  %501 = getelementptr i8, ptr %gep.1.i.2, i64 2
+  %502 = load i16, ptr %501, align 2, !tbaa !4
+  %503 = zext i16 %502 to i32
+  %504 = shl nuw i32 %503, 16
+  %505 = bitcast i32 %504 to float
+  %506 = fmul float %query_scale, %505
+  %507 = bitcast float %506 to i32
+  %508 = load i16, ptr %gep.1.i.2, align 2, !tbaa !4
+  %509 = zext i16 %508 to i32
+  %510 = shl nuw i32 %509, 16
+  %511 = bitcast i32 %510 to float
+  %512 = fmul float %query_scale, %511
+  %513 = bitcast float %512 to i32
+  %514 = lshr i32 %513, 16
+  %515 = or i32 %514, %507
+  %gep1295.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.1.i.1
+  %516 = getelementptr inbounds nuw i8, ptr %gep1295.i.2, i64 256
+  store i32 %515, ptr %516, align 4, !tbaa !4
+  %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
+  %gep.1.idx.i.3 = shl i64 %indvars.iv.next.1.i.2, 2
+  %gep.1.i.3 = getelementptr i8, ptr %invariant.gep.1.i, i64 %gep.1.idx.i.3
+  %517 = getelementptr i8, ptr %gep.1.i.3, i64 2
+  %518 = load i16, ptr %517, align 2, !tbaa !4
+  %519 = zext i16 %518 to i32
+  %520 = shl nuw i32 %519, 16
+  %521 = bitcast i32 %520 to float
+  %522 = fmul float %query_scale, %521
+  %523 = bitcast float %522 to i32
+  %524 = load i16, ptr %gep.1.i.3, align 2, !tbaa !4
+  %525 = zext i16 %524 to i32
+  %526 = shl nuw i32 %525, 16
+  %527 = bitcast i32 %526 to float
+  %528 = fmul float %query_scale, %527
+  %529 = bitcast float %528 to i32
+  %530 = lshr i32 %529, 16
+  %531 = or i32 %530, %523
+  %gep1295.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.1.i.2
+  %532 = getelementptr inbounds nuw i8, ptr %gep1295.i.3, i64 256
+  store i32 %531, ptr %532, align 4, !tbaa !4
+  %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
+  %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !26
+
+for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body138
+  %533 = or disjoint i64 %163, 2
+  %534 = mul nsw i64 %533, %q_head
+  %invariant.gep.2.i = getelementptr i16, ptr %158, i64 %534
+  br i1 %161, label %for_body_d.2.i, label %vector.body109, !prof !11
+
+vector.body109:                                   ; preds = %for_end_d.1.i
+  %535 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
+  %536 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
+  %537 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
+  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec112 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec113 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec115 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec116 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %538 = zext <8 x i16> %strided.vec113 to <8 x i32>
+  %539 = zext <8 x i16> %strided.vec116 to <8 x i32>
+  %540 = zext <8 x i16> %strided.vec119 to <8 x i32>
+  %541 = zext <8 x i16> %strided.vec122 to <8 x i32>
+  %542 = shl nuw <8 x i32> %538, splat (i32 16)
+  %543 = shl nuw <8 x i32> %539, splat (i32 16)
+  %544 = shl nuw <8 x i32> %540, splat (i32 16)
+  %545 = shl nuw <8 x i32> %541, splat (i32 16)
+  %546 = bitcast <8 x i32> %542 to <8 x float>
+  %547 = bitcast <8 x i32> %543 to <8 x float>
+  %548 = bitcast <8 x i32> %544 to <8 x float>
+  %549 = bitcast <8 x i32> %545 to <8 x float>
+  %550 = fmul <8 x float> %broadcast.splat108, %546
+  %551 = fmul <8 x float> %broadcast.splat108, %547
+  %552 = fmul <8 x float> %broadcast.splat108, %548
+  %553 = fmul <8 x float> %broadcast.splat108, %549
+  %554 = bitcast <8 x float> %550 to <8 x i32>
+  %555 = bitcast <8 x float> %551 to <8 x i32>
+  %556 = bitcast <8 x float> %552 to <8 x i32>
+  %557 = bitcast <8 x float> %553 to <8 x i32>
+  %558 = zext <8 x i16> %strided.vec112 to <8 x i32>
+  %559 = zext <8 x i16> %strided.vec115 to <8 x i32>
+  %560 = zext <8 x i16> %strided.vec118 to <8 x i32>
+  %561 = zext <8 x i16> %strided.vec121 to <8 x i32>
+  %562 = shl nuw <8 x i32> %558, splat (i32 16)
+  %563 = shl nuw <8 x i32> %559, splat (i32 16)
+  %564 = shl nuw <8 x i32> %560, splat (i32 16)
+  %565 = shl nuw <8 x i32> %561, splat (i32 16)
+  %566 = bitcast <8 x i32> %562 to <8 x float>
+  %567 = bitcast <8 x i32> %563 to <8 x float>
+  %568 = bitcast <8 x i32> %564 to <8 x float>
+  %569 = bitcast <8 x i32> %565 to <8 x float>
+  %570 = fmul <8 x float> %broadcast.splat108, %566
+  %571 = fmul <8 x float> %broadcast.splat108, %567
+  %572 = fmul <8 x float> %broadcast.splat108, %568
+  %573 = fmul <8 x float> %broadcast.splat108, %569
+  %574 = bitcast <8 x float> %570 to <8 x i32>
+  %575 = bitcast <8 x float> %571 to <8 x i32>
+  %576 = bitcast <8 x float> %572 to <8 x i32>
+  %577 = bitcast <8 x float> %573 to <8 x i32>
+  %578 = lshr <8 x i32> %574, splat (i32 16)
+  %579 = lshr <8 x i32> %575, splat (i32 16)
+  %580 = lshr <8 x i32> %576, splat (i32 16)
+  %581 = lshr <8 x i32> %577, splat (i32 16)
+  %582 = or <8 x i32> %578, %554
+  %583 = or <8 x i32> %579, %555
+  %584 = or <8 x i32> %580, %556
+  %585 = or <8 x i32> %581, %557
+  %586 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 512
+  %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 544
+  %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 576
+  %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 608
+  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  %590 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
+  %591 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
+  %592 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
+  %593 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
+  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec112.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec113.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec115.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec116.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !27
+  %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %594 = zext <8 x i16> %strided.vec113.1 to <8 x i32>
+  %595 = zext <8 x i16> %strided.vec116.1 to <8 x i32>
+  %596 = zext <8 x i16> %strided.vec119.1 to <8 x i32>
+  %597 = zext <8 x i16> %strided.vec122.1 to <8 x i32>
+  %598 = shl nuw <8 x i32> %594, splat (i32 16)
+  %599 = shl nuw <8 x i32> %595, splat (i32 16)
+  %600 = shl nuw <8 x i32> %596, splat (i32 16)
+  %601 = shl nuw <8 x i32> %597, splat (i32 16)
+  %602 = bitcast <8 x i32> %598 to <8 x float>
+  %603 = bitcast <8 x i32> %599 to <8 x float>
+  %604 = bitcast <8 x i32> %600 to <8 x float>
+  %605 = bitcast <8 x i32> %601 to <8 x float>
+  %606 = fmul <8 x float> %broadcast.splat108, %602
+  %607 = fmul <8 x float> %broadcast.splat108, %603
+  %608 = fmul <8 x float> %broadcast.splat108, %604
+  %609 = fmul <8 x float> %broadcast.splat108, %605
+  %610 = bitcast <8 x float> %606 to <8 x i32>
+  %611 = bitcast <8 x float> %607 to <8 x i32>
+  %612 = bitcast <8 x float> %608 to <8 x i32>
+  %613 = bitcast <8 x float> %609 to <8 x i32>
+  %614 = zext <8 x i16> %strided.vec112.1 to <8 x i32>
+  %615 = zext <8 x i16> %strided.vec115.1 to <8 x i32>
+  %616 = zext <8 x i16> %strided.vec118.1 to <8 x i32>
+  %617 = zext <8 x i16> %strided.vec121.1 to <8 x i32>
+  %618 = shl nuw <8 x i32> %614, splat (i32 16)
+  %619 = shl nuw <8 x i32> %615, splat (i32 16)
+  %620 = shl nuw <8 x i32> %616, splat (i32 16)
+  %621 = shl nuw <8 x i32> %617, splat (i32 16)
+  %622 = bitcast <8 x i32> %618 to <8 x float>
+  %623 = bitcast <8 x i32> %619 to <8 x float>
+  %624 = bitcast <8 x i32> %620 to <8 x float>
+  %625 = bitcast <8 x i32> %621 to <8 x float>
+  %626 = fmul <8 x float> %broadcast.splat108, %622
+  %627 = fmul <8 x float> %broadcast.splat108, %623
+  %628 = fmul <8 x float> %broadcast.splat108, %624
+  %629 = fmul <8 x float> %broadcast.splat108, %625
+  %630 = bitcast <8 x float> %626 to <8 x i32>
+  %631 = bitcast <8 x float> %627 to <8 x i32>
+  %632 = bitcast <8 x float> %628 to <8 x i32>
+  %633 = bitcast <8 x float> %629 to <8 x i32>
+  %634 = lshr <8 x i32> %630, splat (i32 16)
+  %635 = lshr <8 x i32> %631, splat (i32 16)
+  %636 = lshr <8 x i32> %632, splat (i32 16)
+  %637 = lshr <8 x i32> %633, splat (i32 16)
+  %638 = or <8 x i32> %634, %610
+  %639 = or <8 x i32> %635, %611
+  %640 = or <8 x i32> %636, %612
+  %641 = or <8 x i32> %637, %613
+  %642 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 640
+  %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 672
+  %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 704
+  %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 736
+  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  br label %for_end_d.2.i
+
+for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
+  %indvars.iv.2.i = phi i64 [ %indvars.iv.next.2.i.3, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
+  %gep.2.idx.i = shl i64 %indvars.iv.2.i, 2
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i
+  %646 = getelementptr i8, ptr %gep.2.i, i64 2
+  %647 = load i16, ptr %646, align 2, !tbaa !4
+  %648 = zext i16 %647 to i32
+  %649 = shl nuw i32 %648, 16
+  %650 = bitcast i32 %649 to float
+  %651 = fmul float %query_scale, %650
+  %652 = bitcast float %651 to i32
+  %653 = load i16, ptr %gep.2.i, align 2, !tbaa !4
+  %654 = zext i16 %653 to i32
+  %655 = shl nuw i32 %654, 16
+  %656 = bitcast i32 %655 to float
+  %657 = fmul float %query_scale, %656
+  %658 = bitcast float %657 to i32
+  %659 = lshr i32 %658, 16
+  %660 = or i32 %659, %652
+  %gep1297.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.2.i
+  %661 = getelementptr inbounds nuw i8, ptr %gep1297.i, i64 512
+  store i32 %660, ptr %661, align 4, !tbaa !4
+  %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
+  %gep.2.idx.i.1 = shl i64 %indvars.iv.next.2.i, 2
+  %gep.2.i.1 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.1
+  %662 = getelementptr i8, ptr %gep.2.i.1, i64 2
+  %663 = load i16, ptr %662, align 2, !tbaa !4
+  %664 = zext i16 %663 to i32
+  %665 = shl nuw i32 %664, 16
+  %666 = bitcast i32 %665 to float
+  %667 = fmul float %query_scale, %666
+  %668 = bitcast float %667 to i32
+  %669 = load i16, ptr %gep.2.i.1, align 2, !tbaa !4
+  %670 = zext i16 %669 to i32
+  %671 = shl nuw i32 %670, 16
+  %672 = bitcast i32 %671 to float
+  %673 = fmul float %query_scale, %672
+  %674 = bitcast float %673 to i32
+  %675 = lshr i32 %674, 16
+  %676 = or i32 %675, %668
+  %gep1297.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.2.i
+  %677 = getelementptr inbounds nuw i8, ptr %gep1297.i.1, i64 512
+  store i32 %676, ptr %677, align 4, !tbaa !4
+  %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
+  %gep.2.idx.i.2 = shl i64 %indvars.iv.next.2.i.1, 2
+  %gep.2.i.2 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.2
+  %678 = getelementptr i8, ptr %gep.2.i.2, i64 2
+  %679 = load i16, ptr %678, align 2, !tbaa !4
+  %680 = zext i16 %679 to i32
+  %681 = shl nuw i32 %680, 16
+  %682 = bitcast i32 %681 to float
+  %683 = fmul float %query_scale, %682
+  %684 = bitcast float %683 to i32
+  %685 = load i16, ptr %gep.2.i.2, align 2, !tbaa !4
+  %686 = zext i16 %685 to i32
+  %687 = shl nuw i32 %686, 16
+  %688 = bitcast i32 %687 to float
+  %689 = fmul float %query_scale, %688
+  %690 = bitcast float %689 to i32
+  %691 = lshr i32 %690, 16
+  %692 = or i32 %691, %684
+  %gep1297.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.2.i.1
+  %693 = getelementptr inbounds nuw i8, ptr %gep1297.i.2, i64 512
+  store i32 %692, ptr %693, align 4, !tbaa !4
+  %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
+  %gep.2.idx.i.3 = shl i64 %indvars.iv.next.2.i.2, 2
+  %gep.2.i.3 = getelementptr i8, ptr %invariant.gep.2.i, i64 %gep.2.idx.i.3
+  %694 = getelementptr i8, ptr %gep.2.i.3, i64 2
+  %695 = load i16, ptr %694, align 2, !tbaa !4
+  %696 = zext i16 %695 to i32
+  %697 = shl nuw i32 %696, 16
+  %698 = bitcast i32 %697 to float
+  %699 = fmul float %query_scale, %698
+  %700 = bitcast float %699 to i32
+  %701 = load i16, ptr %gep.2.i.3, align 2, !tbaa !4
+  %702 = zext i16 %701 to i32
+  %703 = shl nuw i32 %702, 16
+  %704 = bitcast i32 %703 to float
+  %705 = fmul float %query_scale, %704
+  %706 = bitcast float %705 to i32
+  %707 = lshr i32 %706, 16
+  %708 = or i32 %707, %700
+  %gep1297.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.2.i.2
+  %709 = getelementptr inbounds nuw i8, ptr %gep1297.i.3, i64 512
+  store i32 %708, ptr %709, align 4, !tbaa !4
+  %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
+  %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !32
+
+for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body109
+  %710 = or disjoint i64 %163, 3
+  %711 = mul nsw i64 %710, %q_head
+  %invariant.gep.3.i = getelementptr i16, ptr %158, i64 %711
+  br i1 %162, label %for_body_d.3.i, label %vector.body, !prof !11
+
+vector.body:                                      ; preds = %for_end_d.2.i
+  %712 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
+  %713 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
+  %714 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec86 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec88 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec89 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec91 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec92 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %715 = zext <8 x i16> %strided.vec86 to <8 x i32>
+  %716 = zext <8 x i16> %strided.vec89 to <8 x i32>
+  %717 = zext <8 x i16> %strided.vec92 to <8 x i32>
+  %718 = zext <8 x i16> %strided.vec95 to <8 x i32>
+  %719 = shl nuw <8 x i32> %715, splat (i32 16)
+  %720 = shl nuw <8 x i32> %716, splat (i32 16)
+  %721 = shl nuw <8 x i32> %717, splat (i32 16)
+  %722 = shl nuw <8 x i32> %718, splat (i32 16)
+  %723 = bitcast <8 x i32> %719 to <8 x float>
+  %724 = bitcast <8 x i32> %720 to <8 x float>
+  %725 = bitcast <8 x i32> %721 to <8 x float>
+  %726 = bitcast <8 x i32> %722 to <8 x float>
+  %727 = fmul <8 x float> %broadcast.splat, %723
+  %728 = fmul <8 x float> %broadcast.splat, %724
+  %729 = fmul <8 x float> %broadcast.splat, %725
+  %730 = fmul <8 x float> %broadcast.splat, %726
+  %731 = bitcast <8 x float> %727 to <8 x i32>
+  %732 = bitcast <8 x float> %728 to <8 x i32>
+  %733 = bitcast <8 x float> %729 to <8 x i32>
+  %734 = bitcast <8 x float> %730 to <8 x i32>
+  %735 = zext <8 x i16> %strided.vec to <8 x i32>
+  %736 = zext <8 x i16> %strided.vec88 to <8 x i32>
+  %737 = zext <8 x i16> %strided.vec91 to <8 x i32>
+  %738 = zext <8 x i16> %strided.vec94 to <8 x i32>
+  %739 = shl nuw <8 x i32> %735, splat (i32 16)
+  %740 = shl nuw <8 x i32> %736, splat (i32 16)
+  %741 = shl nuw <8 x i32> %737, splat (i32 16)
+  %742 = shl nuw <8 x i32> %738, splat (i32 16)
+  %743 = bitcast <8 x i32> %739 to <8 x float>
+  %744 = bitcast <8 x i32> %740 to <8 x float>
+  %745 = bitcast <8 x i32> %741 to <8 x float>
+  %746 = bitcast <8 x i32> %742 to <8 x float>
+  %747 = fmul <8 x float> %broadcast.splat, %743
+  %748 = fmul <8 x float> %broadcast.splat, %744
+  %749 = fmul <8 x float> %broadcast.splat, %745
+  %750 = fmul <8 x float> %broadcast.splat, %746
+  %751 = bitcast <8 x float> %747 to <8 x i32>
+  %752 = bitcast <8 x float> %748 to <8 x i32>
+  %753 = bitcast <8 x float> %749 to <8 x i32>
+  %754 = bitcast <8 x float> %750 to <8 x i32>
+  %755 = lshr <8 x i32> %751, splat (i32 16)
+  %756 = lshr <8 x i32> %752, splat (i32 16)
+  %757 = lshr <8 x i32> %753, splat (i32 16)
+  %758 = lshr <8 x i32> %754, splat (i32 16)
+  %759 = or <8 x i32> %755, %731
+  %760 = or <8 x i32> %756, %732
+  %761 = or <8 x i32> %757, %733
+  %762 = or <8 x i32> %758, %734
+  %763 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 768
+  %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 800
+  %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 832
+  %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 864
+  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  %767 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
+  %768 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
+  %769 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
+  %770 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
+  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec86.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec88.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec89.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec91.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec92.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !33
+  %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %771 = zext <8 x i16> %strided.vec86.1 to <8 x i32>
+  %772 = zext <8 x i16> %strided.vec89.1 to <8 x i32>
+  %773 = zext <8 x i16> %strided.vec92.1 to <8 x i32>
+  %774 = zext <8 x i16> %strided.vec95.1 to <8 x i32>
+  %775 = shl nuw <8 x i32> %771, splat (i32 16)
+  %776 = shl nuw <8 x i32> %772, splat (i32 16)
+  %777 = shl nuw <8 x i32> %773, splat (i32 16)
+  %778 = shl nuw <8 x i32> %774, splat (i32 16)
+  %779 = bitcast <8 x i32> %775 to <8 x float>
+  %780 = bitcast <8 x i32> %776 to <8 x float>
+  %781 = bitcast <8 x i32> %777 to <8 x float>
+  %782 = bitcast <8 x i32> %778 to <8 x float>
+  %783 = fmul <8 x float> %broadcast.splat, %779
+  %784 = fmul <8 x float> %broadcast.splat, %780
+  %785 = fmul <8 x float> %broadcast.splat, %781
+  %786 = fmul <8 x float> %broadcast.splat, %782
+  %787 = bitcast <8 x float> %783 to <8 x i32>
+  %788 = bitcast <8 x float> %784 to <8 x i32>
+  %789 = bitcast <8 x float> %785 to <8 x i32>
+  %790 = bitcast <8 x float> %786 to <8 x i32>
+  %791 = zext <8 x i16> %strided.vec.1 to <8 x i32>
+  %792 = zext <8 x i16> %strided.vec88.1 to <8 x i32>
+  %793 = zext <8 x i16> %strided.vec91.1 to <8 x i32>
+  %794 = zext <8 x i16> %strided.vec94.1 to <8 x i32>
+  %795 = shl nuw <8 x i32> %791, splat (i32 16)
+  %796 = shl nuw <8 x i32> %792, splat (i32 16)
+  %797 = shl nuw <8 x i32> %793, splat (i32 16)
+  %798 = shl nuw <8 x i32> %794, splat (i32 16)
+  %799 = bitcast <8 x i32> %795 to <8 x float>
+  %800 = bitcast <8 x i32> %796 to <8 x float>
+  %801 = bitcast <8 x i32> %797 to <8 x float>
+  %802 = bitcast <8 x i32> %798 to <8 x float>
+  %803 = fmul <8 x float> %broadcast.splat, %799
+  %804 = fmul <8 x float> %broadcast.splat, %800
+  %805 = fmul <8 x float> %broadcast.splat, %801
+  %806 = fmul <8 x float> %broadcast.splat, %802
+  %807 = bitcast <8 x float> %803 to <8 x i32>
+  %808 = bitcast <8 x float> %804 to <8 x i32>
+  %809 = bitcast <8 x float> %805 to <8 x i32>
+  %810 = bitcast <8 x float> %806 to <8 x i32>
+  %811 = lshr <8 x i32> %807, splat (i32 16)
+  %812 = lshr <8 x i32> %808, splat (i32 16)
+  %813 = lshr <8 x i32> %809, splat (i32 16)
+  %814 = lshr <8 x i32> %810, splat (i32 16)
+  %815 = or <8 x i32> %811, %787
+  %816 = or <8 x i32> %812, %788
+  %817 = or <8 x i32> %813, %789
+  %818 = or <8 x i32> %814, %790
+  %819 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 896
+  %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 928
+  %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 960
+  %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 992
+  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  br label %for_end_d.3.i
+
+for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
+  %indvars.iv.3.i = phi i64 [ %indvars.iv.next.3.i.3, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
+  %gep.3.idx.i = shl i64 %indvars.iv.3.i, 2
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i
+  %823 = getelementptr i8, ptr %gep.3.i, i64 2
+  %824 = load i16, ptr %823, align 2, !tbaa !4
+  %825 = zext i16 %824 to i32
+  %826 = shl nuw i32 %825, 16
+  %827 = bitcast i32 %826 to float
+  %828 = fmul float %query_scale, %827
+  %829 = bitcast float %828 to i32
+  %830 = load i16, ptr %gep.3.i, align 2, !tbaa !4
+  %831 = zext i16 %830 to i32
+  %832 = shl nuw i32 %831, 16
+  %833 = bitcast i32 %832 to float
+  %834 = fmul float %query_scale, %833
+  %835 = bitcast float %834 to i32
+  %836 = lshr i32 %835, 16
+  %837 = or i32 %836, %829
+  %gep1299.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.3.i
+  %838 = getelementptr inbounds nuw i8, ptr %gep1299.i, i64 768
+  store i32 %837, ptr %838, align 4, !tbaa !4
+  %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
+  %gep.3.idx.i.1 = shl i64 %indvars.iv.next.3.i, 2
+  %gep.3.i.1 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.1
+  %839 = getelementptr i8, ptr %gep.3.i.1, i64 2
+  %840 = load i16, ptr %839, align 2, !tbaa !4
+  %841 = zext i16 %840 to i32
+  %842 = shl nuw i32 %841, 16
+  %843 = bitcast i32 %842 to float
+  %844 = fmul float %query_scale, %843
+  %845 = bitcast float %844 to i32
+  %846 = load i16, ptr %gep.3.i.1, align 2, !tbaa !4
+  %847 = zext i16 %846 to i32
+  %848 = shl nuw i32 %847, 16
+  %849 = bitcast i32 %848 to float
+  %850 = fmul float %query_scale, %849
+  %851 = bitcast float %850 to i32
+  %852 = lshr i32 %851, 16
+  %853 = or i32 %852, %845
+  %gep1299.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.3.i
+  %854 = getelementptr inbounds nuw i8, ptr %gep1299.i.1, i64 768
+  store i32 %853, ptr %854, align 4, !tbaa !4
+  %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
+  %gep.3.idx.i.2 = shl i64 %indvars.iv.next.3.i.1, 2
+  %gep.3.i.2 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.2
+  %855 = getelementptr i8, ptr %gep.3.i.2, i64 2
+  %856 = load i16, ptr %855, align 2, !tbaa !4
+  %857 = zext i16 %856 to i32
+  %858 = shl nuw i32 %857, 16
+  %859 = bitcast i32 %858 to float
+  %860 = fmul float %query_scale, %859
+  %861 = bitcast float %860 to i32
+  %862 = load i16, ptr %gep.3.i.2, align 2, !tbaa !4
+  %863 = zext i16 %862 to i32
+  %864 = shl nuw i32 %863, 16
+  %865 = bitcast i32 %864 to float
+  %866 = fmul float %query_scale, %865
+  %867 = bitcast float %866 to i32
+  %868 = lshr i32 %867, 16
+  %869 = or i32 %868, %861
+  %gep1299.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.3.i.1
+  %870 = getelementptr inbounds nuw i8, ptr %gep1299.i.2, i64 768
+  store i32 %869, ptr %870, align 4, !tbaa !4
+  %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
+  %gep.3.idx.i.3 = shl i64 %indvars.iv.next.3.i.2, 2
+  %gep.3.i.3 = getelementptr i8, ptr %invariant.gep.3.i, i64 %gep.3.idx.i.3
+  %871 = getelementptr i8, ptr %gep.3.i.3, i64 2
+  %872 = load i16, ptr %871, align 2, !tbaa !4
+  %873 = zext i16 %872 to i32
+  %874 = shl nuw i32 %873, 16
+  %875 = bitcast i32 %874 to float
+  %876 = fmul float %query_scale, %875
+  %877 = bitcast float %876 to i32
+  %878 = load i16, ptr %gep.3.i.3, align 2, !tbaa !4
+  %879 = zext i16 %878 to i32
+  %880 = shl nuw i32 %879, 16
+  %881 = bitcast i32 %880 to float
+  %882 = fmul float %query_scale, %881
+  %883 = bitcast float %882 to i32
+  %884 = lshr i32 %883, 16
+  %885 = or i32 %884, %877
+  %gep1299.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.3.i.2
+  %886 = getelementptr inbounds nuw i8, ptr %gep1299.i.3, i64 768
+  store i32 %885, ptr %886, align 4, !tbaa !4
+  %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
+  %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !38
+
+for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
+  %indvars.iv.next1081.i = add nuw nsw i64 %indvars.iv1080.i, 1
+  %exitcond1083.not.i = icmp eq i64 %indvars.iv.next1081.i, 8
+  br i1 %exitcond1083.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
 
 for_begin_step.i:                                 ; preds = %if_end162.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end162.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv1204.i = phi i64 [ %indvars.iv.next1205.i, %if_end162.i ], [ 0, %for_end_tile.i ]
-  %smin177 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
-  %544 = and i32 %smin177, 31
-  %narrow = add nuw nsw i32 %544, 1
-  %545 = lshr i32 %narrow, 1
-  %546 = zext nneg i32 %545 to i64
-  %exitcond1208.not.i = icmp eq i64 %indvars.iv1204.i, %wide.trip.count1207.i
-  br i1 %exitcond1208.not.i, label %for_begin_tile167.preheader.i, label %for_body_step.i, !prof !22
+  %indvars.iv1187.i = phi i64 [ %indvars.iv.next1188.i, %if_end162.i ], [ 0, %for_end_tile.i ]
+  %smin274 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %887 = and i32 %smin274, 31
+  %narrow = add nuw nsw i32 %887, 1
+  %888 = lshr i32 %narrow, 1
+  %889 = zext nneg i32 %888 to i64
+  %exitcond1191.not.i = icmp eq i64 %indvars.iv1187.i, %wide.trip.count1190.i
+  br i1 %exitcond1191.not.i, label %for_begin_tile167.preheader.i, label %for_body_step.i, !prof !40
 
 for_begin_tile167.preheader.i:                    ; preds = %for_begin_step.i
-  %547 = add nuw nsw i64 %indvars.iv1244.i, %94
-  %548 = shl nuw nsw i64 %547, 5
-  %.idx.i = shl nuw nsw i64 %547, 14
-  %549 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
-  %550 = mul nsw i64 %115, %out_batch
-  %551 = getelementptr i16, ptr %out, i64 %550
-  %552 = mul nsw i64 %115, %lse_batch
-  %553 = getelementptr float, ptr %lse, i64 %552
+  %890 = add nuw nsw i64 %indvars.iv1227.i, %100
+  %891 = shl nuw nsw i64 %890, 5
+  %.idx.i = shl nuw nsw i64 %890, 14
+  %892 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
+  %893 = mul nsw i64 %154, %out_batch
+  %894 = getelementptr i16, ptr %out, i64 %893
+  %895 = mul nsw i64 %154, %lse_batch
+  %896 = getelementptr float, ptr %lse, i64 %895
+  %897 = shl nuw nsw i32 %279, 23
+  %898 = add nuw i32 %897, 16777216
+  %899 = bitcast i32 %898 to float
   br i1 %.not, label %for_body_tile168.i, label %for_body_tile168.us.i
 
 for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %for_begin_tile167.preheader.i
-  %indvars.iv1240.i = phi i64 [ %indvars.iv.next1241.i, %if_end187.us.3.i ], [ 0, %for_begin_tile167.preheader.i ]
-  %554 = shl nuw nsw i64 %indvars.iv1240.i, 2
-  %555 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %554
-  %total.us.i = load <4 x float>, ptr %555, align 16, !tbaa !23
-  %556 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
-  %557 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
-  %558 = select <4 x i1> %557, <4 x float> zeroinitializer, <4 x float> %556
-  %.idx59 = shl nuw nsw i64 %indvars.iv1240.i, 11
-  %invariant.gep64 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx59
-  %559 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> zeroinitializer
-  %560 = mul nsw i64 %554, %out_head
-  %invariant.gep1055.us.i = getelementptr i16, ptr %551, i64 %560
-  %561 = load <16 x float>, ptr %invariant.gep64, align 4, !tbaa !4
-  %562 = fmul <16 x float> %561, %559
-  %563 = bitcast <16 x float> %562 to <16 x i32>
-  %564 = lshr <16 x i32> %563, splat (i32 16)
-  %565 = and <16 x i32> %564, splat (i32 1)
-  %566 = add nuw <16 x i32> %563, splat (i32 32767)
-  %567 = add nuw <16 x i32> %566, %565
-  %568 = lshr <16 x i32> %567, splat (i32 16)
-  %569 = trunc nuw <16 x i32> %568 to <16 x i16>
-  store <16 x i16> %569, ptr %invariant.gep1055.us.i, align 2, !tbaa !4
-  %570 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 64
-  %571 = load <16 x float>, ptr %570, align 4, !tbaa !4
-  %572 = fmul <16 x float> %559, %571
-  %573 = bitcast <16 x float> %572 to <16 x i32>
-  %574 = lshr <16 x i32> %573, splat (i32 16)
-  %575 = and <16 x i32> %574, splat (i32 1)
-  %576 = add nuw <16 x i32> %573, splat (i32 32767)
-  %577 = add nuw <16 x i32> %576, %575
-  %578 = lshr <16 x i32> %577, splat (i32 16)
-  %579 = trunc nuw <16 x i32> %578 to <16 x i16>
+  %indvars.iv1223.i = phi i64 [ %indvars.iv.next1224.i, %if_end187.us.3.i ], [ 0, %for_begin_tile167.preheader.i ]
+  %900 = shl nuw nsw i64 %indvars.iv1223.i, 2
+  %901 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %900
+  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !41
+  %902 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
+  %903 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
+  %904 = select <4 x i1> %903, <4 x float> zeroinitializer, <4 x float> %902
+  %.idx60 = shl nuw nsw i64 %indvars.iv1223.i, 11
+  %invariant.gep65 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
+  %905 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> zeroinitializer
+  %906 = mul nsw i64 %900, %out_head
+  %invariant.gep1055.us.i = getelementptr i16, ptr %894, i64 %906
+  %907 = load <16 x float>, ptr %invariant.gep65, align 4, !tbaa !4
+  %908 = fmul <16 x float> %907, %905
+  %909 = bitcast <16 x float> %908 to <16 x i32>
+  %910 = lshr <16 x i32> %909, splat (i32 16)
+  %911 = and <16 x i32> %910, splat (i32 1)
+  %912 = add nuw <16 x i32> %909, splat (i32 32767)
+  %913 = add nuw <16 x i32> %912, %911
+  %914 = lshr <16 x i32> %913, splat (i32 16)
+  %915 = trunc nuw <16 x i32> %914 to <16 x i16>
+  store <16 x i16> %915, ptr %invariant.gep1055.us.i, align 2, !tbaa !4
+  %916 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 64
+  %917 = load <16 x float>, ptr %916, align 4, !tbaa !4
+  %918 = fmul <16 x float> %905, %917
+  %919 = bitcast <16 x float> %918 to <16 x i32>
+  %920 = lshr <16 x i32> %919, splat (i32 16)
+  %921 = and <16 x i32> %920, splat (i32 1)
+  %922 = add nuw <16 x i32> %919, splat (i32 32767)
+  %923 = add nuw <16 x i32> %922, %921
+  %924 = lshr <16 x i32> %923, splat (i32 16)
+  %925 = trunc nuw <16 x i32> %924 to <16 x i16>
   %gep1056.us.1.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 32
-  store <16 x i16> %579, ptr %gep1056.us.1.i, align 2, !tbaa !4
-  %580 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 128
-  %581 = load <16 x float>, ptr %580, align 4, !tbaa !4
-  %582 = fmul <16 x float> %559, %581
-  %583 = bitcast <16 x float> %582 to <16 x i32>
-  %584 = lshr <16 x i32> %583, splat (i32 16)
-  %585 = and <16 x i32> %584, splat (i32 1)
-  %586 = add nuw <16 x i32> %583, splat (i32 32767)
-  %587 = add nuw <16 x i32> %586, %585
-  %588 = lshr <16 x i32> %587, splat (i32 16)
-  %589 = trunc nuw <16 x i32> %588 to <16 x i16>
+  store <16 x i16> %925, ptr %gep1056.us.1.i, align 2, !tbaa !4
+  %926 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 128
+  %927 = load <16 x float>, ptr %926, align 4, !tbaa !4
+  %928 = fmul <16 x float> %905, %927
+  %929 = bitcast <16 x float> %928 to <16 x i32>
+  %930 = lshr <16 x i32> %929, splat (i32 16)
+  %931 = and <16 x i32> %930, splat (i32 1)
+  %932 = add nuw <16 x i32> %929, splat (i32 32767)
+  %933 = add nuw <16 x i32> %932, %931
+  %934 = lshr <16 x i32> %933, splat (i32 16)
+  %935 = trunc nuw <16 x i32> %934 to <16 x i16>
   %gep1056.us.2.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 64
-  store <16 x i16> %589, ptr %gep1056.us.2.i, align 2, !tbaa !4
-  %590 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 192
-  %591 = load <16 x float>, ptr %590, align 4, !tbaa !4
-  %592 = fmul <16 x float> %559, %591
-  %593 = bitcast <16 x float> %592 to <16 x i32>
-  %594 = lshr <16 x i32> %593, splat (i32 16)
-  %595 = and <16 x i32> %594, splat (i32 1)
-  %596 = add nuw <16 x i32> %593, splat (i32 32767)
-  %597 = add nuw <16 x i32> %596, %595
-  %598 = lshr <16 x i32> %597, splat (i32 16)
-  %599 = trunc nuw <16 x i32> %598 to <16 x i16>
+  store <16 x i16> %935, ptr %gep1056.us.2.i, align 2, !tbaa !4
+  %936 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 192
+  %937 = load <16 x float>, ptr %936, align 4, !tbaa !4
+  %938 = fmul <16 x float> %905, %937
+  %939 = bitcast <16 x float> %938 to <16 x i32>
+  %940 = lshr <16 x i32> %939, splat (i32 16)
+  %941 = and <16 x i32> %940, splat (i32 1)
+  %942 = add nuw <16 x i32> %939, splat (i32 32767)
+  %943 = add nuw <16 x i32> %942, %941
+  %944 = lshr <16 x i32> %943, splat (i32 16)
+  %945 = trunc nuw <16 x i32> %944 to <16 x i16>
   %gep1056.us.3.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 96
-  store <16 x i16> %599, ptr %gep1056.us.3.i, align 2, !tbaa !4
-  %600 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 256
-  %601 = load <16 x float>, ptr %600, align 4, !tbaa !4
-  %602 = fmul <16 x float> %559, %601
-  %603 = bitcast <16 x float> %602 to <16 x i32>
-  %604 = lshr <16 x i32> %603, splat (i32 16)
-  %605 = and <16 x i32> %604, splat (i32 1)
-  %606 = add nuw <16 x i32> %603, splat (i32 32767)
-  %607 = add nuw <16 x i32> %606, %605
-  %608 = lshr <16 x i32> %607, splat (i32 16)
-  %609 = trunc nuw <16 x i32> %608 to <16 x i16>
+  store <16 x i16> %945, ptr %gep1056.us.3.i, align 2, !tbaa !4
+  %946 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 256
+  %947 = load <16 x float>, ptr %946, align 4, !tbaa !4
+  %948 = fmul <16 x float> %905, %947
+  %949 = bitcast <16 x float> %948 to <16 x i32>
+  %950 = lshr <16 x i32> %949, splat (i32 16)
+  %951 = and <16 x i32> %950, splat (i32 1)
+  %952 = add nuw <16 x i32> %949, splat (i32 32767)
+  %953 = add nuw <16 x i32> %952, %951
+  %954 = lshr <16 x i32> %953, splat (i32 16)
+  %955 = trunc nuw <16 x i32> %954 to <16 x i16>
   %gep1056.us.4.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 128
-  store <16 x i16> %609, ptr %gep1056.us.4.i, align 2, !tbaa !4
-  %610 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 320
-  %611 = load <16 x float>, ptr %610, align 4, !tbaa !4
-  %612 = fmul <16 x float> %559, %611
-  %613 = bitcast <16 x float> %612 to <16 x i32>
-  %614 = lshr <16 x i32> %613, splat (i32 16)
-  %615 = and <16 x i32> %614, splat (i32 1)
-  %616 = add nuw <16 x i32> %613, splat (i32 32767)
-  %617 = add nuw <16 x i32> %616, %615
-  %618 = lshr <16 x i32> %617, splat (i32 16)
-  %619 = trunc nuw <16 x i32> %618 to <16 x i16>
+  store <16 x i16> %955, ptr %gep1056.us.4.i, align 2, !tbaa !4
+  %956 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 320
+  %957 = load <16 x float>, ptr %956, align 4, !tbaa !4
+  %958 = fmul <16 x float> %905, %957
+  %959 = bitcast <16 x float> %958 to <16 x i32>
+  %960 = lshr <16 x i32> %959, splat (i32 16)
+  %961 = and <16 x i32> %960, splat (i32 1)
+  %962 = add nuw <16 x i32> %959, splat (i32 32767)
+  %963 = add nuw <16 x i32> %962, %961
+  %964 = lshr <16 x i32> %963, splat (i32 16)
+  %965 = trunc nuw <16 x i32> %964 to <16 x i16>
   %gep1056.us.5.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 160
-  store <16 x i16> %619, ptr %gep1056.us.5.i, align 2, !tbaa !4
-  %620 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 384
-  %621 = load <16 x float>, ptr %620, align 4, !tbaa !4
-  %622 = fmul <16 x float> %559, %621
-  %623 = bitcast <16 x float> %622 to <16 x i32>
-  %624 = lshr <16 x i32> %623, splat (i32 16)
-  %625 = and <16 x i32> %624, splat (i32 1)
-  %626 = add nuw <16 x i32> %623, splat (i32 32767)
-  %627 = add nuw <16 x i32> %626, %625
-  %628 = lshr <16 x i32> %627, splat (i32 16)
-  %629 = trunc nuw <16 x i32> %628 to <16 x i16>
+  store <16 x i16> %965, ptr %gep1056.us.5.i, align 2, !tbaa !4
+  %966 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 384
+  %967 = load <16 x float>, ptr %966, align 4, !tbaa !4
+  %968 = fmul <16 x float> %905, %967
+  %969 = bitcast <16 x float> %968 to <16 x i32>
+  %970 = lshr <16 x i32> %969, splat (i32 16)
+  %971 = and <16 x i32> %970, splat (i32 1)
+  %972 = add nuw <16 x i32> %969, splat (i32 32767)
+  %973 = add nuw <16 x i32> %972, %971
+  %974 = lshr <16 x i32> %973, splat (i32 16)
+  %975 = trunc nuw <16 x i32> %974 to <16 x i16>
   %gep1056.us.6.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 192
-  store <16 x i16> %629, ptr %gep1056.us.6.i, align 2, !tbaa !4
-  %630 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 448
-  %631 = load <16 x float>, ptr %630, align 4, !tbaa !4
-  %632 = fmul <16 x float> %559, %631
-  %633 = bitcast <16 x float> %632 to <16 x i32>
-  %634 = lshr <16 x i32> %633, splat (i32 16)
-  %635 = and <16 x i32> %634, splat (i32 1)
-  %636 = add nuw <16 x i32> %633, splat (i32 32767)
-  %637 = add nuw <16 x i32> %636, %635
-  %638 = lshr <16 x i32> %637, splat (i32 16)
-  %639 = trunc nuw <16 x i32> %638 to <16 x i16>
+  store <16 x i16> %975, ptr %gep1056.us.6.i, align 2, !tbaa !4
+  %976 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 448
+  %977 = load <16 x float>, ptr %976, align 4, !tbaa !4
+  %978 = fmul <16 x float> %905, %977
+  %979 = bitcast <16 x float> %978 to <16 x i32>
+  %980 = lshr <16 x i32> %979, splat (i32 16)
+  %981 = and <16 x i32> %980, splat (i32 1)
+  %982 = add nuw <16 x i32> %979, splat (i32 32767)
+  %983 = add nuw <16 x i32> %982, %981
+  %984 = lshr <16 x i32> %983, splat (i32 16)
+  %985 = trunc nuw <16 x i32> %984 to <16 x i16>
   %gep1056.us.7.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 224
-  store <16 x i16> %639, ptr %gep1056.us.7.i, align 2, !tbaa !4
-  %640 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %641 = or disjoint i64 %554, 1
-  %642 = mul nsw i64 %641, %out_head
-  %invariant.gep1055.us.i.1 = getelementptr i16, ptr %551, i64 %642
-  %gep65.1 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 512
-  %643 = load <16 x float>, ptr %gep65.1, align 4, !tbaa !4
-  %644 = fmul <16 x float> %643, %640
-  %645 = bitcast <16 x float> %644 to <16 x i32>
-  %646 = lshr <16 x i32> %645, splat (i32 16)
-  %647 = and <16 x i32> %646, splat (i32 1)
-  %648 = add nuw <16 x i32> %645, splat (i32 32767)
-  %649 = add nuw <16 x i32> %648, %647
-  %650 = lshr <16 x i32> %649, splat (i32 16)
-  %651 = trunc nuw <16 x i32> %650 to <16 x i16>
-  store <16 x i16> %651, ptr %invariant.gep1055.us.i.1, align 2, !tbaa !4
-  %652 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 576
-  %653 = load <16 x float>, ptr %652, align 4, !tbaa !4
-  %654 = fmul <16 x float> %640, %653
-  %655 = bitcast <16 x float> %654 to <16 x i32>
-  %656 = lshr <16 x i32> %655, splat (i32 16)
-  %657 = and <16 x i32> %656, splat (i32 1)
-  %658 = add nuw <16 x i32> %655, splat (i32 32767)
-  %659 = add nuw <16 x i32> %658, %657
-  %660 = lshr <16 x i32> %659, splat (i32 16)
-  %661 = trunc nuw <16 x i32> %660 to <16 x i16>
+  store <16 x i16> %985, ptr %gep1056.us.7.i, align 2, !tbaa !4
+  %986 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %987 = or disjoint i64 %900, 1
+  %988 = mul nsw i64 %987, %out_head
+  %invariant.gep1055.us.i.1 = getelementptr i16, ptr %894, i64 %988
+  %gep66.1 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 512
+  %989 = load <16 x float>, ptr %gep66.1, align 4, !tbaa !4
+  %990 = fmul <16 x float> %989, %986
+  %991 = bitcast <16 x float> %990 to <16 x i32>
+  %992 = lshr <16 x i32> %991, splat (i32 16)
+  %993 = and <16 x i32> %992, splat (i32 1)
+  %994 = add nuw <16 x i32> %991, splat (i32 32767)
+  %995 = add nuw <16 x i32> %994, %993
+  %996 = lshr <16 x i32> %995, splat (i32 16)
+  %997 = trunc nuw <16 x i32> %996 to <16 x i16>
+  store <16 x i16> %997, ptr %invariant.gep1055.us.i.1, align 2, !tbaa !4
+  %998 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 576
+  %999 = load <16 x float>, ptr %998, align 4, !tbaa !4
+  %1000 = fmul <16 x float> %986, %999
+  %1001 = bitcast <16 x float> %1000 to <16 x i32>
+  %1002 = lshr <16 x i32> %1001, splat (i32 16)
+  %1003 = and <16 x i32> %1002, splat (i32 1)
+  %1004 = add nuw <16 x i32> %1001, splat (i32 32767)
+  %1005 = add nuw <16 x i32> %1004, %1003
+  %1006 = lshr <16 x i32> %1005, splat (i32 16)
+  %1007 = trunc nuw <16 x i32> %1006 to <16 x i16>
   %gep1056.us.1.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 32
-  store <16 x i16> %661, ptr %gep1056.us.1.i.1, align 2, !tbaa !4
-  %662 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 640
-  %663 = load <16 x float>, ptr %662, align 4, !tbaa !4
-  %664 = fmul <16 x float> %640, %663
-  %665 = bitcast <16 x float> %664 to <16 x i32>
-  %666 = lshr <16 x i32> %665, splat (i32 16)
-  %667 = and <16 x i32> %666, splat (i32 1)
-  %668 = add nuw <16 x i32> %665, splat (i32 32767)
-  %669 = add nuw <16 x i32> %668, %667
-  %670 = lshr <16 x i32> %669, splat (i32 16)
-  %671 = trunc nuw <16 x i32> %670 to <16 x i16>
+  store <16 x i16> %1007, ptr %gep1056.us.1.i.1, align 2, !tbaa !4
+  %1008 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 640
+  %1009 = load <16 x float>, ptr %1008, align 4, !tbaa !4
+  %1010 = fmul <16 x float> %986, %1009
+  %1011 = bitcast <16 x float> %1010 to <16 x i32>
+  %1012 = lshr <16 x i32> %1011, splat (i32 16)
+  %1013 = and <16 x i32> %1012, splat (i32 1)
+  %1014 = add nuw <16 x i32> %1011, splat (i32 32767)
+  %1015 = add nuw <16 x i32> %1014, %1013
+  %1016 = lshr <16 x i32> %1015, splat (i32 16)
+  %1017 = trunc nuw <16 x i32> %1016 to <16 x i16>
   %gep1056.us.2.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 64
-  store <16 x i16> %671, ptr %gep1056.us.2.i.1, align 2, !tbaa !4
-  %672 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 704
-  %673 = load <16 x float>, ptr %672, align 4, !tbaa !4
-  %674 = fmul <16 x float> %640, %673
-  %675 = bitcast <16 x float> %674 to <16 x i32>
-  %676 = lshr <16 x i32> %675, splat (i32 16)
-  %677 = and <16 x i32> %676, splat (i32 1)
-  %678 = add nuw <16 x i32> %675, splat (i32 32767)
-  %679 = add nuw <16 x i32> %678, %677
-  %680 = lshr <16 x i32> %679, splat (i32 16)
-  %681 = trunc nuw <16 x i32> %680 to <16 x i16>
+  store <16 x i16> %1017, ptr %gep1056.us.2.i.1, align 2, !tbaa !4
+  %1018 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 704
+  %1019 = load <16 x float>, ptr %1018, align 4, !tbaa !4
+  %1020 = fmul <16 x float> %986, %1019
+  %1021 = bitcast <16 x float> %1020 to <16 x i32>
+  %1022 = lshr <16 x i32> %1021, splat (i32 16)
+  %1023 = and <16 x i32> %1022, splat (i32 1)
+  %1024 = add nuw <16 x i32> %1021, splat (i32 32767)
+  %1025 = add nuw <16 x i32> %1024, %1023
+  %1026 = lshr <16 x i32> %1025, splat (i32 16)
+  %1027 = trunc nuw <16 x i32> %1026 to <16 x i16>
   %gep1056.us.3.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 96
-  store <16 x i16> %681, ptr %gep1056.us.3.i.1, align 2, !tbaa !4
-  %682 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 768
-  %683 = load <16 x float>, ptr %682, align 4, !tbaa !4
-  %684 = fmul <16 x float> %640, %683
-  %685 = bitcast <16 x float> %684 to <16 x i32>
-  %686 = lshr <16 x i32> %685, splat (i32 16)
-  %687 = and <16 x i32> %686, splat (i32 1)
-  %688 = add nuw <16 x i32> %685, splat (i32 32767)
-  %689 = add nuw <16 x i32> %688, %687
-  %690 = lshr <16 x i32> %689, splat (i32 16)
-  %691 = trunc nuw <16 x i32> %690 to <16 x i16>
+  store <16 x i16> %1027, ptr %gep1056.us.3.i.1, align 2, !tbaa !4
+  %1028 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 768
+  %1029 = load <16 x float>, ptr %1028, align 4, !tbaa !4
+  %1030 = fmul <16 x float> %986, %1029
+  %1031 = bitcast <16 x float> %1030 to <16 x i32>
+  %1032 = lshr <16 x i32> %1031, splat (i32 16)
+  %1033 = and <16 x i32> %1032, splat (i32 1)
+  %1034 = add nuw <16 x i32> %1031, splat (i32 32767)
+  %1035 = add nuw <16 x i32> %1034, %1033
+  %1036 = lshr <16 x i32> %1035, splat (i32 16)
+  %1037 = trunc nuw <16 x i32> %1036 to <16 x i16>
   %gep1056.us.4.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 128
-  store <16 x i16> %691, ptr %gep1056.us.4.i.1, align 2, !tbaa !4
-  %692 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 832
-  %693 = load <16 x float>, ptr %692, align 4, !tbaa !4
-  %694 = fmul <16 x float> %640, %693
-  %695 = bitcast <16 x float> %694 to <16 x i32>
-  %696 = lshr <16 x i32> %695, splat (i32 16)
-  %697 = and <16 x i32> %696, splat (i32 1)
-  %698 = add nuw <16 x i32> %695, splat (i32 32767)
-  %699 = add nuw <16 x i32> %698, %697
-  %700 = lshr <16 x i32> %699, splat (i32 16)
-  %701 = trunc nuw <16 x i32> %700 to <16 x i16>
+  store <16 x i16> %1037, ptr %gep1056.us.4.i.1, align 2, !tbaa !4
+  %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 832
+  %1039 = load <16 x float>, ptr %1038, align 4, !tbaa !4
+  %1040 = fmul <16 x float> %986, %1039
+  %1041 = bitcast <16 x float> %1040 to <16 x i32>
+  %1042 = lshr <16 x i32> %1041, splat (i32 16)
+  %1043 = and <16 x i32> %1042, splat (i32 1)
+  %1044 = add nuw <16 x i32> %1041, splat (i32 32767)
+  %1045 = add nuw <16 x i32> %1044, %1043
+  %1046 = lshr <16 x i32> %1045, splat (i32 16)
+  %1047 = trunc nuw <16 x i32> %1046 to <16 x i16>
   %gep1056.us.5.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 160
-  store <16 x i16> %701, ptr %gep1056.us.5.i.1, align 2, !tbaa !4
-  %702 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 896
-  %703 = load <16 x float>, ptr %702, align 4, !tbaa !4
-  %704 = fmul <16 x float> %640, %703
-  %705 = bitcast <16 x float> %704 to <16 x i32>
-  %706 = lshr <16 x i32> %705, splat (i32 16)
-  %707 = and <16 x i32> %706, splat (i32 1)
-  %708 = add nuw <16 x i32> %705, splat (i32 32767)
-  %709 = add nuw <16 x i32> %708, %707
-  %710 = lshr <16 x i32> %709, splat (i32 16)
-  %711 = trunc nuw <16 x i32> %710 to <16 x i16>
+  store <16 x i16> %1047, ptr %gep1056.us.5.i.1, align 2, !tbaa !4
+  %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 896
+  %1049 = load <16 x float>, ptr %1048, align 4, !tbaa !4
+  %1050 = fmul <16 x float> %986, %1049
+  %1051 = bitcast <16 x float> %1050 to <16 x i32>
+  %1052 = lshr <16 x i32> %1051, splat (i32 16)
+  %1053 = and <16 x i32> %1052, splat (i32 1)
+  %1054 = add nuw <16 x i32> %1051, splat (i32 32767)
+  %1055 = add nuw <16 x i32> %1054, %1053
+  %1056 = lshr <16 x i32> %1055, splat (i32 16)
+  %1057 = trunc nuw <16 x i32> %1056 to <16 x i16>
   %gep1056.us.6.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 192
-  store <16 x i16> %711, ptr %gep1056.us.6.i.1, align 2, !tbaa !4
-  %712 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 960
-  %713 = load <16 x float>, ptr %712, align 4, !tbaa !4
-  %714 = fmul <16 x float> %640, %713
-  %715 = bitcast <16 x float> %714 to <16 x i32>
-  %716 = lshr <16 x i32> %715, splat (i32 16)
-  %717 = and <16 x i32> %716, splat (i32 1)
-  %718 = add nuw <16 x i32> %715, splat (i32 32767)
-  %719 = add nuw <16 x i32> %718, %717
-  %720 = lshr <16 x i32> %719, splat (i32 16)
-  %721 = trunc nuw <16 x i32> %720 to <16 x i16>
+  store <16 x i16> %1057, ptr %gep1056.us.6.i.1, align 2, !tbaa !4
+  %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 960
+  %1059 = load <16 x float>, ptr %1058, align 4, !tbaa !4
+  %1060 = fmul <16 x float> %986, %1059
+  %1061 = bitcast <16 x float> %1060 to <16 x i32>
+  %1062 = lshr <16 x i32> %1061, splat (i32 16)
+  %1063 = and <16 x i32> %1062, splat (i32 1)
+  %1064 = add nuw <16 x i32> %1061, splat (i32 32767)
+  %1065 = add nuw <16 x i32> %1064, %1063
+  %1066 = lshr <16 x i32> %1065, splat (i32 16)
+  %1067 = trunc nuw <16 x i32> %1066 to <16 x i16>
   %gep1056.us.7.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 224
-  store <16 x i16> %721, ptr %gep1056.us.7.i.1, align 2, !tbaa !4
-  %722 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %723 = or disjoint i64 %554, 2
-  %724 = mul nsw i64 %723, %out_head
-  %invariant.gep1055.us.i.2 = getelementptr i16, ptr %551, i64 %724
-  %gep65.2 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1024
-  %725 = load <16 x float>, ptr %gep65.2, align 4, !tbaa !4
-  %726 = fmul <16 x float> %725, %722
-  %727 = bitcast <16 x float> %726 to <16 x i32>
-  %728 = lshr <16 x i32> %727, splat (i32 16)
-  %729 = and <16 x i32> %728, splat (i32 1)
-  %730 = add nuw <16 x i32> %727, splat (i32 32767)
-  %731 = add nuw <16 x i32> %730, %729
-  %732 = lshr <16 x i32> %731, splat (i32 16)
-  %733 = trunc nuw <16 x i32> %732 to <16 x i16>
-  store <16 x i16> %733, ptr %invariant.gep1055.us.i.2, align 2, !tbaa !4
-  %734 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1088
-  %735 = load <16 x float>, ptr %734, align 4, !tbaa !4
-  %736 = fmul <16 x float> %722, %735
-  %737 = bitcast <16 x float> %736 to <16 x i32>
-  %738 = lshr <16 x i32> %737, splat (i32 16)
-  %739 = and <16 x i32> %738, splat (i32 1)
-  %740 = add nuw <16 x i32> %737, splat (i32 32767)
-  %741 = add nuw <16 x i32> %740, %739
-  %742 = lshr <16 x i32> %741, splat (i32 16)
-  %743 = trunc nuw <16 x i32> %742 to <16 x i16>
+  store <16 x i16> %1067, ptr %gep1056.us.7.i.1, align 2, !tbaa !4
+  %1068 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1069 = or disjoint i64 %900, 2
+  %1070 = mul nsw i64 %1069, %out_head
+  %invariant.gep1055.us.i.2 = getelementptr i16, ptr %894, i64 %1070
+  %gep66.2 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1024
+  %1071 = load <16 x float>, ptr %gep66.2, align 4, !tbaa !4
+  %1072 = fmul <16 x float> %1071, %1068
+  %1073 = bitcast <16 x float> %1072 to <16 x i32>
+  %1074 = lshr <16 x i32> %1073, splat (i32 16)
+  %1075 = and <16 x i32> %1074, splat (i32 1)
+  %1076 = add nuw <16 x i32> %1073, splat (i32 32767)
+  %1077 = add nuw <16 x i32> %1076, %1075
+  %1078 = lshr <16 x i32> %1077, splat (i32 16)
+  %1079 = trunc nuw <16 x i32> %1078 to <16 x i16>
+  store <16 x i16> %1079, ptr %invariant.gep1055.us.i.2, align 2, !tbaa !4
+  %1080 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1088
+  %1081 = load <16 x float>, ptr %1080, align 4, !tbaa !4
+  %1082 = fmul <16 x float> %1068, %1081
+  %1083 = bitcast <16 x float> %1082 to <16 x i32>
+  %1084 = lshr <16 x i32> %1083, splat (i32 16)
+  %1085 = and <16 x i32> %1084, splat (i32 1)
+  %1086 = add nuw <16 x i32> %1083, splat (i32 32767)
+  %1087 = add nuw <16 x i32> %1086, %1085
+  %1088 = lshr <16 x i32> %1087, splat (i32 16)
+  %1089 = trunc nuw <16 x i32> %1088 to <16 x i16>
   %gep1056.us.1.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 32
-  store <16 x i16> %743, ptr %gep1056.us.1.i.2, align 2, !tbaa !4
-  %744 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1152
-  %745 = load <16 x float>, ptr %744, align 4, !tbaa !4
-  %746 = fmul <16 x float> %722, %745
-  %747 = bitcast <16 x float> %746 to <16 x i32>
-  %748 = lshr <16 x i32> %747, splat (i32 16)
-  %749 = and <16 x i32> %748, splat (i32 1)
-  %750 = add nuw <16 x i32> %747, splat (i32 32767)
-  %751 = add nuw <16 x i32> %750, %749
-  %752 = lshr <16 x i32> %751, splat (i32 16)
-  %753 = trunc nuw <16 x i32> %752 to <16 x i16>
+  store <16 x i16> %1089, ptr %gep1056.us.1.i.2, align 2, !tbaa !4
+  %1090 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1152
+  %1091 = load <16 x float>, ptr %1090, align 4, !tbaa !4
+  %1092 = fmul <16 x float> %1068, %1091
+  %1093 = bitcast <16 x float> %1092 to <16 x i32>
+  %1094 = lshr <16 x i32> %1093, splat (i32 16)
+  %1095 = and <16 x i32> %1094, splat (i32 1)
+  %1096 = add nuw <16 x i32> %1093, splat (i32 32767)
+  %1097 = add nuw <16 x i32> %1096, %1095
+  %1098 = lshr <16 x i32> %1097, splat (i32 16)
+  %1099 = trunc nuw <16 x i32> %1098 to <16 x i16>
   %gep1056.us.2.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 64
-  store <16 x i16> %753, ptr %gep1056.us.2.i.2, align 2, !tbaa !4
-  %754 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1216
-  %755 = load <16 x float>, ptr %754, align 4, !tbaa !4
-  %756 = fmul <16 x float> %722, %755
-  %757 = bitcast <16 x float> %756 to <16 x i32>
-  %758 = lshr <16 x i32> %757, splat (i32 16)
-  %759 = and <16 x i32> %758, splat (i32 1)
-  %760 = add nuw <16 x i32> %757, splat (i32 32767)
-  %761 = add nuw <16 x i32> %760, %759
-  %762 = lshr <16 x i32> %761, splat (i32 16)
-  %763 = trunc nuw <16 x i32> %762 to <16 x i16>
+  store <16 x i16> %1099, ptr %gep1056.us.2.i.2, align 2, !tbaa !4
+  %1100 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1216
+  %1101 = load <16 x float>, ptr %1100, align 4, !tbaa !4
+  %1102 = fmul <16 x float> %1068, %1101
+  %1103 = bitcast <16 x float> %1102 to <16 x i32>
+  %1104 = lshr <16 x i32> %1103, splat (i32 16)
+  %1105 = and <16 x i32> %1104, splat (i32 1)
+  %1106 = add nuw <16 x i32> %1103, splat (i32 32767)
+  %1107 = add nuw <16 x i32> %1106, %1105
+  %1108 = lshr <16 x i32> %1107, splat (i32 16)
+  %1109 = trunc nuw <16 x i32> %1108 to <16 x i16>
   %gep1056.us.3.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 96
-  store <16 x i16> %763, ptr %gep1056.us.3.i.2, align 2, !tbaa !4
-  %764 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1280
-  %765 = load <16 x float>, ptr %764, align 4, !tbaa !4
-  %766 = fmul <16 x float> %722, %765
-  %767 = bitcast <16 x float> %766 to <16 x i32>
-  %768 = lshr <16 x i32> %767, splat (i32 16)
-  %769 = and <16 x i32> %768, splat (i32 1)
-  %770 = add nuw <16 x i32> %767, splat (i32 32767)
-  %771 = add nuw <16 x i32> %770, %769
-  %772 = lshr <16 x i32> %771, splat (i32 16)
-  %773 = trunc nuw <16 x i32> %772 to <16 x i16>
+  store <16 x i16> %1109, ptr %gep1056.us.3.i.2, align 2, !tbaa !4
+  %1110 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1280
+  %1111 = load <16 x float>, ptr %1110, align 4, !tbaa !4
+  %1112 = fmul <16 x float> %1068, %1111
+  %1113 = bitcast <16 x float> %1112 to <16 x i32>
+  %1114 = lshr <16 x i32> %1113, splat (i32 16)
+  %1115 = and <16 x i32> %1114, splat (i32 1)
+  %1116 = add nuw <16 x i32> %1113, splat (i32 32767)
+  %1117 = add nuw <16 x i32> %1116, %1115
+  %1118 = lshr <16 x i32> %1117, splat (i32 16)
+  %1119 = trunc nuw <16 x i32> %1118 to <16 x i16>
   %gep1056.us.4.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 128
-  store <16 x i16> %773, ptr %gep1056.us.4.i.2, align 2, !tbaa !4
-  %774 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1344
-  %775 = load <16 x float>, ptr %774, align 4, !tbaa !4
-  %776 = fmul <16 x float> %722, %775
-  %777 = bitcast <16 x float> %776 to <16 x i32>
-  %778 = lshr <16 x i32> %777, splat (i32 16)
-  %779 = and <16 x i32> %778, splat (i32 1)
-  %780 = add nuw <16 x i32> %777, splat (i32 32767)
-  %781 = add nuw <16 x i32> %780, %779
-  %782 = lshr <16 x i32> %781, splat (i32 16)
-  %783 = trunc nuw <16 x i32> %782 to <16 x i16>
+  store <16 x i16> %1119, ptr %gep1056.us.4.i.2, align 2, !tbaa !4
+  %1120 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1344
+  %1121 = load <16 x float>, ptr %1120, align 4, !tbaa !4
+  %1122 = fmul <16 x float> %1068, %1121
+  %1123 = bitcast <16 x float> %1122 to <16 x i32>
+  %1124 = lshr <16 x i32> %1123, splat (i32 16)
+  %1125 = and <16 x i32> %1124, splat (i32 1)
+  %1126 = add nuw <16 x i32> %1123, splat (i32 32767)
+  %1127 = add nuw <16 x i32> %1126, %1125
+  %1128 = lshr <16 x i32> %1127, splat (i32 16)
+  %1129 = trunc nuw <16 x i32> %1128 to <16 x i16>
   %gep1056.us.5.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 160
-  store <16 x i16> %783, ptr %gep1056.us.5.i.2, align 2, !tbaa !4
-  %784 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1408
-  %785 = load <16 x float>, ptr %784, align 4, !tbaa !4
-  %786 = fmul <16 x float> %722, %785
-  %787 = bitcast <16 x float> %786 to <16 x i32>
-  %788 = lshr <16 x i32> %787, splat (i32 16)
-  %789 = and <16 x i32> %788, splat (i32 1)
-  %790 = add nuw <16 x i32> %787, splat (i32 32767)
-  %791 = add nuw <16 x i32> %790, %789
-  %792 = lshr <16 x i32> %791, splat (i32 16)
-  %793 = trunc nuw <16 x i32> %792 to <16 x i16>
+  store <16 x i16> %1129, ptr %gep1056.us.5.i.2, align 2, !tbaa !4
+  %1130 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1408
+  %1131 = load <16 x float>, ptr %1130, align 4, !tbaa !4
+  %1132 = fmul <16 x float> %1068, %1131
+  %1133 = bitcast <16 x float> %1132 to <16 x i32>
+  %1134 = lshr <16 x i32> %1133, splat (i32 16)
+  %1135 = and <16 x i32> %1134, splat (i32 1)
+  %1136 = add nuw <16 x i32> %1133, splat (i32 32767)
+  %1137 = add nuw <16 x i32> %1136, %1135
+  %1138 = lshr <16 x i32> %1137, splat (i32 16)
+  %1139 = trunc nuw <16 x i32> %1138 to <16 x i16>
   %gep1056.us.6.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 192
-  store <16 x i16> %793, ptr %gep1056.us.6.i.2, align 2, !tbaa !4
-  %794 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1472
-  %795 = load <16 x float>, ptr %794, align 4, !tbaa !4
-  %796 = fmul <16 x float> %722, %795
-  %797 = bitcast <16 x float> %796 to <16 x i32>
-  %798 = lshr <16 x i32> %797, splat (i32 16)
-  %799 = and <16 x i32> %798, splat (i32 1)
-  %800 = add nuw <16 x i32> %797, splat (i32 32767)
-  %801 = add nuw <16 x i32> %800, %799
-  %802 = lshr <16 x i32> %801, splat (i32 16)
-  %803 = trunc nuw <16 x i32> %802 to <16 x i16>
+  store <16 x i16> %1139, ptr %gep1056.us.6.i.2, align 2, !tbaa !4
+  %1140 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1472
+  %1141 = load <16 x float>, ptr %1140, align 4, !tbaa !4
+  %1142 = fmul <16 x float> %1068, %1141
+  %1143 = bitcast <16 x float> %1142 to <16 x i32>
+  %1144 = lshr <16 x i32> %1143, splat (i32 16)
+  %1145 = and <16 x i32> %1144, splat (i32 1)
+  %1146 = add nuw <16 x i32> %1143, splat (i32 32767)
+  %1147 = add nuw <16 x i32> %1146, %1145
+  %1148 = lshr <16 x i32> %1147, splat (i32 16)
+  %1149 = trunc nuw <16 x i32> %1148 to <16 x i16>
   %gep1056.us.7.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 224
-  store <16 x i16> %803, ptr %gep1056.us.7.i.2, align 2, !tbaa !4
-  %804 = shufflevector <4 x float> %558, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %805 = or disjoint i64 %554, 3
-  %806 = mul nsw i64 %805, %out_head
-  %invariant.gep1055.us.i.3 = getelementptr i16, ptr %551, i64 %806
-  %gep65.3 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1536
-  %807 = load <16 x float>, ptr %gep65.3, align 4, !tbaa !4
-  %808 = fmul <16 x float> %807, %804
-  %809 = bitcast <16 x float> %808 to <16 x i32>
-  %810 = lshr <16 x i32> %809, splat (i32 16)
-  %811 = and <16 x i32> %810, splat (i32 1)
-  %812 = add nuw <16 x i32> %809, splat (i32 32767)
-  %813 = add nuw <16 x i32> %812, %811
-  %814 = lshr <16 x i32> %813, splat (i32 16)
-  %815 = trunc nuw <16 x i32> %814 to <16 x i16>
-  store <16 x i16> %815, ptr %invariant.gep1055.us.i.3, align 2, !tbaa !4
-  %816 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1600
-  %817 = load <16 x float>, ptr %816, align 4, !tbaa !4
-  %818 = fmul <16 x float> %804, %817
-  %819 = bitcast <16 x float> %818 to <16 x i32>
-  %820 = lshr <16 x i32> %819, splat (i32 16)
-  %821 = and <16 x i32> %820, splat (i32 1)
-  %822 = add nuw <16 x i32> %819, splat (i32 32767)
-  %823 = add nuw <16 x i32> %822, %821
-  %824 = lshr <16 x i32> %823, splat (i32 16)
-  %825 = trunc nuw <16 x i32> %824 to <16 x i16>
+  store <16 x i16> %1149, ptr %gep1056.us.7.i.2, align 2, !tbaa !4
+  %1150 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1151 = or disjoint i64 %900, 3
+  %1152 = mul nsw i64 %1151, %out_head
+  %invariant.gep1055.us.i.3 = getelementptr i16, ptr %894, i64 %1152
+  %gep66.3 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1536
+  %1153 = load <16 x float>, ptr %gep66.3, align 4, !tbaa !4
+  %1154 = fmul <16 x float> %1153, %1150
+  %1155 = bitcast <16 x float> %1154 to <16 x i32>
+  %1156 = lshr <16 x i32> %1155, splat (i32 16)
+  %1157 = and <16 x i32> %1156, splat (i32 1)
+  %1158 = add nuw <16 x i32> %1155, splat (i32 32767)
+  %1159 = add nuw <16 x i32> %1158, %1157
+  %1160 = lshr <16 x i32> %1159, splat (i32 16)
+  %1161 = trunc nuw <16 x i32> %1160 to <16 x i16>
+  store <16 x i16> %1161, ptr %invariant.gep1055.us.i.3, align 2, !tbaa !4
+  %1162 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1600
+  %1163 = load <16 x float>, ptr %1162, align 4, !tbaa !4
+  %1164 = fmul <16 x float> %1150, %1163
+  %1165 = bitcast <16 x float> %1164 to <16 x i32>
+  %1166 = lshr <16 x i32> %1165, splat (i32 16)
+  %1167 = and <16 x i32> %1166, splat (i32 1)
+  %1168 = add nuw <16 x i32> %1165, splat (i32 32767)
+  %1169 = add nuw <16 x i32> %1168, %1167
+  %1170 = lshr <16 x i32> %1169, splat (i32 16)
+  %1171 = trunc nuw <16 x i32> %1170 to <16 x i16>
   %gep1056.us.1.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 32
-  store <16 x i16> %825, ptr %gep1056.us.1.i.3, align 2, !tbaa !4
-  %826 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1664
-  %827 = load <16 x float>, ptr %826, align 4, !tbaa !4
-  %828 = fmul <16 x float> %804, %827
-  %829 = bitcast <16 x float> %828 to <16 x i32>
-  %830 = lshr <16 x i32> %829, splat (i32 16)
-  %831 = and <16 x i32> %830, splat (i32 1)
-  %832 = add nuw <16 x i32> %829, splat (i32 32767)
-  %833 = add nuw <16 x i32> %832, %831
-  %834 = lshr <16 x i32> %833, splat (i32 16)
-  %835 = trunc nuw <16 x i32> %834 to <16 x i16>
+  store <16 x i16> %1171, ptr %gep1056.us.1.i.3, align 2, !tbaa !4
+  %1172 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1664
+  %1173 = load <16 x float>, ptr %1172, align 4, !tbaa !4
+  %1174 = fmul <16 x float> %1150, %1173
+  %1175 = bitcast <16 x float> %1174 to <16 x i32>
+  %1176 = lshr <16 x i32> %1175, splat (i32 16)
+  %1177 = and <16 x i32> %1176, splat (i32 1)
+  %1178 = add nuw <16 x i32> %1175, splat (i32 32767)
+  %1179 = add nuw <16 x i32> %1178, %1177
+  %1180 = lshr <16 x i32> %1179, splat (i32 16)
+  %1181 = trunc nuw <16 x i32> %1180 to <16 x i16>
   %gep1056.us.2.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 64
-  store <16 x i16> %835, ptr %gep1056.us.2.i.3, align 2, !tbaa !4
-  %836 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1728
-  %837 = load <16 x float>, ptr %836, align 4, !tbaa !4
-  %838 = fmul <16 x float> %804, %837
-  %839 = bitcast <16 x float> %838 to <16 x i32>
-  %840 = lshr <16 x i32> %839, splat (i32 16)
-  %841 = and <16 x i32> %840, splat (i32 1)
-  %842 = add nuw <16 x i32> %839, splat (i32 32767)
-  %843 = add nuw <16 x i32> %842, %841
-  %844 = lshr <16 x i32> %843, splat (i32 16)
-  %845 = trunc nuw <16 x i32> %844 to <16 x i16>
+  store <16 x i16> %1181, ptr %gep1056.us.2.i.3, align 2, !tbaa !4
+  %1182 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1728
+  %1183 = load <16 x float>, ptr %1182, align 4, !tbaa !4
+  %1184 = fmul <16 x float> %1150, %1183
+  %1185 = bitcast <16 x float> %1184 to <16 x i32>
+  %1186 = lshr <16 x i32> %1185, splat (i32 16)
+  %1187 = and <16 x i32> %1186, splat (i32 1)
+  %1188 = add nuw <16 x i32> %1185, splat (i32 32767)
+  %1189 = add nuw <16 x i32> %1188, %1187
+  %1190 = lshr <16 x i32> %1189, splat (i32 16)
+  %1191 = trunc nuw <16 x i32> %1190 to <16 x i16>
   %gep1056.us.3.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 96
-  store <16 x i16> %845, ptr %gep1056.us.3.i.3, align 2, !tbaa !4
-  %846 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1792
-  %847 = load <16 x float>, ptr %846, align 4, !tbaa !4
-  %848 = fmul <16 x float> %804, %847
-  %849 = bitcast <16 x float> %848 to <16 x i32>
-  %850 = lshr <16 x i32> %849, splat (i32 16)
-  %851 = and <16 x i32> %850, splat (i32 1)
-  %852 = add nuw <16 x i32> %849, splat (i32 32767)
-  %853 = add nuw <16 x i32> %852, %851
-  %854 = lshr <16 x i32> %853, splat (i32 16)
-  %855 = trunc nuw <16 x i32> %854 to <16 x i16>
+  store <16 x i16> %1191, ptr %gep1056.us.3.i.3, align 2, !tbaa !4
+  %1192 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1792
+  %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !4
+  %1194 = fmul <16 x float> %1150, %1193
+  %1195 = bitcast <16 x float> %1194 to <16 x i32>
+  %1196 = lshr <16 x i32> %1195, splat (i32 16)
+  %1197 = and <16 x i32> %1196, splat (i32 1)
+  %1198 = add nuw <16 x i32> %1195, splat (i32 32767)
+  %1199 = add nuw <16 x i32> %1198, %1197
+  %1200 = lshr <16 x i32> %1199, splat (i32 16)
+  %1201 = trunc nuw <16 x i32> %1200 to <16 x i16>
   %gep1056.us.4.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 128
-  store <16 x i16> %855, ptr %gep1056.us.4.i.3, align 2, !tbaa !4
-  %856 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1856
-  %857 = load <16 x float>, ptr %856, align 4, !tbaa !4
-  %858 = fmul <16 x float> %804, %857
-  %859 = bitcast <16 x float> %858 to <16 x i32>
-  %860 = lshr <16 x i32> %859, splat (i32 16)
-  %861 = and <16 x i32> %860, splat (i32 1)
-  %862 = add nuw <16 x i32> %859, splat (i32 32767)
-  %863 = add nuw <16 x i32> %862, %861
-  %864 = lshr <16 x i32> %863, splat (i32 16)
-  %865 = trunc nuw <16 x i32> %864 to <16 x i16>
+  store <16 x i16> %1201, ptr %gep1056.us.4.i.3, align 2, !tbaa !4
+  %1202 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1856
+  %1203 = load <16 x float>, ptr %1202, align 4, !tbaa !4
+  %1204 = fmul <16 x float> %1150, %1203
+  %1205 = bitcast <16 x float> %1204 to <16 x i32>
+  %1206 = lshr <16 x i32> %1205, splat (i32 16)
+  %1207 = and <16 x i32> %1206, splat (i32 1)
+  %1208 = add nuw <16 x i32> %1205, splat (i32 32767)
+  %1209 = add nuw <16 x i32> %1208, %1207
+  %1210 = lshr <16 x i32> %1209, splat (i32 16)
+  %1211 = trunc nuw <16 x i32> %1210 to <16 x i16>
   %gep1056.us.5.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 160
-  store <16 x i16> %865, ptr %gep1056.us.5.i.3, align 2, !tbaa !4
-  %866 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1920
-  %867 = load <16 x float>, ptr %866, align 4, !tbaa !4
-  %868 = fmul <16 x float> %804, %867
-  %869 = bitcast <16 x float> %868 to <16 x i32>
-  %870 = lshr <16 x i32> %869, splat (i32 16)
-  %871 = and <16 x i32> %870, splat (i32 1)
-  %872 = add nuw <16 x i32> %869, splat (i32 32767)
-  %873 = add nuw <16 x i32> %872, %871
-  %874 = lshr <16 x i32> %873, splat (i32 16)
-  %875 = trunc nuw <16 x i32> %874 to <16 x i16>
+  store <16 x i16> %1211, ptr %gep1056.us.5.i.3, align 2, !tbaa !4
+  %1212 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1920
+  %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !4
+  %1214 = fmul <16 x float> %1150, %1213
+  %1215 = bitcast <16 x float> %1214 to <16 x i32>
+  %1216 = lshr <16 x i32> %1215, splat (i32 16)
+  %1217 = and <16 x i32> %1216, splat (i32 1)
+  %1218 = add nuw <16 x i32> %1215, splat (i32 32767)
+  %1219 = add nuw <16 x i32> %1218, %1217
+  %1220 = lshr <16 x i32> %1219, splat (i32 16)
+  %1221 = trunc nuw <16 x i32> %1220 to <16 x i16>
   %gep1056.us.6.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 192
-  store <16 x i16> %875, ptr %gep1056.us.6.i.3, align 2, !tbaa !4
-  %876 = getelementptr inbounds nuw i8, ptr %invariant.gep64, i64 1984
-  %877 = load <16 x float>, ptr %876, align 4, !tbaa !4
-  %878 = fmul <16 x float> %804, %877
-  %879 = bitcast <16 x float> %878 to <16 x i32>
-  %880 = lshr <16 x i32> %879, splat (i32 16)
-  %881 = and <16 x i32> %880, splat (i32 1)
-  %882 = add nuw <16 x i32> %879, splat (i32 32767)
-  %883 = add nuw <16 x i32> %882, %881
-  %884 = lshr <16 x i32> %883, splat (i32 16)
-  %885 = trunc nuw <16 x i32> %884 to <16 x i16>
+  store <16 x i16> %1221, ptr %gep1056.us.6.i.3, align 2, !tbaa !4
+  %1222 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1984
+  %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !4
+  %1224 = fmul <16 x float> %1150, %1223
+  %1225 = bitcast <16 x float> %1224 to <16 x i32>
+  %1226 = lshr <16 x i32> %1225, splat (i32 16)
+  %1227 = and <16 x i32> %1226, splat (i32 1)
+  %1228 = add nuw <16 x i32> %1225, splat (i32 32767)
+  %1229 = add nuw <16 x i32> %1228, %1227
+  %1230 = lshr <16 x i32> %1229, splat (i32 16)
+  %1231 = trunc nuw <16 x i32> %1230 to <16 x i16>
   %gep1056.us.7.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 224
-  store <16 x i16> %885, ptr %gep1056.us.7.i.3, align 2, !tbaa !4
-  %886 = getelementptr float, ptr %553, i64 %554
-  %887 = load float, ptr %555, align 16, !tbaa !23
-  %888 = fcmp oeq float %887, 0.000000e+00
-  br i1 %888, label %if_end187.us.i, label %if_else186.us.i
+  store <16 x i16> %1231, ptr %gep1056.us.7.i.3, align 2, !tbaa !4
+  %1232 = getelementptr float, ptr %896, i64 %900
+  %1233 = load float, ptr %901, align 16, !tbaa !41
+  %1234 = fcmp oeq float %1233, 0.000000e+00
+  br i1 %1234, label %if_end187.us.i, label %if_else186.us.i
 
 if_else186.us.i:                                  ; preds = %for_body_tile168.us.i
-  %889 = tail call float @llvm.log.f32(float %887)
-  %890 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %554
-  %891 = load float, ptr %890, align 16, !tbaa !25
-  %892 = fadd float %889, %891
+  %1235 = fmul float %1233, %899
+  %1236 = tail call float @llvm.log.f32(float %1235)
+  %1237 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %900
+  %1238 = load float, ptr %1237, align 16, !tbaa !43
+  %1239 = fadd float %1236, %1238
   br label %if_end187.us.i
 
 if_end187.us.i:                                   ; preds = %if_else186.us.i, %for_body_tile168.us.i
-  %893 = phi float [ %892, %if_else186.us.i ], [ 0xFFF0000000000000, %for_body_tile168.us.i ]
-  store float %893, ptr %886, align 4, !tbaa !4
-  %894 = or disjoint i64 %554, 1
-  %895 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %894
-  %896 = load float, ptr %895, align 4, !tbaa !23
-  %897 = fcmp oeq float %896, 0.000000e+00
-  br i1 %897, label %if_end187.us.1.i, label %if_else186.us.1.i
+  %1240 = phi float [ %1239, %if_else186.us.i ], [ 0xFFF0000000000000, %for_body_tile168.us.i ]
+  store float %1240, ptr %1232, align 4, !tbaa !4
+  %1241 = or disjoint i64 %900, 1
+  %1242 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %1241
+  %1243 = load float, ptr %1242, align 4, !tbaa !41
+  %1244 = fcmp oeq float %1243, 0.000000e+00
+  br i1 %1244, label %if_end187.us.1.i, label %if_else186.us.1.i
 
 if_else186.us.1.i:                                ; preds = %if_end187.us.i
-  %898 = tail call float @llvm.log.f32(float %896)
-  %899 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %894
-  %900 = load float, ptr %899, align 4, !tbaa !25
-  %901 = fadd float %898, %900
+  %1245 = fmul float %1243, %899
+  %1246 = tail call float @llvm.log.f32(float %1245)
+  %1247 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %1241
+  %1248 = load float, ptr %1247, align 4, !tbaa !43
+  %1249 = fadd float %1246, %1248
   br label %if_end187.us.1.i
 
 if_end187.us.1.i:                                 ; preds = %if_else186.us.1.i, %if_end187.us.i
-  %902 = phi float [ %901, %if_else186.us.1.i ], [ 0xFFF0000000000000, %if_end187.us.i ]
-  %903 = getelementptr i8, ptr %886, i64 4
-  store float %902, ptr %903, align 4, !tbaa !4
-  %904 = or disjoint i64 %554, 2
-  %905 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %904
-  %906 = load float, ptr %905, align 8, !tbaa !23
-  %907 = fcmp oeq float %906, 0.000000e+00
-  br i1 %907, label %if_end187.us.2.i, label %if_else186.us.2.i
+  %1250 = phi float [ %1249, %if_else186.us.1.i ], [ 0xFFF0000000000000, %if_end187.us.i ]
+  %1251 = getelementptr i8, ptr %1232, i64 4
+  store float %1250, ptr %1251, align 4, !tbaa !4
+  %1252 = or disjoint i64 %900, 2
+  %1253 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %1252
+  %1254 = load float, ptr %1253, align 8, !tbaa !41
+  %1255 = fcmp oeq float %1254, 0.000000e+00
+  br i1 %1255, label %if_end187.us.2.i, label %if_else186.us.2.i
 
 if_else186.us.2.i:                                ; preds = %if_end187.us.1.i
-  %908 = tail call float @llvm.log.f32(float %906)
-  %909 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %904
-  %910 = load float, ptr %909, align 8, !tbaa !25
-  %911 = fadd float %908, %910
+  %1256 = fmul float %1254, %899
+  %1257 = tail call float @llvm.log.f32(float %1256)
+  %1258 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %1252
+  %1259 = load float, ptr %1258, align 8, !tbaa !43
+  %1260 = fadd float %1257, %1259
   br label %if_end187.us.2.i
 
 if_end187.us.2.i:                                 ; preds = %if_else186.us.2.i, %if_end187.us.1.i
-  %912 = phi float [ %911, %if_else186.us.2.i ], [ 0xFFF0000000000000, %if_end187.us.1.i ]
-  %913 = getelementptr i8, ptr %886, i64 8
-  store float %912, ptr %913, align 4, !tbaa !4
-  %914 = or disjoint i64 %554, 3
-  %915 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %914
-  %916 = load float, ptr %915, align 4, !tbaa !23
-  %917 = fcmp oeq float %916, 0.000000e+00
-  br i1 %917, label %if_end187.us.3.i, label %if_else186.us.3.i
+  %1261 = phi float [ %1260, %if_else186.us.2.i ], [ 0xFFF0000000000000, %if_end187.us.1.i ]
+  %1262 = getelementptr i8, ptr %1232, i64 8
+  store float %1261, ptr %1262, align 4, !tbaa !4
+  %1263 = or disjoint i64 %900, 3
+  %1264 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %1263
+  %1265 = load float, ptr %1264, align 4, !tbaa !41
+  %1266 = fcmp oeq float %1265, 0.000000e+00
+  br i1 %1266, label %if_end187.us.3.i, label %if_else186.us.3.i
 
 if_else186.us.3.i:                                ; preds = %if_end187.us.2.i
-  %918 = tail call float @llvm.log.f32(float %916)
-  %919 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %914
-  %920 = load float, ptr %919, align 4, !tbaa !25
-  %921 = fadd float %918, %920
+  %1267 = fmul float %1265, %899
+  %1268 = tail call float @llvm.log.f32(float %1267)
+  %1269 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %1263
+  %1270 = load float, ptr %1269, align 4, !tbaa !43
+  %1271 = fadd float %1268, %1270
   br label %if_end187.us.3.i
 
 if_end187.us.3.i:                                 ; preds = %if_else186.us.3.i, %if_end187.us.2.i
-  %922 = phi float [ %921, %if_else186.us.3.i ], [ 0xFFF0000000000000, %if_end187.us.2.i ]
-  %923 = getelementptr i8, ptr %886, i64 12
-  store float %922, ptr %923, align 4, !tbaa !4
-  %indvars.iv.next1241.i = add nuw nsw i64 %indvars.iv1240.i, 1
-  %exitcond1243.not.i = icmp eq i64 %indvars.iv.next1241.i, 8
-  br i1 %exitcond1243.not.i, label %for_end_tile169.i, label %for_body_tile168.us.i, !prof !21
+  %1272 = phi float [ %1271, %if_else186.us.3.i ], [ 0xFFF0000000000000, %if_end187.us.2.i ]
+  %1273 = getelementptr i8, ptr %1232, i64 12
+  store float %1272, ptr %1273, align 4, !tbaa !4
+  %indvars.iv.next1224.i = add nuw nsw i64 %indvars.iv1223.i, 1
+  %exitcond1226.not.i = icmp eq i64 %indvars.iv.next1224.i, 8
+  br i1 %exitcond1226.not.i, label %for_end_tile169.i, label %for_body_tile168.us.i, !prof !39
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
-  %924 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %key_offsets.i = tail call ptr %924(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %925 = icmp eq ptr %key_offsets.i, null
-  br i1 %925, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
+  %1274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %1274(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %1275 = icmp eq ptr %key_offsets.i, null
+  br i1 %1275, label %fused_decode_compute_.exit, label %if_end5.i, !prof !7
 
 if_end5.i:                                        ; preds = %for_body_step.i
-  %926 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %value_offsets.i = tail call ptr %926(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
-  %927 = icmp eq ptr %value_offsets.i, null
-  br i1 %927, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
+  %1276 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %1276(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %1277 = icmp eq ptr %value_offsets.i, null
+  br i1 %1277, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %928 = shl nsw i64 %indvars.iv1204.i, 7
-  %929 = sub nsw i64 %145, %928
-  %930 = trunc nsw i64 %929 to i32
-  %931 = tail call i32 @llvm.smin.i32(i32 %930, i32 128)
-  %932 = add nsw i32 %931, 31
-  %indvars.iv.next1205.i = add nuw nsw i64 %indvars.iv1204.i, 1
-  %933 = ashr i32 %932, 5
-  %934 = and i32 %932, -32
-  %935 = icmp samesign ult i64 %indvars.iv.next1205.i, %144
-  %936 = select i1 %935, i32 256, i32 %934
-  %937 = icmp sgt i32 %936, 0
-  br i1 %937, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+  %1278 = shl nsw i64 %indvars.iv1187.i, 7
+  %1279 = sub nsw i64 %295, %1278
+  %1280 = trunc nsw i64 %1279 to i32
+  %1281 = tail call i32 @llvm.smin.i32(i32 %1280, i32 128)
+  %1282 = add nsw i32 %1281, 31
+  %indvars.iv.next1188.i = add nuw nsw i64 %indvars.iv1187.i, 1
+  %1283 = ashr i32 %1282, 5
+  %1284 = and i32 %1282, -32
+  %1285 = icmp samesign ult i64 %indvars.iv.next1188.i, %294
+  %1286 = select i1 %1285, i32 256, i32 %1284
+  %1287 = icmp sgt i32 %1286, 0
+  br i1 %1287, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
 
 for_body_t.lr.ph.i:                               ; preds = %if_end8.i
-  %938 = add nuw nsw i64 %928, %93
-  %wide.trip.count.i = zext nneg i32 %936 to i64
+  %1288 = add nuw nsw i64 %1278, %99
+  %wide.trip.count.i = zext nneg i32 %1286 to i64
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv1101.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1102.i.3, %for_body_t.i ]
-  %939 = add nuw nsw i64 %indvars.iv1101.i, %938
-  %940 = trunc i64 %939 to i32
-  %941 = tail call i32 @llvm.smin.i32(i32 %940, i32 %.reass.i)
-  %942 = ashr i32 %941, 4
-  %943 = sext i32 %942 to i64
-  %944 = getelementptr i32, ptr %143, i64 %943
-  %945 = load i32, ptr %944, align 4, !tbaa !4
-  %block.i = sext i32 %945 to i64
-  %946 = mul nsw i64 %k_block, %block.i
-  %947 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1101.i
-  store i64 %946, ptr %947, align 8, !tbaa !4
-  %indvars.iv.next1102.i = or disjoint i64 %indvars.iv1101.i, 1
-  %948 = add nuw nsw i64 %indvars.iv.next1102.i, %938
-  %949 = trunc i64 %948 to i32
-  %950 = tail call i32 @llvm.smin.i32(i32 %949, i32 %.reass.i)
-  %951 = ashr i32 %950, 4
-  %952 = sext i32 %951 to i64
-  %953 = getelementptr i32, ptr %143, i64 %952
-  %954 = load i32, ptr %953, align 4, !tbaa !4
-  %block.i.1 = sext i32 %954 to i64
-  %955 = mul nsw i64 %k_block, %block.i.1
-  %956 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1102.i
-  store i64 %955, ptr %956, align 8, !tbaa !4
-  %indvars.iv.next1102.i.1 = or disjoint i64 %indvars.iv1101.i, 2
-  %957 = add nuw nsw i64 %indvars.iv.next1102.i.1, %938
-  %958 = trunc i64 %957 to i32
-  %959 = tail call i32 @llvm.smin.i32(i32 %958, i32 %.reass.i)
-  %960 = ashr i32 %959, 4
-  %961 = sext i32 %960 to i64
-  %962 = getelementptr i32, ptr %143, i64 %961
-  %963 = load i32, ptr %962, align 4, !tbaa !4
-  %block.i.2 = sext i32 %963 to i64
-  %964 = mul nsw i64 %k_block, %block.i.2
-  %965 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1102.i.1
-  store i64 %964, ptr %965, align 8, !tbaa !4
-  %indvars.iv.next1102.i.2 = or disjoint i64 %indvars.iv1101.i, 3
-  %966 = add nuw nsw i64 %indvars.iv.next1102.i.2, %938
-  %967 = trunc i64 %966 to i32
-  %968 = tail call i32 @llvm.smin.i32(i32 %967, i32 %.reass.i)
-  %969 = ashr i32 %968, 4
-  %970 = sext i32 %969 to i64
-  %971 = getelementptr i32, ptr %143, i64 %970
-  %972 = load i32, ptr %971, align 4, !tbaa !4
-  %block.i.3 = sext i32 %972 to i64
-  %973 = mul nsw i64 %k_block, %block.i.3
-  %974 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1102.i.2
-  store i64 %973, ptr %974, align 8, !tbaa !4
-  %indvars.iv.next1102.i.3 = add nuw nsw i64 %indvars.iv1101.i, 4
-  %exitcond1104.not.i.3 = icmp eq i64 %indvars.iv.next1102.i.3, %wide.trip.count.i
-  br i1 %exitcond1104.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !27
+  %indvars.iv1084.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1085.i.3, %for_body_t.i ]
+  %1289 = add nuw nsw i64 %indvars.iv1084.i, %1288
+  %1290 = trunc i64 %1289 to i32
+  %1291 = tail call i32 @llvm.smin.i32(i32 %1290, i32 %.reass.i)
+  %1292 = ashr i32 %1291, 4
+  %1293 = sext i32 %1292 to i64
+  %1294 = getelementptr i32, ptr %286, i64 %1293
+  %1295 = load i32, ptr %1294, align 4, !tbaa !4
+  %block.i = sext i32 %1295 to i64
+  %1296 = mul nsw i64 %k_block, %block.i
+  %1297 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1084.i
+  store i64 %1296, ptr %1297, align 8, !tbaa !4
+  %indvars.iv.next1085.i = or disjoint i64 %indvars.iv1084.i, 1
+  %1298 = add nuw nsw i64 %indvars.iv.next1085.i, %1288
+  %1299 = trunc i64 %1298 to i32
+  %1300 = tail call i32 @llvm.smin.i32(i32 %1299, i32 %.reass.i)
+  %1301 = ashr i32 %1300, 4
+  %1302 = sext i32 %1301 to i64
+  %1303 = getelementptr i32, ptr %286, i64 %1302
+  %1304 = load i32, ptr %1303, align 4, !tbaa !4
+  %block.i.1 = sext i32 %1304 to i64
+  %1305 = mul nsw i64 %k_block, %block.i.1
+  %1306 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1085.i
+  store i64 %1305, ptr %1306, align 8, !tbaa !4
+  %indvars.iv.next1085.i.1 = or disjoint i64 %indvars.iv1084.i, 2
+  %1307 = add nuw nsw i64 %indvars.iv.next1085.i.1, %1288
+  %1308 = trunc i64 %1307 to i32
+  %1309 = tail call i32 @llvm.smin.i32(i32 %1308, i32 %.reass.i)
+  %1310 = ashr i32 %1309, 4
+  %1311 = sext i32 %1310 to i64
+  %1312 = getelementptr i32, ptr %286, i64 %1311
+  %1313 = load i32, ptr %1312, align 4, !tbaa !4
+  %block.i.2 = sext i32 %1313 to i64
+  %1314 = mul nsw i64 %k_block, %block.i.2
+  %1315 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1085.i.1
+  store i64 %1314, ptr %1315, align 8, !tbaa !4
+  %indvars.iv.next1085.i.2 = or disjoint i64 %indvars.iv1084.i, 3
+  %1316 = add nuw nsw i64 %indvars.iv.next1085.i.2, %1288
+  %1317 = trunc i64 %1316 to i32
+  %1318 = tail call i32 @llvm.smin.i32(i32 %1317, i32 %.reass.i)
+  %1319 = ashr i32 %1318, 4
+  %1320 = sext i32 %1319 to i64
+  %1321 = getelementptr i32, ptr %286, i64 %1320
+  %1322 = load i32, ptr %1321, align 4, !tbaa !4
+  %block.i.3 = sext i32 %1322 to i64
+  %1323 = mul nsw i64 %k_block, %block.i.3
+  %1324 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1085.i.2
+  store i64 %1323, ptr %1324, align 8, !tbaa !4
+  %indvars.iv.next1085.i.3 = add nuw nsw i64 %indvars.iv1084.i, 4
+  %exitcond1087.not.i.3 = icmp eq i64 %indvars.iv.next1085.i.3, %wide.trip.count.i
+  br i1 %exitcond1087.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !45
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
-  %975 = icmp sgt i32 %933, 0
-  %976 = icmp sgt i64 %929, 0
-  %977 = icmp eq i64 %indvars.iv1204.i, 0
-  %978 = insertelement <4 x i1> poison, i1 %977, i64 0
-  %979 = shufflevector <4 x i1> %978, <4 x i1> poison, <4 x i32> zeroinitializer
-  %980 = ashr i32 %931, 5
-  %981 = icmp sgt i32 %980, 0
-  %982 = and i32 %931, 31
-  %.not1067.i = icmp eq i32 %982, 0
-  %983 = shl nsw i32 %980, 4
-  %984 = and i32 %931, -32
-  %985 = sext i32 %984 to i64
-  %986 = sext i32 %983 to i64
-  %987 = zext i32 %980 to i64
-  %wide.trip.count1124.i = zext i32 %933 to i64
-  %xtraiter = and i64 %wide.trip.count1124.i, 3
-  %988 = icmp ult i32 %933, 4
-  %unroll_iter = and i64 %wide.trip.count1124.i, 2147483644
+  %1325 = icmp sgt i32 %1283, 0
+  %1326 = icmp sgt i64 %1279, 0
+  %1327 = icmp eq i64 %indvars.iv1187.i, 0
+  %1328 = insertelement <4 x i1> poison, i1 %1327, i64 0
+  %1329 = shufflevector <4 x i1> %1328, <4 x i1> poison, <4 x i32> zeroinitializer
+  %1330 = ashr i32 %1281, 5
+  %1331 = icmp sgt i32 %1330, 0
+  %1332 = and i32 %1281, 31
+  %.not1067.i = icmp eq i32 %1332, 0
+  %1333 = shl nsw i32 %1330, 4
+  %1334 = and i32 %1281, -32
+  %1335 = sext i32 %1334 to i64
+  %1336 = sext i32 %1333 to i64
+  %1337 = zext i32 %1330 to i64
+  %wide.trip.count1107.i = zext i32 %1283 to i64
+  %xtraiter = and i64 %wide.trip.count1107.i, 3
+  %1338 = icmp ult i32 %1283, 4
+  %unroll_iter = and i64 %wide.trip.count1107.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  %lcmp.mod96 = icmp ne i64 %xtraiter, 0
-  %xtraiter97 = and i64 %wide.trip.count1124.i, 3
-  %989 = icmp ult i32 %933, 4
-  %unroll_iter101 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod99.not = icmp eq i64 %xtraiter97, 0
-  %lcmp.mod100 = icmp ne i64 %xtraiter97, 0
-  %xtraiter103 = and i64 %wide.trip.count1124.i, 3
-  %990 = icmp ult i32 %933, 4
-  %unroll_iter107 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod105.not = icmp eq i64 %xtraiter103, 0
-  %lcmp.mod106 = icmp ne i64 %xtraiter103, 0
-  %xtraiter109 = and i64 %wide.trip.count1124.i, 3
-  %991 = icmp ult i32 %933, 4
-  %unroll_iter113 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod111.not = icmp eq i64 %xtraiter109, 0
-  %lcmp.mod112 = icmp ne i64 %xtraiter109, 0
-  %xtraiter115 = and i64 %wide.trip.count1124.i, 7
-  %992 = icmp ult i32 %933, 8
-  %unroll_iter120 = and i64 %wide.trip.count1124.i, 2147483640
-  %lcmp.mod117.not = icmp eq i64 %xtraiter115, 0
-  %lcmp.mod119 = icmp ne i64 %xtraiter115, 0
-  %xtraiter122 = and i64 %wide.trip.count1124.i, 3
-  %993 = icmp ult i32 %933, 4
-  %unroll_iter126 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod124.not = icmp eq i64 %xtraiter122, 0
-  %lcmp.mod125 = icmp ne i64 %xtraiter122, 0
-  %xtraiter128 = and i64 %wide.trip.count1124.i, 3
-  %994 = icmp ult i32 %933, 4
-  %unroll_iter132 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod130.not = icmp eq i64 %xtraiter128, 0
-  %lcmp.mod131 = icmp ne i64 %xtraiter128, 0
-  %xtraiter134 = and i64 %wide.trip.count1124.i, 3
-  %995 = icmp ult i32 %933, 4
-  %unroll_iter138 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod136.not = icmp eq i64 %xtraiter134, 0
-  %lcmp.mod137 = icmp ne i64 %xtraiter134, 0
-  %xtraiter140 = and i64 %wide.trip.count1124.i, 3
-  %996 = icmp ult i32 %933, 4
-  %unroll_iter144 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod142.not = icmp eq i64 %xtraiter140, 0
-  %lcmp.mod143 = icmp ne i64 %xtraiter140, 0
-  %xtraiter146 = and i64 %wide.trip.count1124.i, 7
-  %997 = icmp ult i32 %933, 8
-  %unroll_iter151 = and i64 %wide.trip.count1124.i, 2147483640
-  %lcmp.mod148.not = icmp eq i64 %xtraiter146, 0
-  %lcmp.mod150 = icmp ne i64 %xtraiter146, 0
-  %xtraiter153 = and i64 %wide.trip.count1124.i, 3
-  %998 = icmp ult i32 %933, 4
-  %unroll_iter157 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod155.not = icmp eq i64 %xtraiter153, 0
-  %lcmp.mod156 = icmp ne i64 %xtraiter153, 0
-  %xtraiter159 = and i64 %wide.trip.count1124.i, 3
-  %999 = icmp ult i32 %933, 4
-  %unroll_iter163 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod161.not = icmp eq i64 %xtraiter159, 0
-  %lcmp.mod162 = icmp ne i64 %xtraiter159, 0
-  %xtraiter165 = and i64 %wide.trip.count1124.i, 3
-  %1000 = icmp ult i32 %933, 4
-  %unroll_iter169 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod167.not = icmp eq i64 %xtraiter165, 0
-  %lcmp.mod168 = icmp ne i64 %xtraiter165, 0
-  %xtraiter171 = and i64 %wide.trip.count1124.i, 3
-  %1001 = icmp ult i32 %933, 4
-  %unroll_iter175 = and i64 %wide.trip.count1124.i, 2147483644
-  %lcmp.mod173.not = icmp eq i64 %xtraiter171, 0
-  %lcmp.mod174 = icmp ne i64 %xtraiter171, 0
-  %xtraiter178 = and i64 %546, 1
-  %1002 = icmp eq i32 %545, 1
-  %unroll_iter190 = and i64 %546, 30
-  %lcmp.mod180.not = icmp eq i64 %xtraiter178, 0
-  %lcmp.mod189 = icmp ne i64 %xtraiter178, 0
+  %lcmp.mod193 = icmp ne i64 %xtraiter, 0
+  %xtraiter194 = and i64 %wide.trip.count1107.i, 3
+  %1339 = icmp ult i32 %1283, 4
+  %unroll_iter198 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod196.not = icmp eq i64 %xtraiter194, 0
+  %lcmp.mod197 = icmp ne i64 %xtraiter194, 0
+  %xtraiter200 = and i64 %wide.trip.count1107.i, 3
+  %1340 = icmp ult i32 %1283, 4
+  %unroll_iter204 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod202.not = icmp eq i64 %xtraiter200, 0
+  %lcmp.mod203 = icmp ne i64 %xtraiter200, 0
+  %xtraiter206 = and i64 %wide.trip.count1107.i, 3
+  %1341 = icmp ult i32 %1283, 4
+  %unroll_iter210 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod208.not = icmp eq i64 %xtraiter206, 0
+  %lcmp.mod209 = icmp ne i64 %xtraiter206, 0
+  %xtraiter212 = and i64 %wide.trip.count1107.i, 7
+  %1342 = icmp ult i32 %1283, 8
+  %unroll_iter217 = and i64 %wide.trip.count1107.i, 2147483640
+  %lcmp.mod214.not = icmp eq i64 %xtraiter212, 0
+  %lcmp.mod216 = icmp ne i64 %xtraiter212, 0
+  %xtraiter219 = and i64 %wide.trip.count1107.i, 3
+  %1343 = icmp ult i32 %1283, 4
+  %unroll_iter223 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod221.not = icmp eq i64 %xtraiter219, 0
+  %lcmp.mod222 = icmp ne i64 %xtraiter219, 0
+  %xtraiter225 = and i64 %wide.trip.count1107.i, 3
+  %1344 = icmp ult i32 %1283, 4
+  %unroll_iter229 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod227.not = icmp eq i64 %xtraiter225, 0
+  %lcmp.mod228 = icmp ne i64 %xtraiter225, 0
+  %xtraiter231 = and i64 %wide.trip.count1107.i, 3
+  %1345 = icmp ult i32 %1283, 4
+  %unroll_iter235 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
+  %lcmp.mod234 = icmp ne i64 %xtraiter231, 0
+  %xtraiter237 = and i64 %wide.trip.count1107.i, 3
+  %1346 = icmp ult i32 %1283, 4
+  %unroll_iter241 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod239.not = icmp eq i64 %xtraiter237, 0
+  %lcmp.mod240 = icmp ne i64 %xtraiter237, 0
+  %xtraiter243 = and i64 %wide.trip.count1107.i, 7
+  %1347 = icmp ult i32 %1283, 8
+  %unroll_iter248 = and i64 %wide.trip.count1107.i, 2147483640
+  %lcmp.mod245.not = icmp eq i64 %xtraiter243, 0
+  %lcmp.mod247 = icmp ne i64 %xtraiter243, 0
+  %xtraiter250 = and i64 %wide.trip.count1107.i, 3
+  %1348 = icmp ult i32 %1283, 4
+  %unroll_iter254 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod252.not = icmp eq i64 %xtraiter250, 0
+  %lcmp.mod253 = icmp ne i64 %xtraiter250, 0
+  %xtraiter256 = and i64 %wide.trip.count1107.i, 3
+  %1349 = icmp ult i32 %1283, 4
+  %unroll_iter260 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
+  %lcmp.mod259 = icmp ne i64 %xtraiter256, 0
+  %xtraiter262 = and i64 %wide.trip.count1107.i, 3
+  %1350 = icmp ult i32 %1283, 4
+  %unroll_iter266 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
+  %lcmp.mod265 = icmp ne i64 %xtraiter262, 0
+  %xtraiter268 = and i64 %wide.trip.count1107.i, 3
+  %1351 = icmp ult i32 %1283, 4
+  %unroll_iter272 = and i64 %wide.trip.count1107.i, 2147483644
+  %lcmp.mod270.not = icmp eq i64 %xtraiter268, 0
+  %lcmp.mod271 = icmp ne i64 %xtraiter268, 0
+  %xtraiter275 = and i64 %889, 1
+  %1352 = icmp eq i32 %888, 1
+  %unroll_iter287 = and i64 %889, 30
+  %lcmp.mod277.not = icmp eq i64 %xtraiter275, 0
+  %lcmp.mod286 = icmp ne i64 %xtraiter275, 0
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1105.i = phi i64 [ %indvars.iv.next1106.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %1003 = add nuw nsw i64 %indvars.iv1105.i, %938
-  %1004 = trunc i64 %1003 to i32
-  %1005 = tail call i32 @llvm.smin.i32(i32 %1004, i32 %.reass.i)
-  %1006 = sext i32 %1005 to i64
-  %1007 = ashr i64 %1006, 4
-  %gep870.i = getelementptr i32, ptr %143, i64 %1007
-  %1008 = load i32, ptr %gep870.i, align 4, !tbaa !4
-  %block18.i = sext i32 %1008 to i64
-  %1009 = lshr i64 %1006, 1
-  %1010 = and i64 %1009, 7
-  %1011 = mul nsw i64 %1010, %v_row
-  %1012 = mul nsw i64 %v_block, %block18.i
-  %1013 = add nsw i64 %1011, %1012
-  %1014 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1105.i
-  store i64 %1013, ptr %1014, align 8, !tbaa !4
-  %indvars.iv.next1106.i = or disjoint i64 %indvars.iv1105.i, 1
-  %1015 = add nuw nsw i64 %indvars.iv.next1106.i, %938
-  %1016 = trunc i64 %1015 to i32
-  %1017 = tail call i32 @llvm.smin.i32(i32 %1016, i32 %.reass.i)
-  %1018 = sext i32 %1017 to i64
-  %1019 = ashr i64 %1018, 4
-  %gep870.i.1 = getelementptr i32, ptr %143, i64 %1019
-  %1020 = load i32, ptr %gep870.i.1, align 4, !tbaa !4
-  %block18.i.1 = sext i32 %1020 to i64
-  %1021 = lshr i64 %1018, 1
-  %1022 = and i64 %1021, 7
-  %1023 = mul nsw i64 %1022, %v_row
-  %1024 = mul nsw i64 %v_block, %block18.i.1
-  %1025 = add nsw i64 %1023, %1024
-  %1026 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1106.i
-  store i64 %1025, ptr %1026, align 8, !tbaa !4
-  %indvars.iv.next1106.i.1 = or disjoint i64 %indvars.iv1105.i, 2
-  %1027 = add nuw nsw i64 %indvars.iv.next1106.i.1, %938
-  %1028 = trunc i64 %1027 to i32
-  %1029 = tail call i32 @llvm.smin.i32(i32 %1028, i32 %.reass.i)
-  %1030 = sext i32 %1029 to i64
-  %1031 = ashr i64 %1030, 4
-  %gep870.i.2 = getelementptr i32, ptr %143, i64 %1031
-  %1032 = load i32, ptr %gep870.i.2, align 4, !tbaa !4
-  %block18.i.2 = sext i32 %1032 to i64
-  %1033 = lshr i64 %1030, 1
-  %1034 = and i64 %1033, 7
-  %1035 = mul nsw i64 %1034, %v_row
-  %1036 = mul nsw i64 %v_block, %block18.i.2
-  %1037 = add nsw i64 %1035, %1036
-  %1038 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1106.i.1
-  store i64 %1037, ptr %1038, align 8, !tbaa !4
-  %indvars.iv.next1106.i.2 = or disjoint i64 %indvars.iv1105.i, 3
-  %1039 = add nuw nsw i64 %indvars.iv.next1106.i.2, %938
-  %1040 = trunc i64 %1039 to i32
-  %1041 = tail call i32 @llvm.smin.i32(i32 %1040, i32 %.reass.i)
-  %1042 = sext i32 %1041 to i64
-  %1043 = ashr i64 %1042, 4
-  %gep870.i.3 = getelementptr i32, ptr %143, i64 %1043
-  %1044 = load i32, ptr %gep870.i.3, align 4, !tbaa !4
-  %block18.i.3 = sext i32 %1044 to i64
-  %1045 = lshr i64 %1042, 1
-  %1046 = and i64 %1045, 7
-  %1047 = mul nsw i64 %1046, %v_row
-  %1048 = mul nsw i64 %v_block, %block18.i.3
-  %1049 = add nsw i64 %1047, %1048
-  %1050 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1106.i.2
-  store i64 %1049, ptr %1050, align 8, !tbaa !4
-  %indvars.iv.next1106.i.3 = add nuw nsw i64 %indvars.iv1105.i, 4
-  %exitcond1109.not.i.3 = icmp eq i64 %indvars.iv.next1106.i.3, %wide.trip.count.i
-  br i1 %exitcond1109.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !29
+  %indvars.iv1088.i = phi i64 [ %indvars.iv.next1089.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %1353 = add nuw nsw i64 %indvars.iv1088.i, %1288
+  %1354 = trunc i64 %1353 to i32
+  %1355 = tail call i32 @llvm.smin.i32(i32 %1354, i32 %.reass.i)
+  %1356 = sext i32 %1355 to i64
+  %1357 = ashr i64 %1356, 4
+  %gep870.i = getelementptr i32, ptr %286, i64 %1357
+  %1358 = load i32, ptr %gep870.i, align 4, !tbaa !4
+  %block18.i = sext i32 %1358 to i64
+  %1359 = lshr i64 %1356, 1
+  %1360 = and i64 %1359, 7
+  %1361 = mul nsw i64 %1360, %v_row
+  %1362 = mul nsw i64 %v_block, %block18.i
+  %1363 = add nsw i64 %1361, %1362
+  %1364 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1088.i
+  store i64 %1363, ptr %1364, align 8, !tbaa !4
+  %indvars.iv.next1089.i = or disjoint i64 %indvars.iv1088.i, 1
+  %1365 = add nuw nsw i64 %indvars.iv.next1089.i, %1288
+  %1366 = trunc i64 %1365 to i32
+  %1367 = tail call i32 @llvm.smin.i32(i32 %1366, i32 %.reass.i)
+  %1368 = sext i32 %1367 to i64
+  %1369 = ashr i64 %1368, 4
+  %gep870.i.1 = getelementptr i32, ptr %286, i64 %1369
+  %1370 = load i32, ptr %gep870.i.1, align 4, !tbaa !4
+  %block18.i.1 = sext i32 %1370 to i64
+  %1371 = lshr i64 %1368, 1
+  %1372 = and i64 %1371, 7
+  %1373 = mul nsw i64 %1372, %v_row
+  %1374 = mul nsw i64 %v_block, %block18.i.1
+  %1375 = add nsw i64 %1373, %1374
+  %1376 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1089.i
+  store i64 %1375, ptr %1376, align 8, !tbaa !4
+  %indvars.iv.next1089.i.1 = or disjoint i64 %indvars.iv1088.i, 2
+  %1377 = add nuw nsw i64 %indvars.iv.next1089.i.1, %1288
+  %1378 = trunc i64 %1377 to i32
+  %1379 = tail call i32 @llvm.smin.i32(i32 %1378, i32 %.reass.i)
+  %1380 = sext i32 %1379 to i64
+  %1381 = ashr i64 %1380, 4
+  %gep870.i.2 = getelementptr i32, ptr %286, i64 %1381
+  %1382 = load i32, ptr %gep870.i.2, align 4, !tbaa !4
+  %block18.i.2 = sext i32 %1382 to i64
+  %1383 = lshr i64 %1380, 1
+  %1384 = and i64 %1383, 7
+  %1385 = mul nsw i64 %1384, %v_row
+  %1386 = mul nsw i64 %v_block, %block18.i.2
+  %1387 = add nsw i64 %1385, %1386
+  %1388 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1089.i.1
+  store i64 %1387, ptr %1388, align 8, !tbaa !4
+  %indvars.iv.next1089.i.2 = or disjoint i64 %indvars.iv1088.i, 3
+  %1389 = add nuw nsw i64 %indvars.iv.next1089.i.2, %1288
+  %1390 = trunc i64 %1389 to i32
+  %1391 = tail call i32 @llvm.smin.i32(i32 %1390, i32 %.reass.i)
+  %1392 = sext i32 %1391 to i64
+  %1393 = ashr i64 %1392, 4
+  %gep870.i.3 = getelementptr i32, ptr %286, i64 %1393
+  %1394 = load i32, ptr %gep870.i.3, align 4, !tbaa !4
+  %block18.i.3 = sext i32 %1394 to i64
+  %1395 = lshr i64 %1392, 1
+  %1396 = and i64 %1395, 7
+  %1397 = mul nsw i64 %1396, %v_row
+  %1398 = mul nsw i64 %v_block, %block18.i.3
+  %1399 = add nsw i64 %1397, %1398
+  %1400 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1089.i.2
+  store i64 %1399, ptr %1400, align 8, !tbaa !4
+  %indvars.iv.next1089.i.3 = add nuw nsw i64 %indvars.iv1088.i, 4
+  %exitcond1092.not.i.3 = icmp eq i64 %indvars.iv.next1089.i.3, %wide.trip.count.i
+  br i1 %exitcond1092.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !47
 
 for_begin_kv_head.i:                              ; preds = %if_end156.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1200.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1201.i, %if_end156.i ]
-  %exitcond1203.not.i = icmp eq i64 %indvars.iv1200.i, 8
-  br i1 %exitcond1203.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !22
+  %indvars.iv1183.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1184.i, %if_end156.i ]
+  %exitcond1186.not.i = icmp eq i64 %indvars.iv1183.i, 8
+  br i1 %exitcond1186.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %1051 = icmp eq i64 %indvars.iv1200.i, 7
-  %1052 = and i1 %935, %1051
-  %indvars.iv.next1201.i = add nuw nsw i64 %indvars.iv1200.i, 1
-  %1053 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scores.i = tail call ptr %1053(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1054 = icmp eq ptr %scores.i, null
-  br i1 %1054, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
+  %1401 = icmp eq i64 %indvars.iv1183.i, 7
+  %1402 = and i1 %1285, %1401
+  %indvars.iv.next1184.i = add nuw nsw i64 %indvars.iv1183.i, 1
+  %1403 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.i = tail call ptr %1403(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1404 = icmp eq ptr %scores.i, null
+  br i1 %1404, label %fused_decode_compute_.exit, label %if_end22.i, !prof !7
 
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
-  %1055 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %1056 = tail call i32 %1055(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not230.i = icmp eq i32 %1056, 0
-  br i1 %.not230.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !22
+  %1405 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %1406 = tail call i32 %1405(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not230.i = icmp eq i32 %1406, 0
+  br i1 %.not230.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
-  %1057 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %prob_pairs.i = tail call ptr %1057(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
-  %1058 = icmp eq ptr %prob_pairs.i, null
-  br i1 %1058, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
+  %1407 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.i = tail call ptr %1407(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
+  %1408 = icmp eq ptr %prob_pairs.i, null
+  br i1 %1408, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
 
 for_begin___m.preheader.i:                        ; preds = %if_end22.i
-  %1059 = select i1 %1052, i32 128, i32 0
-  %1060 = select i1 %1051, i64 0, i64 %indvars.iv.next1201.i
-  %1061 = mul nsw i64 %1060, %k_head
-  %invariant.gep881.i = getelementptr i32, ptr %key_cache, i64 %1061
-  %1062 = mul nsw i64 %indvars.iv1200.i, %k_head
-  %invariant.gep893.i = getelementptr i32, ptr %key_cache, i64 %1062
-  br i1 %975, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
+  %1409 = select i1 %1402, i32 128, i32 0
+  %1410 = select i1 %1401, i64 0, i64 %indvars.iv.next1184.i
+  %1411 = mul nsw i64 %1410, %k_head
+  %invariant.gep881.i = getelementptr i32, ptr %key_cache, i64 %1411
+  %1412 = mul nsw i64 %indvars.iv1183.i, %k_head
+  %invariant.gep893.i = getelementptr i32, ptr %key_cache, i64 %1412
+  br i1 %1325, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
 
 for_begin_n_1_m.preheader.us.i.preheader:         ; preds = %for_begin___m.preheader.i
-  %.idx = shl nuw nsw i64 %indvars.iv1200.i, 10
+  %.idx = shl nuw nsw i64 %indvars.iv1183.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
   br label %for_begin_n_1_m.preheader.us.i
 
 for_end_n_1_m.us.i:                               ; preds = %for_begin_n_2.preheader.us.i
-  %1063 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1189
-  store <16 x float> %r.i260.us.1.i, ptr %1063, align 4, !tbaa !4
-  %1064 = getelementptr inbounds nuw i8, ptr %1063, i64 64
-  store <16 x float> %r.i263.us.1.i, ptr %1064, align 4, !tbaa !4
-  %1065 = getelementptr inbounds nuw i8, ptr %1063, i64 512
-  store <16 x float> %r.i266.us.1.i, ptr %1065, align 4, !tbaa !4
-  %1066 = getelementptr inbounds nuw i8, ptr %1063, i64 576
-  store <16 x float> %r.i269.us.1.i, ptr %1066, align 4, !tbaa !4
-  %1067 = getelementptr inbounds nuw i8, ptr %1063, i64 1024
-  store <16 x float> %r.i272.us.1.i, ptr %1067, align 4, !tbaa !4
-  %1068 = getelementptr inbounds nuw i8, ptr %1063, i64 1088
-  store <16 x float> %r.i275.us.1.i, ptr %1068, align 4, !tbaa !4
-  %1069 = getelementptr inbounds nuw i8, ptr %1063, i64 1536
-  store <16 x float> %r.i278.us.1.i, ptr %1069, align 4, !tbaa !4
-  %1070 = getelementptr inbounds nuw i8, ptr %1063, i64 1600
-  store <16 x float> %r.i281.us.1.i, ptr %1070, align 4, !tbaa !4
-  %indvars.iv.next1122.i = add nuw nsw i64 %indvars.iv1121.i, 1
-  %exitcond1125.not.i = icmp eq i64 %indvars.iv.next1122.i, %wide.trip.count1124.i
-  br i1 %exitcond1125.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
+  %1413 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1539
+  store <16 x float> %r.i260.us.1.i, ptr %1413, align 4, !tbaa !4
+  %1414 = getelementptr inbounds nuw i8, ptr %1413, i64 64
+  store <16 x float> %r.i263.us.1.i, ptr %1414, align 4, !tbaa !4
+  %1415 = getelementptr inbounds nuw i8, ptr %1413, i64 512
+  store <16 x float> %r.i266.us.1.i, ptr %1415, align 4, !tbaa !4
+  %1416 = getelementptr inbounds nuw i8, ptr %1413, i64 576
+  store <16 x float> %r.i269.us.1.i, ptr %1416, align 4, !tbaa !4
+  %1417 = getelementptr inbounds nuw i8, ptr %1413, i64 1024
+  store <16 x float> %r.i272.us.1.i, ptr %1417, align 4, !tbaa !4
+  %1418 = getelementptr inbounds nuw i8, ptr %1413, i64 1088
+  store <16 x float> %r.i275.us.1.i, ptr %1418, align 4, !tbaa !4
+  %1419 = getelementptr inbounds nuw i8, ptr %1413, i64 1536
+  store <16 x float> %r.i278.us.1.i, ptr %1419, align 4, !tbaa !4
+  %1420 = getelementptr inbounds nuw i8, ptr %1413, i64 1600
+  store <16 x float> %r.i281.us.1.i, ptr %1420, align 4, !tbaa !4
+  %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
+  %exitcond1108.not.i = icmp eq i64 %indvars.iv.next1105.i, %wide.trip.count1107.i
+  br i1 %exitcond1108.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
 
 for_begin_n_2.preheader.us.i:                     ; preds = %for_begin_n_1_m.preheader.us.i, %for_begin_n_2.preheader.us.i
-  %indvars.iv1117.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1118.i, %for_begin_n_2.preheader.us.i ]
+  %indvars.iv1100.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1101.i, %for_begin_n_2.preheader.us.i ]
   %scores_global223.sroa.0.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i260.us.1.i, %for_begin_n_2.preheader.us.i ]
   %scores_global223.sroa.6.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i263.us.1.i, %for_begin_n_2.preheader.us.i ]
   %scores_global223.sroa.12.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i266.us.1.i, %for_begin_n_2.preheader.us.i ]
@@ -3113,1922 +3306,1922 @@ for_begin_n_2.preheader.us.i:                     ; preds = %for_begin_n_1_m.pre
   %scores_global223.sroa.30.0885.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i275.us.1.i, %for_begin_n_2.preheader.us.i ]
   %scores_global223.sroa.36.0884.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i278.us.1.i, %for_begin_n_2.preheader.us.i ]
   %scores_global223.sroa.42.0883.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i281.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %1071 = shl i64 %indvars.iv1117.i, 3
-  %1072 = and i64 %1071, 56
-  %indvars.iv1117.tr1276.i = trunc i64 %indvars.iv1117.i to i32
-  %1073 = shl i32 %indvars.iv1117.tr1276.i, 1
-  %1074 = and i32 %1073, 16
-  %1075 = or disjoint i32 %1074, %1195
-  %1076 = zext nneg i32 %1075 to i64
-  %1077 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1076
-  %1078 = load i64, ptr %1077, align 8, !tbaa !4
-  %gep882.us.i = getelementptr i32, ptr %invariant.gep881.i, i64 %1078
-  %1079 = mul nsw i64 %1072, %k_row
-  %1080 = getelementptr i32, ptr %gep882.us.i, i64 %1079
-  tail call void @llvm.prefetch.p0(ptr readonly %1080, i32 0, i32 2, i32 1)
-  %1081 = or disjoint i64 %1072, 1
-  %1082 = mul nsw i64 %1081, %k_row
-  %1083 = getelementptr i32, ptr %gep882.us.i, i64 %1082
-  tail call void @llvm.prefetch.p0(ptr readonly %1083, i32 0, i32 2, i32 1)
-  %1084 = or disjoint i64 %1072, 2
-  %1085 = mul nsw i64 %1084, %k_row
-  %1086 = getelementptr i32, ptr %gep882.us.i, i64 %1085
-  tail call void @llvm.prefetch.p0(ptr readonly %1086, i32 0, i32 2, i32 1)
-  %1087 = or disjoint i64 %1072, 3
-  %1088 = mul nsw i64 %1087, %k_row
-  %1089 = getelementptr i32, ptr %gep882.us.i, i64 %1088
-  tail call void @llvm.prefetch.p0(ptr readonly %1089, i32 0, i32 2, i32 1)
-  %1090 = or disjoint i64 %1072, 4
-  %1091 = mul nsw i64 %1090, %k_row
-  %1092 = getelementptr i32, ptr %gep882.us.i, i64 %1091
-  tail call void @llvm.prefetch.p0(ptr readonly %1092, i32 0, i32 2, i32 1)
-  %1093 = or disjoint i64 %1072, 5
-  %1094 = mul nsw i64 %1093, %k_row
-  %1095 = getelementptr i32, ptr %gep882.us.i, i64 %1094
-  tail call void @llvm.prefetch.p0(ptr readonly %1095, i32 0, i32 2, i32 1)
-  %1096 = or disjoint i64 %1072, 6
-  %1097 = mul nsw i64 %1096, %k_row
-  %1098 = getelementptr i32, ptr %gep882.us.i, i64 %1097
-  tail call void @llvm.prefetch.p0(ptr readonly %1098, i32 0, i32 2, i32 1)
-  %1099 = or disjoint i64 %1072, 7
-  %1100 = mul nsw i64 %1099, %k_row
-  %1101 = getelementptr i32, ptr %gep882.us.i, i64 %1100
-  tail call void @llvm.prefetch.p0(ptr readonly %1101, i32 0, i32 2, i32 1)
-  %1102 = shl nuw nsw i64 %indvars.iv1117.i, 2
-  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1102
-  %1103 = load i32, ptr %gep, align 4, !tbaa !4
-  %1104 = insertelement <16 x i32> poison, i32 %1103, i64 0
-  %1105 = shufflevector <16 x i32> %1104, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1106 = mul nsw i64 %1102, %k_row
-  %1107 = getelementptr i32, ptr %gep894.us.i, i64 %1106
-  %1108 = load <32 x bfloat>, ptr %1107, align 4, !tbaa !4
-  %x.i.us.i = bitcast <16 x i32> %1105 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.0.0890.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1108)
-  %1109 = getelementptr i32, ptr %gep896.us.i, i64 %1106
-  %1110 = load <32 x bfloat>, ptr %1109, align 4, !tbaa !4
-  %r.i239.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.6.0889.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1110)
-  %1111 = getelementptr inbounds nuw i8, ptr %gep, i64 256
-  %1112 = load i32, ptr %1111, align 4, !tbaa !4
-  %1113 = insertelement <16 x i32> poison, i32 %1112, i64 0
-  %1114 = shufflevector <16 x i32> %1113, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i240.us.i = bitcast <16 x i32> %1114 to <32 x bfloat>
-  %r.i242.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.12.0888.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1108)
-  %r.i245.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.18.0887.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1110)
-  %1115 = getelementptr inbounds nuw i8, ptr %gep, i64 512
-  %1116 = load i32, ptr %1115, align 4, !tbaa !4
-  %1117 = insertelement <16 x i32> poison, i32 %1116, i64 0
-  %1118 = shufflevector <16 x i32> %1117, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i246.us.i = bitcast <16 x i32> %1118 to <32 x bfloat>
-  %r.i248.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.24.0886.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1108)
-  %r.i251.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.30.0885.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1110)
-  %1119 = getelementptr inbounds nuw i8, ptr %gep, i64 768
-  %1120 = load i32, ptr %1119, align 4, !tbaa !4
-  %1121 = insertelement <16 x i32> poison, i32 %1120, i64 0
-  %1122 = shufflevector <16 x i32> %1121, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i252.us.i = bitcast <16 x i32> %1122 to <32 x bfloat>
-  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.36.0884.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1108)
-  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.42.0883.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1110)
-  %1123 = getelementptr inbounds nuw i8, ptr %gep, i64 4
-  %1124 = load i32, ptr %1123, align 4, !tbaa !4
-  %1125 = insertelement <16 x i32> poison, i32 %1124, i64 0
-  %1126 = shufflevector <16 x i32> %1125, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1127 = or disjoint i64 %1102, 1
-  %1128 = mul nsw i64 %1127, %k_row
-  %1129 = getelementptr i32, ptr %gep894.us.i, i64 %1128
-  %1130 = load <32 x bfloat>, ptr %1129, align 4, !tbaa !4
-  %x.i258.us.i = bitcast <16 x i32> %1126 to <32 x bfloat>
-  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1130)
-  %1131 = getelementptr i32, ptr %gep896.us.i, i64 %1128
-  %1132 = load <32 x bfloat>, ptr %1131, align 4, !tbaa !4
-  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1132)
-  %1133 = getelementptr inbounds nuw i8, ptr %gep, i64 260
-  %1134 = load i32, ptr %1133, align 4, !tbaa !4
-  %1135 = insertelement <16 x i32> poison, i32 %1134, i64 0
-  %1136 = shufflevector <16 x i32> %1135, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i264.us.i = bitcast <16 x i32> %1136 to <32 x bfloat>
-  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1130)
-  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1132)
-  %1137 = getelementptr inbounds nuw i8, ptr %gep, i64 516
-  %1138 = load i32, ptr %1137, align 4, !tbaa !4
-  %1139 = insertelement <16 x i32> poison, i32 %1138, i64 0
-  %1140 = shufflevector <16 x i32> %1139, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i270.us.i = bitcast <16 x i32> %1140 to <32 x bfloat>
-  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1130)
-  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1132)
-  %1141 = getelementptr inbounds nuw i8, ptr %gep, i64 772
-  %1142 = load i32, ptr %1141, align 4, !tbaa !4
-  %1143 = insertelement <16 x i32> poison, i32 %1142, i64 0
-  %1144 = shufflevector <16 x i32> %1143, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i276.us.i = bitcast <16 x i32> %1144 to <32 x bfloat>
-  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1130)
-  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1132)
-  %1145 = getelementptr inbounds nuw i8, ptr %gep, i64 8
-  %1146 = load i32, ptr %1145, align 4, !tbaa !4
-  %1147 = insertelement <16 x i32> poison, i32 %1146, i64 0
-  %1148 = shufflevector <16 x i32> %1147, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1149 = or disjoint i64 %1102, 2
-  %1150 = mul nsw i64 %1149, %k_row
-  %1151 = getelementptr i32, ptr %gep894.us.i, i64 %1150
-  %1152 = load <32 x bfloat>, ptr %1151, align 4, !tbaa !4
-  %x.i.us.1.i = bitcast <16 x i32> %1148 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1152)
-  %1153 = getelementptr i32, ptr %gep896.us.i, i64 %1150
-  %1154 = load <32 x bfloat>, ptr %1153, align 4, !tbaa !4
-  %r.i239.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1154)
-  %1155 = getelementptr inbounds nuw i8, ptr %gep, i64 264
-  %1156 = load i32, ptr %1155, align 4, !tbaa !4
-  %1157 = insertelement <16 x i32> poison, i32 %1156, i64 0
-  %1158 = shufflevector <16 x i32> %1157, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i240.us.1.i = bitcast <16 x i32> %1158 to <32 x bfloat>
-  %r.i242.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1152)
-  %r.i245.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1154)
-  %1159 = getelementptr inbounds nuw i8, ptr %gep, i64 520
-  %1160 = load i32, ptr %1159, align 4, !tbaa !4
-  %1161 = insertelement <16 x i32> poison, i32 %1160, i64 0
-  %1162 = shufflevector <16 x i32> %1161, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i246.us.1.i = bitcast <16 x i32> %1162 to <32 x bfloat>
-  %r.i248.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1152)
-  %r.i251.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1154)
-  %1163 = getelementptr inbounds nuw i8, ptr %gep, i64 776
-  %1164 = load i32, ptr %1163, align 4, !tbaa !4
-  %1165 = insertelement <16 x i32> poison, i32 %1164, i64 0
-  %1166 = shufflevector <16 x i32> %1165, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i252.us.1.i = bitcast <16 x i32> %1166 to <32 x bfloat>
-  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1152)
-  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1154)
-  %1167 = getelementptr inbounds nuw i8, ptr %gep, i64 12
-  %1168 = load i32, ptr %1167, align 4, !tbaa !4
-  %1169 = insertelement <16 x i32> poison, i32 %1168, i64 0
-  %1170 = shufflevector <16 x i32> %1169, <16 x i32> poison, <16 x i32> zeroinitializer
-  %1171 = or disjoint i64 %1102, 3
-  %1172 = mul nsw i64 %1171, %k_row
-  %1173 = getelementptr i32, ptr %gep894.us.i, i64 %1172
-  %1174 = load <32 x bfloat>, ptr %1173, align 4, !tbaa !4
-  %x.i258.us.1.i = bitcast <16 x i32> %1170 to <32 x bfloat>
-  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1174)
-  %1175 = getelementptr i32, ptr %gep896.us.i, i64 %1172
-  %1176 = load <32 x bfloat>, ptr %1175, align 4, !tbaa !4
-  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1176)
-  %1177 = getelementptr inbounds nuw i8, ptr %gep, i64 268
-  %1178 = load i32, ptr %1177, align 4, !tbaa !4
-  %1179 = insertelement <16 x i32> poison, i32 %1178, i64 0
-  %1180 = shufflevector <16 x i32> %1179, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i264.us.1.i = bitcast <16 x i32> %1180 to <32 x bfloat>
-  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1174)
-  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1176)
-  %1181 = getelementptr inbounds nuw i8, ptr %gep, i64 524
-  %1182 = load i32, ptr %1181, align 4, !tbaa !4
-  %1183 = insertelement <16 x i32> poison, i32 %1182, i64 0
-  %1184 = shufflevector <16 x i32> %1183, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i270.us.1.i = bitcast <16 x i32> %1184 to <32 x bfloat>
-  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1174)
-  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1176)
-  %1185 = getelementptr inbounds nuw i8, ptr %gep, i64 780
-  %1186 = load i32, ptr %1185, align 4, !tbaa !4
-  %1187 = insertelement <16 x i32> poison, i32 %1186, i64 0
-  %1188 = shufflevector <16 x i32> %1187, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i276.us.1.i = bitcast <16 x i32> %1188 to <32 x bfloat>
-  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1174)
-  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1176)
-  %indvars.iv.next1118.i = add nuw nsw i64 %indvars.iv1117.i, 1
-  %exitcond1120.not.i = icmp eq i64 %indvars.iv.next1118.i, 16
-  br i1 %exitcond1120.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !21
+  %1421 = shl i64 %indvars.iv1100.i, 3
+  %1422 = and i64 %1421, 56
+  %indvars.iv1100.tr1259.i = trunc i64 %indvars.iv1100.i to i32
+  %1423 = shl i32 %indvars.iv1100.tr1259.i, 1
+  %1424 = and i32 %1423, 16
+  %1425 = or disjoint i32 %1424, %1545
+  %1426 = zext nneg i32 %1425 to i64
+  %1427 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1426
+  %1428 = load i64, ptr %1427, align 8, !tbaa !4
+  %gep882.us.i = getelementptr i32, ptr %invariant.gep881.i, i64 %1428
+  %1429 = mul nsw i64 %1422, %k_row
+  %1430 = getelementptr i32, ptr %gep882.us.i, i64 %1429
+  tail call void @llvm.prefetch.p0(ptr readonly %1430, i32 0, i32 2, i32 1)
+  %1431 = or disjoint i64 %1422, 1
+  %1432 = mul nsw i64 %1431, %k_row
+  %1433 = getelementptr i32, ptr %gep882.us.i, i64 %1432
+  tail call void @llvm.prefetch.p0(ptr readonly %1433, i32 0, i32 2, i32 1)
+  %1434 = or disjoint i64 %1422, 2
+  %1435 = mul nsw i64 %1434, %k_row
+  %1436 = getelementptr i32, ptr %gep882.us.i, i64 %1435
+  tail call void @llvm.prefetch.p0(ptr readonly %1436, i32 0, i32 2, i32 1)
+  %1437 = or disjoint i64 %1422, 3
+  %1438 = mul nsw i64 %1437, %k_row
+  %1439 = getelementptr i32, ptr %gep882.us.i, i64 %1438
+  tail call void @llvm.prefetch.p0(ptr readonly %1439, i32 0, i32 2, i32 1)
+  %1440 = or disjoint i64 %1422, 4
+  %1441 = mul nsw i64 %1440, %k_row
+  %1442 = getelementptr i32, ptr %gep882.us.i, i64 %1441
+  tail call void @llvm.prefetch.p0(ptr readonly %1442, i32 0, i32 2, i32 1)
+  %1443 = or disjoint i64 %1422, 5
+  %1444 = mul nsw i64 %1443, %k_row
+  %1445 = getelementptr i32, ptr %gep882.us.i, i64 %1444
+  tail call void @llvm.prefetch.p0(ptr readonly %1445, i32 0, i32 2, i32 1)
+  %1446 = or disjoint i64 %1422, 6
+  %1447 = mul nsw i64 %1446, %k_row
+  %1448 = getelementptr i32, ptr %gep882.us.i, i64 %1447
+  tail call void @llvm.prefetch.p0(ptr readonly %1448, i32 0, i32 2, i32 1)
+  %1449 = or disjoint i64 %1422, 7
+  %1450 = mul nsw i64 %1449, %k_row
+  %1451 = getelementptr i32, ptr %gep882.us.i, i64 %1450
+  tail call void @llvm.prefetch.p0(ptr readonly %1451, i32 0, i32 2, i32 1)
+  %1452 = shl nuw nsw i64 %indvars.iv1100.i, 2
+  %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1452
+  %1453 = load i32, ptr %gep, align 4, !tbaa !4
+  %1454 = insertelement <16 x i32> poison, i32 %1453, i64 0
+  %1455 = shufflevector <16 x i32> %1454, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1456 = mul nsw i64 %1452, %k_row
+  %1457 = getelementptr i32, ptr %gep894.us.i, i64 %1456
+  %1458 = load <32 x bfloat>, ptr %1457, align 4, !tbaa !4
+  %x.i.us.i = bitcast <16 x i32> %1455 to <32 x bfloat>
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.0.0890.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1458)
+  %1459 = getelementptr i32, ptr %gep896.us.i, i64 %1456
+  %1460 = load <32 x bfloat>, ptr %1459, align 4, !tbaa !4
+  %r.i239.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.6.0889.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1460)
+  %1461 = getelementptr inbounds nuw i8, ptr %gep, i64 256
+  %1462 = load i32, ptr %1461, align 4, !tbaa !4
+  %1463 = insertelement <16 x i32> poison, i32 %1462, i64 0
+  %1464 = shufflevector <16 x i32> %1463, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i240.us.i = bitcast <16 x i32> %1464 to <32 x bfloat>
+  %r.i242.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.12.0888.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1458)
+  %r.i245.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.18.0887.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1460)
+  %1465 = getelementptr inbounds nuw i8, ptr %gep, i64 512
+  %1466 = load i32, ptr %1465, align 4, !tbaa !4
+  %1467 = insertelement <16 x i32> poison, i32 %1466, i64 0
+  %1468 = shufflevector <16 x i32> %1467, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i246.us.i = bitcast <16 x i32> %1468 to <32 x bfloat>
+  %r.i248.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.24.0886.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1458)
+  %r.i251.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.30.0885.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1460)
+  %1469 = getelementptr inbounds nuw i8, ptr %gep, i64 768
+  %1470 = load i32, ptr %1469, align 4, !tbaa !4
+  %1471 = insertelement <16 x i32> poison, i32 %1470, i64 0
+  %1472 = shufflevector <16 x i32> %1471, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i252.us.i = bitcast <16 x i32> %1472 to <32 x bfloat>
+  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.36.0884.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1458)
+  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.42.0883.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1460)
+  %1473 = getelementptr inbounds nuw i8, ptr %gep, i64 4
+  %1474 = load i32, ptr %1473, align 4, !tbaa !4
+  %1475 = insertelement <16 x i32> poison, i32 %1474, i64 0
+  %1476 = shufflevector <16 x i32> %1475, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1477 = or disjoint i64 %1452, 1
+  %1478 = mul nsw i64 %1477, %k_row
+  %1479 = getelementptr i32, ptr %gep894.us.i, i64 %1478
+  %1480 = load <32 x bfloat>, ptr %1479, align 4, !tbaa !4
+  %x.i258.us.i = bitcast <16 x i32> %1476 to <32 x bfloat>
+  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1480)
+  %1481 = getelementptr i32, ptr %gep896.us.i, i64 %1478
+  %1482 = load <32 x bfloat>, ptr %1481, align 4, !tbaa !4
+  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1482)
+  %1483 = getelementptr inbounds nuw i8, ptr %gep, i64 260
+  %1484 = load i32, ptr %1483, align 4, !tbaa !4
+  %1485 = insertelement <16 x i32> poison, i32 %1484, i64 0
+  %1486 = shufflevector <16 x i32> %1485, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i264.us.i = bitcast <16 x i32> %1486 to <32 x bfloat>
+  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1480)
+  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1482)
+  %1487 = getelementptr inbounds nuw i8, ptr %gep, i64 516
+  %1488 = load i32, ptr %1487, align 4, !tbaa !4
+  %1489 = insertelement <16 x i32> poison, i32 %1488, i64 0
+  %1490 = shufflevector <16 x i32> %1489, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i270.us.i = bitcast <16 x i32> %1490 to <32 x bfloat>
+  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1480)
+  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1482)
+  %1491 = getelementptr inbounds nuw i8, ptr %gep, i64 772
+  %1492 = load i32, ptr %1491, align 4, !tbaa !4
+  %1493 = insertelement <16 x i32> poison, i32 %1492, i64 0
+  %1494 = shufflevector <16 x i32> %1493, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i276.us.i = bitcast <16 x i32> %1494 to <32 x bfloat>
+  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1480)
+  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1482)
+  %1495 = getelementptr inbounds nuw i8, ptr %gep, i64 8
+  %1496 = load i32, ptr %1495, align 4, !tbaa !4
+  %1497 = insertelement <16 x i32> poison, i32 %1496, i64 0
+  %1498 = shufflevector <16 x i32> %1497, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1499 = or disjoint i64 %1452, 2
+  %1500 = mul nsw i64 %1499, %k_row
+  %1501 = getelementptr i32, ptr %gep894.us.i, i64 %1500
+  %1502 = load <32 x bfloat>, ptr %1501, align 4, !tbaa !4
+  %x.i.us.1.i = bitcast <16 x i32> %1498 to <32 x bfloat>
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1502)
+  %1503 = getelementptr i32, ptr %gep896.us.i, i64 %1500
+  %1504 = load <32 x bfloat>, ptr %1503, align 4, !tbaa !4
+  %r.i239.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1504)
+  %1505 = getelementptr inbounds nuw i8, ptr %gep, i64 264
+  %1506 = load i32, ptr %1505, align 4, !tbaa !4
+  %1507 = insertelement <16 x i32> poison, i32 %1506, i64 0
+  %1508 = shufflevector <16 x i32> %1507, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i240.us.1.i = bitcast <16 x i32> %1508 to <32 x bfloat>
+  %r.i242.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1502)
+  %r.i245.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1504)
+  %1509 = getelementptr inbounds nuw i8, ptr %gep, i64 520
+  %1510 = load i32, ptr %1509, align 4, !tbaa !4
+  %1511 = insertelement <16 x i32> poison, i32 %1510, i64 0
+  %1512 = shufflevector <16 x i32> %1511, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i246.us.1.i = bitcast <16 x i32> %1512 to <32 x bfloat>
+  %r.i248.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1502)
+  %r.i251.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1504)
+  %1513 = getelementptr inbounds nuw i8, ptr %gep, i64 776
+  %1514 = load i32, ptr %1513, align 4, !tbaa !4
+  %1515 = insertelement <16 x i32> poison, i32 %1514, i64 0
+  %1516 = shufflevector <16 x i32> %1515, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i252.us.1.i = bitcast <16 x i32> %1516 to <32 x bfloat>
+  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1502)
+  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1504)
+  %1517 = getelementptr inbounds nuw i8, ptr %gep, i64 12
+  %1518 = load i32, ptr %1517, align 4, !tbaa !4
+  %1519 = insertelement <16 x i32> poison, i32 %1518, i64 0
+  %1520 = shufflevector <16 x i32> %1519, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1521 = or disjoint i64 %1452, 3
+  %1522 = mul nsw i64 %1521, %k_row
+  %1523 = getelementptr i32, ptr %gep894.us.i, i64 %1522
+  %1524 = load <32 x bfloat>, ptr %1523, align 4, !tbaa !4
+  %x.i258.us.1.i = bitcast <16 x i32> %1520 to <32 x bfloat>
+  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1524)
+  %1525 = getelementptr i32, ptr %gep896.us.i, i64 %1522
+  %1526 = load <32 x bfloat>, ptr %1525, align 4, !tbaa !4
+  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1526)
+  %1527 = getelementptr inbounds nuw i8, ptr %gep, i64 268
+  %1528 = load i32, ptr %1527, align 4, !tbaa !4
+  %1529 = insertelement <16 x i32> poison, i32 %1528, i64 0
+  %1530 = shufflevector <16 x i32> %1529, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i264.us.1.i = bitcast <16 x i32> %1530 to <32 x bfloat>
+  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1524)
+  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1526)
+  %1531 = getelementptr inbounds nuw i8, ptr %gep, i64 524
+  %1532 = load i32, ptr %1531, align 4, !tbaa !4
+  %1533 = insertelement <16 x i32> poison, i32 %1532, i64 0
+  %1534 = shufflevector <16 x i32> %1533, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i270.us.1.i = bitcast <16 x i32> %1534 to <32 x bfloat>
+  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1524)
+  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1526)
+  %1535 = getelementptr inbounds nuw i8, ptr %gep, i64 780
+  %1536 = load i32, ptr %1535, align 4, !tbaa !4
+  %1537 = insertelement <16 x i32> poison, i32 %1536, i64 0
+  %1538 = shufflevector <16 x i32> %1537, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i276.us.1.i = bitcast <16 x i32> %1538 to <32 x bfloat>
+  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1524)
+  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1526)
+  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
+  %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1101.i, 16
+  br i1 %exitcond1103.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !39
 
 for_begin_n_1_m.preheader.us.i:                   ; preds = %for_end_n_1_m.us.i, %for_begin_n_1_m.preheader.us.i.preheader
-  %indvars.iv1121.i = phi i64 [ %indvars.iv.next1122.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
-  %1189 = shl nsw i64 %indvars.iv1121.i, 5
-  %1190 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1189
-  %1191 = load i64, ptr %1190, align 8, !tbaa !4
-  %gep894.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1191
-  %1192 = getelementptr inbounds nuw i8, ptr %1190, i64 128
-  %1193 = load i64, ptr %1192, align 8, !tbaa !4
-  %gep896.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1193
-  %1194 = trunc i64 %1189 to i32
-  %1195 = add i32 %1059, %1194
+  %indvars.iv1104.i = phi i64 [ %indvars.iv.next1105.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
+  %1539 = shl nsw i64 %indvars.iv1104.i, 5
+  %1540 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1539
+  %1541 = load i64, ptr %1540, align 8, !tbaa !4
+  %gep894.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1541
+  %1542 = getelementptr inbounds nuw i8, ptr %1540, i64 128
+  %1543 = load i64, ptr %1542, align 8, !tbaa !4
+  %gep896.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1543
+  %1544 = trunc i64 %1539 to i32
+  %1545 = add i32 %1409, %1544
   br label %for_begin_n_2.preheader.us.i
 
 for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
-  %1196 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %probs.i = tail call ptr %1196(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1197 = icmp eq ptr %probs.i, null
-  br i1 %1197, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
+  %1546 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.i = tail call ptr %1546(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1547 = icmp eq ptr %probs.i, null
+  br i1 %1547, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
 
 if_end28.i:                                       ; preds = %for_end___m.i
-  %1198 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %scaled.i = tail call ptr %1198(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1199 = icmp eq ptr %scaled.i, null
-  br i1 %1199, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
+  %1548 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.i = tail call ptr %1548(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1549 = icmp eq ptr %scaled.i, null
+  br i1 %1549, label %fused_decode_compute_.exit, label %if_end31.i, !prof !7
 
 if_end31.i:                                       ; preds = %if_end28.i
-  %1200 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %exact.i = tail call ptr %1200(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %1201 = icmp eq ptr %exact.i, null
-  br i1 %1201, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
+  %1550 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.i = tail call ptr %1550(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %1551 = icmp eq ptr %exact.i, null
+  br i1 %1551, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
 
 for_begin_r36.preheader.i:                        ; preds = %if_end31.i
-  br i1 %975, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
+  br i1 %1325, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to.us.i.preheader:                       ; preds = %for_begin_r36.preheader.i
-  br i1 %988, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !30
+  br i1 %1338, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !48
 
 for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv1126.i = phi i64 [ %indvars.iv.next1127.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
+  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
   %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %1202 = shl nsw i64 %indvars.iv1126.i, 5
-  %1203 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1202
-  %1204 = load <32 x float>, ptr %1203, align 4, !tbaa !4
-  %1205 = fmul <32 x float> %91, %1204
-  %1206 = trunc i64 %1202 to i32
-  %1207 = sub i32 %931, %1206
-  %1208 = insertelement <32 x i32> poison, i32 %1207, i64 0
-  %1209 = shufflevector <32 x i32> %1208, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1210 = icmp sgt <32 x i32> %1209, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1211 = select <32 x i1> %1210, <32 x float> %1205, <32 x float> splat (float 0xFFF0000000000000)
-  %1212 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1202
-  store <32 x float> %1211, ptr %1212, align 4, !tbaa !4
-  %indvars.iv.next1127.i = shl i64 %indvars.iv1126.i, 5
-  %1213 = or disjoint i64 %indvars.iv.next1127.i, 32
-  %1214 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1213
-  %1215 = load <32 x float>, ptr %1214, align 4, !tbaa !4
-  %1216 = fmul <32 x float> %91, %1215
-  %1217 = trunc i64 %1213 to i32
-  %1218 = sub i32 %931, %1217
-  %1219 = insertelement <32 x i32> poison, i32 %1218, i64 0
-  %1220 = shufflevector <32 x i32> %1219, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1221 = icmp sgt <32 x i32> %1220, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1222 = select <32 x i1> %1221, <32 x float> %1216, <32 x float> splat (float 0xFFF0000000000000)
-  %1223 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1213
-  store <32 x float> %1222, ptr %1223, align 4, !tbaa !4
-  %indvars.iv.next1127.i.1 = shl i64 %indvars.iv1126.i, 5
-  %1224 = or disjoint i64 %indvars.iv.next1127.i.1, 64
-  %1225 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1224
-  %1226 = load <32 x float>, ptr %1225, align 4, !tbaa !4
-  %1227 = fmul <32 x float> %91, %1226
-  %1228 = trunc i64 %1224 to i32
-  %1229 = sub i32 %931, %1228
-  %1230 = insertelement <32 x i32> poison, i32 %1229, i64 0
-  %1231 = shufflevector <32 x i32> %1230, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1232 = icmp sgt <32 x i32> %1231, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1233 = select <32 x i1> %1232, <32 x float> %1227, <32 x float> splat (float 0xFFF0000000000000)
-  %1234 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1224
-  store <32 x float> %1233, ptr %1234, align 4, !tbaa !4
-  %indvars.iv.next1127.i.2 = shl i64 %indvars.iv1126.i, 5
-  %1235 = or disjoint i64 %indvars.iv.next1127.i.2, 96
-  %1236 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1235
-  %1237 = load <32 x float>, ptr %1236, align 4, !tbaa !4
-  %1238 = fmul <32 x float> %91, %1237
-  %1239 = trunc i64 %1235 to i32
-  %1240 = sub i32 %931, %1239
-  %1241 = insertelement <32 x i32> poison, i32 %1240, i64 0
-  %1242 = shufflevector <32 x i32> %1241, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1243 = icmp sgt <32 x i32> %1242, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1244 = select <32 x i1> %1243, <32 x float> %1238, <32 x float> splat (float 0xFFF0000000000000)
-  %1245 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1235
-  store <32 x float> %1244, ptr %1245, align 4, !tbaa !4
-  %indvars.iv.next1127.i.3 = add nuw nsw i64 %indvars.iv1126.i, 4
+  %1552 = shl nsw i64 %indvars.iv1109.i, 5
+  %1553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1552
+  %1554 = load <32 x float>, ptr %1553, align 4, !tbaa !4
+  %1555 = fmul <32 x float> %97, %1554
+  %1556 = trunc i64 %1552 to i32
+  %1557 = sub i32 %1281, %1556
+  %1558 = insertelement <32 x i32> poison, i32 %1557, i64 0
+  %1559 = shufflevector <32 x i32> %1558, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1560 = icmp sgt <32 x i32> %1559, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1561 = select <32 x i1> %1560, <32 x float> %1555, <32 x float> splat (float 0xFFF0000000000000)
+  %1562 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1552
+  store <32 x float> %1561, ptr %1562, align 4, !tbaa !4
+  %indvars.iv.next1110.i = shl i64 %indvars.iv1109.i, 5
+  %1563 = or disjoint i64 %indvars.iv.next1110.i, 32
+  %1564 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1563
+  %1565 = load <32 x float>, ptr %1564, align 4, !tbaa !4
+  %1566 = fmul <32 x float> %97, %1565
+  %1567 = trunc i64 %1563 to i32
+  %1568 = sub i32 %1281, %1567
+  %1569 = insertelement <32 x i32> poison, i32 %1568, i64 0
+  %1570 = shufflevector <32 x i32> %1569, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1571 = icmp sgt <32 x i32> %1570, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1572 = select <32 x i1> %1571, <32 x float> %1566, <32 x float> splat (float 0xFFF0000000000000)
+  %1573 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1563
+  store <32 x float> %1572, ptr %1573, align 4, !tbaa !4
+  %indvars.iv.next1110.i.1 = shl i64 %indvars.iv1109.i, 5
+  %1574 = or disjoint i64 %indvars.iv.next1110.i.1, 64
+  %1575 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1574
+  %1576 = load <32 x float>, ptr %1575, align 4, !tbaa !4
+  %1577 = fmul <32 x float> %97, %1576
+  %1578 = trunc i64 %1574 to i32
+  %1579 = sub i32 %1281, %1578
+  %1580 = insertelement <32 x i32> poison, i32 %1579, i64 0
+  %1581 = shufflevector <32 x i32> %1580, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1582 = icmp sgt <32 x i32> %1581, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1583 = select <32 x i1> %1582, <32 x float> %1577, <32 x float> splat (float 0xFFF0000000000000)
+  %1584 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1574
+  store <32 x float> %1583, ptr %1584, align 4, !tbaa !4
+  %indvars.iv.next1110.i.2 = shl i64 %indvars.iv1109.i, 5
+  %1585 = or disjoint i64 %indvars.iv.next1110.i.2, 96
+  %1586 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1585
+  %1587 = load <32 x float>, ptr %1586, align 4, !tbaa !4
+  %1588 = fmul <32 x float> %97, %1587
+  %1589 = trunc i64 %1585 to i32
+  %1590 = sub i32 %1281, %1589
+  %1591 = insertelement <32 x i32> poison, i32 %1590, i64 0
+  %1592 = shufflevector <32 x i32> %1591, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1593 = icmp sgt <32 x i32> %1592, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1594 = select <32 x i1> %1593, <32 x float> %1588, <32 x float> splat (float 0xFFF0000000000000)
+  %1595 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1585
+  store <32 x float> %1594, ptr %1595, align 4, !tbaa !4
+  %indvars.iv.next1110.i.3 = add nuw nsw i64 %indvars.iv1109.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !31, !llvm.loop !32
+  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !49, !llvm.loop !50
 
 for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !52
 
 for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv1126.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1127.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod96)
+  %indvars.iv1109.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1110.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod193)
   br label %for_body_to.us.i.epil
 
 for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv1126.i.epil = phi i64 [ %indvars.iv.next1127.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1126.i.epil.init, %for_body_to.us.i.epil.preheader ]
+  %indvars.iv1109.i.epil = phi i64 [ %indvars.iv.next1110.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1109.i.epil.init, %for_body_to.us.i.epil.preheader ]
   %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %1246 = shl nsw i64 %indvars.iv1126.i.epil, 5
-  %1247 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1246
-  %1248 = load <32 x float>, ptr %1247, align 4, !tbaa !4
-  %1249 = fmul <32 x float> %91, %1248
-  %1250 = trunc i64 %1246 to i32
-  %1251 = sub i32 %931, %1250
-  %1252 = insertelement <32 x i32> poison, i32 %1251, i64 0
-  %1253 = shufflevector <32 x i32> %1252, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1254 = icmp sgt <32 x i32> %1253, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1255 = select <32 x i1> %1254, <32 x float> %1249, <32 x float> splat (float 0xFFF0000000000000)
-  %1256 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1246
-  store <32 x float> %1255, ptr %1256, align 4, !tbaa !4
-  %indvars.iv.next1127.i.epil = add nuw nsw i64 %indvars.iv1126.i.epil, 1
+  %1596 = shl nsw i64 %indvars.iv1109.i.epil, 5
+  %1597 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1596
+  %1598 = load <32 x float>, ptr %1597, align 4, !tbaa !4
+  %1599 = fmul <32 x float> %97, %1598
+  %1600 = trunc i64 %1596 to i32
+  %1601 = sub i32 %1281, %1600
+  %1602 = insertelement <32 x i32> poison, i32 %1601, i64 0
+  %1603 = shufflevector <32 x i32> %1602, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1604 = icmp sgt <32 x i32> %1603, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1605 = select <32 x i1> %1604, <32 x float> %1599, <32 x float> splat (float 0xFFF0000000000000)
+  %1606 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1596
+  store <32 x float> %1605, ptr %1606, align 4, !tbaa !4
+  %indvars.iv.next1110.i.epil = add nuw nsw i64 %indvars.iv1109.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !35, !llvm.loop !36
+  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !53, !llvm.loop !54
 
 for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %989, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !30
+  br i1 %1339, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !48
 
 for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv1126.1.i = phi i64 [ %indvars.iv.next1127.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter102 = phi i64 [ %niter102.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %1257 = shl nsw i64 %indvars.iv1126.1.i, 5
-  %1258 = add nuw nsw i64 %1257, 128
-  %1259 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1258
-  %1260 = load <32 x float>, ptr %1259, align 4, !tbaa !4
-  %1261 = fmul <32 x float> %91, %1260
-  %1262 = trunc i64 %1257 to i32
-  %1263 = sub i32 %931, %1262
-  %1264 = insertelement <32 x i32> poison, i32 %1263, i64 0
-  %1265 = shufflevector <32 x i32> %1264, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1266 = icmp sgt <32 x i32> %1265, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1267 = select <32 x i1> %1266, <32 x float> %1261, <32 x float> splat (float 0xFFF0000000000000)
-  %1268 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1258
-  store <32 x float> %1267, ptr %1268, align 4, !tbaa !4
-  %indvars.iv.next1127.1.i = shl i64 %indvars.iv1126.1.i, 5
-  %1269 = add nuw nsw i64 %indvars.iv.next1127.1.i, 160
-  %1270 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1269
-  %1271 = load <32 x float>, ptr %1270, align 4, !tbaa !4
-  %1272 = fmul <32 x float> %91, %1271
-  %1273 = trunc i64 %indvars.iv.next1127.1.i to i32
-  %1274 = or disjoint i32 %1273, 32
-  %1275 = sub i32 %931, %1274
-  %1276 = insertelement <32 x i32> poison, i32 %1275, i64 0
-  %1277 = shufflevector <32 x i32> %1276, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1278 = icmp sgt <32 x i32> %1277, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1279 = select <32 x i1> %1278, <32 x float> %1272, <32 x float> splat (float 0xFFF0000000000000)
-  %1280 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1269
-  store <32 x float> %1279, ptr %1280, align 4, !tbaa !4
-  %indvars.iv.next1127.1.i.1 = shl i64 %indvars.iv1126.1.i, 5
-  %1281 = add nuw nsw i64 %indvars.iv.next1127.1.i.1, 192
-  %1282 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1281
-  %1283 = load <32 x float>, ptr %1282, align 4, !tbaa !4
-  %1284 = fmul <32 x float> %91, %1283
-  %1285 = trunc i64 %indvars.iv.next1127.1.i.1 to i32
-  %1286 = or disjoint i32 %1285, 64
-  %1287 = sub i32 %931, %1286
-  %1288 = insertelement <32 x i32> poison, i32 %1287, i64 0
-  %1289 = shufflevector <32 x i32> %1288, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1290 = icmp sgt <32 x i32> %1289, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1291 = select <32 x i1> %1290, <32 x float> %1284, <32 x float> splat (float 0xFFF0000000000000)
-  %1292 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1281
-  store <32 x float> %1291, ptr %1292, align 4, !tbaa !4
-  %indvars.iv.next1127.1.i.2 = shl i64 %indvars.iv1126.1.i, 5
-  %1293 = add nuw nsw i64 %indvars.iv.next1127.1.i.2, 224
-  %1294 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1293
-  %1295 = load <32 x float>, ptr %1294, align 4, !tbaa !4
-  %1296 = fmul <32 x float> %91, %1295
-  %1297 = trunc i64 %indvars.iv.next1127.1.i.2 to i32
-  %1298 = or disjoint i32 %1297, 96
-  %1299 = sub i32 %931, %1298
-  %1300 = insertelement <32 x i32> poison, i32 %1299, i64 0
-  %1301 = shufflevector <32 x i32> %1300, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1302 = icmp sgt <32 x i32> %1301, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1303 = select <32 x i1> %1302, <32 x float> %1296, <32 x float> splat (float 0xFFF0000000000000)
-  %1304 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1293
-  store <32 x float> %1303, ptr %1304, align 4, !tbaa !4
-  %indvars.iv.next1127.1.i.3 = add nuw nsw i64 %indvars.iv1126.1.i, 4
-  %niter102.next.3 = add i64 %niter102, 4
-  %niter102.ncmp.3 = icmp eq i64 %niter102.next.3, %unroll_iter101
-  br i1 %niter102.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !31, !llvm.loop !39
+  %indvars.iv1109.1.i = phi i64 [ %indvars.iv.next1110.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %niter199 = phi i64 [ %niter199.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
+  %1607 = shl nsw i64 %indvars.iv1109.1.i, 5
+  %1608 = add nuw nsw i64 %1607, 128
+  %1609 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1608
+  %1610 = load <32 x float>, ptr %1609, align 4, !tbaa !4
+  %1611 = fmul <32 x float> %97, %1610
+  %1612 = trunc i64 %1607 to i32
+  %1613 = sub i32 %1281, %1612
+  %1614 = insertelement <32 x i32> poison, i32 %1613, i64 0
+  %1615 = shufflevector <32 x i32> %1614, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1616 = icmp sgt <32 x i32> %1615, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1617 = select <32 x i1> %1616, <32 x float> %1611, <32 x float> splat (float 0xFFF0000000000000)
+  %1618 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1608
+  store <32 x float> %1617, ptr %1618, align 4, !tbaa !4
+  %indvars.iv.next1110.1.i = shl i64 %indvars.iv1109.1.i, 5
+  %1619 = add nuw nsw i64 %indvars.iv.next1110.1.i, 160
+  %1620 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1619
+  %1621 = load <32 x float>, ptr %1620, align 4, !tbaa !4
+  %1622 = fmul <32 x float> %97, %1621
+  %1623 = trunc i64 %indvars.iv.next1110.1.i to i32
+  %1624 = or disjoint i32 %1623, 32
+  %1625 = sub i32 %1281, %1624
+  %1626 = insertelement <32 x i32> poison, i32 %1625, i64 0
+  %1627 = shufflevector <32 x i32> %1626, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1628 = icmp sgt <32 x i32> %1627, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1629 = select <32 x i1> %1628, <32 x float> %1622, <32 x float> splat (float 0xFFF0000000000000)
+  %1630 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1619
+  store <32 x float> %1629, ptr %1630, align 4, !tbaa !4
+  %indvars.iv.next1110.1.i.1 = shl i64 %indvars.iv1109.1.i, 5
+  %1631 = add nuw nsw i64 %indvars.iv.next1110.1.i.1, 192
+  %1632 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1631
+  %1633 = load <32 x float>, ptr %1632, align 4, !tbaa !4
+  %1634 = fmul <32 x float> %97, %1633
+  %1635 = trunc i64 %indvars.iv.next1110.1.i.1 to i32
+  %1636 = or disjoint i32 %1635, 64
+  %1637 = sub i32 %1281, %1636
+  %1638 = insertelement <32 x i32> poison, i32 %1637, i64 0
+  %1639 = shufflevector <32 x i32> %1638, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1640 = icmp sgt <32 x i32> %1639, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1641 = select <32 x i1> %1640, <32 x float> %1634, <32 x float> splat (float 0xFFF0000000000000)
+  %1642 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1631
+  store <32 x float> %1641, ptr %1642, align 4, !tbaa !4
+  %indvars.iv.next1110.1.i.2 = shl i64 %indvars.iv1109.1.i, 5
+  %1643 = add nuw nsw i64 %indvars.iv.next1110.1.i.2, 224
+  %1644 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1643
+  %1645 = load <32 x float>, ptr %1644, align 4, !tbaa !4
+  %1646 = fmul <32 x float> %97, %1645
+  %1647 = trunc i64 %indvars.iv.next1110.1.i.2 to i32
+  %1648 = or disjoint i32 %1647, 96
+  %1649 = sub i32 %1281, %1648
+  %1650 = insertelement <32 x i32> poison, i32 %1649, i64 0
+  %1651 = shufflevector <32 x i32> %1650, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1652 = icmp sgt <32 x i32> %1651, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1653 = select <32 x i1> %1652, <32 x float> %1646, <32 x float> splat (float 0xFFF0000000000000)
+  %1654 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1643
+  store <32 x float> %1653, ptr %1654, align 4, !tbaa !4
+  %indvars.iv.next1110.1.i.3 = add nuw nsw i64 %indvars.iv1109.1.i, 4
+  %niter199.next.3 = add i64 %niter199, 4
+  %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
+  br i1 %niter199.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !49, !llvm.loop !57
 
 for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod99.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod196.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !52
 
 for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv1126.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1127.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod100)
+  %indvars.iv1109.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1110.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod197)
   br label %for_body_to.us.1.i.epil
 
 for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv1126.1.i.epil = phi i64 [ %indvars.iv.next1127.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1126.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter98 = phi i64 [ %epil.iter98.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %1305 = shl nsw i64 %indvars.iv1126.1.i.epil, 5
-  %1306 = add nuw nsw i64 %1305, 128
-  %1307 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1306
-  %1308 = load <32 x float>, ptr %1307, align 4, !tbaa !4
-  %1309 = fmul <32 x float> %91, %1308
-  %1310 = trunc i64 %1305 to i32
-  %1311 = sub i32 %931, %1310
-  %1312 = insertelement <32 x i32> poison, i32 %1311, i64 0
-  %1313 = shufflevector <32 x i32> %1312, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1314 = icmp sgt <32 x i32> %1313, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1315 = select <32 x i1> %1314, <32 x float> %1309, <32 x float> splat (float 0xFFF0000000000000)
-  %1316 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1306
-  store <32 x float> %1315, ptr %1316, align 4, !tbaa !4
-  %indvars.iv.next1127.1.i.epil = add nuw nsw i64 %indvars.iv1126.1.i.epil, 1
-  %epil.iter98.next = add i64 %epil.iter98, 1
-  %epil.iter98.cmp.not = icmp eq i64 %epil.iter98.next, %xtraiter97
-  br i1 %epil.iter98.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !35, !llvm.loop !40
+  %indvars.iv1109.1.i.epil = phi i64 [ %indvars.iv.next1110.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1109.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
+  %epil.iter195 = phi i64 [ %epil.iter195.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
+  %1655 = shl nsw i64 %indvars.iv1109.1.i.epil, 5
+  %1656 = add nuw nsw i64 %1655, 128
+  %1657 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1656
+  %1658 = load <32 x float>, ptr %1657, align 4, !tbaa !4
+  %1659 = fmul <32 x float> %97, %1658
+  %1660 = trunc i64 %1655 to i32
+  %1661 = sub i32 %1281, %1660
+  %1662 = insertelement <32 x i32> poison, i32 %1661, i64 0
+  %1663 = shufflevector <32 x i32> %1662, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1664 = icmp sgt <32 x i32> %1663, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1665 = select <32 x i1> %1664, <32 x float> %1659, <32 x float> splat (float 0xFFF0000000000000)
+  %1666 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1656
+  store <32 x float> %1665, ptr %1666, align 4, !tbaa !4
+  %indvars.iv.next1110.1.i.epil = add nuw nsw i64 %indvars.iv1109.1.i.epil, 1
+  %epil.iter195.next = add i64 %epil.iter195, 1
+  %epil.iter195.cmp.not = icmp eq i64 %epil.iter195.next, %xtraiter194
+  br i1 %epil.iter195.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !53, !llvm.loop !58
 
 for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %990, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !30
+  br i1 %1340, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !48
 
 for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv1126.2.i = phi i64 [ %indvars.iv.next1127.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter108 = phi i64 [ %niter108.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %1317 = shl nsw i64 %indvars.iv1126.2.i, 5
-  %1318 = add nuw nsw i64 %1317, 256
-  %1319 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1318
-  %1320 = load <32 x float>, ptr %1319, align 4, !tbaa !4
-  %1321 = fmul <32 x float> %91, %1320
-  %1322 = trunc i64 %1317 to i32
-  %1323 = sub i32 %931, %1322
-  %1324 = insertelement <32 x i32> poison, i32 %1323, i64 0
-  %1325 = shufflevector <32 x i32> %1324, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1326 = icmp sgt <32 x i32> %1325, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1327 = select <32 x i1> %1326, <32 x float> %1321, <32 x float> splat (float 0xFFF0000000000000)
-  %1328 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1318
-  store <32 x float> %1327, ptr %1328, align 4, !tbaa !4
-  %indvars.iv.next1127.2.i = shl i64 %indvars.iv1126.2.i, 5
-  %1329 = add nuw nsw i64 %indvars.iv.next1127.2.i, 288
-  %1330 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1329
-  %1331 = load <32 x float>, ptr %1330, align 4, !tbaa !4
-  %1332 = fmul <32 x float> %91, %1331
-  %1333 = trunc i64 %indvars.iv.next1127.2.i to i32
-  %1334 = or disjoint i32 %1333, 32
-  %1335 = sub i32 %931, %1334
-  %1336 = insertelement <32 x i32> poison, i32 %1335, i64 0
-  %1337 = shufflevector <32 x i32> %1336, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1338 = icmp sgt <32 x i32> %1337, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1339 = select <32 x i1> %1338, <32 x float> %1332, <32 x float> splat (float 0xFFF0000000000000)
-  %1340 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1329
-  store <32 x float> %1339, ptr %1340, align 4, !tbaa !4
-  %indvars.iv.next1127.2.i.1 = shl i64 %indvars.iv1126.2.i, 5
-  %1341 = add nuw nsw i64 %indvars.iv.next1127.2.i.1, 320
-  %1342 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1341
-  %1343 = load <32 x float>, ptr %1342, align 4, !tbaa !4
-  %1344 = fmul <32 x float> %91, %1343
-  %1345 = trunc i64 %indvars.iv.next1127.2.i.1 to i32
-  %1346 = or disjoint i32 %1345, 64
-  %1347 = sub i32 %931, %1346
-  %1348 = insertelement <32 x i32> poison, i32 %1347, i64 0
-  %1349 = shufflevector <32 x i32> %1348, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1350 = icmp sgt <32 x i32> %1349, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1351 = select <32 x i1> %1350, <32 x float> %1344, <32 x float> splat (float 0xFFF0000000000000)
-  %1352 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1341
-  store <32 x float> %1351, ptr %1352, align 4, !tbaa !4
-  %indvars.iv.next1127.2.i.2 = shl i64 %indvars.iv1126.2.i, 5
-  %1353 = add nuw nsw i64 %indvars.iv.next1127.2.i.2, 352
-  %1354 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1353
-  %1355 = load <32 x float>, ptr %1354, align 4, !tbaa !4
-  %1356 = fmul <32 x float> %91, %1355
-  %1357 = trunc i64 %indvars.iv.next1127.2.i.2 to i32
-  %1358 = or disjoint i32 %1357, 96
-  %1359 = sub i32 %931, %1358
-  %1360 = insertelement <32 x i32> poison, i32 %1359, i64 0
-  %1361 = shufflevector <32 x i32> %1360, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1362 = icmp sgt <32 x i32> %1361, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1363 = select <32 x i1> %1362, <32 x float> %1356, <32 x float> splat (float 0xFFF0000000000000)
-  %1364 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1353
-  store <32 x float> %1363, ptr %1364, align 4, !tbaa !4
-  %indvars.iv.next1127.2.i.3 = add nuw nsw i64 %indvars.iv1126.2.i, 4
-  %niter108.next.3 = add i64 %niter108, 4
-  %niter108.ncmp.3 = icmp eq i64 %niter108.next.3, %unroll_iter107
-  br i1 %niter108.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !31, !llvm.loop !41
+  %indvars.iv1109.2.i = phi i64 [ %indvars.iv.next1110.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %niter205 = phi i64 [ %niter205.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
+  %1667 = shl nsw i64 %indvars.iv1109.2.i, 5
+  %1668 = add nuw nsw i64 %1667, 256
+  %1669 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1668
+  %1670 = load <32 x float>, ptr %1669, align 4, !tbaa !4
+  %1671 = fmul <32 x float> %97, %1670
+  %1672 = trunc i64 %1667 to i32
+  %1673 = sub i32 %1281, %1672
+  %1674 = insertelement <32 x i32> poison, i32 %1673, i64 0
+  %1675 = shufflevector <32 x i32> %1674, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1676 = icmp sgt <32 x i32> %1675, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1677 = select <32 x i1> %1676, <32 x float> %1671, <32 x float> splat (float 0xFFF0000000000000)
+  %1678 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1668
+  store <32 x float> %1677, ptr %1678, align 4, !tbaa !4
+  %indvars.iv.next1110.2.i = shl i64 %indvars.iv1109.2.i, 5
+  %1679 = add nuw nsw i64 %indvars.iv.next1110.2.i, 288
+  %1680 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1679
+  %1681 = load <32 x float>, ptr %1680, align 4, !tbaa !4
+  %1682 = fmul <32 x float> %97, %1681
+  %1683 = trunc i64 %indvars.iv.next1110.2.i to i32
+  %1684 = or disjoint i32 %1683, 32
+  %1685 = sub i32 %1281, %1684
+  %1686 = insertelement <32 x i32> poison, i32 %1685, i64 0
+  %1687 = shufflevector <32 x i32> %1686, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1688 = icmp sgt <32 x i32> %1687, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1689 = select <32 x i1> %1688, <32 x float> %1682, <32 x float> splat (float 0xFFF0000000000000)
+  %1690 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1679
+  store <32 x float> %1689, ptr %1690, align 4, !tbaa !4
+  %indvars.iv.next1110.2.i.1 = shl i64 %indvars.iv1109.2.i, 5
+  %1691 = add nuw nsw i64 %indvars.iv.next1110.2.i.1, 320
+  %1692 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1691
+  %1693 = load <32 x float>, ptr %1692, align 4, !tbaa !4
+  %1694 = fmul <32 x float> %97, %1693
+  %1695 = trunc i64 %indvars.iv.next1110.2.i.1 to i32
+  %1696 = or disjoint i32 %1695, 64
+  %1697 = sub i32 %1281, %1696
+  %1698 = insertelement <32 x i32> poison, i32 %1697, i64 0
+  %1699 = shufflevector <32 x i32> %1698, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1700 = icmp sgt <32 x i32> %1699, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1701 = select <32 x i1> %1700, <32 x float> %1694, <32 x float> splat (float 0xFFF0000000000000)
+  %1702 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1691
+  store <32 x float> %1701, ptr %1702, align 4, !tbaa !4
+  %indvars.iv.next1110.2.i.2 = shl i64 %indvars.iv1109.2.i, 5
+  %1703 = add nuw nsw i64 %indvars.iv.next1110.2.i.2, 352
+  %1704 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1703
+  %1705 = load <32 x float>, ptr %1704, align 4, !tbaa !4
+  %1706 = fmul <32 x float> %97, %1705
+  %1707 = trunc i64 %indvars.iv.next1110.2.i.2 to i32
+  %1708 = or disjoint i32 %1707, 96
+  %1709 = sub i32 %1281, %1708
+  %1710 = insertelement <32 x i32> poison, i32 %1709, i64 0
+  %1711 = shufflevector <32 x i32> %1710, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1712 = icmp sgt <32 x i32> %1711, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1713 = select <32 x i1> %1712, <32 x float> %1706, <32 x float> splat (float 0xFFF0000000000000)
+  %1714 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1703
+  store <32 x float> %1713, ptr %1714, align 4, !tbaa !4
+  %indvars.iv.next1110.2.i.3 = add nuw nsw i64 %indvars.iv1109.2.i, 4
+  %niter205.next.3 = add i64 %niter205, 4
+  %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
+  br i1 %niter205.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !49, !llvm.loop !59
 
 for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod105.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod202.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !52
 
 for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv1126.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1127.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod106)
+  %indvars.iv1109.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1110.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod203)
   br label %for_body_to.us.2.i.epil
 
 for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv1126.2.i.epil = phi i64 [ %indvars.iv.next1127.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1126.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter104 = phi i64 [ %epil.iter104.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %1365 = shl nsw i64 %indvars.iv1126.2.i.epil, 5
-  %1366 = add nuw nsw i64 %1365, 256
-  %1367 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1366
-  %1368 = load <32 x float>, ptr %1367, align 4, !tbaa !4
-  %1369 = fmul <32 x float> %91, %1368
-  %1370 = trunc i64 %1365 to i32
-  %1371 = sub i32 %931, %1370
-  %1372 = insertelement <32 x i32> poison, i32 %1371, i64 0
-  %1373 = shufflevector <32 x i32> %1372, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1374 = icmp sgt <32 x i32> %1373, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1375 = select <32 x i1> %1374, <32 x float> %1369, <32 x float> splat (float 0xFFF0000000000000)
-  %1376 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1366
-  store <32 x float> %1375, ptr %1376, align 4, !tbaa !4
-  %indvars.iv.next1127.2.i.epil = add nuw nsw i64 %indvars.iv1126.2.i.epil, 1
-  %epil.iter104.next = add i64 %epil.iter104, 1
-  %epil.iter104.cmp.not = icmp eq i64 %epil.iter104.next, %xtraiter103
-  br i1 %epil.iter104.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !35, !llvm.loop !42
+  %indvars.iv1109.2.i.epil = phi i64 [ %indvars.iv.next1110.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1109.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
+  %epil.iter201 = phi i64 [ %epil.iter201.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
+  %1715 = shl nsw i64 %indvars.iv1109.2.i.epil, 5
+  %1716 = add nuw nsw i64 %1715, 256
+  %1717 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1716
+  %1718 = load <32 x float>, ptr %1717, align 4, !tbaa !4
+  %1719 = fmul <32 x float> %97, %1718
+  %1720 = trunc i64 %1715 to i32
+  %1721 = sub i32 %1281, %1720
+  %1722 = insertelement <32 x i32> poison, i32 %1721, i64 0
+  %1723 = shufflevector <32 x i32> %1722, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1724 = icmp sgt <32 x i32> %1723, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1725 = select <32 x i1> %1724, <32 x float> %1719, <32 x float> splat (float 0xFFF0000000000000)
+  %1726 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1716
+  store <32 x float> %1725, ptr %1726, align 4, !tbaa !4
+  %indvars.iv.next1110.2.i.epil = add nuw nsw i64 %indvars.iv1109.2.i.epil, 1
+  %epil.iter201.next = add i64 %epil.iter201, 1
+  %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
+  br i1 %epil.iter201.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !53, !llvm.loop !60
 
 for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %991, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !30
+  br i1 %1341, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !48
 
 for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv1126.3.i = phi i64 [ %indvars.iv.next1127.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter114 = phi i64 [ %niter114.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %1377 = shl nsw i64 %indvars.iv1126.3.i, 5
-  %1378 = add nuw nsw i64 %1377, 384
-  %1379 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1378
-  %1380 = load <32 x float>, ptr %1379, align 4, !tbaa !4
-  %1381 = fmul <32 x float> %91, %1380
-  %1382 = trunc i64 %1377 to i32
-  %1383 = sub i32 %931, %1382
-  %1384 = insertelement <32 x i32> poison, i32 %1383, i64 0
-  %1385 = shufflevector <32 x i32> %1384, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1386 = icmp sgt <32 x i32> %1385, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1387 = select <32 x i1> %1386, <32 x float> %1381, <32 x float> splat (float 0xFFF0000000000000)
-  %1388 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1378
-  store <32 x float> %1387, ptr %1388, align 4, !tbaa !4
-  %indvars.iv.next1127.3.i = shl i64 %indvars.iv1126.3.i, 5
-  %1389 = add nuw nsw i64 %indvars.iv.next1127.3.i, 416
-  %1390 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1389
-  %1391 = load <32 x float>, ptr %1390, align 4, !tbaa !4
-  %1392 = fmul <32 x float> %91, %1391
-  %1393 = trunc i64 %indvars.iv.next1127.3.i to i32
-  %1394 = or disjoint i32 %1393, 32
-  %1395 = sub i32 %931, %1394
-  %1396 = insertelement <32 x i32> poison, i32 %1395, i64 0
-  %1397 = shufflevector <32 x i32> %1396, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1398 = icmp sgt <32 x i32> %1397, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1399 = select <32 x i1> %1398, <32 x float> %1392, <32 x float> splat (float 0xFFF0000000000000)
-  %1400 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1389
-  store <32 x float> %1399, ptr %1400, align 4, !tbaa !4
-  %indvars.iv.next1127.3.i.1 = shl i64 %indvars.iv1126.3.i, 5
-  %1401 = add nuw nsw i64 %indvars.iv.next1127.3.i.1, 448
-  %1402 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1401
-  %1403 = load <32 x float>, ptr %1402, align 4, !tbaa !4
-  %1404 = fmul <32 x float> %91, %1403
-  %1405 = trunc i64 %indvars.iv.next1127.3.i.1 to i32
-  %1406 = or disjoint i32 %1405, 64
-  %1407 = sub i32 %931, %1406
-  %1408 = insertelement <32 x i32> poison, i32 %1407, i64 0
-  %1409 = shufflevector <32 x i32> %1408, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1410 = icmp sgt <32 x i32> %1409, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1411 = select <32 x i1> %1410, <32 x float> %1404, <32 x float> splat (float 0xFFF0000000000000)
-  %1412 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1401
-  store <32 x float> %1411, ptr %1412, align 4, !tbaa !4
-  %indvars.iv.next1127.3.i.2 = shl i64 %indvars.iv1126.3.i, 5
-  %1413 = add nuw nsw i64 %indvars.iv.next1127.3.i.2, 480
-  %1414 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1413
-  %1415 = load <32 x float>, ptr %1414, align 4, !tbaa !4
-  %1416 = fmul <32 x float> %91, %1415
-  %1417 = trunc i64 %indvars.iv.next1127.3.i.2 to i32
-  %1418 = or disjoint i32 %1417, 96
-  %1419 = sub i32 %931, %1418
-  %1420 = insertelement <32 x i32> poison, i32 %1419, i64 0
-  %1421 = shufflevector <32 x i32> %1420, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1422 = icmp sgt <32 x i32> %1421, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1423 = select <32 x i1> %1422, <32 x float> %1416, <32 x float> splat (float 0xFFF0000000000000)
-  %1424 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1413
-  store <32 x float> %1423, ptr %1424, align 4, !tbaa !4
-  %indvars.iv.next1127.3.i.3 = add nuw nsw i64 %indvars.iv1126.3.i, 4
-  %niter114.next.3 = add i64 %niter114, 4
-  %niter114.ncmp.3 = icmp eq i64 %niter114.next.3, %unroll_iter113
-  br i1 %niter114.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !31, !llvm.loop !43
+  %indvars.iv1109.3.i = phi i64 [ %indvars.iv.next1110.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %niter211 = phi i64 [ %niter211.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
+  %1727 = shl nsw i64 %indvars.iv1109.3.i, 5
+  %1728 = add nuw nsw i64 %1727, 384
+  %1729 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1728
+  %1730 = load <32 x float>, ptr %1729, align 4, !tbaa !4
+  %1731 = fmul <32 x float> %97, %1730
+  %1732 = trunc i64 %1727 to i32
+  %1733 = sub i32 %1281, %1732
+  %1734 = insertelement <32 x i32> poison, i32 %1733, i64 0
+  %1735 = shufflevector <32 x i32> %1734, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1736 = icmp sgt <32 x i32> %1735, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1737 = select <32 x i1> %1736, <32 x float> %1731, <32 x float> splat (float 0xFFF0000000000000)
+  %1738 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1728
+  store <32 x float> %1737, ptr %1738, align 4, !tbaa !4
+  %indvars.iv.next1110.3.i = shl i64 %indvars.iv1109.3.i, 5
+  %1739 = add nuw nsw i64 %indvars.iv.next1110.3.i, 416
+  %1740 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1739
+  %1741 = load <32 x float>, ptr %1740, align 4, !tbaa !4
+  %1742 = fmul <32 x float> %97, %1741
+  %1743 = trunc i64 %indvars.iv.next1110.3.i to i32
+  %1744 = or disjoint i32 %1743, 32
+  %1745 = sub i32 %1281, %1744
+  %1746 = insertelement <32 x i32> poison, i32 %1745, i64 0
+  %1747 = shufflevector <32 x i32> %1746, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1748 = icmp sgt <32 x i32> %1747, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1749 = select <32 x i1> %1748, <32 x float> %1742, <32 x float> splat (float 0xFFF0000000000000)
+  %1750 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1739
+  store <32 x float> %1749, ptr %1750, align 4, !tbaa !4
+  %indvars.iv.next1110.3.i.1 = shl i64 %indvars.iv1109.3.i, 5
+  %1751 = add nuw nsw i64 %indvars.iv.next1110.3.i.1, 448
+  %1752 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1751
+  %1753 = load <32 x float>, ptr %1752, align 4, !tbaa !4
+  %1754 = fmul <32 x float> %97, %1753
+  %1755 = trunc i64 %indvars.iv.next1110.3.i.1 to i32
+  %1756 = or disjoint i32 %1755, 64
+  %1757 = sub i32 %1281, %1756
+  %1758 = insertelement <32 x i32> poison, i32 %1757, i64 0
+  %1759 = shufflevector <32 x i32> %1758, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1760 = icmp sgt <32 x i32> %1759, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1761 = select <32 x i1> %1760, <32 x float> %1754, <32 x float> splat (float 0xFFF0000000000000)
+  %1762 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1751
+  store <32 x float> %1761, ptr %1762, align 4, !tbaa !4
+  %indvars.iv.next1110.3.i.2 = shl i64 %indvars.iv1109.3.i, 5
+  %1763 = add nuw nsw i64 %indvars.iv.next1110.3.i.2, 480
+  %1764 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1763
+  %1765 = load <32 x float>, ptr %1764, align 4, !tbaa !4
+  %1766 = fmul <32 x float> %97, %1765
+  %1767 = trunc i64 %indvars.iv.next1110.3.i.2 to i32
+  %1768 = or disjoint i32 %1767, 96
+  %1769 = sub i32 %1281, %1768
+  %1770 = insertelement <32 x i32> poison, i32 %1769, i64 0
+  %1771 = shufflevector <32 x i32> %1770, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1772 = icmp sgt <32 x i32> %1771, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1773 = select <32 x i1> %1772, <32 x float> %1766, <32 x float> splat (float 0xFFF0000000000000)
+  %1774 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1763
+  store <32 x float> %1773, ptr %1774, align 4, !tbaa !4
+  %indvars.iv.next1110.3.i.3 = add nuw nsw i64 %indvars.iv1109.3.i, 4
+  %niter211.next.3 = add i64 %niter211, 4
+  %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
+  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !49, !llvm.loop !61
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod111.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !52
 
 for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv1126.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1127.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod112)
+  %indvars.iv1109.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1110.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod209)
   br label %for_body_to.us.3.i.epil
 
 for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv1126.3.i.epil = phi i64 [ %indvars.iv.next1127.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1126.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter110 = phi i64 [ %epil.iter110.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %1425 = shl nsw i64 %indvars.iv1126.3.i.epil, 5
-  %1426 = add nuw nsw i64 %1425, 384
-  %1427 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1426
-  %1428 = load <32 x float>, ptr %1427, align 4, !tbaa !4
-  %1429 = fmul <32 x float> %91, %1428
-  %1430 = trunc i64 %1425 to i32
-  %1431 = sub i32 %931, %1430
-  %1432 = insertelement <32 x i32> poison, i32 %1431, i64 0
-  %1433 = shufflevector <32 x i32> %1432, <32 x i32> poison, <32 x i32> zeroinitializer
-  %1434 = icmp sgt <32 x i32> %1433, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
-  %1435 = select <32 x i1> %1434, <32 x float> %1429, <32 x float> splat (float 0xFFF0000000000000)
-  %1436 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1426
-  store <32 x float> %1435, ptr %1436, align 4, !tbaa !4
-  %indvars.iv.next1127.3.i.epil = add nuw nsw i64 %indvars.iv1126.3.i.epil, 1
-  %epil.iter110.next = add i64 %epil.iter110, 1
-  %epil.iter110.cmp.not = icmp eq i64 %epil.iter110.next, %xtraiter109
-  br i1 %epil.iter110.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !35, !llvm.loop !44
+  %indvars.iv1109.3.i.epil = phi i64 [ %indvars.iv.next1110.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1109.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
+  %epil.iter207 = phi i64 [ %epil.iter207.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
+  %1775 = shl nsw i64 %indvars.iv1109.3.i.epil, 5
+  %1776 = add nuw nsw i64 %1775, 384
+  %1777 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1776
+  %1778 = load <32 x float>, ptr %1777, align 4, !tbaa !4
+  %1779 = fmul <32 x float> %97, %1778
+  %1780 = trunc i64 %1775 to i32
+  %1781 = sub i32 %1281, %1780
+  %1782 = insertelement <32 x i32> poison, i32 %1781, i64 0
+  %1783 = shufflevector <32 x i32> %1782, <32 x i32> poison, <32 x i32> zeroinitializer
+  %1784 = icmp sgt <32 x i32> %1783, <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 30, i32 31>
+  %1785 = select <32 x i1> %1784, <32 x float> %1779, <32 x float> splat (float 0xFFF0000000000000)
+  %1786 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1776
+  store <32 x float> %1785, ptr %1786, align 4, !tbaa !4
+  %indvars.iv.next1110.3.i.epil = add nuw nsw i64 %indvars.iv1109.3.i.epil, 1
+  %epil.iter207.next = add i64 %epil.iter207, 1
+  %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
+  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !53, !llvm.loop !62
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1140.i = phi i64 [ %indvars.iv.next1141.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
-  br i1 %975, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
+  %indvars.iv1123.i = phi i64 [ %indvars.iv.next1124.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  br i1 %1325, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1278.i = shl nuw nsw i64 %indvars.iv1140.i, 9
-  %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1278.i
-  br i1 %992, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !45
+  %.idx1261.i = shl nuw nsw i64 %indvars.iv1123.i, 9
+  %invariant.gep1300.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1261.i
+  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !63
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1135.i = phi i64 [ %indvars.iv.next1136.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global218.sroa.0.0899.i = phi <32 x float> [ %1467, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
-  %niter121 = phi i64 [ %niter121.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1277.i = shl nsw i64 %indvars.iv1135.i, 7
-  %gep1318.i = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i
-  %1437 = load <32 x float>, ptr %gep1318.i, align 4, !tbaa !4
-  %1438 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i, %1437
-  %1439 = select <32 x i1> %1438, <32 x float> %peak.rf_global218.sroa.0.0899.i, <32 x float> %1437
-  %indvars.iv.next1136.i = shl i64 %indvars.iv1135.i, 7
-  %1440 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i
-  %gep1318.i.1 = getelementptr inbounds nuw i8, ptr %1440, i64 128
-  %1441 = load <32 x float>, ptr %gep1318.i.1, align 4, !tbaa !4
-  %1442 = fcmp ogt <32 x float> %1439, %1441
-  %1443 = select <32 x i1> %1442, <32 x float> %1439, <32 x float> %1441
-  %indvars.iv.next1136.i.1 = shl i64 %indvars.iv1135.i, 7
-  %1444 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.1
-  %gep1318.i.2 = getelementptr inbounds nuw i8, ptr %1444, i64 256
-  %1445 = load <32 x float>, ptr %gep1318.i.2, align 4, !tbaa !4
-  %1446 = fcmp ogt <32 x float> %1443, %1445
-  %1447 = select <32 x i1> %1446, <32 x float> %1443, <32 x float> %1445
-  %indvars.iv.next1136.i.2 = shl i64 %indvars.iv1135.i, 7
-  %1448 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.2
-  %gep1318.i.3 = getelementptr inbounds nuw i8, ptr %1448, i64 384
-  %1449 = load <32 x float>, ptr %gep1318.i.3, align 4, !tbaa !4
-  %1450 = fcmp ogt <32 x float> %1447, %1449
-  %1451 = select <32 x i1> %1450, <32 x float> %1447, <32 x float> %1449
-  %indvars.iv.next1136.i.3 = shl i64 %indvars.iv1135.i, 7
-  %1452 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.3
-  %gep1318.i.4 = getelementptr inbounds nuw i8, ptr %1452, i64 512
-  %1453 = load <32 x float>, ptr %gep1318.i.4, align 4, !tbaa !4
-  %1454 = fcmp ogt <32 x float> %1451, %1453
-  %1455 = select <32 x i1> %1454, <32 x float> %1451, <32 x float> %1453
-  %indvars.iv.next1136.i.4 = shl i64 %indvars.iv1135.i, 7
-  %1456 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.4
-  %gep1318.i.5 = getelementptr inbounds nuw i8, ptr %1456, i64 640
-  %1457 = load <32 x float>, ptr %gep1318.i.5, align 4, !tbaa !4
-  %1458 = fcmp ogt <32 x float> %1455, %1457
-  %1459 = select <32 x i1> %1458, <32 x float> %1455, <32 x float> %1457
-  %indvars.iv.next1136.i.5 = shl i64 %indvars.iv1135.i, 7
-  %1460 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.5
-  %gep1318.i.6 = getelementptr inbounds nuw i8, ptr %1460, i64 768
-  %1461 = load <32 x float>, ptr %gep1318.i.6, align 4, !tbaa !4
-  %1462 = fcmp ogt <32 x float> %1459, %1461
-  %1463 = select <32 x i1> %1462, <32 x float> %1459, <32 x float> %1461
-  %indvars.iv.next1136.i.6 = shl i64 %indvars.iv1135.i, 7
-  %1464 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1136.i.6
-  %gep1318.i.7 = getelementptr inbounds nuw i8, ptr %1464, i64 896
-  %1465 = load <32 x float>, ptr %gep1318.i.7, align 4, !tbaa !4
-  %1466 = fcmp ogt <32 x float> %1463, %1465
-  %1467 = select <32 x i1> %1466, <32 x float> %1463, <32 x float> %1465
-  %indvars.iv.next1136.i.7 = add nuw nsw i64 %indvars.iv1135.i, 8
-  %niter121.next.7 = add i64 %niter121, 8
-  %niter121.ncmp.7 = icmp eq i64 %niter121.next.7, %unroll_iter120
-  br i1 %niter121.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !46, !llvm.loop !47
+  %indvars.iv1118.i = phi i64 [ %indvars.iv.next1119.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global218.sroa.0.0899.i = phi <32 x float> [ %1817, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %niter218 = phi i64 [ %niter218.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %.idx1260.i = shl nsw i64 %indvars.iv1118.i, 7
+  %gep1301.i = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %.idx1260.i
+  %1787 = load <32 x float>, ptr %gep1301.i, align 4, !tbaa !4
+  %1788 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i, %1787
+  %1789 = select <32 x i1> %1788, <32 x float> %peak.rf_global218.sroa.0.0899.i, <32 x float> %1787
+  %indvars.iv.next1119.i = shl i64 %indvars.iv1118.i, 7
+  %1790 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i
+  %gep1301.i.1 = getelementptr inbounds nuw i8, ptr %1790, i64 128
+  %1791 = load <32 x float>, ptr %gep1301.i.1, align 4, !tbaa !4
+  %1792 = fcmp ogt <32 x float> %1789, %1791
+  %1793 = select <32 x i1> %1792, <32 x float> %1789, <32 x float> %1791
+  %indvars.iv.next1119.i.1 = shl i64 %indvars.iv1118.i, 7
+  %1794 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.1
+  %gep1301.i.2 = getelementptr inbounds nuw i8, ptr %1794, i64 256
+  %1795 = load <32 x float>, ptr %gep1301.i.2, align 4, !tbaa !4
+  %1796 = fcmp ogt <32 x float> %1793, %1795
+  %1797 = select <32 x i1> %1796, <32 x float> %1793, <32 x float> %1795
+  %indvars.iv.next1119.i.2 = shl i64 %indvars.iv1118.i, 7
+  %1798 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.2
+  %gep1301.i.3 = getelementptr inbounds nuw i8, ptr %1798, i64 384
+  %1799 = load <32 x float>, ptr %gep1301.i.3, align 4, !tbaa !4
+  %1800 = fcmp ogt <32 x float> %1797, %1799
+  %1801 = select <32 x i1> %1800, <32 x float> %1797, <32 x float> %1799
+  %indvars.iv.next1119.i.3 = shl i64 %indvars.iv1118.i, 7
+  %1802 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.3
+  %gep1301.i.4 = getelementptr inbounds nuw i8, ptr %1802, i64 512
+  %1803 = load <32 x float>, ptr %gep1301.i.4, align 4, !tbaa !4
+  %1804 = fcmp ogt <32 x float> %1801, %1803
+  %1805 = select <32 x i1> %1804, <32 x float> %1801, <32 x float> %1803
+  %indvars.iv.next1119.i.4 = shl i64 %indvars.iv1118.i, 7
+  %1806 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.4
+  %gep1301.i.5 = getelementptr inbounds nuw i8, ptr %1806, i64 640
+  %1807 = load <32 x float>, ptr %gep1301.i.5, align 4, !tbaa !4
+  %1808 = fcmp ogt <32 x float> %1805, %1807
+  %1809 = select <32 x i1> %1808, <32 x float> %1805, <32 x float> %1807
+  %indvars.iv.next1119.i.5 = shl i64 %indvars.iv1118.i, 7
+  %1810 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.5
+  %gep1301.i.6 = getelementptr inbounds nuw i8, ptr %1810, i64 768
+  %1811 = load <32 x float>, ptr %gep1301.i.6, align 4, !tbaa !4
+  %1812 = fcmp ogt <32 x float> %1809, %1811
+  %1813 = select <32 x i1> %1812, <32 x float> %1809, <32 x float> %1811
+  %indvars.iv.next1119.i.6 = shl i64 %indvars.iv1118.i, 7
+  %1814 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.6
+  %gep1301.i.7 = getelementptr inbounds nuw i8, ptr %1814, i64 896
+  %1815 = load <32 x float>, ptr %gep1301.i.7, align 4, !tbaa !4
+  %1816 = fcmp ogt <32 x float> %1813, %1815
+  %1817 = select <32 x i1> %1816, <32 x float> %1813, <32 x float> %1815
+  %indvars.iv.next1119.i.7 = add nuw nsw i64 %indvars.iv1118.i, 8
+  %niter218.next.7 = add i64 %niter218, 8
+  %niter218.ncmp.7 = icmp eq i64 %niter218.next.7, %unroll_iter217
+  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !64, !llvm.loop !65
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod117.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !67
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1135.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1136.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global218.sroa.0.0899.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1467, %for_end_ax1.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod119)
+  %indvars.iv1118.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1119.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global218.sroa.0.0899.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod216)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1135.i.epil = phi i64 [ %indvars.iv1135.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1136.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global218.sroa.0.0899.i.epil = phi <32 x float> [ %peak.rf_global218.sroa.0.0899.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1470, %for_body_ax1.i.epil ]
-  %epil.iter116 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter116.next, %for_body_ax1.i.epil ]
-  %.idx1277.i.epil = shl nsw i64 %indvars.iv1135.i.epil, 7
-  %gep1318.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i.epil
-  %1468 = load <32 x float>, ptr %gep1318.i.epil, align 4, !tbaa !4
-  %1469 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, %1468
-  %1470 = select <32 x i1> %1469, <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, <32 x float> %1468
-  %indvars.iv.next1136.i.epil = add nuw nsw i64 %indvars.iv1135.i.epil, 1
-  %epil.iter116.next = add i64 %epil.iter116, 1
-  %epil.iter116.cmp.not = icmp eq i64 %epil.iter116.next, %xtraiter115
-  br i1 %epil.iter116.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !34, !llvm.loop !50
+  %indvars.iv1118.i.epil = phi i64 [ %indvars.iv1118.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1119.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global218.sroa.0.0899.i.epil = phi <32 x float> [ %peak.rf_global218.sroa.0.0899.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1820, %for_body_ax1.i.epil ]
+  %epil.iter213 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter213.next, %for_body_ax1.i.epil ]
+  %.idx1260.i.epil = shl nsw i64 %indvars.iv1118.i.epil, 7
+  %gep1301.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %.idx1260.i.epil
+  %1818 = load <32 x float>, ptr %gep1301.i.epil, align 4, !tbaa !4
+  %1819 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, %1818
+  %1820 = select <32 x i1> %1819, <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, <32 x float> %1818
+  %indvars.iv.next1119.i.epil = add nuw nsw i64 %indvars.iv1118.i.epil, 1
+  %epil.iter213.next = add i64 %epil.iter213, 1
+  %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
+  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !52, !llvm.loop !68
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global218.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1467, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1470, %for_body_ax1.i.epil ]
-  %1471 = getelementptr inbounds nuw float, ptr %peak220.i, i64 %indvars.iv1140.i
+  %peak.rf_global218.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
+  %1821 = getelementptr inbounds nuw float, ptr %peak220.i, i64 %indvars.iv1123.i
   %peak.rf219.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 0
-  %1472 = fcmp olt float %peak.rf219.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1473 = select i1 %1472, float 0xC7EFFFFFE0000000, float %peak.rf219.sroa.0.0.vec.extract.i
+  %1822 = fcmp olt float %peak.rf219.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1823 = select i1 %1822, float 0xC7EFFFFFE0000000, float %peak.rf219.sroa.0.0.vec.extract.i
   %peak.rf219.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 1
-  %1474 = fcmp ogt float %1473, %peak.rf219.sroa.0.4.vec.extract.i
-  %1475 = select i1 %1474, float %1473, float %peak.rf219.sroa.0.4.vec.extract.i
+  %1824 = fcmp ogt float %1823, %peak.rf219.sroa.0.4.vec.extract.i
+  %1825 = select i1 %1824, float %1823, float %peak.rf219.sroa.0.4.vec.extract.i
   %peak.rf219.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 2
-  %1476 = fcmp ogt float %1475, %peak.rf219.sroa.0.8.vec.extract.i
-  %1477 = select i1 %1476, float %1475, float %peak.rf219.sroa.0.8.vec.extract.i
+  %1826 = fcmp ogt float %1825, %peak.rf219.sroa.0.8.vec.extract.i
+  %1827 = select i1 %1826, float %1825, float %peak.rf219.sroa.0.8.vec.extract.i
   %peak.rf219.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 3
-  %1478 = fcmp ogt float %1477, %peak.rf219.sroa.0.12.vec.extract.i
-  %1479 = select i1 %1478, float %1477, float %peak.rf219.sroa.0.12.vec.extract.i
+  %1828 = fcmp ogt float %1827, %peak.rf219.sroa.0.12.vec.extract.i
+  %1829 = select i1 %1828, float %1827, float %peak.rf219.sroa.0.12.vec.extract.i
   %peak.rf219.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 4
-  %1480 = fcmp ogt float %1479, %peak.rf219.sroa.0.16.vec.extract.i
-  %1481 = select i1 %1480, float %1479, float %peak.rf219.sroa.0.16.vec.extract.i
+  %1830 = fcmp ogt float %1829, %peak.rf219.sroa.0.16.vec.extract.i
+  %1831 = select i1 %1830, float %1829, float %peak.rf219.sroa.0.16.vec.extract.i
   %peak.rf219.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 5
-  %1482 = fcmp ogt float %1481, %peak.rf219.sroa.0.20.vec.extract.i
-  %1483 = select i1 %1482, float %1481, float %peak.rf219.sroa.0.20.vec.extract.i
+  %1832 = fcmp ogt float %1831, %peak.rf219.sroa.0.20.vec.extract.i
+  %1833 = select i1 %1832, float %1831, float %peak.rf219.sroa.0.20.vec.extract.i
   %peak.rf219.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 6
-  %1484 = fcmp ogt float %1483, %peak.rf219.sroa.0.24.vec.extract.i
-  %1485 = select i1 %1484, float %1483, float %peak.rf219.sroa.0.24.vec.extract.i
+  %1834 = fcmp ogt float %1833, %peak.rf219.sroa.0.24.vec.extract.i
+  %1835 = select i1 %1834, float %1833, float %peak.rf219.sroa.0.24.vec.extract.i
   %peak.rf219.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 7
-  %1486 = fcmp ogt float %1485, %peak.rf219.sroa.0.28.vec.extract.i
-  %1487 = select i1 %1486, float %1485, float %peak.rf219.sroa.0.28.vec.extract.i
+  %1836 = fcmp ogt float %1835, %peak.rf219.sroa.0.28.vec.extract.i
+  %1837 = select i1 %1836, float %1835, float %peak.rf219.sroa.0.28.vec.extract.i
   %peak.rf219.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 8
-  %1488 = fcmp ogt float %1487, %peak.rf219.sroa.0.32.vec.extract.i
-  %1489 = select i1 %1488, float %1487, float %peak.rf219.sroa.0.32.vec.extract.i
+  %1838 = fcmp ogt float %1837, %peak.rf219.sroa.0.32.vec.extract.i
+  %1839 = select i1 %1838, float %1837, float %peak.rf219.sroa.0.32.vec.extract.i
   %peak.rf219.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 9
-  %1490 = fcmp ogt float %1489, %peak.rf219.sroa.0.36.vec.extract.i
-  %1491 = select i1 %1490, float %1489, float %peak.rf219.sroa.0.36.vec.extract.i
+  %1840 = fcmp ogt float %1839, %peak.rf219.sroa.0.36.vec.extract.i
+  %1841 = select i1 %1840, float %1839, float %peak.rf219.sroa.0.36.vec.extract.i
   %peak.rf219.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 10
-  %1492 = fcmp ogt float %1491, %peak.rf219.sroa.0.40.vec.extract.i
-  %1493 = select i1 %1492, float %1491, float %peak.rf219.sroa.0.40.vec.extract.i
+  %1842 = fcmp ogt float %1841, %peak.rf219.sroa.0.40.vec.extract.i
+  %1843 = select i1 %1842, float %1841, float %peak.rf219.sroa.0.40.vec.extract.i
   %peak.rf219.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 11
-  %1494 = fcmp ogt float %1493, %peak.rf219.sroa.0.44.vec.extract.i
-  %1495 = select i1 %1494, float %1493, float %peak.rf219.sroa.0.44.vec.extract.i
+  %1844 = fcmp ogt float %1843, %peak.rf219.sroa.0.44.vec.extract.i
+  %1845 = select i1 %1844, float %1843, float %peak.rf219.sroa.0.44.vec.extract.i
   %peak.rf219.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 12
-  %1496 = fcmp ogt float %1495, %peak.rf219.sroa.0.48.vec.extract.i
-  %1497 = select i1 %1496, float %1495, float %peak.rf219.sroa.0.48.vec.extract.i
+  %1846 = fcmp ogt float %1845, %peak.rf219.sroa.0.48.vec.extract.i
+  %1847 = select i1 %1846, float %1845, float %peak.rf219.sroa.0.48.vec.extract.i
   %peak.rf219.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 13
-  %1498 = fcmp ogt float %1497, %peak.rf219.sroa.0.52.vec.extract.i
-  %1499 = select i1 %1498, float %1497, float %peak.rf219.sroa.0.52.vec.extract.i
+  %1848 = fcmp ogt float %1847, %peak.rf219.sroa.0.52.vec.extract.i
+  %1849 = select i1 %1848, float %1847, float %peak.rf219.sroa.0.52.vec.extract.i
   %peak.rf219.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 14
-  %1500 = fcmp ogt float %1499, %peak.rf219.sroa.0.56.vec.extract.i
-  %1501 = select i1 %1500, float %1499, float %peak.rf219.sroa.0.56.vec.extract.i
+  %1850 = fcmp ogt float %1849, %peak.rf219.sroa.0.56.vec.extract.i
+  %1851 = select i1 %1850, float %1849, float %peak.rf219.sroa.0.56.vec.extract.i
   %peak.rf219.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 15
-  %1502 = fcmp ogt float %1501, %peak.rf219.sroa.0.60.vec.extract.i
-  %1503 = select i1 %1502, float %1501, float %peak.rf219.sroa.0.60.vec.extract.i
+  %1852 = fcmp ogt float %1851, %peak.rf219.sroa.0.60.vec.extract.i
+  %1853 = select i1 %1852, float %1851, float %peak.rf219.sroa.0.60.vec.extract.i
   %peak.rf219.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 16
-  %1504 = fcmp ogt float %1503, %peak.rf219.sroa.0.64.vec.extract.i
-  %1505 = select i1 %1504, float %1503, float %peak.rf219.sroa.0.64.vec.extract.i
+  %1854 = fcmp ogt float %1853, %peak.rf219.sroa.0.64.vec.extract.i
+  %1855 = select i1 %1854, float %1853, float %peak.rf219.sroa.0.64.vec.extract.i
   %peak.rf219.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 17
-  %1506 = fcmp ogt float %1505, %peak.rf219.sroa.0.68.vec.extract.i
-  %1507 = select i1 %1506, float %1505, float %peak.rf219.sroa.0.68.vec.extract.i
+  %1856 = fcmp ogt float %1855, %peak.rf219.sroa.0.68.vec.extract.i
+  %1857 = select i1 %1856, float %1855, float %peak.rf219.sroa.0.68.vec.extract.i
   %peak.rf219.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 18
-  %1508 = fcmp ogt float %1507, %peak.rf219.sroa.0.72.vec.extract.i
-  %1509 = select i1 %1508, float %1507, float %peak.rf219.sroa.0.72.vec.extract.i
+  %1858 = fcmp ogt float %1857, %peak.rf219.sroa.0.72.vec.extract.i
+  %1859 = select i1 %1858, float %1857, float %peak.rf219.sroa.0.72.vec.extract.i
   %peak.rf219.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 19
-  %1510 = fcmp ogt float %1509, %peak.rf219.sroa.0.76.vec.extract.i
-  %1511 = select i1 %1510, float %1509, float %peak.rf219.sroa.0.76.vec.extract.i
+  %1860 = fcmp ogt float %1859, %peak.rf219.sroa.0.76.vec.extract.i
+  %1861 = select i1 %1860, float %1859, float %peak.rf219.sroa.0.76.vec.extract.i
   %peak.rf219.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 20
-  %1512 = fcmp ogt float %1511, %peak.rf219.sroa.0.80.vec.extract.i
-  %1513 = select i1 %1512, float %1511, float %peak.rf219.sroa.0.80.vec.extract.i
+  %1862 = fcmp ogt float %1861, %peak.rf219.sroa.0.80.vec.extract.i
+  %1863 = select i1 %1862, float %1861, float %peak.rf219.sroa.0.80.vec.extract.i
   %peak.rf219.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 21
-  %1514 = fcmp ogt float %1513, %peak.rf219.sroa.0.84.vec.extract.i
-  %1515 = select i1 %1514, float %1513, float %peak.rf219.sroa.0.84.vec.extract.i
+  %1864 = fcmp ogt float %1863, %peak.rf219.sroa.0.84.vec.extract.i
+  %1865 = select i1 %1864, float %1863, float %peak.rf219.sroa.0.84.vec.extract.i
   %peak.rf219.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 22
-  %1516 = fcmp ogt float %1515, %peak.rf219.sroa.0.88.vec.extract.i
-  %1517 = select i1 %1516, float %1515, float %peak.rf219.sroa.0.88.vec.extract.i
+  %1866 = fcmp ogt float %1865, %peak.rf219.sroa.0.88.vec.extract.i
+  %1867 = select i1 %1866, float %1865, float %peak.rf219.sroa.0.88.vec.extract.i
   %peak.rf219.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 23
-  %1518 = fcmp ogt float %1517, %peak.rf219.sroa.0.92.vec.extract.i
-  %1519 = select i1 %1518, float %1517, float %peak.rf219.sroa.0.92.vec.extract.i
+  %1868 = fcmp ogt float %1867, %peak.rf219.sroa.0.92.vec.extract.i
+  %1869 = select i1 %1868, float %1867, float %peak.rf219.sroa.0.92.vec.extract.i
   %peak.rf219.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 24
-  %1520 = fcmp ogt float %1519, %peak.rf219.sroa.0.96.vec.extract.i
-  %1521 = select i1 %1520, float %1519, float %peak.rf219.sroa.0.96.vec.extract.i
+  %1870 = fcmp ogt float %1869, %peak.rf219.sroa.0.96.vec.extract.i
+  %1871 = select i1 %1870, float %1869, float %peak.rf219.sroa.0.96.vec.extract.i
   %peak.rf219.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 25
-  %1522 = fcmp ogt float %1521, %peak.rf219.sroa.0.100.vec.extract.i
-  %1523 = select i1 %1522, float %1521, float %peak.rf219.sroa.0.100.vec.extract.i
+  %1872 = fcmp ogt float %1871, %peak.rf219.sroa.0.100.vec.extract.i
+  %1873 = select i1 %1872, float %1871, float %peak.rf219.sroa.0.100.vec.extract.i
   %peak.rf219.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 26
-  %1524 = fcmp ogt float %1523, %peak.rf219.sroa.0.104.vec.extract.i
-  %1525 = select i1 %1524, float %1523, float %peak.rf219.sroa.0.104.vec.extract.i
+  %1874 = fcmp ogt float %1873, %peak.rf219.sroa.0.104.vec.extract.i
+  %1875 = select i1 %1874, float %1873, float %peak.rf219.sroa.0.104.vec.extract.i
   %peak.rf219.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 27
-  %1526 = fcmp ogt float %1525, %peak.rf219.sroa.0.108.vec.extract.i
-  %1527 = select i1 %1526, float %1525, float %peak.rf219.sroa.0.108.vec.extract.i
+  %1876 = fcmp ogt float %1875, %peak.rf219.sroa.0.108.vec.extract.i
+  %1877 = select i1 %1876, float %1875, float %peak.rf219.sroa.0.108.vec.extract.i
   %peak.rf219.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 28
-  %1528 = fcmp ogt float %1527, %peak.rf219.sroa.0.112.vec.extract.i
-  %1529 = select i1 %1528, float %1527, float %peak.rf219.sroa.0.112.vec.extract.i
+  %1878 = fcmp ogt float %1877, %peak.rf219.sroa.0.112.vec.extract.i
+  %1879 = select i1 %1878, float %1877, float %peak.rf219.sroa.0.112.vec.extract.i
   %peak.rf219.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 29
-  %1530 = fcmp ogt float %1529, %peak.rf219.sroa.0.116.vec.extract.i
-  %1531 = select i1 %1530, float %1529, float %peak.rf219.sroa.0.116.vec.extract.i
+  %1880 = fcmp ogt float %1879, %peak.rf219.sroa.0.116.vec.extract.i
+  %1881 = select i1 %1880, float %1879, float %peak.rf219.sroa.0.116.vec.extract.i
   %peak.rf219.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 30
-  %1532 = fcmp ogt float %1531, %peak.rf219.sroa.0.120.vec.extract.i
-  %1533 = select i1 %1532, float %1531, float %peak.rf219.sroa.0.120.vec.extract.i
+  %1882 = fcmp ogt float %1881, %peak.rf219.sroa.0.120.vec.extract.i
+  %1883 = select i1 %1882, float %1881, float %peak.rf219.sroa.0.120.vec.extract.i
   %peak.rf219.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 31
-  %1534 = fcmp ogt float %1533, %peak.rf219.sroa.0.124.vec.extract.i
-  %1535 = select i1 %1534, float %1533, float %peak.rf219.sroa.0.124.vec.extract.i
-  store float %1535, ptr %1471, align 4, !tbaa !51
-  %indvars.iv.next1141.i = add nuw nsw i64 %indvars.iv1140.i, 1
-  %exitcond1143.not.i = icmp eq i64 %indvars.iv.next1141.i, 4
-  br i1 %exitcond1143.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !21
+  %1884 = fcmp ogt float %1883, %peak.rf219.sroa.0.124.vec.extract.i
+  %1885 = select i1 %1884, float %1883, float %peak.rf219.sroa.0.124.vec.extract.i
+  store float %1885, ptr %1821, align 4, !tbaa !69
+  %indvars.iv.next1124.i = add nuw nsw i64 %indvars.iv1123.i, 1
+  %exitcond1126.not.i = icmp eq i64 %indvars.iv.next1124.i, 4
+  br i1 %exitcond1126.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !39
 
 for_body_r47.preheader.i:                         ; preds = %for_end_ax1.i
-  %1536 = load <4 x float>, ptr %peak220.i, align 16
-  %spec.select = select i1 %976, <4 x float> %1536, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
-  %spec.select196 = select i1 %976, <4 x float> %1536, <4 x float> splat (float 0xC6293E5940000000)
-  %1537 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select196, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
-  br i1 %975, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
+  %1886 = load <4 x float>, ptr %peak220.i, align 16
+  %spec.select = select i1 %1326, <4 x float> %1886, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
+  %spec.select293 = select i1 %1326, <4 x float> %1886, <4 x float> splat (float 0xC6293E5940000000)
+  %1887 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select293, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
+  br i1 %1325, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
 
 for_begin_to58.preheader.us.preheader.i:          ; preds = %for_body_r47.preheader.i
-  %1538 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> zeroinitializer
+  %1888 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> zeroinitializer
   br label %for_body_to59.us.i
 
 for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_begin_to58.preheader.us.preheader.i
-  %indvars.iv1148.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1149.i, %for_body_to59.us.i ]
-  %1539 = shl nsw i64 %indvars.iv1148.i, 5
-  %1540 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1539
-  %1541 = load <32 x float>, ptr %1540, align 4, !tbaa !4
-  %arg.us.i = fsub <32 x float> %1541, %1538
-  %1542 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1543 = bitcast <32 x float> %1542 to <32 x i32>
-  %1544 = fadd <32 x float> %1542, splat (float 0xC168000FE0000000)
-  %1545 = fmul <32 x float> %1544, splat (float 0x3F2BD01060000000)
-  %1546 = fmul <32 x float> %1544, splat (float 0x3FE6300000000000)
-  %1547 = fsub <32 x float> %arg.us.i, %1546
-  %1548 = fadd <32 x float> %1545, %1547
-  %1549 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1548, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1550 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1549, <32 x float> %1548, <32 x float> splat (float 0x3FA5558F20000000))
-  %1551 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1550, <32 x float> %1548, <32 x float> splat (float 0x3FC5554920000000))
-  %1552 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1551, <32 x float> %1548, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1553 = fmul <32 x float> %1548, %1548
-  %1554 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1552, <32 x float> %1553, <32 x float> %1548)
-  %1555 = shl <32 x i32> %1543, splat (i32 23)
-  %1556 = bitcast <32 x i32> %1555 to <32 x float>
-  %1557 = fadd <32 x float> %1554, splat (float 1.000000e+00)
-  %1558 = fmul <32 x float> %1557, %1556
-  %1559 = fcmp olt <32 x float> %arg.us.i, splat (float -8.700000e+01)
-  %1560 = select <32 x i1> %1559, <32 x float> zeroinitializer, <32 x float> %1558
-  %1561 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1539
-  store <32 x float> %1560, ptr %1561, align 4, !tbaa !4
-  %indvars.iv.next1149.i = add nuw nsw i64 %indvars.iv1148.i, 1
-  %exitcond1152.not.i = icmp eq i64 %indvars.iv.next1149.i, %wide.trip.count1124.i
-  br i1 %exitcond1152.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
+  %indvars.iv1131.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1132.i, %for_body_to59.us.i ]
+  %1889 = shl nsw i64 %indvars.iv1131.i, 5
+  %1890 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1889
+  %1891 = load <32 x float>, ptr %1890, align 4, !tbaa !4
+  %arg.us.i = fsub <32 x float> %1891, %1888
+  %1892 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %290)
+  %1893 = bitcast <32 x float> %1892 to <32 x i32>
+  %1894 = fsub <32 x float> %1892, %290
+  %1895 = fmul <32 x float> %1894, splat (float 0x3F2BD01060000000)
+  %1896 = fmul <32 x float> %1894, splat (float 0x3FE6300000000000)
+  %1897 = fsub <32 x float> %arg.us.i, %1896
+  %1898 = fadd <32 x float> %1895, %1897
+  %1899 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1898, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1900 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1899, <32 x float> %1898, <32 x float> splat (float 0x3FA5558F20000000))
+  %1901 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1900, <32 x float> %1898, <32 x float> splat (float 0x3FC5554920000000))
+  %1902 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1901, <32 x float> %1898, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1903 = fmul <32 x float> %1898, %1898
+  %1904 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1902, <32 x float> %1903, <32 x float> %1898)
+  %1905 = shl <32 x i32> %1893, splat (i32 23)
+  %1906 = bitcast <32 x i32> %1905 to <32 x float>
+  %1907 = fadd <32 x float> %1904, splat (float 1.000000e+00)
+  %1908 = fmul <32 x float> %1907, %1906
+  %1909 = fcmp olt <32 x float> %arg.us.i, %293
+  %1910 = select <32 x i1> %1909, <32 x float> zeroinitializer, <32 x float> %1908
+  %1911 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1889
+  store <32 x float> %1910, ptr %1911, align 4, !tbaa !4
+  %indvars.iv.next1132.i = add nuw nsw i64 %indvars.iv1131.i, 1
+  %exitcond1135.not.i = icmp eq i64 %indvars.iv.next1132.i, %wide.trip.count1107.i
+  br i1 %exitcond1135.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.i:       ; preds = %for_body_to59.us.i
-  %1562 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %1912 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   br label %for_body_to59.us.1.i
 
 for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_begin_to58.for_end_to60_crit_edge.us.i
-  %indvars.iv1148.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1149.1.i, %for_body_to59.us.1.i ]
-  %1563 = shl nsw i64 %indvars.iv1148.1.i, 5
-  %1564 = add nuw nsw i64 %1563, 128
-  %1565 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1564
-  %1566 = load <32 x float>, ptr %1565, align 4, !tbaa !4
-  %arg.us.1.i = fsub <32 x float> %1566, %1562
-  %1567 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1568 = bitcast <32 x float> %1567 to <32 x i32>
-  %1569 = fadd <32 x float> %1567, splat (float 0xC168000FE0000000)
-  %1570 = fmul <32 x float> %1569, splat (float 0x3F2BD01060000000)
-  %1571 = fmul <32 x float> %1569, splat (float 0x3FE6300000000000)
-  %1572 = fsub <32 x float> %arg.us.1.i, %1571
-  %1573 = fadd <32 x float> %1570, %1572
-  %1574 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1573, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1575 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1574, <32 x float> %1573, <32 x float> splat (float 0x3FA5558F20000000))
-  %1576 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1575, <32 x float> %1573, <32 x float> splat (float 0x3FC5554920000000))
-  %1577 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1576, <32 x float> %1573, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1578 = fmul <32 x float> %1573, %1573
-  %1579 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1577, <32 x float> %1578, <32 x float> %1573)
-  %1580 = shl <32 x i32> %1568, splat (i32 23)
-  %1581 = bitcast <32 x i32> %1580 to <32 x float>
-  %1582 = fadd <32 x float> %1579, splat (float 1.000000e+00)
-  %1583 = fmul <32 x float> %1582, %1581
-  %1584 = fcmp olt <32 x float> %arg.us.1.i, splat (float -8.700000e+01)
-  %1585 = select <32 x i1> %1584, <32 x float> zeroinitializer, <32 x float> %1583
-  %1586 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1564
-  store <32 x float> %1585, ptr %1586, align 4, !tbaa !4
-  %indvars.iv.next1149.1.i = add nuw nsw i64 %indvars.iv1148.1.i, 1
-  %exitcond1152.1.not.i = icmp eq i64 %indvars.iv.next1149.1.i, %wide.trip.count1124.i
-  br i1 %exitcond1152.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
+  %indvars.iv1131.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1132.1.i, %for_body_to59.us.1.i ]
+  %1913 = shl nsw i64 %indvars.iv1131.1.i, 5
+  %1914 = add nuw nsw i64 %1913, 128
+  %1915 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1914
+  %1916 = load <32 x float>, ptr %1915, align 4, !tbaa !4
+  %arg.us.1.i = fsub <32 x float> %1916, %1912
+  %1917 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.1.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %290)
+  %1918 = bitcast <32 x float> %1917 to <32 x i32>
+  %1919 = fsub <32 x float> %1917, %290
+  %1920 = fmul <32 x float> %1919, splat (float 0x3F2BD01060000000)
+  %1921 = fmul <32 x float> %1919, splat (float 0x3FE6300000000000)
+  %1922 = fsub <32 x float> %arg.us.1.i, %1921
+  %1923 = fadd <32 x float> %1920, %1922
+  %1924 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1923, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1925 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1924, <32 x float> %1923, <32 x float> splat (float 0x3FA5558F20000000))
+  %1926 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1925, <32 x float> %1923, <32 x float> splat (float 0x3FC5554920000000))
+  %1927 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1926, <32 x float> %1923, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1928 = fmul <32 x float> %1923, %1923
+  %1929 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1927, <32 x float> %1928, <32 x float> %1923)
+  %1930 = shl <32 x i32> %1918, splat (i32 23)
+  %1931 = bitcast <32 x i32> %1930 to <32 x float>
+  %1932 = fadd <32 x float> %1929, splat (float 1.000000e+00)
+  %1933 = fmul <32 x float> %1932, %1931
+  %1934 = fcmp olt <32 x float> %arg.us.1.i, %293
+  %1935 = select <32 x i1> %1934, <32 x float> zeroinitializer, <32 x float> %1933
+  %1936 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1914
+  store <32 x float> %1935, ptr %1936, align 4, !tbaa !4
+  %indvars.iv.next1132.1.i = add nuw nsw i64 %indvars.iv1131.1.i, 1
+  %exitcond1135.1.not.i = icmp eq i64 %indvars.iv.next1132.1.i, %wide.trip.count1107.i
+  br i1 %exitcond1135.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.1.i:     ; preds = %for_body_to59.us.1.i
-  %1587 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %1937 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   br label %for_body_to59.us.2.i
 
 for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_begin_to58.for_end_to60_crit_edge.us.1.i
-  %indvars.iv1148.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1149.2.i, %for_body_to59.us.2.i ]
-  %1588 = shl nsw i64 %indvars.iv1148.2.i, 5
-  %1589 = add nuw nsw i64 %1588, 256
-  %1590 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1589
-  %1591 = load <32 x float>, ptr %1590, align 4, !tbaa !4
-  %arg.us.2.i = fsub <32 x float> %1591, %1587
-  %1592 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1593 = bitcast <32 x float> %1592 to <32 x i32>
-  %1594 = fadd <32 x float> %1592, splat (float 0xC168000FE0000000)
-  %1595 = fmul <32 x float> %1594, splat (float 0x3F2BD01060000000)
-  %1596 = fmul <32 x float> %1594, splat (float 0x3FE6300000000000)
-  %1597 = fsub <32 x float> %arg.us.2.i, %1596
-  %1598 = fadd <32 x float> %1595, %1597
-  %1599 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1598, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1600 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1599, <32 x float> %1598, <32 x float> splat (float 0x3FA5558F20000000))
-  %1601 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1600, <32 x float> %1598, <32 x float> splat (float 0x3FC5554920000000))
-  %1602 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1601, <32 x float> %1598, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1603 = fmul <32 x float> %1598, %1598
-  %1604 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1602, <32 x float> %1603, <32 x float> %1598)
-  %1605 = shl <32 x i32> %1593, splat (i32 23)
-  %1606 = bitcast <32 x i32> %1605 to <32 x float>
-  %1607 = fadd <32 x float> %1604, splat (float 1.000000e+00)
-  %1608 = fmul <32 x float> %1607, %1606
-  %1609 = fcmp olt <32 x float> %arg.us.2.i, splat (float -8.700000e+01)
-  %1610 = select <32 x i1> %1609, <32 x float> zeroinitializer, <32 x float> %1608
-  %1611 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1589
-  store <32 x float> %1610, ptr %1611, align 4, !tbaa !4
-  %indvars.iv.next1149.2.i = add nuw nsw i64 %indvars.iv1148.2.i, 1
-  %exitcond1152.2.not.i = icmp eq i64 %indvars.iv.next1149.2.i, %wide.trip.count1124.i
-  br i1 %exitcond1152.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
+  %indvars.iv1131.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1132.2.i, %for_body_to59.us.2.i ]
+  %1938 = shl nsw i64 %indvars.iv1131.2.i, 5
+  %1939 = add nuw nsw i64 %1938, 256
+  %1940 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1939
+  %1941 = load <32 x float>, ptr %1940, align 4, !tbaa !4
+  %arg.us.2.i = fsub <32 x float> %1941, %1937
+  %1942 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %290)
+  %1943 = bitcast <32 x float> %1942 to <32 x i32>
+  %1944 = fsub <32 x float> %1942, %290
+  %1945 = fmul <32 x float> %1944, splat (float 0x3F2BD01060000000)
+  %1946 = fmul <32 x float> %1944, splat (float 0x3FE6300000000000)
+  %1947 = fsub <32 x float> %arg.us.2.i, %1946
+  %1948 = fadd <32 x float> %1945, %1947
+  %1949 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1948, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1950 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1949, <32 x float> %1948, <32 x float> splat (float 0x3FA5558F20000000))
+  %1951 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1950, <32 x float> %1948, <32 x float> splat (float 0x3FC5554920000000))
+  %1952 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1951, <32 x float> %1948, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1953 = fmul <32 x float> %1948, %1948
+  %1954 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1952, <32 x float> %1953, <32 x float> %1948)
+  %1955 = shl <32 x i32> %1943, splat (i32 23)
+  %1956 = bitcast <32 x i32> %1955 to <32 x float>
+  %1957 = fadd <32 x float> %1954, splat (float 1.000000e+00)
+  %1958 = fmul <32 x float> %1957, %1956
+  %1959 = fcmp olt <32 x float> %arg.us.2.i, %293
+  %1960 = select <32 x i1> %1959, <32 x float> zeroinitializer, <32 x float> %1958
+  %1961 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1939
+  store <32 x float> %1960, ptr %1961, align 4, !tbaa !4
+  %indvars.iv.next1132.2.i = add nuw nsw i64 %indvars.iv1131.2.i, 1
+  %exitcond1135.2.not.i = icmp eq i64 %indvars.iv.next1132.2.i, %wide.trip.count1107.i
+  br i1 %exitcond1135.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
 
 for_begin_to58.for_end_to60_crit_edge.us.2.i:     ; preds = %for_body_to59.us.2.i
-  %1612 = shufflevector <4 x float> %spec.select196, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %1962 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   br label %for_body_to59.us.3.i
 
 for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_begin_to58.for_end_to60_crit_edge.us.2.i
-  %indvars.iv1148.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1149.3.i, %for_body_to59.us.3.i ]
-  %1613 = shl nsw i64 %indvars.iv1148.3.i, 5
-  %1614 = add nuw nsw i64 %1613, 384
-  %1615 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1614
-  %1616 = load <32 x float>, ptr %1615, align 4, !tbaa !4
-  %arg.us.3.i = fsub <32 x float> %1616, %1612
-  %1617 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %1618 = bitcast <32 x float> %1617 to <32 x i32>
-  %1619 = fadd <32 x float> %1617, splat (float 0xC168000FE0000000)
-  %1620 = fmul <32 x float> %1619, splat (float 0x3F2BD01060000000)
-  %1621 = fmul <32 x float> %1619, splat (float 0x3FE6300000000000)
-  %1622 = fsub <32 x float> %arg.us.3.i, %1621
-  %1623 = fadd <32 x float> %1620, %1622
-  %1624 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1623, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %1625 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1624, <32 x float> %1623, <32 x float> splat (float 0x3FA5558F20000000))
-  %1626 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1625, <32 x float> %1623, <32 x float> splat (float 0x3FC5554920000000))
-  %1627 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1626, <32 x float> %1623, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %1628 = fmul <32 x float> %1623, %1623
-  %1629 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1627, <32 x float> %1628, <32 x float> %1623)
-  %1630 = shl <32 x i32> %1618, splat (i32 23)
-  %1631 = bitcast <32 x i32> %1630 to <32 x float>
-  %1632 = fadd <32 x float> %1629, splat (float 1.000000e+00)
-  %1633 = fmul <32 x float> %1632, %1631
-  %1634 = fcmp olt <32 x float> %arg.us.3.i, splat (float -8.700000e+01)
-  %1635 = select <32 x i1> %1634, <32 x float> zeroinitializer, <32 x float> %1633
-  %1636 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1614
-  store <32 x float> %1635, ptr %1636, align 4, !tbaa !4
-  %indvars.iv.next1149.3.i = add nuw nsw i64 %indvars.iv1148.3.i, 1
-  %exitcond1152.3.not.i = icmp eq i64 %indvars.iv.next1149.3.i, %wide.trip.count1124.i
-  br i1 %exitcond1152.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
+  %indvars.iv1131.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1132.3.i, %for_body_to59.us.3.i ]
+  %1963 = shl nsw i64 %indvars.iv1131.3.i, 5
+  %1964 = add nuw nsw i64 %1963, 384
+  %1965 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1964
+  %1966 = load <32 x float>, ptr %1965, align 4, !tbaa !4
+  %arg.us.3.i = fsub <32 x float> %1966, %1962
+  %1967 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.3.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %290)
+  %1968 = bitcast <32 x float> %1967 to <32 x i32>
+  %1969 = fsub <32 x float> %1967, %290
+  %1970 = fmul <32 x float> %1969, splat (float 0x3F2BD01060000000)
+  %1971 = fmul <32 x float> %1969, splat (float 0x3FE6300000000000)
+  %1972 = fsub <32 x float> %arg.us.3.i, %1971
+  %1973 = fadd <32 x float> %1970, %1972
+  %1974 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1973, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %1975 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1974, <32 x float> %1973, <32 x float> splat (float 0x3FA5558F20000000))
+  %1976 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1975, <32 x float> %1973, <32 x float> splat (float 0x3FC5554920000000))
+  %1977 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1976, <32 x float> %1973, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %1978 = fmul <32 x float> %1973, %1973
+  %1979 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %1977, <32 x float> %1978, <32 x float> %1973)
+  %1980 = shl <32 x i32> %1968, splat (i32 23)
+  %1981 = bitcast <32 x i32> %1980 to <32 x float>
+  %1982 = fadd <32 x float> %1979, splat (float 1.000000e+00)
+  %1983 = fmul <32 x float> %1982, %1981
+  %1984 = fcmp olt <32 x float> %arg.us.3.i, %293
+  %1985 = select <32 x i1> %1984, <32 x float> zeroinitializer, <32 x float> %1983
+  %1986 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1964
+  store <32 x float> %1985, ptr %1986, align 4, !tbaa !4
+  %indvars.iv.next1132.3.i = add nuw nsw i64 %indvars.iv1131.3.i, 1
+  %exitcond1135.3.not.i = icmp eq i64 %indvars.iv.next1132.3.i, %wide.trip.count1107.i
+  br i1 %exitcond1135.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
 
 for_body_to69.us.i.preheader:                     ; preds = %for_body_to59.us.3.i
-  br i1 %993, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !30
+  br i1 %1343, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !48
 
 for_body_to69.us.i:                               ; preds = %for_body_to69.us.i, %for_body_to69.us.i.preheader
-  %indvars.iv1157.i = phi i64 [ %indvars.iv.next1158.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
-  %niter127 = phi i64 [ %niter127.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
-  %1637 = shl nsw i64 %indvars.iv1157.i, 5
-  %1638 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1637
-  %1639 = load <32 x i32>, ptr %1638, align 4, !tbaa !4
-  %1640 = lshr <32 x i32> %1639, splat (i32 16)
-  %1641 = and <32 x i32> %1640, splat (i32 1)
-  %1642 = add nsw <32 x i32> %1639, splat (i32 32767)
-  %1643 = add nsw <32 x i32> %1642, %1641
-  %1644 = and <32 x i32> %1643, splat (i32 -65536)
-  %1645 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1637
-  store <32 x i32> %1644, ptr %1645, align 4, !tbaa !4
-  %indvars.iv.next1158.i = shl i64 %indvars.iv1157.i, 5
-  %1646 = or disjoint i64 %indvars.iv.next1158.i, 32
-  %1647 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1646
-  %1648 = load <32 x i32>, ptr %1647, align 4, !tbaa !4
-  %1649 = lshr <32 x i32> %1648, splat (i32 16)
-  %1650 = and <32 x i32> %1649, splat (i32 1)
-  %1651 = add nsw <32 x i32> %1648, splat (i32 32767)
-  %1652 = add nsw <32 x i32> %1651, %1650
-  %1653 = and <32 x i32> %1652, splat (i32 -65536)
-  %1654 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1646
-  store <32 x i32> %1653, ptr %1654, align 4, !tbaa !4
-  %indvars.iv.next1158.i.1 = shl i64 %indvars.iv1157.i, 5
-  %1655 = or disjoint i64 %indvars.iv.next1158.i.1, 64
-  %1656 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1655
-  %1657 = load <32 x i32>, ptr %1656, align 4, !tbaa !4
-  %1658 = lshr <32 x i32> %1657, splat (i32 16)
-  %1659 = and <32 x i32> %1658, splat (i32 1)
-  %1660 = add nsw <32 x i32> %1657, splat (i32 32767)
-  %1661 = add nsw <32 x i32> %1660, %1659
-  %1662 = and <32 x i32> %1661, splat (i32 -65536)
-  %1663 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1655
-  store <32 x i32> %1662, ptr %1663, align 4, !tbaa !4
-  %indvars.iv.next1158.i.2 = shl i64 %indvars.iv1157.i, 5
-  %1664 = or disjoint i64 %indvars.iv.next1158.i.2, 96
-  %1665 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1664
-  %1666 = load <32 x i32>, ptr %1665, align 4, !tbaa !4
-  %1667 = lshr <32 x i32> %1666, splat (i32 16)
-  %1668 = and <32 x i32> %1667, splat (i32 1)
-  %1669 = add nsw <32 x i32> %1666, splat (i32 32767)
-  %1670 = add nsw <32 x i32> %1669, %1668
-  %1671 = and <32 x i32> %1670, splat (i32 -65536)
-  %1672 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1664
-  store <32 x i32> %1671, ptr %1672, align 4, !tbaa !4
-  %indvars.iv.next1158.i.3 = add nuw nsw i64 %indvars.iv1157.i, 4
-  %niter127.next.3 = add i64 %niter127, 4
-  %niter127.ncmp.3 = icmp eq i64 %niter127.next.3, %unroll_iter126
-  br i1 %niter127.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !31, !llvm.loop !53
+  %indvars.iv1140.i = phi i64 [ %indvars.iv.next1141.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %niter224 = phi i64 [ %niter224.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
+  %1987 = shl nsw i64 %indvars.iv1140.i, 5
+  %1988 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1987
+  %1989 = load <32 x i32>, ptr %1988, align 4, !tbaa !4
+  %1990 = lshr <32 x i32> %1989, splat (i32 16)
+  %1991 = and <32 x i32> %1990, splat (i32 1)
+  %1992 = add nsw <32 x i32> %1989, splat (i32 32767)
+  %1993 = add nsw <32 x i32> %1992, %1991
+  %1994 = and <32 x i32> %1993, splat (i32 -65536)
+  %1995 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1987
+  store <32 x i32> %1994, ptr %1995, align 4, !tbaa !4
+  %indvars.iv.next1141.i = shl i64 %indvars.iv1140.i, 5
+  %1996 = or disjoint i64 %indvars.iv.next1141.i, 32
+  %1997 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1996
+  %1998 = load <32 x i32>, ptr %1997, align 4, !tbaa !4
+  %1999 = lshr <32 x i32> %1998, splat (i32 16)
+  %2000 = and <32 x i32> %1999, splat (i32 1)
+  %2001 = add nsw <32 x i32> %1998, splat (i32 32767)
+  %2002 = add nsw <32 x i32> %2001, %2000
+  %2003 = and <32 x i32> %2002, splat (i32 -65536)
+  %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1996
+  store <32 x i32> %2003, ptr %2004, align 4, !tbaa !4
+  %indvars.iv.next1141.i.1 = shl i64 %indvars.iv1140.i, 5
+  %2005 = or disjoint i64 %indvars.iv.next1141.i.1, 64
+  %2006 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2005
+  %2007 = load <32 x i32>, ptr %2006, align 4, !tbaa !4
+  %2008 = lshr <32 x i32> %2007, splat (i32 16)
+  %2009 = and <32 x i32> %2008, splat (i32 1)
+  %2010 = add nsw <32 x i32> %2007, splat (i32 32767)
+  %2011 = add nsw <32 x i32> %2010, %2009
+  %2012 = and <32 x i32> %2011, splat (i32 -65536)
+  %2013 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2005
+  store <32 x i32> %2012, ptr %2013, align 4, !tbaa !4
+  %indvars.iv.next1141.i.2 = shl i64 %indvars.iv1140.i, 5
+  %2014 = or disjoint i64 %indvars.iv.next1141.i.2, 96
+  %2015 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2014
+  %2016 = load <32 x i32>, ptr %2015, align 4, !tbaa !4
+  %2017 = lshr <32 x i32> %2016, splat (i32 16)
+  %2018 = and <32 x i32> %2017, splat (i32 1)
+  %2019 = add nsw <32 x i32> %2016, splat (i32 32767)
+  %2020 = add nsw <32 x i32> %2019, %2018
+  %2021 = and <32 x i32> %2020, splat (i32 -65536)
+  %2022 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2014
+  store <32 x i32> %2021, ptr %2022, align 4, !tbaa !4
+  %indvars.iv.next1141.i.3 = add nuw nsw i64 %indvars.iv1140.i, 4
+  %niter224.next.3 = add i64 %niter224, 4
+  %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
+  br i1 %niter224.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !49, !llvm.loop !71
 
 for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
-  br i1 %lcmp.mod124.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod221.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !52
 
 for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
-  %indvars.iv1157.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1158.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod125)
+  %indvars.iv1140.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1141.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod222)
   br label %for_body_to69.us.i.epil
 
 for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
-  %indvars.iv1157.i.epil = phi i64 [ %indvars.iv.next1158.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1157.i.epil.init, %for_body_to69.us.i.epil.preheader ]
-  %epil.iter123 = phi i64 [ %epil.iter123.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
-  %1673 = shl nsw i64 %indvars.iv1157.i.epil, 5
-  %1674 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1673
-  %1675 = load <32 x i32>, ptr %1674, align 4, !tbaa !4
-  %1676 = lshr <32 x i32> %1675, splat (i32 16)
-  %1677 = and <32 x i32> %1676, splat (i32 1)
-  %1678 = add nsw <32 x i32> %1675, splat (i32 32767)
-  %1679 = add nsw <32 x i32> %1678, %1677
-  %1680 = and <32 x i32> %1679, splat (i32 -65536)
-  %1681 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1673
-  store <32 x i32> %1680, ptr %1681, align 4, !tbaa !4
-  %indvars.iv.next1158.i.epil = add nuw nsw i64 %indvars.iv1157.i.epil, 1
-  %epil.iter123.next = add i64 %epil.iter123, 1
-  %epil.iter123.cmp.not = icmp eq i64 %epil.iter123.next, %xtraiter122
-  br i1 %epil.iter123.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !35, !llvm.loop !54
+  %indvars.iv1140.i.epil = phi i64 [ %indvars.iv.next1141.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1140.i.epil.init, %for_body_to69.us.i.epil.preheader ]
+  %epil.iter220 = phi i64 [ %epil.iter220.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
+  %2023 = shl nsw i64 %indvars.iv1140.i.epil, 5
+  %2024 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2023
+  %2025 = load <32 x i32>, ptr %2024, align 4, !tbaa !4
+  %2026 = lshr <32 x i32> %2025, splat (i32 16)
+  %2027 = and <32 x i32> %2026, splat (i32 1)
+  %2028 = add nsw <32 x i32> %2025, splat (i32 32767)
+  %2029 = add nsw <32 x i32> %2028, %2027
+  %2030 = and <32 x i32> %2029, splat (i32 -65536)
+  %2031 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2023
+  store <32 x i32> %2030, ptr %2031, align 4, !tbaa !4
+  %indvars.iv.next1141.i.epil = add nuw nsw i64 %indvars.iv1140.i.epil, 1
+  %epil.iter220.next = add i64 %epil.iter220, 1
+  %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
+  br i1 %epil.iter220.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !53, !llvm.loop !72
 
 for_body_to69.us.1.i.preheader:                   ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.1.i.preheader.unr-lcssa
-  br i1 %994, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !30
+  br i1 %1344, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !48
 
 for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.i, %for_body_to69.us.1.i.preheader
-  %indvars.iv1157.1.i = phi i64 [ %indvars.iv.next1158.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
-  %niter133 = phi i64 [ %niter133.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
-  %1682 = shl nsw i64 %indvars.iv1157.1.i, 5
-  %1683 = add nuw nsw i64 %1682, 128
-  %1684 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1683
-  %1685 = load <32 x i32>, ptr %1684, align 4, !tbaa !4
-  %1686 = lshr <32 x i32> %1685, splat (i32 16)
-  %1687 = and <32 x i32> %1686, splat (i32 1)
-  %1688 = add nsw <32 x i32> %1685, splat (i32 32767)
-  %1689 = add nsw <32 x i32> %1688, %1687
-  %1690 = and <32 x i32> %1689, splat (i32 -65536)
-  %1691 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1683
-  store <32 x i32> %1690, ptr %1691, align 4, !tbaa !4
-  %indvars.iv.next1158.1.i = shl i64 %indvars.iv1157.1.i, 5
-  %1692 = add nuw nsw i64 %indvars.iv.next1158.1.i, 160
-  %1693 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1692
-  %1694 = load <32 x i32>, ptr %1693, align 4, !tbaa !4
-  %1695 = lshr <32 x i32> %1694, splat (i32 16)
-  %1696 = and <32 x i32> %1695, splat (i32 1)
-  %1697 = add nsw <32 x i32> %1694, splat (i32 32767)
-  %1698 = add nsw <32 x i32> %1697, %1696
-  %1699 = and <32 x i32> %1698, splat (i32 -65536)
-  %1700 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1692
-  store <32 x i32> %1699, ptr %1700, align 4, !tbaa !4
-  %indvars.iv.next1158.1.i.1 = shl i64 %indvars.iv1157.1.i, 5
-  %1701 = add nuw nsw i64 %indvars.iv.next1158.1.i.1, 192
-  %1702 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1701
-  %1703 = load <32 x i32>, ptr %1702, align 4, !tbaa !4
-  %1704 = lshr <32 x i32> %1703, splat (i32 16)
-  %1705 = and <32 x i32> %1704, splat (i32 1)
-  %1706 = add nsw <32 x i32> %1703, splat (i32 32767)
-  %1707 = add nsw <32 x i32> %1706, %1705
-  %1708 = and <32 x i32> %1707, splat (i32 -65536)
-  %1709 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1701
-  store <32 x i32> %1708, ptr %1709, align 4, !tbaa !4
-  %indvars.iv.next1158.1.i.2 = shl i64 %indvars.iv1157.1.i, 5
-  %1710 = add nuw nsw i64 %indvars.iv.next1158.1.i.2, 224
-  %1711 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1710
-  %1712 = load <32 x i32>, ptr %1711, align 4, !tbaa !4
-  %1713 = lshr <32 x i32> %1712, splat (i32 16)
-  %1714 = and <32 x i32> %1713, splat (i32 1)
-  %1715 = add nsw <32 x i32> %1712, splat (i32 32767)
-  %1716 = add nsw <32 x i32> %1715, %1714
-  %1717 = and <32 x i32> %1716, splat (i32 -65536)
-  %1718 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1710
-  store <32 x i32> %1717, ptr %1718, align 4, !tbaa !4
-  %indvars.iv.next1158.1.i.3 = add nuw nsw i64 %indvars.iv1157.1.i, 4
-  %niter133.next.3 = add i64 %niter133, 4
-  %niter133.ncmp.3 = icmp eq i64 %niter133.next.3, %unroll_iter132
-  br i1 %niter133.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !31, !llvm.loop !55
+  %indvars.iv1140.1.i = phi i64 [ %indvars.iv.next1141.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %niter230 = phi i64 [ %niter230.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
+  %2032 = shl nsw i64 %indvars.iv1140.1.i, 5
+  %2033 = add nuw nsw i64 %2032, 128
+  %2034 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2033
+  %2035 = load <32 x i32>, ptr %2034, align 4, !tbaa !4
+  %2036 = lshr <32 x i32> %2035, splat (i32 16)
+  %2037 = and <32 x i32> %2036, splat (i32 1)
+  %2038 = add nsw <32 x i32> %2035, splat (i32 32767)
+  %2039 = add nsw <32 x i32> %2038, %2037
+  %2040 = and <32 x i32> %2039, splat (i32 -65536)
+  %2041 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2033
+  store <32 x i32> %2040, ptr %2041, align 4, !tbaa !4
+  %indvars.iv.next1141.1.i = shl i64 %indvars.iv1140.1.i, 5
+  %2042 = add nuw nsw i64 %indvars.iv.next1141.1.i, 160
+  %2043 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2042
+  %2044 = load <32 x i32>, ptr %2043, align 4, !tbaa !4
+  %2045 = lshr <32 x i32> %2044, splat (i32 16)
+  %2046 = and <32 x i32> %2045, splat (i32 1)
+  %2047 = add nsw <32 x i32> %2044, splat (i32 32767)
+  %2048 = add nsw <32 x i32> %2047, %2046
+  %2049 = and <32 x i32> %2048, splat (i32 -65536)
+  %2050 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2042
+  store <32 x i32> %2049, ptr %2050, align 4, !tbaa !4
+  %indvars.iv.next1141.1.i.1 = shl i64 %indvars.iv1140.1.i, 5
+  %2051 = add nuw nsw i64 %indvars.iv.next1141.1.i.1, 192
+  %2052 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2051
+  %2053 = load <32 x i32>, ptr %2052, align 4, !tbaa !4
+  %2054 = lshr <32 x i32> %2053, splat (i32 16)
+  %2055 = and <32 x i32> %2054, splat (i32 1)
+  %2056 = add nsw <32 x i32> %2053, splat (i32 32767)
+  %2057 = add nsw <32 x i32> %2056, %2055
+  %2058 = and <32 x i32> %2057, splat (i32 -65536)
+  %2059 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2051
+  store <32 x i32> %2058, ptr %2059, align 4, !tbaa !4
+  %indvars.iv.next1141.1.i.2 = shl i64 %indvars.iv1140.1.i, 5
+  %2060 = add nuw nsw i64 %indvars.iv.next1141.1.i.2, 224
+  %2061 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2060
+  %2062 = load <32 x i32>, ptr %2061, align 4, !tbaa !4
+  %2063 = lshr <32 x i32> %2062, splat (i32 16)
+  %2064 = and <32 x i32> %2063, splat (i32 1)
+  %2065 = add nsw <32 x i32> %2062, splat (i32 32767)
+  %2066 = add nsw <32 x i32> %2065, %2064
+  %2067 = and <32 x i32> %2066, splat (i32 -65536)
+  %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2060
+  store <32 x i32> %2067, ptr %2068, align 4, !tbaa !4
+  %indvars.iv.next1141.1.i.3 = add nuw nsw i64 %indvars.iv1140.1.i, 4
+  %niter230.next.3 = add i64 %niter230, 4
+  %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
+  br i1 %niter230.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !49, !llvm.loop !73
 
 for_body_to69.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.1.i
-  br i1 %lcmp.mod130.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod227.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !52
 
 for_body_to69.us.1.i.epil.preheader:              ; preds = %for_body_to69.us.2.i.preheader.unr-lcssa, %for_body_to69.us.1.i.preheader
-  %indvars.iv1157.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1158.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod131)
+  %indvars.iv1140.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1141.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod228)
   br label %for_body_to69.us.1.i.epil
 
 for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.1.i.epil.preheader
-  %indvars.iv1157.1.i.epil = phi i64 [ %indvars.iv.next1158.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1157.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
-  %epil.iter129 = phi i64 [ %epil.iter129.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
-  %1719 = shl nsw i64 %indvars.iv1157.1.i.epil, 5
-  %1720 = add nuw nsw i64 %1719, 128
-  %1721 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1720
-  %1722 = load <32 x i32>, ptr %1721, align 4, !tbaa !4
-  %1723 = lshr <32 x i32> %1722, splat (i32 16)
-  %1724 = and <32 x i32> %1723, splat (i32 1)
-  %1725 = add nsw <32 x i32> %1722, splat (i32 32767)
-  %1726 = add nsw <32 x i32> %1725, %1724
-  %1727 = and <32 x i32> %1726, splat (i32 -65536)
-  %1728 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1720
-  store <32 x i32> %1727, ptr %1728, align 4, !tbaa !4
-  %indvars.iv.next1158.1.i.epil = add nuw nsw i64 %indvars.iv1157.1.i.epil, 1
-  %epil.iter129.next = add i64 %epil.iter129, 1
-  %epil.iter129.cmp.not = icmp eq i64 %epil.iter129.next, %xtraiter128
-  br i1 %epil.iter129.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !35, !llvm.loop !56
+  %indvars.iv1140.1.i.epil = phi i64 [ %indvars.iv.next1141.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1140.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
+  %epil.iter226 = phi i64 [ %epil.iter226.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
+  %2069 = shl nsw i64 %indvars.iv1140.1.i.epil, 5
+  %2070 = add nuw nsw i64 %2069, 128
+  %2071 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2070
+  %2072 = load <32 x i32>, ptr %2071, align 4, !tbaa !4
+  %2073 = lshr <32 x i32> %2072, splat (i32 16)
+  %2074 = and <32 x i32> %2073, splat (i32 1)
+  %2075 = add nsw <32 x i32> %2072, splat (i32 32767)
+  %2076 = add nsw <32 x i32> %2075, %2074
+  %2077 = and <32 x i32> %2076, splat (i32 -65536)
+  %2078 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2070
+  store <32 x i32> %2077, ptr %2078, align 4, !tbaa !4
+  %indvars.iv.next1141.1.i.epil = add nuw nsw i64 %indvars.iv1140.1.i.epil, 1
+  %epil.iter226.next = add i64 %epil.iter226, 1
+  %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
+  br i1 %epil.iter226.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !53, !llvm.loop !74
 
 for_body_to69.us.2.i.preheader:                   ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.2.i.preheader.unr-lcssa
-  br i1 %995, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !30
+  br i1 %1345, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !48
 
 for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.i, %for_body_to69.us.2.i.preheader
-  %indvars.iv1157.2.i = phi i64 [ %indvars.iv.next1158.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
-  %niter139 = phi i64 [ %niter139.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
-  %1729 = shl nsw i64 %indvars.iv1157.2.i, 5
-  %1730 = add nuw nsw i64 %1729, 256
-  %1731 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1730
-  %1732 = load <32 x i32>, ptr %1731, align 4, !tbaa !4
-  %1733 = lshr <32 x i32> %1732, splat (i32 16)
-  %1734 = and <32 x i32> %1733, splat (i32 1)
-  %1735 = add nsw <32 x i32> %1732, splat (i32 32767)
-  %1736 = add nsw <32 x i32> %1735, %1734
-  %1737 = and <32 x i32> %1736, splat (i32 -65536)
-  %1738 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1730
-  store <32 x i32> %1737, ptr %1738, align 4, !tbaa !4
-  %indvars.iv.next1158.2.i = shl i64 %indvars.iv1157.2.i, 5
-  %1739 = add nuw nsw i64 %indvars.iv.next1158.2.i, 288
-  %1740 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1739
-  %1741 = load <32 x i32>, ptr %1740, align 4, !tbaa !4
-  %1742 = lshr <32 x i32> %1741, splat (i32 16)
-  %1743 = and <32 x i32> %1742, splat (i32 1)
-  %1744 = add nsw <32 x i32> %1741, splat (i32 32767)
-  %1745 = add nsw <32 x i32> %1744, %1743
-  %1746 = and <32 x i32> %1745, splat (i32 -65536)
-  %1747 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1739
-  store <32 x i32> %1746, ptr %1747, align 4, !tbaa !4
-  %indvars.iv.next1158.2.i.1 = shl i64 %indvars.iv1157.2.i, 5
-  %1748 = add nuw nsw i64 %indvars.iv.next1158.2.i.1, 320
-  %1749 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1748
-  %1750 = load <32 x i32>, ptr %1749, align 4, !tbaa !4
-  %1751 = lshr <32 x i32> %1750, splat (i32 16)
-  %1752 = and <32 x i32> %1751, splat (i32 1)
-  %1753 = add nsw <32 x i32> %1750, splat (i32 32767)
-  %1754 = add nsw <32 x i32> %1753, %1752
-  %1755 = and <32 x i32> %1754, splat (i32 -65536)
-  %1756 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1748
-  store <32 x i32> %1755, ptr %1756, align 4, !tbaa !4
-  %indvars.iv.next1158.2.i.2 = shl i64 %indvars.iv1157.2.i, 5
-  %1757 = add nuw nsw i64 %indvars.iv.next1158.2.i.2, 352
-  %1758 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1757
-  %1759 = load <32 x i32>, ptr %1758, align 4, !tbaa !4
-  %1760 = lshr <32 x i32> %1759, splat (i32 16)
-  %1761 = and <32 x i32> %1760, splat (i32 1)
-  %1762 = add nsw <32 x i32> %1759, splat (i32 32767)
-  %1763 = add nsw <32 x i32> %1762, %1761
-  %1764 = and <32 x i32> %1763, splat (i32 -65536)
-  %1765 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1757
-  store <32 x i32> %1764, ptr %1765, align 4, !tbaa !4
-  %indvars.iv.next1158.2.i.3 = add nuw nsw i64 %indvars.iv1157.2.i, 4
-  %niter139.next.3 = add i64 %niter139, 4
-  %niter139.ncmp.3 = icmp eq i64 %niter139.next.3, %unroll_iter138
-  br i1 %niter139.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !31, !llvm.loop !57
+  %indvars.iv1140.2.i = phi i64 [ %indvars.iv.next1141.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %niter236 = phi i64 [ %niter236.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
+  %2079 = shl nsw i64 %indvars.iv1140.2.i, 5
+  %2080 = add nuw nsw i64 %2079, 256
+  %2081 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2080
+  %2082 = load <32 x i32>, ptr %2081, align 4, !tbaa !4
+  %2083 = lshr <32 x i32> %2082, splat (i32 16)
+  %2084 = and <32 x i32> %2083, splat (i32 1)
+  %2085 = add nsw <32 x i32> %2082, splat (i32 32767)
+  %2086 = add nsw <32 x i32> %2085, %2084
+  %2087 = and <32 x i32> %2086, splat (i32 -65536)
+  %2088 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2080
+  store <32 x i32> %2087, ptr %2088, align 4, !tbaa !4
+  %indvars.iv.next1141.2.i = shl i64 %indvars.iv1140.2.i, 5
+  %2089 = add nuw nsw i64 %indvars.iv.next1141.2.i, 288
+  %2090 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2089
+  %2091 = load <32 x i32>, ptr %2090, align 4, !tbaa !4
+  %2092 = lshr <32 x i32> %2091, splat (i32 16)
+  %2093 = and <32 x i32> %2092, splat (i32 1)
+  %2094 = add nsw <32 x i32> %2091, splat (i32 32767)
+  %2095 = add nsw <32 x i32> %2094, %2093
+  %2096 = and <32 x i32> %2095, splat (i32 -65536)
+  %2097 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2089
+  store <32 x i32> %2096, ptr %2097, align 4, !tbaa !4
+  %indvars.iv.next1141.2.i.1 = shl i64 %indvars.iv1140.2.i, 5
+  %2098 = add nuw nsw i64 %indvars.iv.next1141.2.i.1, 320
+  %2099 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2098
+  %2100 = load <32 x i32>, ptr %2099, align 4, !tbaa !4
+  %2101 = lshr <32 x i32> %2100, splat (i32 16)
+  %2102 = and <32 x i32> %2101, splat (i32 1)
+  %2103 = add nsw <32 x i32> %2100, splat (i32 32767)
+  %2104 = add nsw <32 x i32> %2103, %2102
+  %2105 = and <32 x i32> %2104, splat (i32 -65536)
+  %2106 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2098
+  store <32 x i32> %2105, ptr %2106, align 4, !tbaa !4
+  %indvars.iv.next1141.2.i.2 = shl i64 %indvars.iv1140.2.i, 5
+  %2107 = add nuw nsw i64 %indvars.iv.next1141.2.i.2, 352
+  %2108 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2107
+  %2109 = load <32 x i32>, ptr %2108, align 4, !tbaa !4
+  %2110 = lshr <32 x i32> %2109, splat (i32 16)
+  %2111 = and <32 x i32> %2110, splat (i32 1)
+  %2112 = add nsw <32 x i32> %2109, splat (i32 32767)
+  %2113 = add nsw <32 x i32> %2112, %2111
+  %2114 = and <32 x i32> %2113, splat (i32 -65536)
+  %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2107
+  store <32 x i32> %2114, ptr %2115, align 4, !tbaa !4
+  %indvars.iv.next1141.2.i.3 = add nuw nsw i64 %indvars.iv1140.2.i, 4
+  %niter236.next.3 = add i64 %niter236, 4
+  %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
+  br i1 %niter236.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !49, !llvm.loop !75
 
 for_body_to69.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.2.i
-  br i1 %lcmp.mod136.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod233.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !52
 
 for_body_to69.us.2.i.epil.preheader:              ; preds = %for_body_to69.us.3.i.preheader.unr-lcssa, %for_body_to69.us.2.i.preheader
-  %indvars.iv1157.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1158.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod137)
+  %indvars.iv1140.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1141.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod234)
   br label %for_body_to69.us.2.i.epil
 
 for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.2.i.epil.preheader
-  %indvars.iv1157.2.i.epil = phi i64 [ %indvars.iv.next1158.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1157.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
-  %epil.iter135 = phi i64 [ %epil.iter135.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
-  %1766 = shl nsw i64 %indvars.iv1157.2.i.epil, 5
-  %1767 = add nuw nsw i64 %1766, 256
-  %1768 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1767
-  %1769 = load <32 x i32>, ptr %1768, align 4, !tbaa !4
-  %1770 = lshr <32 x i32> %1769, splat (i32 16)
-  %1771 = and <32 x i32> %1770, splat (i32 1)
-  %1772 = add nsw <32 x i32> %1769, splat (i32 32767)
-  %1773 = add nsw <32 x i32> %1772, %1771
-  %1774 = and <32 x i32> %1773, splat (i32 -65536)
-  %1775 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1767
-  store <32 x i32> %1774, ptr %1775, align 4, !tbaa !4
-  %indvars.iv.next1158.2.i.epil = add nuw nsw i64 %indvars.iv1157.2.i.epil, 1
-  %epil.iter135.next = add i64 %epil.iter135, 1
-  %epil.iter135.cmp.not = icmp eq i64 %epil.iter135.next, %xtraiter134
-  br i1 %epil.iter135.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !35, !llvm.loop !58
+  %indvars.iv1140.2.i.epil = phi i64 [ %indvars.iv.next1141.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1140.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
+  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
+  %2116 = shl nsw i64 %indvars.iv1140.2.i.epil, 5
+  %2117 = add nuw nsw i64 %2116, 256
+  %2118 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2117
+  %2119 = load <32 x i32>, ptr %2118, align 4, !tbaa !4
+  %2120 = lshr <32 x i32> %2119, splat (i32 16)
+  %2121 = and <32 x i32> %2120, splat (i32 1)
+  %2122 = add nsw <32 x i32> %2119, splat (i32 32767)
+  %2123 = add nsw <32 x i32> %2122, %2121
+  %2124 = and <32 x i32> %2123, splat (i32 -65536)
+  %2125 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2117
+  store <32 x i32> %2124, ptr %2125, align 4, !tbaa !4
+  %indvars.iv.next1141.2.i.epil = add nuw nsw i64 %indvars.iv1140.2.i.epil, 1
+  %epil.iter232.next = add i64 %epil.iter232, 1
+  %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
+  br i1 %epil.iter232.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !53, !llvm.loop !76
 
 for_body_to69.us.3.i.preheader:                   ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.3.i.preheader.unr-lcssa
-  br i1 %996, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !30
+  br i1 %1346, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !48
 
 for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.i, %for_body_to69.us.3.i.preheader
-  %indvars.iv1157.3.i = phi i64 [ %indvars.iv.next1158.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
-  %niter145 = phi i64 [ %niter145.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
-  %1776 = shl nsw i64 %indvars.iv1157.3.i, 5
-  %1777 = add nuw nsw i64 %1776, 384
-  %1778 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1777
-  %1779 = load <32 x i32>, ptr %1778, align 4, !tbaa !4
-  %1780 = lshr <32 x i32> %1779, splat (i32 16)
-  %1781 = and <32 x i32> %1780, splat (i32 1)
-  %1782 = add nsw <32 x i32> %1779, splat (i32 32767)
-  %1783 = add nsw <32 x i32> %1782, %1781
-  %1784 = and <32 x i32> %1783, splat (i32 -65536)
-  %1785 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1777
-  store <32 x i32> %1784, ptr %1785, align 4, !tbaa !4
-  %indvars.iv.next1158.3.i = shl i64 %indvars.iv1157.3.i, 5
-  %1786 = add nuw nsw i64 %indvars.iv.next1158.3.i, 416
-  %1787 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1786
-  %1788 = load <32 x i32>, ptr %1787, align 4, !tbaa !4
-  %1789 = lshr <32 x i32> %1788, splat (i32 16)
-  %1790 = and <32 x i32> %1789, splat (i32 1)
-  %1791 = add nsw <32 x i32> %1788, splat (i32 32767)
-  %1792 = add nsw <32 x i32> %1791, %1790
-  %1793 = and <32 x i32> %1792, splat (i32 -65536)
-  %1794 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1786
-  store <32 x i32> %1793, ptr %1794, align 4, !tbaa !4
-  %indvars.iv.next1158.3.i.1 = shl i64 %indvars.iv1157.3.i, 5
-  %1795 = add nuw nsw i64 %indvars.iv.next1158.3.i.1, 448
-  %1796 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1795
-  %1797 = load <32 x i32>, ptr %1796, align 4, !tbaa !4
-  %1798 = lshr <32 x i32> %1797, splat (i32 16)
-  %1799 = and <32 x i32> %1798, splat (i32 1)
-  %1800 = add nsw <32 x i32> %1797, splat (i32 32767)
-  %1801 = add nsw <32 x i32> %1800, %1799
-  %1802 = and <32 x i32> %1801, splat (i32 -65536)
-  %1803 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1795
-  store <32 x i32> %1802, ptr %1803, align 4, !tbaa !4
-  %indvars.iv.next1158.3.i.2 = shl i64 %indvars.iv1157.3.i, 5
-  %1804 = add nuw nsw i64 %indvars.iv.next1158.3.i.2, 480
-  %1805 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1804
-  %1806 = load <32 x i32>, ptr %1805, align 4, !tbaa !4
-  %1807 = lshr <32 x i32> %1806, splat (i32 16)
-  %1808 = and <32 x i32> %1807, splat (i32 1)
-  %1809 = add nsw <32 x i32> %1806, splat (i32 32767)
-  %1810 = add nsw <32 x i32> %1809, %1808
-  %1811 = and <32 x i32> %1810, splat (i32 -65536)
-  %1812 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1804
-  store <32 x i32> %1811, ptr %1812, align 4, !tbaa !4
-  %indvars.iv.next1158.3.i.3 = add nuw nsw i64 %indvars.iv1157.3.i, 4
-  %niter145.next.3 = add i64 %niter145, 4
-  %niter145.ncmp.3 = icmp eq i64 %niter145.next.3, %unroll_iter144
-  br i1 %niter145.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !31, !llvm.loop !59
+  %indvars.iv1140.3.i = phi i64 [ %indvars.iv.next1141.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %niter242 = phi i64 [ %niter242.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
+  %2126 = shl nsw i64 %indvars.iv1140.3.i, 5
+  %2127 = add nuw nsw i64 %2126, 384
+  %2128 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2127
+  %2129 = load <32 x i32>, ptr %2128, align 4, !tbaa !4
+  %2130 = lshr <32 x i32> %2129, splat (i32 16)
+  %2131 = and <32 x i32> %2130, splat (i32 1)
+  %2132 = add nsw <32 x i32> %2129, splat (i32 32767)
+  %2133 = add nsw <32 x i32> %2132, %2131
+  %2134 = and <32 x i32> %2133, splat (i32 -65536)
+  %2135 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2127
+  store <32 x i32> %2134, ptr %2135, align 4, !tbaa !4
+  %indvars.iv.next1141.3.i = shl i64 %indvars.iv1140.3.i, 5
+  %2136 = add nuw nsw i64 %indvars.iv.next1141.3.i, 416
+  %2137 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2136
+  %2138 = load <32 x i32>, ptr %2137, align 4, !tbaa !4
+  %2139 = lshr <32 x i32> %2138, splat (i32 16)
+  %2140 = and <32 x i32> %2139, splat (i32 1)
+  %2141 = add nsw <32 x i32> %2138, splat (i32 32767)
+  %2142 = add nsw <32 x i32> %2141, %2140
+  %2143 = and <32 x i32> %2142, splat (i32 -65536)
+  %2144 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
+  store <32 x i32> %2143, ptr %2144, align 4, !tbaa !4
+  %indvars.iv.next1141.3.i.1 = shl i64 %indvars.iv1140.3.i, 5
+  %2145 = add nuw nsw i64 %indvars.iv.next1141.3.i.1, 448
+  %2146 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2145
+  %2147 = load <32 x i32>, ptr %2146, align 4, !tbaa !4
+  %2148 = lshr <32 x i32> %2147, splat (i32 16)
+  %2149 = and <32 x i32> %2148, splat (i32 1)
+  %2150 = add nsw <32 x i32> %2147, splat (i32 32767)
+  %2151 = add nsw <32 x i32> %2150, %2149
+  %2152 = and <32 x i32> %2151, splat (i32 -65536)
+  %2153 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2145
+  store <32 x i32> %2152, ptr %2153, align 4, !tbaa !4
+  %indvars.iv.next1141.3.i.2 = shl i64 %indvars.iv1140.3.i, 5
+  %2154 = add nuw nsw i64 %indvars.iv.next1141.3.i.2, 480
+  %2155 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2154
+  %2156 = load <32 x i32>, ptr %2155, align 4, !tbaa !4
+  %2157 = lshr <32 x i32> %2156, splat (i32 16)
+  %2158 = and <32 x i32> %2157, splat (i32 1)
+  %2159 = add nsw <32 x i32> %2156, splat (i32 32767)
+  %2160 = add nsw <32 x i32> %2159, %2158
+  %2161 = and <32 x i32> %2160, splat (i32 -65536)
+  %2162 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2154
+  store <32 x i32> %2161, ptr %2162, align 4, !tbaa !4
+  %indvars.iv.next1141.3.i.3 = add nuw nsw i64 %indvars.iv1140.3.i, 4
+  %niter242.next.3 = add i64 %niter242, 4
+  %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
+  br i1 %niter242.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !49, !llvm.loop !77
 
 for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to69.us.3.i
-  br i1 %lcmp.mod142.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod239.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !52
 
 for_body_to69.us.3.i.epil.preheader:              ; preds = %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to69.us.3.i.preheader
-  %indvars.iv1157.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1158.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod143)
+  %indvars.iv1140.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1141.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod240)
   br label %for_body_to69.us.3.i.epil
 
 for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.i.epil, %for_body_to69.us.3.i.epil.preheader
-  %indvars.iv1157.3.i.epil = phi i64 [ %indvars.iv.next1158.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1157.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
-  %epil.iter141 = phi i64 [ %epil.iter141.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
-  %1813 = shl nsw i64 %indvars.iv1157.3.i.epil, 5
-  %1814 = add nuw nsw i64 %1813, 384
-  %1815 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1814
-  %1816 = load <32 x i32>, ptr %1815, align 4, !tbaa !4
-  %1817 = lshr <32 x i32> %1816, splat (i32 16)
-  %1818 = and <32 x i32> %1817, splat (i32 1)
-  %1819 = add nsw <32 x i32> %1816, splat (i32 32767)
-  %1820 = add nsw <32 x i32> %1819, %1818
-  %1821 = and <32 x i32> %1820, splat (i32 -65536)
-  %1822 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1814
-  store <32 x i32> %1821, ptr %1822, align 4, !tbaa !4
-  %indvars.iv.next1158.3.i.epil = add nuw nsw i64 %indvars.iv1157.3.i.epil, 1
-  %epil.iter141.next = add i64 %epil.iter141, 1
-  %epil.iter141.cmp.not = icmp eq i64 %epil.iter141.next, %xtraiter140
-  br i1 %epil.iter141.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !35, !llvm.loop !60
+  %indvars.iv1140.3.i.epil = phi i64 [ %indvars.iv.next1141.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1140.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
+  %epil.iter238 = phi i64 [ %epil.iter238.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
+  %2163 = shl nsw i64 %indvars.iv1140.3.i.epil, 5
+  %2164 = add nuw nsw i64 %2163, 384
+  %2165 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2164
+  %2166 = load <32 x i32>, ptr %2165, align 4, !tbaa !4
+  %2167 = lshr <32 x i32> %2166, splat (i32 16)
+  %2168 = and <32 x i32> %2167, splat (i32 1)
+  %2169 = add nsw <32 x i32> %2166, splat (i32 32767)
+  %2170 = add nsw <32 x i32> %2169, %2168
+  %2171 = and <32 x i32> %2170, splat (i32 -65536)
+  %2172 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2164
+  store <32 x i32> %2171, ptr %2172, align 4, !tbaa !4
+  %indvars.iv.next1141.3.i.epil = add nuw nsw i64 %indvars.iv1140.3.i.epil, 1
+  %epil.iter238.next = add i64 %epil.iter238, 1
+  %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
+  br i1 %epil.iter238.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !53, !llvm.loop !78
 
 for_begin_ax178.preheader.i.preheader:            ; preds = %for_body_to69.us.3.i.epil, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r47.preheader.i
   br label %for_begin_ax178.preheader.i
 
 for_begin_ax178.preheader.i:                      ; preds = %for_end_ax180.i, %for_begin_ax178.preheader.i.preheader
-  %indvars.iv1171.i = phi i64 [ %indvars.iv.next1172.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
-  br i1 %975, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
+  %indvars.iv1154.i = phi i64 [ %indvars.iv.next1155.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
+  br i1 %1325, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
 
 for_body_ax179.lr.ph.i:                           ; preds = %for_begin_ax178.preheader.i
-  %.idx1280.i = shl nuw nsw i64 %indvars.iv1171.i, 9
-  %invariant.gep1319.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1280.i
-  br i1 %997, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !45
+  %.idx1263.i = shl nuw nsw i64 %indvars.iv1154.i, 9
+  %invariant.gep1302.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1263.i
+  br i1 %1347, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !63
 
 for_body_ax179.i:                                 ; preds = %for_body_ax179.i, %for_body_ax179.lr.ph.i
-  %indvars.iv1166.i = phi i64 [ %indvars.iv.next1167.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %tile_sum.rf_global216.sroa.0.0908.i = phi <32 x float> [ %1845, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
-  %niter152 = phi i64 [ %niter152.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %.idx1279.i = shl nsw i64 %indvars.iv1166.i, 7
-  %gep1320.i = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %.idx1279.i
-  %1823 = load <32 x float>, ptr %gep1320.i, align 4, !tbaa !4
-  %1824 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i, %1823
-  %indvars.iv.next1167.i = shl i64 %indvars.iv1166.i, 7
-  %1825 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i
-  %gep1320.i.1 = getelementptr inbounds nuw i8, ptr %1825, i64 128
-  %1826 = load <32 x float>, ptr %gep1320.i.1, align 4, !tbaa !4
-  %1827 = fadd <32 x float> %1824, %1826
-  %indvars.iv.next1167.i.1 = shl i64 %indvars.iv1166.i, 7
-  %1828 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.1
-  %gep1320.i.2 = getelementptr inbounds nuw i8, ptr %1828, i64 256
-  %1829 = load <32 x float>, ptr %gep1320.i.2, align 4, !tbaa !4
-  %1830 = fadd <32 x float> %1827, %1829
-  %indvars.iv.next1167.i.2 = shl i64 %indvars.iv1166.i, 7
-  %1831 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.2
-  %gep1320.i.3 = getelementptr inbounds nuw i8, ptr %1831, i64 384
-  %1832 = load <32 x float>, ptr %gep1320.i.3, align 4, !tbaa !4
-  %1833 = fadd <32 x float> %1830, %1832
-  %indvars.iv.next1167.i.3 = shl i64 %indvars.iv1166.i, 7
-  %1834 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.3
-  %gep1320.i.4 = getelementptr inbounds nuw i8, ptr %1834, i64 512
-  %1835 = load <32 x float>, ptr %gep1320.i.4, align 4, !tbaa !4
-  %1836 = fadd <32 x float> %1833, %1835
-  %indvars.iv.next1167.i.4 = shl i64 %indvars.iv1166.i, 7
-  %1837 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.4
-  %gep1320.i.5 = getelementptr inbounds nuw i8, ptr %1837, i64 640
-  %1838 = load <32 x float>, ptr %gep1320.i.5, align 4, !tbaa !4
-  %1839 = fadd <32 x float> %1836, %1838
-  %indvars.iv.next1167.i.5 = shl i64 %indvars.iv1166.i, 7
-  %1840 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.5
-  %gep1320.i.6 = getelementptr inbounds nuw i8, ptr %1840, i64 768
-  %1841 = load <32 x float>, ptr %gep1320.i.6, align 4, !tbaa !4
-  %1842 = fadd <32 x float> %1839, %1841
-  %indvars.iv.next1167.i.6 = shl i64 %indvars.iv1166.i, 7
-  %1843 = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %indvars.iv.next1167.i.6
-  %gep1320.i.7 = getelementptr inbounds nuw i8, ptr %1843, i64 896
-  %1844 = load <32 x float>, ptr %gep1320.i.7, align 4, !tbaa !4
-  %1845 = fadd <32 x float> %1842, %1844
-  %indvars.iv.next1167.i.7 = add nuw nsw i64 %indvars.iv1166.i, 8
-  %niter152.next.7 = add i64 %niter152, 8
-  %niter152.ncmp.7 = icmp eq i64 %niter152.next.7, %unroll_iter151
-  br i1 %niter152.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !46, !llvm.loop !61
+  %indvars.iv1149.i = phi i64 [ %indvars.iv.next1150.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %tile_sum.rf_global216.sroa.0.0908.i = phi <32 x float> [ %2195, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
+  %niter249 = phi i64 [ %niter249.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
+  %.idx1262.i = shl nsw i64 %indvars.iv1149.i, 7
+  %gep1303.i = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %.idx1262.i
+  %2173 = load <32 x float>, ptr %gep1303.i, align 4, !tbaa !4
+  %2174 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i, %2173
+  %indvars.iv.next1150.i = shl i64 %indvars.iv1149.i, 7
+  %2175 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i
+  %gep1303.i.1 = getelementptr inbounds nuw i8, ptr %2175, i64 128
+  %2176 = load <32 x float>, ptr %gep1303.i.1, align 4, !tbaa !4
+  %2177 = fadd <32 x float> %2174, %2176
+  %indvars.iv.next1150.i.1 = shl i64 %indvars.iv1149.i, 7
+  %2178 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.1
+  %gep1303.i.2 = getelementptr inbounds nuw i8, ptr %2178, i64 256
+  %2179 = load <32 x float>, ptr %gep1303.i.2, align 4, !tbaa !4
+  %2180 = fadd <32 x float> %2177, %2179
+  %indvars.iv.next1150.i.2 = shl i64 %indvars.iv1149.i, 7
+  %2181 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.2
+  %gep1303.i.3 = getelementptr inbounds nuw i8, ptr %2181, i64 384
+  %2182 = load <32 x float>, ptr %gep1303.i.3, align 4, !tbaa !4
+  %2183 = fadd <32 x float> %2180, %2182
+  %indvars.iv.next1150.i.3 = shl i64 %indvars.iv1149.i, 7
+  %2184 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.3
+  %gep1303.i.4 = getelementptr inbounds nuw i8, ptr %2184, i64 512
+  %2185 = load <32 x float>, ptr %gep1303.i.4, align 4, !tbaa !4
+  %2186 = fadd <32 x float> %2183, %2185
+  %indvars.iv.next1150.i.4 = shl i64 %indvars.iv1149.i, 7
+  %2187 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.4
+  %gep1303.i.5 = getelementptr inbounds nuw i8, ptr %2187, i64 640
+  %2188 = load <32 x float>, ptr %gep1303.i.5, align 4, !tbaa !4
+  %2189 = fadd <32 x float> %2186, %2188
+  %indvars.iv.next1150.i.5 = shl i64 %indvars.iv1149.i, 7
+  %2190 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.5
+  %gep1303.i.6 = getelementptr inbounds nuw i8, ptr %2190, i64 768
+  %2191 = load <32 x float>, ptr %gep1303.i.6, align 4, !tbaa !4
+  %2192 = fadd <32 x float> %2189, %2191
+  %indvars.iv.next1150.i.6 = shl i64 %indvars.iv1149.i, 7
+  %2193 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.6
+  %gep1303.i.7 = getelementptr inbounds nuw i8, ptr %2193, i64 896
+  %2194 = load <32 x float>, ptr %gep1303.i.7, align 4, !tbaa !4
+  %2195 = fadd <32 x float> %2192, %2194
+  %indvars.iv.next1150.i.7 = add nuw nsw i64 %indvars.iv1149.i, 8
+  %niter249.next.7 = add i64 %niter249, 8
+  %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
+  br i1 %niter249.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !64, !llvm.loop !79
 
 for_end_ax180.i.loopexit.unr-lcssa:               ; preds = %for_body_ax179.i
-  br i1 %lcmp.mod148.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !49
+  br i1 %lcmp.mod245.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !67
 
 for_body_ax179.i.epil.preheader:                  ; preds = %for_end_ax180.i.loopexit.unr-lcssa, %for_body_ax179.lr.ph.i
-  %indvars.iv1166.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1167.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global216.sroa.0.0908.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %1845, %for_end_ax180.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod150)
+  %indvars.iv1149.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1150.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global216.sroa.0.0908.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %2195, %for_end_ax180.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod247)
   br label %for_body_ax179.i.epil
 
 for_body_ax179.i.epil:                            ; preds = %for_body_ax179.i.epil, %for_body_ax179.i.epil.preheader
-  %indvars.iv1166.i.epil = phi i64 [ %indvars.iv1166.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1167.i.epil, %for_body_ax179.i.epil ]
-  %tile_sum.rf_global216.sroa.0.0908.i.epil = phi <32 x float> [ %tile_sum.rf_global216.sroa.0.0908.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %1847, %for_body_ax179.i.epil ]
-  %epil.iter147 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter147.next, %for_body_ax179.i.epil ]
-  %.idx1279.i.epil = shl nsw i64 %indvars.iv1166.i.epil, 7
-  %gep1320.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1319.i, i64 %.idx1279.i.epil
-  %1846 = load <32 x float>, ptr %gep1320.i.epil, align 4, !tbaa !4
-  %1847 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i.epil, %1846
-  %indvars.iv.next1167.i.epil = add nuw nsw i64 %indvars.iv1166.i.epil, 1
-  %epil.iter147.next = add i64 %epil.iter147, 1
-  %epil.iter147.cmp.not = icmp eq i64 %epil.iter147.next, %xtraiter146
-  br i1 %epil.iter147.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !34, !llvm.loop !62
+  %indvars.iv1149.i.epil = phi i64 [ %indvars.iv1149.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1150.i.epil, %for_body_ax179.i.epil ]
+  %tile_sum.rf_global216.sroa.0.0908.i.epil = phi <32 x float> [ %tile_sum.rf_global216.sroa.0.0908.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %2197, %for_body_ax179.i.epil ]
+  %epil.iter244 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter244.next, %for_body_ax179.i.epil ]
+  %.idx1262.i.epil = shl nsw i64 %indvars.iv1149.i.epil, 7
+  %gep1303.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %.idx1262.i.epil
+  %2196 = load <32 x float>, ptr %gep1303.i.epil, align 4, !tbaa !4
+  %2197 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i.epil, %2196
+  %indvars.iv.next1150.i.epil = add nuw nsw i64 %indvars.iv1149.i.epil, 1
+  %epil.iter244.next = add i64 %epil.iter244, 1
+  %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
+  br i1 %epil.iter244.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !52, !llvm.loop !80
 
 for_end_ax180.i:                                  ; preds = %for_body_ax179.i.epil, %for_end_ax180.i.loopexit.unr-lcssa, %for_begin_ax178.preheader.i
-  %tile_sum.rf_global216.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %1845, %for_end_ax180.i.loopexit.unr-lcssa ], [ %1847, %for_body_ax179.i.epil ]
-  %1848 = getelementptr inbounds nuw float, ptr %tile_sum221.i, i64 %indvars.iv1171.i
+  %tile_sum.rf_global216.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %2195, %for_end_ax180.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax179.i.epil ]
+  %2198 = getelementptr inbounds nuw float, ptr %tile_sum221.i, i64 %indvars.iv1154.i
   %tile_sum.rf217.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 0
-  %1849 = fadd float %tile_sum.rf217.sroa.0.0.vec.extract.i, 0.000000e+00
+  %2199 = fadd float %tile_sum.rf217.sroa.0.0.vec.extract.i, 0.000000e+00
   %tile_sum.rf217.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 1
-  %1850 = fadd float %tile_sum.rf217.sroa.0.4.vec.extract.i, %1849
+  %2200 = fadd float %tile_sum.rf217.sroa.0.4.vec.extract.i, %2199
   %tile_sum.rf217.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 2
-  %1851 = fadd float %tile_sum.rf217.sroa.0.8.vec.extract.i, %1850
+  %2201 = fadd float %tile_sum.rf217.sroa.0.8.vec.extract.i, %2200
   %tile_sum.rf217.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 3
-  %1852 = fadd float %tile_sum.rf217.sroa.0.12.vec.extract.i, %1851
+  %2202 = fadd float %tile_sum.rf217.sroa.0.12.vec.extract.i, %2201
   %tile_sum.rf217.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 4
-  %1853 = fadd float %tile_sum.rf217.sroa.0.16.vec.extract.i, %1852
+  %2203 = fadd float %tile_sum.rf217.sroa.0.16.vec.extract.i, %2202
   %tile_sum.rf217.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 5
-  %1854 = fadd float %tile_sum.rf217.sroa.0.20.vec.extract.i, %1853
+  %2204 = fadd float %tile_sum.rf217.sroa.0.20.vec.extract.i, %2203
   %tile_sum.rf217.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 6
-  %1855 = fadd float %tile_sum.rf217.sroa.0.24.vec.extract.i, %1854
+  %2205 = fadd float %tile_sum.rf217.sroa.0.24.vec.extract.i, %2204
   %tile_sum.rf217.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 7
-  %1856 = fadd float %tile_sum.rf217.sroa.0.28.vec.extract.i, %1855
+  %2206 = fadd float %tile_sum.rf217.sroa.0.28.vec.extract.i, %2205
   %tile_sum.rf217.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 8
-  %1857 = fadd float %tile_sum.rf217.sroa.0.32.vec.extract.i, %1856
+  %2207 = fadd float %tile_sum.rf217.sroa.0.32.vec.extract.i, %2206
   %tile_sum.rf217.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 9
-  %1858 = fadd float %tile_sum.rf217.sroa.0.36.vec.extract.i, %1857
+  %2208 = fadd float %tile_sum.rf217.sroa.0.36.vec.extract.i, %2207
   %tile_sum.rf217.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 10
-  %1859 = fadd float %tile_sum.rf217.sroa.0.40.vec.extract.i, %1858
+  %2209 = fadd float %tile_sum.rf217.sroa.0.40.vec.extract.i, %2208
   %tile_sum.rf217.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 11
-  %1860 = fadd float %tile_sum.rf217.sroa.0.44.vec.extract.i, %1859
+  %2210 = fadd float %tile_sum.rf217.sroa.0.44.vec.extract.i, %2209
   %tile_sum.rf217.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 12
-  %1861 = fadd float %tile_sum.rf217.sroa.0.48.vec.extract.i, %1860
+  %2211 = fadd float %tile_sum.rf217.sroa.0.48.vec.extract.i, %2210
   %tile_sum.rf217.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 13
-  %1862 = fadd float %tile_sum.rf217.sroa.0.52.vec.extract.i, %1861
+  %2212 = fadd float %tile_sum.rf217.sroa.0.52.vec.extract.i, %2211
   %tile_sum.rf217.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 14
-  %1863 = fadd float %tile_sum.rf217.sroa.0.56.vec.extract.i, %1862
+  %2213 = fadd float %tile_sum.rf217.sroa.0.56.vec.extract.i, %2212
   %tile_sum.rf217.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 15
-  %1864 = fadd float %tile_sum.rf217.sroa.0.60.vec.extract.i, %1863
+  %2214 = fadd float %tile_sum.rf217.sroa.0.60.vec.extract.i, %2213
   %tile_sum.rf217.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 16
-  %1865 = fadd float %tile_sum.rf217.sroa.0.64.vec.extract.i, %1864
+  %2215 = fadd float %tile_sum.rf217.sroa.0.64.vec.extract.i, %2214
   %tile_sum.rf217.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 17
-  %1866 = fadd float %tile_sum.rf217.sroa.0.68.vec.extract.i, %1865
+  %2216 = fadd float %tile_sum.rf217.sroa.0.68.vec.extract.i, %2215
   %tile_sum.rf217.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 18
-  %1867 = fadd float %tile_sum.rf217.sroa.0.72.vec.extract.i, %1866
+  %2217 = fadd float %tile_sum.rf217.sroa.0.72.vec.extract.i, %2216
   %tile_sum.rf217.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 19
-  %1868 = fadd float %tile_sum.rf217.sroa.0.76.vec.extract.i, %1867
+  %2218 = fadd float %tile_sum.rf217.sroa.0.76.vec.extract.i, %2217
   %tile_sum.rf217.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 20
-  %1869 = fadd float %tile_sum.rf217.sroa.0.80.vec.extract.i, %1868
+  %2219 = fadd float %tile_sum.rf217.sroa.0.80.vec.extract.i, %2218
   %tile_sum.rf217.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 21
-  %1870 = fadd float %tile_sum.rf217.sroa.0.84.vec.extract.i, %1869
+  %2220 = fadd float %tile_sum.rf217.sroa.0.84.vec.extract.i, %2219
   %tile_sum.rf217.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 22
-  %1871 = fadd float %tile_sum.rf217.sroa.0.88.vec.extract.i, %1870
+  %2221 = fadd float %tile_sum.rf217.sroa.0.88.vec.extract.i, %2220
   %tile_sum.rf217.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 23
-  %1872 = fadd float %tile_sum.rf217.sroa.0.92.vec.extract.i, %1871
+  %2222 = fadd float %tile_sum.rf217.sroa.0.92.vec.extract.i, %2221
   %tile_sum.rf217.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 24
-  %1873 = fadd float %tile_sum.rf217.sroa.0.96.vec.extract.i, %1872
+  %2223 = fadd float %tile_sum.rf217.sroa.0.96.vec.extract.i, %2222
   %tile_sum.rf217.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 25
-  %1874 = fadd float %tile_sum.rf217.sroa.0.100.vec.extract.i, %1873
+  %2224 = fadd float %tile_sum.rf217.sroa.0.100.vec.extract.i, %2223
   %tile_sum.rf217.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 26
-  %1875 = fadd float %tile_sum.rf217.sroa.0.104.vec.extract.i, %1874
+  %2225 = fadd float %tile_sum.rf217.sroa.0.104.vec.extract.i, %2224
   %tile_sum.rf217.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 27
-  %1876 = fadd float %tile_sum.rf217.sroa.0.108.vec.extract.i, %1875
+  %2226 = fadd float %tile_sum.rf217.sroa.0.108.vec.extract.i, %2225
   %tile_sum.rf217.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 28
-  %1877 = fadd float %tile_sum.rf217.sroa.0.112.vec.extract.i, %1876
+  %2227 = fadd float %tile_sum.rf217.sroa.0.112.vec.extract.i, %2226
   %tile_sum.rf217.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 29
-  %1878 = fadd float %tile_sum.rf217.sroa.0.116.vec.extract.i, %1877
+  %2228 = fadd float %tile_sum.rf217.sroa.0.116.vec.extract.i, %2227
   %tile_sum.rf217.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 30
-  %1879 = fadd float %tile_sum.rf217.sroa.0.120.vec.extract.i, %1878
+  %2229 = fadd float %tile_sum.rf217.sroa.0.120.vec.extract.i, %2228
   %tile_sum.rf217.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 31
-  %1880 = fadd float %tile_sum.rf217.sroa.0.124.vec.extract.i, %1879
-  store float %1880, ptr %1848, align 4, !tbaa !63
-  %indvars.iv.next1172.i = add nuw nsw i64 %indvars.iv1171.i, 1
-  %exitcond1174.not.i = icmp eq i64 %indvars.iv.next1172.i, 4
-  br i1 %exitcond1174.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !21
+  %2230 = fadd float %tile_sum.rf217.sroa.0.124.vec.extract.i, %2229
+  store float %2230, ptr %2198, align 4, !tbaa !81
+  %indvars.iv.next1155.i = add nuw nsw i64 %indvars.iv1154.i, 1
+  %exitcond1157.not.i = icmp eq i64 %indvars.iv.next1155.i, 4
+  br i1 %exitcond1157.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !39
 
 for_begin_to88.preheader.preheader.i:             ; preds = %for_end_ax180.i
-  br i1 %975, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
+  br i1 %1325, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
 
 for_body_to89.i.preheader:                        ; preds = %for_begin_to88.preheader.preheader.i
-  br i1 %998, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !30
+  br i1 %1348, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !48
 
 for_body_to89.i:                                  ; preds = %for_body_to89.i, %for_body_to89.i.preheader
-  %indvars.iv1175.i = phi i64 [ %indvars.iv.next1176.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
-  %niter158 = phi i64 [ %niter158.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
-  %.idx1281.i = shl nsw i64 %indvars.iv1175.i, 7
-  %1881 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
-  %1882 = load <32 x float>, ptr %1881, align 4, !tbaa !4
-  %1883 = bitcast <32 x float> %1882 to <32 x i32>
-  %1884 = shufflevector <32 x i32> %1883, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1885 = lshr <16 x i32> %1884, splat (i32 16)
-  %1886 = bitcast <32 x float> %1882 to <32 x i32>
-  %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1888 = or <16 x i32> %1885, %1887
-  %.idx1282.i = shl nsw i64 %indvars.iv1175.i, 6
-  %1889 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i
-  store <16 x i32> %1888, ptr %1889, align 4, !tbaa !4
-  %indvars.iv.next1176.i = or disjoint i64 %indvars.iv1175.i, 1
-  %.idx1281.i.1 = shl nsw i64 %indvars.iv.next1176.i, 7
-  %1890 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.1
-  %1891 = load <32 x float>, ptr %1890, align 4, !tbaa !4
-  %1892 = bitcast <32 x float> %1891 to <32 x i32>
-  %1893 = shufflevector <32 x i32> %1892, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1894 = lshr <16 x i32> %1893, splat (i32 16)
-  %1895 = bitcast <32 x float> %1891 to <32 x i32>
-  %1896 = shufflevector <32 x i32> %1895, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1897 = or <16 x i32> %1894, %1896
-  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1176.i, 6
-  %1898 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.1
-  store <16 x i32> %1897, ptr %1898, align 4, !tbaa !4
-  %indvars.iv.next1176.i.1 = or disjoint i64 %indvars.iv1175.i, 2
-  %.idx1281.i.2 = shl nsw i64 %indvars.iv.next1176.i.1, 7
-  %1899 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.2
-  %1900 = load <32 x float>, ptr %1899, align 4, !tbaa !4
-  %1901 = bitcast <32 x float> %1900 to <32 x i32>
-  %1902 = shufflevector <32 x i32> %1901, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1903 = lshr <16 x i32> %1902, splat (i32 16)
-  %1904 = bitcast <32 x float> %1900 to <32 x i32>
-  %1905 = shufflevector <32 x i32> %1904, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1906 = or <16 x i32> %1903, %1905
-  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1176.i.1, 6
-  %1907 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.2
-  store <16 x i32> %1906, ptr %1907, align 4, !tbaa !4
-  %indvars.iv.next1176.i.2 = or disjoint i64 %indvars.iv1175.i, 3
-  %.idx1281.i.3 = shl nsw i64 %indvars.iv.next1176.i.2, 7
-  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.3
-  %1909 = load <32 x float>, ptr %1908, align 4, !tbaa !4
-  %1910 = bitcast <32 x float> %1909 to <32 x i32>
-  %1911 = shufflevector <32 x i32> %1910, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1912 = lshr <16 x i32> %1911, splat (i32 16)
-  %1913 = bitcast <32 x float> %1909 to <32 x i32>
-  %1914 = shufflevector <32 x i32> %1913, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1915 = or <16 x i32> %1912, %1914
-  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1176.i.2, 6
-  %1916 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.3
-  store <16 x i32> %1915, ptr %1916, align 4, !tbaa !4
-  %indvars.iv.next1176.i.3 = add nuw nsw i64 %indvars.iv1175.i, 4
-  %niter158.next.3 = add i64 %niter158, 4
-  %niter158.ncmp.3 = icmp eq i64 %niter158.next.3, %unroll_iter157
-  br i1 %niter158.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !31, !llvm.loop !65
+  %indvars.iv1158.i = phi i64 [ %indvars.iv.next1159.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %niter255 = phi i64 [ %niter255.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
+  %.idx1264.i = shl nsw i64 %indvars.iv1158.i, 7
+  %2231 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i
+  %2232 = load <32 x float>, ptr %2231, align 4, !tbaa !4
+  %2233 = bitcast <32 x float> %2232 to <32 x i32>
+  %2234 = shufflevector <32 x i32> %2233, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2235 = lshr <16 x i32> %2234, splat (i32 16)
+  %2236 = bitcast <32 x float> %2232 to <32 x i32>
+  %2237 = shufflevector <32 x i32> %2236, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2238 = or <16 x i32> %2235, %2237
+  %.idx1265.i = shl nsw i64 %indvars.iv1158.i, 6
+  %2239 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i
+  store <16 x i32> %2238, ptr %2239, align 4, !tbaa !4
+  %indvars.iv.next1159.i = or disjoint i64 %indvars.iv1158.i, 1
+  %.idx1264.i.1 = shl nsw i64 %indvars.iv.next1159.i, 7
+  %2240 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.1
+  %2241 = load <32 x float>, ptr %2240, align 4, !tbaa !4
+  %2242 = bitcast <32 x float> %2241 to <32 x i32>
+  %2243 = shufflevector <32 x i32> %2242, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2244 = lshr <16 x i32> %2243, splat (i32 16)
+  %2245 = bitcast <32 x float> %2241 to <32 x i32>
+  %2246 = shufflevector <32 x i32> %2245, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2247 = or <16 x i32> %2244, %2246
+  %.idx1265.i.1 = shl nsw i64 %indvars.iv.next1159.i, 6
+  %2248 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.1
+  store <16 x i32> %2247, ptr %2248, align 4, !tbaa !4
+  %indvars.iv.next1159.i.1 = or disjoint i64 %indvars.iv1158.i, 2
+  %.idx1264.i.2 = shl nsw i64 %indvars.iv.next1159.i.1, 7
+  %2249 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.2
+  %2250 = load <32 x float>, ptr %2249, align 4, !tbaa !4
+  %2251 = bitcast <32 x float> %2250 to <32 x i32>
+  %2252 = shufflevector <32 x i32> %2251, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2253 = lshr <16 x i32> %2252, splat (i32 16)
+  %2254 = bitcast <32 x float> %2250 to <32 x i32>
+  %2255 = shufflevector <32 x i32> %2254, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2256 = or <16 x i32> %2253, %2255
+  %.idx1265.i.2 = shl nsw i64 %indvars.iv.next1159.i.1, 6
+  %2257 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.2
+  store <16 x i32> %2256, ptr %2257, align 4, !tbaa !4
+  %indvars.iv.next1159.i.2 = or disjoint i64 %indvars.iv1158.i, 3
+  %.idx1264.i.3 = shl nsw i64 %indvars.iv.next1159.i.2, 7
+  %2258 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.3
+  %2259 = load <32 x float>, ptr %2258, align 4, !tbaa !4
+  %2260 = bitcast <32 x float> %2259 to <32 x i32>
+  %2261 = shufflevector <32 x i32> %2260, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2262 = lshr <16 x i32> %2261, splat (i32 16)
+  %2263 = bitcast <32 x float> %2259 to <32 x i32>
+  %2264 = shufflevector <32 x i32> %2263, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2265 = or <16 x i32> %2262, %2264
+  %.idx1265.i.3 = shl nsw i64 %indvars.iv.next1159.i.2, 6
+  %2266 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.3
+  store <16 x i32> %2265, ptr %2266, align 4, !tbaa !4
+  %indvars.iv.next1159.i.3 = add nuw nsw i64 %indvars.iv1158.i, 4
+  %niter255.next.3 = add i64 %niter255, 4
+  %niter255.ncmp.3 = icmp eq i64 %niter255.next.3, %unroll_iter254
+  br i1 %niter255.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !49, !llvm.loop !83
 
 for_body_to89.1.i.preheader.unr-lcssa:            ; preds = %for_body_to89.i
-  br i1 %lcmp.mod155.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod252.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !52
 
 for_body_to89.i.epil.preheader:                   ; preds = %for_body_to89.1.i.preheader.unr-lcssa, %for_body_to89.i.preheader
-  %indvars.iv1175.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1176.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod156)
+  %indvars.iv1158.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1159.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod253)
   br label %for_body_to89.i.epil
 
 for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epil, %for_body_to89.i.epil.preheader
-  %indvars.iv1175.i.epil = phi i64 [ %indvars.iv.next1176.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1175.i.epil.init, %for_body_to89.i.epil.preheader ]
-  %epil.iter154 = phi i64 [ %epil.iter154.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
-  %.idx1281.i.epil = shl nsw i64 %indvars.iv1175.i.epil, 7
-  %1917 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.epil
-  %1918 = load <32 x float>, ptr %1917, align 4, !tbaa !4
-  %1919 = bitcast <32 x float> %1918 to <32 x i32>
-  %1920 = shufflevector <32 x i32> %1919, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1921 = lshr <16 x i32> %1920, splat (i32 16)
-  %1922 = bitcast <32 x float> %1918 to <32 x i32>
-  %1923 = shufflevector <32 x i32> %1922, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1924 = or <16 x i32> %1921, %1923
-  %.idx1282.i.epil = shl nsw i64 %indvars.iv1175.i.epil, 6
-  %1925 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.epil
-  store <16 x i32> %1924, ptr %1925, align 4, !tbaa !4
-  %indvars.iv.next1176.i.epil = add nuw nsw i64 %indvars.iv1175.i.epil, 1
-  %epil.iter154.next = add i64 %epil.iter154, 1
-  %epil.iter154.cmp.not = icmp eq i64 %epil.iter154.next, %xtraiter153
-  br i1 %epil.iter154.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !35, !llvm.loop !66
+  %indvars.iv1158.i.epil = phi i64 [ %indvars.iv.next1159.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1158.i.epil.init, %for_body_to89.i.epil.preheader ]
+  %epil.iter251 = phi i64 [ %epil.iter251.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
+  %.idx1264.i.epil = shl nsw i64 %indvars.iv1158.i.epil, 7
+  %2267 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.epil
+  %2268 = load <32 x float>, ptr %2267, align 4, !tbaa !4
+  %2269 = bitcast <32 x float> %2268 to <32 x i32>
+  %2270 = shufflevector <32 x i32> %2269, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2271 = lshr <16 x i32> %2270, splat (i32 16)
+  %2272 = bitcast <32 x float> %2268 to <32 x i32>
+  %2273 = shufflevector <32 x i32> %2272, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2274 = or <16 x i32> %2271, %2273
+  %.idx1265.i.epil = shl nsw i64 %indvars.iv1158.i.epil, 6
+  %2275 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.epil
+  store <16 x i32> %2274, ptr %2275, align 4, !tbaa !4
+  %indvars.iv.next1159.i.epil = add nuw nsw i64 %indvars.iv1158.i.epil, 1
+  %epil.iter251.next = add i64 %epil.iter251, 1
+  %epil.iter251.cmp.not = icmp eq i64 %epil.iter251.next, %xtraiter250
+  br i1 %epil.iter251.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !53, !llvm.loop !84
 
 for_body_to89.1.i.preheader:                      ; preds = %for_body_to89.i.epil, %for_body_to89.1.i.preheader.unr-lcssa
-  br i1 %999, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !30
+  br i1 %1349, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !48
 
 for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, %for_body_to89.1.i.preheader
-  %indvars.iv1175.1.i = phi i64 [ %indvars.iv.next1176.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
-  %niter164 = phi i64 [ %niter164.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
-  %.idx1283.i = shl nsw i64 %indvars.iv1175.1.i, 7
-  %1926 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i
-  %1927 = getelementptr inbounds nuw i8, ptr %1926, i64 512
-  %1928 = load <32 x float>, ptr %1927, align 4, !tbaa !4
-  %1929 = bitcast <32 x float> %1928 to <32 x i32>
-  %1930 = shufflevector <32 x i32> %1929, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1931 = lshr <16 x i32> %1930, splat (i32 16)
-  %1932 = bitcast <32 x float> %1928 to <32 x i32>
-  %1933 = shufflevector <32 x i32> %1932, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1934 = or <16 x i32> %1931, %1933
-  %.idx1284.i = shl nsw i64 %indvars.iv1175.1.i, 6
-  %1935 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i
-  %1936 = getelementptr inbounds nuw i8, ptr %1935, i64 256
-  store <16 x i32> %1934, ptr %1936, align 4, !tbaa !4
-  %indvars.iv.next1176.1.i = or disjoint i64 %indvars.iv1175.1.i, 1
-  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1176.1.i, 7
-  %1937 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.1
-  %1938 = getelementptr inbounds nuw i8, ptr %1937, i64 512
-  %1939 = load <32 x float>, ptr %1938, align 4, !tbaa !4
-  %1940 = bitcast <32 x float> %1939 to <32 x i32>
-  %1941 = shufflevector <32 x i32> %1940, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1942 = lshr <16 x i32> %1941, splat (i32 16)
-  %1943 = bitcast <32 x float> %1939 to <32 x i32>
-  %1944 = shufflevector <32 x i32> %1943, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1945 = or <16 x i32> %1942, %1944
-  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1176.1.i, 6
-  %1946 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.1
-  %1947 = getelementptr inbounds nuw i8, ptr %1946, i64 256
-  store <16 x i32> %1945, ptr %1947, align 4, !tbaa !4
-  %indvars.iv.next1176.1.i.1 = or disjoint i64 %indvars.iv1175.1.i, 2
-  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1176.1.i.1, 7
-  %1948 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.2
-  %1949 = getelementptr inbounds nuw i8, ptr %1948, i64 512
-  %1950 = load <32 x float>, ptr %1949, align 4, !tbaa !4
-  %1951 = bitcast <32 x float> %1950 to <32 x i32>
-  %1952 = shufflevector <32 x i32> %1951, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1953 = lshr <16 x i32> %1952, splat (i32 16)
-  %1954 = bitcast <32 x float> %1950 to <32 x i32>
-  %1955 = shufflevector <32 x i32> %1954, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1956 = or <16 x i32> %1953, %1955
-  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1176.1.i.1, 6
-  %1957 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.2
-  %1958 = getelementptr inbounds nuw i8, ptr %1957, i64 256
-  store <16 x i32> %1956, ptr %1958, align 4, !tbaa !4
-  %indvars.iv.next1176.1.i.2 = or disjoint i64 %indvars.iv1175.1.i, 3
-  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1176.1.i.2, 7
-  %1959 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.3
-  %1960 = getelementptr inbounds nuw i8, ptr %1959, i64 512
-  %1961 = load <32 x float>, ptr %1960, align 4, !tbaa !4
-  %1962 = bitcast <32 x float> %1961 to <32 x i32>
-  %1963 = shufflevector <32 x i32> %1962, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1964 = lshr <16 x i32> %1963, splat (i32 16)
-  %1965 = bitcast <32 x float> %1961 to <32 x i32>
-  %1966 = shufflevector <32 x i32> %1965, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1967 = or <16 x i32> %1964, %1966
-  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1176.1.i.2, 6
-  %1968 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.3
-  %1969 = getelementptr inbounds nuw i8, ptr %1968, i64 256
-  store <16 x i32> %1967, ptr %1969, align 4, !tbaa !4
-  %indvars.iv.next1176.1.i.3 = add nuw nsw i64 %indvars.iv1175.1.i, 4
-  %niter164.next.3 = add i64 %niter164, 4
-  %niter164.ncmp.3 = icmp eq i64 %niter164.next.3, %unroll_iter163
-  br i1 %niter164.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !31, !llvm.loop !67
+  %indvars.iv1158.1.i = phi i64 [ %indvars.iv.next1159.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %niter261 = phi i64 [ %niter261.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
+  %.idx1266.i = shl nsw i64 %indvars.iv1158.1.i, 7
+  %2276 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i
+  %2277 = getelementptr inbounds nuw i8, ptr %2276, i64 512
+  %2278 = load <32 x float>, ptr %2277, align 4, !tbaa !4
+  %2279 = bitcast <32 x float> %2278 to <32 x i32>
+  %2280 = shufflevector <32 x i32> %2279, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2281 = lshr <16 x i32> %2280, splat (i32 16)
+  %2282 = bitcast <32 x float> %2278 to <32 x i32>
+  %2283 = shufflevector <32 x i32> %2282, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2284 = or <16 x i32> %2281, %2283
+  %.idx1267.i = shl nsw i64 %indvars.iv1158.1.i, 6
+  %2285 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i
+  %2286 = getelementptr inbounds nuw i8, ptr %2285, i64 256
+  store <16 x i32> %2284, ptr %2286, align 4, !tbaa !4
+  %indvars.iv.next1159.1.i = or disjoint i64 %indvars.iv1158.1.i, 1
+  %.idx1266.i.1 = shl nsw i64 %indvars.iv.next1159.1.i, 7
+  %2287 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.1
+  %2288 = getelementptr inbounds nuw i8, ptr %2287, i64 512
+  %2289 = load <32 x float>, ptr %2288, align 4, !tbaa !4
+  %2290 = bitcast <32 x float> %2289 to <32 x i32>
+  %2291 = shufflevector <32 x i32> %2290, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2292 = lshr <16 x i32> %2291, splat (i32 16)
+  %2293 = bitcast <32 x float> %2289 to <32 x i32>
+  %2294 = shufflevector <32 x i32> %2293, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2295 = or <16 x i32> %2292, %2294
+  %.idx1267.i.1 = shl nsw i64 %indvars.iv.next1159.1.i, 6
+  %2296 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.1
+  %2297 = getelementptr inbounds nuw i8, ptr %2296, i64 256
+  store <16 x i32> %2295, ptr %2297, align 4, !tbaa !4
+  %indvars.iv.next1159.1.i.1 = or disjoint i64 %indvars.iv1158.1.i, 2
+  %.idx1266.i.2 = shl nsw i64 %indvars.iv.next1159.1.i.1, 7
+  %2298 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.2
+  %2299 = getelementptr inbounds nuw i8, ptr %2298, i64 512
+  %2300 = load <32 x float>, ptr %2299, align 4, !tbaa !4
+  %2301 = bitcast <32 x float> %2300 to <32 x i32>
+  %2302 = shufflevector <32 x i32> %2301, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2303 = lshr <16 x i32> %2302, splat (i32 16)
+  %2304 = bitcast <32 x float> %2300 to <32 x i32>
+  %2305 = shufflevector <32 x i32> %2304, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2306 = or <16 x i32> %2303, %2305
+  %.idx1267.i.2 = shl nsw i64 %indvars.iv.next1159.1.i.1, 6
+  %2307 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.2
+  %2308 = getelementptr inbounds nuw i8, ptr %2307, i64 256
+  store <16 x i32> %2306, ptr %2308, align 4, !tbaa !4
+  %indvars.iv.next1159.1.i.2 = or disjoint i64 %indvars.iv1158.1.i, 3
+  %.idx1266.i.3 = shl nsw i64 %indvars.iv.next1159.1.i.2, 7
+  %2309 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.3
+  %2310 = getelementptr inbounds nuw i8, ptr %2309, i64 512
+  %2311 = load <32 x float>, ptr %2310, align 4, !tbaa !4
+  %2312 = bitcast <32 x float> %2311 to <32 x i32>
+  %2313 = shufflevector <32 x i32> %2312, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2314 = lshr <16 x i32> %2313, splat (i32 16)
+  %2315 = bitcast <32 x float> %2311 to <32 x i32>
+  %2316 = shufflevector <32 x i32> %2315, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2317 = or <16 x i32> %2314, %2316
+  %.idx1267.i.3 = shl nsw i64 %indvars.iv.next1159.1.i.2, 6
+  %2318 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.3
+  %2319 = getelementptr inbounds nuw i8, ptr %2318, i64 256
+  store <16 x i32> %2317, ptr %2319, align 4, !tbaa !4
+  %indvars.iv.next1159.1.i.3 = add nuw nsw i64 %indvars.iv1158.1.i, 4
+  %niter261.next.3 = add i64 %niter261, 4
+  %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
+  br i1 %niter261.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !49, !llvm.loop !85
 
 for_body_to89.2.i.preheader.unr-lcssa:            ; preds = %for_body_to89.1.i
-  br i1 %lcmp.mod161.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod258.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !52
 
 for_body_to89.1.i.epil.preheader:                 ; preds = %for_body_to89.2.i.preheader.unr-lcssa, %for_body_to89.1.i.preheader
-  %indvars.iv1175.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1176.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod162)
+  %indvars.iv1158.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1159.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod259)
   br label %for_body_to89.1.i.epil
 
 for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.epil, %for_body_to89.1.i.epil.preheader
-  %indvars.iv1175.1.i.epil = phi i64 [ %indvars.iv.next1176.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1175.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
-  %epil.iter160 = phi i64 [ %epil.iter160.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
-  %.idx1283.i.epil = shl nsw i64 %indvars.iv1175.1.i.epil, 7
-  %1970 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.epil
-  %1971 = getelementptr inbounds nuw i8, ptr %1970, i64 512
-  %1972 = load <32 x float>, ptr %1971, align 4, !tbaa !4
-  %1973 = bitcast <32 x float> %1972 to <32 x i32>
-  %1974 = shufflevector <32 x i32> %1973, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1975 = lshr <16 x i32> %1974, splat (i32 16)
-  %1976 = bitcast <32 x float> %1972 to <32 x i32>
-  %1977 = shufflevector <32 x i32> %1976, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1978 = or <16 x i32> %1975, %1977
-  %.idx1284.i.epil = shl nsw i64 %indvars.iv1175.1.i.epil, 6
-  %1979 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.epil
-  %1980 = getelementptr inbounds nuw i8, ptr %1979, i64 256
-  store <16 x i32> %1978, ptr %1980, align 4, !tbaa !4
-  %indvars.iv.next1176.1.i.epil = add nuw nsw i64 %indvars.iv1175.1.i.epil, 1
-  %epil.iter160.next = add i64 %epil.iter160, 1
-  %epil.iter160.cmp.not = icmp eq i64 %epil.iter160.next, %xtraiter159
-  br i1 %epil.iter160.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !35, !llvm.loop !68
+  %indvars.iv1158.1.i.epil = phi i64 [ %indvars.iv.next1159.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1158.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
+  %epil.iter257 = phi i64 [ %epil.iter257.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
+  %.idx1266.i.epil = shl nsw i64 %indvars.iv1158.1.i.epil, 7
+  %2320 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.epil
+  %2321 = getelementptr inbounds nuw i8, ptr %2320, i64 512
+  %2322 = load <32 x float>, ptr %2321, align 4, !tbaa !4
+  %2323 = bitcast <32 x float> %2322 to <32 x i32>
+  %2324 = shufflevector <32 x i32> %2323, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2325 = lshr <16 x i32> %2324, splat (i32 16)
+  %2326 = bitcast <32 x float> %2322 to <32 x i32>
+  %2327 = shufflevector <32 x i32> %2326, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2328 = or <16 x i32> %2325, %2327
+  %.idx1267.i.epil = shl nsw i64 %indvars.iv1158.1.i.epil, 6
+  %2329 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.epil
+  %2330 = getelementptr inbounds nuw i8, ptr %2329, i64 256
+  store <16 x i32> %2328, ptr %2330, align 4, !tbaa !4
+  %indvars.iv.next1159.1.i.epil = add nuw nsw i64 %indvars.iv1158.1.i.epil, 1
+  %epil.iter257.next = add i64 %epil.iter257, 1
+  %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
+  br i1 %epil.iter257.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !53, !llvm.loop !86
 
 for_body_to89.2.i.preheader:                      ; preds = %for_body_to89.1.i.epil, %for_body_to89.2.i.preheader.unr-lcssa
-  br i1 %1000, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !30
+  br i1 %1350, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !48
 
 for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, %for_body_to89.2.i.preheader
-  %indvars.iv1175.2.i = phi i64 [ %indvars.iv.next1176.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
-  %niter170 = phi i64 [ %niter170.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
-  %.idx1285.i = shl nsw i64 %indvars.iv1175.2.i, 7
-  %1981 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i
-  %1982 = getelementptr inbounds nuw i8, ptr %1981, i64 1024
-  %1983 = load <32 x float>, ptr %1982, align 4, !tbaa !4
-  %1984 = bitcast <32 x float> %1983 to <32 x i32>
-  %1985 = shufflevector <32 x i32> %1984, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1986 = lshr <16 x i32> %1985, splat (i32 16)
-  %1987 = bitcast <32 x float> %1983 to <32 x i32>
-  %1988 = shufflevector <32 x i32> %1987, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %1989 = or <16 x i32> %1986, %1988
-  %.idx1286.i = shl nsw i64 %indvars.iv1175.2.i, 6
-  %1990 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i
-  %1991 = getelementptr inbounds nuw i8, ptr %1990, i64 512
-  store <16 x i32> %1989, ptr %1991, align 4, !tbaa !4
-  %indvars.iv.next1176.2.i = or disjoint i64 %indvars.iv1175.2.i, 1
-  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1176.2.i, 7
-  %1992 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.1
-  %1993 = getelementptr inbounds nuw i8, ptr %1992, i64 1024
-  %1994 = load <32 x float>, ptr %1993, align 4, !tbaa !4
-  %1995 = bitcast <32 x float> %1994 to <32 x i32>
-  %1996 = shufflevector <32 x i32> %1995, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %1997 = lshr <16 x i32> %1996, splat (i32 16)
-  %1998 = bitcast <32 x float> %1994 to <32 x i32>
-  %1999 = shufflevector <32 x i32> %1998, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2000 = or <16 x i32> %1997, %1999
-  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1176.2.i, 6
-  %2001 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.1
-  %2002 = getelementptr inbounds nuw i8, ptr %2001, i64 512
-  store <16 x i32> %2000, ptr %2002, align 4, !tbaa !4
-  %indvars.iv.next1176.2.i.1 = or disjoint i64 %indvars.iv1175.2.i, 2
-  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1176.2.i.1, 7
-  %2003 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.2
-  %2004 = getelementptr inbounds nuw i8, ptr %2003, i64 1024
-  %2005 = load <32 x float>, ptr %2004, align 4, !tbaa !4
-  %2006 = bitcast <32 x float> %2005 to <32 x i32>
-  %2007 = shufflevector <32 x i32> %2006, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2008 = lshr <16 x i32> %2007, splat (i32 16)
-  %2009 = bitcast <32 x float> %2005 to <32 x i32>
-  %2010 = shufflevector <32 x i32> %2009, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2011 = or <16 x i32> %2008, %2010
-  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1176.2.i.1, 6
-  %2012 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.2
-  %2013 = getelementptr inbounds nuw i8, ptr %2012, i64 512
-  store <16 x i32> %2011, ptr %2013, align 4, !tbaa !4
-  %indvars.iv.next1176.2.i.2 = or disjoint i64 %indvars.iv1175.2.i, 3
-  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1176.2.i.2, 7
-  %2014 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.3
-  %2015 = getelementptr inbounds nuw i8, ptr %2014, i64 1024
-  %2016 = load <32 x float>, ptr %2015, align 4, !tbaa !4
-  %2017 = bitcast <32 x float> %2016 to <32 x i32>
-  %2018 = shufflevector <32 x i32> %2017, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2019 = lshr <16 x i32> %2018, splat (i32 16)
-  %2020 = bitcast <32 x float> %2016 to <32 x i32>
-  %2021 = shufflevector <32 x i32> %2020, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2022 = or <16 x i32> %2019, %2021
-  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1176.2.i.2, 6
-  %2023 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.3
-  %2024 = getelementptr inbounds nuw i8, ptr %2023, i64 512
-  store <16 x i32> %2022, ptr %2024, align 4, !tbaa !4
-  %indvars.iv.next1176.2.i.3 = add nuw nsw i64 %indvars.iv1175.2.i, 4
-  %niter170.next.3 = add i64 %niter170, 4
-  %niter170.ncmp.3 = icmp eq i64 %niter170.next.3, %unroll_iter169
-  br i1 %niter170.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !31, !llvm.loop !69
+  %indvars.iv1158.2.i = phi i64 [ %indvars.iv.next1159.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %niter267 = phi i64 [ %niter267.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
+  %.idx1268.i = shl nsw i64 %indvars.iv1158.2.i, 7
+  %2331 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i
+  %2332 = getelementptr inbounds nuw i8, ptr %2331, i64 1024
+  %2333 = load <32 x float>, ptr %2332, align 4, !tbaa !4
+  %2334 = bitcast <32 x float> %2333 to <32 x i32>
+  %2335 = shufflevector <32 x i32> %2334, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2336 = lshr <16 x i32> %2335, splat (i32 16)
+  %2337 = bitcast <32 x float> %2333 to <32 x i32>
+  %2338 = shufflevector <32 x i32> %2337, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2339 = or <16 x i32> %2336, %2338
+  %.idx1269.i = shl nsw i64 %indvars.iv1158.2.i, 6
+  %2340 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i
+  %2341 = getelementptr inbounds nuw i8, ptr %2340, i64 512
+  store <16 x i32> %2339, ptr %2341, align 4, !tbaa !4
+  %indvars.iv.next1159.2.i = or disjoint i64 %indvars.iv1158.2.i, 1
+  %.idx1268.i.1 = shl nsw i64 %indvars.iv.next1159.2.i, 7
+  %2342 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.1
+  %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 1024
+  %2344 = load <32 x float>, ptr %2343, align 4, !tbaa !4
+  %2345 = bitcast <32 x float> %2344 to <32 x i32>
+  %2346 = shufflevector <32 x i32> %2345, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2347 = lshr <16 x i32> %2346, splat (i32 16)
+  %2348 = bitcast <32 x float> %2344 to <32 x i32>
+  %2349 = shufflevector <32 x i32> %2348, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2350 = or <16 x i32> %2347, %2349
+  %.idx1269.i.1 = shl nsw i64 %indvars.iv.next1159.2.i, 6
+  %2351 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.1
+  %2352 = getelementptr inbounds nuw i8, ptr %2351, i64 512
+  store <16 x i32> %2350, ptr %2352, align 4, !tbaa !4
+  %indvars.iv.next1159.2.i.1 = or disjoint i64 %indvars.iv1158.2.i, 2
+  %.idx1268.i.2 = shl nsw i64 %indvars.iv.next1159.2.i.1, 7
+  %2353 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.2
+  %2354 = getelementptr inbounds nuw i8, ptr %2353, i64 1024
+  %2355 = load <32 x float>, ptr %2354, align 4, !tbaa !4
+  %2356 = bitcast <32 x float> %2355 to <32 x i32>
+  %2357 = shufflevector <32 x i32> %2356, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2358 = lshr <16 x i32> %2357, splat (i32 16)
+  %2359 = bitcast <32 x float> %2355 to <32 x i32>
+  %2360 = shufflevector <32 x i32> %2359, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2361 = or <16 x i32> %2358, %2360
+  %.idx1269.i.2 = shl nsw i64 %indvars.iv.next1159.2.i.1, 6
+  %2362 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.2
+  %2363 = getelementptr inbounds nuw i8, ptr %2362, i64 512
+  store <16 x i32> %2361, ptr %2363, align 4, !tbaa !4
+  %indvars.iv.next1159.2.i.2 = or disjoint i64 %indvars.iv1158.2.i, 3
+  %.idx1268.i.3 = shl nsw i64 %indvars.iv.next1159.2.i.2, 7
+  %2364 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.3
+  %2365 = getelementptr inbounds nuw i8, ptr %2364, i64 1024
+  %2366 = load <32 x float>, ptr %2365, align 4, !tbaa !4
+  %2367 = bitcast <32 x float> %2366 to <32 x i32>
+  %2368 = shufflevector <32 x i32> %2367, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2369 = lshr <16 x i32> %2368, splat (i32 16)
+  %2370 = bitcast <32 x float> %2366 to <32 x i32>
+  %2371 = shufflevector <32 x i32> %2370, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2372 = or <16 x i32> %2369, %2371
+  %.idx1269.i.3 = shl nsw i64 %indvars.iv.next1159.2.i.2, 6
+  %2373 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.3
+  %2374 = getelementptr inbounds nuw i8, ptr %2373, i64 512
+  store <16 x i32> %2372, ptr %2374, align 4, !tbaa !4
+  %indvars.iv.next1159.2.i.3 = add nuw nsw i64 %indvars.iv1158.2.i, 4
+  %niter267.next.3 = add i64 %niter267, 4
+  %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
+  br i1 %niter267.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !49, !llvm.loop !87
 
 for_body_to89.3.i.preheader.unr-lcssa:            ; preds = %for_body_to89.2.i
-  br i1 %lcmp.mod167.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod264.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !52
 
 for_body_to89.2.i.epil.preheader:                 ; preds = %for_body_to89.3.i.preheader.unr-lcssa, %for_body_to89.2.i.preheader
-  %indvars.iv1175.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1176.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod168)
+  %indvars.iv1158.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1159.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod265)
   br label %for_body_to89.2.i.epil
 
 for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.epil, %for_body_to89.2.i.epil.preheader
-  %indvars.iv1175.2.i.epil = phi i64 [ %indvars.iv.next1176.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1175.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
-  %epil.iter166 = phi i64 [ %epil.iter166.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
-  %.idx1285.i.epil = shl nsw i64 %indvars.iv1175.2.i.epil, 7
-  %2025 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.epil
-  %2026 = getelementptr inbounds nuw i8, ptr %2025, i64 1024
-  %2027 = load <32 x float>, ptr %2026, align 4, !tbaa !4
-  %2028 = bitcast <32 x float> %2027 to <32 x i32>
-  %2029 = shufflevector <32 x i32> %2028, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2030 = lshr <16 x i32> %2029, splat (i32 16)
-  %2031 = bitcast <32 x float> %2027 to <32 x i32>
-  %2032 = shufflevector <32 x i32> %2031, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2033 = or <16 x i32> %2030, %2032
-  %.idx1286.i.epil = shl nsw i64 %indvars.iv1175.2.i.epil, 6
-  %2034 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.epil
-  %2035 = getelementptr inbounds nuw i8, ptr %2034, i64 512
-  store <16 x i32> %2033, ptr %2035, align 4, !tbaa !4
-  %indvars.iv.next1176.2.i.epil = add nuw nsw i64 %indvars.iv1175.2.i.epil, 1
-  %epil.iter166.next = add i64 %epil.iter166, 1
-  %epil.iter166.cmp.not = icmp eq i64 %epil.iter166.next, %xtraiter165
-  br i1 %epil.iter166.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !35, !llvm.loop !70
+  %indvars.iv1158.2.i.epil = phi i64 [ %indvars.iv.next1159.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1158.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
+  %epil.iter263 = phi i64 [ %epil.iter263.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
+  %.idx1268.i.epil = shl nsw i64 %indvars.iv1158.2.i.epil, 7
+  %2375 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.epil
+  %2376 = getelementptr inbounds nuw i8, ptr %2375, i64 1024
+  %2377 = load <32 x float>, ptr %2376, align 4, !tbaa !4
+  %2378 = bitcast <32 x float> %2377 to <32 x i32>
+  %2379 = shufflevector <32 x i32> %2378, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2380 = lshr <16 x i32> %2379, splat (i32 16)
+  %2381 = bitcast <32 x float> %2377 to <32 x i32>
+  %2382 = shufflevector <32 x i32> %2381, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2383 = or <16 x i32> %2380, %2382
+  %.idx1269.i.epil = shl nsw i64 %indvars.iv1158.2.i.epil, 6
+  %2384 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.epil
+  %2385 = getelementptr inbounds nuw i8, ptr %2384, i64 512
+  store <16 x i32> %2383, ptr %2385, align 4, !tbaa !4
+  %indvars.iv.next1159.2.i.epil = add nuw nsw i64 %indvars.iv1158.2.i.epil, 1
+  %epil.iter263.next = add i64 %epil.iter263, 1
+  %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
+  br i1 %epil.iter263.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !53, !llvm.loop !88
 
 for_body_to89.3.i.preheader:                      ; preds = %for_body_to89.2.i.epil, %for_body_to89.3.i.preheader.unr-lcssa
-  br i1 %1001, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !30
+  br i1 %1351, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !48
 
 for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, %for_body_to89.3.i.preheader
-  %indvars.iv1175.3.i = phi i64 [ %indvars.iv.next1176.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
-  %niter176 = phi i64 [ %niter176.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
-  %.idx1287.i = shl nsw i64 %indvars.iv1175.3.i, 7
-  %2036 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i
-  %2037 = getelementptr inbounds nuw i8, ptr %2036, i64 1536
-  %2038 = load <32 x float>, ptr %2037, align 4, !tbaa !4
-  %2039 = bitcast <32 x float> %2038 to <32 x i32>
-  %2040 = shufflevector <32 x i32> %2039, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2041 = lshr <16 x i32> %2040, splat (i32 16)
-  %2042 = bitcast <32 x float> %2038 to <32 x i32>
-  %2043 = shufflevector <32 x i32> %2042, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2044 = or <16 x i32> %2041, %2043
-  %.idx1288.i = shl nsw i64 %indvars.iv1175.3.i, 6
-  %2045 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i
-  %2046 = getelementptr inbounds nuw i8, ptr %2045, i64 768
-  store <16 x i32> %2044, ptr %2046, align 4, !tbaa !4
-  %indvars.iv.next1176.3.i = or disjoint i64 %indvars.iv1175.3.i, 1
-  %.idx1287.i.1 = shl nsw i64 %indvars.iv.next1176.3.i, 7
-  %2047 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.1
-  %2048 = getelementptr inbounds nuw i8, ptr %2047, i64 1536
-  %2049 = load <32 x float>, ptr %2048, align 4, !tbaa !4
-  %2050 = bitcast <32 x float> %2049 to <32 x i32>
-  %2051 = shufflevector <32 x i32> %2050, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2052 = lshr <16 x i32> %2051, splat (i32 16)
-  %2053 = bitcast <32 x float> %2049 to <32 x i32>
-  %2054 = shufflevector <32 x i32> %2053, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2055 = or <16 x i32> %2052, %2054
-  %.idx1288.i.1 = shl nsw i64 %indvars.iv.next1176.3.i, 6
-  %2056 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.1
-  %2057 = getelementptr inbounds nuw i8, ptr %2056, i64 768
-  store <16 x i32> %2055, ptr %2057, align 4, !tbaa !4
-  %indvars.iv.next1176.3.i.1 = or disjoint i64 %indvars.iv1175.3.i, 2
-  %.idx1287.i.2 = shl nsw i64 %indvars.iv.next1176.3.i.1, 7
-  %2058 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.2
-  %2059 = getelementptr inbounds nuw i8, ptr %2058, i64 1536
-  %2060 = load <32 x float>, ptr %2059, align 4, !tbaa !4
-  %2061 = bitcast <32 x float> %2060 to <32 x i32>
-  %2062 = shufflevector <32 x i32> %2061, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2063 = lshr <16 x i32> %2062, splat (i32 16)
-  %2064 = bitcast <32 x float> %2060 to <32 x i32>
-  %2065 = shufflevector <32 x i32> %2064, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2066 = or <16 x i32> %2063, %2065
-  %.idx1288.i.2 = shl nsw i64 %indvars.iv.next1176.3.i.1, 6
-  %2067 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.2
-  %2068 = getelementptr inbounds nuw i8, ptr %2067, i64 768
-  store <16 x i32> %2066, ptr %2068, align 4, !tbaa !4
-  %indvars.iv.next1176.3.i.2 = or disjoint i64 %indvars.iv1175.3.i, 3
-  %.idx1287.i.3 = shl nsw i64 %indvars.iv.next1176.3.i.2, 7
-  %2069 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.3
-  %2070 = getelementptr inbounds nuw i8, ptr %2069, i64 1536
-  %2071 = load <32 x float>, ptr %2070, align 4, !tbaa !4
-  %2072 = bitcast <32 x float> %2071 to <32 x i32>
-  %2073 = shufflevector <32 x i32> %2072, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2074 = lshr <16 x i32> %2073, splat (i32 16)
-  %2075 = bitcast <32 x float> %2071 to <32 x i32>
-  %2076 = shufflevector <32 x i32> %2075, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2077 = or <16 x i32> %2074, %2076
-  %.idx1288.i.3 = shl nsw i64 %indvars.iv.next1176.3.i.2, 6
-  %2078 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.3
-  %2079 = getelementptr inbounds nuw i8, ptr %2078, i64 768
-  store <16 x i32> %2077, ptr %2079, align 4, !tbaa !4
-  %indvars.iv.next1176.3.i.3 = add nuw nsw i64 %indvars.iv1175.3.i, 4
-  %niter176.next.3 = add i64 %niter176, 4
-  %niter176.ncmp.3 = icmp eq i64 %niter176.next.3, %unroll_iter175
-  br i1 %niter176.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !31, !llvm.loop !71
+  %indvars.iv1158.3.i = phi i64 [ %indvars.iv.next1159.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %niter273 = phi i64 [ %niter273.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
+  %.idx1270.i = shl nsw i64 %indvars.iv1158.3.i, 7
+  %2386 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i
+  %2387 = getelementptr inbounds nuw i8, ptr %2386, i64 1536
+  %2388 = load <32 x float>, ptr %2387, align 4, !tbaa !4
+  %2389 = bitcast <32 x float> %2388 to <32 x i32>
+  %2390 = shufflevector <32 x i32> %2389, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2391 = lshr <16 x i32> %2390, splat (i32 16)
+  %2392 = bitcast <32 x float> %2388 to <32 x i32>
+  %2393 = shufflevector <32 x i32> %2392, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2394 = or <16 x i32> %2391, %2393
+  %.idx1271.i = shl nsw i64 %indvars.iv1158.3.i, 6
+  %2395 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i
+  %2396 = getelementptr inbounds nuw i8, ptr %2395, i64 768
+  store <16 x i32> %2394, ptr %2396, align 4, !tbaa !4
+  %indvars.iv.next1159.3.i = or disjoint i64 %indvars.iv1158.3.i, 1
+  %.idx1270.i.1 = shl nsw i64 %indvars.iv.next1159.3.i, 7
+  %2397 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.1
+  %2398 = getelementptr inbounds nuw i8, ptr %2397, i64 1536
+  %2399 = load <32 x float>, ptr %2398, align 4, !tbaa !4
+  %2400 = bitcast <32 x float> %2399 to <32 x i32>
+  %2401 = shufflevector <32 x i32> %2400, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2402 = lshr <16 x i32> %2401, splat (i32 16)
+  %2403 = bitcast <32 x float> %2399 to <32 x i32>
+  %2404 = shufflevector <32 x i32> %2403, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2405 = or <16 x i32> %2402, %2404
+  %.idx1271.i.1 = shl nsw i64 %indvars.iv.next1159.3.i, 6
+  %2406 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.1
+  %2407 = getelementptr inbounds nuw i8, ptr %2406, i64 768
+  store <16 x i32> %2405, ptr %2407, align 4, !tbaa !4
+  %indvars.iv.next1159.3.i.1 = or disjoint i64 %indvars.iv1158.3.i, 2
+  %.idx1270.i.2 = shl nsw i64 %indvars.iv.next1159.3.i.1, 7
+  %2408 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.2
+  %2409 = getelementptr inbounds nuw i8, ptr %2408, i64 1536
+  %2410 = load <32 x float>, ptr %2409, align 4, !tbaa !4
+  %2411 = bitcast <32 x float> %2410 to <32 x i32>
+  %2412 = shufflevector <32 x i32> %2411, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2413 = lshr <16 x i32> %2412, splat (i32 16)
+  %2414 = bitcast <32 x float> %2410 to <32 x i32>
+  %2415 = shufflevector <32 x i32> %2414, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2416 = or <16 x i32> %2413, %2415
+  %.idx1271.i.2 = shl nsw i64 %indvars.iv.next1159.3.i.1, 6
+  %2417 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.2
+  %2418 = getelementptr inbounds nuw i8, ptr %2417, i64 768
+  store <16 x i32> %2416, ptr %2418, align 4, !tbaa !4
+  %indvars.iv.next1159.3.i.2 = or disjoint i64 %indvars.iv1158.3.i, 3
+  %.idx1270.i.3 = shl nsw i64 %indvars.iv.next1159.3.i.2, 7
+  %2419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.3
+  %2420 = getelementptr inbounds nuw i8, ptr %2419, i64 1536
+  %2421 = load <32 x float>, ptr %2420, align 4, !tbaa !4
+  %2422 = bitcast <32 x float> %2421 to <32 x i32>
+  %2423 = shufflevector <32 x i32> %2422, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2424 = lshr <16 x i32> %2423, splat (i32 16)
+  %2425 = bitcast <32 x float> %2421 to <32 x i32>
+  %2426 = shufflevector <32 x i32> %2425, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2427 = or <16 x i32> %2424, %2426
+  %.idx1271.i.3 = shl nsw i64 %indvars.iv.next1159.3.i.2, 6
+  %2428 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.3
+  %2429 = getelementptr inbounds nuw i8, ptr %2428, i64 768
+  store <16 x i32> %2427, ptr %2429, align 4, !tbaa !4
+  %indvars.iv.next1159.3.i.3 = add nuw nsw i64 %indvars.iv1158.3.i, 4
+  %niter273.next.3 = add i64 %niter273, 4
+  %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
+  br i1 %niter273.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !49, !llvm.loop !89
 
 for_end_to90.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to89.3.i
-  br i1 %lcmp.mod173.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !34
+  br i1 %lcmp.mod270.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !52
 
 for_body_to89.3.i.epil.preheader:                 ; preds = %for_end_to90.3.i.loopexit.unr-lcssa, %for_body_to89.3.i.preheader
-  %indvars.iv1175.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1176.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod174)
+  %indvars.iv1158.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1159.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod271)
   br label %for_body_to89.3.i.epil
 
 for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.epil, %for_body_to89.3.i.epil.preheader
-  %indvars.iv1175.3.i.epil = phi i64 [ %indvars.iv.next1176.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1175.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
-  %epil.iter172 = phi i64 [ %epil.iter172.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
-  %.idx1287.i.epil = shl nsw i64 %indvars.iv1175.3.i.epil, 7
-  %2080 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1287.i.epil
-  %2081 = getelementptr inbounds nuw i8, ptr %2080, i64 1536
-  %2082 = load <32 x float>, ptr %2081, align 4, !tbaa !4
-  %2083 = bitcast <32 x float> %2082 to <32 x i32>
-  %2084 = shufflevector <32 x i32> %2083, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
-  %2085 = lshr <16 x i32> %2084, splat (i32 16)
-  %2086 = bitcast <32 x float> %2082 to <32 x i32>
-  %2087 = shufflevector <32 x i32> %2086, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
-  %2088 = or <16 x i32> %2085, %2087
-  %.idx1288.i.epil = shl nsw i64 %indvars.iv1175.3.i.epil, 6
-  %2089 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1288.i.epil
-  %2090 = getelementptr inbounds nuw i8, ptr %2089, i64 768
-  store <16 x i32> %2088, ptr %2090, align 4, !tbaa !4
-  %indvars.iv.next1176.3.i.epil = add nuw nsw i64 %indvars.iv1175.3.i.epil, 1
-  %epil.iter172.next = add i64 %epil.iter172, 1
-  %epil.iter172.cmp.not = icmp eq i64 %epil.iter172.next, %xtraiter171
-  br i1 %epil.iter172.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !35, !llvm.loop !72
+  %indvars.iv1158.3.i.epil = phi i64 [ %indvars.iv.next1159.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1158.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
+  %epil.iter269 = phi i64 [ %epil.iter269.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
+  %.idx1270.i.epil = shl nsw i64 %indvars.iv1158.3.i.epil, 7
+  %2430 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.epil
+  %2431 = getelementptr inbounds nuw i8, ptr %2430, i64 1536
+  %2432 = load <32 x float>, ptr %2431, align 4, !tbaa !4
+  %2433 = bitcast <32 x float> %2432 to <32 x i32>
+  %2434 = shufflevector <32 x i32> %2433, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2435 = lshr <16 x i32> %2434, splat (i32 16)
+  %2436 = bitcast <32 x float> %2432 to <32 x i32>
+  %2437 = shufflevector <32 x i32> %2436, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2438 = or <16 x i32> %2435, %2437
+  %.idx1271.i.epil = shl nsw i64 %indvars.iv1158.3.i.epil, 6
+  %2439 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.epil
+  %2440 = getelementptr inbounds nuw i8, ptr %2439, i64 768
+  store <16 x i32> %2438, ptr %2440, align 4, !tbaa !4
+  %indvars.iv.next1159.3.i.epil = add nuw nsw i64 %indvars.iv1158.3.i.epil, 1
+  %epil.iter269.next = add i64 %epil.iter269, 1
+  %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
+  br i1 %epil.iter269.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !53, !llvm.loop !90
 
 for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.epil, %for_end_to90.3.i.loopexit.unr-lcssa, %for_begin_to88.preheader.preheader.i
-  %2091 = shl nuw nsw i64 %indvars.iv1200.i, 2
-  %2092 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2091
-  %2093 = load <4 x float>, ptr %2092, align 16, !tbaa !25
-  %old_max.i = select <4 x i1> %979, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2093
-  %2094 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2091
-  %2095 = load <4 x float>, ptr %2094, align 16, !tbaa !23
-  %old_sum.i = select <4 x i1> %979, <4 x float> zeroinitializer, <4 x float> %2095
-  %2096 = fcmp ogt <4 x float> %old_max.i, %1537
-  %2097 = load <4 x float>, ptr %tile_sum221.i, align 16, !tbaa !73
-  %2098 = fcmp oeq <4 x float> %2097, zeroinitializer
-  %2099 = select <4 x i1> %2098, <4 x i1> splat (i1 true), <4 x i1> %2096
-  %old_or_both.i = select <4 x i1> %2099, <4 x float> %old_max.i, <4 x float> %1537
-  %2100 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %2100, <4 x float> %1537, <4 x float> %old_or_both.i
-  %2101 = fsub <4 x float> %old_max.i, %m.i
-  %2102 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2101, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %2103 = bitcast <4 x float> %2102 to <4 x i32>
-  %2104 = fadd <4 x float> %2102, splat (float 0xC168000FE0000000)
-  %2105 = fmul <4 x float> %2104, splat (float 0x3F2BD01060000000)
-  %2106 = fmul <4 x float> %2104, splat (float 0x3FE6300000000000)
-  %2107 = fsub <4 x float> %2101, %2106
-  %2108 = fadd <4 x float> %2105, %2107
-  %2109 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2108, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %2110 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2109, <4 x float> %2108, <4 x float> splat (float 0x3FA5558F20000000))
-  %2111 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2110, <4 x float> %2108, <4 x float> splat (float 0x3FC5554920000000))
-  %2112 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2111, <4 x float> %2108, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %2113 = fmul <4 x float> %2108, %2108
-  %2114 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2112, <4 x float> %2113, <4 x float> %2108)
-  %2115 = shl <4 x i32> %2103, splat (i32 23)
-  %2116 = bitcast <4 x i32> %2115 to <4 x float>
-  %2117 = fadd <4 x float> %2114, splat (float 1.000000e+00)
-  %2118 = fmul <4 x float> %2117, %2116
-  %2119 = fcmp olt <4 x float> %2101, splat (float -8.700000e+01)
-  %2120 = select <4 x i1> %2119, <4 x float> zeroinitializer, <4 x float> %2118
-  %2121 = fcmp one <4 x float> %old_sum.i, zeroinitializer
-  %2122 = select <4 x i1> %2121, <4 x float> %2120, <4 x float> zeroinitializer
-  %arg110.i = fsub <4 x float> %1537, %m.i
-  %2123 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
-  %2124 = bitcast <4 x float> %2123 to <4 x i32>
-  %2125 = fadd <4 x float> %2123, splat (float 0xC168000FE0000000)
-  %2126 = fmul <4 x float> %2125, splat (float 0x3F2BD01060000000)
-  %2127 = fmul <4 x float> %2125, splat (float 0x3FE6300000000000)
-  %2128 = fsub <4 x float> %arg110.i, %2127
-  %2129 = fadd <4 x float> %2126, %2128
-  %2130 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2129, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
-  %2131 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2130, <4 x float> %2129, <4 x float> splat (float 0x3FA5558F20000000))
-  %2132 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2131, <4 x float> %2129, <4 x float> splat (float 0x3FC5554920000000))
-  %2133 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2132, <4 x float> %2129, <4 x float> splat (float 0x3FDFFFFFC0000000))
-  %2134 = fmul <4 x float> %2129, %2129
-  %2135 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2133, <4 x float> %2134, <4 x float> %2129)
-  %2136 = shl <4 x i32> %2124, splat (i32 23)
-  %2137 = bitcast <4 x i32> %2136 to <4 x float>
-  %2138 = fadd <4 x float> %2135, splat (float 1.000000e+00)
-  %2139 = fmul <4 x float> %2138, %2137
-  %2140 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
-  %2141 = select <4 x i1> %2140, <4 x float> zeroinitializer, <4 x float> %2139
-  %2142 = fcmp one <4 x float> %2097, zeroinitializer
-  %2143 = select <4 x i1> %2142, <4 x float> %2141, <4 x float> zeroinitializer
-  %2144 = fmul <4 x float> %old_sum.i, %2122
-  %2145 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2143, <4 x float> %2097, <4 x float> %2144)
-  store <4 x float> %m.i, ptr %2092, align 16, !tbaa !25
-  store <4 x float> %2145, ptr %2094, align 16, !tbaa !23
-  %2146 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> zeroinitializer
-  %2147 = shl nuw nsw i64 %indvars.iv1200.i, 9
-  %2148 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> zeroinitializer
-  %2149 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2150 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  %2151 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2152 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  %2153 = shufflevector <4 x float> %2143, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2154 = shufflevector <4 x float> %2122, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2155 = mul nsw i64 %1060, %v_head
-  %2156 = mul nsw i64 %indvars.iv1200.i, %v_head
-  %invariant.gep1018.i = getelementptr i32, ptr %value_cache, i64 %2156
-  %2157 = fmul <16 x float> %2148, zeroinitializer
-  %2158 = fmul <16 x float> %2150, zeroinitializer
-  %2159 = fmul <16 x float> %2152, zeroinitializer
-  %invariant.gep1321.i = getelementptr i32, ptr %value_cache, i64 %2155
-  %invariant.gep1323.i = getelementptr i32, ptr %95, i64 %2155
-  %invariant.gep1325.i = getelementptr i32, ptr %96, i64 %2155
-  %invariant.gep1327.i = getelementptr i32, ptr %97, i64 %2155
-  %invariant.gep1329.i = getelementptr i32, ptr %98, i64 %2155
-  %invariant.gep1331.i = getelementptr i32, ptr %99, i64 %2155
-  %invariant.gep1333.i = getelementptr i32, ptr %100, i64 %2155
-  %invariant.gep1335.i = getelementptr i32, ptr %101, i64 %2155
-  %invariant.gep1385.i = getelementptr i32, ptr %prob_pairs.i, i64 %986
-  %2160 = fmul <16 x float> %2154, zeroinitializer
+  %2441 = shl nuw nsw i64 %indvars.iv1183.i, 2
+  %2442 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2441
+  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !43
+  %old_max.i = select <4 x i1> %1329, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2443
+  %2444 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2441
+  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !41
+  %old_sum.i = select <4 x i1> %1329, <4 x float> zeroinitializer, <4 x float> %2445
+  %2446 = fcmp ogt <4 x float> %old_max.i, %1887
+  %2447 = load <4 x float>, ptr %tile_sum221.i, align 16, !tbaa !91
+  %2448 = fcmp oeq <4 x float> %2447, zeroinitializer
+  %2449 = select <4 x i1> %2448, <4 x i1> splat (i1 true), <4 x i1> %2446
+  %old_or_both.i = select <4 x i1> %2449, <4 x float> %old_max.i, <4 x float> %1887
+  %2450 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
+  %m.i = select <4 x i1> %2450, <4 x float> %1887, <4 x float> %old_or_both.i
+  %2451 = fsub <4 x float> %old_max.i, %m.i
+  %2452 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2451, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2453 = bitcast <4 x float> %2452 to <4 x i32>
+  %2454 = fadd <4 x float> %2452, splat (float 0xC168000FE0000000)
+  %2455 = fmul <4 x float> %2454, splat (float 0x3F2BD01060000000)
+  %2456 = fmul <4 x float> %2454, splat (float 0x3FE6300000000000)
+  %2457 = fsub <4 x float> %2451, %2456
+  %2458 = fadd <4 x float> %2455, %2457
+  %2459 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2458, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2460 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2459, <4 x float> %2458, <4 x float> splat (float 0x3FA5558F20000000))
+  %2461 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2460, <4 x float> %2458, <4 x float> splat (float 0x3FC5554920000000))
+  %2462 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2461, <4 x float> %2458, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2463 = fmul <4 x float> %2458, %2458
+  %2464 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2462, <4 x float> %2463, <4 x float> %2458)
+  %2465 = shl <4 x i32> %2453, splat (i32 23)
+  %2466 = bitcast <4 x i32> %2465 to <4 x float>
+  %2467 = fadd <4 x float> %2464, splat (float 1.000000e+00)
+  %2468 = fmul <4 x float> %2467, %2466
+  %2469 = fcmp olt <4 x float> %2451, splat (float -8.700000e+01)
+  %2470 = select <4 x i1> %2469, <4 x float> zeroinitializer, <4 x float> %2468
+  %2471 = fcmp one <4 x float> %old_sum.i, zeroinitializer
+  %2472 = select <4 x i1> %2471, <4 x float> %2470, <4 x float> zeroinitializer
+  %arg110.i = fsub <4 x float> %1887, %m.i
+  %2473 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %2474 = bitcast <4 x float> %2473 to <4 x i32>
+  %2475 = fadd <4 x float> %2473, splat (float 0xC168000FE0000000)
+  %2476 = fmul <4 x float> %2475, splat (float 0x3F2BD01060000000)
+  %2477 = fmul <4 x float> %2475, splat (float 0x3FE6300000000000)
+  %2478 = fsub <4 x float> %arg110.i, %2477
+  %2479 = fadd <4 x float> %2476, %2478
+  %2480 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2479, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
+  %2481 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2480, <4 x float> %2479, <4 x float> splat (float 0x3FA5558F20000000))
+  %2482 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2481, <4 x float> %2479, <4 x float> splat (float 0x3FC5554920000000))
+  %2483 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2482, <4 x float> %2479, <4 x float> splat (float 0x3FDFFFFFC0000000))
+  %2484 = fmul <4 x float> %2479, %2479
+  %2485 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2483, <4 x float> %2484, <4 x float> %2479)
+  %2486 = shl <4 x i32> %2474, splat (i32 23)
+  %2487 = bitcast <4 x i32> %2486 to <4 x float>
+  %2488 = fadd <4 x float> %2485, splat (float 1.000000e+00)
+  %2489 = fmul <4 x float> %2488, %2487
+  %2490 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
+  %2491 = select <4 x i1> %2490, <4 x float> zeroinitializer, <4 x float> %2489
+  %2492 = fcmp one <4 x float> %2447, zeroinitializer
+  %2493 = select <4 x i1> %2492, <4 x float> %2491, <4 x float> zeroinitializer
+  %2494 = fmul <4 x float> %old_sum.i, %2472
+  %2495 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2493, <4 x float> %2447, <4 x float> %2494)
+  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !43
+  store <4 x float> %2495, ptr %2444, align 16, !tbaa !41
+  %2496 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> zeroinitializer
+  %2497 = shl nuw nsw i64 %indvars.iv1183.i, 9
+  %2498 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> zeroinitializer
+  %2499 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2500 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %2501 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2502 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  %2503 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2504 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  %2505 = mul nsw i64 %1410, %v_head
+  %2506 = mul nsw i64 %indvars.iv1183.i, %v_head
+  %invariant.gep1018.i = getelementptr i32, ptr %value_cache, i64 %2506
+  %2507 = fmul <16 x float> %2498, zeroinitializer
+  %2508 = fmul <16 x float> %2500, zeroinitializer
+  %2509 = fmul <16 x float> %2502, zeroinitializer
+  %invariant.gep1304.i = getelementptr i32, ptr %value_cache, i64 %2505
+  %invariant.gep1306.i = getelementptr i32, ptr %101, i64 %2505
+  %invariant.gep1308.i = getelementptr i32, ptr %102, i64 %2505
+  %invariant.gep1310.i = getelementptr i32, ptr %103, i64 %2505
+  %invariant.gep1312.i = getelementptr i32, ptr %104, i64 %2505
+  %invariant.gep1314.i = getelementptr i32, ptr %105, i64 %2505
+  %invariant.gep1316.i = getelementptr i32, ptr %106, i64 %2505
+  %invariant.gep1318.i = getelementptr i32, ptr %107, i64 %2505
+  %invariant.gep1368.i = getelementptr i32, ptr %prob_pairs.i, i64 %1336
+  %2510 = fmul <16 x float> %2504, zeroinitializer
   br label %for_body_d_0_m.i
 
 for_body_d_0_m.i:                                 ; preds = %if_end145.i, %for_end_to90.3.i
-  %indvars.iv1196.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1197.i, %if_end145.i ]
-  br i1 %981, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
+  %indvars.iv1179.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1180.i, %if_end145.i ]
+  br i1 %1331, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
 
 for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %2161 = mul nuw nsw i64 %indvars.iv1196.i, %987
-  %gep1019.idx.i = shl i64 %indvars.iv1196.i, 7
+  %2511 = mul nuw nsw i64 %indvars.iv1179.i, %1337
+  %gep1019.idx.i = shl i64 %indvars.iv1179.i, 7
   %gep1019.i = getelementptr i8, ptr %invariant.gep1018.i, i64 %gep1019.idx.i
   br label %for_begin_ax2.preheader.i
 
 for_end_d_0_m.i:                                  ; preds = %if_end145.i
-  %2162 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2163 = tail call i32 %2162(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not232.i = icmp eq i32 %2163, 0
-  br i1 %.not232.i, label %if_end147.i, label %fused_decode_compute_.exit, !prof !22
+  %2512 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2513 = tail call i32 %2512(i32 1, i32 %dev_id, ptr nonnull %exact.i)
+  %.not232.i = icmp eq i32 %2513, 0
+  br i1 %.not232.i, label %if_end147.i, label %fused_decode_compute_.exit, !prof !40
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
-  %indvars.iv1188.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next1189.i, %for_begin_ax2.preheader.i ]
+  %indvars.iv1171.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next1172.i, %for_begin_ax2.preheader.i ]
   %full_acc212.sroa.238.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
   %full_acc212.sroa.204.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
   %full_acc212.sroa.170.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
@@ -5037,640 +5230,640 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   %full_acc212.sroa.0.0917.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i644.i, %for_begin_ax2.preheader.i ]
   %full_acc212.sroa.34.0916.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
   %full_acc212.sroa.68.0915.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
-  %2164 = add nuw nsw i64 %indvars.iv1188.i, %2161
-  %2165 = trunc i64 %2164 to i32
-  %2166 = shl i32 %2165, 3
-  %2167 = add i32 %2166, %1059
-  %2168 = sext i32 %2167 to i64
-  %2169 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2168
-  %2170 = load i64, ptr %2169, align 8, !tbaa !4
-  %gep1322.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2170
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1322.i, i32 0, i32 2, i32 1)
-  %gep1324.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2170
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1324.i, i32 0, i32 2, i32 1)
-  %gep1326.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2170
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1326.i, i32 0, i32 2, i32 1)
-  %gep1328.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2170
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1328.i, i32 0, i32 2, i32 1)
-  %2171 = getelementptr i8, ptr %2169, i64 8
-  %2172 = load i64, ptr %2171, align 8, !tbaa !4
-  %gep1330.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2172
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1330.i, i32 0, i32 2, i32 1)
-  %gep1332.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2172
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1332.i, i32 0, i32 2, i32 1)
-  %gep1334.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2172
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1334.i, i32 0, i32 2, i32 1)
-  %gep1336.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2172
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1336.i, i32 0, i32 2, i32 1)
-  %2173 = getelementptr i8, ptr %2169, i64 16
-  %2174 = load i64, ptr %2173, align 8, !tbaa !4
-  %gep1338.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2174
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1338.i, i32 0, i32 2, i32 1)
-  %gep1340.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2174
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1340.i, i32 0, i32 2, i32 1)
-  %gep1342.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2174
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1342.i, i32 0, i32 2, i32 1)
-  %gep1344.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2174
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1344.i, i32 0, i32 2, i32 1)
-  %2175 = getelementptr i8, ptr %2169, i64 24
-  %2176 = load i64, ptr %2175, align 8, !tbaa !4
-  %gep1346.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2176
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1346.i, i32 0, i32 2, i32 1)
-  %gep1348.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2176
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1348.i, i32 0, i32 2, i32 1)
-  %gep1350.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2176
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1350.i, i32 0, i32 2, i32 1)
-  %gep1352.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2176
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1352.i, i32 0, i32 2, i32 1)
-  %2177 = getelementptr i8, ptr %2169, i64 32
-  %2178 = load i64, ptr %2177, align 8, !tbaa !4
-  %gep1354.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2178
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1354.i, i32 0, i32 2, i32 1)
-  %gep1356.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2178
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1356.i, i32 0, i32 2, i32 1)
-  %gep1358.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2178
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1358.i, i32 0, i32 2, i32 1)
-  %gep1360.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2178
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1360.i, i32 0, i32 2, i32 1)
-  %2179 = getelementptr i8, ptr %2169, i64 40
-  %2180 = load i64, ptr %2179, align 8, !tbaa !4
-  %gep1362.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2180
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1362.i, i32 0, i32 2, i32 1)
-  %gep1364.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2180
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1364.i, i32 0, i32 2, i32 1)
-  %gep1366.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2180
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1366.i, i32 0, i32 2, i32 1)
-  %gep1368.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2180
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1368.i, i32 0, i32 2, i32 1)
-  %2181 = getelementptr i8, ptr %2169, i64 48
-  %2182 = load i64, ptr %2181, align 8, !tbaa !4
-  %gep1370.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2182
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1370.i, i32 0, i32 2, i32 1)
-  %gep1372.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2182
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1372.i, i32 0, i32 2, i32 1)
-  %gep1374.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2182
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1374.i, i32 0, i32 2, i32 1)
-  %gep1376.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2182
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1376.i, i32 0, i32 2, i32 1)
-  %2183 = getelementptr i8, ptr %2169, i64 56
-  %2184 = load i64, ptr %2183, align 8, !tbaa !4
-  %gep1378.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2184
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1378.i, i32 0, i32 2, i32 1)
-  %gep1380.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2184
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1380.i, i32 0, i32 2, i32 1)
-  %gep1382.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2184
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1382.i, i32 0, i32 2, i32 1)
-  %gep1384.i = getelementptr i32, ptr %invariant.gep1335.i, i64 %2184
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1384.i, i32 0, i32 2, i32 1)
-  %.idx1289.i = shl nsw i64 %indvars.iv1188.i, 6
-  %2185 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1289.i
-  %2186 = load i32, ptr %2185, align 4, !tbaa !4
-  %2187 = insertelement <16 x i32> poison, i32 %2186, i64 0
-  %2188 = shufflevector <16 x i32> %2187, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1290.i = shl nsw i64 %indvars.iv1188.i, 8
-  %2189 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1290.i
-  %2190 = load i64, ptr %2189, align 8, !tbaa !4
-  %gep935.i = getelementptr i32, ptr %gep1019.i, i64 %2190
-  %2191 = load <32 x bfloat>, ptr %gep935.i, align 4, !tbaa !4
-  %x.i282.i = bitcast <16 x i32> %2188 to <32 x bfloat>
-  %r.i284.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.0.0917.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2191)
-  %2192 = getelementptr i8, ptr %gep935.i, i64 64
-  %2193 = load <32 x bfloat>, ptr %2192, align 4, !tbaa !4
-  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.34.0916.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2193)
-  %2194 = getelementptr inbounds nuw i8, ptr %2185, i64 256
-  %2195 = load i32, ptr %2194, align 4, !tbaa !4
-  %2196 = insertelement <16 x i32> poison, i32 %2195, i64 0
-  %2197 = shufflevector <16 x i32> %2196, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i288.i = bitcast <16 x i32> %2197 to <32 x bfloat>
-  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.68.0915.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2191)
-  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.102.0918.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2193)
-  %2198 = getelementptr inbounds nuw i8, ptr %2185, i64 512
-  %2199 = load i32, ptr %2198, align 4, !tbaa !4
-  %2200 = insertelement <16 x i32> poison, i32 %2199, i64 0
-  %2201 = shufflevector <16 x i32> %2200, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i294.i = bitcast <16 x i32> %2201 to <32 x bfloat>
-  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.136.0919.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2191)
-  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.170.0920.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2193)
-  %2202 = getelementptr inbounds nuw i8, ptr %2185, i64 768
-  %2203 = load i32, ptr %2202, align 4, !tbaa !4
-  %2204 = insertelement <16 x i32> poison, i32 %2203, i64 0
-  %2205 = shufflevector <16 x i32> %2204, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i300.i = bitcast <16 x i32> %2205 to <32 x bfloat>
-  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.204.0921.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2191)
-  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.238.0922.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2193)
-  %2206 = getelementptr inbounds nuw i8, ptr %2185, i64 4
-  %2207 = load i32, ptr %2206, align 4, !tbaa !4
-  %2208 = insertelement <16 x i32> poison, i32 %2207, i64 0
-  %2209 = shufflevector <16 x i32> %2208, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2210 = getelementptr inbounds nuw i8, ptr %2189, i64 16
-  %2211 = load i64, ptr %2210, align 8, !tbaa !4
-  %gep939.i = getelementptr i32, ptr %gep1019.i, i64 %2211
-  %2212 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
-  %x.i306.i = bitcast <16 x i32> %2209 to <32 x bfloat>
-  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2212)
-  %2213 = getelementptr i8, ptr %gep939.i, i64 64
-  %2214 = load <32 x bfloat>, ptr %2213, align 4, !tbaa !4
-  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2214)
-  %2215 = getelementptr inbounds nuw i8, ptr %2185, i64 260
-  %2216 = load i32, ptr %2215, align 4, !tbaa !4
-  %2217 = insertelement <16 x i32> poison, i32 %2216, i64 0
-  %2218 = shufflevector <16 x i32> %2217, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i312.i = bitcast <16 x i32> %2218 to <32 x bfloat>
-  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2212)
-  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2214)
-  %2219 = getelementptr inbounds nuw i8, ptr %2185, i64 516
-  %2220 = load i32, ptr %2219, align 4, !tbaa !4
-  %2221 = insertelement <16 x i32> poison, i32 %2220, i64 0
-  %2222 = shufflevector <16 x i32> %2221, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i318.i = bitcast <16 x i32> %2222 to <32 x bfloat>
-  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2212)
-  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2214)
-  %2223 = getelementptr inbounds nuw i8, ptr %2185, i64 772
-  %2224 = load i32, ptr %2223, align 4, !tbaa !4
-  %2225 = insertelement <16 x i32> poison, i32 %2224, i64 0
-  %2226 = shufflevector <16 x i32> %2225, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i324.i = bitcast <16 x i32> %2226 to <32 x bfloat>
-  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2212)
-  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2214)
-  %2227 = getelementptr inbounds nuw i8, ptr %2185, i64 8
-  %2228 = load i32, ptr %2227, align 4, !tbaa !4
-  %2229 = insertelement <16 x i32> poison, i32 %2228, i64 0
-  %2230 = shufflevector <16 x i32> %2229, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2231 = getelementptr inbounds nuw i8, ptr %2189, i64 32
-  %2232 = load i64, ptr %2231, align 8, !tbaa !4
-  %gep943.i = getelementptr i32, ptr %gep1019.i, i64 %2232
-  %2233 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
-  %x.i330.i = bitcast <16 x i32> %2230 to <32 x bfloat>
-  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2233)
-  %2234 = getelementptr i8, ptr %gep943.i, i64 64
-  %2235 = load <32 x bfloat>, ptr %2234, align 4, !tbaa !4
-  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2235)
-  %2236 = getelementptr inbounds nuw i8, ptr %2185, i64 264
-  %2237 = load i32, ptr %2236, align 4, !tbaa !4
-  %2238 = insertelement <16 x i32> poison, i32 %2237, i64 0
-  %2239 = shufflevector <16 x i32> %2238, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i336.i = bitcast <16 x i32> %2239 to <32 x bfloat>
-  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2233)
-  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2235)
-  %2240 = getelementptr inbounds nuw i8, ptr %2185, i64 520
-  %2241 = load i32, ptr %2240, align 4, !tbaa !4
-  %2242 = insertelement <16 x i32> poison, i32 %2241, i64 0
-  %2243 = shufflevector <16 x i32> %2242, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i342.i = bitcast <16 x i32> %2243 to <32 x bfloat>
-  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2233)
-  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2235)
-  %2244 = getelementptr inbounds nuw i8, ptr %2185, i64 776
-  %2245 = load i32, ptr %2244, align 4, !tbaa !4
-  %2246 = insertelement <16 x i32> poison, i32 %2245, i64 0
-  %2247 = shufflevector <16 x i32> %2246, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i348.i = bitcast <16 x i32> %2247 to <32 x bfloat>
-  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2233)
-  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2235)
-  %2248 = getelementptr inbounds nuw i8, ptr %2185, i64 12
-  %2249 = load i32, ptr %2248, align 4, !tbaa !4
-  %2250 = insertelement <16 x i32> poison, i32 %2249, i64 0
-  %2251 = shufflevector <16 x i32> %2250, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2252 = getelementptr inbounds nuw i8, ptr %2189, i64 48
-  %2253 = load i64, ptr %2252, align 8, !tbaa !4
-  %gep947.i = getelementptr i32, ptr %gep1019.i, i64 %2253
-  %2254 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
-  %x.i354.i = bitcast <16 x i32> %2251 to <32 x bfloat>
-  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2254)
-  %2255 = getelementptr i8, ptr %gep947.i, i64 64
-  %2256 = load <32 x bfloat>, ptr %2255, align 4, !tbaa !4
-  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2256)
-  %2257 = getelementptr inbounds nuw i8, ptr %2185, i64 268
-  %2258 = load i32, ptr %2257, align 4, !tbaa !4
-  %2259 = insertelement <16 x i32> poison, i32 %2258, i64 0
-  %2260 = shufflevector <16 x i32> %2259, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i360.i = bitcast <16 x i32> %2260 to <32 x bfloat>
-  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2254)
-  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2256)
-  %2261 = getelementptr inbounds nuw i8, ptr %2185, i64 524
-  %2262 = load i32, ptr %2261, align 4, !tbaa !4
-  %2263 = insertelement <16 x i32> poison, i32 %2262, i64 0
-  %2264 = shufflevector <16 x i32> %2263, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i366.i = bitcast <16 x i32> %2264 to <32 x bfloat>
-  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2254)
-  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2256)
-  %2265 = getelementptr inbounds nuw i8, ptr %2185, i64 780
-  %2266 = load i32, ptr %2265, align 4, !tbaa !4
-  %2267 = insertelement <16 x i32> poison, i32 %2266, i64 0
-  %2268 = shufflevector <16 x i32> %2267, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i372.i = bitcast <16 x i32> %2268 to <32 x bfloat>
-  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2254)
-  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2256)
-  %2269 = getelementptr inbounds nuw i8, ptr %2185, i64 16
-  %2270 = load i32, ptr %2269, align 4, !tbaa !4
-  %2271 = insertelement <16 x i32> poison, i32 %2270, i64 0
-  %2272 = shufflevector <16 x i32> %2271, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2273 = getelementptr inbounds nuw i8, ptr %2189, i64 64
-  %2274 = load i64, ptr %2273, align 8, !tbaa !4
-  %gep951.i = getelementptr i32, ptr %gep1019.i, i64 %2274
-  %2275 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
-  %x.i378.i = bitcast <16 x i32> %2272 to <32 x bfloat>
-  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2275)
-  %2276 = getelementptr i8, ptr %gep951.i, i64 64
-  %2277 = load <32 x bfloat>, ptr %2276, align 4, !tbaa !4
-  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2277)
-  %2278 = getelementptr inbounds nuw i8, ptr %2185, i64 272
-  %2279 = load i32, ptr %2278, align 4, !tbaa !4
-  %2280 = insertelement <16 x i32> poison, i32 %2279, i64 0
-  %2281 = shufflevector <16 x i32> %2280, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i384.i = bitcast <16 x i32> %2281 to <32 x bfloat>
-  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2275)
-  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2277)
-  %2282 = getelementptr inbounds nuw i8, ptr %2185, i64 528
-  %2283 = load i32, ptr %2282, align 4, !tbaa !4
-  %2284 = insertelement <16 x i32> poison, i32 %2283, i64 0
-  %2285 = shufflevector <16 x i32> %2284, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i390.i = bitcast <16 x i32> %2285 to <32 x bfloat>
-  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2275)
-  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2277)
-  %2286 = getelementptr inbounds nuw i8, ptr %2185, i64 784
-  %2287 = load i32, ptr %2286, align 4, !tbaa !4
-  %2288 = insertelement <16 x i32> poison, i32 %2287, i64 0
-  %2289 = shufflevector <16 x i32> %2288, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i396.i = bitcast <16 x i32> %2289 to <32 x bfloat>
-  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2275)
-  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2277)
-  %2290 = getelementptr inbounds nuw i8, ptr %2185, i64 20
-  %2291 = load i32, ptr %2290, align 4, !tbaa !4
-  %2292 = insertelement <16 x i32> poison, i32 %2291, i64 0
-  %2293 = shufflevector <16 x i32> %2292, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2294 = getelementptr inbounds nuw i8, ptr %2189, i64 80
-  %2295 = load i64, ptr %2294, align 8, !tbaa !4
-  %gep955.i = getelementptr i32, ptr %gep1019.i, i64 %2295
-  %2296 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
-  %x.i402.i = bitcast <16 x i32> %2293 to <32 x bfloat>
-  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2296)
-  %2297 = getelementptr i8, ptr %gep955.i, i64 64
-  %2298 = load <32 x bfloat>, ptr %2297, align 4, !tbaa !4
-  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2298)
-  %2299 = getelementptr inbounds nuw i8, ptr %2185, i64 276
-  %2300 = load i32, ptr %2299, align 4, !tbaa !4
-  %2301 = insertelement <16 x i32> poison, i32 %2300, i64 0
-  %2302 = shufflevector <16 x i32> %2301, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i408.i = bitcast <16 x i32> %2302 to <32 x bfloat>
-  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2296)
-  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2298)
-  %2303 = getelementptr inbounds nuw i8, ptr %2185, i64 532
-  %2304 = load i32, ptr %2303, align 4, !tbaa !4
-  %2305 = insertelement <16 x i32> poison, i32 %2304, i64 0
-  %2306 = shufflevector <16 x i32> %2305, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i414.i = bitcast <16 x i32> %2306 to <32 x bfloat>
-  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2296)
-  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2298)
-  %2307 = getelementptr inbounds nuw i8, ptr %2185, i64 788
-  %2308 = load i32, ptr %2307, align 4, !tbaa !4
-  %2309 = insertelement <16 x i32> poison, i32 %2308, i64 0
-  %2310 = shufflevector <16 x i32> %2309, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i420.i = bitcast <16 x i32> %2310 to <32 x bfloat>
-  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2296)
-  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2298)
-  %2311 = getelementptr inbounds nuw i8, ptr %2185, i64 24
-  %2312 = load i32, ptr %2311, align 4, !tbaa !4
-  %2313 = insertelement <16 x i32> poison, i32 %2312, i64 0
-  %2314 = shufflevector <16 x i32> %2313, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2315 = getelementptr inbounds nuw i8, ptr %2189, i64 96
-  %2316 = load i64, ptr %2315, align 8, !tbaa !4
-  %gep959.i = getelementptr i32, ptr %gep1019.i, i64 %2316
-  %2317 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
-  %x.i426.i = bitcast <16 x i32> %2314 to <32 x bfloat>
-  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2317)
-  %2318 = getelementptr i8, ptr %gep959.i, i64 64
-  %2319 = load <32 x bfloat>, ptr %2318, align 4, !tbaa !4
-  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2319)
-  %2320 = getelementptr inbounds nuw i8, ptr %2185, i64 280
-  %2321 = load i32, ptr %2320, align 4, !tbaa !4
-  %2322 = insertelement <16 x i32> poison, i32 %2321, i64 0
-  %2323 = shufflevector <16 x i32> %2322, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i432.i = bitcast <16 x i32> %2323 to <32 x bfloat>
-  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2317)
-  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2319)
-  %2324 = getelementptr inbounds nuw i8, ptr %2185, i64 536
-  %2325 = load i32, ptr %2324, align 4, !tbaa !4
-  %2326 = insertelement <16 x i32> poison, i32 %2325, i64 0
-  %2327 = shufflevector <16 x i32> %2326, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i438.i = bitcast <16 x i32> %2327 to <32 x bfloat>
-  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2317)
-  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2319)
-  %2328 = getelementptr inbounds nuw i8, ptr %2185, i64 792
-  %2329 = load i32, ptr %2328, align 4, !tbaa !4
-  %2330 = insertelement <16 x i32> poison, i32 %2329, i64 0
-  %2331 = shufflevector <16 x i32> %2330, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i444.i = bitcast <16 x i32> %2331 to <32 x bfloat>
-  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2317)
-  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2319)
-  %2332 = getelementptr inbounds nuw i8, ptr %2185, i64 28
-  %2333 = load i32, ptr %2332, align 4, !tbaa !4
-  %2334 = insertelement <16 x i32> poison, i32 %2333, i64 0
-  %2335 = shufflevector <16 x i32> %2334, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2336 = getelementptr inbounds nuw i8, ptr %2189, i64 112
-  %2337 = load i64, ptr %2336, align 8, !tbaa !4
-  %gep963.i = getelementptr i32, ptr %gep1019.i, i64 %2337
-  %2338 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
-  %x.i450.i = bitcast <16 x i32> %2335 to <32 x bfloat>
-  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2338)
-  %2339 = getelementptr i8, ptr %gep963.i, i64 64
-  %2340 = load <32 x bfloat>, ptr %2339, align 4, !tbaa !4
-  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2340)
-  %2341 = getelementptr inbounds nuw i8, ptr %2185, i64 284
-  %2342 = load i32, ptr %2341, align 4, !tbaa !4
-  %2343 = insertelement <16 x i32> poison, i32 %2342, i64 0
-  %2344 = shufflevector <16 x i32> %2343, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i456.i = bitcast <16 x i32> %2344 to <32 x bfloat>
-  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2338)
-  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2340)
-  %2345 = getelementptr inbounds nuw i8, ptr %2185, i64 540
-  %2346 = load i32, ptr %2345, align 4, !tbaa !4
-  %2347 = insertelement <16 x i32> poison, i32 %2346, i64 0
-  %2348 = shufflevector <16 x i32> %2347, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i462.i = bitcast <16 x i32> %2348 to <32 x bfloat>
-  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2338)
-  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2340)
-  %2349 = getelementptr inbounds nuw i8, ptr %2185, i64 796
-  %2350 = load i32, ptr %2349, align 4, !tbaa !4
-  %2351 = insertelement <16 x i32> poison, i32 %2350, i64 0
-  %2352 = shufflevector <16 x i32> %2351, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i468.i = bitcast <16 x i32> %2352 to <32 x bfloat>
-  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2338)
-  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2340)
-  %2353 = getelementptr inbounds nuw i8, ptr %2185, i64 32
-  %2354 = load i32, ptr %2353, align 4, !tbaa !4
-  %2355 = insertelement <16 x i32> poison, i32 %2354, i64 0
-  %2356 = shufflevector <16 x i32> %2355, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2357 = getelementptr inbounds nuw i8, ptr %2189, i64 128
-  %2358 = load i64, ptr %2357, align 8, !tbaa !4
-  %gep967.i = getelementptr i32, ptr %gep1019.i, i64 %2358
-  %2359 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
-  %x.i474.i = bitcast <16 x i32> %2356 to <32 x bfloat>
-  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2359)
-  %2360 = getelementptr i8, ptr %gep967.i, i64 64
-  %2361 = load <32 x bfloat>, ptr %2360, align 4, !tbaa !4
-  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2361)
-  %2362 = getelementptr inbounds nuw i8, ptr %2185, i64 288
-  %2363 = load i32, ptr %2362, align 4, !tbaa !4
-  %2364 = insertelement <16 x i32> poison, i32 %2363, i64 0
-  %2365 = shufflevector <16 x i32> %2364, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i480.i = bitcast <16 x i32> %2365 to <32 x bfloat>
-  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2359)
-  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2361)
-  %2366 = getelementptr inbounds nuw i8, ptr %2185, i64 544
-  %2367 = load i32, ptr %2366, align 4, !tbaa !4
-  %2368 = insertelement <16 x i32> poison, i32 %2367, i64 0
-  %2369 = shufflevector <16 x i32> %2368, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i486.i = bitcast <16 x i32> %2369 to <32 x bfloat>
-  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2359)
-  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2361)
-  %2370 = getelementptr inbounds nuw i8, ptr %2185, i64 800
-  %2371 = load i32, ptr %2370, align 4, !tbaa !4
-  %2372 = insertelement <16 x i32> poison, i32 %2371, i64 0
-  %2373 = shufflevector <16 x i32> %2372, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i492.i = bitcast <16 x i32> %2373 to <32 x bfloat>
-  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2359)
-  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2361)
-  %2374 = getelementptr inbounds nuw i8, ptr %2185, i64 36
-  %2375 = load i32, ptr %2374, align 4, !tbaa !4
-  %2376 = insertelement <16 x i32> poison, i32 %2375, i64 0
-  %2377 = shufflevector <16 x i32> %2376, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2378 = getelementptr inbounds nuw i8, ptr %2189, i64 144
-  %2379 = load i64, ptr %2378, align 8, !tbaa !4
-  %gep971.i = getelementptr i32, ptr %gep1019.i, i64 %2379
-  %2380 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
-  %x.i498.i = bitcast <16 x i32> %2377 to <32 x bfloat>
-  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2380)
-  %2381 = getelementptr i8, ptr %gep971.i, i64 64
-  %2382 = load <32 x bfloat>, ptr %2381, align 4, !tbaa !4
-  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2382)
-  %2383 = getelementptr inbounds nuw i8, ptr %2185, i64 292
-  %2384 = load i32, ptr %2383, align 4, !tbaa !4
-  %2385 = insertelement <16 x i32> poison, i32 %2384, i64 0
-  %2386 = shufflevector <16 x i32> %2385, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i504.i = bitcast <16 x i32> %2386 to <32 x bfloat>
-  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2380)
-  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2382)
-  %2387 = getelementptr inbounds nuw i8, ptr %2185, i64 548
-  %2388 = load i32, ptr %2387, align 4, !tbaa !4
-  %2389 = insertelement <16 x i32> poison, i32 %2388, i64 0
-  %2390 = shufflevector <16 x i32> %2389, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i510.i = bitcast <16 x i32> %2390 to <32 x bfloat>
-  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2380)
-  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2382)
-  %2391 = getelementptr inbounds nuw i8, ptr %2185, i64 804
-  %2392 = load i32, ptr %2391, align 4, !tbaa !4
-  %2393 = insertelement <16 x i32> poison, i32 %2392, i64 0
-  %2394 = shufflevector <16 x i32> %2393, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i516.i = bitcast <16 x i32> %2394 to <32 x bfloat>
-  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2380)
-  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2382)
-  %2395 = getelementptr inbounds nuw i8, ptr %2185, i64 40
-  %2396 = load i32, ptr %2395, align 4, !tbaa !4
-  %2397 = insertelement <16 x i32> poison, i32 %2396, i64 0
-  %2398 = shufflevector <16 x i32> %2397, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2399 = getelementptr inbounds nuw i8, ptr %2189, i64 160
-  %2400 = load i64, ptr %2399, align 8, !tbaa !4
-  %gep975.i = getelementptr i32, ptr %gep1019.i, i64 %2400
-  %2401 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
-  %x.i522.i = bitcast <16 x i32> %2398 to <32 x bfloat>
-  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2401)
-  %2402 = getelementptr i8, ptr %gep975.i, i64 64
-  %2403 = load <32 x bfloat>, ptr %2402, align 4, !tbaa !4
-  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2403)
-  %2404 = getelementptr inbounds nuw i8, ptr %2185, i64 296
-  %2405 = load i32, ptr %2404, align 4, !tbaa !4
-  %2406 = insertelement <16 x i32> poison, i32 %2405, i64 0
-  %2407 = shufflevector <16 x i32> %2406, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i528.i = bitcast <16 x i32> %2407 to <32 x bfloat>
-  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2401)
-  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2403)
-  %2408 = getelementptr inbounds nuw i8, ptr %2185, i64 552
-  %2409 = load i32, ptr %2408, align 4, !tbaa !4
-  %2410 = insertelement <16 x i32> poison, i32 %2409, i64 0
-  %2411 = shufflevector <16 x i32> %2410, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i534.i = bitcast <16 x i32> %2411 to <32 x bfloat>
-  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2401)
-  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2403)
-  %2412 = getelementptr inbounds nuw i8, ptr %2185, i64 808
-  %2413 = load i32, ptr %2412, align 4, !tbaa !4
-  %2414 = insertelement <16 x i32> poison, i32 %2413, i64 0
-  %2415 = shufflevector <16 x i32> %2414, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i540.i = bitcast <16 x i32> %2415 to <32 x bfloat>
-  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2401)
-  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2403)
-  %2416 = getelementptr inbounds nuw i8, ptr %2185, i64 44
-  %2417 = load i32, ptr %2416, align 4, !tbaa !4
-  %2418 = insertelement <16 x i32> poison, i32 %2417, i64 0
-  %2419 = shufflevector <16 x i32> %2418, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2420 = getelementptr inbounds nuw i8, ptr %2189, i64 176
-  %2421 = load i64, ptr %2420, align 8, !tbaa !4
-  %gep979.i = getelementptr i32, ptr %gep1019.i, i64 %2421
-  %2422 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
-  %x.i546.i = bitcast <16 x i32> %2419 to <32 x bfloat>
-  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2422)
-  %2423 = getelementptr i8, ptr %gep979.i, i64 64
-  %2424 = load <32 x bfloat>, ptr %2423, align 4, !tbaa !4
-  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2424)
-  %2425 = getelementptr inbounds nuw i8, ptr %2185, i64 300
-  %2426 = load i32, ptr %2425, align 4, !tbaa !4
-  %2427 = insertelement <16 x i32> poison, i32 %2426, i64 0
-  %2428 = shufflevector <16 x i32> %2427, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i552.i = bitcast <16 x i32> %2428 to <32 x bfloat>
-  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2422)
-  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2424)
-  %2429 = getelementptr inbounds nuw i8, ptr %2185, i64 556
-  %2430 = load i32, ptr %2429, align 4, !tbaa !4
-  %2431 = insertelement <16 x i32> poison, i32 %2430, i64 0
-  %2432 = shufflevector <16 x i32> %2431, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i558.i = bitcast <16 x i32> %2432 to <32 x bfloat>
-  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2422)
-  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2424)
-  %2433 = getelementptr inbounds nuw i8, ptr %2185, i64 812
-  %2434 = load i32, ptr %2433, align 4, !tbaa !4
-  %2435 = insertelement <16 x i32> poison, i32 %2434, i64 0
-  %2436 = shufflevector <16 x i32> %2435, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i564.i = bitcast <16 x i32> %2436 to <32 x bfloat>
-  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2422)
-  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2424)
-  %2437 = getelementptr inbounds nuw i8, ptr %2185, i64 48
-  %2438 = load i32, ptr %2437, align 4, !tbaa !4
-  %2439 = insertelement <16 x i32> poison, i32 %2438, i64 0
-  %2440 = shufflevector <16 x i32> %2439, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2441 = getelementptr inbounds nuw i8, ptr %2189, i64 192
-  %2442 = load i64, ptr %2441, align 8, !tbaa !4
-  %gep983.i = getelementptr i32, ptr %gep1019.i, i64 %2442
-  %2443 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
-  %x.i570.i = bitcast <16 x i32> %2440 to <32 x bfloat>
-  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2443)
-  %2444 = getelementptr i8, ptr %gep983.i, i64 64
-  %2445 = load <32 x bfloat>, ptr %2444, align 4, !tbaa !4
-  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2445)
-  %2446 = getelementptr inbounds nuw i8, ptr %2185, i64 304
-  %2447 = load i32, ptr %2446, align 4, !tbaa !4
-  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
-  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i576.i = bitcast <16 x i32> %2449 to <32 x bfloat>
-  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2443)
-  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2445)
-  %2450 = getelementptr inbounds nuw i8, ptr %2185, i64 560
-  %2451 = load i32, ptr %2450, align 4, !tbaa !4
-  %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
-  %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i582.i = bitcast <16 x i32> %2453 to <32 x bfloat>
-  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2443)
-  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2445)
-  %2454 = getelementptr inbounds nuw i8, ptr %2185, i64 816
-  %2455 = load i32, ptr %2454, align 4, !tbaa !4
-  %2456 = insertelement <16 x i32> poison, i32 %2455, i64 0
-  %2457 = shufflevector <16 x i32> %2456, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i588.i = bitcast <16 x i32> %2457 to <32 x bfloat>
-  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2443)
-  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2445)
-  %2458 = getelementptr inbounds nuw i8, ptr %2185, i64 52
-  %2459 = load i32, ptr %2458, align 4, !tbaa !4
-  %2460 = insertelement <16 x i32> poison, i32 %2459, i64 0
-  %2461 = shufflevector <16 x i32> %2460, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2462 = getelementptr inbounds nuw i8, ptr %2189, i64 208
-  %2463 = load i64, ptr %2462, align 8, !tbaa !4
-  %gep987.i = getelementptr i32, ptr %gep1019.i, i64 %2463
-  %2464 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
-  %x.i594.i = bitcast <16 x i32> %2461 to <32 x bfloat>
-  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2464)
-  %2465 = getelementptr i8, ptr %gep987.i, i64 64
-  %2466 = load <32 x bfloat>, ptr %2465, align 4, !tbaa !4
-  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2466)
-  %2467 = getelementptr inbounds nuw i8, ptr %2185, i64 308
-  %2468 = load i32, ptr %2467, align 4, !tbaa !4
-  %2469 = insertelement <16 x i32> poison, i32 %2468, i64 0
-  %2470 = shufflevector <16 x i32> %2469, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i600.i = bitcast <16 x i32> %2470 to <32 x bfloat>
-  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2464)
-  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2466)
-  %2471 = getelementptr inbounds nuw i8, ptr %2185, i64 564
-  %2472 = load i32, ptr %2471, align 4, !tbaa !4
-  %2473 = insertelement <16 x i32> poison, i32 %2472, i64 0
-  %2474 = shufflevector <16 x i32> %2473, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i606.i = bitcast <16 x i32> %2474 to <32 x bfloat>
-  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2464)
-  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2466)
-  %2475 = getelementptr inbounds nuw i8, ptr %2185, i64 820
-  %2476 = load i32, ptr %2475, align 4, !tbaa !4
-  %2477 = insertelement <16 x i32> poison, i32 %2476, i64 0
-  %2478 = shufflevector <16 x i32> %2477, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i612.i = bitcast <16 x i32> %2478 to <32 x bfloat>
-  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2464)
-  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2466)
-  %2479 = getelementptr inbounds nuw i8, ptr %2185, i64 56
-  %2480 = load i32, ptr %2479, align 4, !tbaa !4
-  %2481 = insertelement <16 x i32> poison, i32 %2480, i64 0
-  %2482 = shufflevector <16 x i32> %2481, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2483 = getelementptr inbounds nuw i8, ptr %2189, i64 224
-  %2484 = load i64, ptr %2483, align 8, !tbaa !4
-  %gep991.i = getelementptr i32, ptr %gep1019.i, i64 %2484
-  %2485 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
-  %x.i618.i = bitcast <16 x i32> %2482 to <32 x bfloat>
-  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2485)
-  %2486 = getelementptr i8, ptr %gep991.i, i64 64
-  %2487 = load <32 x bfloat>, ptr %2486, align 4, !tbaa !4
-  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2487)
-  %2488 = getelementptr inbounds nuw i8, ptr %2185, i64 312
-  %2489 = load i32, ptr %2488, align 4, !tbaa !4
-  %2490 = insertelement <16 x i32> poison, i32 %2489, i64 0
-  %2491 = shufflevector <16 x i32> %2490, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i624.i = bitcast <16 x i32> %2491 to <32 x bfloat>
-  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2485)
-  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2487)
-  %2492 = getelementptr inbounds nuw i8, ptr %2185, i64 568
-  %2493 = load i32, ptr %2492, align 4, !tbaa !4
-  %2494 = insertelement <16 x i32> poison, i32 %2493, i64 0
-  %2495 = shufflevector <16 x i32> %2494, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i630.i = bitcast <16 x i32> %2495 to <32 x bfloat>
-  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2485)
-  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2487)
-  %2496 = getelementptr inbounds nuw i8, ptr %2185, i64 824
-  %2497 = load i32, ptr %2496, align 4, !tbaa !4
-  %2498 = insertelement <16 x i32> poison, i32 %2497, i64 0
-  %2499 = shufflevector <16 x i32> %2498, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i636.i = bitcast <16 x i32> %2499 to <32 x bfloat>
-  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2485)
-  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2487)
-  %2500 = getelementptr inbounds nuw i8, ptr %2185, i64 60
-  %2501 = load i32, ptr %2500, align 4, !tbaa !4
-  %2502 = insertelement <16 x i32> poison, i32 %2501, i64 0
-  %2503 = shufflevector <16 x i32> %2502, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2504 = getelementptr inbounds nuw i8, ptr %2189, i64 240
-  %2505 = load i64, ptr %2504, align 8, !tbaa !4
-  %gep995.i = getelementptr i32, ptr %gep1019.i, i64 %2505
-  %2506 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
-  %x.i642.i = bitcast <16 x i32> %2503 to <32 x bfloat>
-  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2506)
-  %2507 = getelementptr i8, ptr %gep995.i, i64 64
-  %2508 = load <32 x bfloat>, ptr %2507, align 4, !tbaa !4
-  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2508)
-  %2509 = getelementptr inbounds nuw i8, ptr %2185, i64 316
-  %2510 = load i32, ptr %2509, align 4, !tbaa !4
-  %2511 = insertelement <16 x i32> poison, i32 %2510, i64 0
-  %2512 = shufflevector <16 x i32> %2511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i648.i = bitcast <16 x i32> %2512 to <32 x bfloat>
-  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2506)
-  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2508)
-  %2513 = getelementptr inbounds nuw i8, ptr %2185, i64 572
-  %2514 = load i32, ptr %2513, align 4, !tbaa !4
-  %2515 = insertelement <16 x i32> poison, i32 %2514, i64 0
-  %2516 = shufflevector <16 x i32> %2515, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i654.i = bitcast <16 x i32> %2516 to <32 x bfloat>
-  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2506)
-  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2508)
-  %2517 = getelementptr inbounds nuw i8, ptr %2185, i64 828
-  %2518 = load i32, ptr %2517, align 4, !tbaa !4
-  %2519 = insertelement <16 x i32> poison, i32 %2518, i64 0
-  %2520 = shufflevector <16 x i32> %2519, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i660.i = bitcast <16 x i32> %2520 to <32 x bfloat>
-  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2506)
-  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2508)
-  %indvars.iv.next1189.i = add nuw nsw i64 %indvars.iv1188.i, 1
-  %exitcond1192.not.i = icmp eq i64 %indvars.iv.next1189.i, %987
-  br i1 %exitcond1192.not.i, label %for_end_to127.i, label %for_begin_ax2.preheader.i, !prof !8
+  %2514 = add nuw nsw i64 %indvars.iv1171.i, %2511
+  %2515 = trunc i64 %2514 to i32
+  %2516 = shl i32 %2515, 3
+  %2517 = add i32 %2516, %1409
+  %2518 = sext i32 %2517 to i64
+  %2519 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2518
+  %2520 = load i64, ptr %2519, align 8, !tbaa !4
+  %gep1305.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1305.i, i32 0, i32 2, i32 1)
+  %gep1307.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1307.i, i32 0, i32 2, i32 1)
+  %gep1309.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1309.i, i32 0, i32 2, i32 1)
+  %gep1311.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1311.i, i32 0, i32 2, i32 1)
+  %2521 = getelementptr i8, ptr %2519, i64 8
+  %2522 = load i64, ptr %2521, align 8, !tbaa !4
+  %gep1313.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1313.i, i32 0, i32 2, i32 1)
+  %gep1315.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1315.i, i32 0, i32 2, i32 1)
+  %gep1317.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1317.i, i32 0, i32 2, i32 1)
+  %gep1319.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1319.i, i32 0, i32 2, i32 1)
+  %2523 = getelementptr i8, ptr %2519, i64 16
+  %2524 = load i64, ptr %2523, align 8, !tbaa !4
+  %gep1321.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1321.i, i32 0, i32 2, i32 1)
+  %gep1323.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1323.i, i32 0, i32 2, i32 1)
+  %gep1325.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1325.i, i32 0, i32 2, i32 1)
+  %gep1327.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1327.i, i32 0, i32 2, i32 1)
+  %2525 = getelementptr i8, ptr %2519, i64 24
+  %2526 = load i64, ptr %2525, align 8, !tbaa !4
+  %gep1329.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1329.i, i32 0, i32 2, i32 1)
+  %gep1331.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1331.i, i32 0, i32 2, i32 1)
+  %gep1333.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1333.i, i32 0, i32 2, i32 1)
+  %gep1335.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1335.i, i32 0, i32 2, i32 1)
+  %2527 = getelementptr i8, ptr %2519, i64 32
+  %2528 = load i64, ptr %2527, align 8, !tbaa !4
+  %gep1337.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1337.i, i32 0, i32 2, i32 1)
+  %gep1339.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1339.i, i32 0, i32 2, i32 1)
+  %gep1341.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1341.i, i32 0, i32 2, i32 1)
+  %gep1343.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1343.i, i32 0, i32 2, i32 1)
+  %2529 = getelementptr i8, ptr %2519, i64 40
+  %2530 = load i64, ptr %2529, align 8, !tbaa !4
+  %gep1345.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1345.i, i32 0, i32 2, i32 1)
+  %gep1347.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1347.i, i32 0, i32 2, i32 1)
+  %gep1349.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1349.i, i32 0, i32 2, i32 1)
+  %gep1351.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1351.i, i32 0, i32 2, i32 1)
+  %2531 = getelementptr i8, ptr %2519, i64 48
+  %2532 = load i64, ptr %2531, align 8, !tbaa !4
+  %gep1353.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1353.i, i32 0, i32 2, i32 1)
+  %gep1355.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1355.i, i32 0, i32 2, i32 1)
+  %gep1357.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1357.i, i32 0, i32 2, i32 1)
+  %gep1359.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1359.i, i32 0, i32 2, i32 1)
+  %2533 = getelementptr i8, ptr %2519, i64 56
+  %2534 = load i64, ptr %2533, align 8, !tbaa !4
+  %gep1361.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1361.i, i32 0, i32 2, i32 1)
+  %gep1363.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1363.i, i32 0, i32 2, i32 1)
+  %gep1365.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1365.i, i32 0, i32 2, i32 1)
+  %gep1367.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1367.i, i32 0, i32 2, i32 1)
+  %.idx1272.i = shl nsw i64 %indvars.iv1171.i, 6
+  %2535 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1272.i
+  %2536 = load i32, ptr %2535, align 4, !tbaa !4
+  %2537 = insertelement <16 x i32> poison, i32 %2536, i64 0
+  %2538 = shufflevector <16 x i32> %2537, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1273.i = shl nsw i64 %indvars.iv1171.i, 8
+  %2539 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1273.i
+  %2540 = load i64, ptr %2539, align 8, !tbaa !4
+  %gep935.i = getelementptr i32, ptr %gep1019.i, i64 %2540
+  %2541 = load <32 x bfloat>, ptr %gep935.i, align 4, !tbaa !4
+  %x.i282.i = bitcast <16 x i32> %2538 to <32 x bfloat>
+  %r.i284.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.0.0917.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2541)
+  %2542 = getelementptr i8, ptr %gep935.i, i64 64
+  %2543 = load <32 x bfloat>, ptr %2542, align 4, !tbaa !4
+  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.34.0916.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2543)
+  %2544 = getelementptr inbounds nuw i8, ptr %2535, i64 256
+  %2545 = load i32, ptr %2544, align 4, !tbaa !4
+  %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
+  %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i288.i = bitcast <16 x i32> %2547 to <32 x bfloat>
+  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.68.0915.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2541)
+  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.102.0918.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2543)
+  %2548 = getelementptr inbounds nuw i8, ptr %2535, i64 512
+  %2549 = load i32, ptr %2548, align 4, !tbaa !4
+  %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
+  %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i294.i = bitcast <16 x i32> %2551 to <32 x bfloat>
+  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.136.0919.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2541)
+  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.170.0920.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2543)
+  %2552 = getelementptr inbounds nuw i8, ptr %2535, i64 768
+  %2553 = load i32, ptr %2552, align 4, !tbaa !4
+  %2554 = insertelement <16 x i32> poison, i32 %2553, i64 0
+  %2555 = shufflevector <16 x i32> %2554, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i300.i = bitcast <16 x i32> %2555 to <32 x bfloat>
+  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.204.0921.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2541)
+  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.238.0922.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2543)
+  %2556 = getelementptr inbounds nuw i8, ptr %2535, i64 4
+  %2557 = load i32, ptr %2556, align 4, !tbaa !4
+  %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
+  %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2560 = getelementptr inbounds nuw i8, ptr %2539, i64 16
+  %2561 = load i64, ptr %2560, align 8, !tbaa !4
+  %gep939.i = getelementptr i32, ptr %gep1019.i, i64 %2561
+  %2562 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
+  %x.i306.i = bitcast <16 x i32> %2559 to <32 x bfloat>
+  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2562)
+  %2563 = getelementptr i8, ptr %gep939.i, i64 64
+  %2564 = load <32 x bfloat>, ptr %2563, align 4, !tbaa !4
+  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2564)
+  %2565 = getelementptr inbounds nuw i8, ptr %2535, i64 260
+  %2566 = load i32, ptr %2565, align 4, !tbaa !4
+  %2567 = insertelement <16 x i32> poison, i32 %2566, i64 0
+  %2568 = shufflevector <16 x i32> %2567, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i312.i = bitcast <16 x i32> %2568 to <32 x bfloat>
+  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2562)
+  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2564)
+  %2569 = getelementptr inbounds nuw i8, ptr %2535, i64 516
+  %2570 = load i32, ptr %2569, align 4, !tbaa !4
+  %2571 = insertelement <16 x i32> poison, i32 %2570, i64 0
+  %2572 = shufflevector <16 x i32> %2571, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i318.i = bitcast <16 x i32> %2572 to <32 x bfloat>
+  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2562)
+  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2564)
+  %2573 = getelementptr inbounds nuw i8, ptr %2535, i64 772
+  %2574 = load i32, ptr %2573, align 4, !tbaa !4
+  %2575 = insertelement <16 x i32> poison, i32 %2574, i64 0
+  %2576 = shufflevector <16 x i32> %2575, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i324.i = bitcast <16 x i32> %2576 to <32 x bfloat>
+  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2562)
+  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2564)
+  %2577 = getelementptr inbounds nuw i8, ptr %2535, i64 8
+  %2578 = load i32, ptr %2577, align 4, !tbaa !4
+  %2579 = insertelement <16 x i32> poison, i32 %2578, i64 0
+  %2580 = shufflevector <16 x i32> %2579, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2581 = getelementptr inbounds nuw i8, ptr %2539, i64 32
+  %2582 = load i64, ptr %2581, align 8, !tbaa !4
+  %gep943.i = getelementptr i32, ptr %gep1019.i, i64 %2582
+  %2583 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
+  %x.i330.i = bitcast <16 x i32> %2580 to <32 x bfloat>
+  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2583)
+  %2584 = getelementptr i8, ptr %gep943.i, i64 64
+  %2585 = load <32 x bfloat>, ptr %2584, align 4, !tbaa !4
+  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2585)
+  %2586 = getelementptr inbounds nuw i8, ptr %2535, i64 264
+  %2587 = load i32, ptr %2586, align 4, !tbaa !4
+  %2588 = insertelement <16 x i32> poison, i32 %2587, i64 0
+  %2589 = shufflevector <16 x i32> %2588, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i336.i = bitcast <16 x i32> %2589 to <32 x bfloat>
+  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2583)
+  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2585)
+  %2590 = getelementptr inbounds nuw i8, ptr %2535, i64 520
+  %2591 = load i32, ptr %2590, align 4, !tbaa !4
+  %2592 = insertelement <16 x i32> poison, i32 %2591, i64 0
+  %2593 = shufflevector <16 x i32> %2592, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i342.i = bitcast <16 x i32> %2593 to <32 x bfloat>
+  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2583)
+  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2585)
+  %2594 = getelementptr inbounds nuw i8, ptr %2535, i64 776
+  %2595 = load i32, ptr %2594, align 4, !tbaa !4
+  %2596 = insertelement <16 x i32> poison, i32 %2595, i64 0
+  %2597 = shufflevector <16 x i32> %2596, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i348.i = bitcast <16 x i32> %2597 to <32 x bfloat>
+  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2583)
+  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2585)
+  %2598 = getelementptr inbounds nuw i8, ptr %2535, i64 12
+  %2599 = load i32, ptr %2598, align 4, !tbaa !4
+  %2600 = insertelement <16 x i32> poison, i32 %2599, i64 0
+  %2601 = shufflevector <16 x i32> %2600, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2602 = getelementptr inbounds nuw i8, ptr %2539, i64 48
+  %2603 = load i64, ptr %2602, align 8, !tbaa !4
+  %gep947.i = getelementptr i32, ptr %gep1019.i, i64 %2603
+  %2604 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
+  %x.i354.i = bitcast <16 x i32> %2601 to <32 x bfloat>
+  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2604)
+  %2605 = getelementptr i8, ptr %gep947.i, i64 64
+  %2606 = load <32 x bfloat>, ptr %2605, align 4, !tbaa !4
+  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2606)
+  %2607 = getelementptr inbounds nuw i8, ptr %2535, i64 268
+  %2608 = load i32, ptr %2607, align 4, !tbaa !4
+  %2609 = insertelement <16 x i32> poison, i32 %2608, i64 0
+  %2610 = shufflevector <16 x i32> %2609, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i360.i = bitcast <16 x i32> %2610 to <32 x bfloat>
+  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2604)
+  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2606)
+  %2611 = getelementptr inbounds nuw i8, ptr %2535, i64 524
+  %2612 = load i32, ptr %2611, align 4, !tbaa !4
+  %2613 = insertelement <16 x i32> poison, i32 %2612, i64 0
+  %2614 = shufflevector <16 x i32> %2613, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i366.i = bitcast <16 x i32> %2614 to <32 x bfloat>
+  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2604)
+  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2606)
+  %2615 = getelementptr inbounds nuw i8, ptr %2535, i64 780
+  %2616 = load i32, ptr %2615, align 4, !tbaa !4
+  %2617 = insertelement <16 x i32> poison, i32 %2616, i64 0
+  %2618 = shufflevector <16 x i32> %2617, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i372.i = bitcast <16 x i32> %2618 to <32 x bfloat>
+  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2604)
+  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2606)
+  %2619 = getelementptr inbounds nuw i8, ptr %2535, i64 16
+  %2620 = load i32, ptr %2619, align 4, !tbaa !4
+  %2621 = insertelement <16 x i32> poison, i32 %2620, i64 0
+  %2622 = shufflevector <16 x i32> %2621, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2623 = getelementptr inbounds nuw i8, ptr %2539, i64 64
+  %2624 = load i64, ptr %2623, align 8, !tbaa !4
+  %gep951.i = getelementptr i32, ptr %gep1019.i, i64 %2624
+  %2625 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
+  %x.i378.i = bitcast <16 x i32> %2622 to <32 x bfloat>
+  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2625)
+  %2626 = getelementptr i8, ptr %gep951.i, i64 64
+  %2627 = load <32 x bfloat>, ptr %2626, align 4, !tbaa !4
+  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2627)
+  %2628 = getelementptr inbounds nuw i8, ptr %2535, i64 272
+  %2629 = load i32, ptr %2628, align 4, !tbaa !4
+  %2630 = insertelement <16 x i32> poison, i32 %2629, i64 0
+  %2631 = shufflevector <16 x i32> %2630, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i384.i = bitcast <16 x i32> %2631 to <32 x bfloat>
+  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2625)
+  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2627)
+  %2632 = getelementptr inbounds nuw i8, ptr %2535, i64 528
+  %2633 = load i32, ptr %2632, align 4, !tbaa !4
+  %2634 = insertelement <16 x i32> poison, i32 %2633, i64 0
+  %2635 = shufflevector <16 x i32> %2634, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i390.i = bitcast <16 x i32> %2635 to <32 x bfloat>
+  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2625)
+  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2627)
+  %2636 = getelementptr inbounds nuw i8, ptr %2535, i64 784
+  %2637 = load i32, ptr %2636, align 4, !tbaa !4
+  %2638 = insertelement <16 x i32> poison, i32 %2637, i64 0
+  %2639 = shufflevector <16 x i32> %2638, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i396.i = bitcast <16 x i32> %2639 to <32 x bfloat>
+  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2625)
+  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2627)
+  %2640 = getelementptr inbounds nuw i8, ptr %2535, i64 20
+  %2641 = load i32, ptr %2640, align 4, !tbaa !4
+  %2642 = insertelement <16 x i32> poison, i32 %2641, i64 0
+  %2643 = shufflevector <16 x i32> %2642, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2644 = getelementptr inbounds nuw i8, ptr %2539, i64 80
+  %2645 = load i64, ptr %2644, align 8, !tbaa !4
+  %gep955.i = getelementptr i32, ptr %gep1019.i, i64 %2645
+  %2646 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
+  %x.i402.i = bitcast <16 x i32> %2643 to <32 x bfloat>
+  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2646)
+  %2647 = getelementptr i8, ptr %gep955.i, i64 64
+  %2648 = load <32 x bfloat>, ptr %2647, align 4, !tbaa !4
+  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2648)
+  %2649 = getelementptr inbounds nuw i8, ptr %2535, i64 276
+  %2650 = load i32, ptr %2649, align 4, !tbaa !4
+  %2651 = insertelement <16 x i32> poison, i32 %2650, i64 0
+  %2652 = shufflevector <16 x i32> %2651, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i408.i = bitcast <16 x i32> %2652 to <32 x bfloat>
+  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2646)
+  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2648)
+  %2653 = getelementptr inbounds nuw i8, ptr %2535, i64 532
+  %2654 = load i32, ptr %2653, align 4, !tbaa !4
+  %2655 = insertelement <16 x i32> poison, i32 %2654, i64 0
+  %2656 = shufflevector <16 x i32> %2655, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i414.i = bitcast <16 x i32> %2656 to <32 x bfloat>
+  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2646)
+  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2648)
+  %2657 = getelementptr inbounds nuw i8, ptr %2535, i64 788
+  %2658 = load i32, ptr %2657, align 4, !tbaa !4
+  %2659 = insertelement <16 x i32> poison, i32 %2658, i64 0
+  %2660 = shufflevector <16 x i32> %2659, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i420.i = bitcast <16 x i32> %2660 to <32 x bfloat>
+  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2646)
+  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2648)
+  %2661 = getelementptr inbounds nuw i8, ptr %2535, i64 24
+  %2662 = load i32, ptr %2661, align 4, !tbaa !4
+  %2663 = insertelement <16 x i32> poison, i32 %2662, i64 0
+  %2664 = shufflevector <16 x i32> %2663, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2665 = getelementptr inbounds nuw i8, ptr %2539, i64 96
+  %2666 = load i64, ptr %2665, align 8, !tbaa !4
+  %gep959.i = getelementptr i32, ptr %gep1019.i, i64 %2666
+  %2667 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
+  %x.i426.i = bitcast <16 x i32> %2664 to <32 x bfloat>
+  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2667)
+  %2668 = getelementptr i8, ptr %gep959.i, i64 64
+  %2669 = load <32 x bfloat>, ptr %2668, align 4, !tbaa !4
+  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2669)
+  %2670 = getelementptr inbounds nuw i8, ptr %2535, i64 280
+  %2671 = load i32, ptr %2670, align 4, !tbaa !4
+  %2672 = insertelement <16 x i32> poison, i32 %2671, i64 0
+  %2673 = shufflevector <16 x i32> %2672, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i432.i = bitcast <16 x i32> %2673 to <32 x bfloat>
+  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2667)
+  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2669)
+  %2674 = getelementptr inbounds nuw i8, ptr %2535, i64 536
+  %2675 = load i32, ptr %2674, align 4, !tbaa !4
+  %2676 = insertelement <16 x i32> poison, i32 %2675, i64 0
+  %2677 = shufflevector <16 x i32> %2676, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i438.i = bitcast <16 x i32> %2677 to <32 x bfloat>
+  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2667)
+  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2669)
+  %2678 = getelementptr inbounds nuw i8, ptr %2535, i64 792
+  %2679 = load i32, ptr %2678, align 4, !tbaa !4
+  %2680 = insertelement <16 x i32> poison, i32 %2679, i64 0
+  %2681 = shufflevector <16 x i32> %2680, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i444.i = bitcast <16 x i32> %2681 to <32 x bfloat>
+  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2667)
+  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2669)
+  %2682 = getelementptr inbounds nuw i8, ptr %2535, i64 28
+  %2683 = load i32, ptr %2682, align 4, !tbaa !4
+  %2684 = insertelement <16 x i32> poison, i32 %2683, i64 0
+  %2685 = shufflevector <16 x i32> %2684, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2686 = getelementptr inbounds nuw i8, ptr %2539, i64 112
+  %2687 = load i64, ptr %2686, align 8, !tbaa !4
+  %gep963.i = getelementptr i32, ptr %gep1019.i, i64 %2687
+  %2688 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
+  %x.i450.i = bitcast <16 x i32> %2685 to <32 x bfloat>
+  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2688)
+  %2689 = getelementptr i8, ptr %gep963.i, i64 64
+  %2690 = load <32 x bfloat>, ptr %2689, align 4, !tbaa !4
+  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2690)
+  %2691 = getelementptr inbounds nuw i8, ptr %2535, i64 284
+  %2692 = load i32, ptr %2691, align 4, !tbaa !4
+  %2693 = insertelement <16 x i32> poison, i32 %2692, i64 0
+  %2694 = shufflevector <16 x i32> %2693, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i456.i = bitcast <16 x i32> %2694 to <32 x bfloat>
+  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2688)
+  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2690)
+  %2695 = getelementptr inbounds nuw i8, ptr %2535, i64 540
+  %2696 = load i32, ptr %2695, align 4, !tbaa !4
+  %2697 = insertelement <16 x i32> poison, i32 %2696, i64 0
+  %2698 = shufflevector <16 x i32> %2697, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i462.i = bitcast <16 x i32> %2698 to <32 x bfloat>
+  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2688)
+  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2690)
+  %2699 = getelementptr inbounds nuw i8, ptr %2535, i64 796
+  %2700 = load i32, ptr %2699, align 4, !tbaa !4
+  %2701 = insertelement <16 x i32> poison, i32 %2700, i64 0
+  %2702 = shufflevector <16 x i32> %2701, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i468.i = bitcast <16 x i32> %2702 to <32 x bfloat>
+  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2688)
+  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2690)
+  %2703 = getelementptr inbounds nuw i8, ptr %2535, i64 32
+  %2704 = load i32, ptr %2703, align 4, !tbaa !4
+  %2705 = insertelement <16 x i32> poison, i32 %2704, i64 0
+  %2706 = shufflevector <16 x i32> %2705, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2707 = getelementptr inbounds nuw i8, ptr %2539, i64 128
+  %2708 = load i64, ptr %2707, align 8, !tbaa !4
+  %gep967.i = getelementptr i32, ptr %gep1019.i, i64 %2708
+  %2709 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
+  %x.i474.i = bitcast <16 x i32> %2706 to <32 x bfloat>
+  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2709)
+  %2710 = getelementptr i8, ptr %gep967.i, i64 64
+  %2711 = load <32 x bfloat>, ptr %2710, align 4, !tbaa !4
+  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2711)
+  %2712 = getelementptr inbounds nuw i8, ptr %2535, i64 288
+  %2713 = load i32, ptr %2712, align 4, !tbaa !4
+  %2714 = insertelement <16 x i32> poison, i32 %2713, i64 0
+  %2715 = shufflevector <16 x i32> %2714, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i480.i = bitcast <16 x i32> %2715 to <32 x bfloat>
+  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2709)
+  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2711)
+  %2716 = getelementptr inbounds nuw i8, ptr %2535, i64 544
+  %2717 = load i32, ptr %2716, align 4, !tbaa !4
+  %2718 = insertelement <16 x i32> poison, i32 %2717, i64 0
+  %2719 = shufflevector <16 x i32> %2718, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i486.i = bitcast <16 x i32> %2719 to <32 x bfloat>
+  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2709)
+  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2711)
+  %2720 = getelementptr inbounds nuw i8, ptr %2535, i64 800
+  %2721 = load i32, ptr %2720, align 4, !tbaa !4
+  %2722 = insertelement <16 x i32> poison, i32 %2721, i64 0
+  %2723 = shufflevector <16 x i32> %2722, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i492.i = bitcast <16 x i32> %2723 to <32 x bfloat>
+  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2709)
+  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2711)
+  %2724 = getelementptr inbounds nuw i8, ptr %2535, i64 36
+  %2725 = load i32, ptr %2724, align 4, !tbaa !4
+  %2726 = insertelement <16 x i32> poison, i32 %2725, i64 0
+  %2727 = shufflevector <16 x i32> %2726, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2728 = getelementptr inbounds nuw i8, ptr %2539, i64 144
+  %2729 = load i64, ptr %2728, align 8, !tbaa !4
+  %gep971.i = getelementptr i32, ptr %gep1019.i, i64 %2729
+  %2730 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
+  %x.i498.i = bitcast <16 x i32> %2727 to <32 x bfloat>
+  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2730)
+  %2731 = getelementptr i8, ptr %gep971.i, i64 64
+  %2732 = load <32 x bfloat>, ptr %2731, align 4, !tbaa !4
+  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2732)
+  %2733 = getelementptr inbounds nuw i8, ptr %2535, i64 292
+  %2734 = load i32, ptr %2733, align 4, !tbaa !4
+  %2735 = insertelement <16 x i32> poison, i32 %2734, i64 0
+  %2736 = shufflevector <16 x i32> %2735, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i504.i = bitcast <16 x i32> %2736 to <32 x bfloat>
+  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2730)
+  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2732)
+  %2737 = getelementptr inbounds nuw i8, ptr %2535, i64 548
+  %2738 = load i32, ptr %2737, align 4, !tbaa !4
+  %2739 = insertelement <16 x i32> poison, i32 %2738, i64 0
+  %2740 = shufflevector <16 x i32> %2739, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i510.i = bitcast <16 x i32> %2740 to <32 x bfloat>
+  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2730)
+  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2732)
+  %2741 = getelementptr inbounds nuw i8, ptr %2535, i64 804
+  %2742 = load i32, ptr %2741, align 4, !tbaa !4
+  %2743 = insertelement <16 x i32> poison, i32 %2742, i64 0
+  %2744 = shufflevector <16 x i32> %2743, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i516.i = bitcast <16 x i32> %2744 to <32 x bfloat>
+  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2730)
+  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2732)
+  %2745 = getelementptr inbounds nuw i8, ptr %2535, i64 40
+  %2746 = load i32, ptr %2745, align 4, !tbaa !4
+  %2747 = insertelement <16 x i32> poison, i32 %2746, i64 0
+  %2748 = shufflevector <16 x i32> %2747, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2749 = getelementptr inbounds nuw i8, ptr %2539, i64 160
+  %2750 = load i64, ptr %2749, align 8, !tbaa !4
+  %gep975.i = getelementptr i32, ptr %gep1019.i, i64 %2750
+  %2751 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
+  %x.i522.i = bitcast <16 x i32> %2748 to <32 x bfloat>
+  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2751)
+  %2752 = getelementptr i8, ptr %gep975.i, i64 64
+  %2753 = load <32 x bfloat>, ptr %2752, align 4, !tbaa !4
+  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2753)
+  %2754 = getelementptr inbounds nuw i8, ptr %2535, i64 296
+  %2755 = load i32, ptr %2754, align 4, !tbaa !4
+  %2756 = insertelement <16 x i32> poison, i32 %2755, i64 0
+  %2757 = shufflevector <16 x i32> %2756, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i528.i = bitcast <16 x i32> %2757 to <32 x bfloat>
+  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2751)
+  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2753)
+  %2758 = getelementptr inbounds nuw i8, ptr %2535, i64 552
+  %2759 = load i32, ptr %2758, align 4, !tbaa !4
+  %2760 = insertelement <16 x i32> poison, i32 %2759, i64 0
+  %2761 = shufflevector <16 x i32> %2760, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i534.i = bitcast <16 x i32> %2761 to <32 x bfloat>
+  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2751)
+  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2753)
+  %2762 = getelementptr inbounds nuw i8, ptr %2535, i64 808
+  %2763 = load i32, ptr %2762, align 4, !tbaa !4
+  %2764 = insertelement <16 x i32> poison, i32 %2763, i64 0
+  %2765 = shufflevector <16 x i32> %2764, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i540.i = bitcast <16 x i32> %2765 to <32 x bfloat>
+  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2751)
+  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2753)
+  %2766 = getelementptr inbounds nuw i8, ptr %2535, i64 44
+  %2767 = load i32, ptr %2766, align 4, !tbaa !4
+  %2768 = insertelement <16 x i32> poison, i32 %2767, i64 0
+  %2769 = shufflevector <16 x i32> %2768, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2770 = getelementptr inbounds nuw i8, ptr %2539, i64 176
+  %2771 = load i64, ptr %2770, align 8, !tbaa !4
+  %gep979.i = getelementptr i32, ptr %gep1019.i, i64 %2771
+  %2772 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
+  %x.i546.i = bitcast <16 x i32> %2769 to <32 x bfloat>
+  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2772)
+  %2773 = getelementptr i8, ptr %gep979.i, i64 64
+  %2774 = load <32 x bfloat>, ptr %2773, align 4, !tbaa !4
+  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2774)
+  %2775 = getelementptr inbounds nuw i8, ptr %2535, i64 300
+  %2776 = load i32, ptr %2775, align 4, !tbaa !4
+  %2777 = insertelement <16 x i32> poison, i32 %2776, i64 0
+  %2778 = shufflevector <16 x i32> %2777, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i552.i = bitcast <16 x i32> %2778 to <32 x bfloat>
+  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2772)
+  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2774)
+  %2779 = getelementptr inbounds nuw i8, ptr %2535, i64 556
+  %2780 = load i32, ptr %2779, align 4, !tbaa !4
+  %2781 = insertelement <16 x i32> poison, i32 %2780, i64 0
+  %2782 = shufflevector <16 x i32> %2781, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i558.i = bitcast <16 x i32> %2782 to <32 x bfloat>
+  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2772)
+  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2774)
+  %2783 = getelementptr inbounds nuw i8, ptr %2535, i64 812
+  %2784 = load i32, ptr %2783, align 4, !tbaa !4
+  %2785 = insertelement <16 x i32> poison, i32 %2784, i64 0
+  %2786 = shufflevector <16 x i32> %2785, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i564.i = bitcast <16 x i32> %2786 to <32 x bfloat>
+  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2772)
+  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2774)
+  %2787 = getelementptr inbounds nuw i8, ptr %2535, i64 48
+  %2788 = load i32, ptr %2787, align 4, !tbaa !4
+  %2789 = insertelement <16 x i32> poison, i32 %2788, i64 0
+  %2790 = shufflevector <16 x i32> %2789, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2791 = getelementptr inbounds nuw i8, ptr %2539, i64 192
+  %2792 = load i64, ptr %2791, align 8, !tbaa !4
+  %gep983.i = getelementptr i32, ptr %gep1019.i, i64 %2792
+  %2793 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
+  %x.i570.i = bitcast <16 x i32> %2790 to <32 x bfloat>
+  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2793)
+  %2794 = getelementptr i8, ptr %gep983.i, i64 64
+  %2795 = load <32 x bfloat>, ptr %2794, align 4, !tbaa !4
+  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2795)
+  %2796 = getelementptr inbounds nuw i8, ptr %2535, i64 304
+  %2797 = load i32, ptr %2796, align 4, !tbaa !4
+  %2798 = insertelement <16 x i32> poison, i32 %2797, i64 0
+  %2799 = shufflevector <16 x i32> %2798, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i576.i = bitcast <16 x i32> %2799 to <32 x bfloat>
+  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2793)
+  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2795)
+  %2800 = getelementptr inbounds nuw i8, ptr %2535, i64 560
+  %2801 = load i32, ptr %2800, align 4, !tbaa !4
+  %2802 = insertelement <16 x i32> poison, i32 %2801, i64 0
+  %2803 = shufflevector <16 x i32> %2802, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i582.i = bitcast <16 x i32> %2803 to <32 x bfloat>
+  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2793)
+  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2795)
+  %2804 = getelementptr inbounds nuw i8, ptr %2535, i64 816
+  %2805 = load i32, ptr %2804, align 4, !tbaa !4
+  %2806 = insertelement <16 x i32> poison, i32 %2805, i64 0
+  %2807 = shufflevector <16 x i32> %2806, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i588.i = bitcast <16 x i32> %2807 to <32 x bfloat>
+  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2793)
+  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2795)
+  %2808 = getelementptr inbounds nuw i8, ptr %2535, i64 52
+  %2809 = load i32, ptr %2808, align 4, !tbaa !4
+  %2810 = insertelement <16 x i32> poison, i32 %2809, i64 0
+  %2811 = shufflevector <16 x i32> %2810, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2812 = getelementptr inbounds nuw i8, ptr %2539, i64 208
+  %2813 = load i64, ptr %2812, align 8, !tbaa !4
+  %gep987.i = getelementptr i32, ptr %gep1019.i, i64 %2813
+  %2814 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
+  %x.i594.i = bitcast <16 x i32> %2811 to <32 x bfloat>
+  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2814)
+  %2815 = getelementptr i8, ptr %gep987.i, i64 64
+  %2816 = load <32 x bfloat>, ptr %2815, align 4, !tbaa !4
+  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2816)
+  %2817 = getelementptr inbounds nuw i8, ptr %2535, i64 308
+  %2818 = load i32, ptr %2817, align 4, !tbaa !4
+  %2819 = insertelement <16 x i32> poison, i32 %2818, i64 0
+  %2820 = shufflevector <16 x i32> %2819, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i600.i = bitcast <16 x i32> %2820 to <32 x bfloat>
+  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2814)
+  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2816)
+  %2821 = getelementptr inbounds nuw i8, ptr %2535, i64 564
+  %2822 = load i32, ptr %2821, align 4, !tbaa !4
+  %2823 = insertelement <16 x i32> poison, i32 %2822, i64 0
+  %2824 = shufflevector <16 x i32> %2823, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i606.i = bitcast <16 x i32> %2824 to <32 x bfloat>
+  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2814)
+  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2816)
+  %2825 = getelementptr inbounds nuw i8, ptr %2535, i64 820
+  %2826 = load i32, ptr %2825, align 4, !tbaa !4
+  %2827 = insertelement <16 x i32> poison, i32 %2826, i64 0
+  %2828 = shufflevector <16 x i32> %2827, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i612.i = bitcast <16 x i32> %2828 to <32 x bfloat>
+  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2814)
+  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2816)
+  %2829 = getelementptr inbounds nuw i8, ptr %2535, i64 56
+  %2830 = load i32, ptr %2829, align 4, !tbaa !4
+  %2831 = insertelement <16 x i32> poison, i32 %2830, i64 0
+  %2832 = shufflevector <16 x i32> %2831, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2833 = getelementptr inbounds nuw i8, ptr %2539, i64 224
+  %2834 = load i64, ptr %2833, align 8, !tbaa !4
+  %gep991.i = getelementptr i32, ptr %gep1019.i, i64 %2834
+  %2835 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
+  %x.i618.i = bitcast <16 x i32> %2832 to <32 x bfloat>
+  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2835)
+  %2836 = getelementptr i8, ptr %gep991.i, i64 64
+  %2837 = load <32 x bfloat>, ptr %2836, align 4, !tbaa !4
+  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2837)
+  %2838 = getelementptr inbounds nuw i8, ptr %2535, i64 312
+  %2839 = load i32, ptr %2838, align 4, !tbaa !4
+  %2840 = insertelement <16 x i32> poison, i32 %2839, i64 0
+  %2841 = shufflevector <16 x i32> %2840, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i624.i = bitcast <16 x i32> %2841 to <32 x bfloat>
+  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2835)
+  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2837)
+  %2842 = getelementptr inbounds nuw i8, ptr %2535, i64 568
+  %2843 = load i32, ptr %2842, align 4, !tbaa !4
+  %2844 = insertelement <16 x i32> poison, i32 %2843, i64 0
+  %2845 = shufflevector <16 x i32> %2844, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i630.i = bitcast <16 x i32> %2845 to <32 x bfloat>
+  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2835)
+  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2837)
+  %2846 = getelementptr inbounds nuw i8, ptr %2535, i64 824
+  %2847 = load i32, ptr %2846, align 4, !tbaa !4
+  %2848 = insertelement <16 x i32> poison, i32 %2847, i64 0
+  %2849 = shufflevector <16 x i32> %2848, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i636.i = bitcast <16 x i32> %2849 to <32 x bfloat>
+  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2835)
+  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2837)
+  %2850 = getelementptr inbounds nuw i8, ptr %2535, i64 60
+  %2851 = load i32, ptr %2850, align 4, !tbaa !4
+  %2852 = insertelement <16 x i32> poison, i32 %2851, i64 0
+  %2853 = shufflevector <16 x i32> %2852, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2854 = getelementptr inbounds nuw i8, ptr %2539, i64 240
+  %2855 = load i64, ptr %2854, align 8, !tbaa !4
+  %gep995.i = getelementptr i32, ptr %gep1019.i, i64 %2855
+  %2856 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
+  %x.i642.i = bitcast <16 x i32> %2853 to <32 x bfloat>
+  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2856)
+  %2857 = getelementptr i8, ptr %gep995.i, i64 64
+  %2858 = load <32 x bfloat>, ptr %2857, align 4, !tbaa !4
+  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2858)
+  %2859 = getelementptr inbounds nuw i8, ptr %2535, i64 316
+  %2860 = load i32, ptr %2859, align 4, !tbaa !4
+  %2861 = insertelement <16 x i32> poison, i32 %2860, i64 0
+  %2862 = shufflevector <16 x i32> %2861, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i648.i = bitcast <16 x i32> %2862 to <32 x bfloat>
+  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2856)
+  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2858)
+  %2863 = getelementptr inbounds nuw i8, ptr %2535, i64 572
+  %2864 = load i32, ptr %2863, align 4, !tbaa !4
+  %2865 = insertelement <16 x i32> poison, i32 %2864, i64 0
+  %2866 = shufflevector <16 x i32> %2865, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i654.i = bitcast <16 x i32> %2866 to <32 x bfloat>
+  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2856)
+  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2858)
+  %2867 = getelementptr inbounds nuw i8, ptr %2535, i64 828
+  %2868 = load i32, ptr %2867, align 4, !tbaa !4
+  %2869 = insertelement <16 x i32> poison, i32 %2868, i64 0
+  %2870 = shufflevector <16 x i32> %2869, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i660.i = bitcast <16 x i32> %2870 to <32 x bfloat>
+  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2856)
+  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2858)
+  %indvars.iv.next1172.i = add nuw nsw i64 %indvars.iv1171.i, 1
+  %exitcond1175.not.i = icmp eq i64 %indvars.iv.next1172.i, %1337
+  br i1 %exitcond1175.not.i, label %for_end_to127.i, label %for_begin_ax2.preheader.i, !prof !8
 
 for_end_to127.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
   %full_acc212.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
@@ -5684,12 +5877,12 @@ for_end_to127.i:                                  ; preds = %for_begin_ax2.prehe
   br i1 %.not1067.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
-  %gep1051.idx.i = shl i64 %indvars.iv1196.i, 7
+  %gep1051.idx.i = shl i64 %indvars.iv1179.i, 7
   %gep1051.i = getelementptr i8, ptr %invariant.gep1018.i, i64 %gep1051.idx.i
-  br i1 %1002, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !81
+  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !99
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv1193.i = phi i64 [ %indvars.iv.next1194.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %indvars.iv1176.i = phi i64 [ %indvars.iv.next1177.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
   %tile_acc213.sroa.0.01003.i = phi <16 x float> [ %r.i668.i.1, %for_body_ti.i ], [ %full_acc212.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %tile_acc213.sroa.4.01002.i = phi <16 x float> [ %r.i671.i.1, %for_body_ti.i ], [ %full_acc212.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %tile_acc213.sroa.8.01001.i = phi <16 x float> [ %r.i674.i.1, %for_body_ti.i ], [ %full_acc212.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
@@ -5698,112 +5891,112 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %tile_acc213.sroa.20.0998.i = phi <16 x float> [ %r.i683.i.1, %for_body_ti.i ], [ %full_acc212.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %tile_acc213.sroa.24.0997.i = phi <16 x float> [ %r.i686.i.1, %for_body_ti.i ], [ %full_acc212.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %tile_acc213.sroa.28.0996.i = phi <16 x float> [ %r.i689.i.1, %for_body_ti.i ], [ %full_acc212.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %niter191 = phi i64 [ %niter191.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %gep1386.i = getelementptr i32, ptr %invariant.gep1385.i, i64 %indvars.iv1193.i
-  %2521 = load i32, ptr %gep1386.i, align 4, !tbaa !4
-  %2522 = insertelement <16 x i32> poison, i32 %2521, i64 0
-  %2523 = shufflevector <16 x i32> %2522, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2524 = shl nuw nsw i64 %indvars.iv1193.i, 1
-  %2525 = add nuw nsw i64 %2524, %985
-  %2526 = icmp slt i64 %2525, 127
-  %2527 = or disjoint i64 %2525, 1
-  %2528 = icmp slt i64 %2527, %929
-  %2529 = and i1 %2526, %2528
-  %2530 = select i1 %2529, i32 -1, i32 65535
-  %2531 = insertelement <16 x i32> poison, i32 %2530, i64 0
-  %2532 = shufflevector <16 x i32> %2531, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2533 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2525
-  %2534 = load i64, ptr %2533, align 8, !tbaa !4
-  %gep1016.i = getelementptr i32, ptr %gep1051.i, i64 %2534
-  %2535 = load <16 x i32>, ptr %gep1016.i, align 4, !tbaa !4
-  %2536 = and <16 x i32> %2535, %2532
-  %x.i666.i = bitcast <16 x i32> %2523 to <32 x bfloat>
-  %y.i667.i = bitcast <16 x i32> %2536 to <32 x bfloat>
+  %niter288 = phi i64 [ %niter288.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %gep1369.i = getelementptr i32, ptr %invariant.gep1368.i, i64 %indvars.iv1176.i
+  %2871 = load i32, ptr %gep1369.i, align 4, !tbaa !4
+  %2872 = insertelement <16 x i32> poison, i32 %2871, i64 0
+  %2873 = shufflevector <16 x i32> %2872, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2874 = shl nuw nsw i64 %indvars.iv1176.i, 1
+  %2875 = add nuw nsw i64 %2874, %1335
+  %2876 = icmp slt i64 %2875, 127
+  %2877 = or disjoint i64 %2875, 1
+  %2878 = icmp slt i64 %2877, %1279
+  %2879 = and i1 %2876, %2878
+  %2880 = select i1 %2879, i32 -1, i32 65535
+  %2881 = insertelement <16 x i32> poison, i32 %2880, i64 0
+  %2882 = shufflevector <16 x i32> %2881, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2883 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2875
+  %2884 = load i64, ptr %2883, align 8, !tbaa !4
+  %gep1016.i = getelementptr i32, ptr %gep1051.i, i64 %2884
+  %2885 = load <16 x i32>, ptr %gep1016.i, align 4, !tbaa !4
+  %2886 = and <16 x i32> %2885, %2882
+  %x.i666.i = bitcast <16 x i32> %2873 to <32 x bfloat>
+  %y.i667.i = bitcast <16 x i32> %2886 to <32 x bfloat>
   %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.0.01003.i, <32 x bfloat> %x.i666.i, <32 x bfloat> %y.i667.i)
-  %2537 = getelementptr i8, ptr %gep1016.i, i64 64
-  %2538 = load <16 x i32>, ptr %2537, align 4, !tbaa !4
-  %2539 = and <16 x i32> %2538, %2532
-  %y.i670.i = bitcast <16 x i32> %2539 to <32 x bfloat>
+  %2887 = getelementptr i8, ptr %gep1016.i, i64 64
+  %2888 = load <16 x i32>, ptr %2887, align 4, !tbaa !4
+  %2889 = and <16 x i32> %2888, %2882
+  %y.i670.i = bitcast <16 x i32> %2889 to <32 x bfloat>
   %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.4.01002.i, <32 x bfloat> %x.i666.i, <32 x bfloat> %y.i670.i)
-  %2540 = getelementptr i8, ptr %gep1386.i, i64 256
-  %2541 = load i32, ptr %2540, align 4, !tbaa !4
-  %2542 = insertelement <16 x i32> poison, i32 %2541, i64 0
-  %2543 = shufflevector <16 x i32> %2542, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i672.i = bitcast <16 x i32> %2543 to <32 x bfloat>
+  %2890 = getelementptr i8, ptr %gep1369.i, i64 256
+  %2891 = load i32, ptr %2890, align 4, !tbaa !4
+  %2892 = insertelement <16 x i32> poison, i32 %2891, i64 0
+  %2893 = shufflevector <16 x i32> %2892, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i672.i = bitcast <16 x i32> %2893 to <32 x bfloat>
   %r.i674.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.8.01001.i, <32 x bfloat> %x.i672.i, <32 x bfloat> %y.i667.i)
   %r.i677.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.12.01000.i, <32 x bfloat> %x.i672.i, <32 x bfloat> %y.i670.i)
-  %2544 = getelementptr i8, ptr %gep1386.i, i64 512
-  %2545 = load i32, ptr %2544, align 4, !tbaa !4
-  %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
-  %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i678.i = bitcast <16 x i32> %2547 to <32 x bfloat>
+  %2894 = getelementptr i8, ptr %gep1369.i, i64 512
+  %2895 = load i32, ptr %2894, align 4, !tbaa !4
+  %2896 = insertelement <16 x i32> poison, i32 %2895, i64 0
+  %2897 = shufflevector <16 x i32> %2896, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i678.i = bitcast <16 x i32> %2897 to <32 x bfloat>
   %r.i680.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.16.0999.i, <32 x bfloat> %x.i678.i, <32 x bfloat> %y.i667.i)
   %r.i683.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.20.0998.i, <32 x bfloat> %x.i678.i, <32 x bfloat> %y.i670.i)
-  %2548 = getelementptr i8, ptr %gep1386.i, i64 768
-  %2549 = load i32, ptr %2548, align 4, !tbaa !4
-  %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
-  %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i684.i = bitcast <16 x i32> %2551 to <32 x bfloat>
+  %2898 = getelementptr i8, ptr %gep1369.i, i64 768
+  %2899 = load i32, ptr %2898, align 4, !tbaa !4
+  %2900 = insertelement <16 x i32> poison, i32 %2899, i64 0
+  %2901 = shufflevector <16 x i32> %2900, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i684.i = bitcast <16 x i32> %2901 to <32 x bfloat>
   %r.i686.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.24.0997.i, <32 x bfloat> %x.i684.i, <32 x bfloat> %y.i667.i)
   %r.i689.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.28.0996.i, <32 x bfloat> %x.i684.i, <32 x bfloat> %y.i670.i)
-  %indvars.iv.next1194.i = or disjoint i64 %indvars.iv1193.i, 1
-  %gep1386.i.1 = getelementptr i32, ptr %invariant.gep1385.i, i64 %indvars.iv.next1194.i
-  %2552 = load i32, ptr %gep1386.i.1, align 4, !tbaa !4
-  %2553 = insertelement <16 x i32> poison, i32 %2552, i64 0
-  %2554 = shufflevector <16 x i32> %2553, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2555 = shl nuw nsw i64 %indvars.iv.next1194.i, 1
-  %2556 = add nuw nsw i64 %2555, %985
-  %2557 = icmp slt i64 %2556, 127
-  %2558 = or disjoint i64 %2556, 1
-  %2559 = icmp slt i64 %2558, %929
-  %2560 = and i1 %2557, %2559
-  %2561 = select i1 %2560, i32 -1, i32 65535
-  %2562 = insertelement <16 x i32> poison, i32 %2561, i64 0
-  %2563 = shufflevector <16 x i32> %2562, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2564 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2556
-  %2565 = load i64, ptr %2564, align 8, !tbaa !4
-  %gep1016.i.1 = getelementptr i32, ptr %gep1051.i, i64 %2565
-  %2566 = load <16 x i32>, ptr %gep1016.i.1, align 4, !tbaa !4
-  %2567 = and <16 x i32> %2566, %2563
-  %x.i666.i.1 = bitcast <16 x i32> %2554 to <32 x bfloat>
-  %y.i667.i.1 = bitcast <16 x i32> %2567 to <32 x bfloat>
+  %indvars.iv.next1177.i = or disjoint i64 %indvars.iv1176.i, 1
+  %gep1369.i.1 = getelementptr i32, ptr %invariant.gep1368.i, i64 %indvars.iv.next1177.i
+  %2902 = load i32, ptr %gep1369.i.1, align 4, !tbaa !4
+  %2903 = insertelement <16 x i32> poison, i32 %2902, i64 0
+  %2904 = shufflevector <16 x i32> %2903, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2905 = shl nuw nsw i64 %indvars.iv.next1177.i, 1
+  %2906 = add nuw nsw i64 %2905, %1335
+  %2907 = icmp slt i64 %2906, 127
+  %2908 = or disjoint i64 %2906, 1
+  %2909 = icmp slt i64 %2908, %1279
+  %2910 = and i1 %2907, %2909
+  %2911 = select i1 %2910, i32 -1, i32 65535
+  %2912 = insertelement <16 x i32> poison, i32 %2911, i64 0
+  %2913 = shufflevector <16 x i32> %2912, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2914 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2906
+  %2915 = load i64, ptr %2914, align 8, !tbaa !4
+  %gep1016.i.1 = getelementptr i32, ptr %gep1051.i, i64 %2915
+  %2916 = load <16 x i32>, ptr %gep1016.i.1, align 4, !tbaa !4
+  %2917 = and <16 x i32> %2916, %2913
+  %x.i666.i.1 = bitcast <16 x i32> %2904 to <32 x bfloat>
+  %y.i667.i.1 = bitcast <16 x i32> %2917 to <32 x bfloat>
   %r.i668.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.i, <32 x bfloat> %x.i666.i.1, <32 x bfloat> %y.i667.i.1)
-  %2568 = getelementptr i8, ptr %gep1016.i.1, i64 64
-  %2569 = load <16 x i32>, ptr %2568, align 4, !tbaa !4
-  %2570 = and <16 x i32> %2569, %2563
-  %y.i670.i.1 = bitcast <16 x i32> %2570 to <32 x bfloat>
+  %2918 = getelementptr i8, ptr %gep1016.i.1, i64 64
+  %2919 = load <16 x i32>, ptr %2918, align 4, !tbaa !4
+  %2920 = and <16 x i32> %2919, %2913
+  %y.i670.i.1 = bitcast <16 x i32> %2920 to <32 x bfloat>
   %r.i671.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.i, <32 x bfloat> %x.i666.i.1, <32 x bfloat> %y.i670.i.1)
-  %2571 = getelementptr i8, ptr %gep1386.i.1, i64 256
-  %2572 = load i32, ptr %2571, align 4, !tbaa !4
-  %2573 = insertelement <16 x i32> poison, i32 %2572, i64 0
-  %2574 = shufflevector <16 x i32> %2573, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i672.i.1 = bitcast <16 x i32> %2574 to <32 x bfloat>
+  %2921 = getelementptr i8, ptr %gep1369.i.1, i64 256
+  %2922 = load i32, ptr %2921, align 4, !tbaa !4
+  %2923 = insertelement <16 x i32> poison, i32 %2922, i64 0
+  %2924 = shufflevector <16 x i32> %2923, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i672.i.1 = bitcast <16 x i32> %2924 to <32 x bfloat>
   %r.i674.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.i, <32 x bfloat> %x.i672.i.1, <32 x bfloat> %y.i667.i.1)
   %r.i677.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.i, <32 x bfloat> %x.i672.i.1, <32 x bfloat> %y.i670.i.1)
-  %2575 = getelementptr i8, ptr %gep1386.i.1, i64 512
-  %2576 = load i32, ptr %2575, align 4, !tbaa !4
-  %2577 = insertelement <16 x i32> poison, i32 %2576, i64 0
-  %2578 = shufflevector <16 x i32> %2577, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i678.i.1 = bitcast <16 x i32> %2578 to <32 x bfloat>
+  %2925 = getelementptr i8, ptr %gep1369.i.1, i64 512
+  %2926 = load i32, ptr %2925, align 4, !tbaa !4
+  %2927 = insertelement <16 x i32> poison, i32 %2926, i64 0
+  %2928 = shufflevector <16 x i32> %2927, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i678.i.1 = bitcast <16 x i32> %2928 to <32 x bfloat>
   %r.i680.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.i, <32 x bfloat> %x.i678.i.1, <32 x bfloat> %y.i667.i.1)
   %r.i683.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.i, <32 x bfloat> %x.i678.i.1, <32 x bfloat> %y.i670.i.1)
-  %2579 = getelementptr i8, ptr %gep1386.i.1, i64 768
-  %2580 = load i32, ptr %2579, align 4, !tbaa !4
-  %2581 = insertelement <16 x i32> poison, i32 %2580, i64 0
-  %2582 = shufflevector <16 x i32> %2581, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i684.i.1 = bitcast <16 x i32> %2582 to <32 x bfloat>
+  %2929 = getelementptr i8, ptr %gep1369.i.1, i64 768
+  %2930 = load i32, ptr %2929, align 4, !tbaa !4
+  %2931 = insertelement <16 x i32> poison, i32 %2930, i64 0
+  %2932 = shufflevector <16 x i32> %2931, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i684.i.1 = bitcast <16 x i32> %2932 to <32 x bfloat>
   %r.i686.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.i, <32 x bfloat> %x.i684.i.1, <32 x bfloat> %y.i667.i.1)
   %r.i689.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.i, <32 x bfloat> %x.i684.i.1, <32 x bfloat> %y.i670.i.1)
-  %indvars.iv.next1194.i.1 = add nuw nsw i64 %indvars.iv1193.i, 2
-  %niter191.next.1 = add nuw i64 %niter191, 2
-  %niter191.ncmp.1 = icmp eq i64 %niter191.next.1, %unroll_iter190
-  br i1 %niter191.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !82, !llvm.loop !83
+  %indvars.iv.next1177.i.1 = add nuw nsw i64 %indvars.iv1176.i, 2
+  %niter288.next.1 = add nuw i64 %niter288, 2
+  %niter288.ncmp.1 = icmp eq i64 %niter288.next.1, %unroll_iter287
+  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !100, !llvm.loop !101
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod180.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !35
+  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !53
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv1193.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1194.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %indvars.iv1176.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1177.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   %tile_acc213.sroa.0.01003.i.epil.init = phi <16 x float> [ %full_acc212.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i668.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   %tile_acc213.sroa.4.01002.i.epil.init = phi <16 x float> [ %full_acc212.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   %tile_acc213.sroa.8.01001.i.epil.init = phi <16 x float> [ %full_acc212.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -5812,52 +6005,52 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopex
   %tile_acc213.sroa.20.0998.i.epil.init = phi <16 x float> [ %full_acc212.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   %tile_acc213.sroa.24.0997.i.epil.init = phi <16 x float> [ %full_acc212.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   %tile_acc213.sroa.28.0996.i.epil.init = phi <16 x float> [ %full_acc212.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  tail call void @llvm.assume(i1 %lcmp.mod189)
-  %gep1386.i.epil = getelementptr i32, ptr %invariant.gep1385.i, i64 %indvars.iv1193.i.epil.init
-  %2583 = load i32, ptr %gep1386.i.epil, align 4, !tbaa !4
-  %2584 = insertelement <16 x i32> poison, i32 %2583, i64 0
-  %2585 = shufflevector <16 x i32> %2584, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2586 = shl nuw nsw i64 %indvars.iv1193.i.epil.init, 1
-  %2587 = add nuw nsw i64 %2586, %985
-  %2588 = icmp slt i64 %2587, 127
-  %2589 = or disjoint i64 %2587, 1
-  %2590 = icmp slt i64 %2589, %929
-  %2591 = and i1 %2588, %2590
-  %2592 = select i1 %2591, i32 -1, i32 65535
-  %2593 = insertelement <16 x i32> poison, i32 %2592, i64 0
-  %2594 = shufflevector <16 x i32> %2593, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2595 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2587
-  %2596 = load i64, ptr %2595, align 8, !tbaa !4
-  %gep1016.i.epil = getelementptr i32, ptr %gep1051.i, i64 %2596
-  %2597 = load <16 x i32>, ptr %gep1016.i.epil, align 4, !tbaa !4
-  %2598 = and <16 x i32> %2597, %2594
-  %x.i666.i.epil = bitcast <16 x i32> %2585 to <32 x bfloat>
-  %y.i667.i.epil = bitcast <16 x i32> %2598 to <32 x bfloat>
+  tail call void @llvm.assume(i1 %lcmp.mod286)
+  %gep1369.i.epil = getelementptr i32, ptr %invariant.gep1368.i, i64 %indvars.iv1176.i.epil.init
+  %2933 = load i32, ptr %gep1369.i.epil, align 4, !tbaa !4
+  %2934 = insertelement <16 x i32> poison, i32 %2933, i64 0
+  %2935 = shufflevector <16 x i32> %2934, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2936 = shl nuw nsw i64 %indvars.iv1176.i.epil.init, 1
+  %2937 = add nuw nsw i64 %2936, %1335
+  %2938 = icmp slt i64 %2937, 127
+  %2939 = or disjoint i64 %2937, 1
+  %2940 = icmp slt i64 %2939, %1279
+  %2941 = and i1 %2938, %2940
+  %2942 = select i1 %2941, i32 -1, i32 65535
+  %2943 = insertelement <16 x i32> poison, i32 %2942, i64 0
+  %2944 = shufflevector <16 x i32> %2943, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2945 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2937
+  %2946 = load i64, ptr %2945, align 8, !tbaa !4
+  %gep1016.i.epil = getelementptr i32, ptr %gep1051.i, i64 %2946
+  %2947 = load <16 x i32>, ptr %gep1016.i.epil, align 4, !tbaa !4
+  %2948 = and <16 x i32> %2947, %2944
+  %x.i666.i.epil = bitcast <16 x i32> %2935 to <32 x bfloat>
+  %y.i667.i.epil = bitcast <16 x i32> %2948 to <32 x bfloat>
   %r.i668.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.0.01003.i.epil.init, <32 x bfloat> %x.i666.i.epil, <32 x bfloat> %y.i667.i.epil)
-  %2599 = getelementptr i8, ptr %gep1016.i.epil, i64 64
-  %2600 = load <16 x i32>, ptr %2599, align 4, !tbaa !4
-  %2601 = and <16 x i32> %2600, %2594
-  %y.i670.i.epil = bitcast <16 x i32> %2601 to <32 x bfloat>
+  %2949 = getelementptr i8, ptr %gep1016.i.epil, i64 64
+  %2950 = load <16 x i32>, ptr %2949, align 4, !tbaa !4
+  %2951 = and <16 x i32> %2950, %2944
+  %y.i670.i.epil = bitcast <16 x i32> %2951 to <32 x bfloat>
   %r.i671.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.4.01002.i.epil.init, <32 x bfloat> %x.i666.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2602 = getelementptr i8, ptr %gep1386.i.epil, i64 256
-  %2603 = load i32, ptr %2602, align 4, !tbaa !4
-  %2604 = insertelement <16 x i32> poison, i32 %2603, i64 0
-  %2605 = shufflevector <16 x i32> %2604, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i672.i.epil = bitcast <16 x i32> %2605 to <32 x bfloat>
+  %2952 = getelementptr i8, ptr %gep1369.i.epil, i64 256
+  %2953 = load i32, ptr %2952, align 4, !tbaa !4
+  %2954 = insertelement <16 x i32> poison, i32 %2953, i64 0
+  %2955 = shufflevector <16 x i32> %2954, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i672.i.epil = bitcast <16 x i32> %2955 to <32 x bfloat>
   %r.i674.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.8.01001.i.epil.init, <32 x bfloat> %x.i672.i.epil, <32 x bfloat> %y.i667.i.epil)
   %r.i677.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.12.01000.i.epil.init, <32 x bfloat> %x.i672.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2606 = getelementptr i8, ptr %gep1386.i.epil, i64 512
-  %2607 = load i32, ptr %2606, align 4, !tbaa !4
-  %2608 = insertelement <16 x i32> poison, i32 %2607, i64 0
-  %2609 = shufflevector <16 x i32> %2608, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i678.i.epil = bitcast <16 x i32> %2609 to <32 x bfloat>
+  %2956 = getelementptr i8, ptr %gep1369.i.epil, i64 512
+  %2957 = load i32, ptr %2956, align 4, !tbaa !4
+  %2958 = insertelement <16 x i32> poison, i32 %2957, i64 0
+  %2959 = shufflevector <16 x i32> %2958, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i678.i.epil = bitcast <16 x i32> %2959 to <32 x bfloat>
   %r.i680.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.16.0999.i.epil.init, <32 x bfloat> %x.i678.i.epil, <32 x bfloat> %y.i667.i.epil)
   %r.i683.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.20.0998.i.epil.init, <32 x bfloat> %x.i678.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2610 = getelementptr i8, ptr %gep1386.i.epil, i64 768
-  %2611 = load i32, ptr %2610, align 4, !tbaa !4
-  %2612 = insertelement <16 x i32> poison, i32 %2611, i64 0
-  %2613 = shufflevector <16 x i32> %2612, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i684.i.epil = bitcast <16 x i32> %2613 to <32 x bfloat>
+  %2960 = getelementptr i8, ptr %gep1369.i.epil, i64 768
+  %2961 = load i32, ptr %2960, align 4, !tbaa !4
+  %2962 = insertelement <16 x i32> poison, i32 %2961, i64 0
+  %2963 = shufflevector <16 x i32> %2962, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i684.i.epil = bitcast <16 x i32> %2963 to <32 x bfloat>
   %r.i686.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.24.0997.i.epil.init, <32 x bfloat> %x.i684.i.epil, <32 x bfloat> %y.i667.i.epil)
   %r.i689.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.28.0996.i.epil.init, <32 x bfloat> %x.i684.i.epil, <32 x bfloat> %y.i670.i.epil)
   br label %for_end_ti.i
@@ -5871,301 +6064,301 @@ for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.
   %tile_acc213.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.68.0.lcssa.i, %for_end_to127.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i674.i.epil, %for_body_ti.i.epil.preheader ]
   %tile_acc213.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.34.0.lcssa.i, %for_end_to127.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i671.i.epil, %for_body_ti.i.epil.preheader ]
   %tile_acc213.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.0.0.lcssa.i, %for_end_to127.i ], [ %r.i668.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i668.i.epil, %for_body_ti.i.epil.preheader ]
-  %2614 = shl nuw nsw i64 %indvars.iv1196.i, 5
-  %2615 = add nuw nsw i64 %2614, %2147
-  %2616 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2615
-  br i1 %977, label %if_then144.i, label %if_end143.if_end145_crit_edge.i, !prof !7
+  %2964 = shl nuw nsw i64 %indvars.iv1179.i, 5
+  %2965 = add nuw nsw i64 %2964, %2497
+  %2966 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2965
+  br i1 %1327, label %if_then144.i, label %if_end143.if_end145_crit_edge.i, !prof !7
 
 if_end143.if_end145_crit_edge.i:                  ; preds = %for_end_ti.i
-  %2617 = load <16 x float>, ptr %2616, align 4, !tbaa !4
-  %2618 = fmul <16 x float> %2148, %2617
-  %2619 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2618)
-  store <16 x float> %2619, ptr %2616, align 4, !tbaa !4
-  %2620 = getelementptr inbounds nuw i8, ptr %2616, i64 64
-  %2621 = load <16 x float>, ptr %2620, align 4, !tbaa !4
-  %2622 = fmul <16 x float> %2148, %2621
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2622)
-  store <16 x float> %2623, ptr %2620, align 4, !tbaa !4
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2616, i64 512
+  %2967 = load <16 x float>, ptr %2966, align 4, !tbaa !4
+  %2968 = fmul <16 x float> %2498, %2967
+  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2968)
+  store <16 x float> %2969, ptr %2966, align 4, !tbaa !4
+  %2970 = getelementptr inbounds nuw i8, ptr %2966, i64 64
+  %2971 = load <16 x float>, ptr %2970, align 4, !tbaa !4
+  %2972 = fmul <16 x float> %2498, %2971
+  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2972)
+  store <16 x float> %2973, ptr %2970, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2966, i64 512
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1262.i = fmul <16 x float> %2150, %.pre.i
-  %2624 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %.pre1262.i)
-  store <16 x float> %2624, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %2625 = getelementptr inbounds nuw i8, ptr %2616, i64 576
-  %2626 = load <16 x float>, ptr %2625, align 4, !tbaa !4
-  %2627 = fmul <16 x float> %2150, %2626
-  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2627)
-  store <16 x float> %2628, ptr %2625, align 4, !tbaa !4
-  %.phi.trans.insert1256.i = getelementptr inbounds nuw i8, ptr %2616, i64 1024
-  %.pre1257.i = load <16 x float>, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
-  %.pre1263.i = fmul <16 x float> %2152, %.pre1257.i
-  %2629 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %.pre1263.i)
-  store <16 x float> %2629, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
-  %2630 = getelementptr inbounds nuw i8, ptr %2616, i64 1088
-  %2631 = load <16 x float>, ptr %2630, align 4, !tbaa !4
-  %2632 = fmul <16 x float> %2152, %2631
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2632)
-  store <16 x float> %2633, ptr %2630, align 4, !tbaa !4
-  %.phi.trans.insert1258.i = getelementptr inbounds nuw i8, ptr %2616, i64 1536
-  %.pre1259.i = load <16 x float>, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
-  %2634 = fmul <16 x float> %2154, %.pre1259.i
-  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2634)
-  store <16 x float> %2635, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
-  %.phi.trans.insert1260.i = getelementptr inbounds nuw i8, ptr %2616, i64 1600
-  %.pre1261.i = load <16 x float>, ptr %.phi.trans.insert1260.i, align 4, !tbaa !4
-  %.pre = fmul <16 x float> %2154, %.pre1261.i
+  %.pre1245.i = fmul <16 x float> %2500, %.pre.i
+  %2974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %.pre1245.i)
+  store <16 x float> %2974, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %2975 = getelementptr inbounds nuw i8, ptr %2966, i64 576
+  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
+  %2977 = fmul <16 x float> %2500, %2976
+  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2977)
+  store <16 x float> %2978, ptr %2975, align 4, !tbaa !4
+  %.phi.trans.insert1239.i = getelementptr inbounds nuw i8, ptr %2966, i64 1024
+  %.pre1240.i = load <16 x float>, ptr %.phi.trans.insert1239.i, align 4, !tbaa !4
+  %.pre1246.i = fmul <16 x float> %2502, %.pre1240.i
+  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %.pre1246.i)
+  store <16 x float> %2979, ptr %.phi.trans.insert1239.i, align 4, !tbaa !4
+  %2980 = getelementptr inbounds nuw i8, ptr %2966, i64 1088
+  %2981 = load <16 x float>, ptr %2980, align 4, !tbaa !4
+  %2982 = fmul <16 x float> %2502, %2981
+  %2983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2982)
+  store <16 x float> %2983, ptr %2980, align 4, !tbaa !4
+  %.phi.trans.insert1241.i = getelementptr inbounds nuw i8, ptr %2966, i64 1536
+  %.pre1242.i = load <16 x float>, ptr %.phi.trans.insert1241.i, align 4, !tbaa !4
+  %2984 = fmul <16 x float> %2504, %.pre1242.i
+  %2985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2984)
+  store <16 x float> %2985, ptr %.phi.trans.insert1241.i, align 4, !tbaa !4
+  %.phi.trans.insert1243.i = getelementptr inbounds nuw i8, ptr %2966, i64 1600
+  %.pre1244.i = load <16 x float>, ptr %.phi.trans.insert1243.i, align 4, !tbaa !4
+  %.pre = fmul <16 x float> %2504, %.pre1244.i
   br label %if_end145.i
 
 if_then144.i:                                     ; preds = %for_end_ti.i
-  %2636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2157)
-  store <16 x float> %2636, ptr %2616, align 4, !tbaa !4
-  %2637 = getelementptr inbounds nuw i8, ptr %2616, i64 64
-  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2157)
-  store <16 x float> %2638, ptr %2637, align 4, !tbaa !4
-  %2639 = getelementptr inbounds nuw i8, ptr %2616, i64 512
-  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %2158)
-  store <16 x float> %2640, ptr %2639, align 4, !tbaa !4
-  %2641 = getelementptr inbounds nuw i8, ptr %2616, i64 576
-  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2158)
-  store <16 x float> %2642, ptr %2641, align 4, !tbaa !4
-  %2643 = getelementptr inbounds nuw i8, ptr %2616, i64 1024
-  %2644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %2159)
-  store <16 x float> %2644, ptr %2643, align 4, !tbaa !4
-  %2645 = getelementptr inbounds nuw i8, ptr %2616, i64 1088
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2151, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2159)
-  store <16 x float> %2646, ptr %2645, align 4, !tbaa !4
-  %2647 = getelementptr inbounds nuw i8, ptr %2616, i64 1536
-  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2160)
-  store <16 x float> %2648, ptr %2647, align 4, !tbaa !4
+  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2507)
+  store <16 x float> %2986, ptr %2966, align 4, !tbaa !4
+  %2987 = getelementptr inbounds nuw i8, ptr %2966, i64 64
+  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2507)
+  store <16 x float> %2988, ptr %2987, align 4, !tbaa !4
+  %2989 = getelementptr inbounds nuw i8, ptr %2966, i64 512
+  %2990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2990, ptr %2989, align 4, !tbaa !4
+  %2991 = getelementptr inbounds nuw i8, ptr %2966, i64 576
+  %2992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2508)
+  store <16 x float> %2992, ptr %2991, align 4, !tbaa !4
+  %2993 = getelementptr inbounds nuw i8, ptr %2966, i64 1024
+  %2994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %2509)
+  store <16 x float> %2994, ptr %2993, align 4, !tbaa !4
+  %2995 = getelementptr inbounds nuw i8, ptr %2966, i64 1088
+  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2509)
+  store <16 x float> %2996, ptr %2995, align 4, !tbaa !4
+  %2997 = getelementptr inbounds nuw i8, ptr %2966, i64 1536
+  %2998 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2510)
+  store <16 x float> %2998, ptr %2997, align 4, !tbaa !4
   br label %if_end145.i
 
 if_end145.i:                                      ; preds = %if_then144.i, %if_end143.if_end145_crit_edge.i
-  %.pre-phi = phi <16 x float> [ %2160, %if_then144.i ], [ %.pre, %if_end143.if_end145_crit_edge.i ]
-  %2649 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2615
-  %2650 = getelementptr inbounds nuw i8, ptr %2649, i64 1600
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2153, <16 x float> %tile_acc213.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
-  store <16 x float> %2651, ptr %2650, align 4, !tbaa !4
-  %indvars.iv.next1197.i = add nuw nsw i64 %indvars.iv1196.i, 1
-  %exitcond1199.not.i = icmp eq i64 %indvars.iv.next1197.i, 4
-  br i1 %exitcond1199.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !21
+  %.pre-phi = phi <16 x float> [ %2510, %if_then144.i ], [ %.pre, %if_end143.if_end145_crit_edge.i ]
+  %2999 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2965
+  %3000 = getelementptr inbounds nuw i8, ptr %2999, i64 1600
+  %3001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc213.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
+  store <16 x float> %3001, ptr %3000, align 4, !tbaa !4
+  %indvars.iv.next1180.i = add nuw nsw i64 %indvars.iv1179.i, 1
+  %exitcond1182.not.i = icmp eq i64 %indvars.iv.next1180.i, 4
+  br i1 %exitcond1182.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !39
 
 if_end147.i:                                      ; preds = %for_end_d_0_m.i
-  %2652 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2653 = tail call i32 %2652(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not233.i = icmp eq i32 %2653, 0
-  br i1 %.not233.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !22
+  %3002 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3003 = tail call i32 %3002(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not233.i = icmp eq i32 %3003, 0
+  br i1 %.not233.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end150.i:                                      ; preds = %if_end147.i
-  %2654 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2655 = tail call i32 %2654(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not234.i = icmp eq i32 %2655, 0
-  br i1 %.not234.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !22
+  %3004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3005 = tail call i32 %3004(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not234.i = icmp eq i32 %3005, 0
+  br i1 %.not234.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end153.i:                                      ; preds = %if_end150.i
-  %2656 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2657 = tail call i32 %2656(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not235.i = icmp eq i32 %2657, 0
-  br i1 %.not235.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !22
+  %3006 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3007 = tail call i32 %3006(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
+  %.not235.i = icmp eq i32 %3007, 0
+  br i1 %.not235.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end156.i:                                      ; preds = %if_end153.i
-  %2658 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2659 = tail call i32 %2658(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not236.i = icmp eq i32 %2659, 0
-  br i1 %.not236.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !22
+  %3008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3009 = tail call i32 %3008(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not236.i = icmp eq i32 %3009, 0
+  br i1 %.not236.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end162.i:                                      ; preds = %for_end_kv_head.i
-  %2660 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2661 = tail call i32 %2660(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not231.i = icmp eq i32 %2661, 0
+  %3010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3011 = tail call i32 %3010(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not231.i = icmp eq i32 %3011, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not231.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !22
+  br i1 %.not231.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
 
 for_body_tile168.i:                               ; preds = %for_body_tile168.i, %for_begin_tile167.preheader.i
-  %indvars.iv1224.i = phi i64 [ %indvars.iv.next1225.i, %for_body_tile168.i ], [ 0, %for_begin_tile167.preheader.i ]
-  %2662 = shl nuw nsw i64 %indvars.iv1224.i, 2
-  %2663 = add nuw nsw i64 %2662, %548
-  %2664 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2662
-  %2665 = load float, ptr %2664, align 16, !tbaa !25
-  %2666 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2663
-  store float %2665, ptr %2666, align 4, !tbaa !4
-  %2667 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2662
-  %2668 = load float, ptr %2667, align 16, !tbaa !23
-  %2669 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2663
-  store float %2668, ptr %2669, align 4, !tbaa !4
-  %2670 = or disjoint i64 %2662, 1
-  %2671 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2670
-  %2672 = load float, ptr %2671, align 4, !tbaa !25
-  %2673 = or disjoint i64 %2663, 1
-  %2674 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2673
-  store float %2672, ptr %2674, align 4, !tbaa !4
-  %2675 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2670
-  %2676 = load float, ptr %2675, align 4, !tbaa !23
-  %2677 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2673
-  store float %2676, ptr %2677, align 4, !tbaa !4
-  %2678 = or disjoint i64 %2662, 2
-  %2679 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2678
-  %2680 = load float, ptr %2679, align 8, !tbaa !25
-  %2681 = or disjoint i64 %2663, 2
-  %2682 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2681
-  store float %2680, ptr %2682, align 4, !tbaa !4
-  %2683 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2678
-  %2684 = load float, ptr %2683, align 8, !tbaa !23
-  %2685 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2681
-  store float %2684, ptr %2685, align 4, !tbaa !4
-  %2686 = or disjoint i64 %2662, 3
-  %2687 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2686
-  %2688 = load float, ptr %2687, align 4, !tbaa !25
-  %2689 = or disjoint i64 %2663, 3
-  %2690 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2689
-  store float %2688, ptr %2690, align 4, !tbaa !4
-  %2691 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2686
-  %2692 = load float, ptr %2691, align 4, !tbaa !23
-  %2693 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2689
-  store float %2692, ptr %2693, align 4, !tbaa !4
-  %2694 = shl nuw nsw i64 %indvars.iv1224.i, 9
-  %2695 = getelementptr inbounds nuw float, ptr %549, i64 %2694
-  %2696 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2694
-  %2697 = load <16 x float>, ptr %2696, align 4, !tbaa !4
-  store <16 x float> %2697, ptr %2695, align 4, !tbaa !4
-  %2698 = getelementptr inbounds nuw i8, ptr %2696, i64 64
-  %2699 = load <16 x float>, ptr %2698, align 4, !tbaa !4
-  %2700 = getelementptr inbounds nuw i8, ptr %2695, i64 64
-  store <16 x float> %2699, ptr %2700, align 4, !tbaa !4
-  %2701 = getelementptr inbounds nuw i8, ptr %2696, i64 128
-  %2702 = load <16 x float>, ptr %2701, align 4, !tbaa !4
-  %2703 = getelementptr inbounds nuw i8, ptr %2695, i64 128
-  store <16 x float> %2702, ptr %2703, align 4, !tbaa !4
-  %2704 = getelementptr inbounds nuw i8, ptr %2696, i64 192
-  %2705 = load <16 x float>, ptr %2704, align 4, !tbaa !4
-  %2706 = getelementptr inbounds nuw i8, ptr %2695, i64 192
-  store <16 x float> %2705, ptr %2706, align 4, !tbaa !4
-  %2707 = getelementptr inbounds nuw i8, ptr %2696, i64 256
-  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
-  %2709 = getelementptr inbounds nuw i8, ptr %2695, i64 256
-  store <16 x float> %2708, ptr %2709, align 4, !tbaa !4
-  %2710 = getelementptr inbounds nuw i8, ptr %2696, i64 320
-  %2711 = load <16 x float>, ptr %2710, align 4, !tbaa !4
-  %2712 = getelementptr inbounds nuw i8, ptr %2695, i64 320
-  store <16 x float> %2711, ptr %2712, align 4, !tbaa !4
-  %2713 = getelementptr inbounds nuw i8, ptr %2696, i64 384
-  %2714 = load <16 x float>, ptr %2713, align 4, !tbaa !4
-  %2715 = getelementptr inbounds nuw i8, ptr %2695, i64 384
-  store <16 x float> %2714, ptr %2715, align 4, !tbaa !4
-  %2716 = getelementptr inbounds nuw i8, ptr %2696, i64 448
-  %2717 = load <16 x float>, ptr %2716, align 4, !tbaa !4
-  %2718 = getelementptr inbounds nuw i8, ptr %2695, i64 448
-  store <16 x float> %2717, ptr %2718, align 4, !tbaa !4
-  %2719 = getelementptr inbounds nuw i8, ptr %2695, i64 512
-  %2720 = getelementptr inbounds nuw i8, ptr %2696, i64 512
-  %2721 = load <16 x float>, ptr %2720, align 4, !tbaa !4
-  store <16 x float> %2721, ptr %2719, align 4, !tbaa !4
-  %2722 = getelementptr inbounds nuw i8, ptr %2696, i64 576
-  %2723 = load <16 x float>, ptr %2722, align 4, !tbaa !4
-  %2724 = getelementptr inbounds nuw i8, ptr %2695, i64 576
-  store <16 x float> %2723, ptr %2724, align 4, !tbaa !4
-  %2725 = getelementptr inbounds nuw i8, ptr %2696, i64 640
-  %2726 = load <16 x float>, ptr %2725, align 4, !tbaa !4
-  %2727 = getelementptr inbounds nuw i8, ptr %2695, i64 640
-  store <16 x float> %2726, ptr %2727, align 4, !tbaa !4
-  %2728 = getelementptr inbounds nuw i8, ptr %2696, i64 704
-  %2729 = load <16 x float>, ptr %2728, align 4, !tbaa !4
-  %2730 = getelementptr inbounds nuw i8, ptr %2695, i64 704
-  store <16 x float> %2729, ptr %2730, align 4, !tbaa !4
-  %2731 = getelementptr inbounds nuw i8, ptr %2696, i64 768
-  %2732 = load <16 x float>, ptr %2731, align 4, !tbaa !4
-  %2733 = getelementptr inbounds nuw i8, ptr %2695, i64 768
-  store <16 x float> %2732, ptr %2733, align 4, !tbaa !4
-  %2734 = getelementptr inbounds nuw i8, ptr %2696, i64 832
-  %2735 = load <16 x float>, ptr %2734, align 4, !tbaa !4
-  %2736 = getelementptr inbounds nuw i8, ptr %2695, i64 832
-  store <16 x float> %2735, ptr %2736, align 4, !tbaa !4
-  %2737 = getelementptr inbounds nuw i8, ptr %2696, i64 896
-  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !4
-  %2739 = getelementptr inbounds nuw i8, ptr %2695, i64 896
-  store <16 x float> %2738, ptr %2739, align 4, !tbaa !4
-  %2740 = getelementptr inbounds nuw i8, ptr %2696, i64 960
-  %2741 = load <16 x float>, ptr %2740, align 4, !tbaa !4
-  %2742 = getelementptr inbounds nuw i8, ptr %2695, i64 960
-  store <16 x float> %2741, ptr %2742, align 4, !tbaa !4
-  %2743 = getelementptr inbounds nuw i8, ptr %2695, i64 1024
-  %2744 = getelementptr inbounds nuw i8, ptr %2696, i64 1024
-  %2745 = load <16 x float>, ptr %2744, align 4, !tbaa !4
-  store <16 x float> %2745, ptr %2743, align 4, !tbaa !4
-  %2746 = getelementptr inbounds nuw i8, ptr %2696, i64 1088
-  %2747 = load <16 x float>, ptr %2746, align 4, !tbaa !4
-  %2748 = getelementptr inbounds nuw i8, ptr %2695, i64 1088
-  store <16 x float> %2747, ptr %2748, align 4, !tbaa !4
-  %2749 = getelementptr inbounds nuw i8, ptr %2696, i64 1152
-  %2750 = load <16 x float>, ptr %2749, align 4, !tbaa !4
-  %2751 = getelementptr inbounds nuw i8, ptr %2695, i64 1152
-  store <16 x float> %2750, ptr %2751, align 4, !tbaa !4
-  %2752 = getelementptr inbounds nuw i8, ptr %2696, i64 1216
-  %2753 = load <16 x float>, ptr %2752, align 4, !tbaa !4
-  %2754 = getelementptr inbounds nuw i8, ptr %2695, i64 1216
-  store <16 x float> %2753, ptr %2754, align 4, !tbaa !4
-  %2755 = getelementptr inbounds nuw i8, ptr %2696, i64 1280
-  %2756 = load <16 x float>, ptr %2755, align 4, !tbaa !4
-  %2757 = getelementptr inbounds nuw i8, ptr %2695, i64 1280
-  store <16 x float> %2756, ptr %2757, align 4, !tbaa !4
-  %2758 = getelementptr inbounds nuw i8, ptr %2696, i64 1344
-  %2759 = load <16 x float>, ptr %2758, align 4, !tbaa !4
-  %2760 = getelementptr inbounds nuw i8, ptr %2695, i64 1344
-  store <16 x float> %2759, ptr %2760, align 4, !tbaa !4
-  %2761 = getelementptr inbounds nuw i8, ptr %2696, i64 1408
-  %2762 = load <16 x float>, ptr %2761, align 4, !tbaa !4
-  %2763 = getelementptr inbounds nuw i8, ptr %2695, i64 1408
-  store <16 x float> %2762, ptr %2763, align 4, !tbaa !4
-  %2764 = getelementptr inbounds nuw i8, ptr %2696, i64 1472
-  %2765 = load <16 x float>, ptr %2764, align 4, !tbaa !4
-  %2766 = getelementptr inbounds nuw i8, ptr %2695, i64 1472
-  store <16 x float> %2765, ptr %2766, align 4, !tbaa !4
-  %2767 = getelementptr inbounds nuw i8, ptr %2695, i64 1536
-  %2768 = getelementptr inbounds nuw i8, ptr %2696, i64 1536
-  %2769 = load <16 x float>, ptr %2768, align 4, !tbaa !4
-  store <16 x float> %2769, ptr %2767, align 4, !tbaa !4
-  %2770 = getelementptr inbounds nuw i8, ptr %2696, i64 1600
-  %2771 = load <16 x float>, ptr %2770, align 4, !tbaa !4
-  %2772 = getelementptr inbounds nuw i8, ptr %2695, i64 1600
-  store <16 x float> %2771, ptr %2772, align 4, !tbaa !4
-  %2773 = getelementptr inbounds nuw i8, ptr %2696, i64 1664
-  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !4
-  %2775 = getelementptr inbounds nuw i8, ptr %2695, i64 1664
-  store <16 x float> %2774, ptr %2775, align 4, !tbaa !4
-  %2776 = getelementptr inbounds nuw i8, ptr %2696, i64 1728
-  %2777 = load <16 x float>, ptr %2776, align 4, !tbaa !4
-  %2778 = getelementptr inbounds nuw i8, ptr %2695, i64 1728
-  store <16 x float> %2777, ptr %2778, align 4, !tbaa !4
-  %2779 = getelementptr inbounds nuw i8, ptr %2696, i64 1792
-  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !4
-  %2781 = getelementptr inbounds nuw i8, ptr %2695, i64 1792
-  store <16 x float> %2780, ptr %2781, align 4, !tbaa !4
-  %2782 = getelementptr inbounds nuw i8, ptr %2696, i64 1856
-  %2783 = load <16 x float>, ptr %2782, align 4, !tbaa !4
-  %2784 = getelementptr inbounds nuw i8, ptr %2695, i64 1856
-  store <16 x float> %2783, ptr %2784, align 4, !tbaa !4
-  %2785 = getelementptr inbounds nuw i8, ptr %2696, i64 1920
-  %2786 = load <16 x float>, ptr %2785, align 4, !tbaa !4
-  %2787 = getelementptr inbounds nuw i8, ptr %2695, i64 1920
-  store <16 x float> %2786, ptr %2787, align 4, !tbaa !4
-  %2788 = getelementptr inbounds nuw i8, ptr %2696, i64 1984
-  %2789 = load <16 x float>, ptr %2788, align 4, !tbaa !4
-  %2790 = getelementptr inbounds nuw i8, ptr %2695, i64 1984
-  store <16 x float> %2789, ptr %2790, align 4, !tbaa !4
-  %indvars.iv.next1225.i = add nuw nsw i64 %indvars.iv1224.i, 1
-  %exitcond1227.not.i = icmp eq i64 %indvars.iv.next1225.i, 8
-  br i1 %exitcond1227.not.i, label %for_end_tile169.i, label %for_body_tile168.i, !prof !21
+  %indvars.iv1207.i = phi i64 [ %indvars.iv.next1208.i, %for_body_tile168.i ], [ 0, %for_begin_tile167.preheader.i ]
+  %3012 = shl nuw nsw i64 %indvars.iv1207.i, 2
+  %3013 = add nuw nsw i64 %3012, %891
+  %3014 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3012
+  %3015 = load float, ptr %3014, align 16, !tbaa !43
+  %3016 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3013
+  store float %3015, ptr %3016, align 4, !tbaa !4
+  %3017 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3012
+  %3018 = load float, ptr %3017, align 16, !tbaa !41
+  %3019 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3013
+  store float %3018, ptr %3019, align 4, !tbaa !4
+  %3020 = or disjoint i64 %3012, 1
+  %3021 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3020
+  %3022 = load float, ptr %3021, align 4, !tbaa !43
+  %3023 = or disjoint i64 %3013, 1
+  %3024 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3023
+  store float %3022, ptr %3024, align 4, !tbaa !4
+  %3025 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3020
+  %3026 = load float, ptr %3025, align 4, !tbaa !41
+  %3027 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3023
+  store float %3026, ptr %3027, align 4, !tbaa !4
+  %3028 = or disjoint i64 %3012, 2
+  %3029 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3028
+  %3030 = load float, ptr %3029, align 8, !tbaa !43
+  %3031 = or disjoint i64 %3013, 2
+  %3032 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3031
+  store float %3030, ptr %3032, align 4, !tbaa !4
+  %3033 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3028
+  %3034 = load float, ptr %3033, align 8, !tbaa !41
+  %3035 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3031
+  store float %3034, ptr %3035, align 4, !tbaa !4
+  %3036 = or disjoint i64 %3012, 3
+  %3037 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3036
+  %3038 = load float, ptr %3037, align 4, !tbaa !43
+  %3039 = or disjoint i64 %3013, 3
+  %3040 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3039
+  store float %3038, ptr %3040, align 4, !tbaa !4
+  %3041 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3036
+  %3042 = load float, ptr %3041, align 4, !tbaa !41
+  %3043 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3039
+  store float %3042, ptr %3043, align 4, !tbaa !4
+  %3044 = shl nuw nsw i64 %indvars.iv1207.i, 9
+  %3045 = getelementptr inbounds nuw float, ptr %892, i64 %3044
+  %3046 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3044
+  %3047 = load <16 x float>, ptr %3046, align 4, !tbaa !4
+  store <16 x float> %3047, ptr %3045, align 4, !tbaa !4
+  %3048 = getelementptr inbounds nuw i8, ptr %3046, i64 64
+  %3049 = load <16 x float>, ptr %3048, align 4, !tbaa !4
+  %3050 = getelementptr inbounds nuw i8, ptr %3045, i64 64
+  store <16 x float> %3049, ptr %3050, align 4, !tbaa !4
+  %3051 = getelementptr inbounds nuw i8, ptr %3046, i64 128
+  %3052 = load <16 x float>, ptr %3051, align 4, !tbaa !4
+  %3053 = getelementptr inbounds nuw i8, ptr %3045, i64 128
+  store <16 x float> %3052, ptr %3053, align 4, !tbaa !4
+  %3054 = getelementptr inbounds nuw i8, ptr %3046, i64 192
+  %3055 = load <16 x float>, ptr %3054, align 4, !tbaa !4
+  %3056 = getelementptr inbounds nuw i8, ptr %3045, i64 192
+  store <16 x float> %3055, ptr %3056, align 4, !tbaa !4
+  %3057 = getelementptr inbounds nuw i8, ptr %3046, i64 256
+  %3058 = load <16 x float>, ptr %3057, align 4, !tbaa !4
+  %3059 = getelementptr inbounds nuw i8, ptr %3045, i64 256
+  store <16 x float> %3058, ptr %3059, align 4, !tbaa !4
+  %3060 = getelementptr inbounds nuw i8, ptr %3046, i64 320
+  %3061 = load <16 x float>, ptr %3060, align 4, !tbaa !4
+  %3062 = getelementptr inbounds nuw i8, ptr %3045, i64 320
+  store <16 x float> %3061, ptr %3062, align 4, !tbaa !4
+  %3063 = getelementptr inbounds nuw i8, ptr %3046, i64 384
+  %3064 = load <16 x float>, ptr %3063, align 4, !tbaa !4
+  %3065 = getelementptr inbounds nuw i8, ptr %3045, i64 384
+  store <16 x float> %3064, ptr %3065, align 4, !tbaa !4
+  %3066 = getelementptr inbounds nuw i8, ptr %3046, i64 448
+  %3067 = load <16 x float>, ptr %3066, align 4, !tbaa !4
+  %3068 = getelementptr inbounds nuw i8, ptr %3045, i64 448
+  store <16 x float> %3067, ptr %3068, align 4, !tbaa !4
+  %3069 = getelementptr inbounds nuw i8, ptr %3045, i64 512
+  %3070 = getelementptr inbounds nuw i8, ptr %3046, i64 512
+  %3071 = load <16 x float>, ptr %3070, align 4, !tbaa !4
+  store <16 x float> %3071, ptr %3069, align 4, !tbaa !4
+  %3072 = getelementptr inbounds nuw i8, ptr %3046, i64 576
+  %3073 = load <16 x float>, ptr %3072, align 4, !tbaa !4
+  %3074 = getelementptr inbounds nuw i8, ptr %3045, i64 576
+  store <16 x float> %3073, ptr %3074, align 4, !tbaa !4
+  %3075 = getelementptr inbounds nuw i8, ptr %3046, i64 640
+  %3076 = load <16 x float>, ptr %3075, align 4, !tbaa !4
+  %3077 = getelementptr inbounds nuw i8, ptr %3045, i64 640
+  store <16 x float> %3076, ptr %3077, align 4, !tbaa !4
+  %3078 = getelementptr inbounds nuw i8, ptr %3046, i64 704
+  %3079 = load <16 x float>, ptr %3078, align 4, !tbaa !4
+  %3080 = getelementptr inbounds nuw i8, ptr %3045, i64 704
+  store <16 x float> %3079, ptr %3080, align 4, !tbaa !4
+  %3081 = getelementptr inbounds nuw i8, ptr %3046, i64 768
+  %3082 = load <16 x float>, ptr %3081, align 4, !tbaa !4
+  %3083 = getelementptr inbounds nuw i8, ptr %3045, i64 768
+  store <16 x float> %3082, ptr %3083, align 4, !tbaa !4
+  %3084 = getelementptr inbounds nuw i8, ptr %3046, i64 832
+  %3085 = load <16 x float>, ptr %3084, align 4, !tbaa !4
+  %3086 = getelementptr inbounds nuw i8, ptr %3045, i64 832
+  store <16 x float> %3085, ptr %3086, align 4, !tbaa !4
+  %3087 = getelementptr inbounds nuw i8, ptr %3046, i64 896
+  %3088 = load <16 x float>, ptr %3087, align 4, !tbaa !4
+  %3089 = getelementptr inbounds nuw i8, ptr %3045, i64 896
+  store <16 x float> %3088, ptr %3089, align 4, !tbaa !4
+  %3090 = getelementptr inbounds nuw i8, ptr %3046, i64 960
+  %3091 = load <16 x float>, ptr %3090, align 4, !tbaa !4
+  %3092 = getelementptr inbounds nuw i8, ptr %3045, i64 960
+  store <16 x float> %3091, ptr %3092, align 4, !tbaa !4
+  %3093 = getelementptr inbounds nuw i8, ptr %3045, i64 1024
+  %3094 = getelementptr inbounds nuw i8, ptr %3046, i64 1024
+  %3095 = load <16 x float>, ptr %3094, align 4, !tbaa !4
+  store <16 x float> %3095, ptr %3093, align 4, !tbaa !4
+  %3096 = getelementptr inbounds nuw i8, ptr %3046, i64 1088
+  %3097 = load <16 x float>, ptr %3096, align 4, !tbaa !4
+  %3098 = getelementptr inbounds nuw i8, ptr %3045, i64 1088
+  store <16 x float> %3097, ptr %3098, align 4, !tbaa !4
+  %3099 = getelementptr inbounds nuw i8, ptr %3046, i64 1152
+  %3100 = load <16 x float>, ptr %3099, align 4, !tbaa !4
+  %3101 = getelementptr inbounds nuw i8, ptr %3045, i64 1152
+  store <16 x float> %3100, ptr %3101, align 4, !tbaa !4
+  %3102 = getelementptr inbounds nuw i8, ptr %3046, i64 1216
+  %3103 = load <16 x float>, ptr %3102, align 4, !tbaa !4
+  %3104 = getelementptr inbounds nuw i8, ptr %3045, i64 1216
+  store <16 x float> %3103, ptr %3104, align 4, !tbaa !4
+  %3105 = getelementptr inbounds nuw i8, ptr %3046, i64 1280
+  %3106 = load <16 x float>, ptr %3105, align 4, !tbaa !4
+  %3107 = getelementptr inbounds nuw i8, ptr %3045, i64 1280
+  store <16 x float> %3106, ptr %3107, align 4, !tbaa !4
+  %3108 = getelementptr inbounds nuw i8, ptr %3046, i64 1344
+  %3109 = load <16 x float>, ptr %3108, align 4, !tbaa !4
+  %3110 = getelementptr inbounds nuw i8, ptr %3045, i64 1344
+  store <16 x float> %3109, ptr %3110, align 4, !tbaa !4
+  %3111 = getelementptr inbounds nuw i8, ptr %3046, i64 1408
+  %3112 = load <16 x float>, ptr %3111, align 4, !tbaa !4
+  %3113 = getelementptr inbounds nuw i8, ptr %3045, i64 1408
+  store <16 x float> %3112, ptr %3113, align 4, !tbaa !4
+  %3114 = getelementptr inbounds nuw i8, ptr %3046, i64 1472
+  %3115 = load <16 x float>, ptr %3114, align 4, !tbaa !4
+  %3116 = getelementptr inbounds nuw i8, ptr %3045, i64 1472
+  store <16 x float> %3115, ptr %3116, align 4, !tbaa !4
+  %3117 = getelementptr inbounds nuw i8, ptr %3045, i64 1536
+  %3118 = getelementptr inbounds nuw i8, ptr %3046, i64 1536
+  %3119 = load <16 x float>, ptr %3118, align 4, !tbaa !4
+  store <16 x float> %3119, ptr %3117, align 4, !tbaa !4
+  %3120 = getelementptr inbounds nuw i8, ptr %3046, i64 1600
+  %3121 = load <16 x float>, ptr %3120, align 4, !tbaa !4
+  %3122 = getelementptr inbounds nuw i8, ptr %3045, i64 1600
+  store <16 x float> %3121, ptr %3122, align 4, !tbaa !4
+  %3123 = getelementptr inbounds nuw i8, ptr %3046, i64 1664
+  %3124 = load <16 x float>, ptr %3123, align 4, !tbaa !4
+  %3125 = getelementptr inbounds nuw i8, ptr %3045, i64 1664
+  store <16 x float> %3124, ptr %3125, align 4, !tbaa !4
+  %3126 = getelementptr inbounds nuw i8, ptr %3046, i64 1728
+  %3127 = load <16 x float>, ptr %3126, align 4, !tbaa !4
+  %3128 = getelementptr inbounds nuw i8, ptr %3045, i64 1728
+  store <16 x float> %3127, ptr %3128, align 4, !tbaa !4
+  %3129 = getelementptr inbounds nuw i8, ptr %3046, i64 1792
+  %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !4
+  %3131 = getelementptr inbounds nuw i8, ptr %3045, i64 1792
+  store <16 x float> %3130, ptr %3131, align 4, !tbaa !4
+  %3132 = getelementptr inbounds nuw i8, ptr %3046, i64 1856
+  %3133 = load <16 x float>, ptr %3132, align 4, !tbaa !4
+  %3134 = getelementptr inbounds nuw i8, ptr %3045, i64 1856
+  store <16 x float> %3133, ptr %3134, align 4, !tbaa !4
+  %3135 = getelementptr inbounds nuw i8, ptr %3046, i64 1920
+  %3136 = load <16 x float>, ptr %3135, align 4, !tbaa !4
+  %3137 = getelementptr inbounds nuw i8, ptr %3045, i64 1920
+  store <16 x float> %3136, ptr %3137, align 4, !tbaa !4
+  %3138 = getelementptr inbounds nuw i8, ptr %3046, i64 1984
+  %3139 = load <16 x float>, ptr %3138, align 4, !tbaa !4
+  %3140 = getelementptr inbounds nuw i8, ptr %3045, i64 1984
+  store <16 x float> %3139, ptr %3140, align 4, !tbaa !4
+  %indvars.iv.next1208.i = add nuw nsw i64 %indvars.iv1207.i, 1
+  %exitcond1210.not.i = icmp eq i64 %indvars.iv.next1208.i, 8
+  br i1 %exitcond1210.not.i, label %for_end_tile169.i, label %for_body_tile168.i, !prof !39
 
 for_end_tile169.i:                                ; preds = %for_body_tile168.i, %if_end187.us.3.i
-  %2791 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2792 = tail call i32 %2791(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2792, 0
-  br i1 %.not.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !22
+  %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %3142, 0
+  br i1 %.not.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end204.i:                                      ; preds = %for_end_tile169.i
-  %2793 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %2794 = tail call i32 %2793(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not228.i = icmp eq i32 %2794, 0
-  br i1 %.not228.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !22
+  %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not228.i = icmp eq i32 %3144, 0
+  br i1 %.not228.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
 
 fused_decode_compute_.exit:                       ; preds = %if_end204.i, %for_end_tile169.i, %if_end162.i, %if_end156.i, %if_end153.i, %if_end150.i, %if_end147.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end156.i ], [ -1, %if_end153.i ], [ -1, %if_end150.i ], [ -1, %if_end147.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end162.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end204.i ], [ -1, %for_end_tile169.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
@@ -6183,86 +6376,95 @@ entry:
   %alpha38.i = alloca [32 x float], align 16
   %row_sum39.i = alloca [32 x float], align 16
   %row_max40.i = alloca [32 x float], align 16
-  %partial_max.type_index = load i32, ptr %args, align 4
-  %0 = icmp eq i32 %partial_max.type_index, 70
+  %context_lens.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %context_lens.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
   %2 = load ptr, ptr %1, align 8
-  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
-  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %context_lens.handle.idx = select i1 %0, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %2, i64 %context_lens.handle.idx
   %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
-  %partial_sum.type_index = load i32, ptr %3, align 8
-  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %partial_max.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_max.type_index, 70
   %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
   %6 = load ptr, ptr %5, align 8
-  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
-  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %partial_max.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_max.handle.idx
   %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
-  %partial_acc.type_index = load i32, ptr %7, align 8
-  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %partial_sum.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_sum.type_index, 70
   %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
   %10 = load ptr, ptr %9, align 8
-  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
-  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %partial_sum.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_sum.handle.idx
   %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
-  %out.type_index = load i32, ptr %11, align 8
-  %12 = icmp eq i32 %out.type_index, 70
+  %partial_acc.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %partial_acc.type_index, 70
   %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
   %14 = load ptr, ptr %13, align 8
-  %out.handle.idx = select i1 %12, i64 24, i64 0
-  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %partial_acc.handle.idx = select i1 %12, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %14, i64 %partial_acc.handle.idx
   %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
-  %lse.type_index = load i32, ptr %15, align 8
-  %16 = icmp eq i32 %lse.type_index, 70
+  %out.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %out.type_index, 70
   %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
   %18 = load ptr, ptr %17, align 8
-  %lse.handle.idx = select i1 %16, i64 24, i64 0
-  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
-  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
-  %20 = load i64, ptr %19, align 8
-  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
-  %22 = load i64, ptr %21, align 8
-  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %out.handle.idx = select i1 %16, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %18, i64 %out.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 80
+  %lse.type_index = load i32, ptr %19, align 8
+  %20 = icmp eq i32 %lse.type_index, 70
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %22 = load ptr, ptr %21, align 8
+  %lse.handle.idx = select i1 %20, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %22, i64 %lse.handle.idx
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 104
   %24 = load i64, ptr %23, align 8
-  %25 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
-  %dev_id = load i32, ptr %25, align 4
-  %26 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
-  %merge_partials.out_shape = load ptr, ptr %26, align 8
-  %27 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
-  %merge_partials.out_strides = load ptr, ptr %27, align 8
-  %28 = icmp eq ptr %merge_partials.out_strides, null
-  %29 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
-  %30 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
-  %out_head.in = select i1 %28, ptr %29, ptr %30
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %context_lens.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_partials.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_partials.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_partials.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_partials.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
   %out_head = load i64, ptr %out_head.in, align 8
-  br i1 %28, label %if_then16, label %if_else17
+  br i1 %32, label %if_then19, label %if_else20
 
-if_then16:                                        ; preds = %entry
-  %31 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
-  %32 = load i64, ptr %31, align 8
-  %33 = load i64, ptr %29, align 8
-  %34 = mul nsw i64 %33, %32
-  br label %if_end18
-
-if_else17:                                        ; preds = %entry
-  %35 = load i64, ptr %merge_partials.out_strides, align 8
-  br label %if_end18
-
-if_end18:                                         ; preds = %if_else17, %if_then16
-  %out_batch = phi i64 [ %34, %if_then16 ], [ %35, %if_else17 ]
-  %36 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
-  %merge_partials.lse_strides = load ptr, ptr %36, align 8
-  %37 = icmp eq ptr %merge_partials.lse_strides, null
-  br i1 %37, label %if_then19, label %if_end21
-
-if_then19:                                        ; preds = %if_end18
-  %38 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
-  %merge_partials.lse_shape = load ptr, ptr %38, align 8
-  %39 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+if_then19:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_partials.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
   br label %if_end21
 
-if_end21:                                         ; preds = %if_then19, %if_end18
-  %lse_batch.in = phi ptr [ %39, %if_then19 ], [ %merge_partials.lse_strides, %if_end18 ]
+if_else20:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_partials.out_strides, align 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_else20, %if_then19
+  %out_batch = phi i64 [ %38, %if_then19 ], [ %39, %if_else20 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_partials.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_partials.lse_strides, null
+  br i1 %41, label %if_then22, label %if_end24
+
+if_then22:                                        ; preds = %if_end21
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_partials.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_partials.lse_shape, i64 8
+  br label %if_end24
+
+if_end24:                                         ; preds = %if_then22, %if_end21
+  %lse_batch.in = phi ptr [ %43, %if_then22 ], [ %merge_partials.lse_strides, %if_end21 ]
   %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   %partial_max = load ptr, ptr %partial_max.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   %partial_sum = load ptr, ptr %partial_sum.handle, align 8
@@ -6278,249 +6480,252 @@ if_end21:                                         ; preds = %if_then19, %if_end1
   call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
   call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  %40 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
-  %acc.i = tail call ptr %40(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
-  %41 = icmp eq ptr %acc.i, null
-  br i1 %41, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_partials_compute_.exit, label %for_begin_step.preheader.i, !prof !7
 
-for_begin_step.preheader.i:                       ; preds = %if_end21
-  %num_partials = trunc i64 %24 to i32
-  %42 = icmp sgt i32 %num_partials, 0
-  br i1 %42, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+for_begin_step.preheader.i:                       ; preds = %if_end24
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
 
 for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
-  %sext = shl i64 %22, 32
-  %43 = ashr exact i64 %sext, 32
-  %wide.trip.count.i = and i64 %24, 2147483647
+  %sext = shl i64 %26, 32
+  %47 = ashr exact i64 %sext, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
   br label %for_body_step.i
 
 for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
   %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
-  %44 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
-  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %102, %for_end_r_0.i ]
-  %45 = icmp eq i64 %indvars.iv64.i, 0
-  %46 = insertelement <32 x i1> poison, i1 %45, i64 0
-  %47 = shufflevector <32 x i1> %46, <32 x i1> poison, <32 x i32> zeroinitializer
-  %old_max.i = select <32 x i1> %47, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %44
-  %old_sum.i = select <32 x i1> %47, <32 x float> zeroinitializer, <32 x float> %total4145.i
-  %48 = add nsw i64 %indvars.iv64.i, %43
-  %49 = shl nsw i64 %48, 5
-  %50 = getelementptr inbounds float, ptr %partial_max, i64 %49
-  %51 = load <32 x float>, ptr %50, align 4, !tbaa !4
-  %52 = fcmp ogt <32 x float> %old_max.i, %51
-  %53 = getelementptr inbounds float, ptr %partial_sum, i64 %49
-  %54 = load <32 x float>, ptr %53, align 4, !tbaa !4
-  %55 = fcmp oeq <32 x float> %54, zeroinitializer
-  %56 = select <32 x i1> %55, <32 x i1> splat (i1 true), <32 x i1> %52
-  %old_or_both.i = select <32 x i1> %56, <32 x float> %old_max.i, <32 x float> %51
-  %57 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
-  %m.i = select <32 x i1> %57, <32 x float> %51, <32 x float> %old_or_both.i
-  %58 = fsub <32 x float> %old_max.i, %m.i
-  %59 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %58, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %60 = bitcast <32 x float> %59 to <32 x i32>
-  %61 = fadd <32 x float> %59, splat (float 0xC168000FE0000000)
-  %62 = fmul <32 x float> %61, splat (float 0x3F2BD01060000000)
-  %63 = fmul <32 x float> %61, splat (float 0x3FE6300000000000)
-  %64 = fsub <32 x float> %58, %63
-  %65 = fadd <32 x float> %62, %64
-  %66 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %65, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %67 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %66, <32 x float> %65, <32 x float> splat (float 0x3FA5558F20000000))
-  %68 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %67, <32 x float> %65, <32 x float> splat (float 0x3FC5554920000000))
-  %69 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %68, <32 x float> %65, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %70 = fmul <32 x float> %65, %65
-  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> %70, <32 x float> %65)
-  %72 = shl <32 x i32> %60, splat (i32 23)
-  %73 = bitcast <32 x i32> %72 to <32 x float>
-  %74 = fadd <32 x float> %71, splat (float 1.000000e+00)
-  %75 = fmul <32 x float> %74, %73
-  %76 = fcmp olt <32 x float> %58, splat (float -8.700000e+01)
-  %77 = select <32 x i1> %76, <32 x float> zeroinitializer, <32 x float> %75
-  %78 = fcmp one <32 x float> %old_sum.i, zeroinitializer
-  %79 = select <32 x i1> %78, <32 x float> %77, <32 x float> zeroinitializer
-  store <32 x float> %79, ptr %alpha38.i, align 16, !tbaa !85
-  %arg2.i = fsub <32 x float> %51, %m.i
-  %80 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
-  %81 = bitcast <32 x float> %80 to <32 x i32>
-  %82 = fadd <32 x float> %80, splat (float 0xC168000FE0000000)
-  %83 = fmul <32 x float> %82, splat (float 0x3F2BD01060000000)
-  %84 = fmul <32 x float> %82, splat (float 0x3FE6300000000000)
-  %85 = fsub <32 x float> %arg2.i, %84
-  %86 = fadd <32 x float> %83, %85
-  %87 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %86, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
-  %88 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %87, <32 x float> %86, <32 x float> splat (float 0x3FA5558F20000000))
-  %89 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %88, <32 x float> %86, <32 x float> splat (float 0x3FC5554920000000))
-  %90 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %89, <32 x float> %86, <32 x float> splat (float 0x3FDFFFFFC0000000))
-  %91 = fmul <32 x float> %86, %86
-  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> %91, <32 x float> %86)
-  %93 = shl <32 x i32> %81, splat (i32 23)
-  %94 = bitcast <32 x i32> %93 to <32 x float>
-  %95 = fadd <32 x float> %92, splat (float 1.000000e+00)
-  %96 = fmul <32 x float> %95, %94
-  %97 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
-  %98 = select <32 x i1> %97, <32 x float> zeroinitializer, <32 x float> %96
-  %99 = fcmp one <32 x float> %54, zeroinitializer
-  %100 = select <32 x i1> %99, <32 x float> %98, <32 x float> zeroinitializer
-  store <32 x float> %100, ptr %beta37.i, align 16, !tbaa !91
-  %101 = fmul <32 x float> %old_sum.i, %79
-  %102 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %100, <32 x float> %54, <32 x float> %101)
-  %.idx.i = shl nsw i64 %48, 14
-  %103 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
-  br i1 %45, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+  %48 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %106, %for_end_r_0.i ]
+  %49 = icmp eq i64 %indvars.iv64.i, 0
+  %50 = insertelement <32 x i1> poison, i1 %49, i64 0
+  %51 = shufflevector <32 x i1> %50, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %51, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %48
+  %old_sum.i = select <32 x i1> %51, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %52 = add nsw i64 %indvars.iv64.i, %47
+  %53 = shl nsw i64 %52, 5
+  %54 = getelementptr inbounds float, ptr %partial_max, i64 %53
+  %55 = load <32 x float>, ptr %54, align 4, !tbaa !4
+  %56 = fcmp ogt <32 x float> %old_max.i, %55
+  %57 = getelementptr inbounds float, ptr %partial_sum, i64 %53
+  %58 = load <32 x float>, ptr %57, align 4, !tbaa !4
+  %59 = fcmp oeq <32 x float> %58, zeroinitializer
+  %60 = select <32 x i1> %59, <32 x i1> splat (i1 true), <32 x i1> %56
+  %old_or_both.i = select <32 x i1> %60, <32 x float> %old_max.i, <32 x float> %55
+  %61 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %61, <32 x float> %55, <32 x float> %old_or_both.i
+  %62 = fsub <32 x float> %old_max.i, %m.i
+  %63 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %62, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %64 = bitcast <32 x float> %63 to <32 x i32>
+  %65 = fadd <32 x float> %63, splat (float 0xC168000FE0000000)
+  %66 = fmul <32 x float> %65, splat (float 0x3F2BD01060000000)
+  %67 = fmul <32 x float> %65, splat (float 0x3FE6300000000000)
+  %68 = fsub <32 x float> %62, %67
+  %69 = fadd <32 x float> %66, %68
+  %70 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %69, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %71 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %70, <32 x float> %69, <32 x float> splat (float 0x3FA5558F20000000))
+  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> %69, <32 x float> splat (float 0x3FC5554920000000))
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %69, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %74 = fmul <32 x float> %69, %69
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %74, <32 x float> %69)
+  %76 = shl <32 x i32> %64, splat (i32 23)
+  %77 = bitcast <32 x i32> %76 to <32 x float>
+  %78 = fadd <32 x float> %75, splat (float 1.000000e+00)
+  %79 = fmul <32 x float> %78, %77
+  %80 = fcmp olt <32 x float> %62, splat (float -8.700000e+01)
+  %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
+  %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !103
+  %arg2.i = fsub <32 x float> %55, %m.i
+  %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %85 = bitcast <32 x float> %84 to <32 x i32>
+  %86 = fadd <32 x float> %84, splat (float 0xC168000FE0000000)
+  %87 = fmul <32 x float> %86, splat (float 0x3F2BD01060000000)
+  %88 = fmul <32 x float> %86, splat (float 0x3FE6300000000000)
+  %89 = fsub <32 x float> %arg2.i, %88
+  %90 = fadd <32 x float> %87, %89
+  %91 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %90, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %92 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %91, <32 x float> %90, <32 x float> splat (float 0x3FA5558F20000000))
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> %90, <32 x float> splat (float 0x3FC5554920000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %90, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %95 = fmul <32 x float> %90, %90
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %95, <32 x float> %90)
+  %97 = shl <32 x i32> %85, splat (i32 23)
+  %98 = bitcast <32 x i32> %97 to <32 x float>
+  %99 = fadd <32 x float> %96, splat (float 1.000000e+00)
+  %100 = fmul <32 x float> %99, %98
+  %101 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
+  %103 = fcmp one <32 x float> %58, zeroinitializer
+  %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !109
+  %105 = fmul <32 x float> %old_sum.i, %83
+  %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
+  %.idx.i = shl nsw i64 %52, 14
+  %107 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %49, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
-  %104 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %105 = load float, ptr %104, align 4, !tbaa !97
-  %106 = insertelement <16 x float> poison, float %105, i64 0
-  %107 = shufflevector <16 x float> %106, <16 x float> poison, <16 x i32> zeroinitializer
-  %108 = shl nuw nsw i64 %indvars.iv60.i, 7
-  %109 = getelementptr float, ptr %103, i64 %108
-  %110 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %111 = load float, ptr %110, align 4, !tbaa !98
-  %112 = getelementptr inbounds nuw float, ptr %acc.i, i64 %108
-  store <16 x float> zeroinitializer, ptr %112, align 4, !tbaa !4
-  %113 = load <16 x float>, ptr %109, align 4, !tbaa !4
-  %.scalar = fmul float %111, 0.000000e+00
-  %114 = insertelement <16 x float> poison, float %.scalar, i64 0
-  %115 = shufflevector <16 x float> %114, <16 x float> poison, <16 x i32> zeroinitializer
-  %116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %113, <16 x float> %115)
-  store <16 x float> %116, ptr %112, align 4, !tbaa !4
-  %117 = getelementptr inbounds nuw i8, ptr %112, i64 64
-  store <16 x float> zeroinitializer, ptr %117, align 4, !tbaa !4
-  %118 = getelementptr i8, ptr %109, i64 64
-  %119 = load <16 x float>, ptr %118, align 4, !tbaa !4
-  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %119, <16 x float> %115)
-  store <16 x float> %120, ptr %117, align 4, !tbaa !4
-  %121 = getelementptr inbounds nuw i8, ptr %112, i64 128
+  %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %109 = load float, ptr %108, align 4, !tbaa !115
+  %110 = insertelement <16 x float> poison, float %109, i64 0
+  %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
+  %112 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %113 = getelementptr float, ptr %107, i64 %112
+  %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %115 = load float, ptr %114, align 4, !tbaa !116
+  %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
+  store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
+  %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
+  %.scalar = fmul float %115, 0.000000e+00
+  %118 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %119 = shufflevector <16 x float> %118, <16 x float> poison, <16 x i32> zeroinitializer
+  %120 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %117, <16 x float> %119)
+  store <16 x float> %120, ptr %116, align 4, !tbaa !4
+  %121 = getelementptr inbounds nuw i8, ptr %116, i64 64
   store <16 x float> zeroinitializer, ptr %121, align 4, !tbaa !4
-  %122 = getelementptr i8, ptr %109, i64 128
+  %122 = getelementptr i8, ptr %113, i64 64
   %123 = load <16 x float>, ptr %122, align 4, !tbaa !4
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %123, <16 x float> %115)
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %123, <16 x float> %119)
   store <16 x float> %124, ptr %121, align 4, !tbaa !4
-  %125 = getelementptr inbounds nuw i8, ptr %112, i64 192
+  %125 = getelementptr inbounds nuw i8, ptr %116, i64 128
   store <16 x float> zeroinitializer, ptr %125, align 4, !tbaa !4
-  %126 = getelementptr i8, ptr %109, i64 192
+  %126 = getelementptr i8, ptr %113, i64 128
   %127 = load <16 x float>, ptr %126, align 4, !tbaa !4
-  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %127, <16 x float> %115)
+  %128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %127, <16 x float> %119)
   store <16 x float> %128, ptr %125, align 4, !tbaa !4
-  %129 = getelementptr inbounds nuw i8, ptr %112, i64 256
+  %129 = getelementptr inbounds nuw i8, ptr %116, i64 192
   store <16 x float> zeroinitializer, ptr %129, align 4, !tbaa !4
-  %130 = getelementptr i8, ptr %109, i64 256
+  %130 = getelementptr i8, ptr %113, i64 192
   %131 = load <16 x float>, ptr %130, align 4, !tbaa !4
-  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %131, <16 x float> %115)
+  %132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %131, <16 x float> %119)
   store <16 x float> %132, ptr %129, align 4, !tbaa !4
-  %133 = getelementptr inbounds nuw i8, ptr %112, i64 320
+  %133 = getelementptr inbounds nuw i8, ptr %116, i64 256
   store <16 x float> zeroinitializer, ptr %133, align 4, !tbaa !4
-  %134 = getelementptr i8, ptr %109, i64 320
+  %134 = getelementptr i8, ptr %113, i64 256
   %135 = load <16 x float>, ptr %134, align 4, !tbaa !4
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %135, <16 x float> %115)
+  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %135, <16 x float> %119)
   store <16 x float> %136, ptr %133, align 4, !tbaa !4
-  %137 = getelementptr inbounds nuw i8, ptr %112, i64 384
+  %137 = getelementptr inbounds nuw i8, ptr %116, i64 320
   store <16 x float> zeroinitializer, ptr %137, align 4, !tbaa !4
-  %138 = getelementptr i8, ptr %109, i64 384
+  %138 = getelementptr i8, ptr %113, i64 320
   %139 = load <16 x float>, ptr %138, align 4, !tbaa !4
-  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %139, <16 x float> %115)
+  %140 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %139, <16 x float> %119)
   store <16 x float> %140, ptr %137, align 4, !tbaa !4
-  %141 = getelementptr inbounds nuw i8, ptr %112, i64 448
+  %141 = getelementptr inbounds nuw i8, ptr %116, i64 384
   store <16 x float> zeroinitializer, ptr %141, align 4, !tbaa !4
-  %142 = getelementptr i8, ptr %109, i64 448
+  %142 = getelementptr i8, ptr %113, i64 384
   %143 = load <16 x float>, ptr %142, align 4, !tbaa !4
-  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %107, <16 x float> %143, <16 x float> %115)
+  %144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %143, <16 x float> %119)
   store <16 x float> %144, ptr %141, align 4, !tbaa !4
+  %145 = getelementptr inbounds nuw i8, ptr %116, i64 448
+  store <16 x float> zeroinitializer, ptr %145, align 4, !tbaa !4
+  %146 = getelementptr i8, ptr %113, i64 448
+  %147 = load <16 x float>, ptr %146, align 4, !tbaa !4
+  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %111, <16 x float> %147, <16 x float> %119)
+  store <16 x float> %148, ptr %145, align 4, !tbaa !4
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !21
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !39
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
-  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %102, %for_end_r_0.i ]
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
   %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
   store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
   store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
-  %145 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
-  %146 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
-  %147 = select <32 x i1> %146, <32 x float> zeroinitializer, <32 x float> %145
-  store <32 x float> %147, ptr %factor34.i, align 16, !tbaa !99
-  %sext28 = shl i64 %20, 32
-  %148 = ashr exact i64 %sext28, 32
-  %149 = mul nsw i64 %out_batch, %148
-  %150 = getelementptr i16, ptr %out, i64 %149
+  %sext33 = shl i64 %24, 32
+  %149 = ashr exact i64 %sext33, 32
+  %150 = getelementptr inbounds i32, ptr %context_lens, i64 %149
+  %151 = load i32, ptr %150, align 4, !tbaa !4
+  %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !117
+  %155 = mul nsw i64 %out_batch, %149
+  %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
 
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
-  %151 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %152 = load float, ptr %151, align 4, !tbaa !97
-  %153 = insertelement <16 x float> poison, float %152, i64 0
-  %154 = shufflevector <16 x float> %153, <16 x float> poison, <16 x i32> zeroinitializer
-  %155 = shl nuw nsw i64 %indvars.iv.i, 7
-  %156 = getelementptr float, ptr %103, i64 %155
-  %157 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !98
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !115
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
-  %161 = load <16 x float>, ptr %156, align 4, !tbaa !4
-  %162 = getelementptr inbounds nuw float, ptr %acc.i, i64 %155
-  %163 = load <16 x float>, ptr %162, align 4, !tbaa !4
-  %164 = fmul <16 x float> %163, %160
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %161, <16 x float> %164)
-  store <16 x float> %165, ptr %162, align 4, !tbaa !4
-  %166 = getelementptr i8, ptr %156, i64 64
-  %167 = load <16 x float>, ptr %166, align 4, !tbaa !4
-  %168 = getelementptr inbounds nuw i8, ptr %162, i64 64
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %107, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !116
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
   %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
-  %170 = fmul <16 x float> %160, %169
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %167, <16 x float> %170)
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
   store <16 x float> %171, ptr %168, align 4, !tbaa !4
-  %172 = getelementptr i8, ptr %156, i64 128
+  %172 = getelementptr i8, ptr %162, i64 64
   %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
-  %174 = getelementptr inbounds nuw i8, ptr %162, i64 128
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
   %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
-  %176 = fmul <16 x float> %160, %175
-  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %173, <16 x float> %176)
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
   store <16 x float> %177, ptr %174, align 4, !tbaa !4
-  %178 = getelementptr i8, ptr %156, i64 192
+  %178 = getelementptr i8, ptr %162, i64 128
   %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
-  %180 = getelementptr inbounds nuw i8, ptr %162, i64 192
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
   %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
-  %182 = fmul <16 x float> %160, %181
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %179, <16 x float> %182)
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
   store <16 x float> %183, ptr %180, align 4, !tbaa !4
-  %184 = getelementptr i8, ptr %156, i64 256
+  %184 = getelementptr i8, ptr %162, i64 192
   %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
-  %186 = getelementptr inbounds nuw i8, ptr %162, i64 256
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
   %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
-  %188 = fmul <16 x float> %160, %187
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %185, <16 x float> %188)
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
   store <16 x float> %189, ptr %186, align 4, !tbaa !4
-  %190 = getelementptr i8, ptr %156, i64 320
+  %190 = getelementptr i8, ptr %162, i64 256
   %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
-  %192 = getelementptr inbounds nuw i8, ptr %162, i64 320
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
   %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
-  %194 = fmul <16 x float> %160, %193
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %191, <16 x float> %194)
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
   store <16 x float> %195, ptr %192, align 4, !tbaa !4
-  %196 = getelementptr i8, ptr %156, i64 384
+  %196 = getelementptr i8, ptr %162, i64 320
   %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
-  %198 = getelementptr inbounds nuw i8, ptr %162, i64 384
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
   %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
-  %200 = fmul <16 x float> %160, %199
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %197, <16 x float> %200)
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
   store <16 x float> %201, ptr %198, align 4, !tbaa !4
-  %202 = getelementptr i8, ptr %156, i64 448
+  %202 = getelementptr i8, ptr %162, i64 384
   %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
-  %204 = getelementptr inbounds nuw i8, ptr %162, i64 448
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
   %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
-  %206 = fmul <16 x float> %160, %205
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %154, <16 x float> %203, <16 x float> %206)
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
   store <16 x float> %207, ptr %204, align 4, !tbaa !4
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !21
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !39
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -6529,199 +6734,211 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
-  %208 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %209 = load float, ptr %208, align 4, !tbaa !105
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = mul nsw i64 %indvars.iv72.i, %out_head
-  %invariant.gep.i = getelementptr i16, ptr %150, i64 %212
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !123
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
   %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
-  %213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
-  %214 = load <16 x float>, ptr %213, align 4, !tbaa !4
-  %215 = fmul <16 x float> %214, %211
-  %216 = bitcast <16 x float> %215 to <16 x i32>
-  %217 = lshr <16 x i32> %216, splat (i32 16)
-  %218 = and <16 x i32> %217, splat (i32 1)
-  %219 = add nuw <16 x i32> %216, splat (i32 32767)
-  %220 = add nuw <16 x i32> %219, %218
-  %221 = lshr <16 x i32> %220, splat (i32 16)
-  %222 = trunc nuw <16 x i32> %221 to <16 x i16>
-  store <16 x i16> %222, ptr %invariant.gep.i, align 2, !tbaa !4
-  %223 = getelementptr inbounds nuw i8, ptr %213, i64 64
-  %224 = load <16 x float>, ptr %223, align 4, !tbaa !4
-  %225 = fmul <16 x float> %211, %224
-  %226 = bitcast <16 x float> %225 to <16 x i32>
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !4
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
   %227 = lshr <16 x i32> %226, splat (i32 16)
-  %228 = and <16 x i32> %227, splat (i32 1)
-  %229 = add nuw <16 x i32> %226, splat (i32 32767)
-  %230 = add nuw <16 x i32> %229, %228
-  %231 = lshr <16 x i32> %230, splat (i32 16)
-  %232 = trunc nuw <16 x i32> %231 to <16 x i16>
-  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
-  store <16 x i16> %232, ptr %gep.1.i, align 2, !tbaa !4
-  %233 = getelementptr inbounds nuw i8, ptr %213, i64 128
-  %234 = load <16 x float>, ptr %233, align 4, !tbaa !4
-  %235 = fmul <16 x float> %211, %234
-  %236 = bitcast <16 x float> %235 to <16 x i32>
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !4
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !4
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
   %237 = lshr <16 x i32> %236, splat (i32 16)
-  %238 = and <16 x i32> %237, splat (i32 1)
-  %239 = add nuw <16 x i32> %236, splat (i32 32767)
-  %240 = add nuw <16 x i32> %239, %238
-  %241 = lshr <16 x i32> %240, splat (i32 16)
-  %242 = trunc nuw <16 x i32> %241 to <16 x i16>
-  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
-  store <16 x i16> %242, ptr %gep.2.i, align 2, !tbaa !4
-  %243 = getelementptr inbounds nuw i8, ptr %213, i64 192
-  %244 = load <16 x float>, ptr %243, align 4, !tbaa !4
-  %245 = fmul <16 x float> %211, %244
-  %246 = bitcast <16 x float> %245 to <16 x i32>
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !4
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !4
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
   %247 = lshr <16 x i32> %246, splat (i32 16)
-  %248 = and <16 x i32> %247, splat (i32 1)
-  %249 = add nuw <16 x i32> %246, splat (i32 32767)
-  %250 = add nuw <16 x i32> %249, %248
-  %251 = lshr <16 x i32> %250, splat (i32 16)
-  %252 = trunc nuw <16 x i32> %251 to <16 x i16>
-  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
-  store <16 x i16> %252, ptr %gep.3.i, align 2, !tbaa !4
-  %253 = getelementptr inbounds nuw i8, ptr %213, i64 256
-  %254 = load <16 x float>, ptr %253, align 4, !tbaa !4
-  %255 = fmul <16 x float> %211, %254
-  %256 = bitcast <16 x float> %255 to <16 x i32>
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !4
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !4
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
   %257 = lshr <16 x i32> %256, splat (i32 16)
-  %258 = and <16 x i32> %257, splat (i32 1)
-  %259 = add nuw <16 x i32> %256, splat (i32 32767)
-  %260 = add nuw <16 x i32> %259, %258
-  %261 = lshr <16 x i32> %260, splat (i32 16)
-  %262 = trunc nuw <16 x i32> %261 to <16 x i16>
-  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
-  store <16 x i16> %262, ptr %gep.4.i, align 2, !tbaa !4
-  %263 = getelementptr inbounds nuw i8, ptr %213, i64 320
-  %264 = load <16 x float>, ptr %263, align 4, !tbaa !4
-  %265 = fmul <16 x float> %211, %264
-  %266 = bitcast <16 x float> %265 to <16 x i32>
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !4
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !4
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
   %267 = lshr <16 x i32> %266, splat (i32 16)
-  %268 = and <16 x i32> %267, splat (i32 1)
-  %269 = add nuw <16 x i32> %266, splat (i32 32767)
-  %270 = add nuw <16 x i32> %269, %268
-  %271 = lshr <16 x i32> %270, splat (i32 16)
-  %272 = trunc nuw <16 x i32> %271 to <16 x i16>
-  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
-  store <16 x i16> %272, ptr %gep.5.i, align 2, !tbaa !4
-  %273 = getelementptr inbounds nuw i8, ptr %213, i64 384
-  %274 = load <16 x float>, ptr %273, align 4, !tbaa !4
-  %275 = fmul <16 x float> %211, %274
-  %276 = bitcast <16 x float> %275 to <16 x i32>
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !4
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !4
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
   %277 = lshr <16 x i32> %276, splat (i32 16)
-  %278 = and <16 x i32> %277, splat (i32 1)
-  %279 = add nuw <16 x i32> %276, splat (i32 32767)
-  %280 = add nuw <16 x i32> %279, %278
-  %281 = lshr <16 x i32> %280, splat (i32 16)
-  %282 = trunc nuw <16 x i32> %281 to <16 x i16>
-  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
-  store <16 x i16> %282, ptr %gep.6.i, align 2, !tbaa !4
-  %283 = getelementptr inbounds nuw i8, ptr %213, i64 448
-  %284 = load <16 x float>, ptr %283, align 4, !tbaa !4
-  %285 = fmul <16 x float> %211, %284
-  %286 = bitcast <16 x float> %285 to <16 x i32>
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !4
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !4
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
   %287 = lshr <16 x i32> %286, splat (i32 16)
-  %288 = and <16 x i32> %287, splat (i32 1)
-  %289 = add nuw <16 x i32> %286, splat (i32 32767)
-  %290 = add nuw <16 x i32> %289, %288
-  %291 = lshr <16 x i32> %290, splat (i32 16)
-  %292 = trunc nuw <16 x i32> %291 to <16 x i16>
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !4
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !4
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
   %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
-  store <16 x i16> %292, ptr %gep.7.i, align 2, !tbaa !4
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !21
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !39
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
-  %293 = mul nsw i64 %lse_batch, %148
-  %294 = getelementptr float, ptr %lse, i64 %293
+  %299 = add nsw i32 %151, -1
+  %300 = sitofp i32 %299 to float
+  %301 = bitcast float %300 to i32
+  %302 = ashr i32 %301, 23
+  %303 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
+  %304 = mul nsw i64 %lse_batch, %149
+  %305 = getelementptr float, ptr %lse, i64 %304
+  %306 = shl nuw nsw i32 %303, 23
+  %307 = add nuw i32 %306, 16777216
+  %308 = bitcast i32 %307 to float
   br label %for_body_r25.i
 
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
-  %295 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %296 = load float, ptr %295, align 16, !tbaa !106
-  %297 = fcmp oeq float %296, 0.000000e+00
-  br i1 %297, label %if_end30.i, label %if_else.i
+  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %310 = load float, ptr %309, align 16, !tbaa !124
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end30.i, label %if_else.i
 
 for_end_r26.i:                                    ; preds = %if_end30.i.3
-  %298 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
-  %299 = tail call i32 %298(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp ne i32 %299, 0
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
   %..i = sext i1 %.not.i to i32
   br label %merge_partials_compute_.exit
 
 if_else.i:                                        ; preds = %for_body_r25.i
-  %300 = tail call float @llvm.log.f32(float %296)
-  %301 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %302 = load float, ptr %301, align 16, !tbaa !108
-  %303 = fadd float %300, %302
+  %314 = fmul float %310, %308
+  %315 = tail call float @llvm.log.f32(float %314)
+  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %317 = load float, ptr %316, align 16, !tbaa !126
+  %318 = fadd float %315, %317
   br label %if_end30.i
 
 if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
-  %304 = phi float [ %303, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
-  %305 = getelementptr float, ptr %294, i64 %indvars.iv76.i
-  store float %304, ptr %305, align 4, !tbaa !4
+  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %320 = getelementptr float, ptr %305, i64 %indvars.iv76.i
+  store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
-  %306 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %307 = load float, ptr %306, align 4, !tbaa !106
-  %308 = fcmp oeq float %307, 0.000000e+00
-  br i1 %308, label %if_end30.i.1, label %if_else.i.1
+  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %322 = load float, ptr %321, align 4, !tbaa !124
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
 if_else.i.1:                                      ; preds = %if_end30.i
-  %309 = tail call float @llvm.log.f32(float %307)
-  %310 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %311 = load float, ptr %310, align 4, !tbaa !108
-  %312 = fadd float %309, %311
+  %324 = fmul float %322, %308
+  %325 = tail call float @llvm.log.f32(float %324)
+  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %327 = load float, ptr %326, align 4, !tbaa !126
+  %328 = fadd float %325, %327
   br label %if_end30.i.1
 
 if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
-  %313 = phi float [ %312, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
-  %314 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i
-  store float %313, ptr %314, align 4, !tbaa !4
+  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %330 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i
+  store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
-  %315 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %316 = load float, ptr %315, align 8, !tbaa !106
-  %317 = fcmp oeq float %316, 0.000000e+00
-  br i1 %317, label %if_end30.i.2, label %if_else.i.2
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %332 = load float, ptr %331, align 8, !tbaa !124
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
 if_else.i.2:                                      ; preds = %if_end30.i.1
-  %318 = tail call float @llvm.log.f32(float %316)
-  %319 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %320 = load float, ptr %319, align 8, !tbaa !108
-  %321 = fadd float %318, %320
+  %334 = fmul float %332, %308
+  %335 = tail call float @llvm.log.f32(float %334)
+  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %337 = load float, ptr %336, align 8, !tbaa !126
+  %338 = fadd float %335, %337
   br label %if_end30.i.2
 
 if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
-  %322 = phi float [ %321, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
-  %323 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i.1
-  store float %322, ptr %323, align 4, !tbaa !4
+  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %340 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.1
+  store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
-  %324 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %325 = load float, ptr %324, align 4, !tbaa !106
-  %326 = fcmp oeq float %325, 0.000000e+00
-  br i1 %326, label %if_end30.i.3, label %if_else.i.3
+  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %342 = load float, ptr %341, align 4, !tbaa !124
+  %343 = fcmp oeq float %342, 0.000000e+00
+  br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
 if_else.i.3:                                      ; preds = %if_end30.i.2
-  %327 = tail call float @llvm.log.f32(float %325)
-  %328 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %329 = load float, ptr %328, align 4, !tbaa !108
-  %330 = fadd float %327, %329
+  %344 = fmul float %342, %308
+  %345 = tail call float @llvm.log.f32(float %344)
+  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !126
+  %348 = fadd float %345, %347
   br label %if_end30.i.3
 
 if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
-  %331 = phi float [ %330, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
-  %332 = getelementptr float, ptr %294, i64 %indvars.iv.next77.i.2
-  store float %331, ptr %332, align 4, !tbaa !4
+  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %350 = getelementptr float, ptr %305, i64 %indvars.iv.next77.i.2
+  store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !21, !llvm.loop !110
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !39, !llvm.loop !128
 
-merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
+  %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
@@ -6738,6 +6955,9 @@ declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 imma
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #4
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
@@ -6906,10 +7126,10 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>) #6
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #4
+declare i32 @llvm.smax.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #4
+declare i32 @llvm.smin.i32(i32, i32) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umax.i32(i32, i32) #4
@@ -6962,94 +7182,112 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !18 = distinct !{!18, !19, !20}
 !19 = !{!"llvm.loop.isvectorized", i32 1}
 !20 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!21 = !{!"branch_weights", i32 1, i32 1048575}
-!22 = !{!"branch_weights", i32 1, i32 1048576}
-!23 = !{!24, !24, i64 0}
-!24 = !{!"buffer0", !6, i64 0}
-!25 = !{!26, !26, i64 0}
-!26 = !{!"buffer1", !6, i64 0}
-!27 = distinct !{!27, !28}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!29 = distinct !{!29, !28}
-!30 = !{!"branch_weights", i32 6096, i32 2147477552}
-!31 = !{!"branch_weights", i32 8128, i32 2147475520}
-!32 = distinct !{!32, !33}
-!33 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!34 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!35 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!36 = distinct !{!36, !37, !38}
-!37 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!38 = !{!"llvm.loop.unroll.disable"}
-!39 = distinct !{!39, !33}
-!40 = distinct !{!40, !37, !38}
-!41 = distinct !{!41, !33}
-!42 = distinct !{!42, !37, !38}
-!43 = distinct !{!43, !33}
-!44 = distinct !{!44, !37, !38}
-!45 = !{!"branch_weights", i32 14224, i32 2147469424}
-!46 = !{!"branch_weights", i32 16256, i32 2147467392}
-!47 = distinct !{!47, !48}
-!48 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!49 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!50 = distinct !{!50, !37, !38}
-!51 = !{!52, !52, i64 0}
-!52 = !{!"buffer2", !6, i64 0}
-!53 = distinct !{!53, !33}
-!54 = distinct !{!54, !37, !38}
-!55 = distinct !{!55, !33}
-!56 = distinct !{!56, !37, !38}
-!57 = distinct !{!57, !33}
-!58 = distinct !{!58, !37, !38}
-!59 = distinct !{!59, !33}
-!60 = distinct !{!60, !37, !38}
-!61 = distinct !{!61, !48}
-!62 = distinct !{!62, !37, !38}
-!63 = !{!64, !64, i64 0}
-!64 = !{!"buffer3", !6, i64 0}
-!65 = distinct !{!65, !33}
-!66 = distinct !{!66, !37, !38}
-!67 = distinct !{!67, !33}
-!68 = distinct !{!68, !37, !38}
-!69 = distinct !{!69, !33}
-!70 = distinct !{!70, !37, !38}
-!71 = distinct !{!71, !33}
-!72 = distinct !{!72, !37, !38}
-!73 = !{!74, !74, i64 0}
-!74 = !{!"buffer3.w16.b0", !75, i64 0}
-!75 = !{!"buffer3.w32.b0", !76, i64 0}
-!76 = !{!"buffer3.w64.b0", !77, i64 0}
-!77 = !{!"buffer3.w128.b0", !78, i64 0}
-!78 = !{!"buffer3.w256.b0", !79, i64 0}
-!79 = !{!"buffer3.w512.b0", !80, i64 0}
-!80 = !{!"buffer3.w1024.b0", !64, i64 0}
-!81 = !{!"branch_weights", i32 2032, i32 2147481616}
-!82 = !{!"branch_weights", i32 4064, i32 2147479584}
-!83 = distinct !{!83, !84}
-!84 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!85 = !{!86, !86, i64 0}
-!86 = !{!"buffer4.w128.b0", !87, i64 0}
-!87 = !{!"buffer4.w256.b0", !88, i64 0}
-!88 = !{!"buffer4.w512.b0", !89, i64 0}
-!89 = !{!"buffer4.w1024.b0", !90, i64 0}
-!90 = !{!"buffer4", !6, i64 0}
+!21 = !{!22}
+!22 = distinct !{!22, !23}
+!23 = distinct !{!23, !"LVerDomain"}
+!24 = !{!25}
+!25 = distinct !{!25, !23}
+!26 = distinct !{!26, !19, !20}
+!27 = !{!28}
+!28 = distinct !{!28, !29}
+!29 = distinct !{!29, !"LVerDomain"}
+!30 = !{!31}
+!31 = distinct !{!31, !29}
+!32 = distinct !{!32, !19, !20}
+!33 = !{!34}
+!34 = distinct !{!34, !35}
+!35 = distinct !{!35, !"LVerDomain"}
+!36 = !{!37}
+!37 = distinct !{!37, !35}
+!38 = distinct !{!38, !19, !20}
+!39 = !{!"branch_weights", i32 1, i32 1048575}
+!40 = !{!"branch_weights", i32 1, i32 1048576}
+!41 = !{!42, !42, i64 0}
+!42 = !{!"buffer0", !6, i64 0}
+!43 = !{!44, !44, i64 0}
+!44 = !{!"buffer1", !6, i64 0}
+!45 = distinct !{!45, !46}
+!46 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!47 = distinct !{!47, !46}
+!48 = !{!"branch_weights", i32 6096, i32 2147477552}
+!49 = !{!"branch_weights", i32 8128, i32 2147475520}
+!50 = distinct !{!50, !51}
+!51 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!52 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!53 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!54 = distinct !{!54, !55, !56}
+!55 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!56 = !{!"llvm.loop.unroll.disable"}
+!57 = distinct !{!57, !51}
+!58 = distinct !{!58, !55, !56}
+!59 = distinct !{!59, !51}
+!60 = distinct !{!60, !55, !56}
+!61 = distinct !{!61, !51}
+!62 = distinct !{!62, !55, !56}
+!63 = !{!"branch_weights", i32 14224, i32 2147469424}
+!64 = !{!"branch_weights", i32 16256, i32 2147467392}
+!65 = distinct !{!65, !66}
+!66 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!67 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!68 = distinct !{!68, !55, !56}
+!69 = !{!70, !70, i64 0}
+!70 = !{!"buffer2", !6, i64 0}
+!71 = distinct !{!71, !51}
+!72 = distinct !{!72, !55, !56}
+!73 = distinct !{!73, !51}
+!74 = distinct !{!74, !55, !56}
+!75 = distinct !{!75, !51}
+!76 = distinct !{!76, !55, !56}
+!77 = distinct !{!77, !51}
+!78 = distinct !{!78, !55, !56}
+!79 = distinct !{!79, !66}
+!80 = distinct !{!80, !55, !56}
+!81 = !{!82, !82, i64 0}
+!82 = !{!"buffer3", !6, i64 0}
+!83 = distinct !{!83, !51}
+!84 = distinct !{!84, !55, !56}
+!85 = distinct !{!85, !51}
+!86 = distinct !{!86, !55, !56}
+!87 = distinct !{!87, !51}
+!88 = distinct !{!88, !55, !56}
+!89 = distinct !{!89, !51}
+!90 = distinct !{!90, !55, !56}
 !91 = !{!92, !92, i64 0}
-!92 = !{!"buffer5.w128.b0", !93, i64 0}
-!93 = !{!"buffer5.w256.b0", !94, i64 0}
-!94 = !{!"buffer5.w512.b0", !95, i64 0}
-!95 = !{!"buffer5.w1024.b0", !96, i64 0}
-!96 = !{!"buffer5", !6, i64 0}
-!97 = !{!96, !96, i64 0}
-!98 = !{!90, !90, i64 0}
-!99 = !{!100, !100, i64 0}
-!100 = !{!"buffer6.w128.b0", !101, i64 0}
-!101 = !{!"buffer6.w256.b0", !102, i64 0}
-!102 = !{!"buffer6.w512.b0", !103, i64 0}
-!103 = !{!"buffer6.w1024.b0", !104, i64 0}
-!104 = !{!"buffer6", !6, i64 0}
-!105 = !{!104, !104, i64 0}
-!106 = !{!107, !107, i64 0}
-!107 = !{!"buffer7", !6, i64 0}
-!108 = !{!109, !109, i64 0}
-!109 = !{!"buffer8", !6, i64 0}
-!110 = distinct !{!110, !111}
-!111 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!92 = !{!"buffer3.w16.b0", !93, i64 0}
+!93 = !{!"buffer3.w32.b0", !94, i64 0}
+!94 = !{!"buffer3.w64.b0", !95, i64 0}
+!95 = !{!"buffer3.w128.b0", !96, i64 0}
+!96 = !{!"buffer3.w256.b0", !97, i64 0}
+!97 = !{!"buffer3.w512.b0", !98, i64 0}
+!98 = !{!"buffer3.w1024.b0", !82, i64 0}
+!99 = !{!"branch_weights", i32 2032, i32 2147481616}
+!100 = !{!"branch_weights", i32 4064, i32 2147479584}
+!101 = distinct !{!101, !102}
+!102 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!103 = !{!104, !104, i64 0}
+!104 = !{!"buffer4.w128.b0", !105, i64 0}
+!105 = !{!"buffer4.w256.b0", !106, i64 0}
+!106 = !{!"buffer4.w512.b0", !107, i64 0}
+!107 = !{!"buffer4.w1024.b0", !108, i64 0}
+!108 = !{!"buffer4", !6, i64 0}
+!109 = !{!110, !110, i64 0}
+!110 = !{!"buffer5.w128.b0", !111, i64 0}
+!111 = !{!"buffer5.w256.b0", !112, i64 0}
+!112 = !{!"buffer5.w512.b0", !113, i64 0}
+!113 = !{!"buffer5.w1024.b0", !114, i64 0}
+!114 = !{!"buffer5", !6, i64 0}
+!115 = !{!114, !114, i64 0}
+!116 = !{!108, !108, i64 0}
+!117 = !{!118, !118, i64 0}
+!118 = !{!"buffer6.w128.b0", !119, i64 0}
+!119 = !{!"buffer6.w256.b0", !120, i64 0}
+!120 = !{!"buffer6.w512.b0", !121, i64 0}
+!121 = !{!"buffer6.w1024.b0", !122, i64 0}
+!122 = !{!"buffer6", !6, i64 0}
+!123 = !{!122, !122, i64 0}
+!124 = !{!125, !125, i64 0}
+!125 = !{!"buffer7", !6, i64 0}
+!126 = !{!127, !127, i64 0}
+!127 = !{!"buffer8", !6, i64 0}
+!128 = distinct !{!128, !129}
+!129 = !{!"llvm.loop.estimated_trip_count", i32 262144}

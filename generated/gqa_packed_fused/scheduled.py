@@ -70,7 +70,7 @@ class Module:
                                     cache[T.Div(target, T.int64(16)), head_begin + vh, T.Div(T.truncmod(target, T.int64(16)), T.int64(2)), T.Cast("int64", vd * 2) + T.truncmod(T.truncmod(target, T.int64(16)), T.int64(2))] = new[vt, head_begin + vh, vd]
 
     @T.prim_func(s_tir=True)
-    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, scale: T.float32):
+    def fused_decode(query: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(q_batch, q_head, T.int64(1)), align=2), key_cache: T.Buffer((k_span,), "int32", align=2), value_cache: T.Buffer((v_span,), "int32", align=2), block_table: T.Buffer((batch, max_blocks), "int32", strides=(table_seq, T.int64(1)), align=4), context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, batch_start: T.int32, num_seqs: T.int32, block_begin: T.int32, block_end: T.int32, partial_start: T.int32, query_scale: T.float32, score_scale: T.float32):
         # with T.sblock("root"):
         for s in range(num_seqs):
             with T.sblock("sequence"):
@@ -82,6 +82,7 @@ class Module:
                 row_sum = T.sblock_alloc_buffer((8, 4))
                 acc = T.sblock_alloc_buffer((8, 4, 128))
                 seq: T.let[T.int32] = batch_start + vs
+                places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
                 range_begin: T.let[T.int32] = block_begin * 16
                 range_len: T.let[T.int32] = T.max(T.min(block_end * 16, context_lens[seq]) - range_begin, 0)
                 num_steps: T.let[T.int32] = T.max((range_len + 128 - 1) // 128, 1)
@@ -100,7 +101,7 @@ class Module:
                                     vr, vd = T.axis.remap("SS", [r, d])
                                     T.reads(query[seq, head_start + vr, vd * 2:vd * 2 + 2])
                                     T.writes(q_tile[vtile, vr, vd])
-                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 4, T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd])) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1])), 0)
+                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 4, T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1]) * query_scale), 0)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -230,7 +231,7 @@ class Module:
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
                                                                 T.reads(scores[vslot, vr, vo * 32 + vi])
                                                                 T.writes(scaled[vr, vo * 32 + vi])
-                                                                scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * scale, T.float32("-inf"))
+                                                                scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(32):
                                                             for ax2_init in range(1):
@@ -282,14 +283,14 @@ class Module:
                                                                 T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                                 T.writes(exact[vr, vt])
                                                                 arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
-                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
-                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - T.float32(12583039.0)
+                                                                bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
+                                                                n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                                                                 high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                                exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
                                                     for r, to in T.grid(4, num_groups):
                                                         for ti in T.vectorized(32):
                                                             with T.sblock("probs"):
@@ -511,7 +512,7 @@ class Module:
                                         vr = T.axis.spatial(4, r)
                                         T.reads(row_sum[vtile, vr], row_max[vtile, vr])
                                         T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr]))
+                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
                                 T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
@@ -533,7 +534,7 @@ class Module:
                                             partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
-    def merge_partials(partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
+    def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):
         # with T.sblock("root"):
         row_max = T.sblock_alloc_buffer((1, 32))
         row_sum = T.sblock_alloc_buffer((1, 32))
@@ -614,6 +615,7 @@ class Module:
                                             with T.init():
                                                 acc[vi, vr, vd] = T.float32(0.0)
                                             acc[vi, vr, vd] = alpha[vi, vr] * acc[vi, vr, vd] + beta[vi, vr] * partial_acc[slot + vi, vr, vd]
+        places: T.let[T.int32] = T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)
         with T.sblock("normalize"):
             T.reads(row_max[0, 0:32], row_sum[0, 0:32], acc[0, 0:32, 0:128])
             T.writes(out[seq, 0:32, 0:128], lse[seq, 0:32])
@@ -638,4 +640,4 @@ class Module:
                     vr = T.axis.spatial(32, r)
                     T.reads(row_sum[0, vr], row_max[0, vr])
                     T.writes(lse[seq, vr])
-                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr]))
+                    lse[seq, vr] = T.Select(row_sum[0, vr] == T.float32(0.0), T.float32("-inf"), row_max[0, vr] + T.log(row_sum[0, vr] * T.reinterpret("float32", places + 127 << 23)))
