@@ -16,7 +16,6 @@ from specs import BASE
 import pa_compiler
 from pa_compiler import compiler
 
-
 WARNINGS = "-Wall -Wextra -Werror -Wno-unused-const-variable"  # of constants, which clang wants to be used
 
 
