@@ -139,8 +139,8 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || { \
 	  echo 'pa_compiler needs Python 3.10, 3.11, 3.12 or 3.13; "$(PYTHON)" is:' "$$($(PYTHON) --version 2>&1)." \
 	       'Name another one: make PYTHON=python3.11' >&2; exit 1; }
-	@command -v "$${CXX:-g++}" >/dev/null || { \
-	  echo "pa_compiler needs a C++ compiler and \"$${CXX:-g++}\" is not there." \
+	@set -- $$CXX; command -v "$${1:-g++}" >/dev/null || { \
+	  echo "pa_compiler needs a C++ compiler and \"$${1:-g++}\" is not there." \
 	       'Install one: apt-get install g++ (Debian, Ubuntu), dnf install gcc-c++ (Fedora)' >&2; exit 1; }
 	@echo 'Installing into $(VENV): about 150 MB the first time.'
 	@$(PYTHON) -m venv $(VENV)

@@ -16,6 +16,8 @@ from specs import BASE
 import pa_compiler
 from pa_compiler import compiler
 
+WARNINGS = "-Wall -Wextra -Werror -Wno-unused-const-variable"  # of constants, which clang wants to be used
+
 
 def pytest_addoption(parser):
     parser.addoption("--soak", action="store_true", help="the full counts of the scorecard, and write RELIABILITY.md")
@@ -79,7 +81,7 @@ def build_cache(tmp_path_factory):
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PA_CACHE_DIR", str(shared / "build-cache"))
-        patch.setenv("CXX", f"{os.environ.get('CXX', '').strip() or 'g++'} -Wall -Wextra -Werror")
+        patch.setenv("CXX", f"{os.environ.get('CXX', '').strip() or 'g++'} {WARNINGS}")
         patch.delenv("PA_NUM_THREADS", raising=False)
         yield shared / "build-cache"
 
