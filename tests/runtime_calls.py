@@ -49,9 +49,9 @@ def check_kinds_of_arrays(module, expected):
     module.decode(*exported[:5], out=exported[5], lse=exported[6])
     assert out.tobytes() + lse.tobytes() == expected
     new_out, new_lse = module.decode(*exported[:5], return_lse=True)
-    assert (tuple(new_out.shape), str(new_out.dtype)) == (out.shape, module.spec.out_dtype)
+    assert (tuple(new_out.shape), str(new_out.dtype)) == (out.shape, module.spec.result_dtype)
     assert np.from_dlpack(new_lse).tobytes() == lse.tobytes()
-    if module.spec.out_dtype != "bfloat16":  # which NumPy's from_dlpack does not know
+    if module.spec.result_dtype != "bfloat16":  # which NumPy's from_dlpack does not know
         assert np.from_dlpack(new_out).tobytes() == out.tobytes()
     for array in inputs.arguments:
         array.flags.writeable = False

@@ -200,7 +200,7 @@ def test_the_largest_values(cuda_decode, spec, scale):
     values = inputs.value_cache
     held = np.isfinite(values)
     values[held] = np.random.default_rng(0).choice([-1, 1, 1, 1], held.sum()) * largest[spec.dtype]
-    if spec.dtype != spec.out_dtype == "bfloat16":
+    if spec.dtype != spec.result_dtype == "bfloat16":
         values[held] *= 0.99
     out, lse = cuda_decode(spec).decode(inputs, scale=scale)
     assert np.isfinite(out.astype(np.float32)).all()

@@ -94,7 +94,7 @@ def test_averages_beyond_the_type_of_out_are_infinite(compiled, name):
     """As when they are converted, and only then."""
     spec = OUT_DTYPE_SPECS[name]
     inputs = make_inputs(spec, [1, 16, 3000])
-    within, beyond = {"float16": (6e4, 7e4), "bfloat16": (3.3e38, 3.4e38)}[spec.out_dtype]
+    within, beyond = {"float16": (6e4, 7e4), "bfloat16": (3.3e38, 3.4e38)}[spec.result_dtype]
     inputs.value_cache[..., ::2] = within
     inputs.value_cache[..., 1::2] = -beyond
     out, _ = decode(compiled(spec), inputs)
@@ -231,6 +231,6 @@ def test_small_values_are_rounded_to_steps(module, power, figure):
     out, _ = decode(module, inputs, 1.0)
     expected, bound = oracle(spec, *inputs.arguments, 1.0, spec.kv_layout)["out"]
     step = 2.0 ** (-123 if multiplies_pairs(module) else -147) * np.square(lengths, dtype=np.float64)
-    allowed = bound + step[:, None, None] + SMALLEST[spec.out_dtype]
+    allowed = bound + step[:, None, None] + SMALLEST[spec.result_dtype]
     assert (np.abs(out.astype(np.float64) - expected) <= allowed).all()
     figure("sequences of extreme values", len(lengths))

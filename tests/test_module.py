@@ -92,7 +92,7 @@ def test_out_dtype_of_a_modules_spec_follows_dtype_unless_it_was_given(own_cache
         assert dataclasses.replace(module.spec, dtype="float16").result_dtype == out_dtype
     assert len([path for path in own_cache.iterdir() if path.is_dir()]) == 1
     module.save(tmp_path / "pa.so")
-    assert pa_compiler.load(tmp_path / "pa.so").spec.out_dtype == SMALL.dtype
+    assert pa_compiler.load(tmp_path / "pa.so").spec.result_dtype == SMALL.dtype
 
 
 @every_pipeline

@@ -54,7 +54,7 @@ def test_draws_reach_what_is_hard(name):
     assert any(call.scale is None for call in calls)
     assert max(call.scale or 0 for call in calls) > 1e25
     largest = [largest_of(call.values[call.is_used]) for call in calls]
-    assert max(largest) == pytest.approx(min(draws._LARGEST[spec.dtype], draws._LARGEST[spec.out_dtype]), rel=1e-3)
+    assert max(largest) == pytest.approx(min(draws._LARGEST[spec.dtype], draws._LARGEST[spec.result_dtype]), rel=1e-3)
     assert 0 < min(size for size in largest if size) < 0.1
     unseen = [call.keys[call.is_used][..., 0] == -np.inf for call in calls]
     assert {bool(each.all()) for each in unseen if each.any()} == {False, True}
