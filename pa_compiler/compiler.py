@@ -236,7 +236,7 @@ def _import_tvm() -> None:
     """Import TVM, which asks on the way where the user's cache is: one without a home has none, and needs none."""
     lacks_home = "XDG_CACHE_HOME" not in os.environ and os.path.expanduser("~") == "~"
     if lacks_home:
-        os.environ["XDG_CACHE_HOME"] = "/"
+        os.environ["XDG_CACHE_HOME"] = os.devnull
     try:
         import tvm  # noqa: F401
     finally:

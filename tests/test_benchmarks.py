@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks import measure
+from benchmarks import measure, run
 from benchmarks.cases import CASES, MORE_CASES, beyond_cache
 from benchmarks.contender import Contender
 from benchmarks.inputs import make_call
@@ -105,6 +105,13 @@ def test_a_process_that_dies_is_a_reason(tmp_path, monkeypatch):
         pytest.raises(Unsupported, match="exit status 1"),
     ):
         contender.prepare(next(iter(CASES)), 1)
+
+
+def test_results_are_written_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to("results.json")
+    run._write({"cases": []}, tmp_path / "link", None)
+    assert (tmp_path / "link").is_symlink()
+    assert (tmp_path / "results.json").read_text() == '{"cases": []}\n'
 
 
 def test_every_peer_has_its_file():

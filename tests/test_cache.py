@@ -16,7 +16,7 @@ import pytest
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler, installation, target
+from pa_compiler import PagedAttentionSpec, cache, compiler, cuda_build, installation, target
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 
@@ -163,6 +163,23 @@ def test_without_a_compiler_what_another_has_built_is_taken(builds, own_cache, m
     with pytest.raises(RuntimeError, match="is not on PATH"):
         pa_compiler.compile(BASE)
     assert len(builds) == 2
+
+
+@pytest.mark.scorecard(26)
+def test_without_nvcc_what_another_has_built_is_taken(builds, monkeypatch, figure):
+    spec = dataclasses.replace(BASE, head_dim=16)
+    monkeypatch.setattr(cuda_build, "tool", lambda name: f"/found/{name}")
+    pa_compiler.compile(spec, "cuda")
+
+    def missing(name):
+        raise RuntimeError(f"no {name}")
+
+    monkeypatch.setattr(cuda_build, "tool", missing)
+    pa_compiler.compile(spec, "cuda")
+    assert len(builds) == 1
+    with pytest.raises(RuntimeError, match="no nvcc"):
+        pa_compiler.compile(spec, {"kind": "cuda", "arch": "sm_80"})
+    figure("compilers", 1)
 
 
 @pytest.mark.scorecard(23)

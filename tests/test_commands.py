@@ -35,12 +35,14 @@ def compile_host(directory):
 
 
 REAL = os.path.realpath(shutil.which("g++"))
+CLANG = pytest.param("clang++", marks=pytest.mark.skipif(not shutil.which("clang++"), reason="clang++ is not there"))
 ACCEPTED = {
     "unset": None,
     "empty": "",
     "blank": "  ",
     "a name": "g++",
     "a path": REAL,
+    "another compiler": CLANG,
     "flags": "g++ -m64 -pipe",
     "a launcher": "{dir}/ccache g++",
     "a launcher, and flags with quotes": '{dir}/ccache "g++" -DTEXT="a b" \'-DOTHER=x y\'',

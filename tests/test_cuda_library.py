@@ -145,21 +145,23 @@ def test_save_load_and_show(module, tmp_path):
 
 
 @needs_nvcc
-def test_from_the_cache(module, monkeypatch):
+def test_from_the_cache(module, monkeypatch, tmp_path):
     """The same bytes, without a build; another toolkit, or other flags for it, is another entry."""
-    keys = []
-    monkeypatch.setattr(compiler._cache, "key", lambda inputs: keys.append(inputs) or "0" * 32)
-    monkeypatch.setattr(compiler._cache, "get_or_build", lambda name, build: {"pa.so": module._library})
-    pa_compiler.compile(SPEC, target="cuda")
+    names = []
+    monkeypatch.setattr(
+        compiler._cache, "get_or_build", lambda name, build: names.append(name) or {"pa.so": module._library}
+    )
+    assert pa_compiler.compile(SPEC, target="cuda")._library == module._library
     monkeypatch.setenv("NVCC_APPEND_FLAGS", "-lineinfo")
     pa_compiler.compile(SPEC, target="cuda")
     pa_compiler.compile(SPEC, target={"kind": "cuda", "arch": "sm_80"})
-    monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    monkeypatch.setenv("PATH", "/usr/bin:/bin")
-    monkeypatch.setattr(cuda_build.importlib.util, "find_spec", lambda name: None)
+    (tmp_path / "nvcc").touch(mode=0o755)
+    monkeypatch.delenv("CUDA_HOME", raising=False)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
     pa_compiler.compile(SPEC, target="cuda")
-    texts = [str(sorted(inputs.items())) for inputs in keys]
-    assert len(set(texts)) == 4
+    monkeypatch.setenv("NVCC", f"{tmp_path / 'nvcc'} -lineinfo")
+    pa_compiler.compile(SPEC, target="cuda")
+    assert len(set(names)) == 5
 
 
 def test_without_nvcc(own_cache, monkeypatch):

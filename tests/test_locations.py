@@ -230,6 +230,18 @@ def test_compiles_in_any_directory(compiled, variable, tmp_path, monkeypatch, co
     figure("odd paths", len(names))
 
 
+@pytest.mark.scorecard(26)
+@pytest.mark.parametrize("name", [*CHARACTERS.values(), ALL], ids=[*CHARACTERS, "all"])
+def test_the_command_writes_and_reads_files_of_any_name(faked_builds, own_cache, tmp_path, monkeypatch, name, figure):
+    name = name.replace("/", "")
+    monkeypatch.chdir(tmp_path)
+    for output in (name, f"{name}.so", os.fsdecode(b"\xff.so")):
+        assert invoke("build", "-o", output).exit_code == 0
+        assert pa_compiler.load(output).spec == BASE
+        assert invoke("show", "--", output).exit_code == 0
+    figure("odd paths", 3)
+
+
 def test_a_directory_whose_name_is_not_utf8(compiled, tmp_path, monkeypatch):
     """TVM reads no file there, which is said; libraries are written and loaded."""
     odd = os.fsdecode(os.fsencode(tmp_path) + b"/\xff")
