@@ -129,7 +129,7 @@ def test_staged(tmp_path, arch, head_dim):
 
 def test_a_missing_tool(monkeypatch):
     monkeypatch.setenv("CUDA_HOME", "/nowhere")
-    with pytest.raises(RuntimeError, match=r"nvnothing is neither in CUDA_HOME/bin nor on PATH.*pa-compiler\[compiler,cuda\]"):
+    with pytest.raises(RuntimeError, match=r"nvnothing is neither in CUDA_HOME/bin.*pa-compiler\[compiler,cuda\]"):
         cuda_build.tool("nvnothing")
 
 
