@@ -1464,9 +1464,9 @@ void AppendKV(const Inputs& in) {
 // ---------------------------------------------------------------- entry points
 
 // decode(query, key_cache, value_cache, block_table, context_lens, out, lse or None, scale, num_threads, threading, cpus,
-// as_uint16): attention of one query token per sequence. Everything is checked before anything is written. cpus is what
-// cpu_set gave. Bit i of as_uint16 says that argument i holds bfloat16 and is declared uint16, for arrays of libraries that
-// have no bfloat16 in DLPack.
+// as_uint16): attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked
+// before anything is written. cpus is what cpu_set gave. Bit i of as_uint16 says that argument i holds bfloat16 and is declared
+// uint16, for arrays of libraries that have no bfloat16 in DLPack.
 void Decode(const Inputs& in) {
   CheckCpuFeatures();
   const DefaultFloatingPoint state;
