@@ -47,7 +47,7 @@ bench: $(PEERS)/.installed
 # On a machine with a GPU: modules against the reference, and some of that under NVIDIA's sanitizers.
 test-cuda: $(CUDA)/.installed
 	$(CUDA)/bin/python -m pytest -W default -rs --gpu -m gpu $(TESTS)
-	@sanitizer=$$($(CUDA)/bin/python -c 'from pa_compiler.cuda_build import tool; print(tool("compute-sanitizer"))') && \
+	@sanitizer=$$($(CUDA)/bin/python -c 'from pa_compiler.cuda.build import tool; print(tool("compute-sanitizer"))') && \
 	for each in memcheck racecheck initcheck; do \
 	  echo "compute-sanitizer --tool $$each"; \
 	  "$$sanitizer" --tool $$each --error-exitcode 1 $(CUDA)/bin/python -m pytest -W default --gpu -m gpu \
@@ -117,7 +117,7 @@ $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
 # The base dependencies alone, with the oldest tvm-ffi that runs libraries and with the newest.
 $(RUNTIME)/.installed: $(STAMP)
 	@echo 'Installing into $(RUNTIME): two environments without a compiler, 200 MB.'
-	@oldest=$$($(BIN)/python -c 'from pa_compiler.versions import RUNS_WITH; print(*RUNS_WITH[0], sep=".")') && \
+	@oldest=$$($(BIN)/python -c 'from pa_compiler.runtime.versions import RUNS_WITH; print(*RUNS_WITH[0], sep=".")') && \
 	for each in "oldest apache-tvm-ffi==$$oldest" "newest apache-tvm-ffi"; do \
 	  set -- $$each; \
 	  $(PYTHON) -m venv $(RUNTIME)/$$1 && \

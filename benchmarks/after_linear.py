@@ -30,7 +30,7 @@ from benchmarks.inputs import Call, make_call
 from benchmarks.machine import last_level_cache
 from benchmarks.peers import Unsupported
 from benchmarks.worker import as_float32
-from pa_compiler.tolerances import oracle
+from pa_compiler.verification.tolerances import oracle
 
 RUNTIMES = {"libgomp": None, "libiomp5": "libiomp5.so"}
 """OpenMP runtimes, each with the library that has to be preloaded for it."""

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pa_compiler
-from pa_compiler import build
+from pa_compiler.cpu import build
 
 CALLS, RUNS = 100, 300
 NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 128, 128

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.cases import Case
+from pa_compiler.verification.cases import Case
 
 _VARIABLE = (33, 8192, 4096, 127, 1, 2048, 6000, 64)
 

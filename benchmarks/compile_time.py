@@ -40,7 +40,8 @@ def timed(name, function):
     return call
 
 import pa_compiler
-from pa_compiler import build, compiler
+from pa_compiler import compiler
+from pa_compiler.cpu import build
 timed("import", __import__)("tvm")
 compiler.lower = timed("kernels", compiler.lower)
 build.compile_kernels = timed("code", build.compile_kernels)

@@ -24,9 +24,10 @@ from rich.table import Table
 import pa_compiler
 from benchmarks.inputs import Call, make_call
 from benchmarks.peers import Unsupported
-from pa_compiler import PagedAttentionSpec, files
-from pa_compiler.cases import Case
-from pa_compiler.tolerances import tolerance
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.runtime import files
+from pa_compiler.verification.cases import Case
+from pa_compiler.verification.tolerances import tolerance
 
 _ROUNDS, _WARM_UP = 30, 3
 _COPY_BYTES, _FLUSH_BYTES = 1 << 30, 1 << 28

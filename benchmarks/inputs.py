@@ -7,7 +7,7 @@ import mmap
 
 import numpy as np
 
-from pa_compiler.cases import Case
+from pa_compiler.verification.cases import Case
 
 _PIECE = 1 << 20  # elements
 

@@ -17,8 +17,8 @@ from benchmarks.inputs import Call, make_call
 from benchmarks.peers import PEERS, Unsupported
 from benchmarks.roofline import Probe, Roofline, summarise
 from pa_compiler import reference
-from pa_compiler.cases import Case
-from pa_compiler.tolerances import tolerance
+from pa_compiler.verification.cases import Case
+from pa_compiler.verification.tolerances import tolerance
 
 _TURN = 0.06  # seconds of a contender's turn, at least one call
 _PAUSE = 0.02  # seconds until the threads of the one before have gone to sleep
@@ -42,7 +42,7 @@ class Result:
         contender: Its name in PEERS.
         seconds: Of a call.
         of_limit: Its operations per second as a fraction of the roofline's.
-        error: The largest error against float64, as a fraction of the bound in pa_compiler.tolerances.
+        error: The largest error against float64, as a fraction of the bound in pa_compiler.verification.tolerances.
         to_best_peer: How many times faster than the best peer; None for peers, and where no peer runs.
         reason: Why there are no figures, or "".
     """

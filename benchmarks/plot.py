@@ -17,7 +17,7 @@ import numpy as np
 from matplotlib.axes import Axes
 
 from benchmarks.peers import PEERS
-from pa_compiler import files
+from pa_compiler.runtime import files
 
 _OURS = {"ours": ("o", "#0b6e99"), "ours-packed": ("D", "#0b9972")}
 _PEER = "#c44e00"

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import inputs
-from pa_compiler import build
-from pa_compiler.cases import Case
+from pa_compiler.cpu import build
+from pa_compiler.verification.cases import Case
 
 _STEPS = 100_000  # of the arithmetic probes: 2 ms or so on one core
 _TRIES = 3

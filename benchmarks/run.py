@@ -17,7 +17,7 @@ from benchmarks.contender import Contender
 from benchmarks.measure import CaseResult, measure
 from benchmarks.peers import PEERS
 from benchmarks.roofline import Probe
-from pa_compiler import files
+from pa_compiler.runtime import files
 
 _QUICK_CASES = ("16/1-bf16", "16/1-f32", "32/8-bf16", "32/32-f32")
 _ROUNDS, _QUICK_ROUNDS = 15, 7

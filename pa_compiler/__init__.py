@@ -9,11 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import reference
-from pa_compiler.cuda_module import CudaModule
 from pa_compiler.interface import WorkItem
 from pa_compiler.layout import convert_cache
-from pa_compiler.module import Module
-from pa_compiler.modules import load
+from pa_compiler.runtime.cuda_module import CudaModule
+from pa_compiler.runtime.load import load
+from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from pa_compiler import library_cli, versions
+from pa_compiler.cli import library as library_cli
+from pa_compiler.runtime import versions
 
 
 def main(words: Sequence[str] | None = None) -> None:
@@ -14,7 +15,7 @@ def main(words: Sequence[str] | None = None) -> None:
     if words and words[0] in library_cli.COMMANDS:
         library_cli.main(words)
     elif not (absent := versions.absent()):
-        from pa_compiler import cli
+        from pa_compiler.cli import main as cli
 
         cli.main(words, prog_name="pa-compiler")
     elif words and not words[0].startswith("-"):

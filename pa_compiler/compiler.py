@@ -17,30 +17,23 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pa_compiler import cache as _cache
-from pa_compiler import (
-    commands,
-    cuda_compiler,
-    cuda_tiling,
-    files,
-    host,
-    installation,
-    interrupts,
-    manifest,
-    modules,
-    tiling,
-    versions,
-)
-from pa_compiler import target as _target
-from pa_compiler.cuda_target import CudaTarget
-from pa_compiler.loader import open_library
-from pa_compiler.module import Module
+from pa_compiler import commands, host, installation, interrupts
+from pa_compiler import store as _cache
+from pa_compiler.cpu import target as _target
+from pa_compiler.cpu import tiling
+from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.runtime import files, manifest, versions
+from pa_compiler.runtime import load as modules
+from pa_compiler.runtime.loader import open_library
+from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
 
 if TYPE_CHECKING:
     from tvm import IRModule
 
-    from pa_compiler.build import Kernels
+    from pa_compiler.cpu.build import Kernels
 
 PIPELINES = ("fused", "staged")
 STAGE_FILES = {
@@ -163,7 +156,7 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
 
 
 def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, str]:
-    from pa_compiler import build
+    from pa_compiler.cpu import build
 
     with using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
         if config["kind"] == "cuda":
@@ -179,7 +172,8 @@ def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) ->
 
 def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowered:
     """spec -> kernels -> schedules."""
-    from pa_compiler import build, kernels
+    from pa_compiler import kernels
+    from pa_compiler.cpu import build
     from pa_compiler.schedules import schedule
 
     unscheduled = kernels.build(spec, tiles, pipeline)
@@ -249,7 +243,7 @@ def build_library(
     spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str, directory: Path
 ) -> None:
     """Lower, compile and link; leave pa.so and the texts of the stages in an empty directory."""
-    from pa_compiler import build
+    from pa_compiler.cpu import build
 
     host_text = _host(spec, cpu, tiles, pipeline)
     with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as name:  # what removes one removes the other
@@ -354,7 +348,7 @@ def _tools(config: dict[str, Any]) -> dict[str, object]:
     Raises:
         RuntimeError: one of them is missing.
     """
-    from pa_compiler import build
+    from pa_compiler.cpu import build
 
     return {
         "compiler": commands.identity(build.cxx()),

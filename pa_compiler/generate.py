@@ -7,9 +7,11 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pa_compiler import cuda_compiler, files, installation, interrupts
-from pa_compiler.cuda_target import CudaTarget
+from pa_compiler import installation, interrupts
+from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.host import BANNER
+from pa_compiler.runtime import files
 from pa_compiler.spec import PagedAttentionSpec
 
 _CASE1 = PagedAttentionSpec(16, 1, 128, 128, "bfloat16", "float32")

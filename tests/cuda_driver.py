@@ -20,7 +20,7 @@ from cuda_emulator import ORDERS, EmulationError
 from dlpack import CUDA, Exported
 from tolerances import assert_close_to_oracle
 
-from pa_compiler import cuda_build
+from pa_compiler.cuda import build as cuda_build
 
 FAKE = Path(__file__).with_name("fake_cuda.cc")
 

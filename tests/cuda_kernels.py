@@ -10,9 +10,10 @@ import numpy as np
 from inputs import Inputs
 from tvm import IRModule
 
-from pa_compiler import cuda_build, cuda_tiling
-from pa_compiler.cuda_tiling import CudaTiling
-from pa_compiler.kernels import cuda
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.kernels import launches as cuda
+from pa_compiler.cuda.tiling import CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"

@@ -11,7 +11,7 @@ from cuda_driver import stream
 
 
 class FakeMemory:
-    """A FakeDriver's, as pa_compiler.cuda_verify.Memory."""
+    """A FakeDriver's, as pa_compiler.verification.on_gpu.Memory."""
 
     def __init__(self, gpu) -> None:
         self._gpu = gpu
@@ -57,7 +57,7 @@ def real_memory():
     """
     import torch
 
-    from pa_compiler.cuda_verify import TorchMemory
+    from pa_compiler.verification.on_gpu import TorchMemory
 
     if not torch.cuda.is_available():
         raise pytest.UsageError("--gpu: expected a GPU that torch can use, and there is none")

@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from pa_compiler import build, compiler, target, tiling
+from pa_compiler import compiler
+from pa_compiler.cpu import build, target, tiling
 
 GXX = """#!/bin/sh
 exec g++ "$@" -O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1

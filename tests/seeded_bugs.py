@@ -110,14 +110,16 @@ FAULTS = {
         _DECODE,
     ),
     "sums across lanes of the wrong elements": Fault(
-        "schedules/sum_lanes.py",
+        "schedules/intrinsics/sum_lanes.py",
         "for side in (0, lanes) for i in (2, 3)]",
         "for side in (0, lanes) for i in (0, 1)]",
         _DECODE,
     ),
-    "pairs interleaved in the wrong order": Fault("schedules/transpose.py", "[2, 6, 3, 7]", "[2, 3, 6, 7]", _DECODE),
+    "pairs interleaved in the wrong order": Fault(
+        "schedules/intrinsics/transpose.py", "[2, 6, 3, 7]", "[2, 3, 6, 7]", _DECODE
+    ),
     "the last tile of a group dropped": Fault(
-        "pa_compiler/tiling.py",
+        "pa_compiler/cpu/tiling.py",
         "return -(-spec.group // self.row_tile)",
         "return spec.group // self.row_tile",
         "test_tiling.py",
@@ -171,7 +173,7 @@ FAULTS = {
         "templates/checks.cc.j2", "table_to + seq * width", "table_to + 0 * width", "test_conventions.py"
     ),
     "memory not known to be writable written": Fault(
-        "pa_compiler/dlpack.py", "if managed.flags & _READ_ONLY:", "if False:", "test_writable.py"
+        "pa_compiler/runtime/dlpack.py", "if managed.flags & _READ_ONLY:", "if False:", "test_writable.py"
     ),
     "partial results merged after the first": Fault(
         "templates/host.cc.j2",
@@ -202,25 +204,25 @@ FAULTS = {
         "test_cache.py test_cache_entries.py",
     ),
     "no lock around a build": Fault(
-        "pa_compiler/cache.py",
+        "pa_compiler/store.py",
         'with filelock.FileLock(entry.with_name(f"{name}.lock")):',
         "if True:",
         "test_cache_entries.py",
     ),
     "digests of cache entries not compared": Fault(
-        "pa_compiler/cache.py",
+        "pa_compiler/store.py",
         "digests == _digests(files)",
         "digests.keys() == files.keys()",
         "test_cache.py test_cache_entries.py",
     ),
     "a link for a cache entry followed": Fault(
-        "pa_compiler/cache.py", "if entry.is_symlink():", "if False:", "test_cache_entries.py"
+        "pa_compiler/store.py", "if entry.is_symlink():", "if False:", "test_cache_entries.py"
     ),
     "names unchecked on their way into C++": Fault(
         "templates/host.cc.j2", "{{ kernel | identifier }}", "{{ kernel }}", "test_generated_code.py"
     ),
     "a cache directory open to the group accepted": Fault(
-        "pa_compiler/cache.py",
+        "pa_compiler/store.py",
         "status.st_mode & 0o077",
         "status.st_mode & 0o007",
         "test_cache.py test_cache_entries.py",
@@ -229,7 +231,10 @@ FAULTS = {
         "pa_compiler/layout.py", ".transpose(0, 1, 2, 5, 3, 4)", ".transpose(0, 1, 2, 3, 5, 4)", "test_layout.py"
     ),
     "checksum of a library not compared": Fault(
-        "pa_compiler/manifest.py", "if found != expected:", "if len(found) != len(expected):", "test_manifest.py"
+        "pa_compiler/runtime/manifest.py",
+        "if found != expected:",
+        "if len(found) != len(expected):",
+        "test_manifest.py",
     ),
 }
 """By what goes wrong."""

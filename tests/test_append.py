@@ -17,7 +17,8 @@ from specs import SPECS
 from test_arrays import as_numpy, as_torch
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, kernels, reference, schedules, target, tiling
+from pa_compiler import PagedAttentionSpec, kernels, reference, schedules
+from pa_compiler.cpu import target, tiling
 
 ALL_SPECS = {
     **SPECS,

@@ -16,7 +16,7 @@ from benchmarks.inputs import make_call
 from benchmarks.peers import PEERS, Unsupported
 from benchmarks.roofline import BF16, FMA, SHARE, summarise
 from pa_compiler import PagedAttentionSpec, reference
-from pa_compiler.cases import Case
+from pa_compiler.verification.cases import Case
 
 SMALL = Case(PagedAttentionSpec(4, 2, 16, 16, "bfloat16"), 3, (40, 1, 16), scale=None)
 ROUND = {FMA: 40e9, BF16: 0.0, SHARE: 1.0, "read, plain": 8e9, "read, fast": 10e9}

@@ -16,7 +16,11 @@ import pytest
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler, cuda_build, installation, target
+from pa_compiler import PagedAttentionSpec, compiler, installation
+from pa_compiler import store as cache
+from pa_compiler.cpu import target
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.runtime import cpu_features
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 
@@ -185,17 +189,17 @@ def test_without_nvcc_what_another_has_built_is_taken(builds, monkeypatch, figur
 @pytest.mark.scorecard(23)
 def test_another_cpu_misses(builds, monkeypatch, figure):
     """Each feature that Linux names, and what else identifies a CPU: none is left out of the key."""
-    cpu = target._cpuinfo()
+    cpu = cpu_features.cpuinfo()
     flags = cpu["flags"].split()
     others = [{**cpu, "flags": " ".join(flag for flag in flags if flag != without)} for without in flags]
     others += [{**cpu, field: "other"} for field in ("vendor_id", "cpu family", "model", "stepping")]
     keys = set()
     for other in (cpu, *others):
-        monkeypatch.setattr(target, "_cpuinfo", lambda other=other: other)
+        monkeypatch.setattr(cpu_features, "cpuinfo", lambda other=other: other)
         keys.add(cache.key(compiler._inputs(BASE, target.normalize("llvm"), "fused")))
     assert len(keys) == 1 + len(others)
     pa_compiler.compile(BASE)
-    monkeypatch.setattr(target, "_cpuinfo", lambda: cpu)
+    monkeypatch.setattr(cpu_features, "cpuinfo", lambda: cpu)
     pa_compiler.compile(BASE)
     assert len(builds) == 2
     figure("changed inputs", len(others))

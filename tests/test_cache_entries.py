@@ -11,7 +11,7 @@ import warnings
 
 import pytest
 
-from pa_compiler import cache
+from pa_compiler import store as cache
 
 LIBRARY = {"pa.so": b"library" * 100, "host.cc": b"host"}
 

@@ -16,7 +16,8 @@ from inputs import make_inputs
 from tolerances import assert_close_to_oracle
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler import store as cache
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 THREADS = 24

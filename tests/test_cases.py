@@ -7,8 +7,9 @@ import dataclasses
 import numpy as np
 import pytest
 
-from pa_compiler import cases, reference
-from pa_compiler.tolerances import tolerance
+from pa_compiler import reference
+from pa_compiler.verification import cases
+from pa_compiler.verification.tolerances import tolerance
 
 SMALL = cases.CASES["CaseVarSeq4"]
 

@@ -13,7 +13,9 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import pa_compiler
-from pa_compiler import cases, cli, compiler
+from pa_compiler import compiler
+from pa_compiler.cli import main as cli
+from pa_compiler.verification import cases
 
 # The spec of the seed's small cases, so that all tests share one compiled module.
 SMALL = "--case CaseVarSeq4 --repeat 2".split()

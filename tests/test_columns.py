@@ -9,7 +9,13 @@ from click.testing import CliRunner
 from rich.console import Console
 from specs import BASE
 
-from pa_compiler import PagedAttentionSpec, cli, compiler, cuda_build, cuda_explain, cuda_target, cuda_tiling, text
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.cli import explain_cuda, text
+from pa_compiler.cli import main as cli
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.cuda import explain as cuda_explain
+from pa_compiler.cuda import target as cuda_target
+from pa_compiler.cuda import tiling as cuda_tiling
 
 EXPLAINED = {
     "multi-head": "--num-heads 32 --num-kv-heads 32",
@@ -74,7 +80,7 @@ def test_explain_of_a_gpu(capsys):
         )
 
         def print_on(columns, explanation=explanation):
-            cuda_explain.print_explanation(Console(width=columns), explanation)
+            explain_cuda.print_explanation(Console(width=columns), explanation)
             return capsys.readouterr().out
 
         assert_whole(print_on)

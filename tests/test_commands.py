@@ -8,7 +8,9 @@ import signal
 
 import pytest
 
-from pa_compiler import build, commands, compiler, cuda_build
+from pa_compiler import commands, compiler
+from pa_compiler.cpu import build
+from pa_compiler.cuda import build as cuda_build
 
 HOST = 'extern "C" __attribute__((visibility("default"))) int __tvm_ffi_decode() { return 0; }\n'
 KERNELS = '    .section .note.GNU-stack, "", @progbits\n'

@@ -11,7 +11,7 @@ from inputs import DTYPES
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.kernels.cuda_check import BAD_BLOCK, BAD_LENGTH, BAD_SLOT, VIOLATION
+from pa_compiler.cuda.kernels.check import BAD_BLOCK, BAD_LENGTH, BAD_SLOT, VIOLATION
 
 SPECS = {
     "NHD": PagedAttentionSpec(6, 3, 48, 5, "bfloat16"),

@@ -10,8 +10,9 @@ from cuda_kernels import aligned, on_device
 from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, cuda_tiling
-from pa_compiler.kernels.cuda_check import BAD_LENGTH, VIOLATION
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.kernels.check import BAD_LENGTH, VIOLATION
 
 MAP_NORESERVE = 0x4000
 

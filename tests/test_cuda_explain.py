@@ -8,7 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pa_compiler import PagedAttentionSpec, cli, cuda_build, cuda_tiling, gpus
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.cli import main as cli
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.cuda import gpus
+from pa_compiler.cuda import tiling as cuda_tiling
 
 
 def invoke(*words):

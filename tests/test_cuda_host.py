@@ -8,7 +8,8 @@ from cuda_driver import OnGpu, stream
 from inputs import make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, cuda_tiling
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.cuda import tiling as cuda_tiling
 
 SPECS = {
     "tensor_cores": PagedAttentionSpec(8, 2, 64, 16, "bfloat16"),

@@ -14,7 +14,11 @@ import pytest
 from click.testing import CliRunner
 
 import pa_compiler
-from pa_compiler import CudaModule, PagedAttentionSpec, cli, compiler, cuda_build, cuda_compiler, manifest
+from pa_compiler import CudaModule, PagedAttentionSpec, compiler
+from pa_compiler.cli import main as cli
+from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.runtime import manifest
 
 SPEC = PagedAttentionSpec(4, 1, 64, 16, "float16")
 PACKED = PagedAttentionSpec(4, 1, 64, 16, "float16", kv_layout="packed")

@@ -11,9 +11,13 @@ import pytest
 from cuda_emulator import PARTS
 from tvm import IRModule
 
-from pa_compiler import PagedAttentionSpec, cuda_build, cuda_compiler, cuda_tiling, gpus
-from pa_compiler.cuda_target import CudaTarget
-from pa_compiler.kernels import cuda
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.cuda import gpus
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.kernels import launches as cuda
+from pa_compiler.cuda.target import CudaTarget
 
 ARCHS = ("sm_80", "sm_90")
 DECODE = {

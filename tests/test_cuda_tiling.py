@@ -7,9 +7,11 @@ import re
 import pytest
 from tvm.script import tirx as T
 
-from pa_compiler import PagedAttentionSpec, cuda_tiling, gpus
-from pa_compiler.cuda_tiling import WARP
-from pa_compiler.kernels.cuda_ring import chunk_offset
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.cuda import gpus
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.kernels.ring import chunk_offset
+from pa_compiler.cuda.tiling import WARP
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "sm_120")
 HEAD_DIMS = range(16, 257, 16)

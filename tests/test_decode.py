@@ -25,8 +25,8 @@ from specs import SPECS as SHARED
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.cases import CASES
-from pa_compiler.tiling import KV_TILE
+from pa_compiler.cpu.tiling import KV_TILE
+from pa_compiler.verification.cases import CASES
 
 SHAPES = [  # heads, kv heads, head_dim; the seed's cases have 16 and 64 heads of 16, 128 and 256
     (1, 1, 8), (2, 1, 16), (3, 1, 64), (4, 1, 80), (5, 1, 96), (6, 1, 112), (7, 1, 192), (8, 1, 1), (12, 1, 7),

@@ -15,7 +15,8 @@ from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, assembly, compiler, instructions, target, tiling
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.cpu import assembly, instructions, target, tiling
 from pa_compiler.kernels.pairs import round_to_bfloat16
 
 FEATURES = frozenset({"avx512f", "avx512vl", "avx512bf16"})

@@ -20,7 +20,8 @@ from specs import DTYPE_SPECS
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, loader
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.runtime import loader
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 
@@ -147,7 +148,7 @@ LOAD = """
 import os, sys, tempfile
 import numpy as np
 import pa_compiler
-from pa_compiler import loader
+from pa_compiler.runtime import loader
 library, arguments, out, *folders = sys.argv[1:]
 arrays, expected = np.load(arguments), np.load(out)
 before = len(os.listdir("/proc/self/fd"))

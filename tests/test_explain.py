@@ -8,7 +8,10 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pa_compiler import PagedAttentionSpec, assembly, cases, cli, compiler
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.cli import main as cli
+from pa_compiler.cpu import assembly
+from pa_compiler.verification import cases
 
 OPTIONS = {
     "heads_in_lanes": "--num-heads 16 --dtype float32",

@@ -7,8 +7,12 @@ from inputs import make_inputs
 from tolerances import assert_close_to_oracle
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, compiler, cuda_build, cuda_compiler, cuda_tiling, spec, tiling
-from pa_compiler.cuda_target import CudaTarget
+from pa_compiler import PagedAttentionSpec, compiler, spec
+from pa_compiler.cpu import tiling
+from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.target import CudaTarget
 
 
 def case(*fields, pipeline="fused", target="llvm", slow=True, **others):

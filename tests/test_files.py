@@ -14,7 +14,9 @@ from click.testing import CliRunner
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import cli, files, generate
+from pa_compiler import generate
+from pa_compiler.cli import main as cli
+from pa_compiler.runtime import files
 
 
 def build(path, module):

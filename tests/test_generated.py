@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pa_compiler import cli, generate
+from pa_compiler import generate
+from pa_compiler.cli import main as cli
 
 GENERATED = Path(__file__).parent.parent / "generated"
 
@@ -38,7 +39,7 @@ def test_the_committed_files_are_what_the_compiler_emits(emitted):
 
 
 def test_another_process_emits_the_same():
-    main = "from pa_compiler.cli import main; main()"
+    main = "from pa_compiler.cli.main import main; main()"
     command = [sys.executable, "-c", main, "generate", "--check", "--directory", str(GENERATED)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, f"{GENERATED}: as the compiler emits it\n")

@@ -10,7 +10,8 @@ import pytest
 from package import python_files
 from specs import BASE
 
-from pa_compiler import PagedAttentionSpec, host, target, tiling
+from pa_compiler import PagedAttentionSpec, host
+from pa_compiler.cpu import target, tiling
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg"}
 CPU = target.CpuTarget('{"kind": "llvm"}', frozenset({"avx", "avx2", "fma"}))

@@ -9,7 +9,9 @@ import pytest
 from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, cuda_verify, verify
+from pa_compiler import PagedAttentionSpec
+from pa_compiler.verification import on_gpu as cuda_verify
+from pa_compiler.verification import verify
 
 pytestmark = pytest.mark.gpu
 

@@ -42,7 +42,9 @@ assert (pa_compiler.load(library).decode(*arguments) == values[0, 0]).all()
 if what == "compile":
     assert (pa_compiler.compile(spec).decode(*arguments) == values[0, 0]).all()
     sys.exit()
-from pa_compiler import compiler, cuda_explain, explain, generate
+from pa_compiler import compiler, generate
+from pa_compiler.cuda import explain as cuda_explain
+from pa_compiler.cpu import explain
 said = {
     fails(lambda: pa_compiler.compile(spec)),
     fails(lambda: pa_compiler.compile(spec, "cuda", cache=False)),

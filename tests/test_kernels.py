@@ -15,8 +15,9 @@ from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
 
 import pa_compiler
-from pa_compiler import assembly, compiler, kernels, schedules, target, tiling
-from pa_compiler.kernels import script
+from pa_compiler import compiler, kernels, schedules
+from pa_compiler import tvmscript as script
+from pa_compiler.cpu import assembly, target, tiling
 from pa_compiler.kernels.cache_access import key_access, token_offsets
 from pa_compiler.kernels.exp import store_exp
 

@@ -10,8 +10,10 @@ import pytest
 from click.testing import CliRunner
 from specs import BASE
 
-from pa_compiler import cli, library_cli, verify
 from pa_compiler.__main__ import main
+from pa_compiler.cli import library as library_cli
+from pa_compiler.cli import main as cli
+from pa_compiler.verification import verify
 
 
 @pytest.fixture

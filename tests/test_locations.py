@@ -19,7 +19,11 @@ from test_commands import HOST, KERNELS
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, build, cli, compiler, cuda_build, loader
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.cli import main as cli
+from pa_compiler.cpu import build
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.runtime import loader
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 

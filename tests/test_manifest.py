@@ -18,7 +18,11 @@ from specs import BASE, SPECS, every_spec
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import cache, cli, compiler, loader, manifest, target, tiling
+from pa_compiler import compiler
+from pa_compiler import store as cache
+from pa_compiler.cli import main as cli
+from pa_compiler.cpu import target, tiling
+from pa_compiler.runtime import cpu_features, loader, manifest
 
 V3 = ("avx", "avx2", "bmi", "bmi2", "cmov", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf", "sse", "sse2", "sse3")
 V3 += ("sse4.1", "sse4.2", "ssse3")
@@ -132,7 +136,7 @@ def test_another_machine_is_refused(library, refused):
 
 @pytest.mark.scorecard(23)
 def test_another_cpu_is_refused_with_the_features_it_lacks(compiled, tmp_path, refused, monkeypatch):
-    monkeypatch.setattr(target, "_cpuinfo", lambda: {"flags": HASWELL})
+    monkeypatch.setattr(cpu_features, "cpuinfo", lambda: {"flags": HASWELL})
     module = compiled(SPECS["float16"], target={"kind": "llvm", "mcpu": "sapphirerapids"})
     module.save(tmp_path / "pa.so")
     refused((tmp_path / "pa.so").read_bytes(), "lacks: amx-bf16 .*avx512bf16 .*avx512f avx512fp16 .*avx512vl .*gfni")
@@ -141,16 +145,16 @@ def test_another_cpu_is_refused_with_the_features_it_lacks(compiled, tmp_path, r
     assert "no: expected a library for this CPU, got one that uses what it lacks" in " ".join(shown.stdout.split())
     compiled(BASE, target={"kind": "llvm", "mcpu": "x86-64-v3"}).save(tmp_path / "pa.so")
     assert pa_compiler.load(tmp_path / "pa.so").manifest.features == tuple(sorted(V3))
-    monkeypatch.setattr(target, "_cpuinfo", lambda: {"flags": HASWELL.replace(" avx2", "").replace(" abm", "")})
+    monkeypatch.setattr(cpu_features, "cpuinfo", lambda: {"flags": HASWELL.replace(" avx2", "").replace(" abm", "")})
     refused((tmp_path / "pa.so").read_bytes(), "lacks: avx2 lzcnt$")
-    monkeypatch.setattr(target, "_cpuinfo", dict)
+    monkeypatch.setattr(cpu_features, "cpuinfo", dict)
     refused((tmp_path / "pa.so").read_bytes(), f"lacks: {' '.join(sorted(V3))}$")
 
 
 @pytest.mark.scorecard(13)
 def test_calls_of_a_module_for_another_cpu_name_every_feature_it_lacks(tmp_path, figure):
     """One that was compiled here, and so never loaded from a file: decode and append_kv know as much as load does."""
-    cpu, lacks = target.resolve(target.normalize("llvm")), target.missing_features(target.INSTRUCTION_SETS)
+    cpu, lacks = target.resolve(target.normalize("llvm")), cpu_features.missing_features(cpu_features.INSTRUCTION_SETS)
     assert lacks  # no CPU has both AMD's old and Intel's new ones
     tiles = tiling.choose(BASE, cpu, "fused")
     other = dataclasses.replace(cpu, features=cpu.features | set(lacks))
@@ -198,9 +202,9 @@ def test_linux_and_llvm_agree_on_this_cpu():
     host = {
         str(name): bool(has) for name, has in tvm_ffi.get_global_func("tvm.codegen.llvm.GetHostCPUFeatures")().items()
     }
-    names = target.INSTRUCTION_SETS.keys() & host.keys()
+    names = cpu_features.INSTRUCTION_SETS.keys() & host.keys()
     assert names > set(V3) - {"sse"}
-    assert sorted(name for name in names if not host[name]) == target.missing_features(names)
+    assert sorted(name for name in names if not host[name]) == cpu_features.missing_features(names)
 
 
 @pytest.mark.parametrize("mcpu", ["x86-64-v4", "znver5", "graniterapids", "sierraforest"])

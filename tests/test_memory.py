@@ -12,7 +12,7 @@ import pytest
 from inputs import DTYPES, lay_out
 from specs import BASE, SPECS
 
-from pa_compiler import memory
+from pa_compiler.runtime import memory
 
 HUGE_PAGE = 2 << 20
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import pa_compiler
-from pa_compiler import cli
+from pa_compiler.cli import main as cli
 
 TEXT = (Path(__file__).parent.parent / "README.md").read_text()
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```$", TEXT, re.DOTALL | re.MULTILINE)

@@ -17,17 +17,13 @@ from runtime_calls import LENGTHS
 from specs import BASE, SPECS
 
 import pa_compiler
-from pa_compiler import (
-    PagedAttentionSpec,
-    cli,
-    compiler,
-    cuda_compiler,
-    cuda_target,
-    library_cli,
-    manifest,
-    target,
-    versions,
-)
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.cli import library as library_cli
+from pa_compiler.cli import main as cli
+from pa_compiler.cpu import target
+from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.cuda import target as cuda_target
+from pa_compiler.runtime import manifest, versions
 
 BASE_PACKAGES = {"apache-tvm-ffi", "ml-dtypes", "numpy", "pa-compiler", "typing-extensions"}
 """Those of the base dependencies, and what tvm-ffi needs."""

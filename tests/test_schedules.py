@@ -11,8 +11,10 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
-from pa_compiler import PagedAttentionSpec, cuda_tiling, kernels, schedules, target, tiling
-from pa_compiler.kernels import cuda
+from pa_compiler import PagedAttentionSpec, kernels, schedules
+from pa_compiler.cpu import target, tiling
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.kernels import launches as cuda
 
 CPUS = {
     name: target.CpuTarget('{"kind": "llvm"}', frozenset(features.split()))

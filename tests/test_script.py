@@ -9,7 +9,7 @@ import tvm
 from tvm.error import DiagnosticError
 from tvm.script import tirx as T
 
-from pa_compiler.kernels import script
+from pa_compiler import tvmscript as script
 
 
 def kernel(reader, masked):

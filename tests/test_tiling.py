@@ -6,10 +6,11 @@ import itertools
 
 import pytest
 
-from pa_compiler import PagedAttentionSpec, tiling
+from pa_compiler import PagedAttentionSpec, interface
+from pa_compiler.cpu import tiling
+from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.kernels.pv_matmul import fetching_passes
 from pa_compiler.spec import PACKED_TOKENS
-from pa_compiler.target import CpuTarget
 
 TARGETS = {"lanes16": "avx512f", "lanes8": "avx", "lanes4": ""}
 GROUPS = (1, 3, 8, 16, 31, 64, 65)
@@ -65,7 +66,7 @@ def test_the_tiles_of_every_spec(cpu, pipeline):
         assert tiles.kv_tile % tiles.streams == 0, spec
         if spec.kv_layout == "packed":  # a tile begins where tokens that lie side by side begin
             assert tiles.token_group % PACKED_TOKENS == tiles.kv_tile % PACKED_TOKENS == 0, spec
-        assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= tiling.SPLIT_TOKENS, spec
+        assert tiles.split_blocks == 1 or tiles.split_blocks * spec.block_size <= interface.SPLIT_TOKENS, spec
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,10 @@ from click.testing import CliRunner
 from specs import BASE, SPECS, every_spec, range_tokens
 
 import pa_compiler
-from pa_compiler import cli, compiler, draws, target, tiling, verify
+from pa_compiler import compiler
+from pa_compiler.cli import main as cli
+from pa_compiler.cpu import target, tiling
+from pa_compiler.verification import draws, verify
 
 SEED = 1
 DRAWS = 24

@@ -1,6 +1,6 @@
 """Comparisons with the float64 oracle, and with other results bit by bit.
 
-The bounds are in pa_compiler.tolerances, and are never widened to make a test pass.
+The bounds are in pa_compiler.verification.tolerances, and are never widened to make a test pass.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import numpy as np
 from inputs import Inputs
 
-from pa_compiler.tolerances import oracle
+from pa_compiler.verification.tolerances import oracle
 
 
 def assert_close_to_oracle(spec, inputs: Inputs, out, lse=None, scale=None) -> None:

@@ -17,7 +17,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     import tvm
     from tvm.relax.frontend.nn.llm._decode_kernels import _attention_decode_cpu
 
-    from pa_compiler import target
+    from pa_compiler.cpu import target
 
     spec = call.case.spec
     if spec.dtype != "float32":

@@ -9,7 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.kernels import script
+from pa_compiler import tvmscript as script
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 # (block, slot, head, d) -> where element d of a head's key or value lies in its cache

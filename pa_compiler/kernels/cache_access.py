@@ -16,10 +16,10 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
+from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.pairs import half, pair_halves
-from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
-from pa_compiler.tiling import Tiling
+from pa_compiler.tvmscript import inline
 
 
 class CacheAccess(NamedTuple):

@@ -8,7 +8,7 @@ least relative error of the sum, 3e-9: a twentieth of what rounding costs.
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.script import inline
+from pa_compiler.tvmscript import inline
 
 _LOG2_E = 1.4426950408889634
 _LN2 = 0.6931471805599453

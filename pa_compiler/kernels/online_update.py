@@ -10,9 +10,9 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.headroom import lifted
-from pa_compiler.kernels.script import inline
 from pa_compiler.kernels.softmax_prepare import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tvmscript import inline
 
 
 def online_update(rows: int, head_dim: int) -> Callable[..., None]:

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.cache_access import key_access, load, load_copied, prefetch, whole
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.kernels.pairs import dot_pairs, pair_floats
-from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiling import Tiling
+from pa_compiler.tvmscript import inline
 
 
 def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:

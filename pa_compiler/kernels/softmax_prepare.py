@@ -4,11 +4,11 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.pairs import pair_floats, round_to_bfloat16
-from pa_compiler.kernels.script import inline
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiling import Tiling
+from pa_compiler.tvmscript import inline
 
 EMPTY_ROW_MAX = -1e30
 """row_max of a tile with no tokens. Only its row_sum, which is exactly 0, says that it is empty."""

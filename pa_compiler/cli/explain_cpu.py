@@ -1,0 +1,168 @@
+"""How a spec is compiled for a CPU, and why, in words: what cpu/explain.py found, printed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from pa_compiler.cli import printing as report
+from pa_compiler.cli import text
+from pa_compiler.cpu import tiling
+from pa_compiler.cpu.assembly import Counts, Loop, count
+from pa_compiler.cpu.explain import Explanation
+from pa_compiler.runtime import threads
+from pa_compiler.verification.cases import Case
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+PREDICTED_TOKENS = 1000
+"""Tokens of context that the predicted time is of."""
+
+_COLUMNS = {
+    "instructions": "all",
+    "fmas": "FMA",
+    "dots": "dot",
+    "arithmetic": "math",
+    "loads": "load",
+    "broadcasts": "bcast",
+    "embedded": "emb",
+    "conversions": "conv",
+    "prefetches": "pref",
+    "stack_stores": "stack",
+}
+"""The fields of Counts, and the heads of their columns."""
+
+_LEGEND = {
+    "line": "where the first of the loops begins in inspect --stage asm",
+    "n": "loops that are alike; the other numbers are of one pass through one of them",
+    "all": "instructions",
+    "FMA": "fused multiply-adds",
+    "dot": "dot products of pairs of bfloat16, two FMAs each",
+    "math": "other float32 arithmetic",
+    "load": "vectors read from memory",
+    "bcast": "broadcasts",
+    "emb": "broadcasts that are an operand of another instruction",
+    "conv": "conversions of the cache's elements to float32; or what pairs those of two tokens",
+    "pref": "prefetches",
+    "stack": "stores to the stack: registers that are spilled, and small buffers",
+}
+
+_ORDERS = {
+    None: "head tile after head tile, from scores to outputs; instructions prefetch what the next one reads",
+    "tokens": "all scores, then all outputs: groups of tokens, each through all heads",
+    "heads": "all scores, then all outputs: heads, each through the whole tile",
+}
+"""By Tiling.sweep."""
+
+
+def print_explanation(
+    console: Console, explanation: Explanation, flops: float | None = None, bandwidth: float | None = None
+) -> None:
+    """Print all of it.
+
+    Args:
+        console: Where to.
+        explanation: What explain returned.
+        flops: GFLOP/s of one core in float32; dot products of pairs of bfloat16 count as twice that.
+        bandwidth: GB/s of one core. Without both the predicted time is left out.
+    """
+    cpu = explanation.target
+    report.print_facts(
+        console,
+        [
+            *text.spec_rows(explanation.spec),
+            ("target", text.target_text(json.loads(cpu.config))),
+            ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
+            ("pipeline", explanation.pipeline),
+            ("threads", threads.from_environment().description),
+            ("strategy", f"{explanation.tiles.strategy}. {explanation.reason}"),
+            *_tile_rows(explanation),
+            *_work_rows(explanation, flops, bandwidth),
+        ],
+    )
+    _print_loops(console, explanation.loops)
+
+
+def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
+    """The tiles: of rows and tokens, and what of them lies in registers."""
+    spec, tiles, cpu = explanation.spec, explanation.tiles, explanation.target
+    if tiles.dot_pairs:
+        values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
+        read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
+    elif tiles.copy_keys:
+        read = "tiles converted to float32 in scratch, once for all their rows"
+    elif spec.dtype == "float32":
+        read = "read in place"
+    else:
+        read = "read in place, converted in registers"
+    row_tiles = text.counted(tiles.row_tiles(spec), "tile")
+    qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
+    of_all = f"in {{}} of {cpu.vector_registers} registers".format
+    return [
+        ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {text.counted(spec.group, 'row')} of a kv head"),
+        ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
+        ("KV", f"{read}, {text.counted(tiles.word_elements, 'element')} a word"),
+        ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
+        ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
+        ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of head_dim, {of_all(pv)}"),
+    ]
+
+
+def _in_turn(tiles: tiling.Tiling) -> str:
+    if tiles.group_places > 1:
+        return f"; values from {tiles.group_places} places of a group in turn"
+    return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
+
+
+def _partial(tiles: tiling.Tiling) -> str:
+    return f" x {tiles.lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
+
+
+def _work_rows(explanation: Explanation, flops: float | None, bandwidth: float | None) -> list[tuple[str, str]]:
+    """The work for a token of context, and how long it takes at the least."""
+    case = Case(explanation.spec, batch=1, seq_lens=(PREDICTED_TOKENS,))
+    intensity = case.flops / case.kv_bytes
+    work = f"{case.flops // PREDICTED_TOKENS:,} FLOPs and {case.kv_bytes // PREDICTED_TOKENS:,} bytes"
+    rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
+    if flops is None or bandwidth is None:
+        return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
+    flops *= explanation.tiles.dot_elements  # a dot product of pairs has twice the FLOPs of an FMA
+    limit = min(flops, bandwidth * intensity)
+    bound = "arithmetic" if flops <= bandwidth * intensity else "memory"
+    microseconds = case.flops / limit / 1e3
+    return [
+        *rows,
+        ("roofline", f"{limit:g} GFLOP/s, min({flops:g}, {bandwidth:g} x {intensity:g}): bound by {bound}"),
+        ("time", f"{microseconds:,.2f} us for {PREDICTED_TOKENS:,} tokens on one core, at the least"),
+    ]
+
+
+def _print_loops(console: Console, loops: list[Loop]) -> None:
+    """Print what the loops that compute consist of, those of the same make in one line, and how many others."""
+    rows: list[Sequence[str] | str] = []
+    others = len(loops)
+    for function, of_function in itertools.groupby(loops, lambda loop: loop.function):
+        alike = _alike(of_function)
+        others -= sum(map(len, alike.values()))
+        if alike:
+            rows.append(f"inner loops of {function.removeprefix('__tvm_ffi_')}")
+        for counts, lines in alike.items():
+            numbers = (lines[0], len(lines), *(getattr(counts, name) for name in _COLUMNS))
+            rows.append([str(number) for number in numbers])
+    table = text.table(("line", "n", *_COLUMNS.values()), rows)
+    rest = f"... and {text.counted(others, 'inner loop')} without float32 arithmetic."
+    report.print_text(console, f"\n{table}\n{rest}\n")
+    report.print_facts(console, list(_LEGEND.items()))
+
+
+def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
+    """The lines of loops that compute, by what they consist of."""
+    lines: dict[Counts, list[int]] = {}
+    for loop in loops:
+        counts = count(loop.code)
+        if counts.fmas or counts.dots or counts.arithmetic or counts.conversions:
+            lines.setdefault(counts, []).append(loop.line)
+    return lines

@@ -1,0 +1,293 @@
+"""The pa-compiler command. TVM is imported only by the commands that compile."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+import pa_compiler
+from pa_compiler import generate
+from pa_compiler.cli import explain_cpu, explain_cuda
+from pa_compiler.cli import library as library_cli
+from pa_compiler.cli import printing as report
+from pa_compiler.cli.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
+from pa_compiler.cpu import explain
+from pa_compiler.cuda import explain as cuda_explain
+from pa_compiler.cuda import gpus
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification import cases
+
+if TYPE_CHECKING:
+    from pa_compiler.runtime.module import Module
+
+_STDOUT = Console()
+_STDERR = Console(stderr=True)
+_POSITIVE = click.FloatRange(min=0, min_open=True)
+_LEXERS = {"tensorir": "python", "scheduled": "python", "cuda": "cuda", "host": "cpp"}
+_LEXERS |= {"llvm": "llvm", "asm": "gas", "ptx": "ptx", "sass": "text"}
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100, "show_default": True})
+@click.version_option(package_name="pa-compiler", prog_name="pa-compiler")
+def main() -> None:
+    """Compile paged attention from TensorIR to one shared library, run it, and look inside."""
+
+
+@main.command()
+@call_options
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    show_default="as many as fit in a second, 3 to 100",
+    help="Timed calls, after one to warm up.",
+)
+def run(
+    case_name: str, target: Any, pipeline: str, threads: int | None, seed: int, repeat: int | None, **_: Any
+) -> None:
+    """Compile, run on random inputs, time it, and compare with NumPy in float64.
+
+    The exit status is 1 if the result is outside the tolerance.
+    """
+    case, module = _prepare(case_name, target, pipeline, threads)
+    items = module.plan(case.context_lens)
+    report.print_header(_STDOUT, case, module, len(items))
+    report.print_plan(_STDOUT, items)
+    inputs = _make_inputs(case, seed)
+    with usage_errors():
+        out, seconds = _measure(module, case, inputs, repeat or _Repeats(3, 100, 1))
+    report.print_times(_STDOUT, case, seconds)
+    _compare(out, case, inputs)
+
+
+@main.command()
+@call_options
+@click.option(
+    "--repeat",
+    type=click.IntRange(min=1),
+    show_default="as many as fit in 3 seconds, 10 to 1000",
+    help="Timed calls, after one to warm up.",
+)
+def bench(
+    case_name: str, target: Any, pipeline: str, threads: int | None, seed: int, repeat: int | None, **_: Any
+) -> None:
+    """Time decode on a cache of huge pages, each block of which is read once a call.
+
+    The result is compared with NumPy in float64; the exit status is 1 if it is outside the tolerance.
+    """
+    case, module = _prepare(case_name, target, pipeline, threads)
+    report.print_header(_STDOUT, case, module, len(module.plan(case.context_lens)))
+    inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
+    inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
+    with usage_errors():
+        out, seconds = _measure(module, case, inputs, repeat or _Repeats(10, 1000, 3))
+    report.print_distribution(_STDOUT, case, seconds)
+    _compare(out, case, inputs)
+
+
+@main.command()
+@spec_options
+@click.option(
+    "-o", "--output", type=click.Path(dir_okay=False, path_type=Path), required=True, help="The shared library."
+)
+def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
+    """Compile a spec to one shared library, for pa_compiler.load()."""
+    spec = replace(cases.DEFAULT.spec)
+    with _step("Compiling"), usage_errors():
+        from pa_compiler import compiler
+
+        module = compiler.compile_to_save(spec, target, pipeline)
+    try:
+        module.save(output)
+    except OSError as error:
+        raise click.FileError(click.format_filename(output), error.strerror or str(error)) from error
+    if output.is_file():  # and no pipe, which may be what stdout is
+        click.echo(f"{click.format_filename(output)}: {output.stat().st_size:,} bytes")
+
+
+def _add_without_compiler(name: str) -> None:
+    """Add a command that has a parser of its own, which sees its words as they are."""
+
+    @main.command(
+        name,
+        help=library_cli.COMMANDS[name].__doc__,
+        add_help_option=False,
+        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
+    )
+    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
+    def run_it(words: tuple[str, ...]) -> None:
+        library_cli.main([name, *words])
+
+
+for _name in library_cli.COMMANDS:
+    _add_without_compiler(_name)
+
+
+@main.command()
+@spec_options
+@click.option("--stage", type=click.Choice(list(_LEXERS)), default="tensorir", help="Stage to print.")
+def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
+    """Print what one stage of the compiler produced for a spec."""
+    spec = replace(cases.DEFAULT.spec)
+    with _step("Compiling"), usage_errors():
+        from pa_compiler import compiler
+
+        texts = compiler.emit(spec, target, pipeline)
+        if stage not in texts:
+            raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")
+    report.print_code(_STDOUT, texts[stage], _LEXERS[stage])
+
+
+@main.command("explain")
+@spec_options
+@click.option("--flops", type=_POSITIVE, help="GFLOP/s of float32 of one core, for the predicted time.")
+@click.option("--bandwidth", type=_POSITIVE, help="GB/s that one core reads, for the predicted time.")
+@click.option("--gpu", type=click.Choice(list(gpus.GPUS)), help="With --target cuda: the GPU of the predicted time.")
+def explain_command(
+    target: Any, pipeline: str, flops: float | None, bandwidth: float | None, gpu: str | None, **_: Any
+) -> None:
+    """Say how a spec is compiled, and why: strategy, tiles, registers, inner loops, and the limit of the machine.
+
+    Nothing is run. The loops are those of the assembly, with the line where each begins in inspect --stage asm; for a
+    GPU the instructions of its kernels are counted.
+    """
+    spec = replace(cases.DEFAULT.spec)
+    if is_gpu(target):
+        with _step("Compiling"), usage_errors():
+            on_gpu = cuda_explain.explain(spec, target, pipeline, gpu)
+        explain_cuda.print_explanation(_STDOUT, on_gpu)
+        return
+    with _step("Compiling"), usage_errors():
+        if gpu is not None:
+            raise ValueError(f"gpu: expected --target cuda with it, got {target!r}")
+        explanation = explain.explain(spec, target, pipeline)
+    explain_cpu.print_explanation(_STDOUT, explanation, flops, bandwidth)
+
+
+@main.command("generate")
+@click.option("--check", is_flag=True, help="Write nothing: print a diff and exit with 1 if anything differs.")
+@click.option(
+    "--directory", type=click.Path(file_okay=False, path_type=Path), default="generated", help="Where the files are."
+)
+def generate_command(check: bool, directory: Path) -> None:
+    """Write generated/ again: what the compiler emits for a few named specs."""
+    with _step("Compiling"), usage_errors():
+        diff = generate.check(directory) if check else ""
+        changed = [] if check else generate.write(directory)
+    report.print_code(_STDOUT, diff, "diff")
+    if diff:
+        raise click.ClickException(f"{directory}: not what the compiler emits. To write it: pa-compiler generate")
+    for path in changed:
+        click.echo(directory / path)
+    click.echo(f"{directory}: as the compiler emits it")
+
+
+@main.group("cache")
+def cache_command() -> None:
+    """Look after the compiled modules that are kept on disk."""
+
+
+@cache_command.command("dir")
+def cache_dir() -> None:
+    """Print where compiled modules are kept: PA_CACHE_DIR, else the user's cache directory."""
+    from pa_compiler import store as cache
+
+    with usage_errors():
+        click.echo(click.format_filename(cache.directory()))
+
+
+@cache_command.command("clear")
+def cache_clear() -> None:
+    """Delete all compiled modules."""
+    from pa_compiler import store as cache
+
+    with usage_errors():
+        cache.clear()
+
+
+@contextlib.contextmanager
+def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None]]:
+    """Show on stderr that something is going on: a bar on a terminal, a line elsewhere."""
+    if not _STDERR.is_terminal:
+        _STDERR.print(f"{label} ...")
+        yield lambda count: None
+        return
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=_STDERR, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
+def _check_memory(case: cases.Case) -> None:
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    # The comparison holds the caches and one more copy of the values.
+    needed = case.cache_bytes * 3 // 2
+    if needed > memory:
+        raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
+
+
+def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
+    with _step("Compiling"), usage_errors():
+        return pa_compiler.compile(spec, target, pipeline)
+
+
+def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
+    """The case that the options give, and its module."""
+    check_cpu(target)
+    base = cases.CASES.get(case_name, cases.DEFAULT)
+    case = replace(base, spec=replace(base.spec))
+    _check_memory(case)
+    module = _compile(case.spec, target, pipeline)
+    if threads is not None:
+        module.num_threads = threads
+    return case, module
+
+
+def _make_inputs(
+    case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray] | None = None
+) -> cases.Inputs:
+    elements = case.batch * case.spec.num_heads * case.spec.head_dim
+    elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
+    with _step("Making the inputs", elements) as advance:
+        return cases.make_inputs(case, seed, advance, caches)
+
+
+class _Repeats(NamedTuple):
+    """How often a call is timed: as often as fits in some seconds, within limits."""
+
+    least: int
+    most: int
+    seconds: float
+
+
+def _measure(
+    module: Module, case: cases.Case, inputs: cases.Inputs, repeats: int | _Repeats
+) -> tuple[Any, list[float]]:
+    """Run once to warm up, then time each of the repeats. No bar: it would take time from what is measured."""
+
+    def timed() -> float:
+        start = time.perf_counter()
+        module.decode(*inputs, case.scale, out)
+        return time.perf_counter() - start
+
+    out = module.decode(*inputs, case.scale)
+    first = timed()
+    if isinstance(repeats, _Repeats):
+        repeats = min(repeats.most, max(repeats.least, int(repeats.seconds / max(first, 1e-9))))
+    return out, [timed() for _ in range(repeats)]
+
+
+def _compare(out: Any, case: cases.Case, inputs: cases.Inputs) -> None:
+    """Compare with the reference, print PASS or FAIL, and exit with 1 after the latter."""
+    with _step("Comparing with NumPy in float64", case.batch) as advance:
+        errors = cases.compare(out, case, inputs, advance)
+    if not report.print_errors(_STDOUT, case, errors):
+        sys.exit(1)

@@ -1,0 +1,179 @@
+"""Options that several commands take, and what becomes of their values."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, TypeVar
+
+import click
+from click.core import ParameterSource
+
+from pa_compiler.compiler import PIPELINES
+from pa_compiler.cpu.target import KINDS, normalize
+from pa_compiler.spec import DTYPES, KV_LAYOUTS
+from pa_compiler.verification import cases
+
+_Record = TypeVar("_Record", bound=Any)
+
+
+class SeqLens(click.ParamType):
+    """Lengths in tokens with commas between them."""
+
+    name = "LENGTHS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[int, ...]:
+        """Parse an option's value."""
+        try:
+            lengths = tuple(int(part) for part in value.split(","))
+        except ValueError:
+            lengths = ()
+        if not lengths or not all(0 <= length < 2**31 for length in lengths):
+            self.fail(f"expected lengths of 0 or more with commas between them, such as 33,64,17,128, got {value!r}")
+        return lengths
+
+
+class Target(click.ParamType):
+    """llvm, the name of a CPU, cuda, the name of a GPU's architecture, or a TVM target as JSON."""
+
+    name = "TARGET"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | dict[str, Any]:
+        """Parse an option's value."""
+        if value in KINDS:
+            return value
+        if value.startswith("sm_"):
+            return {"kind": "cuda", "arch": value}
+        if not value.startswith("{"):
+            return {"kind": "llvm", "mcpu": value}
+        try:
+            return dict(json.loads(value))
+        except ValueError as error:
+            self.fail(f"expected llvm, cuda, the name of a CPU or a GPU, or a target as JSON, got {value!r}: {error}")
+
+
+def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add an option for each field of the spec, and --target and --pipeline."""
+    integers = {
+        "num_heads": "Query heads, a multiple of --num-kv-heads.",
+        "num_kv_heads": "Heads of the caches.",
+        "head_dim": "Elements of one head.",
+        "block_size": "Tokens in one block of the cache.",
+        "head_tile": "Query heads that a kernel takes at a time, a power of two.",
+        "batch_chunk": "Sequences of one chunk.",
+    }
+    names = {
+        "dtype": (DTYPES, "Type of query, key_cache and value_cache."),
+        "out_dtype": (DTYPES, "Type of out."),
+        "kv_layout": (KV_LAYOUTS, "Layout of the caches."),
+    }
+
+    def option(field: str, kind: Any, text: str) -> Callable[[Any], Any]:
+        return click.option(_flag(field), type=kind, default=getattr(cases.DEFAULT.spec, field), help=text)
+
+    decorators = [option(field, int, text) for field, text in integers.items()]
+    decorators += [option(field, click.Choice(choices), text) for field, (choices, text) in names.items()]
+    decorators += [
+        click.option(
+            "--target",
+            type=Target(),
+            default="llvm",
+            help="llvm for this CPU, the name of a CPU such as x86-64-v3, cuda for a GPU, the name of a GPU's "
+            "architecture such as sm_80, or a TVM target as JSON.",
+        ),
+        click.option("--pipeline", type=click.Choice(PIPELINES), default="fused"),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def call_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    """Add the options of a call of decode: --case, the spec's, and those of what it is called with."""
+    default = cases.DEFAULT
+    decorators: list[Callable[[Any], Any]] = [
+        click.option(
+            "--case", "case_name", type=click.Choice(list(cases.CASES)), help="Start from one of the seed's cases."
+        ),
+        spec_options,
+        click.option("--batch", type=click.IntRange(min=0), default=default.batch, help="Sequences."),
+        click.option(
+            "--seq-len",
+            "seq_lens",
+            type=SeqLens(),
+            default=",".join(map(str, default.seq_lens)),
+            envvar="PA_SEQ_LEN",
+            show_envvar=True,
+            help="Tokens of each sequence. A shorter list is repeated to fill the batch, a longer one is cut.",
+        ),
+        click.option(
+            "--max-model-len",
+            type=click.IntRange(min=1),
+            show_default="the longest length",
+            help="Tokens that one row of block_table can name.",
+        ),
+        click.option(
+            "--scale", type=float, show_default="1/sqrt(head_dim); 1 with --case", help="Factor of the scores."
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=1),
+            envvar="PA_NUM_THREADS",
+            show_envvar=True,
+            show_default="the CPUs of this process",
+            help="Threads that share the work.",
+        ),
+        click.option("--seed", type=click.IntRange(min=0), default=0, help="Seed of the inputs."),
+    ]
+    for decorator in reversed(decorators):
+        command = decorator(command)
+    return command
+
+
+def replace(base: _Record, **changes: Any) -> _Record:
+    """Replace fields of a spec or a case by changes and by the options of this command that the user gave."""
+    ctx = click.get_current_context()
+    fields = {field.name for field in dataclasses.fields(base)} - changes.keys()
+    given = {name for name in fields & ctx.params.keys() if ctx.get_parameter_source(name) != ParameterSource.DEFAULT}
+    with usage_errors():
+        return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
+
+
+def is_gpu(target: Any) -> bool:
+    """Whether a target is a GPU."""
+    with usage_errors():
+        return bool(normalize(target)["kind"] == "cuda")
+
+
+def check_cpu(target: Any) -> None:
+    """Refuse the target of a GPU, for a command that runs NumPy's arrays."""
+    if is_gpu(target):
+        command = click.get_current_context().info_name
+        with usage_errors():
+            raise ValueError(
+                f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU"
+            )
+
+
+def _flag(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+@contextlib.contextmanager
+def usage_errors() -> Iterator[None]:
+    """Show the API's errors without a traceback; one about a value that an option gave names the option."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        name, _, rest = str(error).partition(": ")
+        ctx = click.get_current_context()
+        for param in ctx.command.params:
+            if param.name == name:
+                raise click.BadParameter(rest, ctx, param) from error
+        raise
+    except (ImportError, OSError, RuntimeError) as error:
+        if type(error).__module__ != "builtins":  # TVM's own: a defect of the compiler, where the traceback helps
+            raise
+        raise click.ClickException(str(error)) from error

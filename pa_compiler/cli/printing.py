@@ -1,0 +1,145 @@
+"""What the pa-compiler command prints."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from pa_compiler.cli import text
+from pa_compiler.cli.text import counted
+from pa_compiler.verification.cases import Case, Errors
+from pa_compiler.verification.tolerances import tolerance
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from pa_compiler.interface import WorkItem
+    from pa_compiler.runtime.module import Module
+
+_LONG_PLAN = 12
+_SHOWN_OF_LONG_PLAN = 6
+
+
+def print_header(console: Console, case: Case, module: Module, num_items: int) -> None:
+    """Print the spec, what it is compiled for, and the size of the call."""
+    spec, target = case.spec, module.target
+    lens = case.context_lens
+    lengths = f" of {_between(lens)} tokens" if case.batch else ""
+    print_facts(
+        console,
+        [
+            *text.spec_rows(spec),
+            ("target", text.target_text(target)),
+            ("pipeline", f"{module.pipeline}, {counted(module.num_threads, 'thread')}"),
+            ("call", f"{counted(case.batch, 'sequence')}{lengths}, {counted(case.num_tokens, 'token')} in all"),
+            ("plan", counted(num_items, "work item")),
+        ],
+    )
+
+
+def print_plan(console: Console, items: Sequence[WorkItem]) -> None:
+    """Print the work items: all of a short plan, the first few and a summary of a long one."""
+    shown = items if len(items) <= _LONG_PLAN else items[:_SHOWN_OF_LONG_PLAN]
+    rows = [
+        (
+            str(index),
+            _range(item.batch_start, item.batch_start + item.num_seqs),
+            _range(item.block_begin, item.block_end),
+            f"{item.num_tokens:,}",
+        )
+        for index, item in enumerate(shown)
+    ]
+    lines = ["", *text.table(("item", "sequences", "blocks", "tokens"), rows, gap=2).splitlines()]
+    if len(items) > len(shown):
+        tokens = _between([item.num_tokens for item in items])
+        lines.append(f"... and {len(items) - len(shown):,} more; {tokens} tokens an item")
+    print_text(console, "\n  ".join(lines) + "\n")
+
+
+def print_times(console: Console, case: Case, seconds: Sequence[float]) -> None:
+    """Print the median time of a call and the rates that it means."""
+    median = statistics.median(seconds)
+    print_facts(
+        console,
+        [
+            ("time", f"{_time(median)}, median of {len(seconds)} ({_time(min(seconds))} to {_time(max(seconds))})"),
+            ("rate", f"{case.flops / median / 1e9:.1f} GFLOP/s, {case.kv_bytes / median / 1e9:.2f} GB/s of KV read"),
+        ],
+    )
+
+
+def print_distribution(console: Console, case: Case, seconds: Sequence[float]) -> None:
+    """Print the median and the 10th and 90th percentiles of the time of a call, and of the rates that they mean."""
+    low, median, high = np.percentile(seconds, [10, 50, 90])
+
+    def rates(amount: int, digits: int) -> str:
+        return (
+            f"{amount / median / 1e9:.{digits}f} ({amount / high / 1e9:.{digits}f} to {amount / low / 1e9:.{digits}f})"
+        )
+
+    print_facts(
+        console,
+        [
+            ("time", f"{_time(median)}, median of {len(seconds)}; 10 % to 90 %: {_time(low)} to {_time(high)}"),
+            ("GFLOP/s", rates(case.flops, 1)),
+            ("GB/s", f"{rates(case.kv_bytes, 2)}, of {case.kv_bytes / 1e6:,.3f} MB of KV a call"),
+        ],
+    )
+
+
+def print_errors(console: Console, case: Case, errors: Errors) -> bool:
+    """Print the error against the reference, and PASS or FAIL; return whether it passed."""
+    passed = errors.of_tolerance <= 1
+    of_out, of_magnitude = tolerance(case.spec, case.longest)
+    bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
+    print_facts(
+        console,
+        [
+            ("error", f"{errors.largest:.2e} at most, against NumPy in float64"),
+            ("bound", f"{bound}, of which {errors.of_tolerance:.2g} is used"),
+            ("result", "PASS" if passed else "FAIL: the error is over the bound"),
+        ],
+    )
+    return passed
+
+
+def print_code(console: Console, code: str, lexer: str) -> None:
+    """Print text with colours on a terminal, and byte for byte elsewhere. Lines are never cut."""
+    if console.is_terminal:
+        from rich.syntax import Syntax
+
+        console.print(Syntax(code, lexer, background_color="default").highlight(code), soft_wrap=True, end="")
+    else:
+        console.file.write(code)
+
+
+def print_facts(console: Console, rows: Sequence[tuple[str, str]]) -> None:
+    """Print labels, and beside each its text, as wide as the terminal is."""
+    print_text(console, text.facts(rows, console.width))
+
+
+def print_text(console: Console, lines: str) -> None:
+    """Print lines as they are, longer ones too; on a terminal with labels in bold, and verdicts in colours."""
+    styled = console.render_str(lines, markup=False, emoji=False, highlight=True)
+    styled.highlight_regex(r"(?m)^\w.{,7}(?=  )", "bold")
+    styled.highlight_words(["PASS"], "bold green")
+    styled.highlight_words(["FAIL"], "bold red")
+    console.print(styled, soft_wrap=True)
+
+
+def _between(numbers: Sequence[int] | np.ndarray) -> str:
+    low, high = min(numbers), max(numbers)
+    return f"{low:,}" if low == high else f"{low:,} to {high:,}"
+
+
+def _range(begin: int, end: int) -> str:
+    if end <= begin:
+        return "none"
+    return str(begin) if end - begin == 1 else f"{begin}-{end - 1}"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds * 1e3:,.3f} ms" if seconds < 0.1 else f"{seconds:,.3f} s"

@@ -1,0 +1,1 @@
+"""The LLVM CPU target: its features, tiles, machine code and explanation."""

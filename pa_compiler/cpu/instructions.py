@@ -1,0 +1,164 @@
+"""Instructions that LLVM does not find by itself: the dot product of pairs of AVX512_BF16, vdpbf16ps.
+
+The kernels say what it computes in plain operations (kernels/pairs.py), and on any other target those are compiled.
+Here sums of that form become calls of an operation of our own, which TVM vectorizes and lowers to LLVM's intrinsic.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from pa_compiler.cpu.target import CpuTarget
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+    from tvm.ir import Expr
+    from tvm.s_tir import Schedule
+    from tvm.s_tir.schedule import SBlockRV
+
+_OP = "pa_compiler.dot_pairs"
+_BITS = {4: 128, 8: 256, 16: 512}
+"""Lanes of float32 -> bits of the vectors that there is an instruction for."""
+
+
+def select(mod: IRModule, target: CpuTarget) -> IRModule:
+    """The scheduled module with vdpbf16ps wherever a dot product of pairs is added to a sum, if the target has it.
+
+    The module given may be changed: use it no more. The instruction adds the two products one after the other, each
+    with one rounding, and takes subnormal numbers for 0.
+    """
+    if not target.dot_pairs:
+        return mod
+    from tvm.s_tir import Schedule
+
+    _register()
+    sch = Schedule(mod)
+    for variable in mod.get_global_vars():
+        sch.work_on(variable.name_hint)
+        sums = [sblock for sblock in _sblocks(sch) if _replace_sum(sch, sblock)]
+        if sums:
+            lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | _BITS.keys()
+            sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes))
+    return sch.mod
+
+
+def _sblocks(sch: Schedule) -> list[SBlockRV]:
+    """All sblocks of the function that the schedule works on."""
+    found = [sch.get_sblock("root")]
+    for sblock in found:
+        found += sch.get_child_blocks(sblock)
+    return found
+
+
+def _vectorized(sch: Schedule, sblock: SBlockRV) -> set[int]:
+    """The extents of vectorized loops around an sblock."""
+    from tvm.tirx import ForKind
+
+    loops = [sch.get(loop) for loop in sch.get_loops(sblock)]
+    return {int(loop.extent) for loop in loops if loop.kind == ForKind.VECTORIZED}
+
+
+def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
+    """Let an sblock that adds a dot product of pairs call the operation; whether it is one."""
+    import tvm_ffi
+    from tvm.ir import Call
+    from tvm.s_tir import SBlock
+    from tvm.tirx import Add, BufferStore, LShift, Mul
+
+    from pa_compiler.kernels.pairs import dot_pairs
+
+    old = sch.get(sblock)
+    match old.body:
+        case BufferStore(
+            value=Add(a=total, b=Add(a=Mul(a=Call(args=[LShift(a=a)]), b=Call(args=[LShift(a=b)]))) as product)
+        ) if tvm_ffi.structural_equal(product, dot_pairs(a, b)):
+            pass
+        case _:
+            return False
+    call = Call(_OP, [total, a, b], ret_ty="float32")
+    store = BufferStore(old.body.buffer, call, old.body.indices)
+    new = SBlock(
+        old.iter_vars, old.reads, old.writes, old.name_hint, store, old.init, old.alloc_buffers, old.match_buffers,
+        old.annotations,
+    )  # fmt: skip
+    sch.state.replace(sch.get_sref(sblock), new, {old: new})
+    return True
+
+
+@functools.cache
+def _register() -> None:
+    """Tell TVM of the operation: (sum, a, b) -> sum + dot_pairs(a, b), lane by lane."""
+    import tvm_ffi
+    from tvm.ir import register_op_attr
+    from tvm.tirx.op import register_intrin_lowering
+
+    pure = 1
+    tvm_ffi.get_global_func("ir.RegisterOp")(_OP, "sum + dot_pairs(a, b)")
+    register_op_attr(_OP, "TVectorizable", True)
+    register_op_attr(_OP, "TCallEffectKind", pure)
+    register_intrin_lowering(_OP, "llvm", f=_lower)
+
+
+def _lower(call: Expr) -> Expr:
+    """The instruction for whole vectors, plain operations for single lanes."""
+    from tvm.tirx import call_pure_extern
+
+    from pa_compiler.kernels.pairs import dot_pairs
+
+    total, a, b = call.args
+    lanes = total.ty.dtype.lanes
+    if lanes == 1:
+        return total + dot_pairs(a, b)
+    return call_pure_extern(f"float32x{lanes}", _name(lanes), total, a, b)
+
+
+def _definitions(lanes: Iterable[int]) -> str:
+    """LLVM's text of the functions that are called, inlined: TVM passes no bfloat16 vectors to an intrinsic."""
+    return " ".join([_instructions(), *map(_in_parts, sorted(set(lanes) - _BITS.keys()))])
+
+
+def _instructions() -> str:
+    return " ".join(
+        f"declare <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
+        f"(<{lanes} x float>, <{2 * lanes} x bfloat>, <{2 * lanes} x bfloat>) "
+        f"define <{lanes} x float> @{_name(lanes)}(<{lanes} x float> %sum, <{lanes} x i32> %a, <{lanes} x i32> %b) "
+        "alwaysinline nounwind { "
+        f"%x = bitcast <{lanes} x i32> %a to <{2 * lanes} x bfloat> "
+        f"%y = bitcast <{lanes} x i32> %b to <{2 * lanes} x bfloat> "
+        f"%r = call <{lanes} x float> @llvm.x86.avx512bf16.dpbf16ps.{bits}"
+        f"(<{lanes} x float> %sum, <{2 * lanes} x bfloat> %x, <{2 * lanes} x bfloat> %y) "
+        f"ret <{lanes} x float> %r }}"
+        for lanes, bits in _BITS.items()
+    )
+
+
+def _in_parts(lanes: int) -> str:
+    """The function for longer vectors, which takes them apart into the longest that there is an instruction for."""
+    part = math.gcd(lanes, max(_BITS))
+    floats, words = f"<{lanes} x float>", f"<{lanes} x i32>"
+    of_floats, of_words = f"<{part} x float>", f"<{part} x i32>"
+    insert = f"@llvm.vector.insert.v{lanes}f32.v{part}f32"
+    extract = {name: f"@llvm.vector.extract.v{part}{name}.v{lanes}{name}" for name in ("f32", "i32")}
+    steps, result = "", "poison"
+    for at in range(0, lanes, part):
+        steps += (
+            f"%s{at} = call {of_floats} {extract['f32']}({floats} %sum, i64 {at}) "
+            f"%a{at} = call {of_words} {extract['i32']}({words} %a, i64 {at}) "
+            f"%b{at} = call {of_words} {extract['i32']}({words} %b, i64 {at}) "
+            f"%p{at} = call {of_floats} @{_name(part)}({of_floats} %s{at}, {of_words} %a{at}, {of_words} %b{at}) "
+            f"%r{at} = call {floats} {insert}({floats} {result}, {of_floats} %p{at}, i64 {at}) "
+        )
+        result = f"%r{at}"
+    return (
+        f"declare {of_floats} {extract['f32']}({floats}, i64) declare {of_words} {extract['i32']}({words}, i64) "
+        f"declare {floats} {insert}({floats}, {of_floats}, i64) "
+        f"define {floats} @{_name(lanes)}({floats} %sum, {words} %a, {words} %b) alwaysinline nounwind "
+        f"{{ {steps}ret {floats} {result} }}"
+    )
+
+
+def _name(lanes: int) -> str:
+    return f"pa_dot_pairs_{lanes}"

@@ -1,0 +1,1 @@
+"""The CUDA target: its tiles, kernels with explicit threads, machine code, host and modules."""

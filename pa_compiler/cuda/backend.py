@@ -1,0 +1,123 @@
+"""The pipeline of the CUDA target: spec -> kernels -> CUDA C -> machine code, and a host around it, in one library."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+from pa_compiler import commands, interrupts
+from pa_compiler.cuda import build as cuda_build
+from pa_compiler.cuda import host as cuda_host
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.runtime import versions
+from pa_compiler.spec import PagedAttentionSpec
+
+ENTRY_POINTS = ("decode", "append_kv", "check_status")
+
+_VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
+"""The environment variables that change what nvcc makes of its arguments."""
+
+# TVM is imported inside the functions that compile, as in compiler.py.
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """What is known without nvcc: the text of each stage by its name, the kernels in CUDA C and the host among them."""
+
+    texts: dict[str, str]
+
+    @property
+    def cuda(self) -> str:
+        """The kernels."""
+        return self.texts["cuda"]
+
+    @property
+    def host(self) -> str:
+        """The host, C++."""
+        return self.texts["host"]
+
+
+def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused") -> Lowered:
+    """spec -> kernels -> CUDA C -> host; in the staged pipeline, with schedules before the CUDA C.
+
+    Raises:
+        ValueError: the target has no kernel for the spec.
+        ImportError, RuntimeError: there is no TVM, or one of another version.
+    """
+    versions.check_compiler()
+    from pa_compiler.cpu import build
+    from pa_compiler.cuda.kernels import launches as cuda
+
+    if pipeline == "staged":
+        return _lower_staged(spec, target)
+    tiles = cuda_tiling.choose(spec, target.arch)
+    mod = cuda.build(spec, tiles)
+    texts = {"tensorir": build.script(mod)}  # now: what follows may change the PrimFuncs that it is given
+    texts["cuda"] = cuda_build.emit(mod, target.arch)
+    texts["host"] = cuda_host.render_fused(spec, tiles, target, texts["cuda"], cuda.launches(spec, tiles))
+    return Lowered(texts)
+
+
+def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
+    from tvm import IRModule
+
+    from pa_compiler.cpu import build
+    from pa_compiler.cuda.kernels import launches as cuda
+    from pa_compiler.schedules import schedule
+
+    tiles = cuda_tiling.staged(spec)
+    stages, others = cuda.build_staged(spec, tiles)
+    mod = IRModule({**stages.functions, **others.functions})
+    texts = {"tensorir": build.script(mod)}
+    mod = IRModule({**schedule(stages, tiles).functions, **others.functions})
+    texts["scheduled"] = build.script(mod)
+    texts["cuda"] = cuda_build.emit(mod, target.arch)
+    texts["host"] = cuda_host.render_staged(spec, tiles, target, texts["cuda"], cuda.staged_launches())
+    return Lowered(texts)
+
+
+def machine_texts(lowered: Lowered, target: CudaTarget, directory: Path) -> dict[str, str]:
+    """The stages that nvcc makes, by their names."""
+    return _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
+
+
+def build_library(
+    spec: PagedAttentionSpec, target: CudaTarget, pipeline: str, scratch: Path
+) -> tuple[Path, dict[str, str]]:
+    """Lower, compile and link; the library, which lies in scratch, and the texts of the stages.
+
+    Raises:
+        RuntimeError: there is no C++ compiler or no nvcc, or one of them refuses the code.
+    """
+    from pa_compiler.cpu import build
+
+    lowered = lower(spec, target, pipeline)
+    interrupts.check()
+    with build.compiling_host(lowered.host, scratch) as compiling:  # while nvcc works
+        cubin = cuda_build.assemble(lowered.cuda, target.arch, scratch)
+        image = cuda_build.fatbin(cubin, target.arch, scratch)
+        library = build.link(compiling, cuda_build.embed(image, scratch), scratch, ENTRY_POINTS)
+    return library, lowered.texts | _machine_texts(cubin, scratch)
+
+
+def inputs() -> dict[str, object]:
+    """What a build depends on besides the spec, the target, and what a build for a CPU depends on.
+
+    Raises:
+        RuntimeError: there is no nvcc.
+    """
+    programs = (cuda_build.find_tool(name) for name in ("ptxas", "nvdisasm"))
+    return {
+        "nvcc": commands.identity(cuda_build.nvcc()),
+        "toolkit": [commands.identity([path]) if path else None for path in programs],
+        "nvcc variables": {name: os.environ[name] for name in _VARIABLES if name in os.environ},
+    }
+
+
+def _machine_texts(cubin: cuda_build.Cubin, directory: Path) -> dict[str, str]:
+    texts = {"ptx": cubin.ptx}
+    if cuda_build.find_tool("nvdisasm"):
+        texts["sass"] = cuda_build.disassembly(cubin, directory)
+    return texts

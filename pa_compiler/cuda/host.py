@@ -1,0 +1,109 @@
+"""spec + tiles + emitted kernels -> the C++ of the CUDA target's host, through templates/."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NamedTuple
+
+from pa_compiler import host
+from pa_compiler.cpu.tiling import Tiling
+from pa_compiler.cuda.build import Parameter, parameters
+from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.cuda.tiling import CHUNK_BYTES, WAVES, CudaTiling
+from pa_compiler.interface import CHECKS, REPORT_CODES, REPORT_FIELDS
+from pa_compiler.spec import PagedAttentionSpec
+
+if TYPE_CHECKING:
+    from pa_compiler.cuda.kernels.launches import Launch
+
+_MAX_BLOCKS = 1 << 30
+"""Thread blocks of a launch, at most, before those of extra work items; a GPU takes twice as many."""
+
+_TYPES = {"int": "int32_t", "int64_t": "int64_t", "float": "float"}
+"""What the host passes for a parameter that is no pointer."""
+
+APPEND_KERNELS = ("cuda_check_slots", "cuda_append_kv")
+
+
+class _Kernel(NamedTuple):
+    """A kernel as the templates see it: blocks is a C++ expression of its parameters' names."""
+
+    name: str
+    parameters: list[Parameter]
+    blocks: str
+    threads: int
+    shared_bytes: int
+
+
+def render_fused(
+    spec: PagedAttentionSpec, tiling: CudaTiling, target: CudaTarget, source: str, launches: Mapping[str, Launch]
+) -> str:
+    """The text of host.cc for the fused pipeline.
+
+    Args:
+        spec: What is compiled.
+        tiling: What cuda_tiling.choose chose.
+        target: The GPU.
+        source: The emitted CUDA C, which says in which order kernels take their parameters.
+        launches: How each kernel is launched.
+    """
+    return _render(
+        spec,
+        "fused",
+        target,
+        _kernels(source, launches),
+        head_tiles=tiling.head_tiles(spec),
+        max_batch=_MAX_BLOCKS // spec.num_heads,
+        waves=WAVES,
+    )
+
+
+def render_staged(
+    spec: PagedAttentionSpec, tiling: Tiling, target: CudaTarget, source: str, launches: Mapping[str, Launch]
+) -> str:
+    """The same for the staged pipeline, of what cuda_tiling.staged gave."""
+    return _render(spec, "staged", target, _kernels(source, launches), tiling=tiling, max_batch=_MAX_BLOCKS)
+
+
+def _kernels(source: str, launches: Mapping[str, Launch]) -> dict[str, _Kernel]:
+    return {
+        name: _Kernel(name, [_passed(parameter) for parameter in parameters(source, name)], *launch)
+        for name, launch in launches.items()
+    }
+
+
+def _render(
+    spec: PagedAttentionSpec, pipeline: str, target: CudaTarget, kernels: dict[str, _Kernel], **values: object
+) -> str:
+    append = [kernel for name, kernel in kernels.items() if name in APPEND_KERNELS]
+    decode = [kernel for name, kernel in kernels.items() if name not in APPEND_KERNELS]
+    return host.render_template(
+        "cuda_host.cc.j2",
+        spec,
+        host.describe(spec, pipeline),
+        pipeline=pipeline,
+        arch=target.arch,
+        capability=target.capability,
+        exact_arch=not target.portable,
+        kernels=kernels,
+        decode_parameters=_together(decode),
+        append_parameters=_together(append),
+        checks=[f"check_{name}" for name in CHECKS],
+        report_codes=REPORT_CODES,
+        report_fields=REPORT_FIELDS,
+        word_elements=1,
+        cache_alignment=CHUNK_BYTES,
+        **values,
+    )
+
+
+def _passed(parameter: Parameter) -> Parameter:
+    """A parameter with the type in which the host passes it."""
+    if parameter.type.endswith("*"):
+        return Parameter(parameter.name, "CUdeviceptr")
+    return Parameter(parameter.name, _TYPES[parameter.type])
+
+
+def _together(kernels: Iterable[_Kernel]) -> list[Parameter]:
+    """The parameters of some kernels, each once: those of one name have one value."""
+    return sorted({parameter for kernel in kernels for parameter in kernel.parameters}, key=lambda each: each.name)

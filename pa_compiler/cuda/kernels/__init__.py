@@ -1,0 +1,1 @@
+"""TensorIR with explicit threads: what a GPU computes. No schedule follows."""

@@ -1,0 +1,152 @@
+"""Checks of indices on the GPU, for check="device": a status word says what was wrong, and nothing waits for it.
+
+The word belongs to one call and is 0 where all is well. Otherwise it is VIOLATION - (2 * position + kind), of the
+lowest position that is wrong: kernels that find a word other than 0 leave everything as it is. The last kernel of the
+call then writes a report, int64 with the REPORT_FIELDS of interface.py, to memory that the host reads when it likes:
+the sequence or token, the position in the sequence's row of block_table, the value found, and the limit that it broke.
+The code, one of REPORT_CODES, is written last, with all the others in place for whoever sees it.
+"""
+
+from collections.abc import Callable
+
+from tvm.script import tirx as T
+from tvm.tirx import PrimFunc
+
+from pa_compiler.cuda.tiling import CHECK_THREADS, WARP
+from pa_compiler.interface import REPORT_CODES, REPORT_FIELDS
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tvmscript import inline
+
+VIOLATION = 0x7FFFFFFF
+
+BAD_LENGTH, BAD_BLOCK = 0, 1
+"""Kinds, where the position is a sequence: its context_len is outside [0, max_blocks * block_size], or it names a block
+outside [0, num_blocks) for one of its tokens."""
+
+BAD_SLOT = 0
+"""Kind, where the position is a token: its slot is neither -1 nor in [0, num_blocks * block_size)."""
+
+LENGTH_CODE, BLOCK_CODE, SLOT_CODE = map(REPORT_CODES.index, ("context_len", "block_id", "slot"))
+"""Codes of a report."""
+
+CODE, INDEX, POSITION, VALUE, LIMIT = map(REPORT_FIELDS.index, ("code", "index", "position", "value", "limit"))
+"""Where its fields are."""
+
+_RAISE = "red.relaxed.gpu.global.max.s32"
+_PUBLISH = "st.release.sys.global.b64"
+
+
+def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
+    """Blocks [batch] of CHECK_THREADS threads: context_lens and block_table, before cuda_decode.
+
+    block_table: int32 span of [batch, max_blocks] with stride table_seq. context_lens: int32 [batch]. Entries of the
+    table past a sequence's last token may be anything.
+    """
+    block_size = spec.block_size
+
+    @T.prim_func
+    def cuda_check(
+        block_table_handle: T.handle,
+        context_lens_handle: T.handle,
+        status_handle: T.handle,
+        table_seq: T.int64,
+        batch: T.int32,
+        max_blocks: T.int32,
+        num_blocks: T.int64,
+    ):
+        table_span, length_span, status_span = T.int64(), T.int64(), T.int64()
+        block_table = T.match_buffer(block_table_handle, (table_span,), "int32")
+        context_lens = T.match_buffer(context_lens_handle, (length_span,), "int32")
+        status = T.match_buffer(status_handle, (status_span,), "int32")
+        T.device_entry()
+        cta = T.cta_id([batch])
+        warp_id = T.warp_id([CHECK_THREADS // WARP])
+        lane_id = T.lane_id([WARP])
+        thread: T.int32 = warp_id * WARP + lane_id
+        seq: T.int32 = cta
+        length: T.int64 = T.Cast("int64", context_lens[seq])
+        if (length < T.int64(0)) | (length > T.Cast("int64", max_blocks) * T.int64(block_size)):
+            if thread == 0:
+                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
+        else:
+            used: T.int32 = T.Cast("int32", T.truncdiv(length + T.int64(block_size - 1), T.int64(block_size)))
+            for step in range(T.truncdiv(used + (CHECK_THREADS - 1), CHECK_THREADS)):
+                i: T.int32 = step * CHECK_THREADS + thread
+                if i < used:
+                    block: T.int32 = block_table[T.Cast("int64", seq) * table_seq + T.Cast("int64", i)]
+                    if (block < 0) | (T.Cast("int64", block) >= num_blocks):
+                        T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_BLOCK))
+
+    return cuda_check
+
+
+def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
+    """Blocks [ceil(num_tokens / CHECK_THREADS)] of CHECK_THREADS threads: slot_mapping, before cuda_append_kv.
+
+    slot_mapping: int64 [num_tokens]; append_kv skips a token whose slot is -1.
+    """
+    block_size = spec.block_size
+
+    @T.prim_func
+    def cuda_check_slots(
+        slot_mapping_handle: T.handle, status_handle: T.handle, num_tokens: T.int32, num_blocks: T.int64
+    ):
+        slot_span, status_span = T.int64(), T.int64()
+        slot_mapping = T.match_buffer(slot_mapping_handle, (slot_span,), "int64")
+        status = T.match_buffer(status_handle, (status_span,), "int32")
+        T.device_entry()
+        cta = T.cta_id([T.truncdiv(num_tokens + (CHECK_THREADS - 1), CHECK_THREADS)])
+        warp_id = T.warp_id([CHECK_THREADS // WARP])
+        lane_id = T.lane_id([WARP])
+        token: T.int32 = cta * CHECK_THREADS + warp_id * WARP + lane_id
+        if token < num_tokens:
+            slot: T.int64 = slot_mapping[token]
+            if (slot < T.int64(-1)) | (slot >= num_blocks * T.int64(block_size)):
+                T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * token + BAD_SLOT))
+
+    return cuda_check_slots
+
+
+def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
+    """What cuda_check found, as a report: for one thread of a kernel that has seen a status other than 0."""
+    block_size = spec.block_size
+
+    @inline
+    def stage(status, context_lens, block_table, table_seq, max_blocks, num_blocks, report):
+        found: T.int32 = VIOLATION - status[0]
+        seq: T.int64 = T.Cast("int64", T.truncdiv(found, 2))
+        length: T.int64 = T.Cast("int64", context_lens[seq])
+        code: T.int64 = T.int64(LENGTH_CODE)
+        report[INDEX] = seq
+        if T.truncmod(found, 2) == BAD_LENGTH:
+            report[VALUE] = length
+            report[LIMIT] = T.Cast("int64", max_blocks) * T.int64(block_size)
+        else:
+            code = T.int64(BLOCK_CODE)
+            i: T.int64 = T.int64(0)
+            block: T.int64 = T.Cast("int64", block_table[seq * table_seq])
+            while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(block_size) < length):
+                i = i + T.int64(1)
+                block = T.Cast("int64", block_table[seq * table_seq + i])
+            report[POSITION] = i
+            report[VALUE] = block
+            report[LIMIT] = num_blocks
+        T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
+
+    return stage
+
+
+def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:
+    """What cuda_check_slots found, as a report, like report_indices."""
+    block_size = spec.block_size
+
+    @inline
+    def stage(status, slot_mapping, num_blocks, report):
+        token: T.int64 = T.Cast("int64", T.truncdiv(VIOLATION - status[0], 2))
+        code: T.int64 = T.int64(SLOT_CODE)
+        report[INDEX] = token
+        report[VALUE] = slot_mapping[token]
+        report[LIMIT] = num_blocks * T.int64(block_size)
+        T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
+
+    return stage

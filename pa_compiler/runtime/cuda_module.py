@@ -1,0 +1,142 @@
+"""CudaModule: a compiled library for a GPU, loaded. It can be loaded, looked at and saved where there is no GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pa_compiler.interface import CHECKS
+from pa_compiler.runtime import torch_tensors
+from pa_compiler.runtime.arguments import whole_number
+from pa_compiler.runtime.module import Module
+from pa_compiler.verification import on_gpu as cuda_verify
+
+if TYPE_CHECKING:
+    import torch
+
+    from pa_compiler.verification.verify import Verification
+
+
+def _not_of_a_gpu(name: str) -> Any:
+    """A property that modules for a CPU have: reading or setting it is an AttributeError."""
+
+    def refuse(*_: object) -> NoReturn:
+        raise AttributeError(f"{name}: a module for a GPU has none")
+
+    return property(refuse, refuse)
+
+
+class CudaModule(Module):
+    """A Module for GPUs.
+
+    decode and append_kv take CUDA tensors, of torch or anything with DLPack, all on one device, and return when their
+    kernels have been launched on the caller's stream (torch's current one). Beyond what Module says of them:
+
+    - Keys, values and caches start at multiples of 16 bytes and have strides of such multiples, queries of 4 bytes.
+    - out and lse are made for torch tensors; for others they have to be given.
+    - block_table and context_lens are int32, slot_mapping int64.
+    - Caches that have blocks in common are told apart by their slots with check "host", not with "device".
+    - check says who looks at context_lens, block_table and slot_mapping, whose contents are on the GPU:
+      "device", the default: a kernel does, before the others. After a finding those write nothing; the error is raised
+      by the next call of decode or append_kv on that device, which does nothing itself, or by check_status.
+      "host": this process does, before anything is launched. It waits for the stream and for copies of them.
+      "none": nobody does. An index that is out of range reads or writes anywhere.
+      decode of the staged pipeline has no "device". Its default is "host", where it takes as many steps as the longest
+      sequence has blocks; with "none", as many as block_table has.
+
+    Nothing is copied to the host, nor waited for, with "device" and "none", and a CUDA graph can capture such calls. It
+    holds the launches for any lengths: tensors may have other contents at each replay.
+
+    Errors of the driver are RuntimeErrors, among them that there is none.
+    """
+
+    def _set_up(self) -> None:
+        """A GPU's threads are not a caller's to set."""
+
+    @property
+    def _settings(self) -> dict[str, Any]:
+        return {}
+
+    num_threads = _not_of_a_gpu("num_threads")
+    threading = _not_of_a_gpu("threading")
+    cpus = _not_of_a_gpu("cpus")
+    openmp = _not_of_a_gpu("openmp")
+
+    def check_status(self) -> None:
+        """Raise what a kernel has found wrong with an earlier call, on any device, and forget it.
+
+        Nothing is waited for: what is still to run is not seen yet, so synchronize the stream before.
+
+        Raises:
+            ValueError: a length.
+            IndexError: a block id or a slot. Each as the call itself would have raised it with check="host".
+        """
+        self._functions["check_status"]()
+
+    def empty_cache(
+        self, num_blocks: int, device: Any = "cuda", *, like: str = "torch"
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """New key and value caches of num_blocks blocks in kv_layout, all 0, as torch tensors on a device.
+
+        Raises:
+            TypeError, ValueError: num_blocks is not a whole number from 1 on, or like not "torch".
+            ImportError: there is no torch.
+        """
+        import torch
+
+        num_blocks = whole_number("num_blocks", num_blocks, 1)
+        if like != "torch":
+            raise ValueError(f"like: expected 'torch' for a GPU module, got {like!r}")
+        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
+        dtype = getattr(torch, self.spec.dtype)
+        key_cache, value_cache = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
+        return key_cache, value_cache
+
+    def plan(self, context_lens: Any) -> NoReturn:
+        """There is none to look at: the thread blocks of a GPU find their work themselves, by its number of SMs.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("plan: a GPU finds its work items itself, as a kernel starts")
+
+    def verify(
+        self,
+        seconds: float = 10,
+        *,
+        seed: int | None = None,
+        draw: int | None = None,
+        advance: Callable[[int], object] = lambda milliseconds: None,
+        device: Any = "cuda",
+    ) -> Verification:
+        """As Module.verify, on a device of torch's. Each call is made with every way to check indices.
+
+        Raises:
+            ImportError: there is no torch.
+            RuntimeError: torch finds no GPU.
+        """
+        from pa_compiler.verification import verify
+
+        on_gpu = cuda_verify.OnGpu(self, cuda_verify.TorchMemory(device))
+        return verify.verify(on_gpu, seconds, seed=seed, draw=draw, advance=advance)
+
+    def checks(self, of: str) -> tuple[str, ...]:
+        """What "decode" or "append_kv" takes for check."""
+        return ("host", "none") if (self.pipeline, of) == ("staged", "decode") else CHECKS
+
+    def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
+        choices = self.checks(of)
+        if check is None:
+            check = "device" if "device" in choices else "host"
+        if check not in choices:
+            raise ValueError(f"check: expected one of {', '.join(choices)}, got {check!r}")
+        return (CHECKS.index(check),)
+
+    def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
+        if not torch_tensors.is_tensor(query):
+            name = "lse" if len(extents) == 1 else "out"
+            raise TypeError(
+                f"{name}: expected an array to write to, since a GPU module makes them for torch tensors alone, "
+                f"got None with a query of type {type(query).__name__}"
+            )
+        return super()._new_like(query, dtype, extents)

@@ -1,0 +1,149 @@
+"""The functions of a library that take arrays, which are handed on as they are.
+
+The library checks arrays itself, so here only that is looked at which it cannot see, and more once it has refused them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Sequence
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from pa_compiler.runtime import dlpack, torch_tensors
+from pa_compiler.runtime.arguments import NUMPY_DTYPES
+from pa_compiler.spec import PagedAttentionSpec
+
+_NDARRAY, _BFLOAT16, _UINT16 = np.ndarray, NUMPY_DTYPES["bfloat16"], np.dtype(np.uint16)
+
+_ANY_INDEX = ("int32", "int64")
+"""Dtypes of indices that a CPU's library takes. Kernels for a GPU read them as they are."""
+
+
+def decode(functions: tvm_ffi.Module, spec: PagedAttentionSpec, on_gpu: bool) -> EntryPoint:
+    """decode of a library, which takes its arrays in this order, then the scale and the manner of the call."""
+    dtype, index = (spec.dtype,), ("int32",) if on_gpu else _ANY_INDEX
+    return EntryPoint(
+        functions["decode"],
+        ("out", "lse"),
+        on_gpu,
+        query=dtype,
+        key_cache=dtype,
+        value_cache=dtype,
+        block_table=index,
+        context_lens=index,
+        out=(spec.result_dtype,),
+        lse=("float32",),
+    )
+
+
+def append_kv(functions: tvm_ffi.Module, spec: PagedAttentionSpec, on_gpu: bool) -> EntryPoint:
+    """append_kv of a library, which takes its arrays in this order, then the manner of the call."""
+    dtype, index = (spec.dtype,), ("int64",) if on_gpu else _ANY_INDEX
+    return EntryPoint(
+        functions["append_kv"],
+        ("key_cache", "value_cache"),
+        on_gpu,
+        key=dtype,
+        value=dtype,
+        key_cache=dtype,
+        value_cache=dtype,
+        slot_mapping=index,
+    )
+
+
+class EntryPoint:
+    """A function of a library: takes arrays, then numbers. An array that cannot be handed over is named.
+
+    Args:
+        function: The library's.
+        written: Names of the arrays that it writes.
+        on_gpu: Whether its arrays are a GPU's.
+        dtypes: Each array's name, in order, with the names of the dtypes that it may have.
+    """
+
+    def __init__(
+        self, function: Callable[..., None], written: Collection[str], on_gpu: bool, **dtypes: Sequence[str]
+    ) -> None:
+        self._function = function
+        self._names = tuple(dtypes)
+        self._dtypes = [[NUMPY_DTYPES[name] for name in names] for names in dtypes.values()]
+        self._bfloat16 = [position for position, accepted in enumerate(self._dtypes) if _BFLOAT16 in accepted]
+        self._written = [name in written for name in dtypes]
+        self._on_gpu = on_gpu
+
+    def call(self, arrays: Sequence[Any], *values: float) -> None:
+        """Call it.
+
+        Raises:
+            TypeError, ValueError: an array is of a kind that cannot be handed over, or is not known to be writable.
+            Also what the library raises.
+        """
+        handed: Any = arrays
+        as_uint16 = 0
+        for array in arrays:
+            if type(array) is not _NDARRAY and array is not None:
+                handed = self._known(arrays)
+                break
+        # NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.
+        for position in self._bfloat16:
+            array = handed[position]
+            if type(array) is _NDARRAY and (array.dtype is _BFLOAT16 or array.dtype == _BFLOAT16):
+                if type(handed) is tuple:
+                    handed = list(handed)
+                handed[position] = array.getfield(_UINT16)  # a view, in half of view's time
+                as_uint16 |= 1 << position
+        try:
+            self._function(*handed, *values, as_uint16)
+        except (BufferError, RuntimeError, TypeError, ValueError) as error:
+            self._check_kinds(arrays)
+            tensors = [
+                None if array is None else dlpack.as_tensor(name, array, written=written)
+                for name, array, written in zip(self._names, handed, self._written, strict=True)
+            ]
+            if not isinstance(error, BufferError):
+                raise
+            self._function(*tensors, *values, as_uint16)  # NumPy's read-only arrays need more words
+
+    def _known(self, arrays: Sequence[Any]) -> Sequence[Any]:
+        """Arrays as the library can take them, the same memory, of which some are not NumPy's.
+
+        The common case comes first: dense tensors of torch, which mean what lies in memory.
+        """
+        tensor_type, on_gpu = torch_tensors.tensor_type(), self._on_gpu
+        for array in arrays:
+            if type(array) is tensor_type:
+                if array.is_neg() or array.requires_grad or (on_gpu and torch_tensors.lacks_memory(array)):
+                    break
+            elif type(array) is not _NDARRAY and array is not None:
+                break
+        else:
+            return arrays
+        return [self._looked_into(position, array) for position, array in enumerate(arrays)]
+
+    def _looked_into(self, position: int, array: Any) -> Any:
+        """An array of any kind, as the library can take it."""
+        name = self._names[position]
+        if array is None:
+            return None
+        if isinstance(array, np.ndarray):
+            if isinstance(array, np.ma.MaskedArray):
+                raise TypeError(f"{name}: expected an array without a mask, got a MaskedArray: call filled()")
+            return array.view(np.ndarray)
+        if torch_tensors.is_tensor(array):
+            torch_tensors.check(name, array)
+            return array
+        return dlpack.writable(name, array) if self._written[position] else array
+
+    def _check_kinds(self, arrays: Sequence[Any]) -> None:
+        """Check that arrays are arrays, and what the library cannot say of NumPy's and torch's."""
+        for name, array, dtypes in zip(self._names, arrays, self._dtypes, strict=True):
+            if isinstance(array, np.ndarray):
+                if array.dtype not in dtypes:
+                    accepted = " or ".join(map(str, dtypes))
+                    raise TypeError(f"{name}: expected dtype {accepted}, got {array.dtype}")
+            elif torch_tensors.is_tensor(array):
+                torch_tensors.check(name, array)
+            elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
+                raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")

@@ -1,0 +1,1 @@
+"""Comparing results with the float64 reference: cases, draws, tolerances."""

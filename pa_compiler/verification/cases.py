@@ -1,0 +1,205 @@
+"""Named cases with their inputs: what `pa-compiler run` and the tests run.
+
+The cases, their inputs and the rule for lengths are those of hw-native-sys/simpler#136, batch paged attention with
+chunking. Imports no TVM.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
+import numpy as np
+
+from pa_compiler import reference
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification.tolerances import out_bound
+
+_FILL_ELEMENTS = 1 << 22
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A spec together with the size of one call.
+
+    Attributes:
+        spec: What is compiled.
+        batch: Number of sequences.
+        seq_lens: Context lengths in tokens. A list shorter than the batch is repeated to fill it, a longer one is cut.
+        max_model_len: Tokens that one row of block_table can name; None is the longest length.
+        scale: Factor of the scores; None is 1 / sqrt(head_dim).
+    """
+
+    spec: PagedAttentionSpec
+    batch: int
+    seq_lens: tuple[int, ...]
+    max_model_len: int | None = None
+    scale: float | None = 1.0
+
+    def __post_init__(self) -> None:
+        if self.max_model_len is not None and self.longest > self.max_model_len:
+            raise ValueError(f"seq_lens: expected at most max_model_len = {self.max_model_len}, got {self.longest}")
+
+    @property
+    def context_lens(self) -> np.ndarray:
+        """int32 [batch], by the rule for seq_lens."""
+        return np.resize(np.array(self.seq_lens, dtype=np.int32), self.batch)
+
+    @property
+    def longest(self) -> int:
+        """The largest of context_lens."""
+        return int(self.context_lens.max(initial=0))
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all sequences together."""
+        return int(self.context_lens.sum(dtype=np.int64))
+
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of the caches: as many as the sequences use, at least one."""
+        return max(1, int((-(-self.context_lens.astype(np.int64) // self.spec.block_size)).sum()))
+
+    @property
+    def max_blocks(self) -> int:
+        """Width of block_table."""
+        return -(-(self.max_model_len or self.longest) // self.spec.block_size)
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of keys and values that one call has to read: each token of each sequence once."""
+        spec = self.spec
+        return 2 * self.num_tokens * spec.num_kv_heads * spec.head_dim * np.dtype(spec.dtype).itemsize
+
+    @property
+    def cache_bytes(self) -> int:
+        """Bytes of key_cache and value_cache together."""
+        spec = self.spec
+        slots = self.num_blocks * spec.block_size
+        return 2 * slots * spec.num_kv_heads * spec.head_dim * np.dtype(spec.dtype).itemsize
+
+    @property
+    def flops(self) -> int:
+        """Multiplications and additions of both matmuls; the softmax is not counted."""
+        return 4 * self.num_tokens * self.spec.num_heads * self.spec.head_dim
+
+
+def _spec(num_heads: int, head_dim: int, block_size: int) -> PagedAttentionSpec:
+    return PagedAttentionSpec(num_heads, 1, head_dim, block_size, "bfloat16", "float32")
+
+
+CASES = {
+    "Case1": Case(_spec(16, 128, 128), 256, (8192,), 32768),
+    "Case2": Case(_spec(64, 128, 64), 64, (8192,), 32768),
+    "Case3": Case(_spec(64, 256, 64), 64, (8192,), 32768),
+    "CaseSmall1": Case(_spec(16, 16, 16), 1, (33,), 256),
+    "CaseVarSeq4": Case(_spec(16, 16, 16), 4, (33, 64, 128, 15), 256),
+}
+"""The seed's cases by their names there. All have one kv head, bfloat16 inputs, float32 out and scale 1."""
+
+DEFAULT = Case(_spec(16, 128, 128), 4, (1024, 33, 4096, 515), scale=None)
+"""What `pa-compiler run` runs: it has a ragged last block, a very short sequence, and one that is split."""
+
+
+class Inputs(NamedTuple):
+    """The arrays of one call, in decode's order."""
+
+    query: np.ndarray
+    key_cache: np.ndarray
+    value_cache: np.ndarray
+    block_table: np.ndarray
+    context_lens: np.ndarray
+
+
+def make_inputs(
+    case: Case,
+    seed: int = 0,
+    advance: Callable[[int], object] = lambda elements: None,
+    caches: tuple[np.ndarray, np.ndarray] | None = None,
+) -> Inputs:
+    """Make a case's inputs as the seed does.
+
+    query and key_cache are uniform in [-0.5, 0.5), value_cache in [-1, 1), block_table in [0, num_blocks), so blocks
+    may be shared by sequences.
+
+    Args:
+        case: What to make inputs for.
+        seed: Seed of NumPy's default generator.
+        advance: Called with the number of elements that were just written, for a progress bar.
+        caches: key_cache and value_cache to fill, as Module.empty_cache makes them for case.num_blocks; new ones where
+            it is None.
+    """
+    rng = np.random.default_rng(seed)
+    spec = case.spec
+
+    def uniform(array: np.ndarray, half: float) -> np.ndarray:
+        # In pieces: float32 noise for a whole cache would take twice the cache's memory.
+        flat = array.reshape(-1)
+        for start in range(0, flat.size, _FILL_ELEMENTS):
+            piece = flat[start : start + _FILL_ELEMENTS]
+            piece[:] = (rng.random(piece.size, dtype=np.float32) - np.float32(0.5)) * np.float32(2 * half)
+            advance(piece.size)
+        return array
+
+    if caches is None:
+        shapes = (spec.key_cache_shape, spec.value_cache_shape)
+        keys, values = (np.empty((case.num_blocks, *shape[1:]), spec.dtype) for shape in shapes)
+    else:
+        keys, values = caches
+    query = uniform(np.empty((case.batch, spec.num_heads, spec.head_dim), spec.dtype), 0.5)
+    key_cache, value_cache = uniform(keys, 0.5), uniform(values, 1.0)
+    block_table = rng.integers(0, case.num_blocks, (case.batch, case.max_blocks), dtype=np.int32)
+    return Inputs(query, key_cache, value_cache, block_table, case.context_lens)
+
+
+def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
+    """A block_table that uses every block once, in random order; entries that no token needs are -1.
+
+    So a call reads all of the case's kv_bytes from memory that no other sequence has just read.
+    """
+    table = np.full((case.batch, case.max_blocks), -1, np.int32)
+    used = np.arange(case.max_blocks) < -(-case.context_lens[:, None] // case.spec.block_size)
+    table[used] = np.random.default_rng(seed).permutation(case.num_blocks)[: used.sum()]
+    return table
+
+
+class Errors(NamedTuple):
+    """How far a result is from the float64 reference."""
+
+    largest: float
+    """The largest absolute error."""
+    of_tolerance: float
+    """The largest error as a fraction of its bound: a result is right up to 1."""
+
+
+def compare(
+    out: np.ndarray, case: Case, inputs: Inputs, advance: Callable[[int], object] = lambda sequences: None
+) -> Errors:
+    """Compare a result of decode with the float64 reference, under pa_compiler.verification.tolerances.
+
+    Args:
+        out: [batch, num_heads, head_dim], what decode returned for inputs.
+        case: What inputs were made for.
+        inputs: What decode was given.
+        advance: Called with the number of sequences that were just compared, for a progress bar.
+    """
+    magnitudes = np.abs(inputs.value_cache)
+    largest = of_tolerance = 0.0
+    for i in range(case.batch):
+        one = inputs._replace(
+            query=inputs.query[i : i + 1],
+            block_table=inputs.block_table[i : i + 1],
+            context_lens=inputs.context_lens[i : i + 1],
+        )
+        layout = case.spec.kv_layout
+        oracle: Any = reference.decode(*one, case.scale, kv_layout=layout)
+        magnitude: Any = reference.decode(*one._replace(value_cache=magnitudes), case.scale, kv_layout=layout)
+        error = np.abs(out[i].astype(np.float64) - oracle[0])
+        bound = out_bound(case.spec, one.context_lens, oracle, magnitude)[0]
+        # An empty sequence has a bound of 0 and has to be met exactly. maximum keeps NaN, which passes no comparison.
+        fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+        largest, of_tolerance = np.maximum(largest, error.max()), np.maximum(of_tolerance, fraction.max())
+        advance(1)
+    return Errors(float(largest), float(of_tolerance))

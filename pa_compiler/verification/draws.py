@@ -1,0 +1,202 @@
+"""Random calls of decode and append_kv that a spec allows, with poison wherever a kernel has no business.
+
+A draw is a pure function of the spec, a seed and a number: verify() names these in place of the arrays.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
+import numpy as np
+
+from pa_compiler.interface import split_blocks
+from pa_compiler.spec import PagedAttentionSpec
+
+_ELEMENTS = 1 << 20
+"""Multiplications of a query with keys in an ordinary draw: it takes some milliseconds."""
+_LONG_DRAW = 8
+"""One draw in so many has this many times the tokens."""
+_MAX_SLOTS = 1 << 15
+_MAX_BATCH = 64
+_EDGES = (16, 128, 256)
+"""Multiples of these, of the block's size and of the length of a range are where vectors, tiles and ranges end."""
+_GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
+"""What surplus entries of block_table hold: each of them reads far away if it is used."""
+_LARGEST = {"float32": 3.4e38, "float16": 65280.0, "bfloat16": 2.0**128 - 2.0**120}
+"""Values up to which averages are promised; of float16, up to the largest that bfloat16 has too."""
+_POWERS = {"query": (-30, 91), "keys": (-30, 91), "values": (-60, 1)}
+"""Powers of two that ordinary numbers are multiplied by, from and to. Results are then as exact as without."""
+_POWERS_OF_FLOAT16 = {"query": (-6, 13), "keys": (-6, 16), "values": (-6, 1)}
+"""The same where float16 is among the types."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Draw:
+    """One call: its arrays, with the caches in NHD whatever the spec's layout, and how it is made.
+
+    Attributes:
+        query: [batch, num_heads, head_dim], dtype, with poison between the sequences.
+        keys: [num_blocks, block_size, num_kv_heads, head_dim], dtype; poison where no token is.
+        values: The same shape.
+        block_table: [batch, max_blocks], int32; garbage past the entries that a length needs.
+        context_lens: [batch], int32.
+        is_used: [num_blocks, block_size], bool: the slots that hold a token.
+        poison: What the other slots hold: NaN or an infinity.
+        scale: Factor of the scores, or None.
+        append: Whether append_kv writes the tokens into the caches.
+        one_buffer: Whether both caches lie in one buffer, block beside block.
+        give_out: Whether out is given, as a view into a larger array.
+        lse: "none", "returned" or "given", also as a view into a larger array.
+        num_threads: Threads of the call.
+        rng: For what remains to be drawn: orders and places.
+    """
+
+    query: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    block_table: np.ndarray
+    context_lens: np.ndarray
+    is_used: np.ndarray
+    poison: float
+    scale: float | None
+    append: bool
+    one_buffer: bool
+    give_out: bool
+    lse: str
+    num_threads: int
+    rng: np.random.Generator
+
+
+def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
+    """The draw of a number from a seed, both 0 or more."""
+    rng = np.random.default_rng((seed, number))
+    context_lens = _context_lens(rng, spec, _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW == _LONG_DRAW - 1 else 1))
+    block_table, is_used = _place(rng, spec, context_lens)
+    kind = (_ordinary, _huge_scores, _ends)[rng.choice(3, p=[0.5, 0.25, 0.25])]
+    query, keys, values, scale = kind(rng, spec, len(context_lens), len(is_used))
+    poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
+    keys[~is_used] = poison
+    values[~is_used] = poison
+    return Draw(
+        query=inside(query, poison, rng)[0],
+        keys=keys,
+        values=values,
+        block_table=inside(block_table, -(2**31), rng)[0],
+        context_lens=context_lens,
+        is_used=is_used,
+        poison=poison,
+        scale=scale,
+        append=bool(rng.random() < 0.5),
+        one_buffer=bool(rng.random() < 0.5),
+        give_out=bool(rng.random() < 0.5),
+        lse=str(rng.choice(["none", "returned", "given"])),
+        num_threads=int(rng.choice([1, 2, 3, 8])),
+        rng=rng,
+    )
+
+
+def inside(array: np.ndarray, filler: float, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+    """A copy of an array as a view into a larger one that is otherwise filler, and the larger one.
+
+    The view begins at any element, and its rows have any distance; the last axis stays contiguous.
+    """
+    low, high = rng.integers(0, 4, (2, array.ndim))
+    whole = np.full(low + array.shape + high, filler, array.dtype)
+    view = whole[tuple(slice(start, start + extent) for start, extent in zip(low, array.shape, strict=True))]
+    view[...] = array
+    return view, whole
+
+
+def _context_lens(rng: np.random.Generator, spec: PagedAttentionSpec, elements: int) -> np.ndarray:
+    """Lengths of 0 and 1, around the ends of blocks, tiles and ranges, and long ones, in room for elements."""
+    block, chunk = spec.block_size, spec.batch_chunk
+    slots = max(min(elements // (spec.num_heads * spec.head_dim), _MAX_SLOTS), 4 * block)
+    batch = min(int(rng.choice([0, 1, 2, 3, chunk - 1, chunk, chunk + 1, 2 * chunk + 1, 9])), _MAX_BATCH)
+    lens = np.zeros(batch, np.int32)
+    for sequence in range(batch):
+        edge = int(rng.choice([block, *_EDGES, split_blocks(spec) * block])) * int(rng.integers(1, 4))
+        lens[sequence] = min(
+            int(
+                rng.choice(
+                    [0, 1, edge - 1, edge, edge + 1, rng.integers(0, 3 * block + 1), slots ** rng.random()],
+                    p=[0.1, 0.1, 0.1, 0.15, 0.15, 0.2, 0.2],
+                )
+            ),
+            slots // block * block,
+        )
+        slots -= -(-int(lens[sequence]) // block) * block
+    return rng.permutation(lens)
+
+
+def _place(
+    rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """block_table, with its blocks anywhere in a cache that has more, and the slots that hold tokens."""
+    needed = -(-context_lens // spec.block_size)
+    num_blocks = int(needed.sum()) + int(rng.integers(1, 4))
+    table = rng.choice(_GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
+    is_needed = np.arange(table.shape[1]) < needed[:, None]
+    table[is_needed] = rng.permutation(num_blocks)[: needed.sum()]
+    whole = np.flatnonzero(context_lens >= spec.block_size)
+    if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
+        first, second = rng.choice(whole, 2, replace=False)
+        table[second, 0] = table[first, 0]
+    tokens = np.arange(table.shape[1] * spec.block_size).reshape(1, -1, spec.block_size)
+    is_used = np.zeros((num_blocks, spec.block_size), bool)
+    is_used[table[is_needed]] = (tokens < context_lens[:, None, None])[is_needed]
+    return table, is_used
+
+
+def _ordinary(
+    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
+    """query, keys, values and a scale that give scores of about 1; or of 0, where every token weighs the same."""
+    query = _uniform(rng, (batch, spec.num_heads, spec.head_dim), 4, spec.dtype)
+    keys, values = _uniform(rng, (2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim), 1, spec.dtype)
+    scale = rng.choice(np.array([None, -1 / np.sqrt(spec.head_dim), 0.0], object), p=[0.6, 0.2, 0.2])
+    return query, keys, values, scale
+
+
+def _huge_scores(
+    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
+    """The same with scores up to 4e34 that are exact in float32: ties weigh the same, and nothing cancels.
+
+    A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers.
+    """
+    query = np.zeros((batch, spec.num_heads, spec.head_dim), np.float32)
+    element = rng.integers(0, spec.head_dim, query.shape[:2])
+    np.put_along_axis(query, element[..., None], 2.0 ** rng.integers(0, 9, (*query.shape[:2], 1)), axis=-1)
+    keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)).astype(spec.dtype)
+    values = _uniform(rng, keys.shape, 1, spec.dtype)
+    return query.astype(spec.dtype), keys, values, float(2.0 ** rng.integers(0, 105))
+
+
+def _ends(
+    rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
+    """The same with numbers towards the ends of their types, and ordinary scores.
+
+    Queries and keys are small or large, and the scale takes it back: their products overflow, or vanish, if it comes
+    after them. Values are small, or as large as averages may be. In some draws many scores are -inf, or all.
+    """
+    query, keys, values, _ = _ordinary(rng, spec, batch, num_blocks)
+    powers = _POWERS if spec.wide_range else _POWERS_OF_FLOAT16
+    of_query, of_keys = (int(rng.integers(*powers[name])) for name in ("query", "keys"))
+    scale = float(rng.choice([-1, 1]) * 2.0 ** -(of_query + of_keys) / np.sqrt(spec.head_dim))
+    query, keys = query * query.dtype.type(2.0**of_query), keys * keys.dtype.type(2.0**of_keys)
+    if rng.random() < 0.5:
+        query[..., 0], scale = 2.0**of_query, abs(scale)
+        keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), 0] = -np.inf
+    types = {spec.dtype, spec.result_dtype}
+    if rng.random() < 0.5:
+        size = min(_LARGEST[name] for name in types)
+        values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))
+    else:
+        size = 2.0 ** int(rng.integers(*(_POWERS_OF_FLOAT16 if "float16" in types else _POWERS)["values"]))
+    return query, keys, (values.astype(np.float32) * np.float32(size)).astype(spec.dtype), scale
+
+
+def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: str) -> np.ndarray:
+    return ((rng.random(shape, np.float32) - np.float32(0.5)) * np.float32(2 * bound)).astype(dtype)

@@ -1,0 +1,129 @@
+"""A module for a GPU as verify() calls one: its NumPy arrays go to the GPU, and what is there afterwards comes back."""
+
+from __future__ import annotations
+
+from typing import Any, Protocol
+
+import numpy as np
+
+from pa_compiler.runtime.arguments import NUMPY_DTYPES
+
+ROW_BYTES = 16
+"""Rows on the GPU are as many bytes longer than the array's, so that none of its axes but the last is contiguous."""
+
+
+class Memory(Protocol):
+    """A GPU's memory."""
+
+    def put(self, array: np.ndarray, pad: int) -> Any:
+        """A copy of an array, aligned to 256 bytes, with pad elements between its rows."""
+
+    def get(self, tensor: Any) -> np.ndarray:
+        """A copy of what is there now."""
+
+    def synchronize(self) -> None:
+        """Wait for all that was launched."""
+
+
+class TorchMemory:
+    """The memory of one of torch's devices.
+
+    Raises:
+        ImportError: there is no torch.
+        RuntimeError: torch finds no GPU.
+    """
+
+    def __init__(self, device: Any) -> None:
+        try:
+            import torch
+        except ImportError as error:
+            raise ImportError(f"torch, by which arrays are brought to a GPU, cannot be imported: {error}") from error
+        self._torch, self._device = torch, torch.device(device)
+        if self._device.type == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError(f"device: expected a GPU that torch can use for {device}, and there is none")
+
+    def put(self, array: np.ndarray, pad: int) -> Any:
+        """As Memory.put."""
+        whole = np.zeros((*array.shape[:-1], array.shape[-1] + pad), array.dtype)
+        whole[..., : array.shape[-1]] = array
+        as_integers = self._torch.from_numpy(whole.view(f"i{array.itemsize}"))  # NumPy's bfloat16 is not torch's
+        return as_integers.to(self._device).view(getattr(self._torch, array.dtype.name))[..., : array.shape[-1]]
+
+    def get(self, tensor: Any) -> np.ndarray:
+        """As Memory.get."""
+        dtype = NUMPY_DTYPES[str(tensor.dtype).removeprefix("torch.")]
+        integers = getattr(self._torch, f"int{8 * dtype.itemsize}")
+        return tensor.contiguous().view(integers).cpu().numpy().view(dtype)
+
+    def synchronize(self) -> None:
+        """As Memory.synchronize."""
+        self._torch.cuda.synchronize(self._device)
+
+
+class OnGpu:
+    """A CudaModule behind verify.Verifiable. A call is made with every way to check indices, for the same bits."""
+
+    def __init__(self, module: Any, memory: Memory) -> None:
+        self.spec, self.num_threads = module.spec, 1
+        self._module, self._memory = module, memory
+
+    def decode(
+        self,
+        query: np.ndarray,
+        key_cache: np.ndarray,
+        value_cache: np.ndarray,
+        block_table: np.ndarray,
+        context_lens: np.ndarray,
+        scale: float | None = None,
+        out: np.ndarray | None = None,
+        *,
+        lse: np.ndarray | None = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """As Module.decode, with NumPy arrays."""
+        arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
+        arrays |= {"context_lens": context_lens}
+        arrays["out"] = np.full(query.shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
+        if return_lse and lse is None:
+            lse = np.full(query.shape[:2], np.nan, np.float32)
+        if lse is not None:
+            arrays["lse"] = lse
+        self._call("decode", arrays, scale=scale)
+        return arrays["out"] if lse is None else (arrays["out"], lse)
+
+    def append_kv(
+        self,
+        key: np.ndarray,
+        value: np.ndarray,
+        key_cache: np.ndarray,
+        value_cache: np.ndarray,
+        slot_mapping: np.ndarray,
+    ) -> None:
+        """As Module.append_kv, with NumPy arrays."""
+        arrays = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
+        self._call("append_kv", arrays | {"slot_mapping": slot_mapping})
+
+    def _call(self, function: str, arrays: dict[str, np.ndarray], **others: Any) -> None:
+        """Leave in the arrays what is on the GPU afterwards."""
+        first, *rest = (
+            (check, self._results(function, arrays, check, others)) for check in self._module.checks(function)
+        )
+        for check, results in rest:
+            for name, result in results.items():
+                if result.tobytes() != first[1][name].tobytes():
+                    raise ValueError(f"{name}: expected the same bits with check {check!r} as with {first[0]!r}")
+        for name, array in arrays.items():
+            array[...] = first[1][name]
+
+    def _results(
+        self, function: str, arrays: dict[str, np.ndarray], check: str, others: dict[str, Any]
+    ) -> dict[str, np.ndarray]:
+        vectors = ("context_lens", "slot_mapping")  # whose only axis is contiguous
+        tensors = {
+            name: self._memory.put(array, 0 if name in vectors else ROW_BYTES // array.itemsize)
+            for name, array in arrays.items()
+        }
+        getattr(self._module, function)(**tensors, **others, check=check)
+        self._memory.synchronize()
+        self._module.check_status()
+        return {name: self._memory.get(tensor) for name, tensor in tensors.items()}

@@ -1,0 +1,237 @@
+"""Module.verify: a built module against the float64 reference, on random calls that its spec allows.
+
+The oracle sees the keys and values as they were drawn, in NHD, and the module what append_kv or convert_cache made of
+them: so both of these are verified too.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+import numbers
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from pa_compiler.layout import convert_cache
+from pa_compiler.runtime.arguments import whole_number
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification import draws
+from pa_compiler.verification.draws import Draw, inside
+from pa_compiler.verification.tolerances import oracle
+
+_CACHES = ("key_cache", "value_cache")
+
+
+class Verifiable(Protocol):
+    """What verify() needs of a Module."""
+
+    spec: PagedAttentionSpec
+    num_threads: int
+
+    def decode(
+        self,
+        query: Any,
+        key_cache: Any,
+        value_cache: Any,
+        block_table: Any,
+        context_lens: Any,
+        scale: float | None = None,
+        out: Any = None,
+        *,
+        lse: Any = None,
+        return_lse: bool = False,
+    ) -> Any:
+        """As Module.decode."""
+
+    def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
+        """As Module.append_kv."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Failure:
+    """A draw whose result is wrong, and in what way."""
+
+    seed: int
+    draw: int
+    message: str
+
+    @property
+    def reproduction(self) -> str:
+        """The line that draws it again."""
+        return f"module.verify(seed={self.seed}, draw={self.draw})"
+
+
+class Errors(NamedTuple):
+    """The largest errors of one result against the reference; infinite where the result is NaN and should not be."""
+
+    absolute: float
+    """Of out in units of the call's largest value, of lse as it is."""
+    of_tolerance: float
+    """As a fraction of the bound: a result is right up to 1."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Verification:
+    """What verify() found.
+
+    Attributes:
+        seed: Of all draws.
+        draws: How many calls were made and compared.
+        seconds: How long it took.
+        out: The largest errors of out in all draws.
+        lse: The largest errors of lse. Scores are huge in some draws, and so may be its absolute error.
+        failures: The draws that failed, in order.
+    """
+
+    seed: int
+    draws: int
+    seconds: float
+    out: Errors
+    lse: Errors
+    failures: tuple[Failure, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether no draw failed."""
+        return not self.failures
+
+
+def verify(
+    module: Verifiable,
+    seconds: float = 10,
+    *,
+    seed: int | None = None,
+    draw: int | None = None,
+    advance: Callable[[int], object] = lambda milliseconds: None,
+) -> Verification:
+    """As Module.verify. It sets module.num_threads as it goes.
+
+    Raises:
+        TypeError, ValueError: a bad argument.
+        RuntimeError: this CPU cannot run the module.
+    """
+    _check(seconds, seed, draw)
+    seed = secrets.randbits(32) if seed is None else seed
+    first = draw or 0
+    failures, found = [], [{"out": Errors(0.0, 0.0), "lse": Errors(0.0, 0.0)}]
+    start = now = time.monotonic()
+    for number in itertools.count(first):
+        errors, wrong = _run(module, draws.draw(module.spec, seed, number))
+        found.append(errors)
+        if wrong:
+            failures.append(Failure(seed, number, "; ".join(wrong)))
+        before, now = now, time.monotonic()
+        advance(round(1000 * (now - before)))
+        if draw is not None or now - start >= seconds:
+            break
+    out, lse = (Errors(*map(max, zip(*(one[name] for one in found if name in one), strict=True))) for name in found[0])
+    return Verification(seed, number - first + 1, now - start, out, lse, tuple(failures))
+
+
+def _check(seconds: float, seed: int | None, draw: int | None) -> None:
+    if not isinstance(seconds, numbers.Real) or not 0 <= seconds < math.inf:
+        raise ValueError(f"seconds: expected a number from 0 on, got {seconds!r}")
+    for name, value in (("seed", seed), ("draw", draw)):
+        if value is not None:
+            whole_number(name, value, 0)
+    if draw is not None and seed is None:
+        raise ValueError(f"seed: expected the seed of draw {draw}, got None")
+
+
+def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
+    """Make one call. Returns the errors of its results by name, and what is wrong, in words."""
+    spec = module.spec
+    module.num_threads = call.num_threads
+    converted = convert_cache(call.keys, call.values, "NHD", spec.kv_layout)
+    back = convert_cache(*converted, spec.kv_layout, "NHD")
+    wrong = _differences("of convert_cache there and back", back, (call.keys, call.values))
+    key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else [cache.copy() for cache in converted]
+    out, whole_out = inside(np.full(call.query.shape, np.nan, spec.result_dtype), np.nan, call.rng)
+    lse, whole_lse = inside(np.full(call.query.shape[:2], np.nan, np.float32), np.nan, call.rng)
+    arguments = (call.query, key_cache, value_cache, call.block_table, call.context_lens)
+    try:
+        if call.append:
+            key_cache.fill(call.poison)
+            value_cache.fill(call.poison)
+            _append(module, call, key_cache, value_cache)
+            wrong += _differences("after append_kv", (key_cache, value_cache), converted)
+        before = [array.copy() for array in arguments]
+        returned = module.decode(
+            *arguments,
+            call.scale,
+            out if call.give_out else None,
+            lse=lse if call.lse == "given" else None,
+            return_lse=call.lse != "none",
+        )
+    except (IndexError, TypeError, ValueError) as error:
+        return {}, [*wrong, f"raised {type(error).__name__}: {error}"]
+    results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
+    errors = {}
+    expected = oracle(spec, call.query, call.keys, call.values, call.block_table, call.context_lens, call.scale)
+    largest = float(np.abs(call.values[call.is_used].astype(np.float64)).max(initial=0)) or 1.0
+    for name, result in results.items():
+        unit = largest if name == "out" else 1.0
+        errors[name], message = _compare(name, result, *expected[name], call.context_lens, unit)
+        wrong += message
+    wrong += _differences("after decode", arguments, before, ("query", *_CACHES, "block_table", "context_lens"))
+    for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
+        view.fill(np.nan)
+        if not np.isnan(whole).all():
+            wrong.append(f"{name}: {np.sum(~np.isnan(whole))} elements beside the array that was given were written")
+    return errors, wrong
+
+
+def _in_one_buffer(key_cache: np.ndarray, value_cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Copies of both caches as views of one array, in which each block of keys is followed by that of values."""
+    both = np.stack([cache.reshape(len(cache), -1) for cache in (key_cache, value_cache)], axis=1)
+    return both[:, 0].reshape(key_cache.shape), both[:, 1].reshape(value_cache.shape)
+
+
+def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: np.ndarray) -> None:
+    """Write the draw's tokens, in any order and with some that are skipped, by one call of append_kv."""
+    rng = call.rng
+    skipped = np.full(rng.integers(0, 4), -1)
+    slots = rng.permutation(np.concatenate([np.flatnonzero(call.is_used), skipped]))
+    # Slot -1 names the last slot here, in a spare block or past a length: its poison is what must not be written.
+    tokens = [cache.reshape(-1, *cache.shape[2:])[slots] for cache in (call.keys, call.values)]
+    key, value = (inside(array, np.nan, rng)[0] for array in tokens)
+    module.append_kv(key, value, key_cache, value_cache, slots)
+
+
+def _compare(
+    name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray, unit: float
+) -> tuple[Errors, list[str]]:
+    """The errors of a result, and what is wrong with it."""
+    if actual.shape != expected.shape:
+        return Errors(np.inf, np.inf), [f"{name}: expected shape {expected.shape}, got {actual.shape}"]
+    if not actual.size:
+        return Errors(0.0, 0.0), []
+    exact = actual.astype(np.float64)
+    error = np.abs(np.subtract(exact, expected, out=np.zeros(exact.shape), where=exact != expected))
+    error[np.isnan(error)] = np.inf
+    fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+    errors = Errors(float(error.max()) / unit, float(fraction.max()))
+    if errors.of_tolerance <= 1:
+        return errors, []
+    at = tuple(int(i) for i in np.unravel_index(fraction.argmax(), fraction.shape))
+    return errors, [
+        f"{name}: {np.sum(fraction > 1)} of {error.size} elements out of tolerance, the worst at {list(at)}, of a "
+        f"sequence of {context_lens[at[0]]} tokens: expected {expected[at]:.9g}, got {exact[at]:.9g}, "
+        f"{errors.of_tolerance:.3g} of the bound"
+    ]
+
+
+def _differences(
+    when: str, actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], names: Sequence[str] = _CACHES
+) -> list[str]:
+    """What is said of arrays whose bits are not as expected."""
+    return [
+        f"{name}: its bits are not as expected {when}"
+        for name, one, other in zip(names, actual, expected, strict=True)
+        if one.tobytes() != other.tobytes()
+    ]

@@ -1,0 +1,1 @@
+"""Schedules of the CPU target: one file per strategy."""

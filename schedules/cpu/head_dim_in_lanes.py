@@ -1,0 +1,289 @@
+"""CPU strategy: elements of head_dim lie side by side in the lanes of a vector register. For any number of heads.
+
+    qk_matmul    qk_rows x qk_tokens vectors of partial dot products in registers, one step for `lanes` elements of
+                 head_dim; then the sums across the lanes, a whole group of tokens at a time
+    softmax      along the tokens of a row
+    pv_matmul    pv_rows x pv_dims outputs in registers, one step per token
+
+Keys and values are read as they lie in a row of the cache. Register tiles come from cache_write: LLVM keeps a sum in a
+register only where it lives in a small buffer of its own.
+"""
+
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV, SBlockRV
+
+from pa_compiler.cpu.tiling import Tiling, largest_divisor
+from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
+from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
+from pa_compiler.schedules.intrinsics.transpose import turn
+
+_MAX_ROW_LANES = 256
+"""Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of
+32768 lanes."""
+
+
+def load_query(sch: Schedule, tiling: Tiling) -> None:
+    """Rows of the query as vectors; pairs are taken apart in registers."""
+    if tiling.dot_pairs:
+        return
+    if tiling.dim_pair == 1:
+        vectorize_dims(sch, tiling, "q_tile")
+        return
+    evens = sch.cache_write("q_tile", 0, "global")
+    evens_first(sch, tiling, evens)
+    lanes, pair = tiling.lanes, tiling.dim_pair
+    sch.transform_block_layout(
+        evens, lambda tile, row, dim: (tile, row, dim // (lanes * pair), dim // pair % lanes, dim % pair)
+    )
+    sch.compute_at("q_tile", sch.get_loops(evens)[-3], preserve_unit_loops=True)
+    sch.vectorize(sch.get_loops("q_tile")[-1])
+    sch.transform_layout("q_tile", ("write", 0), lambda *i: (*i[:-1], i[-1] // pair, i[-1] % pair))
+    turn(sch, evens, 4, 2)
+
+
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Partial dot products in registers, summed across their lanes a token group at a time."""
+    scores = sch.get_sblock("scores")
+    _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes, tiling.key_pair])
+    parts = sch.rfactor(part_lane, factor_axis=3)
+    tile, group, token, row, _ = sch.get_loops(scores)[-5:]
+    if tiling.sweep == "tokens":
+        sch.reorder(group, tile)
+        group = tile
+    sch.reorder(row, token)
+    sch.compute_at(parts, group, preserve_unit_loops=True)
+    sums = sch.cache_write(parts, 0, "global")
+    lane, token, _, row, dim, half = sch.get_loops(parts)[-6:]
+    token_outer, token = sch.split(token, [None, tiling.qk_tokens])
+    row_outer, row = sch.split(row, [None, tiling.qk_rows])
+    # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
+    inner = (half, row, token) if tiling.qk_rows > 1 else (row, token, half)
+    sch.reorder(token_outer, row_outer, dim, *inner, lane)
+    sch.unroll(half)
+    in_registers(sch, sums, row_outer, row, token, lane)
+    sch.decompose_reduction(parts, dim)
+    _, token, _ = sch.get_loops(scores)[-3:]
+    init = sch.decompose_reduction(scores, token)
+    sch.vectorize(sch.get_loops(init)[-1])
+    if tiling.lanes > 1:
+        sch.tensorize(token, sum_lanes(tiling.lanes))
+    if tiling.sweep:
+        return
+    fetch = sch.get_sblock("prefetch_keys")
+    fetch_group, number = sch.get_loops(fetch)[-2:]
+    sch.split(number, [int(sch.get(token_outer).extent), None])
+    sch.merge(fetch_group, group)
+    sch.merge(sch.get_loops(fetch)[-2], token_outer)
+
+
+def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+    """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
+    for name in ("scaled", "exact", "probs") if tiling.dot_pairs else ("scaled", "probs"):
+        sch.vectorize(sch.get_loops(name)[-1])
+    for name, axis in (("peak", 1), ("tile_sum", 2)):
+        total = sch.get_sblock(name)
+        parts = sch.rfactor(sch.get_loops(total)[-1], factor_axis=axis)
+        *_, row, _ = around = sch.get_loops(total)
+        sch.compute_at(parts, row, preserve_unit_loops=True)
+        sums = sch.cache_write(parts, 0, "global")
+        lane, group = sch.get_loops(parts)[len(around) - 1 :][:2]
+        sch.reorder(group, lane)
+        sch.vectorize(lane)
+        sch.vectorize(sch.get_loops(sums)[-1])
+        sch.decompose_reduction(parts, group)
+        lane = sch.get_loops(total)[-1]
+        sch.unroll(lane)
+        sch.decompose_reduction(total, lane)
+
+
+def pair_probs(sch: Schedule, tiling: Tiling) -> None:
+    """Pairs of tokens in lanes."""
+    token = sch.get_loops("pairs")[-1]
+    sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
+
+
+def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile, then the rest of the last one."""
+    evens_first(sch, tiling, "full_groups", "tile_acc")
+    sch.merge(_sum_full(sch, tiling), _sum_tile(sch, tiling, "tile_acc"))
+
+
+def pv_update(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
+    evens_first(sch, tiling, "full_groups", "tile_acc")
+    passes = [_fold_tile(sch, tiling), _sum_tile(sch, tiling, "tile_acc")]
+    if tiling.sweep:
+        _sum_groups(sch, tiling, sch.get_sblock("full_groups"))
+    else:
+        passes.append(_sum_full(sch, tiling))
+    sch.merge(*reversed(passes))
+
+
+def _sum_full(sch: Schedule, tiling: Tiling) -> LoopRV:
+    """_sum_tile of the whole token groups, and the fetches of the next tile spread over them."""
+    group = sch.get_loops("full_groups")[1]
+    tiles = _sum_tile(sch, tiling, "full_groups")
+    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
+    return tiles
+
+
+def _sum_tile(sch: Schedule, tiling: Tiling, sblock: str) -> LoopRV:
+    """Sums of pv_rows x pv_dims outputs at a time over the tokens; the loop over these tiles."""
+    _, *tokens, row, dim = sch.get_loops(sblock)
+    row_outer, row = sch.split(row, [None, tiling.pv_rows])
+    dim_outer, vector, lane, half = _split_dims(sch, tiling, dim)
+    sch.reorder(row_outer, dim_outer, *tokens, row, vector, half, lane)
+    for loop in (*tokens[1:], vector, half, row):
+        sch.unroll(loop)
+    sch.vectorize(lane)
+    sch.decompose_reduction(sblock, tokens[0])
+    return dim_outer
+
+
+def _fold_tile(sch: Schedule, tiling: Tiling) -> LoopRV:
+    """The same tiles of acc. From here on pairs are in order."""
+    row, dim = sch.get_loops("acc")[-2:]
+    row_outer, row = sch.split(row, [None, tiling.pv_rows])
+    dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+    vector, lane = sch.split(dim, [None, tiling.lanes * tiling.dim_pair])
+    sch.reorder(row_outer, dim_outer, row, vector, lane)
+    if tiling.dim_pair > 1:
+        in_order = sch.cache_read("acc", "tile_acc", "global")
+        sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.lanes + i[-1], i[-2]))
+        sch.compute_at(in_order, vector, preserve_unit_loops=True)
+        turn(sch, in_order, 2, 4)
+    sch.unroll(row)
+    sch.unroll(vector)
+    sch.vectorize(lane)
+    return dim_outer
+
+
+def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
+    """Outputs in registers over some tokens of a group, and then added to what there is of them in memory.
+
+    All of a group; or, packed, where tokens lie side by side, one or a pair of them from each of a group's places.
+    """
+    group, token = sch.get_loops(full)[-4:-2]
+    if tiling.group_places > 1:
+        place, token, pair = sch.split(token, [tiling.group_places, None, tiling.word_elements])
+        sch.reorder(token, place, pair)
+        group, _ = sch.fuse(group, token), sch.fuse(place, pair)
+    sums = sch.rfactor(group, factor_axis=0)
+    tile, group, row, dim = sch.get_loops(full)[-4:]
+    row_outer, row = sch.split(row, [None, tiling.pv_rows])
+    dim_outer, *added = _split_dims(sch, tiling, dim)
+    sch.reorder(*((group, tile) if tiling.sweep == "tokens" else (tile, group)), row_outer, dim_outer, row)
+    sch.compute_at(sums, dim_outer, preserve_unit_loops=True)
+    token, _, summed_row, dim = sch.get_loops(sums)[-4:]
+    _, *summed = _split_dims(sch, tiling, dim)
+    for (vector, lane, half), each_row, each_token in ((added, row, []), (summed, summed_row, [token])):
+        sch.reorder(*each_token, each_row, vector, half, lane)
+        for loop in (*each_token, vector, half, each_row):
+            sch.unroll(loop)
+        sch.vectorize(lane)
+    sch.decompose_reduction(sums, token)
+    sch.decompose_reduction(full, group)
+
+
+def _split_dims(sch: Schedule, tiling: Tiling, dim: LoopRV) -> list[LoopRV]:
+    """The loop over head_dim as tiles of vectors of lanes of pairs."""
+    return sch.split(dim, [None, tiling.pv_dims // (tiling.lanes * tiling.dim_pair), tiling.lanes, tiling.dim_pair])
+
+
+def rescale(sch: Schedule, tiling: Tiling) -> None:
+    """Rows in lanes, for their maxima, sums and factors."""
+    vectorize_rows(sch, "factors", "new_sum", "row")
+
+
+def fold(sch: Schedule, tiling: Tiling) -> None:
+    """Register tiles of acc, where what is folded lies in memory."""
+    _fold_tile(sch, tiling)
+
+
+def store_partial(sch: Schedule, tiling: Tiling) -> None:
+    """Rows of acc as vectors."""
+    _vectorize_in_order(sch, tiling, "store_acc")
+
+
+def normalize(sch: Schedule, tiling: Tiling) -> None:
+    """Rows of out as vectors."""
+    vectorize_rows(sch, "factor")
+    _vectorize_in_order(sch, tiling, "out")
+
+
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+    "load_query": load_query,
+    "qk_matmul": qk_matmul,
+    "softmax_prepare": softmax_prepare,
+    "pair_probs": pair_probs,
+    "pv_matmul": pv_matmul,
+    "rescale": rescale,
+    "pv_update": pv_update,
+    "fold": fold,
+    "store_partial": store_partial,
+    "normalize": normalize,
+}
+"""How each stage is scheduled, by the name of its sblock."""
+
+_AROUND = "loops around stages"
+SCALAR = {
+    "sequence": _AROUND,
+    "query_tile": _AROUND,
+    "kv_tile": _AROUND,
+    "kv_head": _AROUND,
+    "head_tile": _AROUND,
+    "softmax": _AROUND,
+    "result": _AROUND,
+    "partial": _AROUND,
+    "online_update": _AROUND,
+    "token_offsets": "a look-up of block_table for each token, once for all heads",
+}
+"""The sblocks that run as they are written, and why."""
+
+
+def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
+    """Vectorize the innermost loop, which is over rows; of many, which are all heads, in parts of equal size."""
+    for name in sblocks:
+        row = sch.get_loops(name)[-1]
+        if int(sch.get(row).extent) > _MAX_ROW_LANES:
+            _, row = sch.split(row, [None, largest_divisor(int(sch.get(row).extent), _MAX_ROW_LANES)])
+        sch.vectorize(row)
+
+
+def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
+    """Vectorize the innermost loop, which is over head_dim: of pairs, first the even elements, then the odd ones."""
+    for sblock in sblocks:
+        _, lane, half = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes, tiling.dim_pair])
+        sch.reorder(half, lane)
+        sch.vectorize(lane)
+
+
+def _vectorize_in_order(sch: Schedule, tiling: Tiling, sblock: str) -> None:
+    """Vectorize the innermost loop, which is over head_dim."""
+    _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes * tiling.dim_pair])
+    sch.vectorize(lane)
+
+
+def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
+    """Where the cache gives pairs, lay what an sblock writes out as a vector of even elements, then one of odd ones."""
+    lanes, pair = tiling.lanes, tiling.dim_pair
+    for sblock in sblocks if pair > 1 else ():
+        sch.transform_layout(
+            sblock, ("write", 0), lambda *i: (*i[:-1], i[-1] // (lanes * pair), i[-1] % pair, i[-1] // pair % lanes)
+        )
+
+
+def in_registers(sch: Schedule, sums: SBlockRV, outer: LoopRV, *tile: LoopRV) -> None:
+    """Unroll the loops of a register tile, the last of them as a vector, and write its sums back below outer."""
+    sch.reverse_compute_at(sums, outer, preserve_unit_loops=True)
+    unroll_tile(sch, sums, *tile)
+
+
+def unroll_tile(sch: Schedule, sums: SBlockRV, *tile: LoopRV) -> None:
+    """Unroll the loops of a register tile, the last of them as a vector, and as many of what writes its sums back."""
+    for loop in (*sch.get_loops(sums)[-len(tile) : -1], *tile[:-1]):
+        sch.unroll(loop)
+    sch.vectorize(sch.get_loops(sums)[-1])
+    sch.vectorize(tile[-1])

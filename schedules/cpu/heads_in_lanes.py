@@ -1,0 +1,148 @@
+"""CPU strategy: the rows of a head tile lie side by side in the lanes of a vector register.
+
+For tiles of whole vectors of query heads. Scores are [token, row], so the whole softmax is vertical: no reduction
+across lanes anywhere. A row of the caches is broadcast element by element against a register of rows:
+
+    qk_matmul    qk_tokens x row_tile sums in registers, one step per element of head_dim
+    pv_matmul    pv_dims x row_tile sums in registers, one step per token
+
+Every intermediate is laid out with its rows last. The query is turned once, and acc is turned back.
+"""
+
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import SBlockRV
+from tvm.tirx import IntImm
+
+from pa_compiler.cpu.tiling import Tiling, largest_divisor
+from pa_compiler.schedules.cpu import head_dim_in_lanes
+from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
+from pa_compiler.schedules.intrinsics.transpose import turn
+
+
+def load_query(sch: Schedule, tiling: Tiling) -> None:
+    """A transposed copy of the query."""
+    rows = sch.cache_write("q_tile", 0, "global")
+    _rows_last(sch, rows)
+    turn(sch, rows, 4, 4, "q_tile")
+    row, dim = sch.get_loops("q_tile")[-2:]
+    sch.unroll(row)
+    sch.vectorize(dim)
+
+
+def load_keys(sch: Schedule, tiling: Tiling) -> None:
+    """Convert whole rows of the cache."""
+    _load_rows(sch, tiling, "load_keys_element")
+
+
+def load_values(sch: Schedule, tiling: Tiling) -> None:
+    """Convert whole rows of the cache."""
+    _load_rows(sch, tiling, "load_values_element")
+
+
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Scores of a token group in registers."""
+    scores = sch.get_sblock("scores")
+    _rows_last(sch, "scores")
+    sums = sch.cache_write(scores, 0, "global")
+    group, token, row, dim = sch.get_loops(scores)[-4:]
+    # in the order in which the key lies in scratch
+    dim, step, half = sch.split(dim, [None, tiling.lanes, tiling.key_pair])
+    sch.reorder(group, dim, step, half, token, row)
+    if tiling.dot_pairs:
+        sch.unroll(step)  # for every token its address is read once for all of them
+    in_registers(sch, sums, group, token, row)
+    sch.decompose_reduction(scores, dim)
+    sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-2], group)
+
+
+def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+    """Vertical in every step."""
+    exact = ("exact",) if tiling.dot_pairs else ()
+    _rows_last(sch, "scaled", *exact, "probs")
+    for name in ("scaled", "peak", *exact, "probs", "tile_sum"):
+        row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
+        sch.reorder(group, token, row)
+        sch.vectorize(row)
+        if name in ("peak", "tile_sum"):
+            sch.decompose_reduction(sch.get_sblock(name), group)
+    vectorize_rows(sch, "tile_max")
+
+
+def pair_probs(sch: Schedule, tiling: Tiling) -> None:
+    """Vertical too."""
+    _rows_last(sch, "pairs")
+    row, group, token = sch.get_loops("pairs")[-3:]
+    sch.reorder(group, token, row)
+    sch.vectorize(row)
+
+
+def pv_update(sch: Schedule, tiling: Tiling) -> None:
+    """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
+    group = sch.get_loops("full_groups")[1]
+    passes = []
+    for name in ("full_groups", "tile_acc", "acc"):
+        _rows_last(sch, name)
+        _, *tokens, row, dim = sch.get_loops(name)
+        dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
+        sch.reorder(dim_outer, *tokens, dim, row)
+        sch.unroll(dim)
+        sch.vectorize(row)
+        if tokens:
+            sch.decompose_reduction(name, tokens[0])
+        passes.append(dim_outer)
+    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
+    sch.merge(*passes)
+
+
+def normalize(sch: Schedule, tiling: Tiling) -> None:
+    """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
+    vectorize_rows(sch, "factor")
+    in_order = sch.cache_read("out", "acc", "global")
+    _rows_last(sch, in_order)
+    row, dim = sch.get_loops("out")[-2:]
+    row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
+    dim_outer, lane = sch.split(dim, [None, tiling.lanes])
+    sch.reorder(row_outer, dim_outer, row, lane)
+    sch.compute_at(in_order, dim_outer, preserve_unit_loops=True)
+    turn(sch, in_order, 4, 4)
+    sch.unroll(row)
+    sch.vectorize(lane)
+
+
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+    "load_query": load_query,
+    "load_keys": load_keys,
+    "load_values": load_values,
+    "qk_matmul": qk_matmul,
+    "softmax_prepare": softmax_prepare,
+    "pair_probs": pair_probs,
+    "rescale": head_dim_in_lanes.rescale,
+    "pv_update": pv_update,
+    "normalize": normalize,
+}
+"""How each stage is scheduled, by the name of its sblock."""
+
+SCALAR = head_dim_in_lanes.SCALAR | {
+    "store_partial": "acc is turned back element by element, once for a range of a long sequence"
+}
+"""The sblocks that run as they are written, and why."""
+
+
+def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
+    """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
+    for name in sblocks:
+        sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
+
+
+def _load_rows(sch: Schedule, tiling: Tiling, sblock: str) -> None:
+    """Read a cache row in vectors, unrolled so that its address is computed once for many."""
+    evens_first(sch, tiling, sblock)
+    dim = sch.get_loops(sblock)[-1]
+    words = int(sch.get(dim).extent) // (tiling.lanes * tiling.dim_pair)
+    _, vector, lane, half = sch.split(dim, [None, largest_divisor(words, 16), tiling.lanes, tiling.dim_pair])
+    sch.reorder(vector, half, lane)
+    sch.unroll(vector)
+    sch.unroll(half)
+    sch.vectorize(lane)

@@ -1,0 +1,62 @@
+"""CPU strategy of the packed layout: tokens lie side by side in the lanes of a vector register, for any group.
+
+    qk_matmul    qk_rows x qk_tokens scores in registers, one step for an element of head_dim (bfloat16: a pair of
+                 them, that one vector of the cache holds): no sum across lanes, whatever the group
+    the rest     as where head_dim lies in the lanes: a row of packed values is a token's
+
+The fetches of the next tile are spread over the steps of the matmul; a sweep has none.
+"""
+
+import math
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+
+from pa_compiler.cpu.tiling import PACKED_TOKENS, Tiling, largest_divisor
+from pa_compiler.schedules.cpu import head_dim_in_lanes
+from pa_compiler.schedules.cpu.head_dim_in_lanes import unroll_tile
+
+_FETCH_STEPS = 16
+_PAIR = 2
+
+
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """Scores of a token group in registers."""
+    scores = sch.get_sblock("scores")
+    sums = sch.cache_write(scores, 0, "global")
+    group, token, row, dim = sch.get_loops(scores)[-4:]
+    row_outer, row = sch.split(row, [None, tiling.qk_rows])
+    head_dim = int(sch.get(dim).extent)
+    pair = _PAIR if head_dim % _PAIR == 0 else 1
+    steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
+    if not tiling.sweep:  # as many fetches in each step of a register tile, so that none is in question at run time
+        fetches = int(sch.get(sch.get_loops("prefetch_keys")[-1]).extent)
+        steps = largest_divisor(math.gcd(head_dim // pair, fetches), _FETCH_STEPS)
+    dim_outer, dim, half = sch.split(dim, [steps, None, pair])
+    # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
+    lanes = min(tiling.qk_tokens, PACKED_TOKENS)
+    token_pass, token_outer, token = sch.split(token, [None, tiling.qk_tokens // lanes, lanes])
+    # with several rows a key's element stays in its register for all of them; with one, both elements of a word do
+    inner = (half, row, token_outer) if tiling.qk_rows > 1 else (row, token_outer, half)
+    sch.reorder(group, row_outer, token_pass, dim_outer, dim, *inner, token)
+    row_outer = sch.fuse(row_outer, token_pass)
+    sch.reverse_compute_at(sums, row_outer, preserve_unit_loops=True)
+    sch.split(sch.get_loops(sums)[-1], [None, lanes])
+    unroll_tile(sch, sums, row, token_outer, token)
+    sch.unroll(half)
+    sch.decompose_reduction(scores, dim_outer)
+    if tiling.sweep:
+        return
+    fetch = sch.get_sblock("prefetch_keys")
+    fetch_group, number = sch.get_loops(fetch)[-2:]
+    sch.split(number, [int(sch.get(row_outer).extent), steps, None])
+    sch.merge(fetch_group, group)
+    sch.merge(sch.get_loops(fetch)[-3], sch.get_loops(sch.get_sblock("scores_update"))[-7])
+    sch.merge(sch.get_loops(fetch)[-2], dim_outer)
+
+
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
+"""How each stage is scheduled, by the name of its sblock."""
+
+SCALAR = head_dim_in_lanes.SCALAR
+"""The sblocks that run as they are written, and why."""

@@ -1,0 +1,117 @@
+"""CUDA strategy of the staged pipeline: a thread block for a sequence, a thread for a score, a row or an element.
+
+The PrimFuncs are the CPU's. Nothing is tuned: what counts is that no line is shared with the kernels on which this is
+the second opinion.
+
+    token_offsets           a thread for a token, into shared memory
+    qk_matmul               a thread for a token and a row
+    softmax, rescale        a thread for a row
+    pv_matmul, fold, out    a thread for a row and an element of head_dim
+"""
+
+from collections.abc import Callable
+
+from tvm.s_tir import Schedule
+from tvm.s_tir.schedule import LoopRV
+
+from pa_compiler.cpu.tiling import Tiling
+from pa_compiler.cuda.tiling import STAGED_THREADS
+
+
+def load_query(sch: Schedule, tiling: Tiling) -> None:
+    """The query in shared memory."""
+    sch.set_scope("q_tile", 0, "shared")
+    _threads(sch, *sch.get_loops("q_tile")[-2:])
+
+
+def token_offsets(sch: Schedule, tiling: Tiling) -> None:
+    """The table in shared memory."""
+    sch.set_scope("offset", 0, "shared")
+    _threads(sch, sch.get_loops("offset")[-1])
+
+
+def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """A score in a register."""
+    scores = sch.get_sblock("scores")
+    sums = sch.cache_write(scores, 0, "local")
+    *_, group, token, row, dim = sch.get_loops(scores)
+    thread = _threads(sch, group, token, row)
+    sch.reverse_compute_at(sums, thread, preserve_unit_loops=True)
+    sch.decompose_reduction(scores, dim)
+
+
+def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+    """A row in a thread."""
+    for name in ("scaled", "peak"):
+        sch.set_scope(name, 0, "local")
+    for name in ("scaled", "peak", "probs", "tile_sum"):
+        row, group, _ = sch.get_loops(name)[-3:]
+        _threads(sch, row)
+        if name in ("peak", "tile_sum"):
+            sch.decompose_reduction(name, group)
+    _threads(sch, sch.get_loops("tile_max")[-1])
+
+
+def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
+    """A sum in a register."""
+    sch.set_scope("full_groups", 0, "local")
+    outer = []
+    for name in ("full_groups", "tile_acc"):
+        _, *tokens, row, dim = sch.get_loops(name)
+        sch.reorder(row, dim, *tokens)
+        _threads(sch, row, dim)
+        outer.append(sch.get_loops(name)[1])
+        sch.decompose_reduction(name, tokens[0])
+    sch.merge(*outer)
+
+
+def rescale(sch: Schedule, tiling: Tiling) -> None:
+    """A row in a thread; the factors are for all threads."""
+    for scope, name, buffer in (("shared", "factors", 1), ("shared", "factors", 2), ("local", "factors", 0)):
+        sch.set_scope(name, buffer, scope)
+    sch.set_scope("new_sum", 0, "local")
+    for name in ("factors", "new_sum", "row"):
+        _threads(sch, sch.get_loops(name)[-1])
+
+
+def fold(sch: Schedule, tiling: Tiling) -> None:
+    """An element in a thread."""
+    _threads(sch, *sch.get_loops("acc")[-2:])
+
+
+def normalize(sch: Schedule, tiling: Tiling) -> None:
+    """An element of out in a thread."""
+    sch.set_scope("factor", 0, "shared")
+    _threads(sch, sch.get_loops("factor")[-1])
+    _threads(sch, *sch.get_loops("out")[-2:])
+    _threads(sch, sch.get_loops("lse")[-1])
+
+
+def sequence(sch: Schedule, tiling: Tiling) -> None:
+    """A sequence in a thread block."""
+    (loop,) = sch.get_loops("sequence")
+    sch.bind(loop, "blockIdx.x")
+
+
+STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+    "load_query": load_query,
+    "token_offsets": token_offsets,
+    "qk_matmul": qk_matmul,
+    "softmax_prepare": softmax_prepare,
+    "pv_matmul": pv_matmul,
+    "rescale": rescale,
+    "fold": fold,
+    "normalize": normalize,
+    "sequence": sequence,
+}
+"""How each stage is scheduled, by the name of its sblock."""
+
+SCALAR = {"online_update": "the stages rescale and fold, one after the other"}
+"""The sblocks that are not scheduled themselves, and why."""
+
+
+def _threads(sch: Schedule, *loops: LoopRV) -> LoopRV:
+    """Deal the iterations of some loops out to the threads of a block; the loop of one thread's."""
+    _, thread = sch.split(sch.fuse(*loops) if len(loops) > 1 else loops[0], [None, STAGED_THREADS])
+    sch.bind(thread, "threadIdx.x")
+    return thread

@@ -1,0 +1,1 @@
+"""Tensor intrinsics that schedules put in: what TVM has no primitive for."""

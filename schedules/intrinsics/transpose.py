@@ -1,0 +1,78 @@
+"""A tensor intrinsic: a small block of 32-bit elements turned, by shuffles of vectors of four."""
+
+from tvm.s_tir import Schedule, TensorIntrin
+from tvm.s_tir.schedule import SBlockRV
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, IntImm, PrimFunc, Shuffle
+
+from pa_compiler import tvmscript as script
+
+
+def turn(sch: Schedule, copy: SBlockRV, rows: int, columns: int, producer: str | None = None) -> None:
+    """Tensorize an sblock that copies a buffer into one whose last two axes are exchanged, by rows x columns elements.
+
+    Where these do not divide the extents, or an extent is known at run time only, it goes on element by element.
+    An sblock that computes what is copied is moved to such a block, or element.
+    """
+    row, column = sch.get_loops(copy)[-2:]
+    extents = [sch.get(loop).extent for loop in (row, column)]
+    if not all(isinstance(n, IntImm) and n.value % step == 0 for n, step in zip(extents, (rows, columns), strict=True)):
+        rows = columns = 1
+    row_outer, row = sch.split(row, [None, rows])
+    column_outer, column = sch.split(column, [None, columns])
+    sch.reorder(row_outer, column_outer, row, column)
+    if producer:
+        sch.compute_at(producer, column_outer, preserve_unit_loops=True)
+    if rows * columns > 1:
+        sch.tensorize(row, transpose(rows, columns, str(sch.get(copy).writes[0].source.dtype)))
+
+
+def transpose(rows: int, columns: int, dtype: str) -> str:
+    """Register the intrinsic turned[c, r] = block[r, c] for powers of 2 whose product is at least 8; return its name.
+
+    Rows of fewer than four elements, of either, must lie one after another.
+    """
+    name = f"pa_compiler.transpose_{rows}_{columns}_{dtype}"
+    if TensorIntrin.get(name, allow_missing=True) is None:
+        TensorIntrin.register(name, *_transpose(rows, columns, dtype))
+    return name
+
+
+def _transpose(rows: int, columns: int, dtype: str) -> tuple[PrimFunc, PrimFunc]:
+    count = rows * columns // 4
+
+    @script.prim_func(s_tir=True)
+    def description(turned_handle: T.handle, block_handle: T.handle) -> None:
+        block_row, turned_row = T.int32(), T.int32()
+        block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)
+        turned = T.match_buffer(turned_handle, (columns, rows), dtype, strides=[turned_row, 1], offset_factor=1)
+        with T.sblock("root"):
+            T.reads(block[0:rows, 0:columns])
+            T.writes(turned[0:columns, 0:rows])
+            for i, j in T.grid(rows, columns):
+                with T.sblock("element"):
+                    vi, vj = T.axis.remap("SS", [i, j])
+                    turned[vj, vi] = block[vi, vj]
+
+    def store(turned: Buffer, block: Buffer) -> None:
+        # To interleave the first half of all elements with the second turns the binary digits of their numbers by one
+        # place: after as many times as a row's number has digits, it comes last.
+        # Each is bound: what is loaded or shuffled within the stores is so anew for each of them, which may alias it.
+        vectors = [T.bind(block[4 * i // columns, T.ramp(4 * i % columns, 1, 4)]) for i in range(count)]
+        for _ in range(rows.bit_length() - 1):
+            pairs = zip(vectors[: count // 2], vectors[count // 2 :], strict=True)
+            vectors = [T.bind(Shuffle([a, b], half)) for a, b in pairs for half in ([0, 4, 1, 5], [2, 6, 3, 7])]
+        for i, vector in enumerate(vectors):
+            T.buffer_store(turned, vector, [4 * i // rows, T.ramp(4 * i % rows, 1, 4)])
+
+    @script.prim_func(s_tir=True)
+    def implementation(turned_handle: T.handle, block_handle: T.handle) -> None:
+        block_row, turned_row = T.int32(), T.int32()
+        block = T.match_buffer(block_handle, (rows, columns), dtype, strides=[block_row, 1], offset_factor=1)
+        turned = T.match_buffer(turned_handle, (columns, rows), dtype, strides=[turned_row, 1], offset_factor=1)
+        with T.sblock("root"):
+            T.reads(block[0:rows, 0:columns])
+            T.writes(turned[0:columns, 0:rows])
+            store(turned, block)
+
+    return description, implementation
