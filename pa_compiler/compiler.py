@@ -29,6 +29,7 @@ from pa_compiler.runtime import load as modules
 from pa_compiler.runtime.loader import open_library
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
@@ -170,7 +171,7 @@ def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) ->
         return _texts(lowered, _host(spec, cpu, tiles, pipeline), compiled)
 
 
-def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowered:
+def lower(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> Lowered:
     """spec -> kernels -> schedules."""
     from pa_compiler import kernels
     from pa_compiler.cpu import build
@@ -184,7 +185,7 @@ def lower(spec: PagedAttentionSpec, tiles: tiling.Tiling, pipeline: str) -> Lowe
     return Lowered(tensorir, build.script(scheduled), scheduled)
 
 
-def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str) -> str:
+def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str) -> str:
     """spec -> host."""
     from pa_compiler import kernels
 
@@ -240,7 +241,7 @@ def _import_tvm() -> None:
 
 
 def build_library(
-    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling, pipeline: str, directory: Path
+    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, directory: Path
 ) -> None:
     """Lower, compile and link; leave pa.so and the texts of the stages in an empty directory."""
     from pa_compiler.cpu import build

@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING
 
 from pa_compiler import installation
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.interface import THREADING, WorkItem
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 if TYPE_CHECKING:
     import jinja2

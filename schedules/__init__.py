@@ -14,9 +14,9 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.schedules.cpu import append_kv, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
 from pa_compiler.schedules.cuda import threads as cuda_threads
+from pa_compiler.tiles import Tiling
 
 _STRATEGIES = {
     "heads_in_lanes": heads_in_lanes,

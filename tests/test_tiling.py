@@ -11,6 +11,7 @@ from pa_compiler.cpu import tiling
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.kernels.pv_matmul import fetching_passes
 from pa_compiler.spec import PACKED_TOKENS
+from pa_compiler.tiles import divisors, largest_divisor
 
 TARGETS = {"lanes16": "avx512f", "lanes8": "avx", "lanes4": ""}
 GROUPS = (1, 3, 8, 16, 31, 64, 65)
@@ -145,5 +146,5 @@ def test_the_passes_that_fetch_values(passes, group, lines, fetching):
 
 
 def test_divisors():
-    assert tiling.divisors(12) == [1, 2, 3, 4, 6, 12]
-    assert [tiling.largest_divisor(12, limit) for limit in (1, 5, 11, 99)] == [1, 4, 6, 12]
+    assert divisors(12) == [1, 2, 3, 4, 6, 12]
+    assert [largest_divisor(12, limit) for limit in (1, 5, 11, 99)] == [1, 4, 6, 12]

@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING
 
 from pa_compiler.cli import printing as report
 from pa_compiler.cli import text
-from pa_compiler.cpu import tiling
 from pa_compiler.cpu.assembly import Counts, Loop, count
 from pa_compiler.cpu.explain import Explanation
 from pa_compiler.runtime import threads
+from pa_compiler.tiles import Tiling
 from pa_compiler.verification.cases import Case
 
 if TYPE_CHECKING:
@@ -111,13 +111,13 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
     ]
 
 
-def _in_turn(tiles: tiling.Tiling) -> str:
+def _in_turn(tiles: Tiling) -> str:
     if tiles.group_places > 1:
         return f"; values from {tiles.group_places} places of a group in turn"
     return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
 
 
-def _partial(tiles: tiling.Tiling) -> str:
+def _partial(tiles: Tiling) -> str:
     return f" x {tiles.lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
 
 

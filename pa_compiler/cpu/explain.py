@@ -9,6 +9,7 @@ from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiling
 from pa_compiler.cpu.assembly import Loop, inner_loops
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +28,7 @@ class Explanation:
     spec: PagedAttentionSpec
     pipeline: str
     target: _target.CpuTarget
-    tiles: tiling.Tiling
+    tiles: Tiling
     reason: str
     loops: list[Loop]
 

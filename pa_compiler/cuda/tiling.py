@@ -6,9 +6,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from pa_compiler.cpu.tiling import Tiling, equal_tile
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import Tiling, equal_tile
 
 WARP = 32
 """Threads of a warp."""

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from tvm import IRModule
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels import staged
 from pa_compiler.kernels.append_kv import append_key, append_row, append_value
 from pa_compiler.kernels.fused_decode import fused_decode
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 PIPELINES = {
     "fused": (fused_decode, merge_partials),

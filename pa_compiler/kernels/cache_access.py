@@ -16,9 +16,9 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.pairs import half, pair_halves
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 

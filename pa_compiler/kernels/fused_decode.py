@@ -5,7 +5,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, load_tile, token_offsets, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.online_update import fold, normalize, rescale, store_partial
@@ -13,6 +12,7 @@ from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import load_query, qk_matmul
 from pa_compiler.kernels.softmax_prepare import pair_probs, softmax_prepare
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:

@@ -4,10 +4,10 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.online_update import normalize, online_update
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:

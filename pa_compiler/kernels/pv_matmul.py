@@ -5,10 +5,10 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.cpu.tiling import Tiling, divisors
 from pa_compiler.kernels.cache_access import load, load_copied, prefetch, value_access, whole
 from pa_compiler.kernels.pairs import LOW, dot_pairs
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling, divisors
 from pa_compiler.tvmscript import inline
 
 

@@ -5,11 +5,11 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.cache_access import key_access, load, load_copied, prefetch, whole
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.kernels.pairs import dot_pairs, pair_floats
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 

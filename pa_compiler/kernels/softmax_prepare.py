@@ -4,10 +4,10 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels.exp import store_exp
 from pa_compiler.kernels.pairs import pair_floats, round_to_bfloat16
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 EMPTY_ROW_MAX = -1e30

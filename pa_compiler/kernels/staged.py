@@ -10,7 +10,6 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.kernels import online_update as update
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
@@ -18,6 +17,7 @@ from pa_compiler.kernels import softmax_prepare as softmax
 from pa_compiler.kernels.cache_access import cache_dtype, key_access, token_offsets, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:

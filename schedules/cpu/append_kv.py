@@ -8,7 +8,7 @@ import math
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
-from pa_compiler.cpu.tiling import Tiling
+from pa_compiler.tiles import Tiling
 
 _VECTOR_ELEMENTS = 32
 _UNROLLED = 16  # vectors, or elements that lie apart: one address is computed for all of them

@@ -14,10 +14,10 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from pa_compiler.cpu.tiling import Tiling, largest_divisor
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
 from pa_compiler.schedules.intrinsics.transpose import turn
+from pa_compiler.tiles import Tiling, largest_divisor
 
 _MAX_ROW_LANES = 256
 """Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of

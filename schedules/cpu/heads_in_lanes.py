@@ -15,10 +15,10 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
-from pa_compiler.cpu.tiling import Tiling, largest_divisor
 from pa_compiler.schedules.cpu import head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.intrinsics.transpose import turn
+from pa_compiler.tiles import Tiling, largest_divisor
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:

@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 
-from pa_compiler.cpu.tiling import PACKED_TOKENS, Tiling, largest_divisor
 from pa_compiler.schedules.cpu import head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import unroll_tile
+from pa_compiler.spec import PACKED_TOKENS
+from pa_compiler.tiles import Tiling, largest_divisor
 
 _FETCH_STEPS = 16
 _PAIR = 2

@@ -14,8 +14,8 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.cuda.tiling import STAGED_THREADS
+from pa_compiler.tiles import Tiling
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 from tvm import IRModule
 
 from pa_compiler import kernels
-from pa_compiler.cpu.tiling import Tiling
 from pa_compiler.cuda.kernels.append import cuda_append_kv
 from pa_compiler.cuda.kernels.check import cuda_check, cuda_check_slots
 from pa_compiler.cuda.kernels.decode import cuda_decode
 from pa_compiler.cuda.kernels.merge import cuda_merge
 from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS, CHECK_THREADS, STAGED_THREADS, WARP, CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 class Launch(NamedTuple):
