@@ -61,9 +61,6 @@ MIN_RANGE_TOKENS = 256
 WAVES = 2
 """How often the blocks of a launch fill the GPU: more even out sequences of different lengths, and merge more."""
 
-STAGED_THREADS = 128
-"""Threads of a block of the staged pipeline's kernels."""
-
 STAGED_BLOCK_SIZE = 2048
 """Tokens of a block, at most, in the staged pipeline: their places and the query share 48 KB of shared memory."""
 

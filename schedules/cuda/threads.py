@@ -14,8 +14,10 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV
 
-from pa_compiler.cuda.tiling import STAGED_THREADS
 from pa_compiler.tiles import Tiling
+
+STAGED_THREADS = 128
+"""Threads of a block of the staged pipeline's kernels."""
 
 
 def load_query(sch: Schedule, tiling: Tiling) -> None:
