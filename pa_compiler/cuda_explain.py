@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pa_compiler import compiler, cuda_build, cuda_compiler, cuda_tiling, gpus, installation, interrupts, report, text
+from pa_compiler import cuda_build, cuda_compiler, cuda_tiling, gpus, installation, interrupts, report, text, turns
 from pa_compiler import target as _target
 from pa_compiler.cases import Case
 from pa_compiler.cuda_target import CudaTarget
@@ -108,7 +108,7 @@ def _machine_code(
     spec: PagedAttentionSpec, chip: CudaTarget
 ) -> tuple[dict[str, cuda_build.Resources], dict[str, Counter[str]] | None]:
     """What each kernel takes, and its instructions where there is a disassembler."""
-    with compiler.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
+    with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
         scratch = Path(name)
         cubin = cuda_build.assemble(cuda_compiler.lower(spec, chip).cuda, chip.arch, scratch)
         if not cuda_build.find_tool("nvdisasm"):
