@@ -507,10 +507,14 @@ struct Scale {
 };
 
 Scale SplitScale(double scale) {
-  constexpr double kSmallest = std::numeric_limits<float>::min();
-  double power = scale == 0 ? 0 : 1;
-  while (power > std::max(std::abs(scale), kSmallest)) power /= 2;
-  return {static_cast<float>(power), scale == 0 ? 0 : static_cast<float>(scale / power)};
+  if (scale == 0) return {0, 0};
+  float power = std::max(std::abs(static_cast<float>(scale)), std::numeric_limits<float>::min());
+  uint32_t bits;
+  __builtin_memcpy(&bits, &power, sizeof(bits));
+  bits &= 0xFF800000;  // its exponent alone
+  __builtin_memcpy(&power, &bits, sizeof(bits));
+  power = std::min(power, 1.0f);
+  return {power, static_cast<float>(scale / power)};
 }
 
 struct Arguments {

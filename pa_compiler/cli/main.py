@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
-from pa_compiler import generate
+from pa_compiler import compiler, generate
 from pa_compiler.cli import explain_cpu, explain_cuda
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import printing as report
@@ -102,8 +102,6 @@ def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        from pa_compiler import compiler
-
         module = compiler.compile_to_save(spec, target, pipeline)
     try:
         module.save(output)
@@ -138,8 +136,6 @@ def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        from pa_compiler import compiler
-
         texts = compiler.emit(spec, target, pipeline)
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")

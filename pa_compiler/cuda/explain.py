@@ -7,7 +7,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from pa_compiler import compiler, installation, interrupts
+from pa_compiler import installation, interrupts, turns
 from pa_compiler.cpu import target as _target
 from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda import build as cuda_build
@@ -79,7 +79,7 @@ def _machine_code(
     spec: PagedAttentionSpec, chip: CudaTarget
 ) -> tuple[dict[str, cuda_build.Resources], dict[str, Counter[str]] | None]:
     """What each kernel takes, and its instructions where there is a disassembler."""
-    with compiler.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
+    with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
         scratch = Path(name)
         cubin = cuda_build.assemble(cuda_compiler.lower(spec, chip).cuda, chip.arch, scratch)
         if not cuda_build.find_tool("nvdisasm"):

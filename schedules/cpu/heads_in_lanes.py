@@ -25,6 +25,9 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
+    if tiling.dot_pairs:  # LLVM loads whole vectors of pairs, where every second element would be loaded by itself
+        turn(sch, rows, 4, 4)
+        return
     turn(sch, rows, 4, 4, "q_tile")
     row, dim = sch.get_loops("q_tile")[-2:]
     sch.unroll(row)
