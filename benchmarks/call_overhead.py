@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pa_compiler
-from pa_compiler.cpu import build
+from pa_compiler import native
 
 CALLS, RUNS = 100, 300
 NUM_HEADS, HEAD_DIM, BLOCK_SIZE = 16, 128, 128
@@ -102,7 +102,7 @@ def build_program(directory: Path) -> Path:
     source.write_text(PROGRAM)
     includes = [tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path()]
     flags = [flag for path in includes for flag in ("-isystem", path)]
-    subprocess.run([*build.cxx(), "-std=c++17", "-O2", *flags, source, "-o", program, "-ldl"], check=True)
+    subprocess.run([*native.cxx(), "-std=c++17", "-O2", *flags, source, "-o", program, "-ldl"], check=True)
     return program
 
 

@@ -40,12 +40,12 @@ def timed(name, function):
     return call
 
 import pa_compiler
-from pa_compiler import compiler
-from pa_compiler.cpu import build
+from pa_compiler import native
+from pa_compiler.cpu import backend, build
 timed("import", __import__)("tvm")
-compiler.lower = timed("kernels", compiler.lower)
+backend.lower = timed("kernels", backend.lower)
 build.compile_kernels = timed("code", build.compile_kernels)
-build.link = timed("link", build.link)
+native.link = timed("link", native.link)
 timed("compile", pa_compiler.compile)(pa_compiler.PagedAttentionSpec(SPEC), cache=False)
 usages = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
 times["CPU"] = sum(usage.ru_utime + usage.ru_stime for usage in usages)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks import inputs
-from pa_compiler.cpu import build
+from pa_compiler import native
 from pa_compiler.verification.cases import Case
 
 _STEPS = 100_000  # of the arithmetic probes: 2 ms or so on one core
@@ -34,7 +34,7 @@ class Probe:
             library = Path(directory) / "probe.so"
             source = Path(__file__).with_name("probe.cc")
             options = ["-O2", "-march=native", "-ffp-contract=fast", "-shared", "-fPIC", "-pthread"]
-            subprocess.run([*build.cxx(), *options, "-o", library, source], check=True)
+            subprocess.run([*native.cxx(), *options, "-o", library, source], check=True)
             self._functions = ctypes.CDLL(str(library))
         for name in ("fma_rate", "bf16_rate", "read_rate"):
             getattr(self._functions, name).restype = ctypes.c_double

@@ -2,66 +2,28 @@
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-import hashlib
-import json
 import os
-import platform
 import tempfile
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from pa_compiler import dependencies, host, installation, interrupts, turns
+from pa_compiler import artifact, backends, dependencies, installation, interrupts, turns
 from pa_compiler import store as _cache
-from pa_compiler.cpu import target as _target
-from pa_compiler.cpu import tiling
-from pa_compiler.cuda import backend as cuda_compiler
-from pa_compiler.cuda import tiling as cuda_tiling
-from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.runtime import files, manifest, versions
-from pa_compiler.runtime import load as modules
-from pa_compiler.runtime.loader import open_library
+from pa_compiler.runtime import files, versions
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
-
-if TYPE_CHECKING:
-    from tvm import IRModule
-
-    from pa_compiler.cpu.build import Kernels
 
 PIPELINES = ("fused", "staged")
-STAGE_FILES = {
-    "tensorir": "tensorir.py",
-    "scheduled": "scheduled.py",
-    "cuda": "kernels.cu",
-    "host": "host.cc",
-    "llvm": "kernels.ll",
-    "asm": "kernels.s",
-    "ptx": "kernels.ptx",
-    "sass": "kernels.sass",
-}
-"""What the stages produce, in order: the name in Module.sources, and the file. Each target has some of them."""
-
 # TVM takes a second to import. What needs it is imported inside the functions that compile: loading a module, or
 # finding one in the cache, does without.
 
 
-@dataclasses.dataclass(frozen=True)
-class Lowered:
-    """A spec's kernels before scheduling, as text, and after, as text and to be compiled."""
-
-    tensorir: str
-    scheduled: str
-    mod: IRModule
-
-
 def compile(  # noqa: A001  (the public name)
     spec: PagedAttentionSpec,
-    target: _target.TargetLike = "llvm",
+    target: backends.TargetLike = "llvm",
     pipeline: str = "fused",
     *,
     cache: bool = True,
@@ -95,17 +57,17 @@ def compile(  # noqa: A001  (the public name)
     if dump_dir is not None:
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
-            files.write(Path(dump_dir) / f"{number}_{STAGE_FILES[stage]}", text.encode())
+            files.write(Path(dump_dir) / f"{number}_{artifact.STAGE_FILES[stage]}", text.encode())
     return module
 
 
-def compile_to_save(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> Module:
+def compile_to_save(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> Module:
     """As compile, for a module that is saved: where the cache cannot be used, PA_CACHE_DIR or not, it needs none."""
     return _compiled(spec, target, pipeline, cache=True, needs_cache=False)
 
 
 def _compiled(
-    spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str, *, cache: bool, needs_cache: bool
+    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, *, cache: bool, needs_cache: bool
 ) -> Module:
     config = _checked(spec, target, pipeline)
 
@@ -121,7 +83,7 @@ def _compiled(
             if needs_cache:
                 raise
             _warn_of_no_cache(str(error))
-    return _loaded(entry or interrupts.shielded(lambda: _built_aside(build)), spec)
+    return artifact.loaded(entry or interrupts.shielded(lambda: _built_aside(build)), spec)
 
 
 def _cached(key: str, config: dict[str, Any], build: Callable[[Path], None]) -> dict[str, bytes]:
@@ -147,137 +109,33 @@ def _warn_of_no_cache(reason: str) -> None:
     warnings.warn(f"libraries are compiled without a cache: {reason}", RuntimeWarning, stacklevel=4)
 
 
-def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
+def emit(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     config = _checked(spec, target, pipeline)
     return interrupts.shielded(lambda: _emitted(spec, config, pipeline))
 
 
 def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, str]:
-    from pa_compiler.cpu import build
-
     with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-        if config["kind"] == "cuda":
-            gpu = CudaTarget(config["arch"])
-            kernels = cuda_compiler.lower(spec, gpu, pipeline)
-            return _in_order(kernels.texts | cuda_compiler.machine_texts(kernels, gpu, Path(directory)))
-        cpu = _target.resolve(config)
-        tiles = tiling.choose(spec, cpu, pipeline)
-        lowered = lower(spec, tiles, pipeline)
-        compiled = build.compile_kernels(lowered.mod, cpu, Path(directory))
-        return _texts(lowered, _host(spec, cpu, tiles, pipeline), compiled)
-
-
-def lower(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> Lowered:
-    """spec -> kernels -> schedules."""
-    from pa_compiler import kernels
-    from pa_compiler.cpu import build
-    from pa_compiler.schedules import schedule
-
-    unscheduled = kernels.build(spec, tiles, pipeline)
-    tensorir = build.script(unscheduled)  # now: what follows may change the PrimFuncs that it is given
-    interrupts.check()
-    scheduled = schedule(unscheduled, tiles)
-    interrupts.check()
-    return Lowered(tensorir, build.script(scheduled), scheduled)
-
-
-def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str) -> str:
-    """spec -> host."""
-    from pa_compiler import kernels
-
-    return host.render(spec, tiles, cpu, pipeline, kernels.names(spec, pipeline))
+        return artifact.in_order(backends.of(config).emit(spec, config, pipeline, Path(directory)))
 
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
     """Fill an empty directory with pa.so and the texts of the stages."""
     dependencies.tools(config)  # a missing compiler is said before a second is spent on TVM
     with turns.using_tvm():
-        if config["kind"] == "cuda":
-            build_cuda_library(spec, CudaTarget(config["arch"]), pipeline, directory)
-        else:
-            cpu = _target.resolve(config)
-            build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+        artifact.build_into(
+            directory, spec, pipeline, lambda scratch: backends.of(config).build(spec, config, pipeline, scratch)
+        )
 
 
-def build_library(
-    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, directory: Path
-) -> None:
-    """Lower, compile and link; leave pa.so and the texts of the stages in an empty directory."""
-    from pa_compiler.cpu import build
-
-    host_text = _host(spec, cpu, tiles, pipeline)
-    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as name:  # what removes one removes the other
-        scratch = Path(name)
-        with build.compiling_host(host_text, scratch) as compiling:  # while TVM works
-            lowered = lower(spec, tiles, pipeline)
-            compiled = build.compile_kernels(lowered.mod, cpu, scratch)
-            library = build.link(compiling, compiled.asm, scratch)
-        about = _about(spec, pipeline, json.loads(cpu.config), _target.instruction_sets(cpu), compiled.asm)
-        _leave(directory, library, about, _texts(lowered, host_text, compiled))
-
-
-def build_cuda_library(spec: PagedAttentionSpec, gpu: CudaTarget, pipeline: str, directory: Path) -> None:
-    """As build_library, for the CUDA target."""
-    with tempfile.TemporaryDirectory(prefix=".scratch.", dir=directory) as scratch:
-        library, texts = cuda_compiler.build_library(spec, gpu, pipeline, Path(scratch))
-        _leave(directory, library, _about(spec, pipeline, gpu.config, (), texts["ptx"]), texts)
-
-
-def _about(
-    spec: PagedAttentionSpec, pipeline: str, config: dict[str, Any], features: tuple[str, ...], code: str
-) -> manifest.Manifest:
-    """What a library of this machine's says of itself; code is the kernels' assembly."""
-    return manifest.Manifest(
-        spec=spec,
-        pipeline=pipeline,
-        target=config,
-        machine=platform.machine(),
-        features=features,
-        kernels=hashlib.sha256(code.encode()).hexdigest(),
-        versions=dependencies.versions(),
-    )
-
-
-def _leave(directory: Path, library: Path, about: manifest.Manifest, texts: Mapping[str, str]) -> None:
-    (directory / "pa.so").write_bytes(manifest.seal(library.read_bytes(), about))
-    for stage, text in texts.items():
-        (directory / STAGE_FILES[stage]).write_text(text, encoding="utf-8")
-
-
-def _in_order(texts: Mapping[str, str]) -> dict[str, str]:
-    return {stage: texts[stage] for stage in STAGE_FILES if stage in texts}
-
-
-def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
-    return {
-        "tensorir": lowered.tensorir,
-        "scheduled": lowered.scheduled,
-        "host": host_text,
-        "llvm": compiled.llvm,
-        "asm": compiled.asm,
-    }
-
-
-def _loaded(entry: Mapping[str, bytes], spec: PagedAttentionSpec) -> Module:
-    library = entry["pa.so"]
-    sources = {stage: entry[file].decode() for stage, file in STAGE_FILES.items() if file in entry}
-    about = manifest.read(library, "pa.so")
-    if about.spec == spec:  # where the library states the type of out, the spec may leave it to follow dtype
-        about = dataclasses.replace(about, spec=spec)
-    return modules.make(library, about, open_library(library, "pa.so"), sources)
-
-
-def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> dict[str, Any]:
+def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
     versions.check_compiler()
     installation.check()
     if not isinstance(spec, PagedAttentionSpec):
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
-    config = _target.normalize(target)
-    if config["kind"] == "cuda":
-        cuda_tiling.check(spec, pipeline)
-    else:
-        tiling.check(spec, pipeline)
+    config = backends.normalize(target)
+    backends.of(config).check(spec, pipeline)
     return config

@@ -7,10 +7,7 @@ import os
 import platform
 from typing import Any
 
-from pa_compiler import commands, installation
-from pa_compiler.cpu import build
-from pa_compiler.cpu import target as _target
-from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler import backends, commands, installation, native
 from pa_compiler.spec import PagedAttentionSpec
 
 _CXX_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LD_RUN_PATH")
@@ -26,7 +23,7 @@ def inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> d
     """All that a build depends on but the programs that it runs."""
     return {
         "spec": spec.stated(),
-        "target": _target.fingerprint(config),
+        "target": backends.of(config).fingerprint(config),
         "pipeline": pipeline,
         "versions": versions(),
         "languages": [platform.python_version_tuple()[:2], importlib.metadata.version("jinja2")],
@@ -41,7 +38,7 @@ def tools(config: dict[str, Any]) -> dict[str, object]:
         RuntimeError: one of them is missing.
     """
     return {
-        "compiler": commands.identity(build.cxx()),
+        "compiler": commands.identity(native.cxx()),
         "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
-        **(cuda_compiler.inputs() if config["kind"] == "cuda" else {}),
+        **backends.of(config).tools(),
     }

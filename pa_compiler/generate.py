@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pa_compiler import installation, interrupts, turns
+from pa_compiler import artifact, installation, interrupts, turns
 from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.host import BANNER
@@ -79,7 +79,7 @@ def _emitted() -> dict[str, str]:
             sources = compiler.emit(entry.spec, {"kind": "llvm", "mcpu": entry.target}, entry.pipeline)
         for file in _CUDA_FILES if entry.is_cuda else _FILES:
             header = "".join(f"{file.comment} {line}\n" for line in _header(file, entry))
-            texts[f"{folder}/{compiler.STAGE_FILES[file.stage]}"] = (
+            texts[f"{folder}/{artifact.STAGE_FILES[file.stage]}"] = (
                 f"{header}\n{_without_addresses(sources[file.stage]).strip()}\n"
             )
     return texts

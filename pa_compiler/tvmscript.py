@@ -17,7 +17,7 @@ from collections.abc import Callable
 from types import CodeType, FrameType
 from typing import Any
 
-from tvm import s_tir
+from tvm import IRModule, s_tir
 from tvm.script.ir_builder import IRBuilder
 from tvm.script.parser.core import doc
 from tvm.script.parser.core.diagnostics import Source
@@ -203,3 +203,8 @@ class _Parser(Parser):
             return super().eval_assign(target, source, bind_value, allow_shadowing)
         self.var_table.add(target.id, bind_value(self, target, target.id, source), allow_shadowing)
         return {target.id: source}
+
+
+def text(mod: IRModule) -> str:
+    """TVMScript, in the same words under every Python: from 3.12 on TVM would declare type variables another way."""
+    return str(mod.script(extra_config={"relax.use_pep695": False})) + "\n"

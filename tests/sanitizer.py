@@ -15,9 +15,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import builds
 import pytest
 
-from pa_compiler import compiler
+from pa_compiler import backends
 from pa_compiler.cpu import build, target, tiling
 
 GXX = """#!/bin/sh
@@ -43,7 +44,7 @@ def build_library(spec, pipeline: str, target_like, directory: Path) -> Path:
     gxx = directory / "g++"
     gxx.write_text(GXX)
     gxx.chmod(0o755)
-    cpu = target.resolve(target.normalize(target_like))
+    cpu = target.resolve(backends.normalize(target_like))
     compile_kernels = build.compile_kernels
 
     def instrumented(mod, cpu, scratch):
@@ -53,7 +54,7 @@ def build_library(spec, pipeline: str, target_like, directory: Path) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("CXX", str(gxx))
         patch.setattr(build, "compile_kernels", instrumented)
-        compiler.build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+        builds.build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
     return directory / "pa.so"
 
 

@@ -17,7 +17,7 @@ from specs import SPECS
 from test_arrays import as_numpy, as_torch
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import PagedAttentionSpec, kernels, reference, schedules
+from pa_compiler import PagedAttentionSpec, backends, kernels, reference, schedules
 from pa_compiler.cpu import target, tiling
 
 ALL_SPECS = {
@@ -32,7 +32,7 @@ every_spec = pytest.mark.parametrize("spec", ALL_SPECS.values(), ids=ALL_SPECS)
 
 @pytest.fixture(scope="module")
 def cpu():
-    return target.resolve(target.normalize("llvm"))
+    return target.resolve(backends.normalize("llvm"))
 
 
 def random_bits(spec, *shape, seed=0):

@@ -16,9 +16,8 @@ import pytest
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, dependencies, installation
+from pa_compiler import PagedAttentionSpec, backends, dependencies, installation
 from pa_compiler import store as cache
-from pa_compiler.cpu import target
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.runtime import cpu_features
 
@@ -196,7 +195,7 @@ def test_another_cpu_misses(builds, monkeypatch, figure):
     keys = set()
     for other in (cpu, *others):
         monkeypatch.setattr(cpu_features, "cpuinfo", lambda other=other: other)
-        keys.add(cache.key(dependencies.inputs(BASE, target.normalize("llvm"), "fused")))
+        keys.add(cache.key(dependencies.inputs(BASE, backends.normalize("llvm"), "fused")))
     assert len(keys) == 1 + len(others)
     pa_compiler.compile(BASE)
     monkeypatch.setattr(cpu_features, "cpuinfo", lambda: cpu)

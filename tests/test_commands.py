@@ -8,8 +8,7 @@ import signal
 
 import pytest
 
-from pa_compiler import commands, dependencies
-from pa_compiler.cpu import build
+from pa_compiler import commands, dependencies, native
 from pa_compiler.cuda import build as cuda_build
 
 HOST = 'extern "C" __attribute__((visibility("default"))) int __tvm_ffi_decode() { return 0; }\n'
@@ -32,8 +31,8 @@ def program(tmp_path):
 def compile_host(directory):
     """A host of one function as a library."""
     directory.mkdir(exist_ok=True)
-    with build.compiling_host(HOST, directory) as compiling:
-        return build.link(compiling, KERNELS, directory, ["decode"])
+    with native.compiling_host(HOST, directory) as compiling:
+        return native.link(compiling, KERNELS, directory, ["decode"])
 
 
 REAL = os.path.realpath(shutil.which("g++"))
@@ -130,7 +129,7 @@ def test_what_the_compiler_writes_of_its_own_is_in_the_directory_of_the_build(pr
     """Not in a TMPDIR that cannot be written, and not left there when it is killed."""
     monkeypatch.setenv("TMPDIR", "/dev/null/nowhere")
     monkeypatch.setenv("CXX", str(program("shows", 'echo "$TMPDIR" >&2; exec g++ "$@"')))
-    with build.compiling_host(HOST, tmp_path) as compiling:
+    with native.compiling_host(HOST, tmp_path) as compiling:
         printed = commands.finish(compiling, "the compiler", tmp_path / "host.o")
     assert printed == f"{tmp_path}\n"
 

@@ -10,12 +10,13 @@ import ml_dtypes
 import numpy as np
 import pytest
 import tvm
+from builds import build_library
 from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler import PagedAttentionSpec, backends, compiler
 from pa_compiler.cpu import assembly, instructions, target, tiling
 from pa_compiler.kernels.pairs import round_to_bfloat16
 
@@ -40,7 +41,7 @@ LENGTHS = [0, 1, 2, 3, 7, 15, 16, 20, 21, 0, 33, 61, 127, 128, 129, 130, 300, 20
 
 @pytest.fixture(scope="module")
 def cpu():
-    return target.resolve(target.normalize("llvm"))
+    return target.resolve(backends.normalize("llvm"))
 
 
 @pytest.fixture(scope="module", params=SPECS)
@@ -50,7 +51,7 @@ def module(request, cpu, tmp_path_factory):
     tiles = tiling.choose(spec, dataclasses.replace(cpu, features=FEATURES), "fused")
     assert tiles.dot_pairs
     directory = tmp_path_factory.mktemp("dot_pairs")
-    compiler.build_library(spec, cpu, tiles, "fused", directory)
+    build_library(spec, cpu, tiles, "fused", directory)
     return pa_compiler.load(directory / "pa.so")
 
 
@@ -100,7 +101,7 @@ def test_the_operation_that_becomes_the_instruction(cpu, tmp_path, monkeypatch, 
     monkeypatch.setattr(target.CpuTarget, "dot_pairs", True)
     monkeypatch.setattr(instructions, "_instructions", lambda: "".join(map(emulated, (4, 8, 16))))
     tiles = tiling.choose(SPECS[name], cpu, "fused")
-    compiler.build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
+    build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
     lanes = 16 if name == "group_48" else tiles.lanes
     assert f"call <{lanes} x float> @llvm.fma.v{lanes}f32" in (tmp_path / "kernels.ll").read_text()
     inputs = make_inputs(SPECS[name], LENGTHS)

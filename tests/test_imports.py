@@ -12,99 +12,72 @@ from pathlib import Path
 import pytest
 from package import python_files
 
-# Each part may import the parts named here, and no others. A folder, such as kernels and schedules, is one part.
 ARROWS = {
     "spec": set(),
-    "interface": set(),
+    "interface": {"spec"},
     "reference": set(),
     "layout": {"spec"},
-    "versions": set(),
-    "text": {"spec"},
-    "cuda_target": set(),
-    "target": {"cuda_target", "versions"},
-    "files": set(),
+    "tiles": {"spec"},
+    "runtime": {
+        "spec",
+        "interface",
+        "verification",
+    },  # a module verifies itself, by what compares it with the reference
+    "verification": {"spec", "interface", "layout", "reference", "runtime"},
     "interrupts": set(),
     "installation": set(),
-    "commands": {"interrupts"},
-    "cache": {"interrupts"},
-    "tolerances": {"spec", "reference"},
-    "tiling": {"spec", "target"},
-    "gpus": {"cuda_target"},
-    "cuda_tiling": {"spec", "tiling", "gpus"},
-    "kernels": {"spec", "interface", "tiling", "cuda_tiling"},
-    "schedules": {"tiling", "cuda_tiling", "kernels"},
-    "instructions": {"target", "kernels"},
-    "host": {"spec", "interface", "target", "tiling", "installation"},
-    "build": {"target", "instructions", "commands", "interrupts"},
-    "cuda_build": {"commands"},
-    "cuda_host": {
-        *("spec", "interface", "cuda_target", "tiling", "cuda_tiling", "kernels", "host", "cuda_build"),
-    },
-    "cuda_compiler": {
-        *("spec", "versions", "cuda_target", "cuda_tiling", "kernels", "schedules", "build", "cuda_build", "cuda_host"),
-        *("commands", "interrupts"),
-    },
-    "torch_tensors": set(),
-    "dlpack": {"torch_tensors"},
-    "arguments": {"dlpack", "torch_tensors"},
-    "memory": {"arguments"},
-    "entry_points": {"spec", "arguments", "dlpack", "torch_tensors"},
-    "threads": {"interface", "arguments"},
-    "manifest": {"spec", "target"},
-    "loader": {"versions", "manifest"},
-    "draws": {"spec", "tiling"},
-    "verify": {"spec", "arguments", "layout", "reference", "tolerances", "draws"},
-    "module": {
-        *("spec", "interface", "arguments", "dlpack", "torch_tensors", "entry_points", "files", "memory", "threads"),
-        *("manifest", "loader", "verify"),
-    },
-    "cuda_verify": {"arguments"},
-    "cuda_module": {"interface", "arguments", "torch_tensors", "module", "verify", "cuda_verify"},
-    "modules": {"manifest", "loader", "module", "cuda_module"},
     "turns": {"interrupts"},
-    "dependencies": {"spec", "target", "build", "commands", "cuda_compiler", "installation"},
+    "commands": {"interrupts"},
+    "store": {"interrupts"},
+    "native": {"commands"},
+    "tvmscript": set(),
+    "kernels": {"spec", "tiles", "tvmscript"},
+    "schedules": {"tiles", "spec", "kernels", "tvmscript"},
+    "host": {"spec", "interface", "tiles", "installation", "runtime", "cpu"},
+    "backend": {"spec"},
+    "cpu": {
+        *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
+        *("backend", "native", "interrupts"),
+        *("backends", "compiler"),  # explain compiles
+    },
+    "cuda": {
+        *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
+        *("backend", "native", "interrupts", "commands", "installation", "turns"),
+        "backends",
+    },
+    "backends": {"backend", "cpu", "cuda"},
+    "dependencies": {"spec", "backends", "commands", "installation", "native"},
+    "artifact": {"spec", "backend", "dependencies", "runtime"},
     "compiler": {
-        *("spec", "versions", "target", "tiling", "kernels", "schedules", "host", "build"),
-        *("cuda_target", "cuda_tiling", "cuda_compiler"),
-        *("manifest", "loader", "module", "modules", "cache"),
-        *("dependencies", "files", "installation", "interrupts", "turns"),
+        *("spec", "runtime", "artifact", "backends", "dependencies", "store"),
+        *("installation", "interrupts", "turns"),
     },
-    "cases": {"spec", "reference", "tolerances"},
-    "__init__": {"spec", "interface", "reference", "layout", "module", "cuda_module", "modules", "compiler"},
     "generate": {
-        *("spec", "cuda_target", "cuda_compiler", "compiler", "host", "files", "installation", "interrupts", "turns"),
+        *("spec", "runtime", "artifact", "compiler", "cuda", "host", "installation", "interrupts", "turns"),
     },
-    "report": {"text", "interface", "cases", "tolerances", "module"},
-    "assembly": set(),
-    "explain": {"spec", "text", "target", "tiling", "threads", "compiler", "assembly", "cases", "report", "interrupts"},
-    "cuda_explain": {
-        *("spec", "text", "target", "cuda_target", "cuda_tiling", "cuda_build", "cuda_compiler", "gpus", "cases"),
-        *("report", "installation", "interrupts", "turns"),
-    },
-    "options": {"spec", "target", "compiler", "cases"},
-    "library_cli": {"text", "versions", "manifest", "module", "modules", "verify"},
     "cli": {
-        *("__init__", "spec", "cases", "cache", "compiler", "generate", "report", "explain", "cuda_explain", "gpus"),
-        *("options", "module", "library_cli"),
+        *("__init__", "spec", "interface", "runtime", "verification", "backends", "compiler", "generate", "store"),
+        *("cpu", "cuda", "tiles"),
     },
-    "__main__": {"versions", "library_cli", "cli"},
+    "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler"},
+    "__main__": {"runtime", "cli"},
 }
+"""What each room may import. A room is a folder, such as kernels, or a file beside them."""
 
 RUNTIME = {"__init__", "__main__"}
 """What a program that runs libraries imports, and with it all that these import but for what compiles."""
-COMPILER = {"compiler", "cli"}
+COMPILER = {"compiler", "cli.main"}
 BASE_PACKAGES = {"pa_compiler", "tvm_ffi", "numpy", "ml_dtypes"}
 OTHERS = {
-    "torch_tensors": {"torch"},  # of callers with its tensors
-    "cuda_module": {"torch"},
-    "cuda_verify": {"torch"},
-    "target": {"tvm"},  # in resolve, for the compiler
+    "runtime.torch_tensors": {"torch"},  # of callers with its tensors
+    "runtime.cuda_module": {"torch"},
+    "verification.on_gpu": {"torch"},
 }
-"""By the part that imports it, inside a function that not all programs call."""
+"""By the file that imports it, inside a function that not all programs call."""
 
 
 def part_of(name):
-    """The part that a module belongs to: the first name below pa_compiler's."""
+    """The room that a module belongs to: the first name below pa_compiler's."""
     return name.split(".")[1]
 
 
@@ -131,18 +104,32 @@ def imported_parts(tree):
             yield part.partition(".")[0] or "__init__"
 
 
-def runtime_parts():
-    """The parts that a program which runs libraries may import."""
+def modules():
+    """Every file of the package, by its name below pa_compiler's, with the others that it imports."""
+    files = {name.partition(".")[2].removesuffix(".__init__"): path for name, path in python_files().items()}
+    files["__init__"] = files.pop("__init__")
+    return {name: (path, imported_files(path, files)) for name, path in files.items()}
+
+
+def imported_files(path, files):
+    """Files of the package among what a file imports."""
+    for name in set(imported_names(ast.parse(path.read_text()))):
+        package, _, inside = name.partition(".")
+        if package == "pa_compiler":
+            while inside and inside not in files:
+                inside = inside.rpartition(".")[0]
+            yield inside or "__init__"
+
+
+def runtime_files():
+    """The files that a program which runs libraries may import."""
+    graph = {name: set(imported) for name, (_, imported) in modules().items()}
     found, waiting = set(), set(RUNTIME)
     while waiting:
-        part = waiting.pop()
-        found.add(part)
-        waiting |= set(imported_parts(parsed(part))) - found - COMPILER
+        name = waiting.pop()
+        found.add(name)
+        waiting |= graph[name] - found - COMPILER
     return found
-
-
-def parsed(part):
-    return ast.parse(importlib.resources.files("pa_compiler").joinpath(f"{part}.py").read_text())
 
 
 @pytest.mark.parametrize(("part", "path"), sources())
@@ -173,18 +160,22 @@ def test_every_folder_of_the_package_is_installed():
     assert {path for path in folder.rglob("*.*") if path.suffix not in (".py", ".pyc")} == installed
 
 
-def test_the_arrows_have_no_cycle():
-    order = list(ARROWS)
-    for part, imported in ARROWS.items():
-        assert all(order.index(name) < order.index(part) for name in imported), part
+def test_files_have_no_cycle():
+    """Whatever the rooms may import, of two files one does without the other."""
+    waiting = {name: set(imported) - {name} for name, (_, imported) in modules().items()}
+    waiting["verification.verify"].discard("runtime.module")
+    while free := {name for name, imported in waiting.items() if not imported & waiting.keys()}:
+        waiting = {name: imported for name, imported in waiting.items() if name not in free}
+    assert not waiting
 
 
 def test_what_runs_a_library_imports_three_packages():
-    parts = runtime_parts()
-    assert {"module", "verify", "modules", "library_cli"} <= parts
-    for part in sorted(parts):
-        names = {name.partition(".")[0] for name in imported_names(parsed(part))}
-        assert names <= {*sys.stdlib_module_names, *BASE_PACKAGES, *OTHERS.get(part, ())}, part
+    names, files = runtime_files(), modules()
+    assert {"runtime.module", "verification.verify", "runtime.load", "cli.library"} <= names
+    for name in sorted(names):
+        path, _ = files[name]
+        packages = {imported.partition(".")[0] for imported in imported_names(ast.parse(path.read_text()))}
+        assert packages <= {*sys.stdlib_module_names, *BASE_PACKAGES, *OTHERS.get(name, ())}, name
 
 
 @pytest.mark.parametrize(
@@ -207,8 +198,9 @@ assert "tvm" not in sys.modules and not hasattr(pa_compiler, "compiles")
     subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("part", ["spec", "reference"])
-def test_needs_nothing_but_numpy(part):
+@pytest.mark.parametrize("name", ["spec", "reference"])
+def test_needs_nothing_but_numpy(name):
     """The spec and the oracle stand on their own."""
-    names = {name.partition(".")[0] for name in imported_names(parsed(part))}
+    path, _ = modules()[name]
+    names = {imported.partition(".")[0] for imported in imported_names(ast.parse(path.read_text()))}
     assert names <= {"__future__", "dataclasses", "math", "numpy"}

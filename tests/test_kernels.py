@@ -10,12 +10,13 @@ import subprocess
 import numpy as np
 import pytest
 import tvm
+from builds import build_library
 from inputs import make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 from tvm.script import tirx as T
 
 import pa_compiler
-from pa_compiler import compiler, kernels, schedules
+from pa_compiler import backends, compiler, kernels, schedules
 from pa_compiler import tvmscript as script
 from pa_compiler.cpu import assembly, target, tiling
 from pa_compiler.kernels.cache_access import key_access, token_offsets
@@ -27,7 +28,7 @@ V4 = {"kind": "llvm", "mcpu": "x86-64-v4"}
 
 @pytest.fixture(scope="module")
 def cpu():
-    return target.resolve(target.normalize("llvm"))
+    return target.resolve(backends.normalize("llvm"))
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,7 @@ def test_the_tiles_of_every_vector_width_are_right_on_this_cpu(
     """The tiles follow another target's features; the code generator splits their vectors for this one."""
     spec = pa_compiler.PagedAttentionSpec(*heads, 48, block_size, dtype, out_dtype="float32", kv_layout=kv_layout)
     tiles = tiling.choose(spec, dataclasses.replace(cpu, features=frozenset(features.split())), "fused")
-    compiler.build_library(spec, cpu, tiles, "fused", tmp_path)
+    build_library(spec, cpu, tiles, "fused", tmp_path)
     inputs = make_inputs(spec, [0, 1, 19, 20, 21, 61, 128, 129, 300])
     out, lse = pa_compiler.load(tmp_path / "pa.so").decode(*inputs.arguments, return_lse=True)
     assert_close_to_oracle(spec, inputs, out, lse)

@@ -19,9 +19,8 @@ from test_commands import HOST, KERNELS
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler import PagedAttentionSpec, compiler, native
 from pa_compiler.cli import main as cli
-from pa_compiler.cpu import build
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.runtime import loader
 
@@ -177,8 +176,8 @@ def test_a_library_is_linked_in_any_directory(tmp_path, monkeypatch, name, figur
     directory.mkdir()
     kernels = KERNELS + cuda_build.embed(image, directory)
     host = f'extern "C" const char pa_kernels_image[];\n{HOST}'.replace("return 0", "return pa_kernels_image[3]")
-    with build.compiling_host(host, directory) as compiling:
-        library = build.link(compiling, kernels, directory, ["decode"])
+    with native.compiling_host(host, directory) as compiling:
+        library = native.link(compiling, kernels, directory, ["decode"])
     os.chmod(library, 0o755)
     shutil.copy(library, tmp_path / "pa.so")
     assert ctypes.CDLL(str(tmp_path / "pa.so")).__tvm_ffi_decode() == image[3]

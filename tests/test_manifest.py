@@ -12,13 +12,14 @@ import sys
 import numpy as np
 import pytest
 import tvm_ffi
+from builds import build_library
 from click.testing import CliRunner
 from inputs import make_inputs
 from specs import BASE, SPECS, every_spec
 from tolerances import assert_same_bits
 
 import pa_compiler
-from pa_compiler import compiler
+from pa_compiler import artifact, backends
 from pa_compiler import store as cache
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import target, tiling
@@ -154,12 +155,15 @@ def test_another_cpu_is_refused_with_the_features_it_lacks(compiled, tmp_path, r
 @pytest.mark.scorecard(13)
 def test_calls_of_a_module_for_another_cpu_name_every_feature_it_lacks(tmp_path, figure):
     """One that was compiled here, and so never loaded from a file: decode and append_kv know as much as load does."""
-    cpu, lacks = target.resolve(target.normalize("llvm")), cpu_features.missing_features(cpu_features.INSTRUCTION_SETS)
+    cpu, lacks = (
+        target.resolve(backends.normalize("llvm")),
+        cpu_features.missing_features(cpu_features.INSTRUCTION_SETS),
+    )
     assert lacks  # no CPU has both AMD's old and Intel's new ones
     tiles = tiling.choose(BASE, cpu, "fused")
     other = dataclasses.replace(cpu, features=cpu.features | set(lacks))
-    compiler.build_library(BASE, other, tiles, "fused", tmp_path)
-    module, inputs = compiler._loaded(cache.contents(tmp_path), BASE), make_inputs(BASE, [3, 9])
+    build_library(BASE, other, tiles, "fused", tmp_path)
+    module, inputs = artifact.loaded(cache.contents(tmp_path), BASE), make_inputs(BASE, [3, 9])
     assert module.manifest.unfit().endswith(f"what it lacks: {' '.join(lacks)}")
     key = np.zeros((1, BASE.num_kv_heads, BASE.head_dim), BASE.dtype)
     for call in (

@@ -17,7 +17,7 @@ from runtime_calls import LENGTHS
 from specs import BASE, SPECS
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler import PagedAttentionSpec, backends, compiler
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import target
@@ -195,7 +195,7 @@ WRONG = [("apache-tvm-ffi", "0.1.15.post2"), ("apache-tvm-ffi", "0.1.13"), ("apa
         lambda: pa_compiler.compile(BASE, cache=False),
         lambda: pa_compiler.compile(BASE, "cuda"),
         lambda: compiler.emit(BASE),
-        lambda: target.resolve(target.normalize("llvm")),
+        lambda: target.resolve(backends.normalize("llvm")),
         lambda: cuda_compiler.lower(SPECS["float16"], cuda_target.CudaTarget("sm_90")),
     ],
     ids=["compile", "no_cache", "cuda", "emit", "resolve", "cuda_lower"],

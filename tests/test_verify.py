@@ -9,13 +9,14 @@ import shlex
 import numpy as np
 import pytest
 import tvm
+from builds import build_library
 from click.testing import CliRunner
 from specs import BASE, SPECS, every_spec, range_tokens
 
 import pa_compiler
-from pa_compiler import compiler
+from pa_compiler import backends
 from pa_compiler.cli import main as cli
-from pa_compiler.cpu import target, tiling
+from pa_compiler.cpu import backend, target, tiling
 from pa_compiler.verification import draws, verify
 
 SEED = 1
@@ -184,7 +185,7 @@ def test_a_wrong_library_fails_and_its_command_draws_that_again(monkeypatch, tmp
 
 def build_with_fault(monkeypatch, directory, spec, stage, text, wrong):
     """A library of a spec in whose host or scheduled kernels one piece of text is another."""
-    lower, host = compiler.lower, compiler._host
+    lower, host = backend.lower, backend.host_text
 
     def replaced(original):
         assert text in original
@@ -196,12 +197,12 @@ def build_with_fault(monkeypatch, directory, spec, stage, text, wrong):
         return dataclasses.replace(lowered, scheduled=scheduled, mod=tvm.script.from_source(scheduled))
 
     if stage == "host":
-        monkeypatch.setattr(compiler, "_host", lambda *arguments: replaced(host(*arguments)))
+        monkeypatch.setattr(backend, "host_text", lambda *arguments: replaced(host(*arguments)))
     else:
-        monkeypatch.setattr(compiler, "lower", faulty_lower)
+        monkeypatch.setattr(backend, "lower", faulty_lower)
     directory.mkdir()
-    cpu = target.resolve(target.normalize("llvm"))
-    compiler.build_library(spec, cpu, tiling.choose(spec, cpu, "fused"), "fused", directory)
+    cpu = target.resolve(backends.normalize("llvm"))
+    build_library(spec, cpu, tiling.choose(spec, cpu, "fused"), "fused", directory)
     return directory / "pa.so"
 
 

@@ -17,7 +17,8 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     import tvm
     from tvm.relax.frontend.nn.llm._decode_kernels import _attention_decode_cpu
 
-    from pa_compiler.cpu import target
+    from pa_compiler import backends
+from pa_compiler.cpu import target
 
     spec = call.case.spec
     if spec.dtype != "float32":
@@ -26,7 +27,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
         spec.num_kv_heads, spec.num_heads, spec.head_dim, spec.dtype, False, {}, page_size=spec.block_size
     )
     name = str(kernel.attrs["global_symbol"])
-    this_cpu = tvm.target.Target(json.loads(target.resolve(target.normalize("llvm")).config))
+    this_cpu = tvm.target.Target(json.loads(target.resolve(backends.normalize("llvm")).config))
     function = tvm.compile(tvm.IRModule({name: kernel}), target=this_cpu)[name]
 
     pages = call.empty((call.case.num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim))

@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
+from pa_compiler.backends import BACKENDS, normalize
 from pa_compiler.compiler import PIPELINES
-from pa_compiler.cpu.target import KINDS, normalize
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
 
@@ -42,7 +42,7 @@ class Target(click.ParamType):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | dict[str, Any]:
         """Parse an option's value."""
-        if value in KINDS:
+        if value in BACKENDS:
             return value
         if value.startswith("sm_"):
             return {"kind": "cuda", "arch": value}

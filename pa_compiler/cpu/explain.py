@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
-from pa_compiler import compiler, interrupts
+from pa_compiler import backends, compiler, interrupts
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiling
 from pa_compiler.cpu.assembly import Loop, inner_loops
@@ -33,13 +33,13 @@ class Explanation:
     loops: list[Loop]
 
 
-def explain(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline: str = "fused") -> Explanation:
+def explain(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> Explanation:
     """Compile as far as to assembly, and read it. Arguments and errors as for pa_compiler.compile."""
     return interrupts.shielded(lambda: _explained(spec, target, pipeline))
 
 
-def _explained(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str) -> Explanation:
+def _explained(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> Explanation:
     asm = compiler.emit(spec, target, pipeline)["asm"]
-    cpu = _target.resolve(_target.normalize(target))
+    cpu = _target.resolve(backends.normalize(target))
     _, reason = tiling.choose_strategy(spec, cpu, pipeline)
     return Explanation(spec, pipeline, cpu, tiling.choose(spec, cpu, pipeline), reason, inner_loops(asm))

@@ -9,12 +9,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from pa_compiler.cuda import target as cuda_target
 from pa_compiler.runtime import cpu_features, versions
-
-TargetLike = str | Mapping[str, Any]
-
-KINDS = ("llvm", "cuda")
 
 _KEYS = {"kind", "mcpu", "mattr"}
 
@@ -63,26 +58,14 @@ class CpuTarget:
         return {"avx512bf16", "avx512vl"} <= self.features
 
 
-def normalize(target: TargetLike) -> dict[str, Any]:
-    """Check a target as a user gives it, without importing TVM.
-
-    Args:
-        target: "llvm" for this machine's CPU, or {"kind": "llvm", "mcpu": ..., "mattr": [...]}; "cuda", or {"kind":
-            "cuda", "arch": ...}.
+def normalize(target: Mapping[str, Any]) -> dict[str, Any]:
+    """Check a target dict of kind "llvm". The kind alone stands for this machine's CPU with all its features.
 
     Raises:
-        TypeError, ValueError: it is none of them.
+        TypeError, ValueError: it has other keys, or other values than TVM takes.
     """
-    if isinstance(target, str):
-        if target not in KINDS:
-            raise ValueError(f"target: expected 'llvm', 'cuda' or a dict of that kind, got {target!r}")
-        return {"kind": "llvm"} if target == "llvm" else cuda_target.normalize({})
-    if not isinstance(target, Mapping):
-        raise TypeError(f"target: expected 'llvm', 'cuda' or a dict of that kind, got {type(target).__name__}")
-    if target.get("kind") not in KINDS:
-        raise ValueError(f"target: expected kind 'llvm' or 'cuda', got {target.get('kind')!r}")
-    if target["kind"] == "cuda":
-        return cuda_target.normalize(target)
+    if set(target) == {"kind"}:
+        return {"kind": "llvm"}
     if unknown := set(target) - _KEYS:
         raise ValueError(f"target: expected the keys {sorted(_KEYS)}, got also {sorted(unknown)}")
     if not isinstance(target.get("mcpu", "x86-64"), str):
@@ -97,8 +80,8 @@ def normalize(target: TargetLike) -> dict[str, Any]:
 
 
 def fingerprint(normalized: dict[str, Any]) -> dict[str, Any]:
-    """What tells two targets apart in a cache key: the dict and, for "llvm", this CPU with all its features."""
-    if "mcpu" in normalized or normalized["kind"] == "cuda":
+    """What tells two targets apart in a cache key: the dict and, without an mcpu, this CPU with all its features."""
+    if "mcpu" in normalized:
         return {**normalized, "machine": platform.machine()}
     identity = cpu_features.cpuinfo()
     keep = ("vendor_id", "cpu family", "model", "stepping", "flags", "CPU part", "Features")

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import platform
 from pathlib import Path
+from typing import Any
 
-from pa_compiler import commands, interrupts
+from pa_compiler import commands, interrupts, native
+from pa_compiler.backend import Backend, Built
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import host as cuda_host
+from pa_compiler.cuda import target as cuda_target
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.runtime import versions
@@ -47,14 +51,14 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused")
         ImportError, RuntimeError: there is no TVM, or one of another version.
     """
     versions.check_compiler()
-    from pa_compiler.cpu import build
+    from pa_compiler import tvmscript
     from pa_compiler.cuda.kernels import launches as cuda
 
     if pipeline == "staged":
         return _lower_staged(spec, target)
     tiles = cuda_tiling.choose(spec, target.arch)
     mod = cuda.build(spec, tiles)
-    texts = {"tensorir": build.script(mod)}  # now: what follows may change the PrimFuncs that it is given
+    texts = {"tensorir": tvmscript.text(mod)}  # now: what follows may change the PrimFuncs that it is given
     texts["cuda"] = cuda_build.emit(mod, target.arch)
     texts["host"] = cuda_host.render_fused(spec, tiles, target, texts["cuda"], cuda.launches(spec, tiles))
     return Lowered(texts)
@@ -63,47 +67,47 @@ def lower(spec: PagedAttentionSpec, target: CudaTarget, pipeline: str = "fused")
 def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
     from tvm import IRModule
 
-    from pa_compiler.cpu import build
+    from pa_compiler import tvmscript
     from pa_compiler.cuda.kernels import launches as cuda
     from pa_compiler.schedules import schedule
 
     tiles = cuda_tiling.staged(spec)
     stages, others = cuda.build_staged(spec, tiles)
     mod = IRModule({**stages.functions, **others.functions})
-    texts = {"tensorir": build.script(mod)}
+    texts = {"tensorir": tvmscript.text(mod)}
     mod = IRModule({**schedule(stages, tiles).functions, **others.functions})
-    texts["scheduled"] = build.script(mod)
+    texts["scheduled"] = tvmscript.text(mod)
     texts["cuda"] = cuda_build.emit(mod, target.arch)
     texts["host"] = cuda_host.render_staged(spec, tiles, target, texts["cuda"], cuda.staged_launches())
     return Lowered(texts)
 
 
-def machine_texts(lowered: Lowered, target: CudaTarget, directory: Path) -> dict[str, str]:
-    """The stages that nvcc makes, by their names."""
-    return _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
+def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+    """The text of every stage; directory is for intermediate files."""
+    target = CudaTarget(config["arch"])
+    lowered = lower(spec, target, pipeline)
+    return lowered.texts | _machine_texts(cuda_build.assemble(lowered.cuda, target.arch, directory), directory)
 
 
-def build_library(
-    spec: PagedAttentionSpec, target: CudaTarget, pipeline: str, scratch: Path
-) -> tuple[Path, dict[str, str]]:
-    """Lower, compile and link; the library, which lies in scratch, and the texts of the stages.
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> Built:
+    """Lower, compile and link. The library and intermediate files lie in directory.
 
     Raises:
         RuntimeError: there is no C++ compiler or no nvcc, or one of them refuses the code.
     """
-    from pa_compiler.cpu import build
-
+    target = CudaTarget(config["arch"])
     lowered = lower(spec, target, pipeline)
     interrupts.check()
-    with build.compiling_host(lowered.host, scratch) as compiling:  # while nvcc works
-        cubin = cuda_build.assemble(lowered.cuda, target.arch, scratch)
-        image = cuda_build.fatbin(cubin, target.arch, scratch)
-        library = build.link(compiling, cuda_build.embed(image, scratch), scratch, ENTRY_POINTS)
-    return library, lowered.texts | _machine_texts(cubin, scratch)
+    with native.compiling_host(lowered.host, directory) as compiling:  # while nvcc works
+        cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
+        image = cuda_build.fatbin(cubin, target.arch, directory)
+        library = native.link(compiling, cuda_build.embed(image, directory), directory, ENTRY_POINTS)
+    texts = lowered.texts | _machine_texts(cubin, directory)
+    return Built(library, texts, target.config, (), texts["ptx"])
 
 
-def inputs() -> dict[str, object]:
-    """What a build depends on besides the spec, the target, and what a build for a CPU depends on.
+def tools() -> dict[str, object]:
+    """The toolkit's programs, and the variables that change what they make of their arguments.
 
     Raises:
         RuntimeError: there is no nvcc.
@@ -121,3 +125,11 @@ def _machine_texts(cubin: cuda_build.Cubin, directory: Path) -> dict[str, str]:
     if cuda_build.find_tool("nvdisasm"):
         texts["sass"] = cuda_build.disassembly(cubin, directory)
     return texts
+
+
+def fingerprint(config: dict[str, Any]) -> dict[str, Any]:
+    """What tells two targets apart in a cache key. The host is for this machine's CPUs."""
+    return {**config, "machine": platform.machine()}
+
+
+BACKEND = Backend(cuda_target.normalize, cuda_tiling.check, fingerprint, tools, emit, build)

@@ -7,8 +7,7 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
-from pa_compiler import installation, interrupts, turns
-from pa_compiler.cpu import target as _target
+from pa_compiler import backends, installation, interrupts, turns
 from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import gpus
@@ -48,7 +47,7 @@ class CudaExplanation:
 
 
 def explain(
-    spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str = "fused", gpu: str | None = None
+    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str = "fused", gpu: str | None = None
 ) -> CudaExplanation:
     """Compile as far as to machine code, and read it.
 
@@ -63,7 +62,7 @@ def explain(
         RuntimeError: there is no nvcc, or it refuses the code.
     """
     installation.check()
-    chip = CudaTarget(_target.normalize(target)["arch"])
+    chip = CudaTarget(backends.normalize(target)["arch"])
     if pipeline != "fused":
         raise ValueError(f"pipeline: expected fused, to explain target cuda, got {pipeline!r}")
     if gpu is not None and gpus.GPUS[gpu].arch != chip.arch:

@@ -1,0 +1,94 @@
+"""The pipeline of the CPU target: spec -> kernels -> schedules -> assembly, and a host around it, in one library."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pa_compiler import host, interrupts, native
+from pa_compiler.backend import Backend, Built
+from pa_compiler.cpu import build as _build
+from pa_compiler.cpu import target as _target
+from pa_compiler.cpu import tiling
+from pa_compiler.cpu.build import Kernels
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+
+ENTRY_POINTS = ("decode", "append_kv", "plan", "cpu_set", "openmp", "view_as_bfloat16")
+
+# TVM is imported inside the functions that compile: looking a module up in the cache does without.
+
+
+@dataclasses.dataclass(frozen=True)
+class Lowered:
+    """A spec's kernels before scheduling, as text, and after, as text and to be compiled."""
+
+    tensorir: str
+    scheduled: str
+    mod: IRModule
+
+
+def lower(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> Lowered:
+    """spec -> kernels -> schedules."""
+    from pa_compiler import kernels, tvmscript
+    from pa_compiler.schedules import schedule
+
+    unscheduled = kernels.build(spec, tiles, pipeline)
+    tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
+    interrupts.check()
+    scheduled = schedule(unscheduled, tiles)
+    interrupts.check()
+    return Lowered(tensorir, tvmscript.text(scheduled), scheduled)
+
+
+def host_text(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str) -> str:
+    """spec -> host."""
+    from pa_compiler import kernels
+
+    return host.render(spec, tiles, cpu, pipeline, kernels.names(spec, pipeline))
+
+
+def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+    """The text of every stage; directory is for intermediate files."""
+    cpu = _target.resolve(config)
+    tiles = tiling.choose(spec, cpu, pipeline)
+    lowered = lower(spec, tiles, pipeline)
+    compiled = _build.compile_kernels(lowered.mod, cpu, directory)
+    return _texts(lowered, host_text(spec, cpu, tiles, pipeline), compiled)
+
+
+def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> Built:
+    """Lower, compile and link, with the tiles that the policy chooses."""
+    cpu = _target.resolve(config)
+    return build_with_tiles(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
+
+
+def build_with_tiles(
+    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, directory: Path
+) -> Built:
+    """Lower, compile and link. The library and intermediate files lie in directory."""
+    text = host_text(spec, cpu, tiles, pipeline)
+    with native.compiling_host(text, directory) as compiling:  # while TVM works
+        lowered = lower(spec, tiles, pipeline)
+        compiled = _build.compile_kernels(lowered.mod, cpu, directory)
+        library = native.link(compiling, compiled.asm, directory, ENTRY_POINTS)
+    config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
+    return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm)
+
+
+def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str]:
+    return {
+        "tensorir": lowered.tensorir,
+        "scheduled": lowered.scheduled,
+        "host": host_text,
+        "llvm": compiled.llvm,
+        "asm": compiled.asm,
+    }
+
+
+BACKEND = Backend(_target.normalize, tiling.check, _target.fingerprint, dict, emit, build)

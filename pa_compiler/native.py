@@ -1,0 +1,97 @@
+"""Host C++ + the kernels' assembly -> one shared library that needs tvm-ffi alone, for every target."""
+
+from __future__ import annotations
+
+import contextlib
+import shlex
+import shutil
+import subprocess
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import tvm_ffi.libinfo
+
+from pa_compiler import commands
+
+_COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden")
+
+
+@contextlib.contextmanager
+def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+    """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
+
+    Yields the compiler's process, which link() waits for; it ends with the context.
+
+    Raises:
+        RuntimeError: there is no compiler, or the system cannot run it.
+    """
+    source = directory / "host.cc"
+    source.write_text(host)
+    includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
+    command = [
+        *cxx(),
+        *_COMPILE_FLAGS,
+        *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
+        "-c",
+        str(source),
+        "-o",
+        str(directory / "host.o"),
+    ]
+    with commands.start(command, environment=_temporaries(directory)) as process:
+        yield process
+
+
+def link(compiling: subprocess.Popen[str], kernels: str, directory: Path, entry_points: Sequence[str]) -> Path:
+    """Wait for the host's object file, assemble the kernels, and link both into directory/pa.so.
+
+    Only the entry points leave the library: two of them in one process do not see each other's kernels.
+
+    Raises:
+        RuntimeError: the compiler refuses the code.
+    """
+    what = f"the C++ compiler {shlex.join(cxx())}"
+    commands.finish(compiling, what, directory / "host.o")
+    assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
+    assembly.write_text(kernels)
+    exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
+    command = [
+        *cxx(),
+        str(directory / "host.o"),
+        str(assembly),
+        "-shared",
+        "-pthread",
+        *("-Xlinker", f"--version-script={exports}"),  # -Wl would take the path apart at a comma
+        "-Wl,--no-undefined",
+        "-Wl,-z,now",  # a function that another libtvm_ffi lacks is an error of load(), not the end of the process
+        "-Wl,-z,nodelete",  # its threads outlive the module that loaded it, and so does what a driver keeps for it
+        f"-L{Path(tvm_ffi.libinfo.find_libtvm_ffi()).parent}",
+        "-ltvm_ffi",
+        "-lm",
+        "-ldl",
+        "-o",
+        str(library),
+    ]
+    with commands.start(command, environment=_temporaries(directory)) as process:
+        commands.finish(process, what, library)
+    return library
+
+
+def _temporaries(directory: Path) -> dict[str, str]:
+    """Compilers write files of their own where this says; elsewhere they may not, or leave them if they are killed."""
+    return {"TMPDIR": str(directory)}
+
+
+def cxx() -> list[str]:
+    """The command of the C++ compiler: what CXX names, or else g++.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    program, *words = commands.words("CXX", "g++")
+    path = shutil.which(program)
+    if path is None:
+        raise RuntimeError(
+            f"the C++ compiler {program!r} is not on PATH; pa_compiler needs g++ to build the host code "
+            "(Debian and Ubuntu: apt-get install g++; Fedora: dnf install gcc-c++), or another by the variable CXX"
+        )
+    return [path, *words]
