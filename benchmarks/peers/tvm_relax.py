@@ -18,7 +18,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     from tvm.relax.frontend.nn.llm._decode_kernels import _attention_decode_cpu
 
     from pa_compiler import backends
-from pa_compiler.cpu import target
+    from pa_compiler.cpu import target
 
     spec = call.case.spec
     if spec.dtype != "float32":
