@@ -54,8 +54,8 @@ _FILES = (
 
 
 _CUDA_FILES = (
-    _File("tensorir", "#", "pa_compiler/kernels/"),
-    _File("cuda", "//", "pa_compiler/kernels/"),
+    _File("tensorir", "#", "pa_compiler/cuda/kernels/"),
+    _File("cuda", "//", "pa_compiler/cuda/kernels/"),
     _File("host", "//", "templates/cuda_host.cc.j2"),
 )
 """Without what nvcc makes, which differs from version to version, and of which no check should need one."""
