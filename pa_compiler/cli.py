@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 import pa_compiler
-from pa_compiler import cases, cuda_explain, explain, generate, gpus, manifest, report
+from pa_compiler import cases, compiler, cuda_explain, explain, generate, gpus, manifest, report
 from pa_compiler.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -97,8 +97,6 @@ def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
     """Compile a spec to one shared library, for pa_compiler.load()."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        from pa_compiler import compiler
-
         module = compiler.compile_to_save(spec, target, pipeline)
     try:
         module.save(output)
@@ -146,8 +144,6 @@ def inspect(stage: str, target: Any, pipeline: str, **_: Any) -> None:
     """Print what one stage of the compiler produced for a spec."""
     spec = replace(cases.DEFAULT.spec)
     with _step("Compiling"), usage_errors():
-        from pa_compiler import compiler
-
         texts = compiler.emit(spec, target, pipeline)
         if stage not in texts:
             raise ValueError(f"stage: expected one of {', '.join(texts)} for this target, got {stage!r}")

@@ -2,26 +2,23 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import hashlib
-import importlib.metadata
 import json
 import os
 import platform
 import tempfile
-import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import cache as _cache
 from pa_compiler import (
-    commands,
     cuda_compiler,
     cuda_tiling,
+    dependencies,
     files,
     host,
     installation,
@@ -29,6 +26,7 @@ from pa_compiler import (
     manifest,
     modules,
     tiling,
+    turns,
 )
 from pa_compiler import target as _target
 from pa_compiler.cuda_target import CudaTarget
@@ -121,7 +119,7 @@ def _compiled(
 
     entry = None
     if cache:
-        key = _cache.key(_inputs(spec, config, pipeline))
+        key = _cache.key(dependencies.inputs(spec, config, pipeline))
         try:
             entry = _cached(key, config, build)
         except OSError as error:
@@ -134,7 +132,7 @@ def _compiled(
 def _cached(key: str, config: dict[str, Any], build: Callable[[Path], None]) -> dict[str, bytes]:
     """What build leaves in a directory, from the cache or by way of it. Without a compiler, what another has built."""
     try:
-        tools = _tools(config)
+        tools = dependencies.tools(config)
     except RuntimeError:
         if found := _cache.find(key):
             return found
@@ -163,7 +161,7 @@ def emit(spec: PagedAttentionSpec, target: _target.TargetLike = "llvm", pipeline
 def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, str]:
     from pa_compiler import build
 
-    with using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+    with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
         if config["kind"] == "cuda":
             gpu = CudaTarget(config["arch"])
             kernels = cuda_compiler.lower(spec, gpu, pipeline)
@@ -197,50 +195,13 @@ def _host(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: tiling.Tiling
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
     """Fill an empty directory with pa.so and the texts of the stages."""
-    _tools(config)  # a missing compiler is said before a second is spent on TVM
-    with using_tvm():
+    dependencies.tools(config)  # a missing compiler is said before a second is spent on TVM
+    with turns.using_tvm():
         if config["kind"] == "cuda":
             build_cuda_library(spec, CudaTarget(config["arch"]), pipeline, directory)
         else:
             cpu = _target.resolve(config)
             build_library(spec, cpu, tiling.choose(spec, cpu, pipeline), pipeline, directory)
-
-
-_turns: dict[int, threading.Lock] = {}
-
-
-def _turn() -> threading.Lock:
-    """The lock that lets one thread at a time use TVM, whose registries and passes are not made for several.
-
-    One for each process: a child of fork() must not wait for a thread that only its parent has.
-    """
-    return _turns.setdefault(os.getpid(), threading.Lock())
-
-
-@contextlib.contextmanager
-def using_tvm() -> Iterator[None]:
-    """A turn with TVM. Work that is told to stop waits for none."""
-    lock = _turn()
-    while not lock.acquire(timeout=0.1):
-        interrupts.check()
-    try:
-        _import_tvm()
-        yield
-    finally:
-        lock.release()
-
-
-def _import_tvm() -> None:
-    """Import TVM, which asks on the way where the user's cache is: one without a home has none, and needs none."""
-    lacks_home = "XDG_CACHE_HOME" not in os.environ and os.path.expanduser("~") == "~"
-    if lacks_home:
-        os.environ["XDG_CACHE_HOME"] = os.devnull
-    try:
-        import tvm  # noqa: F401
-    finally:
-        if lacks_home:
-            del os.environ["XDG_CACHE_HOME"]
-    interrupts.check()
 
 
 def build_library(
@@ -278,7 +239,7 @@ def _about(
         machine=platform.machine(),
         features=features,
         kernels=hashlib.sha256(code.encode()).hexdigest(),
-        versions=_versions(),
+        versions=dependencies.versions(),
     )
 
 
@@ -323,38 +284,3 @@ def _checked(spec: PagedAttentionSpec, target: _target.TargetLike, pipeline: str
     else:
         tiling.check(spec, pipeline)
     return config
-
-
-def _versions() -> dict[str, str]:
-    return {name: importlib.metadata.version(name) for name in ("pa-compiler", "apache-tvm", "apache-tvm-ffi")}
-
-
-_CXX_VARIABLES = ("CPATH", "CPLUS_INCLUDE_PATH", "LIBRARY_PATH", "COMPILER_PATH", "GCC_EXEC_PREFIX", "LD_RUN_PATH")
-"""The environment variables that change what the C++ compiler makes of its arguments."""
-
-
-def _inputs(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, object]:
-    """All that a build depends on but the programs that it runs."""
-    return {
-        "spec": spec.stated(),
-        "target": _target.fingerprint(config),
-        "pipeline": pipeline,
-        "versions": _versions(),
-        "languages": [platform.python_version_tuple()[:2], importlib.metadata.version("jinja2")],
-        "text": installation.text_digest(),
-    }
-
-
-def _tools(config: dict[str, Any]) -> dict[str, object]:
-    """The programs that a build runs, and the variables that change what they make of their arguments.
-
-    Raises:
-        RuntimeError: one of them is missing.
-    """
-    from pa_compiler import build
-
-    return {
-        "compiler": commands.identity(build.cxx()),
-        "environment": {name: os.environ[name] for name in _CXX_VARIABLES if name in os.environ},
-        **(cuda_compiler.inputs() if config["kind"] == "cuda" else {}),
-    }

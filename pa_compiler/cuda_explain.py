@@ -12,7 +12,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from pa_compiler import compiler, cuda_build, cuda_compiler, cuda_tiling, gpus, installation, interrupts, report
+from pa_compiler import cuda_build, cuda_compiler, cuda_tiling, gpus, installation, interrupts, report, turns
 from pa_compiler import target as _target
 from pa_compiler.cases import Case
 from pa_compiler.cuda_target import CudaTarget
@@ -103,7 +103,7 @@ def _machine_code(
     spec: PagedAttentionSpec, chip: CudaTarget
 ) -> tuple[dict[str, cuda_build.Resources], dict[str, Counter[str]] | None]:
     """What each kernel takes, and its instructions where there is a disassembler."""
-    with compiler.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
+    with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
         scratch = Path(name)
         cubin = cuda_build.assemble(cuda_compiler.lower(spec, chip).cuda, chip.arch, scratch)
         if not cuda_build.find_tool("nvdisasm"):

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import NamedTuple
 
-from pa_compiler import cuda_compiler, files, installation, interrupts
+from pa_compiler import cuda_compiler, files, installation, interrupts, turns
 from pa_compiler.cuda_target import CudaTarget
 from pa_compiler.host import BANNER
 from pa_compiler.spec import PagedAttentionSpec
@@ -72,7 +72,7 @@ def _emitted() -> dict[str, str]:
     texts = {}
     for folder, entry in ENTRIES.items():
         if entry.is_cuda:
-            with compiler.using_tvm():
+            with turns.using_tvm():
                 sources = cuda_compiler.lower(entry.spec, CudaTarget(entry.target)).texts
         else:
             sources = compiler.emit(entry.spec, {"kind": "llvm", "mcpu": entry.target}, entry.pipeline)

@@ -162,7 +162,7 @@ FAULTS = {
     ),
     "work items across chunks": Fault("templates/plan.cc.j2", "seq % kBatchChunk != 0 && ", "", "test_plan.py"),
     "the pipeline missing from the cache key": Fault(
-        "pa_compiler/compiler.py",
+        "pa_compiler/dependencies.py",
         '        "pipeline": pipeline,\n        "versions"',
         '        "versions"',
         "test_cache.py test_cache_entries.py",

@@ -16,7 +16,7 @@ import pytest
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler, cuda_build, installation, target
+from pa_compiler import PagedAttentionSpec, cache, cuda_build, dependencies, installation, target
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 
@@ -192,7 +192,7 @@ def test_another_cpu_misses(builds, monkeypatch, figure):
     keys = set()
     for other in (cpu, *others):
         monkeypatch.setattr(target, "_cpuinfo", lambda other=other: other)
-        keys.add(cache.key(compiler._inputs(BASE, target.normalize("llvm"), "fused")))
+        keys.add(cache.key(dependencies.inputs(BASE, target.normalize("llvm"), "fused")))
     assert len(keys) == 1 + len(others)
     pa_compiler.compile(BASE)
     monkeypatch.setattr(target, "_cpuinfo", lambda: cpu)

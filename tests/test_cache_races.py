@@ -16,7 +16,7 @@ from inputs import make_inputs
 from tolerances import assert_close_to_oracle
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, cache, compiler
+from pa_compiler import PagedAttentionSpec, cache, turns
 
 SPEC = PagedAttentionSpec(3, 1, 4, 2, "float32")
 THREADS = 24
@@ -104,9 +104,9 @@ def test_clear_waits_for_a_build(own_cache):
 
 
 def test_a_child_of_fork_does_not_wait_for_its_parents_threads():
-    with compiler._turn(), warnings.catch_warnings():
+    with turns.turn(), warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 warns of fork in a process with threads
         child = os.fork()
         if child == 0:
-            os._exit(0 if compiler._turn().acquire(timeout=5) else 1)
+            os._exit(0 if turns.turn().acquire(timeout=5) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

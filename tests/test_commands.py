@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from pa_compiler import build, commands, compiler, cuda_build
+from pa_compiler import build, commands, cuda_build, dependencies
 
 HOST = 'extern "C" __attribute__((visibility("default"))) int __tvm_ffi_decode() { return 0; }\n'
 KERNELS = '    .section .note.GNU-stack, "", @progbits\n'
@@ -112,16 +112,16 @@ def test_another_command_is_another_cache_key(program, tmp_path, monkeypatch):
     keys = []
     for cxx in ("g++", "g++ -m64", "g++ -m64 -pipe", f"{launcher} g++", f"{launcher} {REAL}", REAL):
         monkeypatch.setenv("CXX", cxx)
-        keys.append(str(compiler._tools({"kind": "llvm"})))
-        assert str(compiler._tools({"kind": "llvm"})) == keys[-1]
+        keys.append(str(dependencies.tools({"kind": "llvm"})))
+        assert str(dependencies.tools({"kind": "llvm"})) == keys[-1]
     monkeypatch.setenv("CXX", f"{launcher} g++")
     os.utime(launcher, (0, 0))
-    keys.append(str(compiler._tools({"kind": "llvm"})))
+    keys.append(str(dependencies.tools({"kind": "llvm"})))
     assert len(set(keys)) == 7
     monkeypatch.delenv("CXX")
-    unset = compiler._tools({"kind": "llvm"})
+    unset = dependencies.tools({"kind": "llvm"})
     monkeypatch.setenv("CXX", " ")
-    assert compiler._tools({"kind": "llvm"}) == unset
+    assert dependencies.tools({"kind": "llvm"}) == unset
 
 
 def test_what_the_compiler_writes_of_its_own_is_in_the_directory_of_the_build(program, tmp_path, monkeypatch):

@@ -1,0 +1,46 @@
+"""TVM, one thread at a time: its registries and passes are not made for several."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator
+
+from pa_compiler import interrupts
+
+_turns: dict[int, threading.Lock] = {}
+
+
+def turn() -> threading.Lock:
+    """The lock that lets one thread at a time use TVM, whose registries and passes are not made for several.
+
+    One for each process: a child of fork() must not wait for a thread that only its parent has.
+    """
+    return _turns.setdefault(os.getpid(), threading.Lock())
+
+
+@contextlib.contextmanager
+def using_tvm() -> Iterator[None]:
+    """A turn with TVM. Work that is told to stop waits for none."""
+    lock = turn()
+    while not lock.acquire(timeout=0.1):
+        interrupts.check()
+    try:
+        _import_tvm()
+        yield
+    finally:
+        lock.release()
+
+
+def _import_tvm() -> None:
+    """Import TVM, which asks on the way where the user's cache is: one without a home has none, and needs none."""
+    lacks_home = "XDG_CACHE_HOME" not in os.environ and os.path.expanduser("~") == "~"
+    if lacks_home:
+        os.environ["XDG_CACHE_HOME"] = os.devnull
+    try:
+        import tvm  # noqa: F401
+    finally:
+        if lacks_home:
+            del os.environ["XDG_CACHE_HOME"]
+    interrupts.check()
