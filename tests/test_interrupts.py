@@ -59,6 +59,14 @@ def test_a_compile_is_interrupted_at_any_moment(tmp_path, count, figure):
     figure("interrupted compiles", caught)
 
 
+@pytest.fixture(autouse=True)
+def interruptible():
+    """In the background of a shell SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def kill(number=signal.SIGINT, times=1):
     """Out of work, give a signal to the process; wait until the work is told to stop, and the others have come."""
     os.kill(os.getpid(), number)
