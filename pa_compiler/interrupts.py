@@ -72,9 +72,12 @@ class _Task:
         self._done.release()
 
     def wait(self) -> None:
-        """Until the work is done; where it is never begun, not at all."""
+        """Until the work is done; where it is never begun, not at all.
+
+        In short waits: the system may give a signal to another thread, and does not wake this one, which handles it.
+        """
         while not self._outcome and os.getpid() == self._process:
-            self._done.acquire()
+            self._done.acquire(timeout=0.05)
         _running.discard(self)
 
     def stop(self) -> None:

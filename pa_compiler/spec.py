@@ -29,7 +29,7 @@ _INTEGER_RANGES = {
 class PagedAttentionSpec:
     """What is known about the attention at compile time. Two that mean the same are equal.
 
-    All that it takes is compiled, by the targets and pipelines that say nothing else, in up to 10 seconds of a CPU.
+    All that it takes is compiled, by the targets and pipelines that say nothing else, within 20 seconds of a CPU.
 
     Attributes:
         num_heads: Query heads; a multiple of num_kv_heads, up to 65536, and with head_dim up to 2**24 elements.

@@ -64,6 +64,7 @@ def is_right() -> bool:
 
 
 def main(kind: str, at: str, times: str = "1") -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
     auditor = Auditor(kind, 0 if kind == "seconds" else int(at), int(times))
     if kind == "seconds":
         threading.Timer(float(at), interrupt, (int(times),)).start()

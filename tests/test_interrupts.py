@@ -59,8 +59,23 @@ def test_a_compile_is_interrupted_at_any_moment(tmp_path, count, figure):
     figure("interrupted compiles", caught)
 
 
-def kill(number=signal.SIGINT):
+@pytest.fixture(autouse=True)
+def interruptible():
+    """In the background of a shell SIGINT is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def kill(number=signal.SIGINT, times=1):
+    """Out of work, give a signal to the process; wait until the work is told to stop, and the others have come."""
     os.kill(os.getpid(), number)
+    deadline = time.monotonic() + 30
+    while not interrupts._here.task.stopping:
+        assert time.monotonic() < deadline, "nobody has told it"
+        time.sleep(0.001)
+    for _ in range(times - 1):
+        os.kill(os.getpid(), number)
 
 
 def test_work_is_done_in_a_thread_of_its_own_with_the_callers_context():
@@ -80,7 +95,6 @@ def test_work_goes_on_to_its_next_check():
     def work():
         steps.append("begun")
         kill()
-        time.sleep(0.05)
         steps.append("a step done")
         interrupts.check()
         steps.append("one more")
@@ -96,11 +110,8 @@ def test_a_second_interrupt_does_not_wait():
     release, ended = threading.Event(), threading.Event()
 
     def work():
-        kill()
-        while not interrupts._here.task.stopping:  # until the first has come: two at once are one
-            time.sleep(0.001)
-        kill()
-        release.wait()
+        kill(times=2)
+        assert release.wait(30)
         ended.set()
 
     with pytest.raises(KeyboardInterrupt):
@@ -119,7 +130,7 @@ def test_any_exception_of_a_handler_comes_out():
     before = signal.signal(signal.SIGALRM, handle)
     try:
         with pytest.raises(TimeoutError, match="of an alarm"):
-            interrupts.shielded(lambda: (kill(signal.SIGALRM), time.sleep(0.05), interrupts.check()))
+            interrupts.shielded(lambda: (kill(signal.SIGALRM), interrupts.check()))
     finally:
         signal.signal(signal.SIGALRM, before)
 

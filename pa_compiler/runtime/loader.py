@@ -68,8 +68,9 @@ def _from_memory(library: bytes) -> tvm_ffi.Module:
         file.flush()
         while True:  # a second time, if the system has given the first thread a number that another one has had
             with concurrent.futures.ThreadPoolExecutor(1) as thread:
-                if module := thread.submit(_load, file.fileno()).result():
-                    return module
+                module = thread.submit(_load, file.fileno()).result()
+            if module is not None:
+                return module
 
 
 def _load(descriptor: int) -> tvm_ffi.Module | None:
