@@ -14,7 +14,7 @@ import scorecard
 from specs import BASE
 
 import pa_compiler
-from pa_compiler import compiler
+from pa_compiler import artifact, compiler
 
 WARNINGS = "-Wall -Wextra -Werror -Wno-unused-const-variable"  # of constants, which clang wants to be used
 
@@ -169,7 +169,7 @@ def faked_builds(compiled, monkeypatch):
         asked.append((spec, config, pipeline))
         module.save(directory / "pa.so")
         for stage, text in module.sources.items():
-            (directory / compiler.STAGE_FILES[stage]).write_text(text)
+            (directory / artifact.STAGE_FILES[stage]).write_text(text)
 
     monkeypatch.setattr(compiler, "_build", build)
     return asked

@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from rich.console import Console
 
 import pa_compiler
-from pa_compiler import compiler
+from pa_compiler import artifact, compiler
 from pa_compiler.cli import main as cli
 from pa_compiler.verification import cases
 
@@ -174,7 +174,7 @@ def test_every_field_of_the_spec_is_an_option():
         assert options >= {field.name for field in dataclasses.fields(pa_compiler.PagedAttentionSpec)}, command
 
 
-@pytest.mark.parametrize("stage", compiler.STAGE_FILES)
+@pytest.mark.parametrize("stage", artifact.STAGE_FILES)
 def test_inspect_prints_a_stage_as_it_is(invoke, monkeypatch, stage):
     emitted = {}
     monkeypatch.setattr(
