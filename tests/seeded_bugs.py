@@ -119,7 +119,7 @@ FAULTS = {
         "schedules/intrinsics/transpose.py", "[2, 6, 3, 7]", "[2, 3, 6, 7]", _DECODE
     ),
     "the last tile of a group dropped": Fault(
-        "pa_compiler/cpu/tiling.py",
+        "pa_compiler/tiles.py",
         "return -(-spec.group // self.row_tile)",
         "return spec.group // self.row_tile",
         "test_tiling.py",

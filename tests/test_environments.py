@@ -249,7 +249,5 @@ def test_what_is_neither_loaded_from_a_folder_nor_from_memory_is_said(compiled, 
 
     compiled(SPEC).save(tmp_path / "pa.so")
     monkeypatch.setattr(os, "memfd_create", refuse)
-    with pytest.raises(
-        RuntimeError, match=r"^pa\.so: .* TMPDIR names: no folder; and from memory: .* not permitted\. It was built "
-    ):
+    with pytest.raises(RuntimeError, match=r"^pa\.so: .* TMPDIR names: no folder; and from memory: .* not permitted"):
         pa_compiler.load(tmp_path / "pa.so")

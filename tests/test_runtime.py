@@ -17,7 +17,7 @@ from runtime_calls import LENGTHS
 from specs import BASE, SPECS
 
 import pa_compiler
-from pa_compiler import PagedAttentionSpec, backends, compiler
+from pa_compiler import PagedAttentionSpec, backends, compiler, native
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import target
@@ -169,7 +169,7 @@ def test_what_another_libtvm_ffi_lacks_is_an_error_of_loading(tmp_path, compiled
     source.write_text(
         'extern "C" int TVMFFIOfTheFuture(); extern "C" int __tvm_ffi_decode() { return TVMFFIOfTheFuture(); }'
     )
-    run(os.environ.get("CXX", "g++"), "-shared", "-fPIC", "-Wl,-z,now", source, "-o", plain)
+    run(*native.cxx(), "-shared", "-fPIC", "-Wl,-z,now", source, "-o", plain)
     about = compiled(BASE).manifest
     library = tmp_path / "pa.so"
     library.write_bytes(manifest.seal(plain.read_bytes(), about))

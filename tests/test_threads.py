@@ -19,6 +19,7 @@ from specs import BASE, every_spec
 
 import pa_compiler
 from pa_compiler.runtime import threads
+from pa_compiler.runtime.dlpack import as_tensor
 
 PREAMBLE = """
 import ctypes, os, signal, sys, threading
@@ -468,7 +469,7 @@ def test_num_threads_follows_cpus_until_it_is_set(compiled, tmp_path):
 def test_a_number_that_cpu_set_did_not_give(compiled):
     module = compiled(BASE)
     _, _, number = module._thread_numbers
-    assert module._functions["cpu_set"](pa_compiler.runtime.arguments.as_tensor("cpus", np.array([0], np.int32))) >= 1
+    assert module._functions["cpu_set"](as_tensor("cpus", np.array([0], np.int32))) >= 1
     module._thread_numbers = (2, 0, number + 1000)
     arrays = [np.zeros((0, *shape), np.float32) for shape in ((6, 24), (5, 2, 24), (5, 2, 24))]
     with pytest.raises(ValueError, match=r"^cpus: expected a number that cpu_set gave"):

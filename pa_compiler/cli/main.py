@@ -111,22 +111,21 @@ def build(output: Path, target: Any, pipeline: str, **_: Any) -> None:
         click.echo(f"{click.format_filename(output)}: {output.stat().st_size:,} bytes")
 
 
-def _add_without_compiler(name: str) -> None:
-    """Add a command that has a parser of its own, which sees its words as they are."""
+class _OfALibrary(click.Command):
+    """A command that has a parser of its own, which sees its words as they are."""
 
-    @main.command(
-        name,
-        help=library_cli.COMMANDS[name].__doc__,
-        add_help_option=False,
-        context_settings={"ignore_unknown_options": True, "allow_interspersed_args": False},
-    )
-    @click.argument("words", nargs=-1, type=click.UNPROCESSED)
-    def run_it(words: tuple[str, ...]) -> None:
-        library_cli.main([name, *words])
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """Leave them alone."""
+        ctx.args = list(args)
+        return ctx.args
+
+    def invoke(self, ctx: click.Context) -> None:
+        """Hand them on."""
+        library_cli.main([str(self.name), *ctx.args])
 
 
-for _name in library_cli.COMMANDS:
-    _add_without_compiler(_name)
+for _name, _run in library_cli.COMMANDS.items():
+    main.add_command(_OfALibrary(_name, help=_run.__doc__, add_help_option=False))
 
 
 @main.command()
