@@ -11,6 +11,7 @@ import cuda_emulator
 import gpu_memory
 import pytest
 import scorecard
+from programs import fake_runtimes, in_a_process, libgomp  # noqa: F401  (fixtures)
 from specs import BASE
 
 import pa_compiler
