@@ -112,6 +112,13 @@ def test_access_of_a_strided_view(kernels, order):
         kernels["touches"].launch(1, 32, 0, whole[5:99:3], np.zeros(100, np.int32), 1, 3, order=order)
 
 
+def test_the_nearest_array_is_named(kernels, order):
+    """Where an array begins is not where it is: what follows a long one is nearer to its end than to a distant start."""
+    whole = np.zeros(200, np.int32)
+    with pytest.raises(EmulationError, match="reads 4 bytes at byte 376 of in, which has 376"):
+        kernels["touches"].launch(1, 32, 0, whole[:94], whole[100:195], 63, 1, order=order)
+
+
 def test_write_to_a_read_only_array(kernels, order):
     out = np.zeros(32, np.int32)
     out.flags.writeable = False

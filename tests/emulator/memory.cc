@@ -1,5 +1,4 @@
 // Which addresses a thread may use: an argument's, shared memory's, its own stack's.
-#include <cstdlib>
 #include <cstring>
 
 #include "threads.h"
@@ -16,14 +15,19 @@ bool is_inside(const Argument& argument, const char* address, size_t bytes) {
   return address >= argument.start && address + bytes <= argument.start + argument.bytes;
 }
 
-// The argument that has these bytes.
+size_t distance(const Argument& argument, const char* address) {
+  if (address < argument.start) return argument.start - address;
+  return address < argument.start + argument.bytes ? 0 : address - (argument.start + argument.bytes);
+}
+
+// The argument that has these bytes. An error names the one that ends or begins nearest to them.
 size_t argument_of(const char* address, size_t bytes, Access access) {
   if (last_argument < argument_count && is_inside(arguments[last_argument], address, bytes)) return last_argument;
   const Argument* nearest = nullptr;
   for (last_argument = 0; last_argument < argument_count; ++last_argument) {
     const Argument& argument = arguments[last_argument];
     if (is_inside(argument, address, bytes)) return last_argument;
-    if (!nearest || std::abs(address - argument.start) < std::abs(address - nearest->start)) nearest = &argument;
+    if (!nearest || distance(argument, address) < distance(*nearest, address)) nearest = &argument;
   }
   if (!nearest) fail("it %s %zu bytes at %p: the kernel has no arrays", verb(access), bytes, address);
   fail("it %s %zu bytes at byte %td of %s, which has %zu", verb(access), bytes, address - nearest->start, nearest->name,
