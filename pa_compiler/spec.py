@@ -13,14 +13,15 @@ KV_LAYOUTS = ("NHD", "HND", "packed")
 PACKED_TOKENS = 16
 
 MAX_QUERY = 1 << 24
-"""Elements of all heads of a query, at most: kernels hold some copies of them in float32, 64 MB each."""
+"""Elements of all heads of a query or of out, at most: kernels hold some copies of them in float32, 64 MB each."""
 
 _INTEGER_RANGES = {
     "num_heads": (1, 65536),
     "num_kv_heads": (1, 65536),
     "head_dim": (1, 8192),
+    "value_dim": (1, 8192),
     "block_size": (1, 65536),
-    "head_tile": (1, 64),
+    "head_tile": (1, 1024),
     "batch_chunk": (1, 1024),
 }
 
@@ -34,7 +35,7 @@ class PagedAttentionSpec:
     Attributes:
         num_heads: Query heads; a multiple of num_kv_heads, up to 65536, and with head_dim up to 2**24 elements.
         num_kv_heads: Heads of the key and value caches, up to 65536.
-        head_dim: Elements of one head, up to 8192.
+        head_dim: Elements of one head of query and of one key, up to 8192.
         block_size: Tokens in one block of the cache, up to 65536.
         dtype: Element type of query, key_cache and value_cache: "float32", "float16" or "bfloat16".
         out_dtype: Element type of out as it was given; None where it was not, and is dtype: see result_dtype.
@@ -42,8 +43,13 @@ class PagedAttentionSpec:
             "HND", caches [num_blocks, num_kv_heads, block_size, head_dim], or
             "packed", as the kernels read them best: see key_cache_shape and value_cache_shape. It needs a block_size
             that is a multiple of 16 and, for bfloat16, an even head_dim.
-        head_tile: Query heads of one kv head that a kernel takes at a time; a power of two up to 64.
+        head_tile: Query heads of one kv head that a kernel takes at a time; a power of two up to 1024.
         batch_chunk: Sequences of one chunk, the unit that batch_start steps by; up to 1024.
+        value_dim: Elements of one value and of one head of out, up to 8192, as it was given; None where it was not, and
+            is head_dim: see result_dim.
+        shared_kv: Whether the value of a token is the first value_dim elements of its key, as in multi-head latent
+            attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). There is one cache then, and value_cache is None.
+            Not with kv_layout "packed", which keeps keys and values in different orders.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -59,10 +65,14 @@ class PagedAttentionSpec:
     kv_layout: str = "NHD"
     head_tile: int = 16
     batch_chunk: int = 16
+    value_dim: int | None = dataclasses.field(default=None, kw_only=True)
+    shared_kv: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGER_RANGES.items():
             value = getattr(self, name)
+            if name == "value_dim" and value is None:
+                continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
             if not low <= value <= high:
@@ -80,11 +90,11 @@ class PagedAttentionSpec:
             raise ValueError(
                 f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
             )
-        if self.num_heads * self.head_dim > MAX_QUERY:
-            raise ValueError(
-                f"num_heads: expected 1 to {MAX_QUERY // self.head_dim} with head_dim = {self.head_dim}, "
-                f"got {self.num_heads}"
-            )
+        for name, dim in (("head_dim", self.head_dim), ("value_dim", self.result_dim)):
+            if self.num_heads * dim > MAX_QUERY:
+                raise ValueError(
+                    f"num_heads: expected 1 to {MAX_QUERY // dim} with {name} = {dim}, got {self.num_heads}"
+                )
         if self.head_tile & (self.head_tile - 1):
             raise ValueError(f"head_tile: expected a power of two, got {self.head_tile}")
         if self.kv_layout == "packed":
@@ -94,15 +104,33 @@ class PagedAttentionSpec:
                 )
             if self.head_dim % self.packed_pair:
                 raise ValueError(f"head_dim: expected an even number for packed bfloat16, got {self.head_dim}")
+        if not isinstance(self.shared_kv, bool):
+            raise TypeError(
+                f"shared_kv: expected a bool, got {self.shared_kv!r} of type {type(self.shared_kv).__name__}"
+            )
+        if self.shared_kv and self.kv_layout == "packed":
+            raise ValueError("shared_kv: expected False for kv_layout packed, whose keys and values lie differently")
+        if self.shared_kv and self.result_dim > self.head_dim:
+            raise ValueError(
+                f"value_dim: expected 1 to head_dim = {self.head_dim} with shared_kv, got {self.value_dim}"
+            )
 
     @property
     def result_dtype(self) -> str:
         """Element type of out: out_dtype, or else dtype, whatever dataclasses.replace makes of that."""
         return self.out_dtype or self.dtype
 
+    @property
+    def result_dim(self) -> int:
+        """Elements of one value and of one head of out: value_dim, or else head_dim, whatever replace makes of that."""
+        return self.value_dim or self.head_dim
+
     def stated(self) -> dict[str, int | str]:
-        """Every field by its name, with result_dtype for out_dtype: the same for specs that mean the same."""
-        return dataclasses.asdict(self) | {"out_dtype": self.result_dtype}
+        """Every field by its name, result_dtype and result_dim as out_dtype and value_dim.
+
+        The same for specs that mean the same.
+        """
+        return dataclasses.asdict(self) | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -139,22 +167,22 @@ class PagedAttentionSpec:
         if self.kv_layout == "packed":
             pair = self.packed_pair
             return ("num_blocks", self.num_kv_heads, self.head_dim // pair, pair * self.block_size)
-        return self._natural_cache_shape
+        return self._natural_cache_shape(self.head_dim)
 
     @property
     def value_cache_shape(self) -> tuple[str, int, int, int]:
         """Shape of value_cache in kv_layout, with the run-time extent by name.
 
         Packed, with p = packed_pair, element [b, h, slot // p, p * d + slot % p] of
-        [num_blocks, num_kv_heads, block_size / p, p * head_dim] is element d of the value in that slot.
+        [num_blocks, num_kv_heads, block_size / p, p * value_dim] is element d of the value in that slot. With
+        shared_kv it is the shape of the view of key_cache that the values are.
         """
         if self.kv_layout == "packed":
             pair = self.packed_pair
-            return ("num_blocks", self.num_kv_heads, self.block_size // pair, pair * self.head_dim)
-        return self._natural_cache_shape
+            return ("num_blocks", self.num_kv_heads, self.block_size // pair, pair * self.result_dim)
+        return self._natural_cache_shape(self.result_dim)
 
-    @property
-    def _natural_cache_shape(self) -> tuple[str, int, int, int]:
+    def _natural_cache_shape(self, dim: int) -> tuple[str, int, int, int]:
         if self.kv_layout == "NHD":
-            return ("num_blocks", self.block_size, self.num_kv_heads, self.head_dim)
-        return ("num_blocks", self.num_kv_heads, self.block_size, self.head_dim)
+            return ("num_blocks", self.block_size, self.num_kv_heads, dim)
+        return ("num_blocks", self.num_kv_heads, self.block_size, dim)

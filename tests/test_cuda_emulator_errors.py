@@ -113,7 +113,7 @@ def test_access_of_a_strided_view(kernels, order):
 
 
 def test_the_nearest_array_is_named(kernels, order):
-    """Where an array begins is not where it is: what follows a long one is nearer to its end than to a distant start."""
+    """What follows a long array is nearer to its end than to where it starts."""
     whole = np.zeros(200, np.int32)
     with pytest.raises(EmulationError, match="reads 4 bytes at byte 376 of in, which has 376"):
         kernels["touches"].launch(1, 32, 0, whole[:94], whole[100:195], 63, 1, order=order)

@@ -45,7 +45,11 @@ REFUSED = [  # field, bad value, error, what the message says besides the field 
     ("kv_layout", None, TypeError, "string"),
     ("head_tile", 0, ValueError, "1"),
     ("head_tile", 12, ValueError, "power of two"),
-    ("head_tile", 128, ValueError, "64"),
+    ("head_tile", 2048, ValueError, "1024"),
+    ("value_dim", 0, ValueError, "8192"),
+    ("value_dim", 8193, ValueError, "8192"),
+    ("value_dim", 64.0, TypeError, "int"),
+    ("shared_kv", 1, TypeError, "bool"),
     ("head_tile", 16.0, TypeError, "int"),
     ("batch_chunk", 0, ValueError, "1"),
     ("batch_chunk", 1025, ValueError, "1024"),
@@ -85,6 +89,8 @@ def test_positional_order():
         "kv_layout": "HND",
         "head_tile": 8,
         "batch_chunk": 4,
+        "value_dim": None,
+        "shared_kv": False,
     }
 
 
@@ -121,6 +127,42 @@ def test_cache_shapes(kv_layout, dtype, key, value):
     assert spec.value_cache_shape == ("num_blocks", *value)
 
 
+@pytest.mark.parametrize(
+    ("kv_layout", "dtype", "value"),
+    [
+        ("NHD", "bfloat16", (48, 2, 33)),
+        ("HND", "float16", (2, 48, 33)),
+        ("packed", "float32", (2, 48, 33)),
+        ("packed", "bfloat16", (2, 24, 66)),
+    ],
+)
+def test_shape_of_values_of_another_size(kv_layout, dtype, value):
+    spec = PagedAttentionSpec(6, 2, 80, 48, dtype, kv_layout=kv_layout, value_dim=33)
+    assert spec.value_cache_shape == ("num_blocks", *value)
+    assert spec.key_cache_shape == dataclasses.replace(spec, value_dim=None).key_cache_shape
+
+
+def test_value_dim_follows_head_dim_unless_it_was_given():
+    follows, given = PagedAttentionSpec(**GOOD), PagedAttentionSpec(**GOOD, value_dim=GOOD["head_dim"])
+    assert follows == given
+    assert dataclasses.replace(follows, head_dim=64).result_dim == 64
+    assert dataclasses.replace(given, head_dim=64).result_dim == GOOD["head_dim"]
+
+
+@pytest.mark.scorecard(13)
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"value_dim": 129}, "^value_dim: expected 1 to head_dim = 128 with shared_kv, got 129"),
+        ({"kv_layout": "packed"}, "^shared_kv: expected False for kv_layout packed"),
+    ],
+)
+def test_shared_kv_refuses(figure, changes, says):
+    with pytest.raises(ValueError, match=says):
+        PagedAttentionSpec(**{**GOOD, "shared_kv": True, **changes})
+    figure("kinds", 1)
+
+
 @pytest.mark.parametrize("field", GOOD)
 def test_frozen(field):
     with pytest.raises(dataclasses.FrozenInstanceError):
@@ -154,7 +196,7 @@ def test_out_dtype_follows_dtype_unless_it_was_given(copied):
 
 
 def test_the_text_of_a_spec_states_its_types():
-    follows, given = PagedAttentionSpec(**GOOD), PagedAttentionSpec(**GOOD, out_dtype="bfloat16")
+    follows, given = PagedAttentionSpec(**GOOD), PagedAttentionSpec(**GOOD, out_dtype="bfloat16", value_dim=128)
     assert repr(follows) == repr(given)
     assert eval(repr(follows)) == follows
     assert "out_dtype='bfloat16'" in repr(follows)

@@ -44,6 +44,8 @@ def check(spec: PagedAttentionSpec, pipeline: str) -> None:
     Raises:
         ValueError: names the field, what the pipeline takes and what it got.
     """
+    if spec.shared_kv or spec.result_dim != spec.head_dim:
+        raise NotImplementedError(f"value_dim: expected head_dim = {spec.head_dim} on CPUs, got {spec.result_dim}")
     of_sequence = _rows(spec) * max(spec.block_size, spec.head_dim)
     if pipeline == "staged" and spec.batch_chunk * of_sequence > STAGED_ELEMENTS:
         sizes = f"{_rows(spec)} heads, block_size = {spec.block_size} and head_dim = {spec.head_dim}"

@@ -218,6 +218,8 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
     Raises:
         ValueError: names the field, what the target takes and what it got.
     """
+    if spec.shared_kv or spec.result_dim != spec.head_dim:
+        raise NotImplementedError(f"value_dim: expected head_dim = {spec.head_dim} on GPUs, got {spec.result_dim}")
     if spec.kv_layout == "packed":
         raise ValueError("kv_layout: expected NHD or HND for target cuda, got 'packed'")
     if spec.head_dim % 16 or spec.head_dim > MAX_HEAD_DIM:
