@@ -50,7 +50,7 @@ def render(
         kernels=kernels,
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
-        word_elements=tiling.word_elements,
+        word_elements=tiling.keys.word,
         cache_alignment=0,
         thread_tokens=thread_tokens,
         work_item_fields=WorkItem._fields,

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pa_compiler import host, interrupts, native
 from pa_compiler.backend import Backend, Built
 from pa_compiler.cpu import build as _build
+from pa_compiler.cpu import prefetch
 from pa_compiler.cpu import target as _target
-from pa_compiler.cpu import tiling
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -41,7 +42,7 @@ def lower(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> Lowered:
     unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
-    scheduled = schedule(unscheduled, tiles)
+    scheduled = prefetch.insert(schedule(unscheduled, tiles), spec, tiles)
     interrupts.check()
     return Lowered(tensorir, tvmscript.text(scheduled), scheduled)
 

@@ -6,7 +6,7 @@ import dataclasses
 
 from pa_compiler import backends, compiler, interrupts
 from pa_compiler.cpu import target as _target
-from pa_compiler.cpu import tiling
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Loop, inner_loops
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
