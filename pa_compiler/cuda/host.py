@@ -9,7 +9,7 @@ from pa_compiler import host
 from pa_compiler.cuda.build import Parameter, parameters
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiling import CHUNK_BYTES, WAVES, CudaTiling
-from pa_compiler.interface import CHECKS, REPORT_CODES, REPORT_FIELDS
+from pa_compiler.interface import CHECKS, CUDA_ENTRY_POINTS, REPORT_CODES, REPORT_FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -86,6 +86,7 @@ def _render(
         capability=target.capability,
         exact_arch=not target.portable,
         kernels=kernels,
+        entry_points=CUDA_ENTRY_POINTS,
         decode_parameters=_together(decode),
         append_parameters=_together(append),
         checks=[f"check_{name}" for name in CHECKS],
@@ -101,7 +102,7 @@ def _passed(parameter: Parameter) -> Parameter:
     """A parameter with the type in which the host passes it."""
     if parameter.type.endswith("*"):
         return Parameter(parameter.name, "CUdeviceptr")
-    return Parameter(parameter.name, _TYPES[parameter.type])
+    return Parameter(parameter.name, host.STRIDES.get(parameter.name, _TYPES[parameter.type]))
 
 
 def _together(kernels: Iterable[_Kernel]) -> list[Parameter]:
