@@ -15,6 +15,7 @@ from pa_compiler.cuda import host as cuda_host
 from pa_compiler.cuda import target as cuda_target
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.host import headers
 from pa_compiler.interface import CUDA_ENTRY_POINTS
 from pa_compiler.runtime import versions
 from pa_compiler.spec import PagedAttentionSpec
@@ -97,7 +98,7 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, direc
     target = CudaTarget(config["arch"])
     lowered = lower(spec, target, pipeline)
     interrupts.check()
-    with native.compiling_host(lowered.host, directory) as compiling:  # while nvcc works
+    with native.compiling_host(lowered.host, headers(lowered.host), directory) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
         image = cuda_build.fatbin(cubin, target.arch, directory)
         library = native.link(compiling, cuda_build.embed(image, directory), directory, tuple(CUDA_ENTRY_POINTS))

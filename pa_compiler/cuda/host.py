@@ -9,7 +9,6 @@ from pa_compiler import host
 from pa_compiler.cuda.build import Parameter, parameters
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiling import CHUNK_BYTES, WAVES, CudaTiling
-from pa_compiler.interface import CHECKS, CUDA_ENTRY_POINTS, REPORT_CODES, REPORT_FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -78,7 +77,7 @@ def _render(
     append = [kernel for name, kernel in kernels.items() if name in APPEND_KERNELS]
     decode = [kernel for name, kernel in kernels.items() if name not in APPEND_KERNELS]
     return host.render_template(
-        "cuda_host.cc.j2",
+        "cuda/host.cc.j2",
         spec,
         host.describe(spec, pipeline),
         pipeline=pipeline,
@@ -86,13 +85,8 @@ def _render(
         capability=target.capability,
         exact_arch=not target.portable,
         kernels=kernels,
-        entry_points=CUDA_ENTRY_POINTS,
         decode_parameters=_together(decode),
         append_parameters=_together(append),
-        checks=[f"check_{name}" for name in CHECKS],
-        report_codes=REPORT_CODES,
-        report_fields=REPORT_FIELDS,
-        word_elements=1,
         cache_alignment=CHUNK_BYTES,
         **values,
     )
