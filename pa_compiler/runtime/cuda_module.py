@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pa_compiler.interface import CHECKS
+from pa_compiler.interface import CHECKS, CUDA_ENTRY_POINTS
 from pa_compiler.runtime import torch_tensors
 from pa_compiler.runtime.arguments import whole_number
 from pa_compiler.runtime.module import Module
@@ -49,6 +49,8 @@ class CudaModule(Module):
 
     Errors of the driver are RuntimeErrors, among them that there is none.
     """
+
+    _entry_points = CUDA_ENTRY_POINTS
 
     def _set_up(self) -> None:
         """A GPU's threads are not a caller's to set."""

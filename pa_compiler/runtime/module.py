@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm_ffi
 
-from pa_compiler.interface import WorkItem
-from pa_compiler.runtime import entry_points, files, manifest, memory, threads, torch_tensors
+from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, WorkItem
+from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, real_number, whole_number
 from pa_compiler.runtime.dlpack import as_tensor
+from pa_compiler.runtime.entry_points import EntryPoint
 from pa_compiler.runtime.loader import open_library
 
 if TYPE_CHECKING:
@@ -40,6 +41,8 @@ class Module:
         cpus: CPUs that the module's own threads run on.
     """
 
+    _entry_points: Mapping[str, tuple[Parameter, ...]] = CPU_ENTRY_POINTS
+
     def __init__(
         self,
         library: bytes,
@@ -57,13 +60,15 @@ class Module:
         self._set_up()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         self._out_dtype = self.spec.result_dtype
-        on_gpu = self.target["kind"] == "cuda"
-        self._decode = entry_points.decode(functions, self.spec, on_gpu)
-        self._append_kv = entry_points.append_kv(functions, self.spec, on_gpu)
+        self._decode, self._append_kv = self._entry_point("decode"), self._entry_point("append_kv")
 
     def __repr__(self) -> str:
         made_for = self.target.get("mcpu") or self.target.get("arch")
         return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
+
+    def _entry_point(self, name: str) -> EntryPoint:
+        on_gpu = self.target["kind"] == "cuda"
+        return EntryPoint(self._functions[name], self._entry_points[name], self.spec, on_gpu)
 
     def _set_up(self) -> None:
         """Settings of a new module, from the environment."""
