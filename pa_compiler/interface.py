@@ -59,12 +59,14 @@ class Parameter(NamedTuple):
         dtype: Of an array, a dtype or the spec's property that has it; "" for a number.
         written: Whether an array is written.
         optional: Whether None may stand for an array.
+        of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
     """
 
     name: str
     dtype: str = ""
     written: bool = False
     optional: bool = False
+    of_values: bool = False
 
     def dtypes(self, spec: PagedAttentionSpec, on_gpu: bool) -> tuple[str, ...]:
         """The dtypes that an array may have. A CPU's library takes indices of both types, a GPU's as kernels do."""
@@ -75,7 +77,7 @@ class Parameter(NamedTuple):
 _DECODE = (
     Parameter("query", "dtype"),
     Parameter("key_cache", "dtype"),
-    Parameter("value_cache", "dtype"),
+    Parameter("value_cache", "dtype", of_values=True),
     Parameter("block_table", "int32"),
     Parameter("context_lens", "int32"),
     Parameter("out", "result_dtype", written=True),
@@ -85,9 +87,9 @@ _DECODE = (
 
 _APPEND_KV = (
     Parameter("key", "dtype"),
-    Parameter("value", "dtype"),
+    Parameter("value", "dtype", of_values=True),
     Parameter("key_cache", "dtype", written=True),
-    Parameter("value_cache", "dtype", written=True),
+    Parameter("value_cache", "dtype", written=True, of_values=True),
     Parameter("slot_mapping", "int64"),
 )
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from pa_compiler.interface import Parameter
 from pa_compiler.runtime import dlpack, torch_tensors
-from pa_compiler.runtime.arguments import NUMPY_DTYPES
+from pa_compiler.runtime.arguments import NUMPY_DTYPES, shown
 from pa_compiler.spec import PagedAttentionSpec
 
 _NDARRAY, _BFLOAT16, _UINT16 = np.ndarray, NUMPY_DTYPES["bfloat16"], np.dtype(np.uint16)
@@ -38,6 +38,7 @@ class EntryPoint:
         self._bfloat16 = [position for position, accepted in enumerate(self._dtypes) if _BFLOAT16 in accepted]
         self._written = [parameter.written for parameter in arrays]
         self._optional = [parameter.optional for parameter in arrays]
+        self._absent = [parameter.of_values and spec.shared_kv for parameter in arrays]
         self._on_gpu = on_gpu
 
     def call(self, arrays: Sequence[Any], *values: float) -> None:
@@ -104,9 +105,13 @@ class EntryPoint:
         return dlpack.writable(name, array) if self._written[position] else array
 
     def _check_kinds(self, arrays: Sequence[Any]) -> None:
-        """Check that arrays are arrays, and what the library cannot say of NumPy's and torch's."""
-        for name, array, dtypes, optional in zip(self._names, arrays, self._dtypes, self._optional, strict=True):
-            if isinstance(array, np.ndarray):
+        """Check that arrays are arrays or None, and what the library cannot say of NumPy's and torch's."""
+        columns = (self._names, arrays, self._dtypes, self._optional, self._absent)
+        for name, array, dtypes, optional, absent in zip(*columns, strict=True):
+            if absent:
+                if array is not None:
+                    raise TypeError(f"{name}: expected None, since the spec has shared_kv, got {shown(array)}")
+            elif isinstance(array, np.ndarray):
                 if array.dtype not in dtypes:
                     accepted = " or ".join(map(str, dtypes))
                     raise TypeError(f"{name}: expected dtype {accepted}, got {array.dtype}")

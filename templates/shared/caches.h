@@ -111,8 +111,7 @@ struct ArgumentCheck {
   void None(const Parameter& of) const {
     if (in.IsNone(of)) return;
     const DLTensor& given = in.Tensor(of);
-    Raise("TypeError",
-          "%s: expected None, since the spec has shared_kv: values are in the keys; got an array of shape %s", of.name,
+    Raise("TypeError", "%s: expected None, since the spec has shared_kv, got an array of shape %s", of.name,
           ListText(given.shape, given.ndim).c_str());
   }
 };

@@ -166,8 +166,7 @@ void TestDecode() {
 void TestSharedDecode() {
   DecodeCall call;
   EXPECT_RAISES(
-      "TypeError: value_cache: expected None, since the spec has shared_kv: values are in the keys; got an array of "
-      "shape [3, 4, 2, 3]",
+      "TypeError: value_cache: expected None, since the spec has shared_kv, got an array of shape [3, 4, 2, 3]",
       call.Check<Shared>());
   call.given[DecodeParameters::kValueCache.position] = None();
   const DecodeArguments args = call.Check<Shared>();
@@ -208,14 +207,13 @@ void TestAppend() {
   call.given[AppendKvParameters::kValue.position] = Any(wide.tensor);
   EXPECT_RAISES("ValueError: value: expected shape [5, 2, 3], got [5, 2, 6]", call.Check<Narrow>());
   EXPECT_RAISES(
-      "TypeError: value: expected None, since the spec has shared_kv: values are in the keys; got an array of shape "
+      "TypeError: value: expected None, since the spec has shared_kv, got an array of shape "
       "[5, "
       "2, 6]",
       call.Check<Shared>());
   call.given[AppendKvParameters::kValue.position] = None();
   EXPECT_RAISES(
-      "TypeError: value_cache: expected None, since the spec has shared_kv: values are in the keys; got an array of "
-      "shape [3, 4, 2, 3]",
+      "TypeError: value_cache: expected None, since the spec has shared_kv, got an array of shape [3, 4, 2, 3]",
       call.Check<Shared>());
   call.given[AppendKvParameters::kValueCache.position] = None();
   const AppendArguments shared = call.Check<Shared>();
