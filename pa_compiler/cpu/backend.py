@@ -83,7 +83,7 @@ def build_with_tiles(
     unscheduled = build_kernels(spec, tiles, pipeline)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     interrupts.check()
-    with native.compiling_host(text, host.headers(text), directory) as compiling:  # while TVM works
+    with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles)
         compiled = _build.compile_kernels(lowered.mod, cpu, directory)
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS))
