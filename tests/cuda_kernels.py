@@ -13,7 +13,7 @@ from tvm import IRModule
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels import launches as cuda
-from pa_compiler.cuda.tiling import CudaTiling
+from pa_compiler.cuda.tiles import CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"
@@ -47,7 +47,7 @@ class CudaKernels:
         """What cuda_decode and cuda_merge take, by name; NaN in all partial results, of which an item has one."""
         spec, batch = self.spec, len(inputs.context_lens)
         items = batch + extra
-        out, lse = inputs.out, inputs.lse
+        out, lse = np.full((batch, spec.num_heads, spec.result_dim), np.nan, inputs.out_dtype), inputs.lse
         return {
             "query": read_only(inputs.query),
             "key_cache": read_only(inputs.key_cache),
@@ -58,7 +58,7 @@ class CudaKernels:
             "report": np.zeros(5, np.int64),
             "partial_max": np.full((items, spec.num_heads), np.nan, np.float32),
             "partial_sum": np.full((items, spec.num_heads), np.nan, np.float32),
-            "partial_acc": np.full((items, spec.num_heads, spec.head_dim), np.nan, np.float32),
+            "partial_acc": np.full((items, spec.num_heads, spec.result_dim), np.nan, np.float32),
             "out": out,
             "lse": lse,
             "table_seq": _stride(inputs.block_table, 0),
@@ -104,6 +104,13 @@ def strides(array: np.ndarray, **axes: int) -> dict[str, int]:
 def _stride(array: np.ndarray, axis: int) -> int:
     """In elements."""
     return array.strides[axis] // array.itemsize
+
+
+def shared(spec: PagedAttentionSpec, inputs: Inputs) -> Inputs:
+    """Inputs of one cache, where the spec says so: the values are the beginnings of the keys."""
+    if not spec.shared_kv:
+        return inputs
+    return inputs.replace(value_cache=inputs.key_cache[..., : spec.result_dim])
 
 
 def on_device(inputs: Inputs) -> Inputs:

@@ -65,7 +65,7 @@ def _tile_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
     row_tiles = text.counted(tiles.row_tiles(spec), "tile")
     of_group = text.counted(spec.group, "row")
     width = f"{text.counted(tiles.lanes, 'lane')} a token" if tiles.strategy == "fma" else "mma.m16n8k16"
-    in_flight = (tiles.stages - 1) * tiles.warps * 2 * tiles.tile_bytes(spec) * fits.blocks
+    in_flight = tiles.ring_bytes(spec) // tiles.stages * (tiles.stages - 1) * fits.blocks
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),
         (
@@ -100,7 +100,7 @@ def _work_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
     extra = cuda_tiling.extra_items(tiles.head_tiles(spec), resident)
     ranges = cuda_tiling.ranges(tiles, [TOKENS] * BATCH, extra)
     blocks = sum(ranges) * tiles.head_tiles(spec)
-    partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.head_dim + 2) * 4
+    partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.result_dim + 2) * 4
     total = Case(spec, batch=BATCH, seq_lens=(TOKENS,))
     microseconds = max(total.flops / flops, total.kv_bytes / chip.bandwidth) / 1e3
     return [
