@@ -12,7 +12,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, PrimFunc
 
-from pa_compiler.cuda.kernels import arrays
+from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.kernels.check import report_slots
 from pa_compiler.cuda.kernels.plan import ALL_LANES
 from pa_compiler.cuda.tiles import CHUNK_BYTES, CHUNK_WORDS, WARP, chunks
@@ -49,7 +49,8 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
     what cuda_check_slots found. Elements are moved as they are: NaNs keep their bits. With shared_kv there are keys
     alone: value and value_cache are not read or written.
     """
-    report_stage, find_lost_stage, move_stage = report_slots(spec), find_lost(), move_tokens(spec)
+    arrays, report_stage = Arrays(spec), report_slots(spec)
+    find_lost_stage, move_stage = find_lost(), move_tokens(spec)
 
     @T.prim_func
     def cuda_append_kv(
@@ -73,13 +74,13 @@ def cuda_append_kv(spec: PagedAttentionSpec) -> PrimFunc:
         num_blocks: T.int64,
         num_tokens: T.int32,
     ):
-        key = arrays.match_bits(spec, "key", key_handle)
-        value = arrays.match_bits(spec, "value", value_handle)
-        key_cache = arrays.match_bits(spec, "key_cache", key_cache_handle)
-        value_cache = arrays.match_bits(spec, "value_cache", value_cache_handle)
-        slot_mapping = arrays.match_slot_mapping(slot_mapping_handle)
-        status = arrays.match_status(status_handle)
-        report = arrays.match_report(report_handle)
+        key = arrays.bits("key", key_handle)
+        value = arrays.bits("value", value_handle)
+        key_cache = arrays.bits("key_cache", key_cache_handle)
+        value_cache = arrays.bits("value_cache", value_cache_handle)
+        slot_mapping = arrays.slot_mapping(slot_mapping_handle)
+        status = arrays.status(status_handle)
+        report = arrays.report(report_handle)
         T.device_entry()
         cta = T.cta_id([T.truncdiv(num_tokens + (APPEND_TOKENS - 1), APPEND_TOKENS)])
         warp_id = T.warp_id([WARPS])

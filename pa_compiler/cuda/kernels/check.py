@@ -12,7 +12,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cuda.kernels import arrays
+from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.tiles import WARP
 from pa_compiler.cuda.tiling import CHECK_THREADS
 from pa_compiler.interface import REPORT_CODES, REPORT_FIELDS
@@ -43,7 +43,7 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
 
     Entries of the table past a sequence's last token may be anything.
     """
-    block_size = spec.block_size
+    arrays, block_size = Arrays(spec), spec.block_size
 
     @T.prim_func
     def cuda_check(
@@ -55,9 +55,9 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
         max_blocks: T.int32,
         num_blocks: T.int64,
     ):
-        block_table = arrays.match_block_table(block_table_handle)
-        context_lens = arrays.match_context_lens(context_lens_handle)
-        status = arrays.match_status(status_handle)
+        block_table = arrays.block_table(block_table_handle)
+        context_lens = arrays.context_lens(context_lens_handle)
+        status = arrays.status(status_handle)
         T.device_entry()
         cta = T.cta_id([batch])
         warp_id = T.warp_id([CHECK_THREADS // WARP])
@@ -85,14 +85,14 @@ def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
 
     append_kv skips a token whose slot is -1.
     """
-    block_size = spec.block_size
+    arrays, block_size = Arrays(spec), spec.block_size
 
     @T.prim_func
     def cuda_check_slots(
         slot_mapping_handle: T.handle, status_handle: T.handle, num_tokens: T.int32, num_blocks: T.int64
     ):
-        slot_mapping = arrays.match_slot_mapping(slot_mapping_handle)
-        status = arrays.match_status(status_handle)
+        slot_mapping = arrays.slot_mapping(slot_mapping_handle)
+        status = arrays.status(status_handle)
         T.device_entry()
         cta = T.cta_id([T.truncdiv(num_tokens + (CHECK_THREADS - 1), CHECK_THREADS)])
         warp_id = T.warp_id([CHECK_THREADS // WARP])

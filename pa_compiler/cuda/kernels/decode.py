@@ -5,10 +5,9 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cuda.kernels import arrays
 from pa_compiler.cuda.kernels import fma as cuda_fma
 from pa_compiler.cuda.kernels import tensor_core as cuda_tensor_core
-from pa_compiler.cuda.kernels.arrays import PagedCache
+from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import find_item
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
@@ -28,7 +27,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     items is batch + extra (plan.py). Writes out and lse of a sequence of one range, and partial results of the others.
     Shapes, lengths and block ids are trusted unless status[0] is not 0: then nothing is read or written.
     """
-    strategy = STRATEGIES[tiling.strategy](spec, tiling)
+    arrays, strategy = Arrays(spec), STRATEGIES[tiling.strategy](spec, tiling)
     registers, row_tiles, head_tiles = strategy.registers, tiling.row_tiles(spec), tiling.head_tiles(spec)
     find_item_stage, start_stage = find_item(tiling), start(registers)
     attend_range_stage, join_stage = attend_range(spec, tiling, strategy), join_warps(spec, tiling)
@@ -63,15 +62,15 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         query_scale: T.float32,
         score_scale: T.float32,
     ):
-        query = arrays.match_query(spec, query_handle)
-        key_cache = arrays.match_key_cache(spec, key_cache_handle)
-        value_cache = arrays.match_value_cache(spec, value_cache_handle)
-        block_table = arrays.match_block_table(block_table_handle)
-        context_lens = arrays.match_context_lens(context_lens_handle)
-        status = arrays.match_status(status_handle)
-        partials = T.meta_var(arrays.match_partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
-        out = arrays.match_out(spec, out_handle)
-        lse = arrays.match_lse(lse_handle)
+        query = arrays.query(query_handle)
+        key_cache = arrays.key_cache(key_cache_handle)
+        value_cache = arrays.value_cache(value_cache_handle)
+        block_table = arrays.block_table(block_table_handle)
+        context_lens = arrays.context_lens(context_lens_handle)
+        status = arrays.status(status_handle)
+        partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
+        out = arrays.out(out_handle)
+        lse = arrays.lse(lse_handle)
         T.device_entry()
         cta = T.cta_id([items * head_tiles])
         warp_id = T.warp_id([tiling.warps])
@@ -92,8 +91,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(spec.group - first_row, tiling.row_tile)
             places: T.int32 = headroom(spec, found[4])
-            keys = T.meta_var(PagedCache(key_cache, k_block, k_row, T.Cast("int64", kv_head) * k_head))
-            values = T.meta_var(PagedCache(value_cache, v_block, v_row, T.Cast("int64", kv_head) * v_head))
+            keys = T.meta_var(Cache(key_cache, k_block, k_row, T.Cast("int64", kv_head) * k_head))
+            values = T.meta_var(Cache(value_cache, v_block, v_row, T.Cast("int64", kv_head) * v_head))
             strategy.load_query(
                 query, seq * q_batch + T.Cast("int64", kv_head * spec.group + first_row) * q_head, q_head, rows,
                 query_scale, lane, q,

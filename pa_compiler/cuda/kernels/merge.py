@@ -3,7 +3,7 @@
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cuda.kernels import arrays
+from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.kernels.check import report_indices
 from pa_compiler.cuda.kernels.plan import find_partials
 from pa_compiler.cuda.kernels.state import NEGATIVE_INFINITY, merge, normalize
@@ -18,7 +18,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     Reads the partial results that cuda_decode left for the same context_lens and items. A sequence of one range has
     been written already. With a status other than 0 nothing is read or written but the report of what cuda_check found.
     """
-    heads, value_dim, threads = spec.num_heads, spec.result_dim, tiling.merge_threads(spec)
+    arrays, heads, value_dim, threads = Arrays(spec), spec.num_heads, spec.result_dim, tiling.merge_threads(spec)
     find_partials_stage, report_stage = find_partials(tiling), report_indices(spec)
     merge_stage, normalize_stage = merge(T.serial, value_dim), normalize(spec)
 
@@ -42,13 +42,13 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         batch: T.int32,
         items: T.int32,
     ):
-        block_table = arrays.match_block_table(block_table_handle)
-        context_lens = arrays.match_context_lens(context_lens_handle)
-        status = arrays.match_status(status_handle)
-        report = arrays.match_report(report_handle)
-        partials = T.meta_var(arrays.match_partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
-        out = arrays.match_out(spec, out_handle)
-        lse = arrays.match_lse(lse_handle)
+        block_table = arrays.block_table(block_table_handle)
+        context_lens = arrays.context_lens(context_lens_handle)
+        status = arrays.status(status_handle)
+        report = arrays.report(report_handle)
+        partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
+        out = arrays.out(out_handle)
+        lse = arrays.lse(lse_handle)
         T.device_entry()
         cta = T.cta_id([batch * heads])
         warp_id = T.warp_id([threads // WARP])

@@ -46,7 +46,7 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
 def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `tile` on.
 
-    block[0] is what look_up left for the same start. key_cache and value_cache are of arrays.PagedCache.
+    block[0] is what look_up left for the same start. key_cache and value_cache are of arrays.Cache.
     """
     side, values_at = copy_lanes(spec), tiling.values_at(spec)
     rows = WARP // side  # that the lanes of a warp copy at once
