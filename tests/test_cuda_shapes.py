@@ -55,14 +55,14 @@ def check(kernels):
     No two rows of the ring that an ldmatrix reads together meet in a bank.
     """
     spec, conflicts = kernels.spec, bank_conflicts(kernels)
-    inputs = on_device(shared(spec, make_inputs(spec, LENGTHS)))
+    inputs = shared(spec, on_device(make_inputs(spec, LENGTHS)))
     out, lse = kernels.decode(inputs)
     assert_close_to_oracle(spec, inputs, out, lse)
     for array, expected in zip(kernels.decode(inputs, order="reverse"), (out, lse), strict=True):
         assert_same_bits(array, expected)
     for seed, (poison, extra) in enumerate(zip(POISONS, (1, 2, 7, 40, 1, 3), strict=True)):
         lengths = np.random.default_rng(seed).integers(0, 130, 1 + 7 * seed)
-        inputs = on_device(shared(spec, make_inputs(spec, lengths, seed=seed, poison=poison)))
+        inputs = shared(spec, on_device(make_inputs(spec, lengths, seed=seed, poison=poison)))
         assert_close_to_oracle(spec, inputs, *kernels.decode(inputs, extra=extra))
     assert bank_conflicts(kernels) == conflicts
 

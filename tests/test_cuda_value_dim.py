@@ -9,8 +9,8 @@ import dataclasses
 
 import numpy as np
 import pytest
-from cuda_kernels import aligned, build_others, on_device, shared, strides
-from inputs import make_inputs
+from cuda_kernels import aligned, build_others, build_staged, on_device, shared, strides
+from inputs import POISONS, make_inputs
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
@@ -26,6 +26,12 @@ SHARED = {
     "mma": PagedAttentionSpec(8, 2, 64, 16, "bfloat16", value_dim=48, shared_kv=True),
     "fma": PagedAttentionSpec(4, 2, 64, 5, "float32", kv_layout="HND", value_dim=48, shared_kv=True),
     "all_of_the_key": PagedAttentionSpec(8, 2, 64, 16, "float16", shared_kv=True),
+}
+STAGED = {
+    "longer_in_tiles": PagedAttentionSpec(9, 1, 32, 16, "bfloat16", head_tile=4, batch_chunk=2, value_dim=48),
+    "shorter": PagedAttentionSpec(4, 2, 192, 5, "float16", kv_layout="HND", value_dim=128),
+    "float32": PagedAttentionSpec(4, 2, 16, 16, "float32", value_dim=256),
+    "shared": PagedAttentionSpec(4, 1, 64, 16, "bfloat16", value_dim=48, shared_kv=True),
 }
 LENGTHS = (0, 1, 17, 300)
 
@@ -69,7 +75,7 @@ def test_what_lies_around_out_is_not_written(cuda_decode, spec, extra):
 
 @every_shared_spec
 def test_shared_values_have_the_bits_of_a_cache_of_their_own(cuda_decode, spec):
-    inputs = on_device(shared(spec, make_inputs(spec, LENGTHS)))
+    inputs = shared(spec, on_device(make_inputs(spec, LENGTHS)))
     expected = cuda_decode(dataclasses.replace(spec, shared_kv=False)).decode(inputs)
     assert_close_to_oracle(spec, inputs, *expected)
     for actual, same in zip(cuda_decode(spec).decode(inputs), expected, strict=True):
@@ -84,3 +90,12 @@ def test_shared_values_are_no_arguments(cuda_decode, emulated, spec):
         names = {parameter.name for parameter in cuda_build.parameters(kernels.source, name)}
         assert {"key_cache", "k_block", "k_row", "k_head"} <= names
         assert not names & of_values
+
+
+@pytest.mark.parametrize("spec", STAGED.values(), ids=STAGED)
+def test_staged(emulated, spec):
+    """The values of a shared cache are read where they are: the kernels get key_cache for value_cache."""
+    kernels = build_staged(emulated, spec)
+    for seed, poison in enumerate(POISONS):
+        inputs = shared(spec, on_device(make_inputs(spec, (0, 1, 35, 16), seed=seed, poison=poison)))
+        assert_close_to_oracle(spec, inputs, *kernels.decode(inputs))
