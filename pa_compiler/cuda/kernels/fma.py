@@ -46,7 +46,14 @@ def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
 def registers(spec: PagedAttentionSpec, tiling: CudaTiling) -> Registers:
     """row_max[row], row_sum[row] and acc[row, elements of this lane], of the tokens of this lane's team."""
     rows, elements = tiling.row_tile, spec.result_dim // tiling.lanes
-    return Registers(rows, rows, elements, lambda row: row, lambda row, i: row * elements + i)
+    return Registers(
+        rows=rows,
+        sums=rows,
+        elements=elements,
+        max_of=lambda row: row,
+        sum_of=lambda row: row,
+        element_of=lambda row, i: row * elements + i,
+    )
 
 
 def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:

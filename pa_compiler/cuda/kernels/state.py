@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
@@ -40,6 +40,10 @@ class State(NamedTuple):
     acc: Buffer
 
 
+Row = Any
+"""What a strategy names a row of a lane by: a number, or several."""
+
+
 class Registers(NamedTuple):
     """In which registers a lane has the states of its rows, or its part of them.
 
@@ -47,6 +51,7 @@ class Registers(NamedTuple):
         rows: Of which the lane has something.
         sums: Registers of row_sum.
         elements: Of acc, that the lane has of a row.
+        max_of: A row, as a strategy names it, -> its register of row_max.
         sum_of: Row -> its register of row_sum.
         element_of: (row, number of an element) -> its register of acc.
     """
@@ -54,8 +59,9 @@ class Registers(NamedTuple):
     rows: int
     sums: int
     elements: int
-    sum_of: Callable[[Expr], Expr]
-    element_of: Callable[[Expr, Expr], Expr]
+    max_of: Callable[[Row], Expr]
+    sum_of: Callable[[Row], Expr]
+    element_of: Callable[[Row, Expr], Expr]
 
 
 def shift_of(row_max: Expr) -> Expr:
@@ -119,8 +125,8 @@ def rescale(registers: Registers) -> Callable[..., None]:
     @inline
     def stage(state, row, highest, shift):
         alpha: T.float32 = T.float32(0)
-        weigh(alpha, state.row_max[row], shift)
-        state.row_max[row] = highest
+        weigh(alpha, state.row_max[registers.max_of(row)], shift)
+        state.row_max[registers.max_of(row)] = highest
         state.row_sum[registers.sum_of(row)] = state.row_sum[registers.sum_of(row)] * alpha
         for i in T.unroll(registers.elements):
             element = T.meta_var(registers.element_of(row, i))
@@ -135,11 +141,11 @@ def merge_lanes(registers: Registers, first: int) -> Callable[..., None]:
 
     @inline
     def stage(state, row):
-        highest: T.float32 = state.row_max[row]
+        highest: T.float32 = state.row_max[registers.max_of(row)]
         max_over_lanes(highest)
         weight: T.float32 = T.float32(0)
-        weigh(weight, state.row_max[row], shift_of(highest))
-        state.row_max[row] = highest
+        weigh(weight, state.row_max[registers.max_of(row)], shift_of(highest))
+        state.row_max[registers.max_of(row)] = highest
         total: T.float32 = state.row_sum[registers.sum_of(row)] * weight
         sum_over_lanes(total)
         state.row_sum[registers.sum_of(row)] = total

@@ -18,7 +18,16 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.ring import chunk_offset
-from pa_compiler.cuda.kernels.state import EXP2, NEGATIVE_INFINITY, Registers, exponent, over_lanes, rescale, shift_of
+from pa_compiler.cuda.kernels.state import (
+    EXP2,
+    NEGATIVE_INFINITY,
+    Registers,
+    Row,
+    exponent,
+    over_lanes,
+    rescale,
+    shift_of,
+)
 from pa_compiler.cuda.kernels.strategy import Strategy
 from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
@@ -42,17 +51,21 @@ def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
 def registers(spec: PagedAttentionSpec, tiling: CudaTiling) -> Registers:
     """row_max[tile, h] of the heads 2c + h, and the products row_sum[tile, 4] and acc[tile, k, 4] as mma leaves them.
 
-    Of row_sum's four, the first two are sums of heads, and the others 0: of rows that the ones do not fill.
+    A row is (tile, h). Of row_sum's four, two are 0: of rows of the product that the ones do not fill.
     """
-    depth = spec.result_dim // 16
+    tiles, depth = tiling.mma_tiles, spec.result_dim // 16
 
-    def sum_of(row: Expr) -> Expr:
-        return row // 2 * 4 + row % 2
+    def element_of(row: Row, i: Expr) -> Expr:
+        return (row[0] * depth + i // 2) * 4 + i % 2 * 2 + row[1]
 
-    def element_of(row: Expr, i: Expr) -> Expr:
-        return (row // 2 * depth + i // 2) * 4 + i % 2 * 2 + row % 2
-
-    return Registers(tiling.mma_tiles * 2, tiling.mma_tiles * 4, depth * 2, sum_of, element_of)
+    return Registers(
+        rows=tiles * 2,
+        sums=tiles * 4,
+        elements=depth * 2,
+        max_of=lambda row: row[0] * 2 + row[1],
+        sum_of=lambda row: row[0] * 4 + row[1],
+        element_of=element_of,
+    )
 
 
 def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
@@ -161,7 +174,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                         highest = T.max(highest, scores[(m * tiles + n) * 4 + 2 * i + h])
                 max_of_tokens(highest)
                 shift[h] = shift_of(highest)
-                rescale_stage(state, n * 2 + h, highest, shift[h])
+                rescale_stage(state, (n, h), highest, shift[h])
             for m in T.unroll(blocks):
                 for i in T.unroll(4):
                     s = T.meta_var((m * tiles + n) * 4 + i)
