@@ -70,8 +70,9 @@ def _tile_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),
         (
             "rings",
-            f"{text.counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys and "
-            f"values: {tiles.shared_bytes(spec):,} bytes of shared memory a thread block",
+            f"{text.counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys"
+            f"{'' if spec.shared_kv else ' and values'}: {tiles.shared_bytes(spec):,} bytes of shared memory a thread "
+            "block",
         ),
         (
             "resident",
