@@ -12,6 +12,7 @@ from pa_compiler.cli import text
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.explain import CudaExplanation
+from pa_compiler.cuda.tiles import FmaTiling
 from pa_compiler.verification.cases import Case
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _tile_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
     spec, tiles, fits = explanation.spec, explanation.tiles, explanation.residence
     row_tiles = text.counted(tiles.row_tiles(spec), "tile")
     of_group = text.counted(spec.group, "row")
-    width = f"{text.counted(tiles.lanes, 'lane')} a token" if tiles.strategy == "fma" else "mma.m16n8k16"
+    width = f"{text.counted(tiles.lanes, 'lane')} a token" if isinstance(tiles, FmaTiling) else "mma.m16n8k16"
     in_flight = tiles.ring_bytes(spec) // tiles.stages * (tiles.stages - 1) * fits.blocks
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import ClassVar
 
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
@@ -47,24 +48,23 @@ class CudaTiling:
 
     A thread block takes one work item, a range of a sequence's tokens, and one tile of the query heads of one kv head.
     Its warps take tiles of tokens in turn, each through a ring of its own in shared memory, and join their results at
-    the end.
+    the end. Each strategy, by which a warp computes a tile, has a class of its own.
 
     Attributes:
-        strategy: "tensor_cores" (mma.m16n8k16, 16-bit types) or "fma" (float32 arithmetic).
+        strategy: The strategy's name, by which decode.py has its kernel.
         row_tile: Query heads of a thread block: the group in equal tiles of up to 16.
         warps: Of a thread block.
         stages: Tiles of a warp's ring: one is computed while the others are fetched.
         tile_tokens: Tokens of such a tile.
-        lanes: Lanes that share a token, for strategy "fma"; 32 for "tensor_cores", where a warp works as one.
         min_range_steps: The shortest range that a sequence is cut into, in steps.
     """
 
-    strategy: str
+    strategy: ClassVar[str]
+
     row_tile: int
     warps: int
     stages: int
     tile_tokens: int
-    lanes: int
     min_range_steps: int
 
     @property
@@ -76,11 +76,6 @@ class CudaTiling:
     def step_tokens(self) -> int:
         """Tokens that the warps of a block take together, each one tile: the unit in which sequences are cut."""
         return self.warps * self.tile_tokens
-
-    @property
-    def mma_tiles(self) -> int:
-        """Tiles of 8 heads that cover row_tile."""
-        return -(-self.row_tile // MMA_HEADS)
 
     def merge_threads(self, spec: PagedAttentionSpec) -> int:
         """Threads of a block of the merge: one for each element of a value, in whole warps."""
@@ -125,25 +120,51 @@ class CudaTiling:
 
     def shared_bytes(self, spec: PagedAttentionSpec) -> int:
         """Dynamic shared memory of a thread block: the rings, and after them in the same place the warps' results."""
-        rows = self.mma_tiles * MMA_HEADS if self.strategy == "tensor_cores" else self.row_tile
-        joined = self.warps * rows * (self.acc_pitch(spec) + 2) * 4
+        joined = self.warps * self.row_tile * (self.acc_pitch(spec) + 2) * 4
         return max(self.ring_bytes(spec), joined)
 
     def _rows(self, count: int) -> RingRows:
-        """Rows of which no eight chunks that are read at once meet in a bank.
-
-        For tensor cores, one chunk of eight rows: they are swizzled, or lie an odd number of chunks apart. For FMAs,
-        `lanes` chunks of a row: where eight lanes read several rows, those lie an odd multiple of `lanes` apart.
-        """
-        if self.strategy == "tensor_cores":
-            swizzled = count % BANK_CHUNKS == 0
-            return RingRows(count, count if swizzled else count | 1, swizzled)
-        meet = self.lanes < BANK_CHUNKS and count // self.lanes % 2 == 0
-        return RingRows(count, count + self.lanes if meet else count, False)
+        """Rows of so many chunks, of which no eight that are read at once meet in a bank."""
+        raise NotImplementedError
 
     def _words(self, rows: RingRows) -> int:
         """32-bit words of a tile of such rows."""
         return self.tile_tokens * rows.pitch * CHUNK_WORDS
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorCoreTiling(CudaTiling):
+    """Sizes for tensor_core.py: mma.m16n8k16, of 16-bit types."""
+
+    strategy: ClassVar[str] = "tensor_cores"
+
+    @property
+    def mma_tiles(self) -> int:
+        """Tiles of 8 heads that cover row_tile."""
+        return -(-self.row_tile // MMA_HEADS)
+
+    def _rows(self, count: int) -> RingRows:
+        """ldmatrix reads one chunk of eight rows: they are swizzled, or lie an odd number of chunks apart."""
+        swizzled = count % BANK_CHUNKS == 0
+        return RingRows(count, count if swizzled else count | 1, swizzled)
+
+
+@dataclasses.dataclass(frozen=True)
+class FmaTiling(CudaTiling):
+    """Sizes for fma.py: float32 arithmetic, of all types.
+
+    Attributes:
+        lanes: Lanes that share a token.
+    """
+
+    strategy: ClassVar[str] = "fma"
+
+    lanes: int
+
+    def _rows(self, count: int) -> RingRows:
+        """Eight lanes read the chunks of one row side by side, or of several rows, an odd multiple of `lanes` apart."""
+        meet = self.lanes < BANK_CHUNKS and count // self.lanes % 2 == 0
+        return RingRows(count, count + self.lanes if meet else count, False)
 
 
 def chunks(spec: PagedAttentionSpec, dim: int) -> int:

@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 
 from pa_compiler.cuda import gpus
-from pa_compiler.cuda.tiles import MMA_TOKENS, WARP, CudaTiling, chunks, copy_lanes
+from pa_compiler.cuda.tiles import MMA_TOKENS, WARP, CudaTiling, FmaTiling, TensorCoreTiling, chunks, copy_lanes
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Tiling, equal_tile
 
@@ -55,19 +55,13 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
         ValueError: CUDA has no kernel for the spec.
     """
     check(spec)
-    strategy, _ = choose_strategy(spec)
-    rows, lanes = equal_tile(spec.group, MAX_ROW_TILE), WARP
-    if strategy == "fma":
+    first: CudaTiling
+    rows, tokens = equal_tile(spec.group, MAX_ROW_TILE), _tile_tokens(spec)
+    if choose_strategy(spec)[0] == FmaTiling.strategy:
         rows, lanes = fma_tiles(spec)[0]
-    first = CudaTiling(
-        strategy=strategy,
-        row_tile=rows,
-        warps=4,
-        stages=2,
-        tile_tokens=_tile_tokens(spec),
-        lanes=lanes,
-        min_range_steps=1,
-    )
+        first = FmaTiling(row_tile=rows, warps=4, stages=2, tile_tokens=tokens, min_range_steps=1, lanes=lanes)
+    else:
+        first = TensorCoreTiling(row_tile=rows, warps=4, stages=2, tile_tokens=tokens, min_range_steps=1)
     candidates = (
         dataclasses.replace(first, warps=warps, stages=stages)
         for warps in (4, 2, 1)

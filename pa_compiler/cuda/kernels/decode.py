@@ -5,20 +5,23 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cuda.kernels import fma as cuda_fma
-from pa_compiler.cuda.kernels import tensor_core as cuda_tensor_core
+from pa_compiler.cuda.kernels import fma, tensor_core
 from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import find_item
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
 from pa_compiler.cuda.kernels.state import allocate, start
 from pa_compiler.cuda.kernels.strategy import Strategy
-from pa_compiler.cuda.tiles import WARP, CudaTiling
+from pa_compiler.cuda.tiles import WARP, CudaTiling, FmaTiling, TensorCoreTiling
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
-STRATEGIES = {"tensor_cores": cuda_tensor_core.strategy, "fma": cuda_fma.strategy}
+STRATEGIES: dict[str, Callable[..., Strategy]] = {
+    TensorCoreTiling.strategy: tensor_core.strategy,
+    FmaTiling.strategy: fma.strategy,
+}
+"""By CudaTiling.strategy."""
 
 
 def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:

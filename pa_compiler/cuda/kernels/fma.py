@@ -24,7 +24,7 @@ from pa_compiler.cuda.kernels.state import (
     shift_of,
 )
 from pa_compiler.cuda.kernels.strategy import Strategy
-from pa_compiler.cuda.tiles import CHUNK_WORDS, WARP, CudaTiling
+from pa_compiler.cuda.tiles import CHUNK_WORDS, WARP, FmaTiling
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -32,7 +32,7 @@ from pa_compiler.tvmscript import inline
 LOAD = "ld.shared.v4.b32"
 
 
-def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
+def strategy(spec: PagedAttentionSpec, tiling: FmaTiling) -> Strategy:
     """The stages and the registers that they keep."""
     return Strategy(
         query=(tiling.row_tile * spec.head_dim // tiling.lanes, "float32"),
@@ -43,7 +43,7 @@ def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
     )
 
 
-def registers(spec: PagedAttentionSpec, tiling: CudaTiling) -> Registers:
+def registers(spec: PagedAttentionSpec, tiling: FmaTiling) -> Registers:
     """row_max[row], row_sum[row] and acc[row, elements of this lane], of the tokens of this lane's team."""
     rows, elements = tiling.row_tile, spec.result_dim // tiling.lanes
     return Registers(
@@ -56,7 +56,7 @@ def registers(spec: PagedAttentionSpec, tiling: CudaTiling) -> Registers:
     )
 
 
-def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def load_query(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """q[row, elements of this lane] as float32, times query_scale; rows past `rows` are 0."""
     width, lanes = tiling.chunk_elements(spec), tiling.lanes
     elements = spec.head_dim // lanes
@@ -75,7 +75,7 @@ def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
     return stage
 
 
-def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def attend(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
     scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
@@ -91,7 +91,7 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     return stage
 
 
-def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """scores[token of this lane's team, row] = this lane's part of key . query, not scaled."""
     lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.key_rows(spec)
     teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
@@ -114,7 +114,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     return stage
 
 
-def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum."""
     lanes, rows = tiling.lanes, tiling.row_tile
     teams, levels = WARP // lanes, lanes.bit_length() - 1
@@ -142,7 +142,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
     return stage
 
 
-def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def pv_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """acc[row, elements of this lane] += weight * value of this team's tokens."""
     lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.value_rows(spec)
     teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
@@ -164,7 +164,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     return stage
 
 
-def store_warp(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def store_warp(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """The states of a warp's teams as one, to the warp's place in results."""
     width, lanes, rows = tiling.chunk_elements(spec), tiling.lanes, tiling.row_tile
     elements, pitch = spec.result_dim // lanes, tiling.acc_pitch(spec)

@@ -29,7 +29,7 @@ from pa_compiler.cuda.kernels.state import (
     shift_of,
 )
 from pa_compiler.cuda.kernels.strategy import Strategy
-from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, CudaTiling
+from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, TensorCoreTiling
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -37,7 +37,7 @@ _PTX = {"bfloat16": "bf16", "float16": "f16"}
 _ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 
 
-def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
+def strategy(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Strategy:
     """The stages and the registers that they keep."""
     return Strategy(
         query=(tiling.mma_tiles * spec.head_dim // 16 * 2, "uint32"),
@@ -48,7 +48,7 @@ def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
     )
 
 
-def registers(spec: PagedAttentionSpec, tiling: CudaTiling) -> Registers:
+def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
     """row_max[tile, h] of the heads 2c + h, and the products row_sum[tile, 4] and acc[tile, k, 4] as mma leaves them.
 
     A row is (tile, h). Of row_sum's four, two are 0: of rows of the product that the ones do not fill.
@@ -68,7 +68,7 @@ def registers(spec: PagedAttentionSpec, tiling: CudaTiling) -> Registers:
     )
 
 
-def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """q_frag[tile, k, 2] = the query heads of a row tile as the second operands of QK; heads past `rows` are 0.
 
     Times query_scale, as in headroom.scaled.
@@ -101,7 +101,7 @@ def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
     return stage
 
 
-def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
     operands, values_at = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles, tiling.values_at(spec)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
@@ -117,7 +117,7 @@ def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     return stage
 
 
-def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """scores[m, tile, 4] = key . query of a tile of the ring, not scaled."""
     depth, tiles, rows = spec.head_dim // 16, tiling.mma_tiles, tiling.key_rows(spec)
     load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
@@ -147,7 +147,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     return stage
 
 
-def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; the state is rescaled for them.
 
     Tokens from valid_len of the tile on weigh nothing.
@@ -187,7 +187,7 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
     return stage
 
 
-def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """acc[tile, k, 4] += values^T x probs^T of a tile of the ring, and row_sum[tile, 4] += the sums of probs."""
     depth, tiles, rows = spec.result_dim // 16, tiling.mma_tiles, tiling.value_rows(spec)
     load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
@@ -226,7 +226,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     return stage
 
 
-def store_warp(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def store_warp(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """A warp's state to shared memory, at its place in results."""
     depth, pitch = spec.result_dim // 16, tiling.acc_pitch(spec)
 
