@@ -1,16 +1,17 @@
-"""Write and check generated/: what the compiler emits for a few named specs."""
+"""Write and check generated/: what the compiler emits for a few named specs, and the headers of their hosts, once."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import NamedTuple
 
 from pa_compiler import artifact, installation, interrupts, turns
 from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.host import BANNER
+from pa_compiler.host import BANNER, headers
 from pa_compiler.runtime import files
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -48,7 +49,7 @@ class _File(NamedTuple):
 _FILES = (
     _File("tensorir", "#", "pa_compiler/kernels/"),
     _File("scheduled", "#", "pa_compiler/kernels/, schedules/"),
-    _File("host", "//", "templates/host.cc.j2"),
+    _File("host", "//", "templates/cpu/"),
     _File("llvm", ";", "pa_compiler/kernels/, schedules/"),
 )
 
@@ -56,7 +57,7 @@ _FILES = (
 _CUDA_FILES = (
     _File("tensorir", "#", "pa_compiler/cuda/kernels/"),
     _File("cuda", "//", "pa_compiler/cuda/kernels/"),
-    _File("host", "//", "templates/cuda_host.cc.j2"),
+    _File("host", "//", "templates/cuda/"),
 )
 """Without what nvcc makes, which differs from version to version, and of which no check should need one."""
 
@@ -70,7 +71,8 @@ def _emitted() -> dict[str, str]:
     installation.check()
     from pa_compiler import compiler
 
-    texts = {}
+    texts: dict[str, str] = {}
+    templates = installation.templates()
     for folder, entry in ENTRIES.items():
         if entry.is_cuda:
             with turns.using_tvm():
@@ -78,11 +80,18 @@ def _emitted() -> dict[str, str]:
         else:
             sources = compiler.emit(entry.spec, {"kind": "llvm", "mcpu": entry.target}, entry.pipeline)
         for file in _CUDA_FILES if entry.is_cuda else _FILES:
-            header = "".join(f"{file.comment} {line}\n" for line in _header(file, entry))
-            texts[f"{folder}/{artifact.STAGE_FILES[file.stage]}"] = (
-                f"{header}\n{_without_addresses(sources[file.stage]).strip()}\n"
-            )
+            text = _without_addresses(sources[file.stage]).removeprefix(f"// {BANNER}\n//\n")
+            texts[f"{folder}/{artifact.STAGE_FILES[file.stage]}"] = _headed(file.comment, _header(file, entry), text)
+        for place, text in headers(sources["host"]).items():
+            template = place if place in templates else f"{place}.j2"
+            about = (BANNER, f"Template: templates/{template}", "Regenerate: pa-compiler generate")
+            texts[f"include/{place}"] = _headed("//", about, text)
     return texts
+
+
+def _headed(comment: str, about: Iterable[str], text: str) -> str:
+    """A text with lines about it before it, in its language."""
+    return "".join(f"{comment} {line}\n" for line in about) + f"\n{text.strip()}\n"
 
 
 def write(root: Path) -> list[str]:

@@ -50,7 +50,7 @@ ARROWS = {
     "artifact": {"spec", "backend", "dependencies", "runtime"},
     "compiler": {
         *("spec", "runtime", "artifact", "backends", "dependencies", "store"),
-        *("installation", "interrupts", "turns"),
+        *("host", "native", "installation", "interrupts", "turns"),
     },
     "generate": {
         *("spec", "runtime", "artifact", "compiler", "cuda", "host", "installation", "interrupts", "turns"),
