@@ -40,10 +40,12 @@ def on_gpu(gpu, array, **options):
     return None if array is None else gpu.tensor(array, **options)
 
 
-@pytest.mark.parametrize("check", ["host", "device", "none"])
+@pytest.mark.parametrize(
+    ("pipeline", "check"), [("fused", "host"), ("fused", "device"), ("fused", "none"), ("staged", "host")]
+)
 @every_spec
-def test_decode_of_what_was_appended(gpu, gpu_module, spec, check):
-    module, inputs = gpu_module(spec), shared(spec, make_inputs(spec, LENGTHS))
+def test_decode_of_what_was_appended(gpu, gpu_module, spec, pipeline, check):
+    module, inputs = gpu_module(spec, pipeline), shared(spec, make_inputs(spec, LENGTHS))
     slots, key, value = tokens(spec, inputs)
     poison = poison_value("nan", inputs.key_cache.dtype)
     caches = {
