@@ -80,8 +80,8 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
 
     query = _uniform(rng, (len(context_lens), spec.num_heads, spec.head_dim), 0.5, dtype)
     caches = []
-    for bound in (0.5, 1.0):
-        logical = _uniform(rng, (used, spec.block_size, spec.num_kv_heads, spec.head_dim), bound, dtype)
+    for bound, dim in ((0.5, spec.head_dim), (1.0, spec.result_dim)):
+        logical = _uniform(rng, (used, spec.block_size, spec.num_kv_heads, dim), bound, dtype)
         cache = np.empty((num_blocks, *logical.shape[1:]), dtype)
         cache[place] = logical
         cache[~valid] = poison_value(poison, dtype)

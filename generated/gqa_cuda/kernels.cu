@@ -225,7 +225,6 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
   int lane_id = (((int)threadIdx.x) & 31);
   extern __shared__ __align__(128) uint ring_ptr[];
   alignas(64) int found_ptr[5];
-  alignas(64) int block_ptr[1];
   alignas(64) uint q_ptr[16];
   alignas(64) float row_max_ptr[2];
   alignas(64) float row_sum_ptr[4];
@@ -303,15 +302,9 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     seq_ptr[0] = ((int64_t)found_ptr[0]);
     alignas(64) int rows_ptr[1];
     rows_ptr[0] = (4 - max(first_row_ptr[0], 0));
-    alignas(64) int end_ptr_1[1];
-    end_ptr_1[0] = found_ptr[2];
     alignas(64) int places_ptr[1];
       float v_ = (float)(found_ptr[4] - 1);
     places_ptr[0] = max((((*(int *)(&(v_))) >> 23) - 125), 0);
-    alignas(64) int own_ptr[1];
-    own_ptr[0] = ((warp_ptr[0] * 16) + found_ptr[1]);
-    alignas(64) int num_tiles_ptr[1];
-    num_tiles_ptr[0] = ((max((end_ptr_1[0] - own_ptr[0]), 0) + 63) / 64);
     q_ptr[0] = (uint)0;
     q_ptr[1] = (uint)0;
     q_ptr[2] = (uint)0;
@@ -434,6 +427,13 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
     acc_ptr[29] = 0x0p+0f/*0.000000e+00*/;
     acc_ptr[30] = 0x0p+0f/*0.000000e+00*/;
     acc_ptr[31] = 0x0p+0f/*0.000000e+00*/;
+    alignas(64) int block_ptr[1];
+    alignas(64) int end_ptr_1[1];
+    end_ptr_1[0] = found_ptr[2];
+    alignas(64) int own_ptr[1];
+    own_ptr[0] = ((warp_ptr[0] * 16) + found_ptr[1]);
+    alignas(64) int num_tiles_ptr[1];
+    num_tiles_ptr[0] = ((max((end_ptr_1[0] - own_ptr[0]), 0) + 63) / 64);
     if (0 < num_tiles_ptr[0]) {
       alignas(64) int entry_ptr[1];
       entry_ptr[0] = (min((own_ptr[0] + (lane_ptr[0] % 16)), (end_ptr_1[0] - 1)) / 16);
@@ -450,19 +450,17 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         number_ptr[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr[0], 32);
         alignas(64) int slot_ptr[1];
         slot_ptr[0] = (token_ptr[0] % 16);
-        alignas(64) int64_t key_ptr[1];
-        key_ptr[0] = (((((int64_t)number_ptr[0]) * k_block) + (((int64_t)slot_ptr[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        alignas(64) int64_t value_ptr[1];
-        value_ptr[0] = (((((int64_t)number_ptr[0]) * v_block) + (((int64_t)slot_ptr[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
         alignas(64) uint size_ptr[1];
         size_ptr[0] = ((token_ptr[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
-        alignas(64) int first_ptr_1[1];
-        first_ptr_1[0] = (lane_ptr[0] % 8);
+        alignas(64) int64_t source_ptr[1];
+        source_ptr[0] = (((((int64_t)number_ptr[0]) * k_block) + (((int64_t)slot_ptr[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
         int cse_v12 = ((step % 2) * 2048);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + ((first_ptr_1[0] ^ (row_ptr[0] % 8)) * 4))]))), (&(key_cache_ptr[((((int64_t)first_ptr_1[0]) * (int64_t)8) + key_ptr[0])])), size_ptr[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + ((first_ptr_1[0] ^ (row_ptr[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((int64_t)first_ptr_1[0]) * (int64_t)8) + value_ptr[0])])), size_ptr[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + (((first_ptr_1[0] + 8) ^ (row_ptr[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)first_ptr_1[0]) * (int64_t)8) + key_ptr[0]) + (int64_t)64)])), size_ptr[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + (((first_ptr_1[0] + 8) ^ (row_ptr[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)first_ptr_1[0]) * (int64_t)8) + value_ptr[0]) + (int64_t)64)])), size_ptr[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0])])), size_ptr[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr[0]) + (int64_t)64)])), size_ptr[0]);
+        alignas(64) int64_t source_ptr_1[1];
+        source_ptr_1[0] = (((((int64_t)number_ptr[0]) * v_block) + (((int64_t)slot_ptr[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0])])), size_ptr[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_1[0]) + (int64_t)64)])), size_ptr[0]);
         alignas(64) int row_ptr_1[1];
         row_ptr_1[0] = ((lane_ptr[0] / 8) + 4);
         alignas(64) int token_ptr_1[1];
@@ -471,18 +469,16 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         number_ptr_1[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_1[0], 32);
         alignas(64) int slot_ptr_1[1];
         slot_ptr_1[0] = (token_ptr_1[0] % 16);
-        alignas(64) int64_t key_ptr_1[1];
-        key_ptr_1[0] = (((((int64_t)number_ptr_1[0]) * k_block) + (((int64_t)slot_ptr_1[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        alignas(64) int64_t value_ptr_1[1];
-        value_ptr_1[0] = (((((int64_t)number_ptr_1[0]) * v_block) + (((int64_t)slot_ptr_1[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
         alignas(64) uint size_ptr_1[1];
         size_ptr_1[0] = ((token_ptr_1[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
-        alignas(64) int first_ptr_2[1];
-        first_ptr_2[0] = (lane_ptr[0] % 8);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((first_ptr_2[0] ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[((((int64_t)first_ptr_2[0]) * (int64_t)8) + key_ptr_1[0])])), size_ptr_1[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((first_ptr_2[0] ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((int64_t)first_ptr_2[0]) * (int64_t)8) + value_ptr_1[0])])), size_ptr_1[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((first_ptr_2[0] + 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)first_ptr_2[0]) * (int64_t)8) + key_ptr_1[0]) + (int64_t)64)])), size_ptr_1[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((first_ptr_2[0] + 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)first_ptr_2[0]) * (int64_t)8) + value_ptr_1[0]) + (int64_t)64)])), size_ptr_1[0]);
+        alignas(64) int64_t source_ptr_2[1];
+        source_ptr_2[0] = (((((int64_t)number_ptr_1[0]) * k_block) + (((int64_t)slot_ptr_1[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0])])), size_ptr_1[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_2[0]) + (int64_t)64)])), size_ptr_1[0]);
+        alignas(64) int64_t source_ptr_3[1];
+        source_ptr_3[0] = (((((int64_t)number_ptr_1[0]) * v_block) + (((int64_t)slot_ptr_1[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0])])), size_ptr_1[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_1[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_1[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_3[0]) + (int64_t)64)])), size_ptr_1[0]);
         alignas(64) int row_ptr_2[1];
         row_ptr_2[0] = ((lane_ptr[0] / 8) + 8);
         alignas(64) int token_ptr_2[1];
@@ -491,18 +487,16 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         number_ptr_2[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_2[0], 32);
         alignas(64) int slot_ptr_2[1];
         slot_ptr_2[0] = (token_ptr_2[0] % 16);
-        alignas(64) int64_t key_ptr_2[1];
-        key_ptr_2[0] = (((((int64_t)number_ptr_2[0]) * k_block) + (((int64_t)slot_ptr_2[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        alignas(64) int64_t value_ptr_2[1];
-        value_ptr_2[0] = (((((int64_t)number_ptr_2[0]) * v_block) + (((int64_t)slot_ptr_2[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
         alignas(64) uint size_ptr_2[1];
         size_ptr_2[0] = ((token_ptr_2[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
-        alignas(64) int first_ptr_3[1];
-        first_ptr_3[0] = (lane_ptr[0] % 8);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((first_ptr_3[0] ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[((((int64_t)first_ptr_3[0]) * (int64_t)8) + key_ptr_2[0])])), size_ptr_2[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((first_ptr_3[0] ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((int64_t)first_ptr_3[0]) * (int64_t)8) + value_ptr_2[0])])), size_ptr_2[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((first_ptr_3[0] + 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)first_ptr_3[0]) * (int64_t)8) + key_ptr_2[0]) + (int64_t)64)])), size_ptr_2[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((first_ptr_3[0] + 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)first_ptr_3[0]) * (int64_t)8) + value_ptr_2[0]) + (int64_t)64)])), size_ptr_2[0]);
+        alignas(64) int64_t source_ptr_4[1];
+        source_ptr_4[0] = (((((int64_t)number_ptr_2[0]) * k_block) + (((int64_t)slot_ptr_2[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0])])), size_ptr_2[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_4[0]) + (int64_t)64)])), size_ptr_2[0]);
+        alignas(64) int64_t source_ptr_5[1];
+        source_ptr_5[0] = (((((int64_t)number_ptr_2[0]) * v_block) + (((int64_t)slot_ptr_2[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0])])), size_ptr_2[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_2[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_2[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_5[0]) + (int64_t)64)])), size_ptr_2[0]);
         alignas(64) int row_ptr_3[1];
         row_ptr_3[0] = ((lane_ptr[0] / 8) + 12);
         alignas(64) int token_ptr_3[1];
@@ -511,18 +505,16 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         number_ptr_3[0] = __shfl_sync((uint)4294967295, block_ptr[0], row_ptr_3[0], 32);
         alignas(64) int slot_ptr_3[1];
         slot_ptr_3[0] = (token_ptr_3[0] % 16);
-        alignas(64) int64_t key_ptr_3[1];
-        key_ptr_3[0] = (((((int64_t)number_ptr_3[0]) * k_block) + (((int64_t)slot_ptr_3[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
-        alignas(64) int64_t value_ptr_3[1];
-        value_ptr_3[0] = (((((int64_t)number_ptr_3[0]) * v_block) + (((int64_t)slot_ptr_3[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
         alignas(64) uint size_ptr_3[1];
         size_ptr_3[0] = ((token_ptr_3[0] < end_ptr_1[0]) ? (uint)16 : (uint)0);
-        alignas(64) int first_ptr_4[1];
-        first_ptr_4[0] = (lane_ptr[0] % 8);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((first_ptr_4[0] ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[((((int64_t)first_ptr_4[0]) * (int64_t)8) + key_ptr_3[0])])), size_ptr_3[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((first_ptr_4[0] ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((int64_t)first_ptr_4[0]) * (int64_t)8) + value_ptr_3[0])])), size_ptr_3[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((first_ptr_4[0] + 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)first_ptr_4[0]) * (int64_t)8) + key_ptr_3[0]) + (int64_t)64)])), size_ptr_3[0]);
-        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((first_ptr_4[0] + 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)first_ptr_4[0]) * (int64_t)8) + value_ptr_3[0]) + (int64_t)64)])), size_ptr_3[0]);
+        alignas(64) int64_t source_ptr_6[1];
+        source_ptr_6[0] = (((((int64_t)number_ptr_3[0]) * k_block) + (((int64_t)slot_ptr_3[0]) * k_row)) + (((int64_t)kv_head_ptr[0]) * k_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0])])), size_ptr_3[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4))]))), (&(key_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_6[0]) + (int64_t)64)])), size_ptr_3[0]);
+        alignas(64) int64_t source_ptr_7[1];
+        source_ptr_7[0] = (((((int64_t)number_ptr_3[0]) * v_block) + (((int64_t)slot_ptr_3[0]) * v_row)) + (((int64_t)kv_head_ptr[0]) * v_head));
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + (((lane_ptr[0] % 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[(((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0])])), size_ptr_3[0]);
+        tvm_builtin_ptx_cp_async_cg_src_size_async_cg_shared_global_L2__128B_16(tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[(((((warp_ptr[0] * 4096) + ((step % 2) * 2048)) + (row_ptr_3[0] * 64)) + ((((lane_ptr[0] % 8) + 8) ^ (row_ptr_3[0] % 8)) * 4)) + 1024)]))), (&(value_cache_ptr[((((((int64_t)lane_ptr[0]) % (int64_t)8) * (int64_t)8) + source_ptr_7[0]) + (int64_t)64)])), size_ptr_3[0]);
         alignas(64) int entry_ptr_1[1];
         entry_ptr_1[0] = (min(((((step * 64) + own_ptr[0]) + (lane_ptr[0] % 16)) + 64), (end_ptr_1[0] - 1)) / 16);
         block_ptr[0] = block_table_ptr[((seq_ptr[0] * table_seq) + ((int64_t)entry_ptr_1[0]))];
@@ -558,7 +550,6 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[12], q_ptr[13], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
         tvm_builtin_ptx_ldmatrix_sync_aligned_m8n8_x4_shared_b16(k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], tvm_builtin_cuda_cvta_generic_to_shared((&(ring_ptr[((((lane_ptr[0] % 16) * 64) + ((((lane_ptr[0] / 16) + 14) ^ (lane_ptr[0] % 8)) * 4)) + keys_ptr[0])]))));
         tvm_builtin_ptx_mma_sync_aligned_m16n8k16_row_col_f32_bf16_bf16_f32(scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3], k_frag_ptr[0], k_frag_ptr[1], k_frag_ptr[2], k_frag_ptr[3], q_ptr[14], q_ptr[15], scores_ptr[0], scores_ptr[1], scores_ptr[2], scores_ptr[3]);
-        alignas(64) float alpha_ptr[2];
         alignas(64) float shift_ptr[2];
         alignas(64) uint pair_ptr[2];
         scores_ptr[0] = (((lane_ptr[0] / 4) < ((end_ptr_1[0] - own_ptr[0]) - (ready_ptr[0] * 64))) ? (scores_ptr[0] * score_scale) : -CUDART_INF_F);
@@ -573,9 +564,27 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         highest_ptr[0] = max(highest_ptr[0], __shfl_xor_sync((uint)4294967295, highest_ptr[0], 8, 32));
         highest_ptr[0] = max(highest_ptr[0], __shfl_xor_sync((uint)4294967295, highest_ptr[0], 16, 32));
         shift_ptr[0] = ((highest_ptr[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr[0]);
+        alignas(64) float alpha_ptr[1];
+        alpha_ptr[0] = 0x0p+0f/*0.000000e+00*/;
         tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr[0], ((row_max_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
         row_max_ptr[0] = highest_ptr[0];
         row_sum_ptr[0] = (row_sum_ptr[0] * alpha_ptr[0]);
+        acc_ptr[0] = (acc_ptr[0] * alpha_ptr[0]);
+        acc_ptr[2] = (acc_ptr[2] * alpha_ptr[0]);
+        acc_ptr[4] = (acc_ptr[4] * alpha_ptr[0]);
+        acc_ptr[6] = (acc_ptr[6] * alpha_ptr[0]);
+        acc_ptr[8] = (acc_ptr[8] * alpha_ptr[0]);
+        acc_ptr[10] = (acc_ptr[10] * alpha_ptr[0]);
+        acc_ptr[12] = (acc_ptr[12] * alpha_ptr[0]);
+        acc_ptr[14] = (acc_ptr[14] * alpha_ptr[0]);
+        acc_ptr[16] = (acc_ptr[16] * alpha_ptr[0]);
+        acc_ptr[18] = (acc_ptr[18] * alpha_ptr[0]);
+        acc_ptr[20] = (acc_ptr[20] * alpha_ptr[0]);
+        acc_ptr[22] = (acc_ptr[22] * alpha_ptr[0]);
+        acc_ptr[24] = (acc_ptr[24] * alpha_ptr[0]);
+        acc_ptr[26] = (acc_ptr[26] * alpha_ptr[0]);
+        acc_ptr[28] = (acc_ptr[28] * alpha_ptr[0]);
+        acc_ptr[30] = (acc_ptr[30] * alpha_ptr[0]);
         alignas(64) float highest_ptr_1[1];
         highest_ptr_1[0] = row_max_ptr[1];
         highest_ptr_1[0] = max(highest_ptr_1[0], scores_ptr[1]);
@@ -584,41 +593,27 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
         highest_ptr_1[0] = max(highest_ptr_1[0], __shfl_xor_sync((uint)4294967295, highest_ptr_1[0], 8, 32));
         highest_ptr_1[0] = max(highest_ptr_1[0], __shfl_xor_sync((uint)4294967295, highest_ptr_1[0], 16, 32));
         shift_ptr[1] = ((highest_ptr_1[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_1[0]);
-        tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr[1], ((row_max_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/));
+        alignas(64) float alpha_ptr_1[1];
+        alpha_ptr_1[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(alpha_ptr_1[0], ((row_max_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/));
         row_max_ptr[1] = highest_ptr_1[0];
-        row_sum_ptr[1] = (row_sum_ptr[1] * alpha_ptr[1]);
-        acc_ptr[0] = (acc_ptr[0] * alpha_ptr[0]);
-        acc_ptr[1] = (acc_ptr[1] * alpha_ptr[1]);
-        acc_ptr[2] = (acc_ptr[2] * alpha_ptr[0]);
-        acc_ptr[3] = (acc_ptr[3] * alpha_ptr[1]);
-        acc_ptr[4] = (acc_ptr[4] * alpha_ptr[0]);
-        acc_ptr[5] = (acc_ptr[5] * alpha_ptr[1]);
-        acc_ptr[6] = (acc_ptr[6] * alpha_ptr[0]);
-        acc_ptr[7] = (acc_ptr[7] * alpha_ptr[1]);
-        acc_ptr[8] = (acc_ptr[8] * alpha_ptr[0]);
-        acc_ptr[9] = (acc_ptr[9] * alpha_ptr[1]);
-        acc_ptr[10] = (acc_ptr[10] * alpha_ptr[0]);
-        acc_ptr[11] = (acc_ptr[11] * alpha_ptr[1]);
-        acc_ptr[12] = (acc_ptr[12] * alpha_ptr[0]);
-        acc_ptr[13] = (acc_ptr[13] * alpha_ptr[1]);
-        acc_ptr[14] = (acc_ptr[14] * alpha_ptr[0]);
-        acc_ptr[15] = (acc_ptr[15] * alpha_ptr[1]);
-        acc_ptr[16] = (acc_ptr[16] * alpha_ptr[0]);
-        acc_ptr[17] = (acc_ptr[17] * alpha_ptr[1]);
-        acc_ptr[18] = (acc_ptr[18] * alpha_ptr[0]);
-        acc_ptr[19] = (acc_ptr[19] * alpha_ptr[1]);
-        acc_ptr[20] = (acc_ptr[20] * alpha_ptr[0]);
-        acc_ptr[21] = (acc_ptr[21] * alpha_ptr[1]);
-        acc_ptr[22] = (acc_ptr[22] * alpha_ptr[0]);
-        acc_ptr[23] = (acc_ptr[23] * alpha_ptr[1]);
-        acc_ptr[24] = (acc_ptr[24] * alpha_ptr[0]);
-        acc_ptr[25] = (acc_ptr[25] * alpha_ptr[1]);
-        acc_ptr[26] = (acc_ptr[26] * alpha_ptr[0]);
-        acc_ptr[27] = (acc_ptr[27] * alpha_ptr[1]);
-        acc_ptr[28] = (acc_ptr[28] * alpha_ptr[0]);
-        acc_ptr[29] = (acc_ptr[29] * alpha_ptr[1]);
-        acc_ptr[30] = (acc_ptr[30] * alpha_ptr[0]);
-        acc_ptr[31] = (acc_ptr[31] * alpha_ptr[1]);
+        row_sum_ptr[1] = (row_sum_ptr[1] * alpha_ptr_1[0]);
+        acc_ptr[1] = (acc_ptr[1] * alpha_ptr_1[0]);
+        acc_ptr[3] = (acc_ptr[3] * alpha_ptr_1[0]);
+        acc_ptr[5] = (acc_ptr[5] * alpha_ptr_1[0]);
+        acc_ptr[7] = (acc_ptr[7] * alpha_ptr_1[0]);
+        acc_ptr[9] = (acc_ptr[9] * alpha_ptr_1[0]);
+        acc_ptr[11] = (acc_ptr[11] * alpha_ptr_1[0]);
+        acc_ptr[13] = (acc_ptr[13] * alpha_ptr_1[0]);
+        acc_ptr[15] = (acc_ptr[15] * alpha_ptr_1[0]);
+        acc_ptr[17] = (acc_ptr[17] * alpha_ptr_1[0]);
+        acc_ptr[19] = (acc_ptr[19] * alpha_ptr_1[0]);
+        acc_ptr[21] = (acc_ptr[21] * alpha_ptr_1[0]);
+        acc_ptr[23] = (acc_ptr[23] * alpha_ptr_1[0]);
+        acc_ptr[25] = (acc_ptr[25] * alpha_ptr_1[0]);
+        acc_ptr[27] = (acc_ptr[27] * alpha_ptr_1[0]);
+        acc_ptr[29] = (acc_ptr[29] * alpha_ptr_1[0]);
+        acc_ptr[31] = (acc_ptr[31] * alpha_ptr_1[0]);
         tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[0], (((scores_ptr[0] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
         tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[1], (((scores_ptr[1] - shift_ptr[1]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
         tvm_builtin_ptx_ex2_approx_ftz_f32(scores_ptr[2], (((scores_ptr[2] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/) - ((float)places_ptr[0])));
@@ -699,49 +694,58 @@ extern "C" __global__ void __launch_bounds__(128) cuda_decode_kernel(int* __rest
       ((float*)ring_ptr)[((((warp_ptr[0] * 528) + (row_1 * 132)) + (lane_ptr[0] / 4)) + 152)] = acc_ptr[31];
     }
     tvm_builtin_cuda_cta_sync();
-    alignas(64) float weight_ptr[4];
     for (int step_1 = 0; step_1 < (((rows_ptr[0] * 128) + 127) / 128); ++step_1) {
       int cse_v6 = (step_1 * 128);
       int row_2 = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) / 128);
       int d = ((((step_1 * 128) + (warp_ptr[0] * 32)) + lane_ptr[0]) % 128);
       if (row_2 < rows_ptr[0]) {
         alignas(64) float highest_ptr_2[1];
-        highest_ptr_2[0] = ((float*)ring_ptr)[row_2];
+        highest_ptr_2[0] = -CUDART_INF_F;
+        alignas(64) float total_ptr[1];
+        total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        alignas(64) float value_ptr[1];
+        value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[row_2]);
         int cse_v7 = (row_2 + 4);
         highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_2 + 4)]);
         int cse_v8 = (row_2 + 8);
         highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_2 + 8)]);
         int cse_v9 = (row_2 + 12);
         highest_ptr_2[0] = max(highest_ptr_2[0], ((float*)ring_ptr)[(row_2 + 12)]);
-        float shift = ((highest_ptr_2[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_2[0]);
-        alignas(64) float total_ptr[1];
-        total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-        alignas(64) float value_ptr_4[1];
-        value_ptr_4[0] = 0x0p+0f/*0.000000e+00*/;
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((((float*)ring_ptr)[row_2] - shift) * 0x1.715476p+0f/*1.442695e+00*/));
+        alignas(64) float shift_ptr_1[1];
+        shift_ptr_1[0] = ((highest_ptr_2[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr_2[0]);
+        alignas(64) float weight_ptr[1];
+        weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((((float*)ring_ptr)[row_2] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
         total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(row_2 + 16)]));
         int cse_v13 = ((row_2 * 132) + d);
-        value_ptr_4[0] = (value_ptr_4[0] + (weight_ptr[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 32)]));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[1], ((((float*)ring_ptr)[(row_2 + 4)] - shift) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr[1] * ((float*)ring_ptr)[(row_2 + 20)]));
-        value_ptr_4[0] = (value_ptr_4[0] + (weight_ptr[1] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 560)]));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[2], ((((float*)ring_ptr)[(row_2 + 8)] - shift) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr[2] * ((float*)ring_ptr)[(row_2 + 24)]));
-        value_ptr_4[0] = (value_ptr_4[0] + (weight_ptr[2] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 1088)]));
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[3], ((((float*)ring_ptr)[(row_2 + 12)] - shift) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr[3] * ((float*)ring_ptr)[(row_2 + 28)]));
-        value_ptr_4[0] = (value_ptr_4[0] + (weight_ptr[3] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 1616)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 32)]));
+        alignas(64) float weight_ptr_1[1];
+        weight_ptr_1[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_1[0], ((((float*)ring_ptr)[(row_2 + 4)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(row_2 + 20)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_1[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 560)]));
+        alignas(64) float weight_ptr_2[1];
+        weight_ptr_2[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_2[0], ((((float*)ring_ptr)[(row_2 + 8)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(row_2 + 24)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_2[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 1088)]));
+        alignas(64) float weight_ptr_3[1];
+        weight_ptr_3[0] = 0x0p+0f/*0.000000e+00*/;
+        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr_3[0], ((((float*)ring_ptr)[(row_2 + 12)] - shift_ptr_1[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+        total_ptr[0] = (total_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(row_2 + 28)]));
+        value_ptr[0] = (value_ptr[0] + (weight_ptr_3[0] * ((float*)ring_ptr)[(((row_2 * 132) + d) + 1616)]));
         int64_t head_1 = (((((int64_t)kv_head_ptr[0]) * (int64_t)4) + ((int64_t)first_row_ptr[0])) + ((int64_t)row_2));
         int64_t cse_v10 = ((int64_t)d);
         if (found_ptr[3] == 1) {
-          out_ptr[(((seq_ptr[0] * out_batch) + (head_1 * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr_4[0] : (value_ptr_4[0] / total_ptr[0])));
+          out_ptr[(((seq_ptr[0] * out_batch) + (head_1 * out_head)) + ((int64_t)d))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
           if (d == 0) {
               int v__1 = (places_ptr[0] + 127) << 23;
-            lse_ptr[((seq_ptr[0] * lse_batch) + head_1)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (shift + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
+            lse_ptr[((seq_ptr[0] * lse_batch) + head_1)] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr_2[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
           }
         } else {
           int64_t slot = ((((int64_t)item_ptr[0]) * (int64_t)32) + head_1);
-          partial_acc_ptr[((slot * (int64_t)128) + ((int64_t)d))] = value_ptr_4[0];
+          partial_acc_ptr[((slot * (int64_t)128) + ((int64_t)d))] = value_ptr[0];
           if (d == 0) {
             partial_max_ptr[slot] = highest_ptr_2[0];
             partial_sum_ptr[slot] = total_ptr[0];
@@ -818,40 +822,36 @@ extern "C" __global__ void __launch_bounds__(128) cuda_merge_kernel(int* __restr
   }
   found_ptr[0] = ((int)tvm_builtin_reduce_add_sync_u32((uint)4294967295, before_ptr[0]));
   found_ptr[1] = max((((((max(context_lens_ptr[seq_ptr[0]], 0) + 63) / 64) + range_steps_ptr[0]) - 1) / range_steps_ptr[0]), 1);
-  if ((1 < found_ptr[1]) & (status_ptr[0] == 0)) {
+  if (((1 < found_ptr[1]) & (status_ptr[0] == 0)) & (thread_ptr[0] < 128)) {
     alignas(64) int64_t first_ptr[1];
     first_ptr[0] = ((((int64_t)found_ptr[0]) * (int64_t)32) + ((int64_t)head_ptr[0]));
     alignas(64) float highest_ptr[1];
     highest_ptr[0] = -CUDART_INF_F;
+    alignas(64) float total_ptr[1];
+    total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+    alignas(64) float value_ptr[1];
+    value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
     for (int i_2 = 0; i_2 < found_ptr[1]; ++i_2) {
       highest_ptr[0] = max(highest_ptr[0], partial_max_ptr[((((int64_t)i_2) * (int64_t)32) + first_ptr[0])]);
     }
     alignas(64) float shift_ptr[1];
     shift_ptr[0] = ((highest_ptr[0] == -CUDART_INF_F) ? 0x0p+0f/*0.000000e+00*/ : highest_ptr[0]);
-    alignas(64) int d_ptr[1];
-    d_ptr[0] = thread_ptr[0];
-    if (d_ptr[0] < 128) {
-      alignas(64) float total_ptr[1];
-      total_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-      alignas(64) float value_ptr[1];
-      value_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-      for (int i_3 = 0; i_3 < found_ptr[1]; ++i_3) {
-        alignas(64) int64_t slot_ptr[1];
-        slot_ptr[0] = ((((int64_t)i_3) * (int64_t)32) + first_ptr[0]);
-        alignas(64) float weight_ptr[1];
-        weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
-        tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((partial_max_ptr[slot_ptr[0]] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
-        total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * partial_sum_ptr[slot_ptr[0]]));
-        value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * partial_acc_ptr[((slot_ptr[0] * (int64_t)128) + ((int64_t)d_ptr[0]))]));
-      }
-      alignas(64) int64_t where_ptr[1];
-      where_ptr[0] = ((((int64_t)seq_ptr[0]) * out_batch) + (((int64_t)head_ptr[0]) * out_head));
-      out_ptr[(where_ptr[0] + ((int64_t)d_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
-      if (d_ptr[0] == 0) {
-            float v_ = (float)(context_lens_ptr[seq_ptr[0]] - 1);
-          int v__1 = (max((((*(int *)(&(v_))) >> 23) - 125), 0) + 127) << 23;
-        lse_ptr[((((int64_t)seq_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (shift_ptr[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
-      }
+    for (int i_3 = 0; i_3 < found_ptr[1]; ++i_3) {
+      alignas(64) float weight_ptr[1];
+      weight_ptr[0] = 0x0p+0f/*0.000000e+00*/;
+      int64_t cse_v3 = ((int64_t)i_3);
+      int64_t cse_v4 = (((int64_t)i_3) * (int64_t)32);
+      tvm_builtin_ptx_ex2_approx_ftz_f32(weight_ptr[0], ((partial_max_ptr[((((int64_t)i_3) * (int64_t)32) + first_ptr[0])] - shift_ptr[0]) * 0x1.715476p+0f/*1.442695e+00*/));
+      total_ptr[0] = (total_ptr[0] + (weight_ptr[0] * partial_sum_ptr[((((int64_t)i_3) * (int64_t)32) + first_ptr[0])]));
+      value_ptr[0] = (value_ptr[0] + (weight_ptr[0] * partial_acc_ptr[(((((int64_t)i_3) * (int64_t)4096) + (first_ptr[0] * (int64_t)128)) + ((int64_t)thread_ptr[0]))]));
+    }
+    alignas(64) int64_t where_ptr[1];
+    where_ptr[0] = ((((int64_t)seq_ptr[0]) * out_batch) + (((int64_t)head_ptr[0]) * out_head));
+    out_ptr[(where_ptr[0] + ((int64_t)thread_ptr[0]))] = ((nv_bfloat16)((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? value_ptr[0] : (value_ptr[0] / total_ptr[0])));
+    if (thread_ptr[0] == 0) {
+          float v_ = (float)(context_lens_ptr[seq_ptr[0]] - 1);
+        int v__1 = (max((((*(int *)(&(v_))) >> 23) - 125), 0) + 127) << 23;
+      lse_ptr[((((int64_t)seq_ptr[0]) * lse_batch) + ((int64_t)head_ptr[0]))] = ((total_ptr[0] == 0x0p+0f/*0.000000e+00*/) ? -CUDART_INF_F : (highest_ptr[0] + logf((total_ptr[0] * (*(float *)(&(v__1)))))));
     }
   }
 }
@@ -896,9 +896,6 @@ extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* 
   int cse_v1 = (((int)threadIdx.x) & 31);
   int lane_id = (((int)threadIdx.x) & 31);
   extern __shared__ __align__(16) int again_ptr[];
-  alignas(64) int64_t mine_ptr[4];
-  alignas(64) int lost_ptr[4];
-  alignas(64) uint words_ptr[8];
   alignas(64) int warp_ptr[1];
   warp_ptr[0] = warp_id_in_cta;
   alignas(64) int thread_ptr[1];
@@ -916,6 +913,8 @@ extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* 
     tvm_builtin_ptx_st_release_sys_global_b64_s64((&(report_ptr[0])), code_ptr[0]);
   }
   if (status_ptr[0] == 0) {
+    alignas(64) int64_t mine_ptr[4];
+    alignas(64) int lost_ptr[4];
     lost_ptr[0] = 0;
     mine_ptr[0] = (int64_t)-1;
     if (first_ptr[0] < num_tokens) {
@@ -977,6 +976,7 @@ extern "C" __global__ void __launch_bounds__(256) cuda_append_kv_kernel(ushort* 
       again_ptr[((warp_ptr[0] * 4) + 3)] = any_lane_ptr_3[0];
     }
     tvm_builtin_cuda_cta_sync();
+    alignas(64) uint words_ptr[8];
     for (int step_1 = 0; step_1 < 2; ++step_1) {
       alignas(64) int chunk_ptr[1];
       chunk_ptr[0] = ((step_1 * 256) + thread_ptr[0]);

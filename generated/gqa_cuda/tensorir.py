@@ -9,33 +9,30 @@
 # from tvm.script import tirx as T
 # from tvm.tirx.layout import Axis
 
-k_span = TypeVar("k_span")
+key_cache_span = TypeVar("key_cache_span")
 key_span = TypeVar("key_span")
 report_span = TypeVar("report_span")
-slot_span = TypeVar("slot_span")
+slot_mapping_span = TypeVar("slot_mapping_span")
 status_span = TypeVar("status_span")
-v_span = TypeVar("v_span")
+value_cache_span = TypeVar("value_cache_span")
 value_span = TypeVar("value_span")
-length_span = TypeVar("length_span")
-table_span = TypeVar("table_span")
-acc_span = TypeVar("acc_span")
+block_table_span = TypeVar("block_table_span")
+context_lens_span = TypeVar("context_lens_span")
 lse_span = TypeVar("lse_span")
-max_span = TypeVar("max_span")
 out_span = TypeVar("out_span")
-q_span = TypeVar("q_span")
-sum_span = TypeVar("sum_span")
+partial_acc_span = TypeVar("partial_acc_span")
+partial_max_span = TypeVar("partial_max_span")
+partial_sum_span = TypeVar("partial_sum_span")
+query_span = TypeVar("query_span")
 @I.ir_module
 class Module:
     @T.prim_func
-    def cuda_append_kv(key: T.Buffer((key_span,), "uint16"), value: T.Buffer((value_span,), "uint16"), key_cache: T.Buffer((k_span,), "uint16"), value_cache: T.Buffer((v_span,), "uint16"), slot_mapping: T.Buffer((slot_span,), "int64"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), key_token: T.int64, key_head: T.int64, value_token: T.int64, value_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, num_blocks: T.int64, num_tokens: T.int32):
+    def cuda_append_kv(key: T.Buffer((key_span,), "uint16"), value: T.Buffer((value_span,), "uint16"), key_cache: T.Buffer((key_cache_span,), "uint16"), value_cache: T.Buffer((value_cache_span,), "uint16"), slot_mapping: T.Buffer((slot_mapping_span,), "int64"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), key_token: T.int64, key_head: T.int64, value_token: T.int64, value_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, num_blocks: T.int64, num_tokens: T.int32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([T.Div(num_tokens + 3, 4)])
         warp_id = T.warp_id([8])
         lane_id = T.lane_id([32])
         again = T.alloc_buffer((32,), "int32", scope="shared.dyn", align=16)
-        mine = T.alloc_local((4,), "int64")
-        lost = T.alloc_local((4,), "int32")
-        words = T.alloc_local((8,), "uint32")
         warp: T.int32 = warp_id
         thread: T.int32 = warp_id * 32 + lane_id
         first: T.int32 = cta * 4
@@ -47,6 +44,8 @@ class Module:
             report[4] = num_blocks * T.int64(16)
             T.ptx.st(T.address_of(report[0]), code, "", "release", "sys", "global", "", "", "", "b64", "")
         if status[0] == 0:
+            mine = T.alloc_local((4,), "int64")
+            lost = T.alloc_local((4,), "int32")
             for t in T.unroll(4):
                 lost[t] = 0
                 mine[t] = T.int64(-1)
@@ -64,6 +63,7 @@ class Module:
                 if lane_id == 0:
                     again[warp * 4 + t] = any_lane
             T.cuda.cta_sync()
+            words = T.alloc_local((8,), "uint32")
             for step in range(2):
                 chunk: T.int32 = step * 256 + thread
                 local: T.int32 = T.Div(chunk, 128)
@@ -84,7 +84,7 @@ class Module:
                     T.ptx.st(T.address_of(value_cache[block * v_block + slot * v_row + head * v_head + d]), words[4], words[5], words[6], words[7], "", "", "global", "", "", "", "v4", "b32", "")
 
     @T.prim_func
-    def cuda_check(block_table: T.Buffer((table_span,), "int32"), context_lens: T.Buffer((length_span,), "int32"), status: T.Buffer((status_span,), "int32"), table_seq: T.int64, batch: T.int32, max_blocks: T.int32, num_blocks: T.int64):
+    def cuda_check(block_table: T.Buffer((block_table_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), table_seq: T.int64, batch: T.int32, max_blocks: T.int32, num_blocks: T.int64):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([batch])
         warp_id = T.warp_id([4])
@@ -105,7 +105,7 @@ class Module:
                         T.ptx.red(T.address_of(status[0]), 2147483647 - (2 * seq + 1), "relaxed", "gpu", "global", "max", "", "s32", "")
 
     @T.prim_func
-    def cuda_check_slots(slot_mapping: T.Buffer((slot_span,), "int64"), status: T.Buffer((status_span,), "int32"), num_tokens: T.int32, num_blocks: T.int64):
+    def cuda_check_slots(slot_mapping: T.Buffer((slot_mapping_span,), "int64"), status: T.Buffer((status_span,), "int32"), num_tokens: T.int32, num_blocks: T.int64):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([T.Div(num_tokens + 127, 128)])
         warp_id = T.warp_id([4])
@@ -117,7 +117,7 @@ class Module:
                 T.ptx.red(T.address_of(status[0]), 2147483647 - 2 * token, "relaxed", "gpu", "global", "max", "", "s32", "")
 
     @T.prim_func
-    def cuda_decode(query: T.Buffer((q_span,), "bfloat16"), key_cache: T.Buffer((k_span,), "bfloat16"), value_cache: T.Buffer((v_span,), "bfloat16"), block_table: T.Buffer((table_span,), "int32"), context_lens: T.Buffer((length_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((max_span,), "float32"), partial_sum: T.Buffer((sum_span,), "float32"), partial_acc: T.Buffer((acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, query_scale: T.float32, score_scale: T.float32):
+    def cuda_decode(query: T.Buffer((query_span,), "bfloat16"), key_cache: T.Buffer((key_cache_span,), "bfloat16"), value_cache: T.Buffer((value_cache_span,), "bfloat16"), block_table: T.Buffer((block_table_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), q_batch: T.int64, q_head: T.int64, k_block: T.int64, k_row: T.int64, k_head: T.int64, v_block: T.int64, v_row: T.int64, v_head: T.int64, table_seq: T.int64, out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, batch: T.int32, items: T.int32, query_scale: T.float32, score_scale: T.float32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([items * 8])
         warp_id = T.warp_id([4])
@@ -127,7 +127,6 @@ class Module:
         warp_sum = T.decl_buffer((16,), data=ring.data, elem_offset=16, scope="shared.dyn")
         warp_acc = T.decl_buffer((2112,), data=ring.data, elem_offset=32, scope="shared.dyn")
         found = T.alloc_local((5,), "int32")
-        block: T.int32
         q = T.alloc_local((16,), "uint32")
         row_max = T.alloc_local((2,))
         row_sum = T.alloc_local((4,))
@@ -175,10 +174,7 @@ class Module:
         if (found[0] >= 0) & (stopped == 0):
             seq: T.int64 = T.Cast("int64", found[0])
             rows: T.int32 = T.min(4 - first_row, 4)
-            end: T.int32 = found[2]
             places: T.int32 = T.max((T.reinterpret("int32", T.Cast("float32", found[4] - 1)) >> 23) - 125, 0)
-            own: T.int32 = found[1] + warp * 16
-            num_tiles: T.int32 = T.Div(T.max(end - own, 0) + 63, 64)
             for i in T.unroll(16):
                 q[i] = T.uint32(0)
             for n in T.unroll(1):
@@ -196,6 +192,10 @@ class Module:
                 row_sum[i] = T.float32(0.0)
             for i in T.unroll(32):
                 acc[i] = T.float32(0.0)
+            block: T.int32
+            end: T.int32 = found[2]
+            own: T.int32 = found[1] + warp * 16
+            num_tiles: T.int32 = T.Div(T.max(end - own, 0) + 63, 64)
             if num_tiles > 0:
                 entry: T.int32 = T.Div(T.min(own + T.truncmod(lane, 16), end - 1), 16)
                 block = block_table[seq * table_seq + T.Cast("int64", entry)]
@@ -206,13 +206,13 @@ class Module:
                         token: T.int32 = own + step * 64 + row
                         number: T.int32 = T.cuda.__shfl_sync(T.uint32(4294967295), block, row, 32)
                         slot: T.int32 = T.truncmod(token, 16)
-                        key: T.int64 = T.Cast("int64", number) * k_block + T.Cast("int64", slot) * k_row + T.Cast("int64", kv_head) * k_head
-                        value: T.int64 = T.Cast("int64", number) * v_block + T.Cast("int64", slot) * v_row + T.Cast("int64", kv_head) * v_head
                         size: T.uint32 = T.Select(token < end, T.uint32(16), T.uint32(0))
-                        first_1: T.int32 = T.truncmod(lane, 8)
+                        source: T.int64 = T.Cast("int64", number) * k_block + T.Cast("int64", slot) * k_row + T.Cast("int64", kv_head) * k_head
                         for c in T.unroll(2):
-                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2 * 1024 + (row * 16 + (c * 8 + first_1 ^ T.truncmod(row, 8))) * 4])), T.address_of(key_cache[key + T.Cast("int64", (c * 8 + first_1) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
-                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2 * 1024 + (row * 16 + (c * 8 + first_1 ^ T.truncmod(row, 8))) * 4 + 1024])), T.address_of(value_cache[value + T.Cast("int64", (c * 8 + first_1) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + (row * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row, 8))) * 4])), T.address_of(key_cache[source + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
+                        source_1: T.int64 = T.Cast("int64", number) * v_block + T.Cast("int64", slot) * v_row + T.Cast("int64", kv_head) * v_head
+                        for c in T.unroll(2):
+                            T.ptx.cp(T.cuda.cvta_generic_to_shared(T.address_of(ring[(warp * 2 + T.truncmod(step, 2)) * 2048 + 1024 + (row * 16 + (c * 8 + T.truncmod(lane, 8) ^ T.truncmod(row, 8))) * 4])), T.address_of(value_cache[source_1 + T.Cast("int64", (c * 8 + T.truncmod(lane, 8)) * 8)]), 16, size, "async", "cg", "shared", "global", "", "L2::128B", "")
                     entry: T.int32 = T.Div(T.min(own + (step + 1) * 64 + T.truncmod(lane, 16), end - 1), 16)
                     block = block_table[seq * table_seq + T.Cast("int64", entry)]
                 T.ptx.cp("async", "commit_group", "")
@@ -220,7 +220,7 @@ class Module:
                     T.ptx.cp(1, "async", "wait_group", "")
                     T.cuda.warp_sync()
                     ready: T.int32 = step - 1
-                    keys: T.int32 = (warp * 2 + T.truncmod(ready, 2)) * 2 * 1024
+                    keys: T.int32 = (warp * 2 + T.truncmod(ready, 2)) * 2048
                     scores = T.alloc_local((4,))
                     p_frag = T.alloc_local((2,), "uint32")
                     k_frag = T.alloc_local((4,), "uint32")
@@ -231,7 +231,6 @@ class Module:
                             T.ptx.ldmatrix(k_frag[0], k_frag[1], k_frag[2], k_frag[3], T.cuda.cvta_generic_to_shared(T.address_of(ring[keys + ((m * 16 + T.truncmod(lane, 16)) * 16 + (2 * k + T.Div(lane, 16) ^ T.truncmod(m * 16 + T.truncmod(lane, 16), 8))) * 4])), "sync", "aligned", "m8n8", "x4", "", "shared", "b16", "")
                             for n in T.unroll(1):
                                 T.ptx.mma(scores[(m + n) * 4], scores[(m + n) * 4 + 1], scores[(m + n) * 4 + 2], scores[(m + n) * 4 + 3], k_frag[0], k_frag[1], k_frag[2], k_frag[3], q[(n * 8 + k) * 2], q[(n * 8 + k) * 2 + 1], scores[(m + n) * 4], scores[(m + n) * 4 + 1], scores[(m + n) * 4 + 2], scores[(m + n) * 4 + 3], "sync", "aligned", "m16n8k16", "row", "col", "f32", "bf16", "bf16", "f32", "")
-                    alpha = T.alloc_local((2,))
                     shift = T.alloc_local((2,))
                     pair = T.alloc_local((2,), "uint32")
                     for m in T.unroll(1):
@@ -247,12 +246,12 @@ class Module:
                             for level in T.unroll(3):
                                 highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(4294967295), highest, 4 << level, 32))
                             shift[h] = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
-                            T.ptx.ex2(alpha[h], (row_max[n * 2 + h] - shift[h]) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                            alpha: T.float32 = T.float32(0.0)
+                            T.ptx.ex2(alpha, (row_max[n * 2 + h] - shift[h]) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
                             row_max[n * 2 + h] = highest
-                            row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha[h]
-                        for k in T.unroll(8):
-                            for i in T.unroll(4):
-                                acc[(n * 8 + k) * 4 + i] = acc[(n * 8 + k) * 4 + i] * alpha[i % 2]
+                            row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha
+                            for i in T.unroll(16):
+                                acc[(n * 8 + i // 2) * 4 + i % 2 * 2 + h] = acc[(n * 8 + i // 2) * 4 + i % 2 * 2 + h] * alpha
                         for m in T.unroll(1):
                             for i in T.unroll(4):
                                 T.ptx.ex2(scores[(m + n) * 4 + i], (scores[(m + n) * 4 + i] - shift[i % 2]) * T.float32(1.4426950216293335) - T.Cast("float32", places), "approx", "ftz", "f32", "")
@@ -281,26 +280,26 @@ class Module:
                             for i in T.unroll(2):
                                 warp_acc[(warp * 4 + row) * 132 + (k * 16 + i * 8 + T.Div(lane, 4))] = acc[(n * 8 + k) * 4 + 2 * i + h]
             T.cuda.cta_sync()
-            weight = T.alloc_local((4,))
             for step in range(T.Div(rows * 128 + 127, 128)):
                 row: T.let[T.int32] = T.Div(step * 128 + (warp * 32 + lane), 128)
                 d: T.let[T.int32] = T.truncmod(step * 128 + (warp * 32 + lane), 128)
                 if row < rows:
-                    highest: T.float32 = warp_max[row]
-                    for w in T.unroll(3):
-                        highest = T.max(highest, warp_max[(w + 1) * 4 + row])
-                    shift: T.let[T.float32] = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
+                    highest: T.float32 = T.float32("-inf")
                     total_1: T.float32 = T.float32(0.0)
                     value: T.float32 = T.float32(0.0)
-                    for w in T.unroll(4):
-                        T.ptx.ex2(weight[w], (warp_max[w * 4 + row] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
-                        total_1 = total_1 + weight[w] * warp_sum[w * 4 + row]
-                        value = value + weight[w] * warp_acc[(w * 4 + row) * 132 + d]
+                    for i in T.unroll(4):
+                        highest = T.max(highest, warp_max[row + i * 4])
+                    shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
+                    for i in T.unroll(4):
+                        weight: T.float32 = T.float32(0.0)
+                        T.ptx.ex2(weight, (warp_max[row + i * 4] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                        total_1 = total_1 + weight * warp_sum[row + i * 4]
+                        value = value + weight * warp_acc[(row + i * 4) * 132 + d]
                     head: T.let[T.int64] = T.Cast("int64", kv_head * 4 + first_row + row)
                     if found[3] == 1:
                         out[seq * out_batch + head * out_head + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
                         if d == 0:
-                            lse[seq * lse_batch + head] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), shift + T.log(total_1 * T.reinterpret("float32", places + 127 << 23)))
+                            lse[seq * lse_batch + head] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), highest + T.log(total_1 * T.reinterpret("float32", places + 127 << 23)))
                     else:
                         slot: T.let[T.int64] = T.Cast("int64", item) * T.int64(32) + head
                         partial_acc[slot * T.int64(128) + T.Cast("int64", d)] = value
@@ -309,7 +308,7 @@ class Module:
                             partial_sum[slot] = total_1
 
     @T.prim_func
-    def cuda_merge(block_table: T.Buffer((table_span,), "int32"), context_lens: T.Buffer((length_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((max_span,), "float32"), partial_sum: T.Buffer((sum_span,), "float32"), partial_acc: T.Buffer((acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32, items: T.int32):
+    def cuda_merge(block_table: T.Buffer((block_table_span,), "int32"), context_lens: T.Buffer((context_lens_span,), "int32"), status: T.Buffer((status_span,), "int32"), report: T.Buffer((report_span,), "int64"), partial_max: T.Buffer((partial_max_span,), "float32"), partial_sum: T.Buffer((partial_sum_span,), "float32"), partial_acc: T.Buffer((partial_acc_span,), "float32"), out: T.Buffer((out_span,), "bfloat16"), lse: T.Buffer((lse_span,), "float32"), out_batch: T.int64, out_head: T.int64, lse_batch: T.int64, table_seq: T.int64, num_blocks: T.int64, max_blocks: T.int32, batch: T.int32, items: T.int32):
         T.attr({"tirx.device_entry": T.bool(True)})
         cta = T.cta_id([batch * 32])
         warp_id = T.warp_id([4])
@@ -352,24 +351,20 @@ class Module:
                 before = before + T.Cast("uint32", T.max(T.Div(T.Div(T.max(context_lens[i * 32 + lane], 0) + 63, 64) + range_steps - 1, range_steps), 1))
         found[0] = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(4294967295), before))
         found[1] = T.max(T.Div(T.Div(T.max(context_lens[seq], 0) + 63, 64) + range_steps - 1, range_steps), 1)
-        if (found[1] > 1) & (status[0] == 0):
+        if (found[1] > 1) & (status[0] == 0) & (thread < 128):
             first: T.int64 = T.Cast("int64", found[0]) * T.int64(32) + T.Cast("int64", head)
             highest: T.float32 = T.float32("-inf")
+            total_1: T.float32 = T.float32(0.0)
+            value: T.float32 = T.float32(0.0)
             for i in range(found[1]):
                 highest = T.max(highest, partial_max[first + T.Cast("int64", i * 32)])
             shift: T.float32 = T.Select(highest == T.float32("-inf"), T.float32(0.0), highest)
-            for step in T.unroll(1):
-                d: T.int32 = step * 128 + thread
-                if d < 128:
-                    total_1: T.float32 = T.float32(0.0)
-                    value: T.float32 = T.float32(0.0)
-                    for i in range(found[1]):
-                        slot: T.int64 = first + T.Cast("int64", i * 32)
-                        weight: T.float32 = T.float32(0.0)
-                        T.ptx.ex2(weight, (partial_max[slot] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
-                        total_1 = total_1 + weight * partial_sum[slot]
-                        value = value + weight * partial_acc[slot * T.int64(128) + T.Cast("int64", d)]
-                    where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
-                    out[where + T.Cast("int64", d)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
-                    if d == 0:
-                        lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), shift + T.log(total_1 * T.reinterpret("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0) + 127 << 23)))
+            for i in range(found[1]):
+                weight: T.float32 = T.float32(0.0)
+                T.ptx.ex2(weight, (partial_max[first + T.Cast("int64", i * 32)] - shift) * T.float32(1.4426950216293335), "approx", "ftz", "f32", "")
+                total_1 = total_1 + weight * partial_sum[first + T.Cast("int64", i * 32)]
+                value = value + weight * partial_acc[(first + T.Cast("int64", i * 32)) * T.int64(128) + T.Cast("int64", thread)]
+            where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
+            out[where + T.Cast("int64", thread)] = T.Cast("bfloat16", T.Select(total_1 == T.float32(0.0), value, value / total_1))
+            if thread == 0:
+                lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(total_1 == T.float32(0.0), T.float32("-inf"), highest + T.log(total_1 * T.reinterpret("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0) + 127 << 23)))

@@ -12,6 +12,7 @@ from pa_compiler.cli import text
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.explain import CudaExplanation
+from pa_compiler.cuda.tiles import FmaTiling
 from pa_compiler.verification.cases import Case
 
 if TYPE_CHECKING:
@@ -64,14 +65,15 @@ def _tile_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
     spec, tiles, fits = explanation.spec, explanation.tiles, explanation.residence
     row_tiles = text.counted(tiles.row_tiles(spec), "tile")
     of_group = text.counted(spec.group, "row")
-    width = f"{text.counted(tiles.lanes, 'lane')} a token" if tiles.strategy == "fma" else "mma.m16n8k16"
-    in_flight = (tiles.stages - 1) * tiles.warps * 2 * tiles.tile_bytes(spec) * fits.blocks
+    width = f"{text.counted(tiles.lanes, 'lane')} a token" if isinstance(tiles, FmaTiling) else "mma.m16n8k16"
+    in_flight = tiles.ring_bytes(spec) // tiles.stages * (tiles.stages - 1) * fits.blocks
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),
         (
             "rings",
-            f"{text.counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys and "
-            f"values: {tiles.shared_bytes(spec):,} bytes of shared memory a thread block",
+            f"{text.counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys"
+            f"{'' if spec.shared_kv else ' and values'}: {tiles.shared_bytes(spec):,} bytes of shared memory a thread "
+            "block",
         ),
         (
             "resident",
@@ -100,7 +102,7 @@ def _work_rows(explanation: CudaExplanation) -> list[tuple[str, str]]:
     extra = cuda_tiling.extra_items(tiles.head_tiles(spec), resident)
     ranges = cuda_tiling.ranges(tiles, [TOKENS] * BATCH, extra)
     blocks = sum(ranges) * tiles.head_tiles(spec)
-    partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.head_dim + 2) * 4
+    partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.result_dim + 2) * 4
     total = Case(spec, batch=BATCH, seq_lens=(TOKENS,))
     microseconds = max(total.flops / flops, total.kv_bytes / chip.bandwidth) / 1e3
     return [

@@ -13,6 +13,7 @@ from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.cuda.tiles import CudaTiling
 from pa_compiler.spec import PagedAttentionSpec
 
 
@@ -32,7 +33,7 @@ class CudaExplanation:
 
     spec: PagedAttentionSpec
     target: CudaTarget
-    tiles: cuda_tiling.CudaTiling
+    tiles: CudaTiling
     reason: str
     resources: dict[str, cuda_build.Resources]
     instructions: dict[str, Counter[str]] | None

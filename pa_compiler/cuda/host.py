@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pa_compiler import host
 from pa_compiler.cuda.build import Parameter, parameters
 from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.cuda.tiling import CHUNK_BYTES, WAVES, CudaTiling
+from pa_compiler.cuda.tiles import CHUNK_BYTES, CudaTiling
+from pa_compiler.cuda.tiling import WAVES
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
