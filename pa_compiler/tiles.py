@@ -13,7 +13,7 @@ LINE_BYTES = 64
 
 @dataclasses.dataclass(frozen=True)
 class Element:
-    """How the elements of keys, or of values, lie in the words in which a cache is read. kernels/elements.py reads them.
+    """How the elements of keys, or of values, lie in the words in which a cache is read: see kernels/elements.py.
 
     Attributes:
         dtype: Type of an element in the cache.

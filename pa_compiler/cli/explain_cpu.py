@@ -11,8 +11,8 @@ from pa_compiler.cli import printing as report
 from pa_compiler.cli import text
 from pa_compiler.cpu.assembly import Counts, Loop, count
 from pa_compiler.cpu.explain import Explanation
+from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.runtime import threads
-from pa_compiler.tiles import Tiling
 from pa_compiler.verification.cases import Case
 
 if TYPE_CHECKING:
@@ -111,13 +111,13 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
     ]
 
 
-def _in_turn(tiles: Tiling) -> str:
+def _in_turn(tiles: CpuTiling) -> str:
     if tiles.group_places > 1:
         return f"; values from {tiles.group_places} places of a group in turn"
     return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
 
 
-def _partial(tiles: Tiling) -> str:
+def _partial(tiles: CpuTiling) -> str:
     return f" x {tiles.qk_lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
 
 

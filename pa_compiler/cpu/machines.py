@@ -48,7 +48,9 @@ class Machine(NamedTuple):
 
 AVX2 = Machine("AVX2 (Zen 1, 512 KB of second-level cache)", second_level=1 << 17)
 AVX512 = Machine("AVX-512 (with 1 MB of second-level cache)", second_level=1 << 17, broadcast_registers=0)
-AVX512_BF16 = Machine("AVX-512 with BF16 (Zen 4, 1 MB of second-level cache)", second_level=1 << 17, broadcast_registers=0)
+AVX512_BF16 = Machine(
+    "AVX-512 with BF16 (Zen 4, 1 MB of second-level cache)", second_level=1 << 17, broadcast_registers=0
+)
 
 
 def machine_of(target: CpuTarget) -> Machine:

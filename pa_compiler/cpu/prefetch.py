@@ -64,8 +64,9 @@ def _fetch(sch: Schedule, name: str, announced: Announced, access: CacheAccess, 
     from pa_compiler.schedules.fetch import GROUP, HERE, PASS, SHARE
 
     marked = _marked(sch, name)
-    passes, groups, shares, here = ([loop for loop in marked if mark in sch.get(loop).annotations] for mark in
-                                    (PASS, GROUP, SHARE, HERE))
+    passes, groups, shares, here = (
+        [loop for loop in marked if mark in sch.get(loop).annotations] for mark in (PASS, GROUP, SHARE, HERE)
+    )
     instructions = _instructions(
         announced, access, token_group, *([sch.get(loop) for loop in loops] for loops in (passes, groups, shares))
     )

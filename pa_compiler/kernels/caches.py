@@ -143,7 +143,7 @@ def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
 
 
 def reader(access: CacheAccess, element: Element, copied: bool) -> Callable[[Cache, Expr, Expr, Expr], Expr]:
-    """What a matmul multiplies: (cache, t, head_offset, d) -> an element, or a pair; from load_tile's copy if copied."""
+    """What a matmul multiplies: (cache, t, head_offset, d) -> an element, or a pair; of load_tile's copy if copied."""
     if copied:
         return lambda cache, t, head_offset, d: cache.memory[t, d]
     return access.pair if element.terms == 2 else access.element

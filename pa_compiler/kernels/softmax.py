@@ -10,8 +10,9 @@ from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
+
 def softmax_prepare(tiling: Tiling) -> Callable[..., None]:
-    """state.row_max = max over t of scale * scores, probs = exp(scale * scores - row_max) / 2**headroom, row_sum: theirs.
+    """row_max = max over t of scale * scores, probs = exp(scale * scores - row_max) / 2**headroom, row_sum their sum.
 
     headroom is the sequence's (kernels/headroom.py). scale * scores is rounded once and kept: a fused multiply-add with
     -row_max would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5 on.

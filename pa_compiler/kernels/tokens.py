@@ -1,4 +1,4 @@
-"""Tile: some tokens of a sequence and the order in which they are read. The one place that knows a column's position."""
+"""Tile: some tokens of a sequence, in the order in which they are read. Here alone is a column's position known."""
 
 from __future__ import annotations
 

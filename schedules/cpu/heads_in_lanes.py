@@ -28,7 +28,9 @@ def load_query(sch: Schedule, tiling: CpuTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
-    if tiling.keys.terms == 2:  # LLVM loads whole vectors of pairs, where every second element would be loaded by itself
+    if (
+        tiling.keys.terms == 2
+    ):  # LLVM loads whole vectors of pairs, where every second element would be loaded by itself
         turn(sch, rows, 4, 4)
         return
     turn(sch, rows, 4, 4, "q_tile")

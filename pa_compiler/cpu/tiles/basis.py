@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 from pa_compiler.cpu.machines import Machine, machine_of
 from pa_compiler.cpu.target import CpuTarget
@@ -13,7 +13,7 @@ from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Element, Tiling, divisors, equal_tile
 
 DOT_DIMS = 8
-"""What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: their words fill vectors of 4."""
+"""What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,7 +21,7 @@ class CpuTiling(Tiling):
     """What every strategy of the CPU tiles besides.
 
     Attributes:
-        qk_lanes, pv_lanes: float32 elements of a key, and of a value, in one vector; they divide head_dim and value_dim.
+        qk_lanes, pv_lanes: float32 elements of a key, and of a value, in one vector; divisors of their sizes.
         qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
         pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides value_dim.
         group_places: Places of a token group that a sweep reads values from in turn, where the table of offsets cannot
@@ -123,7 +123,7 @@ class Basis(NamedTuple):
         rows, count = register_tile(self.rows, vectors, self.target, self.load_cost, 1)
         return rows, count * lanes
 
-    def common(self, token_group: int, sweep: str | None) -> dict[str, object]:
+    def common(self, token_group: int, sweep: str | None) -> dict[str, Any]:
         """The fields that every strategy fills alike."""
         return {
             "row_tile": self.rows,
@@ -149,9 +149,7 @@ def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
     dot_pairs = in_pairs and pipeline == "fused" and target.dot_pairs and whole_words
     halves, terms = 1 if packed else word, 2 if dot_pairs else 1
     keys = Element(spec.dtype, word, 1 if dot_pairs else halves, terms)
-    return Basis(
-        spec, target, pipeline, machine_of(target), rows(spec), keys, Element(spec.dtype, word, halves, terms)
-    )
+    return Basis(spec, target, pipeline, machine_of(target), rows(spec), keys, Element(spec.dtype, word, halves, terms))
 
 
 def rows(spec: PagedAttentionSpec) -> int:
