@@ -223,6 +223,28 @@ def test_every_file_named_exists(text):
     assert {name for name in missing if "NAME" not in name} <= made
 
 
+def tree(text):
+    """The folders of an indented list, each with the line that says what is in it."""
+    folders, above = {}, []
+    for indent, name, said in re.findall(r"^( {4,})([\w.-]+)/ +(\S.*)$", text, re.MULTILINE):
+        above = [*above[: len(indent) // 2 - 2], name]
+        folders["/".join(above)] = said
+    return folders
+
+
+def test_the_tree_has_every_folder():
+    """Of the source; those of generated/ are a spec's each."""
+    folders = tree(section(CONTRIBUTING, "## Where things are"))
+    assert all((ROOT / folder).is_dir() for folder in folders), folders
+    written = {
+        path.parent.relative_to(ROOT).as_posix()
+        for top in ("pa_compiler", "schedules", "templates", "tests", "benchmarks", "docs")
+        for path in (ROOT / top).rglob("*.*")
+        if path.suffix != ".pyc"
+    }
+    assert written == folders.keys() - {"generated"}
+
+
 def test_what_is_to_come_touches_twelve_files_at_most():
     lists = re.split(r"^### ", section(DESIGN, "## Where the next things go"), flags=re.MULTILINE)[1:]
     assert len(lists) == 3
