@@ -15,6 +15,7 @@ from package import python_files
 from rich.console import Console
 
 import pa_compiler
+from benchmarks.cases import CASES
 from pa_compiler.cli import main as cli
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -161,6 +162,7 @@ def test_every_variable_is_described():
 def test_speed_is_as_last_measured():
     """The table is that of benchmarks/results.json, and what the first lines say is in the table."""
     measured = json.loads((ROOT / "benchmarks/results.json").read_text())["cases"]
+    measured = [case for case in measured if case["name"] in CASES]
     one, two = ([case for case in measured if case["num_threads"] == count] for count in (1, 2))
 
     def ratio(median, low, high):
