@@ -11,8 +11,8 @@ from pa_compiler.cli import printing as report
 from pa_compiler.cli import text
 from pa_compiler.cpu.assembly import Counts, Loop, count
 from pa_compiler.cpu.explain import Explanation
+from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.runtime import threads
-from pa_compiler.tiles import Tiling
 from pa_compiler.verification.cases import Case
 
 if TYPE_CHECKING:
@@ -89,7 +89,7 @@ def print_explanation(
 def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
     spec, tiles, cpu = explanation.spec, explanation.tiles, explanation.target
-    if tiles.dot_pairs:
+    if tiles.keys.terms == 2:
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
         read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
     elif tiles.copy_keys:
@@ -104,21 +104,21 @@ def _tile_rows(explanation: Explanation) -> list[tuple[str, str]]:
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {text.counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
-        ("KV", f"{read}, {text.counted(tiles.word_elements, 'element')} a word"),
+        ("KV", f"{read}, {text.counted(tiles.keys.word, 'element')} a word"),
         ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
-        ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of head_dim, {of_all(pv)}"),
+        ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of value_dim, {of_all(pv)}"),
     ]
 
 
-def _in_turn(tiles: Tiling) -> str:
+def _in_turn(tiles: CpuTiling) -> str:
     if tiles.group_places > 1:
         return f"; values from {tiles.group_places} places of a group in turn"
     return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
 
 
-def _partial(tiles: Tiling) -> str:
-    return f" x {tiles.lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
+def _partial(tiles: CpuTiling) -> str:
+    return f" x {tiles.qk_lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
 
 
 def _work_rows(explanation: Explanation, flops: float | None, bandwidth: float | None) -> list[tuple[str, str]]:
@@ -129,7 +129,7 @@ def _work_rows(explanation: Explanation, flops: float | None, bandwidth: float |
     rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
     if flops is None or bandwidth is None:
         return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
-    flops *= explanation.tiles.dot_elements  # a dot product of pairs has twice the FLOPs of an FMA
+    flops *= explanation.tiles.keys.terms  # a dot product of pairs has twice the FLOPs of an FMA
     limit = min(flops, bandwidth * intensity)
     bound = "arithmetic" if flops <= bandwidth * intensity else "memory"
     microseconds = case.flops / limit / 1e3

@@ -6,10 +6,10 @@ import dataclasses
 
 from pa_compiler import backends, compiler, interrupts
 from pa_compiler.cpu import target as _target
-from pa_compiler.cpu import tiling
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Loop, inner_loops
+from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +28,7 @@ class Explanation:
     spec: PagedAttentionSpec
     pipeline: str
     target: _target.CpuTarget
-    tiles: Tiling
+    tiles: CpuTiling
     reason: str
     loops: list[Loop]
 
