@@ -1,1 +1,1 @@
-"""Jinja2 templates of the host orchestration."""
+"""The C++ of the hosts: headers, and Jinja2 templates of what depends on a spec."""

@@ -11,11 +11,17 @@ import pytest
 import tvm_ffi.libinfo
 from specs import BASE, SPECS
 
-from pa_compiler import host, installation, native
+from pa_compiler import PagedAttentionSpec, host, installation, native
 from pa_compiler.cpu import backend, target
 from pa_compiler.cpu import tiles as tiling
+from pa_compiler.cuda import backend as cuda_backend
+from pa_compiler.cuda import host as cuda_host
+from pa_compiler.cuda import tiling as cuda_tiling
+from pa_compiler.cuda.kernels import launches
+from pa_compiler.cuda.target import CudaTarget
 
 CPU = target.CpuTarget('{"kind": "llvm"}', frozenset({"avx", "avx2", "fma"}))
+ON_CUDA, GPU = PagedAttentionSpec(8, 2, 64, 16, "bfloat16"), CudaTarget("sm_90")
 PROGRAMS = {path.stem: path for path in Path(__file__).parent.glob("headers/*.cc")}
 HEADERS = sorted(place.removesuffix(".j2") for place in installation.templates() if place.endswith((".h", ".h.j2")))
 GXX = ["g++", "-std=c++17", "-Wall", "-Wextra", "-Werror", "-Wno-subobject-linkage"]
@@ -125,6 +131,37 @@ def test_a_call_follows_the_kernel(include, tmp_path):
     call = text[text.index("Call(FusedDecode{") :].partition("});")[0]
     assert re.findall(r"\.(\w+) = ", call) == [parameter.name for parameter in turned.parameters]
     assert refusal(text, include, tmp_path) == ""
+
+
+@pytest.fixture(scope="module")
+def cuda_source():
+    """CUDA C of a spec's kernels, which says what they take."""
+    return cuda_backend.lower(ON_CUDA, GPU).cuda
+
+
+def render_cuda(source):
+    tiles = cuda_tiling.choose(ON_CUDA, GPU.arch)
+    return cuda_host.render_fused(ON_CUDA, tiles, GPU, source, launches.launches(ON_CUDA, tiles))
+
+
+def test_a_gpus_host_compiles_without_a_warning(cuda_source, include, tmp_path):
+    assert refusal(render_cuda(cuda_source), include, tmp_path) == ""
+
+
+@pytest.mark.parametrize("name", STRIDES)
+def test_one_stride_for_another_is_refused_on_a_gpu(name, cuda_source, include, tmp_path, monkeypatch):
+    """In decode's table and in append_kv's."""
+    texts = installation.templates()
+    table = texts["cuda/launches.j2"]
+    values = re.findall(rf'"{name}": "(.*_stride)"', table)
+    other = STRIDES[(STRIDES.index(name) + 1) % len(STRIDES)]
+    wrong = re.findall(rf'"{other}": "(.*_stride)"', table)
+    assert len(values) == len(wrong) == 2
+    for right_value, wrong_value in zip(values, wrong, strict=True):
+        table = table.replace(f'"{name}": "{right_value}"', f'"{name}": "{wrong_value}"')
+    monkeypatch.setattr(installation, "templates", lambda: texts | {"cuda/launches.j2": table})
+    words = refusal(render_cuda(cuda_source), include, tmp_path)
+    assert words.count("error: conversion from") == 2
 
 
 def test_a_parameter_without_a_value_is_an_error_of_the_template():

@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <limits>
 #include <new>
 
 #include "cpu/append.h"
@@ -58,8 +57,8 @@ struct Spec {
   static constexpr bool kConvertsIndices = true;  // int32 or int64 as the kernels read them
   static constexpr int64_t kRowTile = 16;  // query heads of one tile
   static constexpr int64_t kBatchChunk = 16;  // sequences
-  static constexpr int64_t kSplitBlocks = std::numeric_limits<int64_t>::max();  // blocks of one range of a long sequence
-  static constexpr int64_t kItemTokens = std::numeric_limits<int64_t>::max();  // tokens after which a work item takes no further sequence
+  static constexpr int64_t kSplitBlocks = INT64_MAX;  // blocks of one range of a long sequence
+  static constexpr int64_t kItemTokens = INT64_MAX;  // tokens after which a work item takes no further sequence
   static constexpr int64_t kThreadTokens = 61;  // KV tokens of work items that are worth one more thread
 };
 
@@ -71,6 +70,7 @@ constexpr InstructionSet kInstructionSets[] = {
     {"movbe", " movbe "}, {"popcnt", " popcnt "}, {"sahf", " lahf_lm "}, {"sse", " sse "}, {"sse2", " sse2 "},
     {"sse3", " pni "}, {"sse4.1", " sse4_1 "}, {"sse4.2", " sse4_2 "}, {"ssse3", " ssse3 "}, {nullptr, nullptr}};
 
+// What each kernel takes, in its order; a call names all of it.
 struct QkMatmul {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_qk_matmul;
   Passed<Array> query, key_cache, block_table, context_lens, scores;
@@ -120,8 +120,9 @@ struct AppendRow {
 void RunItem(const WorkItem& item, const DecodeArguments& args) {
   constexpr int64_t kSeqs = Spec::kBatchChunk, kRows = Spec::kRowTile, kDim = Spec::kValueDim;
   constexpr int64_t kTokens = 128;  // block_size, padded to the kernel's token groups
-  constexpr int64_t kFloats[] = {Aligned(kSeqs * kRows * kTokens), Aligned(kSeqs * kRows * kDim), Aligned(kSeqs * kRows)};
-  const Borrowed<float> memory(kernel_scratch, 2 * kFloats[0] + 2 * kFloats[1] + 4 * kFloats[2]);
+  constexpr int64_t kTileFloats = Aligned(kSeqs * kRows * kTokens), kAccFloats = Aligned(kSeqs * kRows * kDim);
+  constexpr int64_t kRowFloats = Aligned(kSeqs * kRows);
+  const Borrowed<float> memory(kernel_scratch, 2 * kTileFloats + 2 * kAccFloats + 4 * kRowFloats);
   float* data = memory.data();
   auto take = [&](const Extents& extents) {
     const Array array(data, extents);
