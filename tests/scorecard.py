@@ -11,7 +11,7 @@ import platform
 import re
 from pathlib import Path
 
-from pa_compiler.cli.text import counted
+from pa_compiler.words import counted
 
 TABLE = Path(__file__).parents[1] / "RELIABILITY.md"
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from pa_compiler import generate
+from pa_compiler import backends, generate
 from pa_compiler.cli import main as cli
 
 GENERATED = Path(__file__).parent.parent / "generated"
@@ -46,7 +46,7 @@ def test_another_process_emits_the_same():
 
 
 def test_every_file_says_where_it_comes_from(emitted):
-    assert len(emitted) == sum(3 if entry.is_cuda else 4 for entry in generate.ENTRIES.values())
+    assert len(emitted) == sum(len(backends.of(entry.config).origins) for entry in generate.ENTRIES.values())
     for path, text in emitted.items():
         comment = {".py": "# ", ".cc": "// ", ".cu": "// ", ".ll": "; "}[Path(path).suffix]
         first = [line.removeprefix(comment) for line in text.splitlines()[:5]]

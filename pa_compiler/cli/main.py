@@ -16,12 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 import pa_compiler
 from pa_compiler import compiler, generate
-from pa_compiler.cli import explain_cpu, explain_cuda
+from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import printing as report
-from pa_compiler.cli.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
-from pa_compiler.cpu import explain
-from pa_compiler.cuda import explain as cuda_explain
+from pa_compiler.cli.options import call_options, check_takes_numpy, replace, spec_options, usage_errors
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import cases
@@ -155,16 +153,9 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
-    if is_gpu(target):
-        with _step("Compiling"), usage_errors():
-            on_gpu = cuda_explain.explain(spec, target, pipeline, gpu)
-        explain_cuda.print_explanation(_STDOUT, on_gpu)
-        return
     with _step("Compiling"), usage_errors():
-        if gpu is not None:
-            raise ValueError(f"gpu: expected --target cuda with it, got {target!r}")
-        explanation = explain.explain(spec, target, pipeline)
-    explain_cpu.print_explanation(_STDOUT, explanation, flops, bandwidth)
+        explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
+    report.print_explanation(_STDOUT, spec, explanation)
 
 
 @main.command("generate")
@@ -236,7 +227,7 @@ def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
 
 def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
     """The case that the options give, and its module."""
-    check_cpu(target)
+    check_takes_numpy(target)
     base = cases.CASES.get(case_name, cases.DEFAULT)
     case = replace(base, spec=replace(base.spec))
     _check_memory(case)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import host, interrupts, native
-from pa_compiler.backend import Backend, Built
+from pa_compiler.backend import Built
 from pa_compiler.cpu import build as _build
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiling
@@ -20,6 +20,14 @@ if TYPE_CHECKING:
     from tvm import IRModule
 
 ENTRY_POINTS = ("decode", "append_kv", "plan", "cpu_set", "openmp", "view_as_bfloat16")
+
+ORIGINS = {
+    "tensorir": "pa_compiler/kernels/",
+    "scheduled": "pa_compiler/kernels/, schedules/",
+    "host": "templates/host.cc.j2",
+    "llvm": "pa_compiler/kernels/, schedules/",
+}
+"""What the text of each stage comes from."""
 
 # TVM is imported inside the functions that compile: looking a module up in the cache does without.
 
@@ -89,6 +97,3 @@ def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str
         "llvm": compiled.llvm,
         "asm": compiled.asm,
     }
-
-
-BACKEND = Backend(_target.normalize, tiling.check, _target.fingerprint, dict, emit, build)

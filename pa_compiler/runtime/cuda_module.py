@@ -50,6 +50,8 @@ class CudaModule(Module):
     Errors of the driver are RuntimeErrors, among them that there is none.
     """
 
+    _on_gpu = True
+
     def _set_up(self) -> None:
         """A GPU's threads are not a caller's to set."""
 

@@ -40,6 +40,8 @@ class Module:
         cpus: CPUs that the module's own threads run on.
     """
 
+    _on_gpu = False
+
     def __init__(
         self,
         library: bytes,
@@ -57,7 +59,7 @@ class Module:
         self._set_up()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         self._out_dtype = self.spec.result_dtype
-        on_gpu = self.target["kind"] == "cuda"
+        on_gpu = self._on_gpu
         self._decode = entry_points.decode(functions, self.spec, on_gpu)
         self._append_kv = entry_points.append_kv(functions, self.spec, on_gpu)
 
