@@ -300,5 +300,5 @@ def test_append_then_attend(compiled, spec):
     for sequence, length in enumerate(lengths):
         expected = contiguous_attention(query[sequence], *tokens[:, sequence, :length])
         np.testing.assert_allclose(out[sequence], expected, rtol=1e-12, atol=1e-13)
-    inputs = Inputs(query, *caches, block_table, context_lens, DTYPES[spec.result_dtype])
+    inputs = Inputs(query, *caches, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim)
     assert_close_to_oracle(spec, inputs, module.decode(*inputs.arguments))

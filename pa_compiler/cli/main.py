@@ -214,8 +214,9 @@ def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None
 
 def _check_memory(case: cases.Case) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # The comparison holds the caches and one more copy of the values.
-    needed = case.cache_bytes * 3 // 2
+    # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and three of scores.
+    of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 3 * case.spec.num_heads
+    needed = case.cache_bytes + 8 * case.longest * of_token
     if needed > memory:
         raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
 
@@ -238,7 +239,7 @@ def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) ->
 
 
 def _make_inputs(
-    case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray] | None = None
+    case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray | None] | None = None
 ) -> cases.Inputs:
     elements = case.batch * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize

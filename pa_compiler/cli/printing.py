@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pa_compiler.cli import text
-from pa_compiler.verification.cases import Case, Errors
+from pa_compiler.verification.cases import Case
+from pa_compiler.verification.comparison import Errors
 from pa_compiler.verification.tolerances import tolerance
 from pa_compiler.words import counted
 
@@ -100,7 +101,7 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     print_facts(
         console,
         [
-            ("error", f"{errors.largest:.2e} at most, against NumPy in float64"),
+            ("error", f"{errors.absolute:.2e} at most, against NumPy in float64"),
             ("bound", f"{bound}, of which {errors.of_tolerance:.2g} is used"),
             ("result", "PASS" if passed else "FAIL: the error is over the bound"),
         ],
