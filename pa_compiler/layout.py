@@ -48,6 +48,8 @@ def convert_cache(
     for name, layout in (("from_layout", from_layout), ("to_layout", to_layout)):
         if layout not in KV_LAYOUTS:
             raise ValueError(f"{name}: expected one of {', '.join(KV_LAYOUTS)}, got {layout!r}")
+        if value_cache is None and layout == "packed":
+            raise ValueError("value_cache: expected an array for layout packed, which orders keys otherwise, got None")
     spec = _spec_of(key_cache, value_cache, from_layout)
     target = dataclasses.replace(spec, kv_layout=to_layout)
     # Where no layout of the two pairs elements, sizes need not be even.

@@ -118,6 +118,14 @@ def test_a_table_is_as_wide_as_what_is_in_it():
     ]
 
 
+def test_values_of_their_own_are_told():
+    spec = PagedAttentionSpec(128, 1, 576, 16, "bfloat16", value_dim=512, shared_kv=True)
+    rows = dict(text.spec_rows(spec))
+    assert rows["spec"] == "128 query heads on 1 kv head of 576, values of 512, bfloat16 in, bfloat16 out"
+    assert rows["cache"] == "NHD, blocks of 16 tokens, a token's value being the first elements of its key"
+    assert "value" not in str(text.spec_rows(BASE))
+
+
 @pytest.mark.parametrize("width", [1, 10, 20, 21])
 def test_a_word_is_never_broken(width):
     said = text.facts([("label", "one-of-a-kind 1,234,567"), ("a longer label", "two")], width)

@@ -12,6 +12,7 @@ from pa_compiler import PagedAttentionSpec
 from pa_compiler.cli import main as cli
 from pa_compiler.cpu import assembly, backend
 from pa_compiler.verification import cases
+from pa_compiler.verification.comparison import Errors
 
 OPTIONS = {
     "heads_in_lanes": "--num-heads 16 --dtype float32",
@@ -185,7 +186,7 @@ def test_bench_passes(build_cache, layout):
 
 
 def test_bench_notices_a_wrong_result(build_cache, monkeypatch):
-    monkeypatch.setattr(cases, "compare", lambda *_: cases.Errors(1.0, 1.01))
+    monkeypatch.setattr(cases, "compare", lambda *_: Errors(1.0, 1.01))
     words = "bench --case CaseVarSeq4 --repeat 2".split()
     result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
     assert (result.exit_code, "FAIL" in result.stdout) == (1, True)

@@ -196,15 +196,15 @@ def _in_one_buffer(key_cache: np.ndarray, value_cache: np.ndarray | None) -> tup
 
     Both begin at even elements, as pairs of bfloat16 have to.
     """
-    caches = [key_cache] if value_cache is None else [key_cache, value_cache]
-    widths = [-(-math.prod(cache.shape[1:]) // 2) * 2 for cache in caches]
-    both = np.zeros((len(key_cache), sum(widths)), key_cache.dtype)
-    views = []
-    for cache, start in zip(caches, itertools.accumulate(widths, initial=0), strict=False):
-        view = both[:, start : start + math.prod(cache.shape[1:])].reshape(cache.shape)
-        view[...] = cache
-        views.append(view)
-    return views[0], None if value_cache is None else views[1]
+    if value_cache is None:
+        return key_cache.copy(), None
+    key_width, value_width = (math.prod(cache.shape[1:]) for cache in (key_cache, value_cache))
+    values_at = key_width + key_width % 2
+    both = np.zeros((len(key_cache), values_at + value_width + value_width % 2), key_cache.dtype)
+    keys = both[:, :key_width].reshape(key_cache.shape)
+    values = both[:, values_at : values_at + value_width].reshape(value_cache.shape)
+    keys[...], values[...] = key_cache, value_cache
+    return keys, values
 
 
 def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: np.ndarray | None) -> None:
