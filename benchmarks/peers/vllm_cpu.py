@@ -36,40 +36,18 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
 
     seq_lens = torch.from_numpy(call.context_lens)
     starts = torch.arange(len(query) + 1, dtype=torch.int32)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    causal, window, splits = True, -1, True
     metadata = ops.get_scheduler_metadata(
-        len(query),
-        *query.shape[1:2],
-        *shape[1:2],
-        spec.head_dim,
-        seq_lens,
-        query.dtype,
-        starts,
-        True,
-        -1,
-        isa,
-        True,
-        None,
+        *(len(query), *heads, seq_lens, query.dtype, starts, causal, window, isa, splits, None)
     )
     table = torch.from_numpy(call.block_table).clamp(min=0)
     out = torch.empty_like(query)
 
     def run() -> torch.Tensor:
         ops.cpu_attention_with_kv_cache(
-            query,
-            key_cache,
-            value_cache,
-            out,
-            starts,
-            seq_lens,
-            call.scale,
-            True,
-            None,
-            -1,
-            table,
-            0.0,
-            metadata,
-            None,
-            None,
+            *(query, key_cache, value_cache, out, starts, seq_lens, call.scale, causal, None, window),
+            *(table, 0.0, metadata, None, None),
         )
         return out
 
