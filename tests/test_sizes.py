@@ -87,7 +87,7 @@ def test_files_and_functions_are_short():
 
 def test_the_folders_are_read():
     names = {path.relative_to(ROOT).as_posix() for path in files()}
-    assert names >= {"pa_compiler/cuda/kernels/fma.py", "templates/host.cc.j2", "tests/emulator/threads.h"}
+    assert names >= {"pa_compiler/cuda/kernels/fma.py", "templates/host.cc.j2", "tests/support/emulator/threads.h"}
 
 
 @pytest.mark.parametrize(("lines", "kind"), [(50, "def made"), (90, "@T.prim_func\n    def kernel")])
