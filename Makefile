@@ -16,6 +16,8 @@ PEERS  ?= .venv-peers
 CUDA   ?= .venv-cuda
 PYTEST := $(BIN)/python -m pytest
 
+# C++ that is C++: the headers of the hosts, and the programs that test them.
+HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
 # The tests that need torch, or do more where it is.
 TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors memory openmp threads torch_errors)
@@ -68,10 +70,12 @@ lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(HEADERS)
 
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(HEADERS)
 
 generate: $(STAMP)
 	$(BIN)/pa-compiler generate

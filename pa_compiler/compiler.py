@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pa_compiler import artifact, backends, dependencies, installation, interrupts, turns
+from pa_compiler import artifact, backends, dependencies, host, installation, interrupts, native, turns
 from pa_compiler import store as _cache
 from pa_compiler.backend import Explanation, Limits
 from pa_compiler.runtime import files, versions
@@ -41,7 +41,8 @@ def compile(  # noqa: A001  (the public name)
         pipeline: "fused", one kernel for all stages, or "staged", a kernel for each stage, driven block by block as
             in the seed: slower, easier to follow, and a second opinion.
         cache: Whether to look in the cache on disk, and to leave the result there.
-        dump_dir: A directory that gets what each stage produced, numbered in order.
+        dump_dir: A directory that gets what each stage produced, numbered in order, and in include/ the headers of the
+            host.
 
     Returns:
         A module whose decode() runs the compiled kernels.
@@ -61,6 +62,7 @@ def compile(  # noqa: A001  (the public name)
         Path(dump_dir).mkdir(parents=True, exist_ok=True)
         for number, (stage, text) in enumerate(module.sources.items(), start=1):
             files.write(Path(dump_dir) / f"{number}_{artifact.STAGE_FILES[stage]}", text.encode())
+        native.write_headers(host.headers(module.sources["host"]), Path(dump_dir) / "include")
     return module
 
 

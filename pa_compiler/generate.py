@@ -1,14 +1,15 @@
-"""Write and check generated/: what the compiler emits for a few named specs."""
+"""Write and check generated/: what the compiler emits for a few named specs, and the headers of their hosts, once."""
 
 from __future__ import annotations
 
 import difflib
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from pa_compiler import artifact, backends, installation, interrupts
-from pa_compiler.host import BANNER
+from pa_compiler.host import BANNER, headers
 from pa_compiler.runtime import files
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -50,15 +51,24 @@ def _emitted() -> dict[str, str]:
     installation.check()
     from pa_compiler import compiler
 
-    texts = {}
+    texts: dict[str, str] = {}
+    templates = installation.templates()
     for folder, entry in ENTRIES.items():
         sources = compiler.emit_portable(entry.spec, entry.config, entry.pipeline)
         for stage, origin in backends.of(entry.config).origins.items():
             file = artifact.STAGE_FILES[stage]
-            comment = _COMMENTS[Path(file).suffix]
-            header = "".join(f"{comment} {line}\n" for line in _header(origin, entry))
-            texts[f"{folder}/{file}"] = f"{header}\n{_without_addresses(sources[stage]).strip()}\n"
+            text = _without_addresses(sources[stage]).removeprefix(f"// {BANNER}\n//\n")
+            texts[f"{folder}/{file}"] = _headed(_COMMENTS[Path(file).suffix], _header(origin, entry), text)
+        for place, text in headers(sources["host"]).items():
+            template = place if place in templates else f"{place}.j2"
+            about = (BANNER, f"Template: templates/{template}", "Regenerate: pa-compiler generate")
+            texts[f"include/{place}"] = _headed("//", about, text)
     return texts
+
+
+def _headed(comment: str, about: Iterable[str], text: str) -> str:
+    """A text with lines about it before it, in its language."""
+    return "".join(f"{comment} {line}\n" for line in about) + f"\n{text.strip()}\n"
 
 
 def write(root: Path) -> list[str]:

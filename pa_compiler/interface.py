@@ -6,6 +6,7 @@ where a library for a CPU cuts a sequence, since the bits of a result depend on 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from pa_compiler.spec import PagedAttentionSpec
@@ -48,3 +49,71 @@ REPORT_FIELDS = ("code", "index", "position", "value", "limit")
 def split_blocks(spec: PagedAttentionSpec) -> int:
     """Blocks of one range of a long sequence in the fused pipeline, the same for every CPU."""
     return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
+
+
+class Parameter(NamedTuple):
+    """What an entry point of a library takes in one place.
+
+    Attributes:
+        name: In Python, in errors and, with a k before it, in the C++.
+        dtype: Of an array, a dtype or the spec's property that has it; "" for a number.
+        written: Whether an array is written.
+        optional: Whether None may stand for an array.
+        of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
+    """
+
+    name: str
+    dtype: str = ""
+    written: bool = False
+    optional: bool = False
+    of_values: bool = False
+
+    def dtypes(self, spec: PagedAttentionSpec, on_gpu: bool) -> tuple[str, ...]:
+        """The dtypes that an array may have. A CPU's library takes indices of both types, a GPU's as kernels do."""
+        dtype = getattr(spec, self.dtype, self.dtype)
+        return ("int32", "int64") if dtype in ("int32", "int64") and not on_gpu else (dtype,)
+
+
+_DECODE = (
+    Parameter("query", "dtype"),
+    Parameter("key_cache", "dtype"),
+    Parameter("value_cache", "dtype", of_values=True),
+    Parameter("block_table", "int32"),
+    Parameter("context_lens", "int32"),
+    Parameter("out", "result_dtype", written=True),
+    Parameter("lse", "float32", written=True, optional=True),
+    Parameter("scale"),
+)
+
+_APPEND_KV = (
+    Parameter("key", "dtype"),
+    Parameter("value", "dtype", of_values=True),
+    Parameter("key_cache", "dtype", written=True),
+    Parameter("value_cache", "dtype", written=True, of_values=True),
+    Parameter("slot_mapping", "int64"),
+)
+
+_THREADS = (Parameter("num_threads"), Parameter("threading"), Parameter("cpus"))
+_CHECK = (Parameter("check"),)
+_AS_UINT16 = (Parameter("as_uint16"),)
+
+CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
+    "decode": (*_DECODE, *_THREADS, *_AS_UINT16),
+    "append_kv": (*_APPEND_KV, *_THREADS, *_AS_UINT16),
+    "plan": (Parameter("context_lens", "int32"),),
+    "cpu_set": (Parameter("cpus", "int32"),),
+    "openmp": (),
+    "view_as_bfloat16": (Parameter("tensor", "uint16"),),
+}
+"""The functions of a library for a CPU, with what each takes, in order.
+
+Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
+is declared uint16, for libraries that have no bfloat16 in DLPack.
+"""
+
+CUDA_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
+    "decode": (*_DECODE, *_CHECK, *_AS_UINT16),
+    "append_kv": (*_APPEND_KV, *_CHECK, *_AS_UINT16),
+    "check_status": (),
+}
+"""The same of a library for a GPU."""

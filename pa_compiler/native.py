@@ -6,7 +6,7 @@ import contextlib
 import shlex
 import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import tvm_ffi.libinfo
@@ -17,20 +17,23 @@ _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden
 
 
 @contextlib.contextmanager
-def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]]:
+def compiling_host(host: str, headers: Mapping[str, str], directory: Path) -> Iterator[subprocess.Popen[str]]:
     """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
 
-    Yields the compiler's process, which link() waits for; it ends with the context.
+    Its headers, texts by their places, are written to directory/include. Yields the compiler's process, which link()
+    waits for; it ends with the context.
 
     Raises:
         RuntimeError: there is no compiler, or the system cannot run it.
     """
     source = directory / "host.cc"
     source.write_text(host)
+    write_headers(headers, directory / "include")
     includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [
         *cxx(),
         *_COMPILE_FLAGS,
+        *("-I", str(directory / "include")),
         *(flag for path in dict.fromkeys(includes) for flag in ("-isystem", path)),
         "-c",
         str(source),
@@ -39,6 +42,13 @@ def compiling_host(host: str, directory: Path) -> Iterator[subprocess.Popen[str]
     ]
     with commands.start(command, environment=_temporaries(directory)) as process:
         yield process
+
+
+def write_headers(headers: Mapping[str, str], directory: Path) -> None:
+    """Write headers to their places below a directory, which need not be there."""
+    for place, text in headers.items():
+        (directory / place).parent.mkdir(parents=True, exist_ok=True)
+        (directory / place).write_text(text)
 
 
 def link(compiling: subprocess.Popen[str], kernels: str, directory: Path, entry_points: Sequence[str]) -> Path:

@@ -78,8 +78,9 @@ def decode(
             values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
         else:
             keys, values = key_cache[block, slot], value_cache[block, slot]
-        key = keys.astype(np.float64).transpose(1, 2, 0)  # [num_kv_heads, head_dim, tokens]
-        value = values.astype(np.float64).transpose(1, 0, 2)  # [num_kv_heads, tokens, value_dim]
+        # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
+        key = keys.astype(np.float64, order="C").transpose(1, 2, 0)  # [num_kv_heads, head_dim, tokens]
+        value = values.astype(np.float64, order="C").transpose(1, 0, 2)  # [num_kv_heads, tokens, value_dim]
         grouped = query[sequence].astype(np.float64).reshape(num_kv_heads, -1, head_dim)
 
         scores = scale * (grouped @ key)  # [num_kv_heads, group, tokens]

@@ -16,6 +16,9 @@ from pa_compiler.cuda.kernels.check import BAD_BLOCK, BAD_LENGTH, BAD_SLOT, VIOL
 SPECS = {
     "NHD": PagedAttentionSpec(6, 3, 48, 5, "bfloat16"),
     "HND": PagedAttentionSpec(8, 2, 64, 16, "float32", kv_layout="HND"),
+    "longer_keys": PagedAttentionSpec(6, 3, 192, 5, "float16", kv_layout="HND", value_dim=128),
+    "longer_values": PagedAttentionSpec(6, 3, 16, 16, "bfloat16", value_dim=80),
+    "shared": PagedAttentionSpec(8, 2, 48, 5, "bfloat16", value_dim=32, shared_kv=True),
 }
 NUM_BLOCKS = 40
 
@@ -35,12 +38,13 @@ def random_bits(spec, *shape, seed=0):
 
 
 def append(kernels, spec, slots, *, status=0, order="forward"):
-    """(key, value, caches before, caches after) of one append_kv of tokens to slots."""
-    num_tokens = len(slots)
-    both = random_bits(spec, num_tokens, 2, spec.num_kv_heads, spec.head_dim)  # key and value in one array, as from qkv
-    key, value = both[:, 0], both[:, 1]
-    shape = (NUM_BLOCKS, *spec.key_cache_shape[1:])
-    before = [random_bits(spec, *shape, seed=seed) for seed in (1, 2)]
+    """(key and value, caches before, caches after) of one append_kv of tokens to slots; of keys alone where shared."""
+    num_tokens, heads = len(slots), spec.num_kv_heads
+    both = random_bits(spec, num_tokens, heads * (spec.head_dim + spec.result_dim))  # in one array, as from qkv
+    key, value = np.split(both, [heads * spec.head_dim], axis=1)
+    key, value = key.reshape(num_tokens, heads, -1), value.reshape(num_tokens, heads, -1)
+    shapes = (spec.key_cache_shape, spec.value_cache_shape)
+    before = [random_bits(spec, NUM_BLOCKS, *shape[1:], seed=seed) for seed, shape in enumerate(shapes, 1)]
     after = [aligned(cache) for cache in before]
     arguments = {
         "key": key,
@@ -58,7 +62,10 @@ def append(kernels, spec, slots, *, status=0, order="forward"):
         **cache_strides(spec, "v", after[1]),
     }
     kernels(spec).launch("cuda_append_kv", arguments, order)
-    return key, value, before, after
+    if spec.shared_kv:
+        assert_same_bits(after[1], before[1])
+        return [key], before[:1], after[:1]
+    return [key, value], before, after
 
 
 def rows(spec, cache):
@@ -75,8 +82,7 @@ def test_append(kernels, spec, num_tokens, order):
     slots = np.random.default_rng(num_tokens).integers(0, num_slots, num_tokens)
     slots[:2] = [0, num_slots - 1][:num_tokens]
     slots[3::4] = -1
-    key, value, before, after = append(kernels, spec, slots, order=order)
-    for new, cache, actual in zip((key, value), before, after, strict=True):
+    for new, cache, actual in zip(*append(kernels, spec, slots, order=order), strict=True):
         for token, slot in enumerate(slots):
             if slot >= 0:
                 rows(spec, cache)[slot // spec.block_size, slot % spec.block_size] = new[token]
@@ -85,14 +91,14 @@ def test_append(kernels, spec, num_tokens, order):
 
 @every_spec
 def test_the_last_of_equal_slots_stays(kernels, spec):
-    key, value, _, after = append(kernels, spec, np.full(300, 7))
-    for new, cache in zip((key, value), after, strict=True):
+    news, _, after = append(kernels, spec, np.full(300, 7))
+    for new, cache in zip(news, after, strict=True):
         assert_same_bits(rows(spec, cache)[7 // spec.block_size, 7 % spec.block_size], new[-1])
 
 
 @every_spec
 def test_a_status_stops_append(kernels, spec):
-    _, _, before, after = append(kernels, spec, [3, 4], status=VIOLATION - BAD_SLOT)
+    _, before, after = append(kernels, spec, [3, 4], status=VIOLATION - BAD_SLOT)
     for cache, actual in zip(before, after, strict=True):
         assert_same_bits(actual, cache)
 

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pa_compiler import PagedAttentionSpec
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.backend import Limits
 from pa_compiler.cli import main as cli
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import gpus
@@ -69,6 +70,33 @@ def test_explain():
         assert row[3:6] == ["16", "16", "17"]
     else:
         assert "nvdisasm" in text
+
+
+@pytest.mark.parametrize(
+    ("shared_kv", "kept", "blocks", "in_flight", "copies"),
+    [
+        (False, "keys and values", 2, 2 * 4 * 16 * (192 + 128) * 2, 20),
+        (True, "keys", 4, 4 * 4 * 16 * 192 * 2, 12),
+    ],
+    ids=["apart", "shared"],
+)
+def test_explain_values_shorter_than_keys(shared_kv, kept, blocks, in_flight, copies):
+    """The ring has room for each, or for keys alone; partial results are as long as values."""
+    if cuda_build.find_tool("nvcc") is None:
+        pytest.skip("there is no nvcc")
+    spec = PagedAttentionSpec(8, 1, 192, 16, "bfloat16", value_dim=128, shared_kv=shared_kv)
+    found = compiler.explain(spec, "cuda", limits=Limits(gpu="H100"))
+    text = " ".join(said for _, said in found.facts)
+    ring = 4 * 2 * 16 * (192 + (0 if shared_kv else 128)) * 2
+    assert f"4 warps x 2 stages x 16 tokens of {kept}: {ring:,} bytes of shared memory a thread block" in text
+    assert f"{blocks} thread blocks on an SM" in text
+    assert f"{in_flight:,} bytes an SM" in text
+    ranges = int(re.search(r"4,096 tokens: (\d+) ranges each", text)[1])
+    assert f"{2 * 64 * ranges * 8 * (128 + 2) * 4:,} bytes written and read" in text
+    kernels = dict(zip(found.code[::2], found.code[1::2], strict=True))
+    counts = {name: dict(zip(found.heads, numbers, strict=True)) for name, numbers in kernels.items()}
+    assert {each["spill"] for each in counts.values()} == {"0"}
+    assert counts["decode"].get("copy", str(copies)) == str(copies)
 
 
 @pytest.mark.parametrize(

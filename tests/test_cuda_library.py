@@ -14,7 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 import pa_compiler
-from pa_compiler import CudaModule, PagedAttentionSpec, compiler
+from pa_compiler import CudaModule, PagedAttentionSpec, compiler, host
 from pa_compiler.cli import main as cli
 from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda import build as cuda_build
@@ -22,7 +22,7 @@ from pa_compiler.runtime import manifest
 
 SPEC = PagedAttentionSpec(4, 1, 64, 16, "float16")
 PACKED = PagedAttentionSpec(4, 1, 64, 16, "float16", kv_layout="packed")
-GENERATED = Path(__file__).parent.parent / "generated" / "gqa_cuda" / "host.cc"
+DRIVER = Path(__file__).parent.parent / "generated" / "include" / "cuda" / "driver.h"
 
 needs_nvcc = pytest.mark.skipif(
     cuda_build.find_tool("nvcc") is None, reason="nvcc is not there: no CUDA library is compiled as users do"
@@ -46,19 +46,19 @@ def test_what_it_is_made_of(module):
     assert module.manifest.unfit() == ""
 
 
-SIZES = {"CUdeviceptr": 8, "int64_t": 8, "int32_t": 4, "float": 4}
+SIZES = {"CUdeviceptr": 8, "int64_t": 8, "int32_t": 4, "float": 4, **dict.fromkeys(host.STRIDES.values(), 8)}
 
 
 @needs_nvcc
 def test_kernels_take_what_the_host_gives(module):
     """Parameter for parameter: nvcc's of each kernel, and the variables whose addresses are passed."""
-    host, ptx = module.sources["host"], module.sources["ptx"]
-    launches = re.findall(r"values\[\] = \{([^}]*)\};\s*call\.Launch\(k(\w+),", host)
+    text, ptx = module.sources["host"], module.sources["ptx"]
+    launches = re.findall(r"values\[\] = \{([^}]*)\};\s*call\.Launch<Spec>\(Spec::k(\w+),", text)
     assert len(launches) == 5
     for values, kernel in launches:
         name = re.sub(r"(?<!^)([A-Z])", r"_\1", kernel).lower() + "_kernel"
-        function = re.search(r"void Launch(?:(?!^\}).)*" + re.escape(values), host, re.DOTALL | re.MULTILINE)[0]
-        types = {name: kind for kind, name in re.findall(r"^  (\w+) (\w+) = ", function, re.MULTILINE)}
+        function = re.search(r"void Launch(?:(?!^\}).)*" + re.escape(values), text, re.DOTALL | re.MULTILINE)[0]
+        types = {name: kind for kind, name in re.findall(r"^  ([\w<>]+) (\w+) = ", function, re.MULTILINE)}
         given = [SIZES[types[value.strip(" &\n")]] for value in values.split(",")]
         (taken,) = re.findall(rf"^\.visible \.entry {name}\(\n(.*?)\n\)", ptx, re.DOTALL | re.MULTILINE)
         assert [int(bits) // 8 for bits in re.findall(r"\.param \.[a-z](\d+)", taken)] == given, name
@@ -228,10 +228,10 @@ def test_declarations_of_the_driver(tmp_path):
     nvcc = cuda_build.find_tool("nvcc")
     if nvcc is None:
         pytest.skip("nvcc is not there, nor cuda.h: the driver's declarations are not compared")
-    text = GENERATED.read_text()
+    text = DRIVER.read_text()
     declared = text[text.index("using CUresult = int;") : text.index("// The driver, found at the first call")]
     names = re.findall(r"^  (CU\w+) = \d+,$", declared, re.MULTILINE)
-    functions = re.findall(r"^  CUresult \(\*(\w+)\)", declared, re.MULTILINE)
+    functions = re.findall(r"^  F\((\w+)", declared, re.MULTILINE)
     assert (len(names), len(functions)) == (12, 29)
     numbers = [f"constexpr int expected_{name} = int({name});\n#undef {name}" for name in names]  # a few are macros
     checks = [f"static_assert(ours::{name} == expected_{name});" for name in names]

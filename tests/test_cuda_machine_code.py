@@ -25,10 +25,15 @@ DECODE = {
     "group_16_of_256": (PagedAttentionSpec(16, 1, 256, 16, "float16"), 2),
     "one_head": (PagedAttentionSpec(32, 32, 128, 16, "bfloat16"), 4),
     "float32": (PagedAttentionSpec(32, 8, 128, 16, "float32"), 2),
+    "keys_longer": (PagedAttentionSpec(32, 2, 192, 16, "bfloat16", value_dim=128), 2),
+    "keys_longer_shared": (PagedAttentionSpec(16, 1, 192, 16, "bfloat16", value_dim=128, shared_kv=True), 2),
+    "one_head_keys_longer": (PagedAttentionSpec(16, 16, 192, 16, "bfloat16", value_dim=128), 2),
+    "float32_values_longer": (PagedAttentionSpec(4, 1, 240, 16, "float32", value_dim=256), 2),
+    "values_of_16": (PagedAttentionSpec(8, 1, 256, 16, "float16", value_dim=16), 3),
 }
 """decode of a spec, and how many thread blocks of it have registers on an SM."""
 
-MMA_TILES = {"group_4": 1, "group_16_of_256": 2}
+MMA_TILES = {"group_4": 1, "group_16_of_256": 2, "keys_longer": 2, "keys_longer_shared": 2, "values_of_16": 1}
 """Tiles of 8 heads, by the specs that tensor cores compute."""
 
 
@@ -85,8 +90,9 @@ def test_registers(cubin, name):
 def test_copies(instructions, name):
     """Keys and values go to shared memory by asynchronous copies of 16 bytes past L1: as many as a tile has."""
     spec, _ = DECODE[name]
-    tile = 16 * 2 if spec.dtype != "float32" else 8 * 4
-    assert count(instructions[name], r"LDGSTS\.E\.BYPASS\S*\.128") == 2 * tile * spec.head_dim // 16 // 32
+    tile = 16 * 2 if spec.dtype != "float32" else 8 * 4  # bytes of its elements, of one dimension
+    copied = spec.head_dim + (0 if spec.shared_kv else spec.result_dim)
+    assert count(instructions[name], r"LDGSTS\.E\.BYPASS\S*\.128") == tile * copied // 16 // 32
     assert count(instructions[name], "LDGSTS.*") == count(instructions[name], r"LDGSTS\S*\.128")
     assert count(instructions[name], "STL.*|LDL.*") == 0
 
@@ -96,9 +102,11 @@ def test_tensor_cores(instructions, name):
     """QK and PV take one mma for 16 tokens, 8 heads and 16 elements of head_dim each, and the sums of rows one more."""
     spec, tiles = DECODE[name][0], MMA_TILES[name]
     kind = {"bfloat16": "BF16", "float16": "F16"}[spec.dtype]
-    assert count(instructions[name], rf"HMMA\.16816\.F32(\.{kind})?") == tiles * (2 * spec.head_dim // 16 + 1)
+    assert count(instructions[name], rf"HMMA\.16816\.F32(\.{kind})?") == tiles * (
+        (spec.head_dim + spec.result_dim) // 16 + 1
+    )
     assert count(instructions[name], r"LDSM\.16\.M88\.4") == spec.head_dim // 16
-    assert count(instructions[name], r"LDSM\.16\.MT88\.4") == spec.head_dim // 16
+    assert count(instructions[name], r"LDSM\.16\.MT88\.4") == spec.result_dim // 16
     assert count(instructions[name], r"MOVM\.16\.MT88") == 2 * tiles
 
 
@@ -107,11 +115,10 @@ def test_float32_arithmetic(instructions, name):
     """Shared memory is read 16 bytes at a time, and multiplied by FMAs alone."""
     spec, _ = DECODE[name]
     assert count(instructions[name], "HMMA.*") == 0
-    tile = 16 * 2 if spec.dtype != "float32" else 8 * 4
-    assert count(instructions[name], r"LDS(\.U)?\.128") >= 2 * tile * spec.head_dim // 16 // 32
-    assert (
-        count(instructions[name], "FFMA.*") >= 2 * tile * spec.head_dim // (2 if spec.dtype != "float32" else 4) // 32
-    )
+    tile, itemsize = (16 * 2, 2) if spec.dtype != "float32" else (8 * 4, 4)
+    dims = spec.head_dim + spec.result_dim
+    assert count(instructions[name], r"LDS(\.U)?\.128") >= tile * dims // 16 // 32
+    assert count(instructions[name], "FFMA.*") >= tile * dims // itemsize // 32
 
 
 def test_append_moves_16_bytes(instructions):

@@ -2,22 +2,46 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import re
 
 import pytest
 from tvm.script import tirx as T
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.cuda import gpus
+from pa_compiler.cuda import gpus, tiles
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels.ring import chunk_offset
-from pa_compiler.cuda.tiling import WARP
+from pa_compiler.cuda.tiles import WARP
 
 ARCHS = ("sm_80", "sm_86", "sm_90", "sm_90a", "sm_100", "sm_120")
 HEAD_DIMS = range(16, 257, 16)
 
-ONE_HEAD = [PagedAttentionSpec(1, 1, d, 16, dtype) for d in HEAD_DIMS for dtype in ("float32", "float16")]
+ONE_HEAD = [
+    PagedAttentionSpec(1, 1, head_dim, 16, dtype, value_dim=value_dim)
+    for dtype in ("float32", "float16")
+    for head_dim, value_dim in [*zip(HEAD_DIMS, HEAD_DIMS, strict=True), (256, 16), (16, 256), (192, 128), (240, 256)]
+]
 IN_FLOAT32 = [spec for spec in ONE_HEAD if cuda_tiling.choose_strategy(spec)[0] == "fma"]
+
+
+def assert_fits(spec, arch):
+    """The chosen tiles go into each other, and their rings into shared memory."""
+    tiling = cuda_tiling.choose(spec, arch)
+    keys, values = tiling.key_rows(spec), tiling.value_rows(spec)
+    assert tiling.shared_bytes(spec) <= gpus.shared_limit(arch)
+    assert 0 <= tiling.row_tile * tiling.row_tiles(spec) - spec.group < tiling.row_tile
+    assert tiling.tile_tokens % (WARP // tiles.copy_lanes(spec)) == 0
+    assert tiling.min_range_steps * tiling.step_tokens >= cuda_tiling.MIN_RANGE_TOKENS
+    for rows in (keys, values):
+        assert rows.chunks <= rows.pitch
+        assert rows.chunks % tiles.copy_lanes(spec) == 0
+    if tiling.strategy == "fma":
+        assert keys.chunks % tiling.lanes == values.chunks % tiling.lanes == 0
+        assert tiling.tile_tokens % (WARP // tiling.lanes) == 0
+    else:
+        assert tiling.row_tile <= 16
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -25,17 +49,17 @@ IN_FLOAT32 = [spec for spec in ONE_HEAD if cuda_tiling.choose_strategy(spec)[0] 
 def test_every_spec_has_a_tiling_that_fits(dtype, arch):
     for head_dim in HEAD_DIMS:
         for group in (*range(1, 40), 64, 128):
-            spec = PagedAttentionSpec(group, 1, head_dim, 16, dtype)
-            tiling = cuda_tiling.choose(spec, arch)
-            assert tiling.shared_bytes(spec) <= gpus.shared_limit(arch)
-            assert 0 <= tiling.row_tile * tiling.row_tiles(spec) - group < tiling.row_tile
-            assert tiling.tile_tokens % (WARP // cuda_tiling.copy_lanes(tiling.chunks(spec))) == 0
-            assert tiling.min_range_steps * tiling.step_tokens >= cuda_tiling.MIN_RANGE_TOKENS
-            if tiling.strategy == "fma":
-                assert tiling.chunks(spec) % tiling.lanes == 0
-                assert tiling.tile_tokens % (WARP // tiling.lanes) == 0
-            else:
-                assert tiling.row_tile <= 16
+            assert_fits(PagedAttentionSpec(group, 1, head_dim, 16, dtype), arch)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_every_pair_of_dims_has_a_tiling_that_fits(dtype):
+    for head_dim, value_dim in itertools.product(HEAD_DIMS, HEAD_DIMS):
+        for group in (1, 3, 4, 16):
+            for shared_kv in (False, True) if value_dim <= head_dim else (False,):
+                spec = PagedAttentionSpec(group, 1, head_dim, 16, dtype, value_dim=value_dim, shared_kv=shared_kv)
+                for arch in ("sm_80", "sm_120"):
+                    assert_fits(spec, arch)
 
 
 @pytest.mark.parametrize(
@@ -87,32 +111,43 @@ def test_up_to_192_elements_fit_on_every_later_gpu():
                     assert fits == (head_dim <= 192), (spec, arch)
 
 
-def place(spec, tiling, row, chunk):
+def place(rows, row, chunk):
     """Of a chunk in the ring, in chunks."""
-    return int(chunk_offset(spec, tiling, T.int32(row), T.int32(chunk))) // 4
+    return int(chunk_offset(rows, T.int32(row), T.int32(chunk))) // 4
 
 
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_eight_rows_never_meet_in_a_bank(head_dim):
     """Of one chunk of eight rows, as ldmatrix reads them, and each row has its own place for each chunk."""
     spec = PagedAttentionSpec(8, 1, head_dim, 16, "bfloat16")
-    tiling = cuda_tiling.choose(spec, "sm_90")
-    chunks = tiling.chunks(spec)
-    places = [[place(spec, tiling, row, chunk) for row in range(8)] for chunk in range(chunks)]
+    rows = cuda_tiling.choose(spec, "sm_90").key_rows(spec)
+    places = [[place(rows, row, chunk) for row in range(8)] for chunk in range(rows.chunks)]
     for column in places:
         assert len({place % 8 for place in column}) == 8
-    assert len({place for column in places for place in column}) == 8 * chunks
-    assert max(map(max, places)) < 8 * tiling.pitch(spec)
+    assert len({place for column in places for place in column}) == 8 * rows.chunks
+    assert max(map(max, places)) < 8 * rows.pitch
 
 
-@pytest.mark.parametrize("spec", IN_FLOAT32, ids=lambda spec: f"{spec.dtype}_{spec.head_dim}")
+@pytest.mark.parametrize("spec", IN_FLOAT32, ids=lambda spec: f"{spec.dtype}_{spec.head_dim}_{spec.result_dim}")
 def test_eight_lanes_never_meet_in_a_bank(spec):
     """Of a warp that multiplies in float32: of each eight lanes, whatever rows and chunks they read."""
     tiling = cuda_tiling.choose(spec, "sm_90")
-    for first in range(0, WARP, 8):
-        for chunk in range(0, tiling.chunks(spec), tiling.lanes):
-            lanes = [divmod(lane, tiling.lanes) for lane in range(first, first + 8)]
-            assert len({place(spec, tiling, row, chunk + number) % 8 for row, number in lanes}) == 8
+    for rows in (tiling.key_rows(spec), tiling.value_rows(spec)):
+        for first in range(0, WARP, 8):
+            for chunk in range(0, rows.chunks, tiling.lanes):
+                lanes = [divmod(lane, tiling.lanes) for lane in range(first, first + 8)]
+                assert len({place(rows, row, chunk + number) % 8 for row, number in lanes}) == 8
+
+
+def test_shared_values_take_no_room():
+    """With shared_kv the ring holds keys alone, and values are chunks of their rows."""
+    spec = PagedAttentionSpec(16, 1, 192, 16, "bfloat16", value_dim=128, shared_kv=True)
+    apart = dataclasses.replace(spec, shared_kv=False)
+    tiling = cuda_tiling.choose(spec, "sm_90")
+    assert tiling.values_at(spec) == 0
+    assert tiling.stage_words(spec) == 16 * 192 // 2
+    assert tiling.stage_words(apart) == 16 * (192 + 128) // 2
+    assert tiling.value_rows(spec) == dataclasses.replace(tiling.key_rows(spec), chunks=16)
 
 
 @pytest.mark.parametrize(
@@ -130,8 +165,20 @@ def test_eight_lanes_never_meet_in_a_bank(spec):
             PagedAttentionSpec(2, 2, 272, 16, "float16"),
             "head_dim: expected a multiple of 16 up to 256 for target cuda, got 272",
         ),
+        (
+            PagedAttentionSpec(2, 2, 64, 16, "float16", value_dim=72),
+            "value_dim: expected a multiple of 16 up to 256 for target cuda, got 72",
+        ),
+        (
+            PagedAttentionSpec(2, 2, 64, 16, "float32", value_dim=512),
+            "value_dim: expected a multiple of 16 up to 256 for target cuda, got 512",
+        ),
+        (
+            PagedAttentionSpec(16, 1, 576, 16, "bfloat16", value_dim=512, shared_kv=True),
+            "head_dim: expected a multiple of 16 up to 256 for target cuda, got 576",
+        ),
     ],
-    ids=["packed", "72", "272"],
+    ids=["packed", "72", "272", "64_72", "64_512", "576_512"],
 )
 def test_refuses(spec, message):
     with pytest.raises(ValueError, match=re.escape(message)):

@@ -11,14 +11,17 @@ from package import python_files
 from specs import BASE
 
 from pa_compiler import PagedAttentionSpec, host
-from pa_compiler.cpu import target, tiling
+from pa_compiler.cpu import backend, target, tiling
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg"}
 CPU = target.CpuTarget('{"kind": "llvm"}', frozenset({"avx", "avx2", "fma"}))
 
 
-def render(spec=BASE, kernels=("fused_decode",)):
-    return host.render(spec, tiling.choose(spec, CPU, "fused"), CPU, "fused", kernels)
+def render(spec=BASE, more=()):
+    """The host of a spec, with kernels of these names besides its own."""
+    tiles = tiling.choose(spec, CPU, "fused")
+    kernels = host.kernels(backend.build_kernels(spec, tiles, "fused"))
+    return host.render(spec, tiles, CPU, "fused", [*kernels, *(host.Kernel(name, ()) for name in more)])
 
 
 @pytest.mark.scorecard(24)
@@ -26,7 +29,7 @@ def render(spec=BASE, kernels=("fused_decode",)):
 def test_a_name_that_is_none_in_cpp_is_refused(name, figure):
     assert "__tvm_ffi_fused_decode(" in render()
     with pytest.raises(ValueError, match=r"kernels: expected names of letters, digits and _, got"):
-        render(kernels=["fused_decode", name])
+        render(more=[name])
     figure("names refused", 1)
 
 

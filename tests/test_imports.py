@@ -49,7 +49,7 @@ ARROWS = {
     "artifact": {"spec", "backend", "dependencies", "runtime"},
     "compiler": {
         *("spec", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
-        *("installation", "interrupts", "turns"),
+        *("host", "native", "installation", "interrupts", "turns"),
     },
     "generate": {
         *("spec", "runtime", "artifact", "backends", "compiler", "host", "installation", "interrupts"),

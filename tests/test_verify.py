@@ -165,7 +165,7 @@ def expect_failures(module, says):
 FAULTS = {  # a stage, a piece of its text, and what is there instead
     "scale": ("kernels", "vo * 8 + vi] * score_scale,", "vo * 8 + vi] * (score_scale * T.float32(1.02)),"),
     "tail": ("kernels", "vi < valid_len - vo * 8", "vi <= valid_len - vo * 8"),
-    "merge": ("host", "plan.partial_begin(seq), plan.partials_of(seq));", "plan.partial_begin(seq), int64_t{1});"),
+    "merge": ("host", ".num_partials = plan.partials_of(seq)", ".num_partials = int64_t{1}"),
 }
 
 

@@ -13,18 +13,17 @@ from pa_compiler.cpu import build as _build
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiling
 from pa_compiler.cpu.build import Kernels
+from pa_compiler.interface import CPU_ENTRY_POINTS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
 
-ENTRY_POINTS = ("decode", "append_kv", "plan", "cpu_set", "openmp", "view_as_bfloat16")
-
 ORIGINS = {
     "tensorir": "pa_compiler/kernels/",
     "scheduled": "pa_compiler/kernels/, schedules/",
-    "host": "templates/host.cc.j2",
+    "host": "templates/cpu/",
     "llvm": "pa_compiler/kernels/, schedules/",
 }
 """What the text of each stage comes from."""
@@ -41,12 +40,18 @@ class Lowered:
     mod: IRModule
 
 
-def lower(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> Lowered:
-    """spec -> kernels -> schedules."""
-    from pa_compiler import kernels, tvmscript
+def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> IRModule:
+    """spec -> kernels, which is most of what the host has to wait for."""
+    from pa_compiler import kernels
+
+    return kernels.build(spec, tiles, pipeline)
+
+
+def lower(unscheduled: IRModule, tiles: Tiling) -> Lowered:
+    """kernels -> schedules."""
+    from pa_compiler import tvmscript
     from pa_compiler.schedules import schedule
 
-    unscheduled = kernels.build(spec, tiles, pipeline)
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
     scheduled = schedule(unscheduled, tiles)
@@ -54,20 +59,22 @@ def lower(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> Lowered:
     return Lowered(tensorir, tvmscript.text(scheduled), scheduled)
 
 
-def host_text(spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str) -> str:
-    """spec -> host."""
-    from pa_compiler import kernels
-
-    return host.render(spec, tiles, cpu, pipeline, kernels.names(spec, pipeline))
+def host_text(
+    spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, unscheduled: IRModule
+) -> str:
+    """spec, and the parameters of its kernels -> host."""
+    return host.render(spec, tiles, cpu, pipeline, host.kernels(unscheduled))
 
 
 def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     cpu = _target.resolve(config)
     tiles = tiling.choose(spec, cpu, pipeline)
-    lowered = lower(spec, tiles, pipeline)
+    unscheduled = build_kernels(spec, tiles, pipeline)
+    text = host_text(spec, cpu, tiles, pipeline, unscheduled)
+    lowered = lower(unscheduled, tiles)
     compiled = _build.compile_kernels(lowered.mod, cpu, directory)
-    return _texts(lowered, host_text(spec, cpu, tiles, pipeline), compiled)
+    return _texts(lowered, text, compiled)
 
 
 def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> Built:
@@ -80,11 +87,13 @@ def build_with_tiles(
     spec: PagedAttentionSpec, cpu: _target.CpuTarget, tiles: Tiling, pipeline: str, directory: Path
 ) -> Built:
     """Lower, compile and link. The library and intermediate files lie in directory."""
-    text = host_text(spec, cpu, tiles, pipeline)
-    with native.compiling_host(text, directory) as compiling:  # while TVM works
-        lowered = lower(spec, tiles, pipeline)
+    unscheduled = build_kernels(spec, tiles, pipeline)
+    text = host_text(spec, cpu, tiles, pipeline, unscheduled)
+    interrupts.check()
+    with native.compiling_host(text, host.headers(text), directory) as compiling:  # while TVM works
+        lowered = lower(unscheduled, tiles)
         compiled = _build.compile_kernels(lowered.mod, cpu, directory)
-        library = native.link(compiling, compiled.asm, directory, ENTRY_POINTS)
+        library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS))
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
     return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm)
 

@@ -14,15 +14,15 @@ from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import host as cuda_host
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
+from pa_compiler.host import headers
+from pa_compiler.interface import CUDA_ENTRY_POINTS
 from pa_compiler.runtime import versions
 from pa_compiler.spec import PagedAttentionSpec
-
-ENTRY_POINTS = ("decode", "append_kv", "check_status")
 
 ORIGINS = {
     "tensorir": "pa_compiler/cuda/kernels/",
     "cuda": "pa_compiler/cuda/kernels/",
-    "host": "templates/cuda_host.cc.j2",
+    "host": "templates/cuda/",
 }
 """What the text of each stage of the fused pipeline comes from, but for what nvcc makes."""
 
@@ -109,10 +109,10 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, direc
     target = CudaTarget(config["arch"])
     lowered = lower(spec, target, pipeline)
     interrupts.check()
-    with native.compiling_host(lowered.host, directory) as compiling:  # while nvcc works
+    with native.compiling_host(lowered.host, headers(lowered.host), directory) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
         image = cuda_build.fatbin(cubin, target.arch, directory)
-        library = native.link(compiling, cuda_build.embed(image, directory), directory, ENTRY_POINTS)
+        library = native.link(compiling, cuda_build.embed(image, directory), directory, tuple(CUDA_ENTRY_POINTS))
     texts = lowered.texts | _machine_texts(cubin, directory)
     return Built(library, texts, target.config, (), texts["ptx"])
 

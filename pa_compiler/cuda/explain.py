@@ -13,7 +13,7 @@ from pa_compiler.cuda import backend, gpus
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.cuda.tiling import CudaTiling
+from pa_compiler.cuda.tiles import CudaTiling, FmaTiling
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.words import counted
 
@@ -97,14 +97,15 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CudaTiling, fits: gpus.Residence
     """The tiles, and what a thread block takes of an SM."""
     row_tiles = counted(tiles.row_tiles(spec), "tile")
     of_group = counted(spec.group, "row")
-    width = f"{counted(tiles.lanes, 'lane')} a token" if tiles.strategy == "fma" else "mma.m16n8k16"
-    in_flight = (tiles.stages - 1) * tiles.warps * 2 * tiles.tile_bytes(spec) * fits.blocks
+    width = f"{counted(tiles.lanes, 'lane')} a token" if isinstance(tiles, FmaTiling) else "mma.m16n8k16"
+    in_flight = tiles.ring_bytes(spec) // tiles.stages * (tiles.stages - 1) * fits.blocks
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),
         (
             "rings",
-            f"{counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys and "
-            f"values: {tiles.shared_bytes(spec):,} bytes of shared memory a thread block",
+            f"{counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys"
+            f"{'' if spec.shared_kv else ' and values'}: {tiles.shared_bytes(spec):,} bytes of shared memory a thread "
+            "block",
         ),
         (
             "resident",

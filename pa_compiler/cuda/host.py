@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from pa_compiler import host
 from pa_compiler.cuda.build import Parameter, parameters
 from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.cuda.tiling import CHUNK_BYTES, WAVES, CudaTiling
-from pa_compiler.interface import CHECKS, REPORT_CODES, REPORT_FIELDS
+from pa_compiler.cuda.tiles import CHUNK_BYTES, CudaTiling
+from pa_compiler.cuda.tiling import WAVES
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -78,7 +78,7 @@ def _render(
     append = [kernel for name, kernel in kernels.items() if name in APPEND_KERNELS]
     decode = [kernel for name, kernel in kernels.items() if name not in APPEND_KERNELS]
     return host.render_template(
-        "cuda_host.cc.j2",
+        "cuda/host.cc.j2",
         spec,
         host.describe(spec, pipeline),
         pipeline=pipeline,
@@ -88,10 +88,6 @@ def _render(
         kernels=kernels,
         decode_parameters=_together(decode),
         append_parameters=_together(append),
-        checks=[f"check_{name}" for name in CHECKS],
-        report_codes=REPORT_CODES,
-        report_fields=REPORT_FIELDS,
-        word_elements=1,
         cache_alignment=CHUNK_BYTES,
         **values,
     )
@@ -101,7 +97,7 @@ def _passed(parameter: Parameter) -> Parameter:
     """A parameter with the type in which the host passes it."""
     if parameter.type.endswith("*"):
         return Parameter(parameter.name, "CUdeviceptr")
-    return Parameter(parameter.name, _TYPES[parameter.type])
+    return Parameter(parameter.name, host.STRIDES.get(parameter.name, _TYPES[parameter.type]))
 
 
 def _together(kernels: Iterable[_Kernel]) -> list[Parameter]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from pa_compiler.interface import CHECKS
+from pa_compiler.interface import CHECKS, CUDA_ENTRY_POINTS
 from pa_compiler.runtime import torch_tensors
 from pa_compiler.runtime.arguments import whole_number
 from pa_compiler.runtime.module import Module
@@ -50,6 +50,7 @@ class CudaModule(Module):
     Errors of the driver are RuntimeErrors, among them that there is none.
     """
 
+    _entry_points = CUDA_ENTRY_POINTS
     _on_gpu = True
 
     def _set_up(self) -> None:
@@ -77,8 +78,10 @@ class CudaModule(Module):
 
     def empty_cache(
         self, num_blocks: int, device: Any = "cuda", *, like: str = "torch"
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """New key and value caches of num_blocks blocks in kv_layout, all 0, as torch tensors on a device.
+
+        With shared_kv the second is None.
 
         Raises:
             TypeError, ValueError: num_blocks is not a whole number from 1 on, or like not "torch".
@@ -89,10 +92,8 @@ class CudaModule(Module):
         num_blocks = whole_number("num_blocks", num_blocks, 1)
         if like != "torch":
             raise ValueError(f"like: expected 'torch' for a GPU module, got {like!r}")
-        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
         dtype = getattr(torch, self.spec.dtype)
-        key_cache, value_cache = (torch.zeros(shape, dtype=dtype, device=device) for shape in shapes)
-        return key_cache, value_cache
+        return self._caches(num_blocks, lambda shape: torch.zeros(shape, dtype=dtype, device=device))
 
     def plan(self, context_lens: Any) -> NoReturn:
         """There is none to look at: the thread blocks of a GPU find their work themselves, by its number of SMs.

@@ -5,52 +5,17 @@ The library checks arrays itself, so here only that is looked at which it cannot
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
-import tvm_ffi
 
+from pa_compiler.interface import Parameter
 from pa_compiler.runtime import dlpack, torch_tensors
-from pa_compiler.runtime.arguments import NUMPY_DTYPES
+from pa_compiler.runtime.arguments import NUMPY_DTYPES, shown
 from pa_compiler.spec import PagedAttentionSpec
 
 _NDARRAY, _BFLOAT16, _UINT16 = np.ndarray, NUMPY_DTYPES["bfloat16"], np.dtype(np.uint16)
-
-_ANY_INDEX = ("int32", "int64")
-"""Dtypes of indices that a CPU's library takes. Kernels for a GPU read them as they are."""
-
-
-def decode(functions: tvm_ffi.Module, spec: PagedAttentionSpec, on_gpu: bool) -> EntryPoint:
-    """decode of a library, which takes its arrays in this order, then the scale and the manner of the call."""
-    dtype, index = (spec.dtype,), ("int32",) if on_gpu else _ANY_INDEX
-    return EntryPoint(
-        functions["decode"],
-        ("out", "lse"),
-        on_gpu,
-        query=dtype,
-        key_cache=dtype,
-        value_cache=dtype,
-        block_table=index,
-        context_lens=index,
-        out=(spec.result_dtype,),
-        lse=("float32",),
-    )
-
-
-def append_kv(functions: tvm_ffi.Module, spec: PagedAttentionSpec, on_gpu: bool) -> EntryPoint:
-    """append_kv of a library, which takes its arrays in this order, then the manner of the call."""
-    dtype, index = (spec.dtype,), ("int64",) if on_gpu else _ANY_INDEX
-    return EntryPoint(
-        functions["append_kv"],
-        ("key_cache", "value_cache"),
-        on_gpu,
-        key=dtype,
-        value=dtype,
-        key_cache=dtype,
-        value_cache=dtype,
-        slot_mapping=index,
-    )
 
 
 class EntryPoint:
@@ -58,23 +23,26 @@ class EntryPoint:
 
     Args:
         function: The library's.
-        written: Names of the arrays that it writes.
+        parameters: What it takes, in order, as_uint16 at the end.
+        spec: What the library was compiled for.
         on_gpu: Whether its arrays are a GPU's.
-        dtypes: Each array's name, in order, with the names of the dtypes that it may have.
     """
 
     def __init__(
-        self, function: Callable[..., None], written: Collection[str], on_gpu: bool, **dtypes: Sequence[str]
+        self, function: Callable[..., None], parameters: Sequence[Parameter], spec: PagedAttentionSpec, on_gpu: bool
     ) -> None:
+        arrays = [parameter for parameter in parameters if parameter.dtype]
         self._function = function
-        self._names = tuple(dtypes)
-        self._dtypes = [[NUMPY_DTYPES[name] for name in names] for names in dtypes.values()]
+        self._names = tuple(parameter.name for parameter in arrays)
+        self._dtypes = [[NUMPY_DTYPES[name] for name in each.dtypes(spec, on_gpu)] for each in arrays]
         self._bfloat16 = [position for position, accepted in enumerate(self._dtypes) if _BFLOAT16 in accepted]
-        self._written = [name in written for name in dtypes]
+        self._written = [parameter.written for parameter in arrays]
+        self._optional = [parameter.optional for parameter in arrays]
+        self._absent = [parameter.of_values and spec.shared_kv for parameter in arrays]
         self._on_gpu = on_gpu
 
     def call(self, arrays: Sequence[Any], *values: float) -> None:
-        """Call it.
+        """Call it with its arrays and then its numbers but as_uint16, all in the order of its parameters.
 
         Raises:
             TypeError, ValueError: an array is of a kind that cannot be handed over, or is not known to be writable.
@@ -137,13 +105,17 @@ class EntryPoint:
         return dlpack.writable(name, array) if self._written[position] else array
 
     def _check_kinds(self, arrays: Sequence[Any]) -> None:
-        """Check that arrays are arrays, and what the library cannot say of NumPy's and torch's."""
-        for name, array, dtypes in zip(self._names, arrays, self._dtypes, strict=True):
-            if isinstance(array, np.ndarray):
+        """Check that arrays are arrays or None, and what the library cannot say of NumPy's and torch's."""
+        columns = (self._names, arrays, self._dtypes, self._optional, self._absent)
+        for name, array, dtypes, optional, absent in zip(*columns, strict=True):
+            if absent:
+                if array is not None:
+                    raise TypeError(f"{name}: expected None, since the spec has shared_kv, got {shown(array)}")
+            elif isinstance(array, np.ndarray):
                 if array.dtype not in dtypes:
                     accepted = " or ".join(map(str, dtypes))
                     raise TypeError(f"{name}: expected dtype {accepted}, got {array.dtype}")
             elif torch_tensors.is_tensor(array):
                 torch_tensors.check(name, array)
-            elif not hasattr(array, "__dlpack__") and (array is not None or name != "lse"):
+            elif not hasattr(array, "__dlpack__") and (array is not None or not optional):
                 raise TypeError(f"{name}: expected an array with DLPack, got {type(array).__name__}")

@@ -12,10 +12,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tvm_ffi
 
-from pa_compiler.interface import WorkItem
-from pa_compiler.runtime import entry_points, files, manifest, memory, threads, torch_tensors
+from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, WorkItem
+from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
 from pa_compiler.runtime.arguments import NUMPY_DTYPES, real_number, whole_number
 from pa_compiler.runtime.dlpack import as_tensor
+from pa_compiler.runtime.entry_points import EntryPoint
 from pa_compiler.runtime.loader import open_library
 
 if TYPE_CHECKING:
@@ -40,6 +41,7 @@ class Module:
         cpus: CPUs that the module's own threads run on.
     """
 
+    _entry_points: Mapping[str, tuple[Parameter, ...]] = CPU_ENTRY_POINTS
     _on_gpu = False
 
     def __init__(
@@ -59,13 +61,14 @@ class Module:
         self._set_up()
         self._default_scale = 1.0 / math.sqrt(self.spec.head_dim)
         self._out_dtype = self.spec.result_dtype
-        on_gpu = self._on_gpu
-        self._decode = entry_points.decode(functions, self.spec, on_gpu)
-        self._append_kv = entry_points.append_kv(functions, self.spec, on_gpu)
+        self._decode, self._append_kv = self._entry_point("decode"), self._entry_point("append_kv")
 
     def __repr__(self) -> str:
         made_for = self.target.get("mcpu") or self.target.get("arch")
         return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
+
+    def _entry_point(self, name: str) -> EntryPoint:
+        return EntryPoint(self._functions[name], self._entry_points[name], self.spec, self._on_gpu)
 
     def _set_up(self) -> None:
         """Settings of a new module, from the environment."""
@@ -165,14 +168,15 @@ class Module:
             query: [batch, num_heads, head_dim], dtype.
             key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim] or HND [num_blocks, num_kv_heads,
                 block_size, head_dim], dtype. Slots past a sequence's length are never read into the result.
-            value_cache: As key_cache.
+            value_cache: As key_cache, with value_dim in place of head_dim. None with shared_kv: the value of a token is
+                the first value_dim elements of its key.
             block_table: [batch, max_blocks], int32 or int64: the block ids of each sequence's context in order. Entries
                 past those that its length needs may hold anything.
             context_lens: [batch], int32 or int64: tokens of each sequence, 0 to max_blocks * block_size.
             scale: Factor on the scores, finite as a float32, a number or an array of no axes; by default
                 1 / sqrt(head_dim). Products of queries with keys may be beyond float32 where the scores are not.
-            out: [batch, num_heads, head_dim] or [batch, num_heads * head_dim], out_dtype, written and returned; by
-                default a new array [batch, num_heads, head_dim] of query's kind.
+            out: [batch, num_heads, value_dim] or [batch, num_heads * value_dim], out_dtype, written and returned; by
+                default a new array [batch, num_heads, value_dim] of query's kind.
             lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
             return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
@@ -183,7 +187,8 @@ class Module:
             out_dtype ends before.
 
         Raises:
-            TypeError: an argument is not an array, has another dtype, or is a tensor of torch that is not dense.
+            TypeError: an argument is not an array, has another dtype, or is a tensor of torch that is not dense; or
+                value_cache is given with shared_kv, or is None without.
             ValueError: rank, shape, strides, alignment, device, a length, scale, check, or out or lse with a byte of
                 another array. An array that has no memory (freed, or of torch's tracing), is to be written and not
                 known to be writable, is a negated view or to have a gradient.
@@ -193,7 +198,7 @@ class Module:
         """
         scale = self._default_scale if scale is None else real_number("scale", scale)
         if out is None:
-            out = self._new_like(query, self._out_dtype, (self.spec.num_heads, self.spec.head_dim))
+            out = self._new_like(query, self._out_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
@@ -217,11 +222,12 @@ class Module:
 
         Args:
             key: [num_tokens, num_kv_heads, head_dim], dtype.
-            value: As key.
+            value: [num_tokens, num_kv_heads, value_dim], dtype. None with shared_kv, where a token's value is in its
+                key.
             key_cache: In kv_layout, as for decode, written. It may share one buffer with value_cache, block beside
-                block or row beside row; and the same blocks, where no slot that is written of the one is one of the
-                other.
-            value_cache: In kv_layout, as for decode, written.
+                block or row beside row; and, where keys and values are of one size, the same blocks, if no slot that is
+                written of the one is one of the other.
+            value_cache: In kv_layout, as for decode, written. None with shared_kv.
             slot_mapping: [num_tokens], int32 or int64: block id * block_size + the slot in the block, where the token
                 goes. -1 skips the token.
             check: Who checks slot_mapping, as for decode.
@@ -242,7 +248,7 @@ class Module:
         return self._thread_numbers
 
     def empty_cache(self, num_blocks: int, *, like: str = "numpy") -> tuple[Any, Any]:
-        """New key and value caches of num_blocks blocks in kv_layout, all 0.
+        """New key and value caches of num_blocks blocks in kv_layout, all 0. With shared_kv the second is None.
 
         Each begins at a multiple of 2 MB, on huge pages where the system has transparent ones, from which decode reads
         faster. Memory is taken when it is first written, and given back with the last view of the array.
@@ -259,11 +265,18 @@ class Module:
         num_blocks = whole_number("num_blocks", num_blocks, 1)
         if like not in ("numpy", "torch"):
             raise ValueError(f"like: expected 'numpy' or 'torch', got {like!r}")
-        shapes = ((num_blocks, *shape[1:]) for shape in (self.spec.key_cache_shape, self.spec.value_cache_shape))
-        key_cache, value_cache = (memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.dtype]) for shape in shapes)
-        if like == "torch":
-            return torch_tensors.from_numpy(key_cache), torch_tensors.from_numpy(value_cache)
-        return key_cache, value_cache
+        return self._caches(num_blocks, lambda shape: self._zeros(shape, like))
+
+    def _zeros(self, shape: tuple[int, ...], like: str) -> Any:
+        array = memory.huge_zeros(shape, NUMPY_DTYPES[self.spec.dtype])
+        return torch_tensors.from_numpy(array) if like == "torch" else array
+
+    def _caches(self, num_blocks: int, make: Callable[[tuple[int, ...]], Any]) -> tuple[Any, Any]:
+        """Key and value caches of num_blocks blocks, each made of its shape; with shared_kv, the one that there is."""
+        _, *key_block = self.spec.key_cache_shape
+        _, *value_block = self.spec.value_cache_shape
+        key_cache = make((num_blocks, *key_block))
+        return key_cache, None if self.spec.shared_kv else make((num_blocks, *value_block))
 
     def plan(self, context_lens: Any) -> list[WorkItem]:
         """The work items that decode runs for these lengths, in the order in which they are dealt to threads.

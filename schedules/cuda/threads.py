@@ -6,7 +6,7 @@ the second opinion.
     token_offsets           a thread for a token, into shared memory
     qk_matmul               a thread for a token and a row
     softmax, rescale        a thread for a row
-    pv_matmul, fold, out    a thread for a row and an element of head_dim
+    pv_matmul, fold, out    a thread for a row and an element of a value
 """
 
 from collections.abc import Callable

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 
 import cuda_emulator
@@ -13,7 +14,8 @@ from tvm import IRModule
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels import launches as cuda
-from pa_compiler.cuda.tiling import CudaTiling
+from pa_compiler.cuda.tiles import CudaTiling
+from pa_compiler.schedules import schedule
 from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"
@@ -47,32 +49,75 @@ class CudaKernels:
         """What cuda_decode and cuda_merge take, by name; NaN in all partial results, of which an item has one."""
         spec, batch = self.spec, len(inputs.context_lens)
         items = batch + extra
-        out, lse = inputs.out, inputs.lse
+        out, lse = np.full((batch, spec.num_heads, spec.result_dim), np.nan, inputs.out_dtype), inputs.lse
         return {
-            "query": read_only(inputs.query),
-            "key_cache": read_only(inputs.key_cache),
-            "value_cache": read_only(inputs.value_cache),
-            "block_table": read_only(inputs.block_table),
-            "context_lens": read_only(inputs.context_lens),
+            **_decode_arguments(spec, inputs, out, lse, scale),
             "status": np.array([status], np.int32),
             "report": np.zeros(5, np.int64),
             "partial_max": np.full((items, spec.num_heads), np.nan, np.float32),
             "partial_sum": np.full((items, spec.num_heads), np.nan, np.float32),
-            "partial_acc": np.full((items, spec.num_heads, spec.head_dim), np.nan, np.float32),
-            "out": out,
-            "lse": lse,
-            "table_seq": _stride(inputs.block_table, 0),
+            "partial_acc": np.full((items, spec.num_heads, spec.result_dim), np.nan, np.float32),
             "max_blocks": inputs.block_table.shape[1],
             "num_blocks": len(inputs.key_cache),
             "batch": batch,
             "items": items,
-            **split_scale(spec, spec.head_dim**-0.5 if scale is None else scale),
-            **strides(inputs.query, q_batch=0, q_head=1),
-            **cache_strides(spec, "k", inputs.key_cache),
-            **cache_strides(spec, "v", inputs.value_cache),
-            **strides(out, out_batch=0, out_head=1),
-            **strides(lse, lse_batch=0),
         }
+
+
+@dataclasses.dataclass(frozen=True)
+class StagedKernels:
+    """The kernels of the staged pipeline of one spec, compiled for the emulator."""
+
+    spec: PagedAttentionSpec
+    row_tile: int
+    kernels: dict[str, cuda_emulator.Kernel]
+    source: str
+
+    def decode(self, inputs: Inputs, scale=None):
+        """(out, lse): the stages in turn over the blocks of one chunk of sequences and one tile of heads."""
+        spec, batch, rows = self.spec, len(inputs.context_lens), self.row_tile
+        shape = (spec.batch_chunk, rows)
+        out, lse = np.full((batch, spec.num_heads, spec.result_dim), np.nan, inputs.out_dtype), inputs.lse
+        arguments = {
+            **_decode_arguments(spec, inputs, out, lse, scale),
+            **{name: np.full((*shape, spec.block_size), np.nan, np.float32) for name in ("scores", "probs")},
+            **{name: np.full((*shape, spec.result_dim), np.nan, np.float32) for name in ("tile_acc", "acc")},
+            **{name: np.full(shape, np.nan, np.float32) for name in ("tile_max", "tile_sum", "row_max", "row_sum")},
+        }
+        for start in range(0, batch, spec.batch_chunk):
+            lengths = inputs.context_lens[start : start + spec.batch_chunk]
+            arguments |= {"batch_start": start, "num_seqs": len(lengths)}
+            for kv_head, first in itertools.product(range(spec.num_kv_heads), range(0, spec.group, rows)):
+                arguments |= {"kv_head": kv_head, "head_start": kv_head * spec.group + first}
+                arguments["num_rows"] = min(rows, spec.group - first)
+                for block in range(max(1, -(-int(lengths.max()) // spec.block_size))):
+                    for name in ("qk_matmul", "softmax_prepare", "pv_matmul", "online_update"):
+                        self._launch(name, arguments | {"block_idx": block})
+                self._launch("normalize", arguments)
+        return out, lse
+
+    def _launch(self, name: str, arguments: dict[str, object]) -> None:
+        values = [arguments[parameter.name] for parameter in cuda_build.parameters(self.source, name)]
+        launch = cuda.staged_launches()[name]
+        assert launch.blocks == "num_seqs"
+        self.kernels[f"{name}_kernel"].launch(arguments["num_seqs"], launch.threads, launch.shared_bytes, *values)
+
+
+def _decode_arguments(spec: PagedAttentionSpec, inputs: Inputs, out, lse, scale) -> dict[str, object]:
+    """What the kernels of both pipelines take of a call, by name."""
+    arrays = ("query", "key_cache", "value_cache", "block_table", "context_lens")
+    return {
+        **{name: read_only(getattr(inputs, name)) for name in arrays},
+        "out": out,
+        "lse": lse,
+        "table_seq": _stride(inputs.block_table, 0),
+        **split_scale(spec, spec.head_dim**-0.5 if scale is None else scale),
+        **strides(inputs.query, q_batch=0, q_head=1),
+        **cache_strides(spec, "k", inputs.key_cache),
+        **cache_strides(spec, "v", inputs.value_cache),
+        **strides(out, out_batch=0, out_head=1),
+        **strides(lse, lse_batch=0),
+    }
 
 
 def split_scale(spec: PagedAttentionSpec, scale: float) -> dict[str, float]:
@@ -106,9 +151,17 @@ def _stride(array: np.ndarray, axis: int) -> int:
     return array.strides[axis] // array.itemsize
 
 
+def shared(spec: PagedAttentionSpec, inputs: Inputs) -> Inputs:
+    """Inputs of one cache, where the spec says so: the values are the beginnings of the keys."""
+    if not spec.shared_kv:
+        return inputs
+    return inputs.replace(value_cache=inputs.key_cache[..., : spec.result_dim])
+
+
 def on_device(inputs: Inputs) -> Inputs:
     """Inputs whose arrays are aligned as the kernels take them."""
-    return inputs.replace(**{name: aligned(getattr(inputs, name)) for name in ("query", "key_cache", "value_cache")})
+    arrays = {name: getattr(inputs, name) for name in ("query", "key_cache", "value_cache")}
+    return inputs.replace(**{name: aligned(array) for name, array in arrays.items() if array is not None})
 
 
 def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:
@@ -124,6 +177,14 @@ def build_decode(load, spec: PagedAttentionSpec, **sizes: int) -> CudaKernels:
     """The kernels of decode, of the chosen tiling or with other sizes; load(CUDA C) -> the emulator's kernels."""
     tiling = dataclasses.replace(cuda_tiling.choose(spec, ARCH), **sizes)
     return _loaded(load, spec, tiling, {kernel.__name__: kernel(spec, tiling) for kernel in cuda.DECODE})
+
+
+def build_staged(load, spec: PagedAttentionSpec) -> StagedKernels:
+    """The kernels of the staged pipeline's decode, scheduled."""
+    tiling = cuda_tiling.staged(spec)
+    stages, _ = cuda.build_staged(spec, tiling)
+    source = cuda_build.emit(schedule(stages, tiling), ARCH)
+    return StagedKernels(spec, tiling.row_tile, load(source), source)
 
 
 def build_others(load, spec: PagedAttentionSpec) -> CudaKernels:

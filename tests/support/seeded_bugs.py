@@ -125,78 +125,78 @@ FAULTS = {
         "test_tiling.py",
     ),
     "block id num_blocks accepted": Fault(
-        "templates/checks.cc.j2", "row[i] >= num_blocks", "row[i] > num_blocks", "test_errors.py test_bounds.py"
+        "templates/shared/indices.h", "row[i] >= num_blocks", "row[i] > num_blocks", "test_errors.py test_bounds.py"
     ),
     "negative block ids accepted": Fault(
-        "templates/checks.cc.j2", "row[i] < 0 || row[i]", "row[i]", "test_errors.py test_bounds.py"
+        "templates/shared/indices.h", "row[i] < 0 || row[i]", "row[i]", "test_errors.py test_bounds.py"
     ),
     "the last block of a sequence unchecked": Fault(
-        "templates/checks.cc.j2",
-        "used = (context_len + kBlockSize - 1) / kBlockSize",
-        "used = context_len / kBlockSize",
+        "templates/shared/indices.h",
+        "used = (context_len + block_size - 1) / block_size",
+        "used = context_len / block_size",
         "test_errors.py test_bounds.py",
     ),
     "a length over capacity accepted": Fault(
-        "templates/checks.cc.j2",
-        "std::min(block_table.shape[1] * kBlockSize,",
-        "std::min(block_table.shape[1] * kBlockSize + 1,",
+        "templates/shared/indices.h",
+        "std::min(block_table.shape[1] * block_size,",
+        "std::min(block_table.shape[1] * block_size + 1,",
         "test_errors.py test_bounds.py",
     ),
     "negative lengths accepted": Fault(
-        "templates/checks.cc.j2", "context_len < 0 || context_len", "context_len", "test_errors.py test_bounds.py"
+        "templates/shared/indices.h", "context_len < 0 || context_len", "context_len", "test_errors.py test_bounds.py"
     ),
     "out over an input accepted": Fault(
-        "templates/checks.cc.j2",
+        "templates/shared/decode_checks.h",
         'for (const Named& input : inputs) CheckNoOverlap("out"',
         'if (false) for (const Named& input : inputs) CheckNoOverlap("out"',
         "test_errors.py",
     ),
     "rows and heads of a cache exchanged": Fault(
-        "templates/checks.cc.j2", "kRowAxis = 1, kHeadAxis = 2", "kRowAxis = 2, kHeadAxis = 1", _DECODE
+        "templates/shared/spec.j2", "kRowAxis = {{ 1 if", "kRowAxis = {{ 2 if", _DECODE
     ),
     "slot num_slots accepted": Fault(
-        "templates/append_checks.cc.j2",
+        "templates/shared/indices.h",
         "slot >= num_slots",
         "slot > num_slots",
         "test_append_errors.py",
     ),
     "a slot of both caches accepted": Fault(
-        "templates/append_checks.cc.j2", "*met < first + sharing.unit", "*met < first", "test_append_shared.py"
+        "templates/shared/append_checks.h", "*met < first + sharing.unit", "*met < first", "test_append_shared.py"
     ),
     "rows in one buffer taken for longer than they are": Fault(
-        "templates/overlap.cc.j2",
+        "templates/shared/overlap.h",
         "sums.Meet(apart - row_bytes[0] + 1,",
         "sums.Meet(apart - row_bytes[0],",
         "test_overlap.py",
     ),
     "int64 block ids of another sequence": Fault(
-        "templates/checks.cc.j2", "table_to + seq * width", "table_to + 0 * width", "test_conventions.py"
+        "templates/shared/indices.h", "table_to + seq * width", "table_to + 0 * width", "test_conventions.py"
     ),
     "memory not known to be writable written": Fault(
         "pa_compiler/runtime/dlpack.py", "if managed.flags & _READ_ONLY:", "if False:", "test_writable.py"
     ),
     "partial results merged after the first": Fault(
-        "templates/host.cc.j2",
+        "templates/cpu/host.cc.j2",
         "--missing.data()[seq] > 0) return;",
         "--missing.data()[seq] + 1 < plan.partials_of(seq)) return;",
         "test_decode.py::test_lengths_around_the_splits",
     ),
     "all ranges write one partial result": Fault(
-        "templates/plan.cc.j2", "-1 : num_partials + i, tokens", "-1 : num_partials, tokens", _DECODE
+        "templates/cpu/plan.h", "-1 : num_partials + i, tokens", "-1 : num_partials, tokens", _DECODE
     ),
     "a sequence cut a block too early": Fault(
-        "templates/plan.cc.j2",
-        "splits = (blocks - 1) / kSplitBlocks + 1",
-        "splits = blocks / kSplitBlocks + 1",
+        "templates/cpu/plan.h",
+        "splits = (blocks - 1) / Spec::kSplitBlocks + 1",
+        "splits = blocks / Spec::kSplitBlocks + 1",
         "test_plan.py::test_sequences_are_cut_into_the_fewest_equal_ranges",
     ),
     "the last range of a sequence dropped": Fault(
-        "templates/plan.cc.j2",
+        "templates/cpu/plan.h",
         "num_ranges = (blocks - 1) / step + 1",
         "num_ranges = blocks / step",
         "test_decode.py::test_lengths_around_the_splits",
     ),
-    "work items across chunks": Fault("templates/plan.cc.j2", "seq % kBatchChunk != 0 && ", "", "test_plan.py"),
+    "work items across chunks": Fault("templates/cpu/plan.h", "seq % Spec::kBatchChunk != 0 && ", "", "test_plan.py"),
     "the pipeline missing from the cache key": Fault(
         "pa_compiler/dependencies.py",
         '        "pipeline": pipeline,\n        "versions"',
@@ -219,7 +219,10 @@ FAULTS = {
         "pa_compiler/store.py", "if entry.is_symlink():", "if False:", "test_cache_entries.py"
     ),
     "names unchecked on their way into C++": Fault(
-        "templates/host.cc.j2", "{{ kernel | identifier }}", "{{ kernel }}", "test_generated_code.py"
+        "pa_compiler/host.py", "if not re.fullmatch(", "if not re.match(", "test_generated_code.py"
+    ),
+    "rows of keys stepped over as heads": Fault(
+        "templates/cpu/calls.j2", '"args.key_cache.row_stride"', '"args.key_cache.head_stride"', "test_headers.py"
     ),
     "a cache directory open to the group accepted": Fault(
         "pa_compiler/store.py",

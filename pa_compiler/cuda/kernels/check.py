@@ -12,7 +12,9 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
-from pa_compiler.cuda.tiling import CHECK_THREADS, WARP
+from pa_compiler.cuda.kernels.arrays import Arrays
+from pa_compiler.cuda.tiles import WARP
+from pa_compiler.cuda.tiling import CHECK_THREADS
 from pa_compiler.interface import REPORT_CODES, REPORT_FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -39,10 +41,9 @@ _PUBLISH = "st.release.sys.global.b64"
 def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
     """Blocks [batch] of CHECK_THREADS threads: context_lens and block_table, before cuda_decode.
 
-    block_table: int32 span of [batch, max_blocks] with stride table_seq. context_lens: int32 [batch]. Entries of the
-    table past a sequence's last token may be anything.
+    Entries of the table past a sequence's last token may be anything.
     """
-    block_size = spec.block_size
+    arrays, block_size = Arrays(spec), spec.block_size
 
     @T.prim_func
     def cuda_check(
@@ -54,10 +55,9 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
         max_blocks: T.int32,
         num_blocks: T.int64,
     ):
-        table_span, length_span, status_span = T.int64(), T.int64(), T.int64()
-        block_table = T.match_buffer(block_table_handle, (table_span,), "int32")
-        context_lens = T.match_buffer(context_lens_handle, (length_span,), "int32")
-        status = T.match_buffer(status_handle, (status_span,), "int32")
+        block_table = arrays.block_table(block_table_handle)
+        context_lens = arrays.context_lens(context_lens_handle)
+        status = arrays.status(status_handle)
         T.device_entry()
         cta = T.cta_id([batch])
         warp_id = T.warp_id([CHECK_THREADS // WARP])
@@ -83,17 +83,16 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
 def cuda_check_slots(spec: PagedAttentionSpec) -> PrimFunc:
     """Blocks [ceil(num_tokens / CHECK_THREADS)] of CHECK_THREADS threads: slot_mapping, before cuda_append_kv.
 
-    slot_mapping: int64 [num_tokens]; append_kv skips a token whose slot is -1.
+    append_kv skips a token whose slot is -1.
     """
-    block_size = spec.block_size
+    arrays, block_size = Arrays(spec), spec.block_size
 
     @T.prim_func
     def cuda_check_slots(
         slot_mapping_handle: T.handle, status_handle: T.handle, num_tokens: T.int32, num_blocks: T.int64
     ):
-        slot_span, status_span = T.int64(), T.int64()
-        slot_mapping = T.match_buffer(slot_mapping_handle, (slot_span,), "int64")
-        status = T.match_buffer(status_handle, (status_span,), "int32")
+        slot_mapping = arrays.slot_mapping(slot_mapping_handle)
+        status = arrays.status(status_handle)
         T.device_entry()
         cta = T.cta_id([T.truncdiv(num_tokens + (CHECK_THREADS - 1), CHECK_THREADS)])
         warp_id = T.warp_id([CHECK_THREADS // WARP])

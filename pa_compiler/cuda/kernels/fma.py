@@ -12,30 +12,51 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.cuda.kernels.plan import ALL_LANES
 from pa_compiler.cuda.kernels.ring import chunk_offset
-from pa_compiler.cuda.kernels.strategy import LOG2_E, NEGATIVE_INFINITY, Strategy, exponent
-from pa_compiler.cuda.tiling import CHUNK_WORDS, WARP, CudaTiling
+from pa_compiler.cuda.kernels.state import (
+    EXP2,
+    NEGATIVE_INFINITY,
+    Registers,
+    exchange,
+    exponent,
+    merge_lanes,
+    rescale,
+    shift_of,
+)
+from pa_compiler.cuda.kernels.strategy import Strategy
+from pa_compiler.cuda.tiles import CHUNK_WORDS, WARP, FmaTiling
 from pa_compiler.kernels.headroom import scaled
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
+LOAD = "ld.shared.v4.b32"
 
-def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
+
+def strategy(spec: PagedAttentionSpec, tiling: FmaTiling) -> Strategy:
     """The stages and the registers that they keep."""
-    elements = spec.head_dim // tiling.lanes
     return Strategy(
-        query=(tiling.row_tile * elements, "float32"),
-        row_max=tiling.row_tile,
-        row_sum=tiling.row_tile,
-        acc=tiling.row_tile * elements,
+        query=(tiling.row_tile * spec.head_dim // tiling.lanes, "float32"),
+        registers=registers(spec, tiling),
         load_query=load_query(spec, tiling),
         attend=attend(spec, tiling),
         store_warp=store_warp(spec, tiling),
     )
 
 
-def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def registers(spec: PagedAttentionSpec, tiling: FmaTiling) -> Registers:
+    """row_max[row], row_sum[row] and acc[row, elements of this lane], of the tokens of this lane's team."""
+    rows, elements = tiling.row_tile, spec.result_dim // tiling.lanes
+    return Registers(
+        rows=rows,
+        sums=rows,
+        elements=elements,
+        max_of=lambda row: row,
+        sum_of=lambda row: row,
+        element_of=lambda row, i: row * elements + i,
+    )
+
+
+def load_query(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """q[row, elements of this lane] as float32, times query_scale; rows past `rows` are 0."""
     width, lanes = tiling.chunk_elements(spec), tiling.lanes
     elements = spec.head_dim // lanes
@@ -54,95 +75,112 @@ def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
     return stage
 
 
-def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def attend(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
-    lanes, rows, width = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec)
-    teams, levels = WARP // lanes, lanes.bit_length() - 1
-    tokens, own_chunks = tiling.tile_tokens // teams, tiling.chunks(spec) // lanes
+    scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
+    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
+
+    @inline
+    def stage(ring, keys, score_scale, headroom, valid_len, lane, q, state):
+        words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
+        scores = T.alloc_buffer((scores_of_lane,), "float32", scope="local")
+        qk_stage(ring, keys, q, lane, words, scores)
+        softmax_stage(scores, score_scale, headroom, valid_len, lane, state)
+        pv_stage(ring, keys + values_at, scores, lane, words, state)
+
+    return stage
+
+
+def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
+    """scores[token of this lane's team, row] = this lane's part of key . query, not scaled."""
+    lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.key_rows(spec)
+    teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
     elements = own_chunks * width
 
     @inline
-    def stage(ring, keys, values, score_scale, headroom, valid_len, lane, q, row_max, row_sum, acc):
-        words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
-        scores = T.alloc_buffer((tokens * rows,), "float32", scope="local")
-        for i in T.unroll(tokens * rows):
+    def stage(ring, keys, q, lane, words, scores):
+        for i in T.unroll(tiling.tile_tokens // teams * rows):
             scores[i] = T.float32(0)
-        for t in T.unroll(tokens):
+        for t in T.unroll(tiling.tile_tokens // teams):
             for c in T.unroll(own_chunks):
                 row = T.meta_var(t * teams + T.truncdiv(lane, lanes))
-                place = T.meta_var(chunk_offset(spec, tiling, row, c * lanes + T.truncmod(lane, lanes)))
-                T.ptx["ld.shared.v4.b32"](words[0], words[1], words[2], words[3], ring.ptr_to([keys + place]))
+                place = T.meta_var(chunk_offset(in_ring, row, c * lanes + T.truncmod(lane, lanes)))
+                T.ptx[LOAD](words[0], words[1], words[2], words[3], ring.ptr_to([keys + place]))
                 for i in T.unroll(width):
                     key: T.float32 = _element(spec, words, i)
                     for r in T.unroll(rows):
                         scores[t * rows + r] = scores[t * rows + r] + key * q[r * elements + c * width + i]
+
+    return stage
+
+
+def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
+    """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum."""
+    lanes, rows = tiling.lanes, tiling.row_tile
+    teams, levels = WARP // lanes, lanes.bit_length() - 1
+    tokens, rescale_stage = tiling.tile_tokens // teams, rescale(registers(spec, tiling))
+
+    @inline
+    def stage(scores, score_scale, headroom, valid_len, lane, state):
         for r in T.unroll(rows):
-            highest: T.float32 = row_max[r]
+            highest: T.float32 = state.row_max[r]
             for t in T.unroll(tokens):
                 for level in T.unroll(levels):
-                    scores[t * rows + r] = scores[t * rows + r] + T.cuda.__shfl_xor_sync(
-                        T.uint32(ALL_LANES), scores[t * rows + r], 1 << level, WARP
-                    )
+                    scores[t * rows + r] = scores[t * rows + r] + exchange(scores[t * rows + r], 1 << level)
                 scores[t * rows + r] = T.Select(
                     t * teams + T.truncdiv(lane, lanes) < valid_len,
                     scores[t * rows + r] * score_scale,
                     T.float32(NEGATIVE_INFINITY),
                 )
                 highest = T.max(highest, scores[t * rows + r])
-            shift: T.float32 = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
-            alpha: T.float32 = T.float32(0)
-            T.ptx["ex2.approx.ftz.f32"](alpha, (row_max[r] - shift) * T.float32(LOG2_E))
-            row_max[r] = highest
-            row_sum[r] = row_sum[r] * alpha
-            for i in T.unroll(elements):
-                acc[r * elements + i] = acc[r * elements + i] * alpha
+            shift: T.float32 = shift_of(highest)
+            rescale_stage(state, r, highest, shift)
             for t in T.unroll(tokens):
-                T.ptx["ex2.approx.ftz.f32"](
-                    scores[t * rows + r], exponent(spec, scores[t * rows + r] - shift, headroom)
-                )
-                row_sum[r] = row_sum[r] + scores[t * rows + r]
-        for t in T.unroll(tokens):
-            for c in T.unroll(own_chunks):
-                row = T.meta_var(t * teams + T.truncdiv(lane, lanes))
-                place = T.meta_var(chunk_offset(spec, tiling, row, c * lanes + T.truncmod(lane, lanes)))
-                T.ptx["ld.shared.v4.b32"](words[0], words[1], words[2], words[3], ring.ptr_to([values + place]))
-                for i in T.unroll(width):
-                    value: T.float32 = _element(spec, words, i)
-                    for r in T.unroll(rows):
-                        a = T.meta_var(r * elements + c * width + i)
-                        acc[a] = acc[a] + scores[t * rows + r] * value
+                T.ptx[EXP2](scores[t * rows + r], exponent(spec, scores[t * rows + r] - shift, headroom))
+                state.row_sum[r] = state.row_sum[r] + scores[t * rows + r]
 
     return stage
 
 
-def store_warp(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """The teams of a warp as one, to the warp's place in shared memory."""
-    width, lanes = tiling.chunk_elements(spec), tiling.lanes
-    elements, pitch = spec.head_dim // lanes, tiling.acc_pitch(spec)
-    levels = (WARP // lanes).bit_length() - 1
+def pv_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
+    """acc[row, elements of this lane] += weight * value of this team's tokens."""
+    lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.value_rows(spec)
+    teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
+    elements = own_chunks * width
 
     @inline
-    def stage(row_max, row_sum, acc, warp, lane, warp_max, warp_sum, warp_acc):
-        for r in T.unroll(tiling.row_tile):
-            highest: T.float32 = row_max[r]
-            for level in T.unroll(levels):
-                highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, lanes << level, WARP))
-            shift: T.float32 = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
-            weight: T.float32 = T.float32(0)
-            T.ptx["ex2.approx.ftz.f32"](weight, (row_max[r] - shift) * T.float32(LOG2_E))
-            total: T.float32 = row_sum[r] * weight
-            for level in T.unroll(levels):
-                total = total + T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), total, lanes << level, WARP)
+    def stage(ring, values, scores, lane, words, state):
+        for t in T.unroll(tiling.tile_tokens // teams):
+            for c in T.unroll(own_chunks):
+                row = T.meta_var(t * teams + T.truncdiv(lane, lanes))
+                place = T.meta_var(chunk_offset(in_ring, row, c * lanes + T.truncmod(lane, lanes)))
+                T.ptx[LOAD](words[0], words[1], words[2], words[3], ring.ptr_to([values + place]))
+                for i in T.unroll(width):
+                    value: T.float32 = _element(spec, words, i)
+                    for r in T.unroll(rows):
+                        a = T.meta_var(r * elements + c * width + i)
+                        state.acc[a] = state.acc[a] + scores[t * rows + r] * value
+
+    return stage
+
+
+def store_warp(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
+    """The states of a warp's teams as one, to the warp's place in results."""
+    width, lanes, rows = tiling.chunk_elements(spec), tiling.lanes, tiling.row_tile
+    elements, pitch = spec.result_dim // lanes, tiling.acc_pitch(spec)
+    merge_stage = merge_lanes(registers(spec, tiling), first=lanes)
+
+    @inline
+    def stage(state, warp, lane, results):
+        for r in T.unroll(rows):
+            merge_stage(state, r)
             for i in T.unroll(elements):
-                value: T.float32 = acc[r * elements + i] * weight
-                for level in T.unroll(levels):
-                    value = value + T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), value, lanes << level, WARP)
                 if lane < lanes:
                     d = T.meta_var((i // width * lanes + lane) * width + i % width)
-                    warp_acc[(warp * tiling.row_tile + r) * pitch + d] = value
+                    results.acc[(warp * rows + r) * pitch + d] = state.acc[r * elements + i]
             if lane == 0:
-                warp_max[warp * tiling.row_tile + r] = highest
-                warp_sum[warp * tiling.row_tile + r] = total
+                results.row_max[warp * rows + r] = state.row_max[r]
+                results.row_sum[warp * rows + r] = state.row_sum[r]
 
     return stage
 

@@ -11,7 +11,8 @@ from pa_compiler.cuda.kernels.append import cuda_append_kv
 from pa_compiler.cuda.kernels.check import cuda_check, cuda_check_slots
 from pa_compiler.cuda.kernels.decode import cuda_decode
 from pa_compiler.cuda.kernels.merge import cuda_merge
-from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS, CHECK_THREADS, WARP, CudaTiling
+from pa_compiler.cuda.tiles import WARP, CudaTiling
+from pa_compiler.cuda.tiling import APPEND_THREADS, APPEND_TOKENS, CHECK_THREADS
 from pa_compiler.schedules.cuda.threads import STAGED_THREADS
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling

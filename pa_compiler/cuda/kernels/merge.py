@@ -3,24 +3,24 @@
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
+from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.kernels.check import report_indices
 from pa_compiler.cuda.kernels.plan import find_partials
-from pa_compiler.cuda.kernels.strategy import LOG2_E, NEGATIVE_INFINITY
-from pa_compiler.cuda.tiling import WARP, CudaTiling
-from pa_compiler.kernels.headroom import headroom, lifted
+from pa_compiler.cuda.kernels.state import NEGATIVE_INFINITY, merge, normalize
+from pa_compiler.cuda.tiles import WARP, CudaTiling
+from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import PagedAttentionSpec
 
 
 def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     """Blocks [batch * num_heads] of tiling.merge_threads threads: out and lse of one sequence and query head.
 
-    Reads what cuda_decode left for the same context_lens and items: partial_max and partial_sum
-    [items, num_heads] and partial_acc [items, num_heads, head_dim]. A sequence of one range has been written already.
-    With a status other than 0 nothing is read or written but the report of what cuda_check found (cuda_check).
+    Reads the partial results that cuda_decode left for the same context_lens and items. A sequence of one range has
+    been written already. With a status other than 0 nothing is read or written but the report of what cuda_check found.
     """
-    heads, head_dim, threads = spec.num_heads, spec.head_dim, tiling.merge_threads(spec)
-    find_partials_stage = find_partials(tiling)
-    report_stage = report_indices(spec)
+    arrays, heads, value_dim, threads = Arrays(spec), spec.num_heads, spec.result_dim, tiling.merge_threads(spec)
+    find_partials_stage, report_stage = find_partials(tiling), report_indices(spec)
+    merge_stage, normalize_stage = merge(T.serial, value_dim), normalize(spec)
 
     @T.prim_func
     def cuda_merge(
@@ -42,18 +42,13 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         batch: T.int32,
         items: T.int32,
     ):
-        table_span, length_span, status_span, report_span = T.int64(), T.int64(), T.int64(), T.int64()
-        out_span, lse_span = T.int64(), T.int64()
-        max_span, sum_span, acc_span = T.int64(), T.int64(), T.int64()
-        block_table = T.match_buffer(block_table_handle, (table_span,), "int32")
-        context_lens = T.match_buffer(context_lens_handle, (length_span,), "int32")
-        status = T.match_buffer(status_handle, (status_span,), "int32")
-        report = T.match_buffer(report_handle, (report_span,), "int64")
-        partial_max = T.match_buffer(partial_max_handle, (max_span,), "float32")
-        partial_sum = T.match_buffer(partial_sum_handle, (sum_span,), "float32")
-        partial_acc = T.match_buffer(partial_acc_handle, (acc_span,), "float32")
-        out = T.match_buffer(out_handle, (out_span,), spec.result_dtype)
-        lse = T.match_buffer(lse_handle, (lse_span,), "float32")
+        block_table = arrays.block_table(block_table_handle)
+        context_lens = arrays.context_lens(context_lens_handle)
+        status = arrays.status(status_handle)
+        report = arrays.report(report_handle)
+        partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
+        out = arrays.out(out_handle)
+        lse = arrays.lse(lse_handle)
         T.device_entry()
         cta = T.cta_id([batch * heads])
         warp_id = T.warp_id([threads // WARP])
@@ -66,32 +61,16 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         if (status[0] != 0) & (cta == 0) & (thread == 0):
             report_stage(status, context_lens, block_table, table_seq, max_blocks, num_blocks, report)
         find_partials_stage(context_lens, batch, items - batch, seq, lane, found)
-        if (found[1] > 1) & (status[0] == 0):
+        if (found[1] > 1) & (status[0] == 0) & (thread < value_dim):
             first: T.int64 = T.Cast("int64", found[0]) * T.int64(heads) + T.Cast("int64", head)
             highest: T.float32 = T.float32(NEGATIVE_INFINITY)
-            for i in range(found[1]):
-                highest = T.max(highest, partial_max[first + T.Cast("int64", i * heads)])
-            shift: T.float32 = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
-            for step in T.unroll(-(-head_dim // threads)):
-                d: T.int32 = step * threads + thread
-                if d < head_dim:
-                    total: T.float32 = T.float32(0)
-                    value: T.float32 = T.float32(0)
-                    for i in range(found[1]):
-                        slot: T.int64 = first + T.Cast("int64", i * heads)
-                        weight: T.float32 = T.float32(0)
-                        T.ptx["ex2.approx.ftz.f32"](weight, (partial_max[slot] - shift) * T.float32(LOG2_E))
-                        total = total + weight * partial_sum[slot]
-                        value = value + weight * partial_acc[slot * T.int64(head_dim) + T.Cast("int64", d)]
-                    where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
-                    out[where + T.Cast("int64", d)] = T.Cast(
-                        spec.result_dtype, T.Select(total == T.float32(0), value, value / total)
-                    )
-                    if d == 0:
-                        lse[T.Cast("int64", seq) * lse_batch + T.Cast("int64", head)] = T.Select(
-                            total == T.float32(0),
-                            T.float32(NEGATIVE_INFINITY),
-                            shift + T.log(lifted(spec, total, headroom(spec, context_lens[seq]))),
-                        )
+            total: T.float32 = T.float32(0)
+            value: T.float32 = T.float32(0)
+            merge_stage(partials, first, heads, found[1], thread, highest, total, value)
+            where: T.int64 = T.Cast("int64", seq) * out_batch + T.Cast("int64", head) * out_head
+            normalize_stage(
+                highest, total, value, thread, headroom(spec, context_lens[seq]), out,
+                where + T.Cast("int64", thread), lse, T.Cast("int64", seq) * lse_batch + T.Cast("int64", head),
+            )  # fmt: skip
 
     return cuda_merge

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.cuda.tiling import WARP, CudaTiling
+from pa_compiler.cuda.tiles import WARP, CudaTiling
 from pa_compiler.tvmscript import inline
 
 ALL_LANES = 0xFFFFFFFF

@@ -1,10 +1,12 @@
 """Keys and values on their way from the paged caches into a warp's ring in shared memory, by asynchronous copies.
 
-The ring is [stages, 2, tile_tokens, pitch] chunks of 16 bytes, keys before values. For ldmatrix, which reads one chunk
-of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row, or, where a row is not whole multiples of 8 chunks, at c of
-a row of an odd number of them: 8 rows then never meet in a bank. Where lanes read rows side by side, rows lie as they
-are. Tokens past the end of a range are not read: their rows are filled with zeros, so that a probability of 0 meets no
-NaN.
+The ring is [stages] times a tile of keys and, behind it, one of values: [tile_tokens, pitch] chunks of 16 bytes, each
+with a pitch of its own. For ldmatrix, which reads one chunk of 8 rows, chunk c of row r lies at c ^ (r % 8) of its row,
+or, where a row is not whole multiples of 8 chunks, at c of a row of an odd number of them: 8 rows then never meet in a
+bank. Where lanes read rows side by side, rows lie as they are, or a few chunks further apart. Tokens past the end of a
+range are not read: their rows are filled with zeros, so that a probability of 0 meets no NaN.
+
+With shared_kv a value is the beginning of its key: only keys are copied, and values are read where those lie.
 """
 
 from __future__ import annotations
@@ -15,16 +17,18 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.plan import ALL_LANES
-from pa_compiler.cuda.tiling import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, copy_lanes
+from pa_compiler.cuda.tiles import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, RingRows, copy_lanes
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
+COPY = "cp.async.cg.shared.global.L2::128B"
 
-def chunk_offset(spec: PagedAttentionSpec, tiling: CudaTiling, row: Expr, chunk: Expr) -> Expr:
-    """32-bit words from the start of a tile to a chunk of a row."""
-    if tiling.swizzled(spec):
+
+def chunk_offset(rows: RingRows, row: Expr, chunk: Expr) -> Expr:
+    """32-bit words from the start of a tile of such rows to a chunk of a row."""
+    if rows.swizzled:
         chunk = T.bitwise_xor(chunk, T.truncmod(row, BANK_CHUNKS))
-    return (row * tiling.pitch(spec) + chunk) * CHUNK_WORDS
+    return (row * rows.pitch + chunk) * CHUNK_WORDS
 
 
 def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
@@ -40,39 +44,47 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
 
 
 def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `keys` on.
+    """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `tile` on.
 
-    block[0] is what look_up left for the same start. Offsets in the caches are int64, in elements.
+    block[0] is what look_up left for the same start. key_cache and value_cache are of arrays.Cache.
     """
-    chunks, elements = tiling.chunks(spec), tiling.chunk_elements(spec)
-    side = copy_lanes(chunks)
+    side, values_at = copy_lanes(spec), tiling.values_at(spec)
     rows = WARP // side  # that the lanes of a warp copy at once
-    block_size, values = spec.block_size, tiling.tile_words(spec)
-    copy = "cp.async.cg.shared.global.L2::128B"
+    copy_key = copy_row(spec, tiling, tiling.key_rows(spec))
+    copy_value = copy_row(spec, tiling, tiling.value_rows(spec))
 
     @inline
-    def stage(key_cache, value_cache, ring, keys, k_block, k_row, k_head, v_block, v_row, v_head, block, start,
-              range_end, lane):  # fmt: skip
+    def stage(key_cache, value_cache, ring, tile, block, start, range_end, lane):
         for i in T.unroll(tiling.tile_tokens // rows):
             row: T.int32 = i * rows + T.truncdiv(lane, side)
             token: T.int32 = start + row
             number: T.int32 = T.cuda.__shfl_sync(T.uint32(ALL_LANES), block[0], row, WARP)
-            slot: T.int32 = T.truncmod(token, block_size)
-            key: T.int64 = T.Cast("int64", number) * k_block + T.Cast("int64", slot) * k_row + k_head
-            value: T.int64 = T.Cast("int64", number) * v_block + T.Cast("int64", slot) * v_row + v_head
+            slot: T.int32 = T.truncmod(token, spec.block_size)
             size: T.uint32 = T.Select(token < range_end, T.uint32(CHUNK_BYTES), T.uint32(0))
-            first: T.int32 = T.truncmod(lane, side)
-            for c in T.unroll(chunks // side):
-                chunk = T.meta_var(c * side + first)
-                place = T.meta_var(keys + chunk_offset(spec, tiling, row, chunk))
-                T.ptx[copy](
-                    ring.ptr_to([place]), key_cache.ptr_to([key + T.Cast("int64", chunk * elements)]), CHUNK_BYTES, size
-                )
-                T.ptx[copy](
-                    ring.ptr_to([place + values]),
-                    value_cache.ptr_to([value + T.Cast("int64", chunk * elements)]),
-                    CHUNK_BYTES,
-                    size,
-                )
+            copy_key(key_cache, number, slot, ring, tile, row, T.truncmod(lane, side), size)
+            if not spec.shared_kv:
+                copy_value(value_cache, number, slot, ring, tile + values_at, row, T.truncmod(lane, side), size)
+
+    return stage
+
+
+def copy_row(spec: PagedAttentionSpec, tiling: CudaTiling, rows: RingRows) -> Callable[..., None]:
+    """Start to copy `size` bytes, 16 or 0, of a lane's chunks of a slot to a row of the tile at word `tile`.
+
+    Chunk `first` and every copy_lanes-th after it are the lane's.
+    """
+    side, elements = copy_lanes(spec), tiling.chunk_elements(spec)
+
+    @inline
+    def stage(cache, number, slot, ring, tile, row, first, size):
+        source: T.int64 = T.Cast("int64", number) * cache.block + T.Cast("int64", slot) * cache.row + cache.head
+        for c in T.unroll(rows.chunks // side):
+            chunk = T.meta_var(c * side + first)
+            T.ptx[COPY](
+                ring.ptr_to([tile + chunk_offset(rows, row, chunk)]),
+                cache.memory.ptr_to([source + T.Cast("int64", chunk * elements)]),
+                CHUNK_BYTES,
+                size,
+            )
 
     return stage

@@ -5,20 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import NamedTuple
 
-from tvm.ir import Expr
-from tvm.script import tirx as T
-
-from pa_compiler.spec import PagedAttentionSpec
-
-NEGATIVE_INFINITY = float("-inf")
-
-LOG2_E = 1.4426950216293335
-"""log2(e) in float32: exp(x) is 2 ** (x * LOG2_E), and the GPU has an instruction for powers of 2."""
-
-
-def exponent(spec: PagedAttentionSpec, below: Expr, headroom: Expr) -> Expr:
-    """log2 of the weight of a score that is `below`, 0 or less, from the row's maximum: with headroom (headroom.py)."""
-    return below * T.float32(LOG2_E) - headroom if spec.wide_range else below * T.float32(LOG2_E)
+from pa_compiler.cuda.kernels.state import Registers
 
 
 class Strategy(NamedTuple):
@@ -26,20 +13,15 @@ class Strategy(NamedTuple):
 
     Attributes:
         query: Count and type of the registers for the query.
-        row_max: float32 registers for the maxima of rows.
-        row_sum: float32 registers for the sums of rows.
-        acc: float32 registers for the sums of values.
+        registers: Of the states of rows.
         load_query: (query, offset, head_stride, rows, query_scale, lane, query registers).
-        attend: (ring, keys, values, score_scale, headroom, valid_len, lane, query registers, row_max, row_sum, acc).
-            headroom is float32.
-        store_warp: (row_max, row_sum, acc, warp, lane, warp_max, warp_sum, warp_acc): to shared memory, at the warp's
-            place in [warps, row_tile] and [warps, row_tile, acc_pitch].
+        attend: (ring, keys, score_scale, headroom, valid_len, lane, query registers, state). keys: the word of the
+            ring where a tile begins. headroom is float32.
+        store_warp: (state, warp, lane, results): to shared memory, at the warp's place in results (join.py).
     """
 
     query: tuple[int, str]
-    row_max: int
-    row_sum: int
-    acc: int
+    registers: Registers
     load_query: Callable[..., None]
     attend: Callable[..., None]
     store_warp: Callable[..., None]

@@ -1,10 +1,10 @@
 """The stages on tensor cores, with the operands of attention swapped: tokens are rows of the scores, heads columns.
 
 mma.m16n8k16 then takes a group of up to 8 heads without padding it to 16 rows: scores^T [16 tokens, 8 heads] =
-keys [16, head_dim] x query^T, and acc^T [head_dim, 8 heads] = values^T x probs^T. Groups of 9 to 16 heads are two tiles
-of heads. With g = lane / 4 and c = lane % 4, a lane holds the scores of tokens g and g + 8 for the heads 2c and 2c + 1,
-and of acc^T the elements g and g + 8 of every 16 for the same heads, so that a head's maximum and its factors are where
-its scores and its sums are. (PTX ISA, matrix fragments for mma.m16n8k16.)
+keys [16, head_dim] x query^T, and acc^T [value_dim, 8 heads] = values^T x probs^T. Groups of 9 to 16 heads are two
+tiles of heads. With g = lane / 4 and c = lane % 4, a lane holds the scores of tokens g and g + 8 for the heads 2c and
+2c + 1, and of acc^T the elements g and g + 8 of every 16 for the same heads, so that a head's maximum and its factors
+are where its scores and its sums are. (PTX ISA, matrix fragments for mma.m16n8k16.)
 
 The sum of a row is a product with a row of ones: the denominator adds up the rounded probabilities that the numerator
 is made of.
@@ -14,12 +14,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.cuda.kernels.plan import ALL_LANES
 from pa_compiler.cuda.kernels.ring import chunk_offset
-from pa_compiler.cuda.kernels.strategy import LOG2_E, NEGATIVE_INFINITY, Strategy, exponent
-from pa_compiler.cuda.tiling import MMA_HEADS, MMA_TOKENS, WARP, CudaTiling
+from pa_compiler.cuda.kernels.state import (
+    EXP2,
+    NEGATIVE_INFINITY,
+    Registers,
+    Row,
+    exponent,
+    over_lanes,
+    rescale,
+    shift_of,
+)
+from pa_compiler.cuda.kernels.strategy import Strategy
+from pa_compiler.cuda.tiles import MMA_HEADS, MMA_TOKENS, TensorCoreTiling
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -27,21 +37,38 @@ _PTX = {"bfloat16": "bf16", "float16": "f16"}
 _ONES = {"bfloat16": 0x3F803F80, "float16": 0x3C003C00}
 
 
-def strategy(spec: PagedAttentionSpec, tiling: CudaTiling) -> Strategy:
+def strategy(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Strategy:
     """The stages and the registers that they keep."""
-    tiles, depth = tiling.mma_tiles, spec.head_dim // 16
     return Strategy(
-        query=(tiles * depth * 2, "uint32"),
-        row_max=tiles * 2,
-        row_sum=tiles * 4,
-        acc=tiles * depth * 4,
+        query=(tiling.mma_tiles * spec.head_dim // 16 * 2, "uint32"),
+        registers=registers(spec, tiling),
         load_query=load_query(spec, tiling),
         attend=attend(spec, tiling),
         store_warp=store_warp(spec, tiling),
     )
 
 
-def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
+    """row_max[tile, h] of the heads 2c + h, and the products row_sum[tile, 4] and acc[tile, k, 4] as mma leaves them.
+
+    A row is (tile, h). Of row_sum's four, two are 0: of rows of the product that the ones do not fill.
+    """
+    tiles, depth = tiling.mma_tiles, spec.result_dim // 16
+
+    def element_of(row: Row, i: Expr) -> Expr:
+        return (row[0] * depth + i // 2) * 4 + i % 2 * 2 + row[1]
+
+    return Registers(
+        rows=tiles * 2,
+        sums=tiles * 4,
+        elements=depth * 2,
+        max_of=lambda row: row[0] * 2 + row[1],
+        sum_of=lambda row: row[0] * 4 + row[1],
+        element_of=element_of,
+    )
+
+
+def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """q_frag[tile, k, 2] = the query heads of a row tile as the second operands of QK; heads past `rows` are 0.
 
     Times query_scale, as in headroom.scaled.
@@ -74,25 +101,25 @@ def load_query(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
     return stage
 
 
-def attend(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
-    operands = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles
+    operands, values_at = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles, tiling.values_at(spec)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
 
     @inline
-    def stage(ring, keys, values, score_scale, headroom, valid_len, lane, q_frag, row_max, row_sum, acc):
+    def stage(ring, keys, score_scale, headroom, valid_len, lane, q_frag, state):
         scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
-        softmax_stage(scores, score_scale, headroom, valid_len, lane, row_max, row_sum, acc, p_frag)
-        pv_stage(ring, values, p_frag, lane, row_sum, acc)
+        softmax_stage(scores, score_scale, headroom, valid_len, lane, state, p_frag)
+        pv_stage(ring, keys + values_at, p_frag, lane, state)
 
     return stage
 
 
-def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """scores[m, tile, 4] = key . query of a tile of the ring, not scaled."""
-    depth, tiles = spec.head_dim // 16, tiling.mma_tiles
+    depth, tiles, rows = spec.head_dim // 16, tiling.mma_tiles, tiling.key_rows(spec)
     load = "ldmatrix.sync.aligned.m8n8.x4.shared.b16"
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{_PTX[spec.dtype]}.{_PTX[spec.dtype]}.f32"
 
@@ -106,7 +133,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
                 row = T.meta_var(m * MMA_TOKENS + T.truncmod(lane, 16))
                 T.ptx[load](
                     k_frag[0], k_frag[1], k_frag[2], k_frag[3],
-                    ring.ptr_to([keys + chunk_offset(spec, tiling, row, 2 * k + T.truncdiv(lane, 16))]),
+                    ring.ptr_to([keys + chunk_offset(rows, row, 2 * k + T.truncdiv(lane, 16))]),
                 )  # fmt: skip
                 for n in T.unroll(tiles):
                     s = T.meta_var((m * tiles + n) * 4)
@@ -120,19 +147,17 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     return stage
 
 
-def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; row_max, row_sum and acc are rescaled.
+def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
+    """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; the state is rescaled for them.
 
-    Tokens from valid_len of the tile on weigh nothing. A row that has had no score but -inf is left with a maximum
-    of -inf, a sum of 0 and an acc of 0.
+    Tokens from valid_len of the tile on weigh nothing.
     """
     tiles, blocks = tiling.mma_tiles, tiling.tile_tokens // MMA_TOKENS
-    depth = spec.head_dim // 16
+    max_of_tokens, rescale_stage = over_lanes(T.max, first=4), rescale(registers(spec, tiling))
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
-    def stage(scores, score_scale, headroom, valid_len, lane, row_max, row_sum, acc, p_frag):
-        alpha = T.alloc_buffer((2,), "float32", scope="local")
+    def stage(scores, score_scale, headroom, valid_len, lane, state, p_frag):
         shift = T.alloc_buffer((2,), "float32", scope="local")
         pair = T.alloc_buffer((2,), "uint32", scope="local")
         for m in T.unroll(blocks):
@@ -143,23 +168,17 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
                     scores[s] = T.Select(token < valid_len, scores[s] * score_scale, T.float32(NEGATIVE_INFINITY))
         for n in T.unroll(tiles):
             for h in T.unroll(2):
-                highest: T.float32 = row_max[n * 2 + h]
+                highest: T.float32 = state.row_max[n * 2 + h]
                 for m in T.unroll(blocks):
                     for i in T.unroll(2):
                         highest = T.max(highest, scores[(m * tiles + n) * 4 + 2 * i + h])
-                for level in T.unroll(3):
-                    highest = T.max(highest, T.cuda.__shfl_xor_sync(T.uint32(ALL_LANES), highest, 4 << level, WARP))
-                shift[h] = T.Select(highest == T.float32(NEGATIVE_INFINITY), T.float32(0), highest)
-                T.ptx["ex2.approx.ftz.f32"](alpha[h], (row_max[n * 2 + h] - shift[h]) * T.float32(LOG2_E))
-                row_max[n * 2 + h] = highest
-                row_sum[n * 4 + h] = row_sum[n * 4 + h] * alpha[h]
-            for k in T.unroll(depth):
-                for i in T.unroll(4):
-                    acc[(n * depth + k) * 4 + i] = acc[(n * depth + k) * 4 + i] * alpha[i % 2]
+                max_of_tokens(highest)
+                shift[h] = shift_of(highest)
+                rescale_stage(state, (n, h), highest, shift[h])
             for m in T.unroll(blocks):
                 for i in T.unroll(4):
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    T.ptx["ex2.approx.ftz.f32"](scores[s], exponent(spec, scores[s] - shift[i % 2], headroom))
+                    T.ptx[EXP2](scores[s], exponent(spec, scores[s] - shift[i % 2], headroom))
                 for i in T.unroll(2):  # [token, head] -> [head, token], as the second operand has it
                     s = T.meta_var((m * tiles + n) * 4 + 2 * i)
                     T.ptx[pack](pair[i], scores[s + 1], scores[s])
@@ -168,15 +187,17 @@ def softmax(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
     return stage
 
 
-def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
+def pv_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """acc[tile, k, 4] += values^T x probs^T of a tile of the ring, and row_sum[tile, 4] += the sums of probs."""
-    depth, tiles = spec.head_dim // 16, tiling.mma_tiles
+    depth, tiles, rows = spec.result_dim // 16, tiling.mma_tiles, tiling.value_rows(spec)
     load = "ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16"
     mma = f"mma.sync.aligned.m16n8k16.row.col.f32.{_PTX[spec.dtype]}.{_PTX[spec.dtype]}.f32"
     one, zero = T.uint32(_ONES[spec.dtype]), T.uint32(0)
 
     @inline
-    def stage(ring, values, p_frag, lane, row_sum, acc):
+    def stage(ring, values, p_frag, lane, state):
+        row_sum = T.meta_var(state.row_sum)
+        acc = T.meta_var(state.acc)
         v_frag = T.alloc_buffer((4,), "uint32", scope="local")
         for m in T.unroll(tiling.tile_tokens // MMA_TOKENS):
             for n in T.unroll(tiles):
@@ -191,7 +212,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
                 chunk = T.meta_var(2 * k + T.truncmod(T.truncdiv(lane, 8), 2))
                 T.ptx[load](
                     v_frag[0], v_frag[1], v_frag[2], v_frag[3],
-                    ring.ptr_to([values + chunk_offset(spec, tiling, row, chunk)]),
+                    ring.ptr_to([values + chunk_offset(rows, row, chunk)]),
                 )  # fmt: skip
                 for n in T.unroll(tiles):
                     a = T.meta_var((n * depth + k) * 4)
@@ -205,22 +226,23 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
     return stage
 
 
-def store_warp(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
-    """A warp's row_max, row_sum and acc to shared memory, at its place of [warps, row_tile] and [.., acc_pitch]."""
-    depth, pitch = spec.head_dim // 16, tiling.acc_pitch(spec)
+def store_warp(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
+    """A warp's state to shared memory, at its place in results."""
+    depth, pitch = spec.result_dim // 16, tiling.acc_pitch(spec)
 
     @inline
-    def stage(row_max, row_sum, acc, warp, lane, warp_max, warp_sum, warp_acc):
+    def stage(state, warp, lane, results):
         for n in T.unroll(tiling.mma_tiles):
             for h in T.unroll(2):
                 row: T.let = n * MMA_HEADS + T.truncmod(lane, 4) * 2 + h
                 if row < tiling.row_tile:
                     if lane < 4:
-                        warp_max[warp * tiling.row_tile + row] = row_max[n * 2 + h]
-                        warp_sum[warp * tiling.row_tile + row] = row_sum[n * 4 + h]
+                        results.row_max[warp * tiling.row_tile + row] = state.row_max[n * 2 + h]
+                        results.row_sum[warp * tiling.row_tile + row] = state.row_sum[n * 4 + h]
                     for k in T.unroll(depth):
                         for i in T.unroll(2):
                             d = T.meta_var(k * 16 + i * 8 + T.truncdiv(lane, 4))
-                            warp_acc[(warp * tiling.row_tile + row) * pitch + d] = acc[(n * depth + k) * 4 + 2 * i + h]
+                            element = T.meta_var(state.acc[(n * depth + k) * 4 + 2 * i + h])
+                            results.acc[(warp * tiling.row_tile + row) * pitch + d] = element
 
     return stage

@@ -1,0 +1,103 @@
+"""The arrays of a call as the CUDA kernels see them: each with its name, its type and its shape, in one place.
+
+To a kernel an array is a span of memory from its first element on: strides are parameters too, in elements, and the
+last axis is contiguous. The shapes here are those of the user's arrays.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Buffer, Var
+
+from pa_compiler.cuda.kernels.state import State
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+
+
+class Cache(NamedTuple):
+    """A cache as the threads of one kv head see it.
+
+    Attributes:
+        memory: Arrays.key_cache or Arrays.value_cache.
+        block: Elements from a block to the next, int64.
+        row: Elements from a slot of a block to the next, int64.
+        head: Elements from a slot to the kv head's part of it, int64.
+    """
+
+    memory: Buffer
+    block: Expr
+    row: Expr
+    head: Expr
+
+
+class Arrays:
+    """Matches the handles that a kernel takes for its arrays."""
+
+    def __init__(self, spec: PagedAttentionSpec) -> None:
+        self._spec = spec
+
+    def query(self, handle: Var) -> Buffer:
+        """[batch, num_heads, head_dim], dtype; strides q_batch, q_head. Rows are aligned to 4 bytes."""
+        return _span("query", handle, self._spec.dtype)
+
+    def key_cache(self, handle: Var) -> Buffer:
+        """[num_blocks, block_size, num_kv_heads, head_dim], dtype, or in HND heads before slots.
+
+        Strides k_block, k_row of a slot, k_head. Rows are aligned to 16 bytes.
+        """
+        return _span("key_cache", handle, self._spec.dtype)
+
+    def value_cache(self, handle: Var) -> Buffer:
+        """[num_blocks, block_size, num_kv_heads, value_dim], otherwise as key_cache; strides v_block, v_row, v_head.
+
+        With shared_kv no kernel reads it, and what no kernel reads is no parameter of what is emitted.
+        """
+        return _span("value_cache", handle, self._spec.dtype)
+
+    def block_table(self, handle: Var) -> Buffer:
+        """[batch, max_blocks], int32; stride table_seq."""
+        return _span("block_table", handle, "int32")
+
+    def context_lens(self, handle: Var) -> Buffer:
+        """[batch], int32: tokens of each sequence."""
+        return _span("context_lens", handle, "int32")
+
+    def partials(self, max_handle: Var, sum_handle: Var, acc_handle: Var) -> State:
+        """Of work items: row_max and row_sum [items, num_heads], acc [items, num_heads, value_dim]; contiguous."""
+        handles = {"partial_max": max_handle, "partial_sum": sum_handle, "partial_acc": acc_handle}
+        return State(*(_span(name, handle, "float32") for name, handle in handles.items()))
+
+    def out(self, handle: Var) -> Buffer:
+        """[batch, num_heads, value_dim], result_dtype; strides out_batch, out_head."""
+        return _span("out", handle, self._spec.result_dtype)
+
+    def lse(self, handle: Var) -> Buffer:
+        """[batch, num_heads], float32; stride lse_batch."""
+        return _span("lse", handle, "float32")
+
+    def bits(self, name: str, handle: Var) -> Buffer:
+        """key, value, key_cache or value_cache of append_kv: elements as unsigned integers of their width.
+
+        key [num_tokens, num_kv_heads, head_dim], strides key_token, key_head; value [num_tokens, num_kv_heads,
+        value_dim], strides value_token, value_head; the caches as above. All rows are aligned to 16 bytes.
+        """
+        return _span(name, handle, f"uint{8 * ITEMSIZES[self._spec.dtype]}")
+
+    def slot_mapping(self, handle: Var) -> Buffer:
+        """[num_tokens], int64: block * block_size + slot, or a negative number for a token that is skipped."""
+        return _span("slot_mapping", handle, "int64")
+
+    def status(self, handle: Var) -> Buffer:
+        """[1], int32: 0, or what a kernel has found wrong with the indices of the call (check.py)."""
+        return _span("status", handle, "int32")
+
+    def report(self, handle: Var) -> Buffer:
+        """[fields of a report], int64, in memory that the host sees (check.py)."""
+        return _span("report", handle, "int64")
+
+
+def _span(name: str, handle: Var, dtype: str) -> Buffer:
+    return IRBuilder.name(name, T.match_buffer(handle, (Var(f"{name}_span", "int64"),), dtype))

@@ -1,0 +1,36 @@
+// Indices of either type, for kernels that read one.
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/scratch.h"
+#include "shared/arrays.h"
+
+namespace pa {
+
+// Indices in the type that kernels read. Where they are given in another, they are converted as they are checked, into
+// memory that is borrowed for the call.
+template <typename Index>
+class Converted {
+ public:
+  explicit Converted(const Array& given)
+      : array(given), converted_(call_workspace, IsNative(given) ? 0 : Count(given)) {
+    if (IsNative(given)) return;
+    const int last = given.tensor.ndim - 1;
+    array.tensor.data = converted_.data();
+    array.tensor.dtype.bits = 8 * sizeof(Index);
+    if (last == 1) array.strides[0] = given.shape[1];
+  }
+  // Where they are to be converted to; nullptr where they are not.
+  Index* to() const { return array.tensor.data == converted_.data() ? converted_.data() : nullptr; }
+
+  Array array;
+
+ private:
+  static bool IsNative(const Array& given) { return given.tensor.dtype.bits == 8 * sizeof(Index); }
+  static int64_t Count(const Array& given) { return given.shape[0] * (given.tensor.ndim == 1 ? 1 : given.shape[1]); }
+
+  Borrowed<Index> converted_;
+};
+
+}  // namespace pa

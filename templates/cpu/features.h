@@ -1,0 +1,67 @@
+// What the CPU that a call runs on has to have.
+#pragma once
+
+#include <cstddef>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+
+#include "shared/errors.h"
+
+namespace pa {
+
+// The line of /proc/cpuinfo that names the instruction sets of this CPU, with spaces around each. What the system does
+// not save, or a virtual machine hides, it does not name.
+class CpuFlags {
+ public:
+  CpuFlags() {
+    FILE* const file = std::fopen("/proc/cpuinfo", "re");
+    size_t room = 0;
+    ssize_t length = 0;
+    while (file != nullptr && (length = getline(&line_, &room, file)) > 0 && std::strncmp(line_, "flags\t", 6) != 0) {
+    }
+    if (file != nullptr) std::fclose(file);
+    is_known_ = length > 0;
+    if (is_known_) line_[length - 1] = ' ';
+  }
+  CpuFlags(const CpuFlags&) = delete;
+  CpuFlags& operator=(const CpuFlags&) = delete;
+  ~CpuFlags() { std::free(line_); }
+
+  bool is_known() const { return is_known_; }
+  bool Has(const char* flag) const { return std::strstr(line_, flag) != nullptr; }
+
+ private:
+  char* line_ = nullptr;
+  bool is_known_ = false;
+};
+
+// An instruction set that kernels may use: LLVM's name, and Linux's between spaces.
+struct InstructionSet {
+  const char *name, *flag;
+};
+
+// Those of a list, which ends with nullptr, that this CPU does not have, with a space before each.
+template <size_t count>
+const char* MissingFeatures(const InstructionSet (&needed)[count]) {
+  static char names[32 * count] = "";  // all of them
+  const CpuFlags flags;
+  if (!flags.is_known())
+    Raise("RuntimeError", "target: expected to read in /proc/cpuinfo what this CPU has, and could not");
+  char* end = names;
+  for (const InstructionSet* each = needed; each->name != nullptr; ++each) {
+    if (!flags.Has(each->flag)) end += std::snprintf(end, names + sizeof names - end, " %s", each->name);
+  }
+  return names;
+}
+
+// Refuse to run instructions that this CPU does not have.
+template <size_t count>
+void CheckCpuFeatures(const InstructionSet (&needed)[count]) {
+  static const char* const missing = MissingFeatures(needed);
+  if (*missing != '\0') {
+    Raise("RuntimeError", "target: this module is built for a CPU with features that this one lacks:%s", missing);
+  }
+}
+
+}  // namespace pa

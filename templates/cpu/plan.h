@@ -1,0 +1,104 @@
+// The plan of a call: which work items there are. A Spec has kBlockSize, and
+//   kSplitBlocks   blocks of one range of a long sequence,
+//   kBatchChunk    sequences, of which a work item keeps to one chunk,
+//   kItemTokens    tokens after which a work item takes no further sequence.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "cpu/scratch.h"
+
+namespace pa {
+
+// What one thread computes at a time: all heads of consecutive sequences of one chunk, the blocks [block_begin,
+// block_end).
+struct WorkItem {
+  int64_t batch_start, num_seqs;
+  int64_t block_begin, block_end;
+  int64_t partial_start;  // slot of the first sequence's partial result; -1 where the kernels write out and lse
+  int64_t num_tokens;     // KV tokens that it reads
+};
+
+// How a sequence is cut into ranges of equal numbers of blocks: by its own length alone.
+template <typename Spec>
+struct Cut {
+  int64_t blocks, step, num_ranges;  // step: blocks of one range
+
+  explicit Cut(int64_t context_len)
+      : blocks((context_len + Spec::kBlockSize - 1) / Spec::kBlockSize), step(1), num_ranges(1) {
+    if (blocks == 0) return;
+    const int64_t splits = (blocks - 1) / Spec::kSplitBlocks + 1;
+    step = (blocks - 1) / splits + 1;
+    num_ranges = (blocks - 1) / step + 1;
+  }
+  // Partial results that are to be merged.
+  int64_t num_partials() const { return num_ranges == 1 ? 0 : num_ranges; }
+};
+
+template <typename Spec>
+int64_t CountRanges(const int32_t* context_lens, int64_t batch) {
+  int64_t count = 0;
+  for (int64_t seq = 0; seq < batch; ++seq) count += Cut<Spec>(context_lens[seq]).num_ranges;
+  return count;
+}
+
+// A pure function of the lengths. Since a sequence's ranges depend on its own length alone, its result is the same in
+// any batch; how sequences share items only balances the work. Sequence b has the partial results partial_begin[b] to
+// partial_begin[b + 1].
+template <typename Spec>
+class Plan {
+ public:
+  Plan(const int32_t* context_lens, int64_t batch)
+      : partial_begin_(call_workspace, batch + 1), items_(call_workspace, CountRanges<Spec>(context_lens, batch)) {
+    WorkItem* const first = items_.data();
+    WorkItem* const last = AddItems(context_lens, batch, first);
+    for (const WorkItem* item = first; item != last; ++item) num_tokens += item->num_tokens;
+    // Longest first, for any number of threads.
+    std::sort(first, last, [](const WorkItem& a, const WorkItem& b) {
+      if (a.num_tokens != b.num_tokens) return a.num_tokens > b.num_tokens;
+      return a.batch_start != b.batch_start ? a.batch_start < b.batch_start : a.block_begin < b.block_begin;
+    });
+    num_items = last - first;
+  }
+
+  const WorkItem& item(int64_t i) const { return items_.data()[i]; }
+  int64_t partial_begin(int64_t seq) const { return partial_begin_.data()[seq]; }
+  int64_t partials_of(int64_t seq) const { return partial_begin(seq + 1) - partial_begin(seq); }
+
+  int64_t num_partials = 0, num_items = 0;
+  int64_t num_tokens = 0;  // of all items together
+
+ private:
+  // Write partial_begin and the items, in order; return their end.
+  WorkItem* AddItems(const int32_t* context_lens, int64_t batch, WorkItem* items) {
+    WorkItem* end = items;
+    for (int64_t seq = 0; seq < batch; ++seq) {
+      partial_begin_.data()[seq] = num_partials;
+      const Cut<Spec> cut(context_lens[seq]);
+      for (int64_t i = 0; i < cut.num_ranges; ++i) {
+        const int64_t begin = i * cut.step, stop = std::min(begin + cut.step, cut.blocks);
+        const int64_t tokens = std::min<int64_t>(stop * Spec::kBlockSize, context_lens[seq]) - begin * Spec::kBlockSize;
+        WorkItem* open = end == items ? nullptr : end - 1;
+        const bool joins = cut.num_ranges == 1 && seq % Spec::kBatchChunk != 0 && open != nullptr &&
+                           open->block_begin == 0 && open->batch_start + open->num_seqs == seq &&
+                           open->num_tokens + tokens <= Spec::kItemTokens;
+        if (joins) {
+          open->num_seqs += 1;
+          open->num_tokens += tokens;
+          open->block_end = std::max(open->block_end, stop);
+        } else {
+          *end++ = {seq, 1, begin, stop, cut.num_partials() == 0 ? -1 : num_partials + i, tokens};
+        }
+      }
+      num_partials += cut.num_partials();
+    }
+    partial_begin_.data()[batch] = num_partials;
+    return end;
+  }
+
+  Borrowed<int64_t> partial_begin_;  // [batch + 1]
+  Borrowed<WorkItem> items_;
+};
+
+}  // namespace pa

@@ -1,0 +1,98 @@
+// The arguments of decode. For Spec see caches.h; Given has decode's parameters.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+
+#include "shared/caches.h"
+#include "shared/overlap.h"
+
+namespace pa {
+
+// The scale of scores in two factors, so that products of queries with keys are about as large as the scores that come
+// of them. query is a power of two up to 1, by which queries are multiplied, exactly, when they are loaded. scores is
+// the rest: from 1 to 2, more where the scale itself is, less where it is below the normal numbers of float32.
+struct Scale {
+  float query, scores;
+};
+
+// wide_range: whether products of elements can come near the ends of float32; where not, all of the scale is scores.
+inline Scale SplitScale(double scale, bool wide_range) {
+  if (!wide_range) return {1, static_cast<float>(scale)};
+  if (scale == 0) return {0, 0};
+  float power = std::max(std::abs(static_cast<float>(scale)), std::numeric_limits<float>::min());
+  uint32_t bits;
+  __builtin_memcpy(&bits, &power, sizeof(bits));
+  bits &= 0xFF800000;  // its exponent alone
+  __builtin_memcpy(&power, &bits, sizeof(bits));
+  power = std::min(power, 1.0f);
+  return {power, static_cast<float>(scale / power)};
+}
+
+struct DecodeArguments {
+  Array query;
+  Cache<Keys> key_cache;
+  Cache<Values> value_cache;
+  Array block_table, context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
+  int64_t batch, num_blocks;
+  Scale scale;
+
+  bool has_lse() const { return lse.tensor.data != nullptr; }
+};
+
+// out of decode. Where its heads are given side by side, in rows of num_heads * value_dim, this is a view that tells
+// them apart.
+template <typename Spec, typename Given>
+Array CheckOut(const ArgumentCheck<Spec>& check, int64_t batch) {
+  constexpr int64_t kHeads = Spec::kNumHeads, kDim = Spec::kValueDim;
+  if (check.in.Tensor(Given::kOut).ndim != 2) return check(Given::kOut, Spec::kOutDType, {batch, kHeads, kDim});
+  Array out = check(Given::kOut, Spec::kOutDType, {batch, kHeads * kDim});
+  out.tensor.ndim = 3;
+  out.shape[1] = kHeads, out.strides[1] = kDim;
+  out.shape[2] = kDim, out.strides[2] = 1;
+  return out;
+}
+
+// What decode writes has no byte of what it reads, and no two elements in one place.
+inline void CheckWritten(const DecodeArguments& args, const Array& key_cache, const Array& value_cache) {
+  const Named inputs[] = {{"query", &args.query},
+                          {"key_cache", &key_cache},
+                          {"value_cache", &value_cache},
+                          {"block_table", &args.block_table},
+                          {"context_lens", &args.context_lens}};
+  CheckDistinctElements("out", args.out);
+  for (const Named& input : inputs) CheckNoOverlap("out", args.out, input.name, *input.array);
+  if (!args.has_lse()) return;
+  CheckDistinctElements("lse", args.lse);
+  for (const Named& input : inputs) CheckNoOverlap("lse", args.lse, input.name, *input.array);
+  CheckNoOverlap("lse", args.lse, "out", args.out);
+}
+
+// All but the indices, which may not be for this CPU to read.
+template <typename Spec, typename Given>
+DecodeArguments CheckDecode(const Inputs& in) {
+  const double scale = in.Float(Given::kScale);
+  const ArgumentCheck<Spec> check{in, in.Int(Given::kAsUint16)};
+  DecodeArguments args;
+  args.query = check(Given::kQuery, Spec::kDType, {-1, Spec::kNumHeads, Spec::kHeadDim}, "batch");
+  args.batch = args.query.shape[0];
+  Array key_cache, value_cache;
+  CheckCaches<Spec, Given>(check, &key_cache, &value_cache);
+  args.num_blocks = key_cache.shape[0];
+  args.block_table = check.Indices(Given::kBlockTable, kInt32, {args.batch, -1}, "max_blocks");
+  args.context_lens = check.Indices(Given::kContextLens, kInt32, {args.batch});
+  args.out = CheckOut<Spec, Given>(check, args.batch);
+  if (!in.IsNone(Given::kLse)) args.lse = check(Given::kLse, kFloat32, {args.batch, Spec::kNumHeads});
+  if (!(std::abs(static_cast<float>(scale)) <= std::numeric_limits<float>::max())) {
+    Raise("ValueError", "%s: expected a finite float32, got %g", Given::kScale.name, scale);
+  }
+  args.scale = SplitScale(scale, Spec::kWideRange);
+  CheckWritten(args, key_cache, value_cache);
+  const Caches caches = AsCaches<Spec>(key_cache, value_cache);
+  args.key_cache = caches.keys, args.value_cache = caches.values;
+  return args;
+}
+
+}  // namespace pa

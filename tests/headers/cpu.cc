@@ -1,0 +1,186 @@
+// Tests of cpu/*.h.
+
+#include <atomic>
+#include <cmath>
+#include <numeric>
+
+#include "cpu/append.h"
+#include "cpu/converted.h"
+#include "cpu/cpu_set.h"
+#include "cpu/features.h"
+#include "cpu/floating_point.h"
+#include "cpu/kernel_call.h"
+#include "cpu/parallel.h"
+#include "cpu/partials.h"
+#include "cpu/plan.h"
+#include "cpu/scratch.h"
+#include "expect.h"
+
+using namespace pa;
+
+namespace {
+
+using Spec = SpecOf<3, false>;  // ranges of 3 blocks of 4 tokens, items of 10 tokens, chunks of 4 sequences
+
+void TestCuts() {
+  for (const int64_t len : {0, 1, 4, 12, 13, 24, 25, 100}) {
+    const Cut<Spec> cut(len);
+    EXPECT(cut.blocks == (len + 3) / 4);
+    EXPECT(cut.step <= 3 && cut.num_ranges == std::max<int64_t>(1, (cut.blocks + 2) / 3));
+    EXPECT(cut.blocks == 0 || (cut.num_ranges - 1) * cut.step < cut.blocks);
+    EXPECT(cut.num_ranges * cut.step >= cut.blocks);
+    EXPECT(cut.num_partials() == (cut.num_ranges == 1 ? 0 : cut.num_ranges));
+  }
+}
+
+void TestPlan() {
+  const int32_t lens[] = {2, 3, 40, 4, 5, 0, 1};
+  const Plan<Spec> plan(lens, 7);
+  EXPECT(plan.num_tokens == std::accumulate(lens, lens + 7, 0) && plan.num_partials == 4);
+  EXPECT(plan.partials_of(2) == 4 && plan.partials_of(0) == 0 && plan.partial_begin(7) == 4);
+  int64_t blocks[7] = {}, seqs = 0;
+  for (int64_t i = 0; i < plan.num_items; ++i) {
+    const WorkItem& item = plan.item(i);
+    EXPECT(i == 0 || plan.item(i - 1).num_tokens >= item.num_tokens);
+    EXPECT(item.batch_start / 4 == (item.batch_start + item.num_seqs - 1) / 4);
+    EXPECT((item.partial_start >= 0) == (item.batch_start == 2));
+    for (int64_t seq = item.batch_start; seq < item.batch_start + item.num_seqs; ++seq) {
+      blocks[seq] += std::min<int64_t>(item.block_end, (lens[seq] + 3) / 4) - item.block_begin;
+    }
+    seqs += item.num_seqs;
+  }
+  EXPECT(seqs == 7 + 3);  // the long one is in four items
+  for (int seq = 0; seq < 7; ++seq) EXPECT(blocks[seq] == (lens[seq] + 3) / 4);
+  EXPECT(Plan<Spec>(lens, 0).num_items == 0);
+}
+
+void TestScratch() {
+  const void *first, *second;
+  {
+    const Borrowed<char> a(call_workspace, 100), b(call_workspace, 1);
+    first = a.data(), second = b.data();
+    EXPECT(first != second && reinterpret_cast<uintptr_t>(first) % 64 == 0);
+  }
+  const Borrowed<char> a(call_workspace, 128), b(call_workspace, 64);
+  EXPECT(a.data() == first && b.data() == second);  // kept, and large enough
+  EXPECT(Aligned(1) == 16 && Aligned(16) == 16 && Aligned(17) == 32);
+}
+
+void TestConverted() {
+  Made narrow(kInt32, {2, 3}), wide(kInt64, {2, 3});
+  const TVMFFIAny given[] = {Any(narrow.tensor), Any(wide.tensor)};
+  const Inputs in(given, 2, 2);
+  const ArgumentCheck<Spec> check{in, 0};
+  const Parameter first{0, "narrow"}, second{1, "wide"};
+  const Converted<int32_t> as_given(check.Indices(first, kInt32, {2, 3}));
+  const Converted<int32_t> converted(check.Indices(second, kInt32, {2, 3}));
+  EXPECT(as_given.to() == nullptr && as_given.array.tensor.data == narrow.tensor.data);
+  EXPECT(converted.to() != nullptr && converted.array.tensor.data == converted.to());
+  EXPECT(converted.array.tensor.dtype.bits == 32 && converted.array.strides[0] == 3);
+}
+
+// A kernel that writes down what it is called with.
+TVMFFIAny seen[8];
+int32_t num_seen;
+
+int Record(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
+  std::copy_n(args, num_args, seen);
+  return (num_seen = num_args) == 0;
+}
+
+struct Recorded {
+  static constexpr TVMFFISafeCallType kFunction = Record;
+  Passed<Array> array;
+  Passed<RowStride<Keys>> k_row;
+  Passed<HeadStride<Values>> v_head;
+  Passed<int64_t> number;
+  Passed<float> scale;
+};
+
+void TestKernelCall() {
+  float memory[4] = {};
+  const Array array(memory, {4});
+  const Cache<Keys> keys{array, {1}, {2}, {3}};
+  Call(Recorded{.array = array,
+                .k_row = keys.row_stride,
+                .v_head = ValuesIn(keys).head_stride,
+                .number = int64_t{-7},
+                .scale = 0.5f});
+  EXPECT(num_seen == 5 && seen[0].type_index == kTVMFFIDLTensorPtr && seen[0].v_ptr == &array.tensor);
+  EXPECT(seen[1].v_int64 == 2 && seen[2].v_int64 == 3 && seen[3].v_int64 == -7 && seen[4].v_float64 == 0.5);
+  static_assert(!std::is_convertible_v<HeadStride<Keys>, Passed<RowStride<Keys>>>);
+  static_assert(!std::is_convertible_v<RowStride<Values>, Passed<RowStride<Keys>>>);
+  static_assert(!std::is_convertible_v<int64_t, Passed<RowStride<Keys>>>);
+  static_assert(!std::is_convertible_v<RowStride<Keys>, Passed<int64_t>>);
+  static_assert(!std::is_convertible_v<float, Passed<int64_t>> && !std::is_convertible_v<int64_t, Passed<float>>);
+}
+
+void TestPartials() {
+  const Partials<Spec> partials(5);
+  EXPECT(partials.max.shape[0] == 5 && partials.sum.shape[1] == 4 && partials.acc.shape[2] == Spec::kValueDim);
+  EXPECT(!Overlap(partials.max, partials.sum) && !Overlap(partials.sum, partials.acc));
+}
+
+void TestThreads() {
+  const int32_t cpus[] = {0, 1}, other[] = {0, 2};
+  const int64_t number = CpuSet::NumberOf(cpus, 2);
+  EXPECT(number > 0 && CpuSet::NumberOf(cpus, 2) == number && CpuSet::NumberOf(other, 2) != number);
+  EXPECT(CpuSet::Numbered(0) == nullptr && CpuSet::Numbered(number) != nullptr);
+  EXPECT_RAISES("ValueError: cpus: expected a number that cpu_set gave, got 99", CpuSet::Numbered(99));
+  for (const int64_t limit : {1, 3}) {
+    std::atomic<int> runs[100] = {};
+    ParallelFor(100, {limit, kOwn, nullptr}, [&](int64_t i) { ++runs[i]; });
+    for (const auto& each : runs) EXPECT(each == 1);
+  }
+  bool failed = false;
+  try {
+    ParallelFor(8, {2, kOwn, nullptr}, [](int64_t) { throw std::bad_alloc(); });
+  } catch (const std::bad_alloc&) {
+    failed = true;
+  }
+  EXPECT(failed);
+}
+
+void TestFloatingPoint() {
+  const unsigned callers = __builtin_ia32_stmxcsr();
+  __builtin_ia32_ldmxcsr(callers | 0x8040);  // flush to zero, denormals are zero
+  volatile float tiny = 1e-38f;
+  {
+    const DefaultFloatingPoint state;
+    EXPECT(tiny / 16 != 0);
+  }
+  EXPECT(__builtin_ia32_stmxcsr() == (callers | 0x8040));
+  __builtin_ia32_ldmxcsr(callers);
+}
+
+void TestFeatures() {
+  static constexpr InstructionSet kThere[] = {{"sse2", " sse2 "}, {nullptr, nullptr}};
+  static constexpr InstructionSet kNotThere[] = {
+      {"sse2", " sse2 "}, {"x", " none "}, {"y", " neither "}, {nullptr, nullptr}};
+  CheckCpuFeatures(kThere);
+  EXPECT_RAISES("RuntimeError: target: this module is built for a CPU with features that this one lacks: x y",
+                CheckCpuFeatures(kNotThere));
+}
+
+void TestAppend() {
+  Array array;
+  array.tensor.dtype = kBfloat16;
+  EXPECT(Same(AsBits(array).tensor.dtype, kUint16));
+  EXPECT(AreFew<Spec>(kFewBytes / 72 - 1) && !AreFew<Spec>(kFewBytes / 72 + 1));  // 2 heads of 6 + 3 floats
+}
+
+}  // namespace
+
+int main() {
+  TestCuts();
+  TestPlan();
+  TestScratch();
+  TestConverted();
+  TestKernelCall();
+  TestPartials();
+  TestThreads();
+  TestFloatingPoint();
+  TestFeatures();
+  TestAppend();
+  return failures;
+}
