@@ -9,7 +9,7 @@ from pa_compiler.backend import Backend
 from pa_compiler.cpu import backend as cpu
 from pa_compiler.cpu import explain as cpu_explain
 from pa_compiler.cpu import target as cpu_target
-from pa_compiler.cpu import tiling as cpu_tiling
+from pa_compiler.cpu import tiles as cpu_tiling
 from pa_compiler.cuda import backend as cuda
 from pa_compiler.cuda import explain as cuda_explain
 from pa_compiler.cuda import target as cuda_target

@@ -109,7 +109,7 @@ def render(
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "std::numeric_limits<int64_t>::max()",
         item_tokens=4 * thread_tokens if fused else "std::numeric_limits<int64_t>::max()",
-        word_elements=tiling.word_elements,
+        word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
         instruction_sets=[f'{{"{name}", " {INSTRUCTION_SETS[name]} "}}' for name in instruction_sets(target)],
     )

@@ -17,7 +17,9 @@ _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden
 
 
 @contextlib.contextmanager
-def compiling_host(host: str, headers: Mapping[str, str], directory: Path) -> Iterator[subprocess.Popen[str]]:
+def compiling_host(
+    host: str, directory: Path, headers: Mapping[str, str] | None = None
+) -> Iterator[subprocess.Popen[str]]:
     """Compile the host C++ to directory/host.o with the system compiler, beside whatever the caller does meanwhile.
 
     Its headers, texts by their places, are written to directory/include. Yields the compiler's process, which link()
@@ -28,7 +30,7 @@ def compiling_host(host: str, headers: Mapping[str, str], directory: Path) -> It
     """
     source = directory / "host.cc"
     source.write_text(host)
-    write_headers(headers, directory / "include")
+    write_headers(headers or {}, directory / "include")
     includes = (tvm_ffi.libinfo.find_include_path(), tvm_ffi.libinfo.find_dlpack_include_path())  # often the same
     command = [
         *cxx(),

@@ -1,80 +1,88 @@
-"""Tiling: the sizes that kernels and schedules agree on. A target's policy chooses them."""
+"""Tiling: the sizes that kernels and schedules agree on. A target's policy chooses them; nothing here imports TVM."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
+from typing import ClassVar
 
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
-STREAMS = 8
-"""Places of a tile that a sweep reads in turn, for the hardware's prefetchers to run ahead in each. In HND one place
-has measured 60 % of a core's bandwidth, 4 places 70 %, and 8 places 90 %."""
+LINE_BYTES = 64
+"""A line of the memory system."""
 
-PAIRED_STREAMS = 2
-"""The same where a row of the cache holds pairs of tokens: 8 have measured three quarters of the speed of 2."""
+
+@dataclasses.dataclass(frozen=True)
+class Element:
+    """How the elements of keys, or of values, lie in the words in which a cache is read: see kernels/elements.py.
+
+    Attributes:
+        dtype: Type of an element in the cache.
+        word: Elements of a word: 2 of bfloat16, wherever they come in pairs, else 1.
+        halves: Elements of head_dim that a word is taken apart into, each for a vector of its own: 2 where a word holds
+            two elements of one row, and is not multiplied as it is.
+        terms: Products that one step of a matmul adds up: 2 where a pair of bfloat16 numbers is an operand.
+    """
+
+    dtype: str
+    word: int = 1
+    halves: int = 1
+    terms: int = 1
+
+    @property
+    def word_dtype(self) -> str:
+        """The type of a word: dtype itself, or an integer for a pair."""
+        return self.dtype if self.word == 1 else "int32"
+
+    @property
+    def line_elements(self) -> int:
+        """Elements of one line of the memory system."""
+        return LINE_BYTES // ITEMSIZES[self.dtype]
+
+    @property
+    def line_words(self) -> int:
+        """Words of one line of the memory system."""
+        return self.line_elements // self.word
+
+    @property
+    def factor_dtype(self) -> str:
+        """The type of an operand of a matmul: float32, or the word of a pair."""
+        return "float32" if self.terms == 1 else "int32"
 
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
-    """Sizes that kernels and schedules agree on.
+    """Sizes that kernels and schedules agree on. Each strategy has a class of its own, with what it tiles besides.
 
     Attributes:
-        strategy: The schedule, named by what lies in the lanes of a vector register: a file in schedules/.
+        strategy: The schedule's name, by what lies in the lanes of a vector register: a file in schedules/.
         row_tile: Query heads of one kv head that a tile takes at once: the group in equal tiles of up to head_tile.
         kv_tile: Tokens of one step of the online softmax. In the staged pipeline: block_size.
         token_group: Tokens that the matmuls take at a time; a tile is padded to a multiple of it.
-        lanes: float32 elements of head_dim in one vector; divides head_dim.
-        qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
-        pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides head_dim.
+        keys, values: How the elements of each are read.
         copy_keys, copy_values: Whether they are converted into scratch first; where not, the matmuls read the caches.
-        dot_pairs: Whether the matmuls multiply pairs of bfloat16 numbers, probabilities too, as one instruction of the
-            target does; where not, float32.
         sweep: How a tile of tokens is taken through the heads. None: head tile after head tile, from scores to outputs,
             while instructions fetch what the next one reads. Otherwise all scores come first and then all outputs, in
             an order that the hardware's prefetchers follow: "tokens", a group of tokens through all heads before the
             next group, or "heads", a head through all tokens.
-        word_elements: Cache elements that are read as one word: 2 of bfloat16, wherever they come in pairs.
-        line_elements: Cache elements of one line of the memory system, the step of the prefetches.
+        streams: Places of a whole tile that its tokens are read from in turn, for the hardware's prefetchers to run
+            ahead in each of them; 1 where they are read one after another.
+        prefetches: Whether instructions fetch the tile of tokens that is read next.
         split_blocks: Blocks of one range of a long sequence.
     """
 
-    strategy: str
+    strategy: ClassVar[str]
+
     row_tile: int
     kv_tile: int
     token_group: int
-    lanes: int
-    qk_rows: int
-    qk_tokens: int
-    pv_rows: int
-    pv_dims: int
+    keys: Element
+    values: Element
     copy_keys: bool
     copy_values: bool
-    dot_pairs: bool
     sweep: str | None
-    word_elements: int
-    line_elements: int
+    streams: int
+    prefetches: bool
     split_blocks: int
-
-    @property
-    def dim_pair(self) -> int:
-        """Elements of head_dim in a word of the cache. Even and odd ones go to vectors of their own."""
-        return 1 if self.strategy == "tokens_in_lanes" else self.word_elements
-
-    @property
-    def dot_elements(self) -> int:
-        """Elements of a query or a key, and tokens, that one step of a matmul takes."""
-        return 2 if self.dot_pairs else 1
-
-    @property
-    def key_pair(self) -> int:
-        """Elements of head_dim in a word of a key, if it is taken apart for qk_matmul."""
-        return 1 if self.dot_pairs else self.dim_pair
-
-    @property
-    def prefetches(self) -> bool:
-        """Whether instructions fetch what the matmuls read next."""
-        return self.sweep is None and self.strategy != "cuda_threads"
 
     @property
     def padded_kv_tile(self) -> int:
@@ -85,37 +93,6 @@ class Tiling:
     def num_offsets(self) -> int:
         """Tokens whose places in the cache are looked up at once: a padded tile, and what is fetched of the next."""
         return self.padded_kv_tile + (self.kv_tile if self.prefetches else 0)
-
-    @property
-    def streams(self) -> int:
-        """Places of a whole tile that its tokens are read from in turn."""
-        return math.gcd(self.kv_tile, STREAMS) if self.sweep and self.strategy == "head_dim_in_lanes" else 1
-
-    @property
-    def group_places(self) -> int:
-        """Places of a token group that a sweep reads values from in turn, where the table of offsets cannot say it."""
-        if self.sweep and self.strategy == "tokens_in_lanes":
-            return math.gcd(self.token_group, STREAMS if self.word_elements == 1 else PAIRED_STREAMS)
-        return 1
-
-    def qk_sums(self, vector_lanes: int) -> int:
-        """Vector registers that the sums of qk_matmul take."""
-        if self.strategy == "head_dim_in_lanes":
-            return self.qk_rows * self.qk_tokens
-        return -(-self.qk_rows * self.qk_tokens // vector_lanes)
-
-    def pv_sums(self, vector_lanes: int) -> int:
-        """Vector registers that the sums of pv_matmul take."""
-        lanes = vector_lanes if self.strategy == "heads_in_lanes" else self.lanes
-        return -(-self.pv_rows * self.pv_dims // lanes)
-
-    def pv_passes(self, spec: PagedAttentionSpec) -> int:
-        """Register tiles of pv_matmul, each of which goes through a tile of tokens."""
-        return self.row_tile // self.pv_rows * (spec.head_dim // self.pv_dims)
-
-    def copy_shape(self, spec: PagedAttentionSpec, copied: bool) -> tuple[int, int]:
-        """The shape of a tile of keys or values that is converted into scratch; of nothing, where none is."""
-        return (self.padded_kv_tile // self.dot_elements, spec.head_dim) if copied else (1, 1)
 
     def row_tiles(self, spec: PagedAttentionSpec) -> int:
         """Tiles of rows that cover one group."""

@@ -6,7 +6,6 @@ that run as they are written why they may. An sblock that is in neither must lie
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Iterator, Set
 from typing import NamedTuple
 
@@ -14,6 +13,7 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
+from pa_compiler.cpu.tiles import HeadDimInLanes
 from pa_compiler.schedules.cpu import append_kv, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
 from pa_compiler.schedules.cuda import threads as cuda_threads
 from pa_compiler.tiles import Tiling
@@ -42,13 +42,8 @@ def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
 
 
 def _tiling_of(function: str, tiling: Tiling) -> Tiling:
-    """How a PrimFunc is scheduled.
-
-    Merging partial results is the same for every strategy: head_dim lies in order in them, and is gone through once.
-    """
-    if function != "merge_partials":
-        return tiling
-    return dataclasses.replace(tiling, strategy="head_dim_in_lanes", word_elements=1, pv_rows=1, pv_dims=tiling.lanes)
+    """How a PrimFunc is scheduled: merging partial results has tiles of its own, the same for every strategy."""
+    return HeadDimInLanes.of_merge(tiling) if function == "merge_partials" else tiling
 
 
 def _stages(sch: Schedule, function: str, strategy: str) -> list[Callable[[Schedule, Tiling], None]]:

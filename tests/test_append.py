@@ -18,7 +18,8 @@ from test_arrays import as_numpy, as_torch
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec, backends, kernels, schedules
-from pa_compiler.cpu import target, tiling
+from pa_compiler.cpu import target
+from pa_compiler.cpu import tiles as tiling
 
 ALL_SPECS = {
     **SPECS,

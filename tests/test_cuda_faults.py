@@ -16,6 +16,8 @@ from pa_compiler import PagedAttentionSpec
 
 MMA = PagedAttentionSpec(4, 1, 64, 16, "bfloat16")
 FMA = PagedAttentionSpec(2, 1, 64, 16, "bfloat16")
+FLOAT16 = PagedAttentionSpec(4, 1, 64, 16, "float16")
+LONGER = PagedAttentionSpec(4, 1, 64, 16, "bfloat16", value_dim=128)
 IN_FLIGHT = r"cp\.async of thread \d+ is in flight"
 RACE = r"race: it (reads|writes) \d+ bytes at byte \d+ of shared memory"
 WRONG = "elements out of tolerance"
@@ -35,6 +37,10 @@ FAULTS = {  # name: (spec, pattern, replacement, what is found)
     "reads_stale_slots": (MMA, r"\[%1\], 16, %2;", "[%1], 16;", WRONG),
     "lane_of_a_shuffle": (MMA, r"(__shfl_xor_sync\(.*), 8, 32\)", r"\1, 4, 32)", WRONG),
     "lane_of_a_shuffle_fma": (FMA, r"(__shfl_xor_sync\(.*), 8, 32\)", r"\1, 16, 32)", WRONG),
+    "not_rescaled": (FLOAT16, r"acc_ptr\[(\d+)\] = \(acc_ptr\[\1\] \* alpha\w*\[0\]\);", "", WRONG),
+    "not_rescaled_fma": (FMA, r"row_sum_ptr\[(\d+)\] = \(row_sum_ptr\[\1\] \* alpha\w*\[0\]\);", "", WRONG),
+    "nothing_less_nothing": (MMA, r"\(\((\w+\[0\]) == -CUDART_INF_F\) \? \S+ : \1\)", r"(\1)", WRONG),
+    "values_where_keys_are": (LONGER, r"keys_ptr\[0\]\) \+ 512\)", "keys_ptr[0]))", WRONG),
     "other_range": (MMA, r"(found_ptr\[1\] = .*number.*);", r"\1 + 64;", WRONG),
 }
 

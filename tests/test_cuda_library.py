@@ -16,8 +16,8 @@ from click.testing import CliRunner
 import pa_compiler
 from pa_compiler import CudaModule, PagedAttentionSpec, compiler, host
 from pa_compiler.cli import main as cli
-from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda import build as cuda_build
+from pa_compiler.interface import CUDA_ENTRY_POINTS
 from pa_compiler.runtime import manifest
 
 SPEC = PagedAttentionSpec(4, 1, 64, 16, "float16")
@@ -76,7 +76,7 @@ def test_what_it_needs(module, tmp_path):
         ["nm", "-D", "--defined-only", tmp_path / "pa.so"], capture_output=True, text=True, check=True
     )
     names = {line.split()[-1] for line in symbols.stdout.splitlines()}
-    assert names == {f"__tvm_ffi_{name}" for name in cuda_compiler.ENTRY_POINTS}
+    assert names == {f"__tvm_ffi_{name}" for name in CUDA_ENTRY_POINTS}
 
 
 CALL = """

@@ -25,7 +25,7 @@ from specs import SPECS as SHARED
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.cpu.tiling import KV_TILE
+from pa_compiler.cpu.machines import AVX2
 from pa_compiler.verification.cases import CASES
 
 SHAPES = [  # heads, kv heads, head_dim; the seed's cases have 16 and 64 heads of 16, 128 and 256
@@ -156,8 +156,8 @@ def test_lengths_around_the_splits(compiled, block_size, pipeline):
 @pytest.mark.parametrize("name", ["float32", "float32_MQA", "bfloat16_HND", "bfloat16_packed"])
 def test_lengths_around_the_tiles(compiled, name):
     """Whole tiles may be read in another order than those that are not: every length to one and a half, and others."""
-    spec = SHARED[name]
-    check(compiled(spec), make_inputs(spec, [*range(3 * KV_TILE // 2), *range(2 * KV_TILE - 9, 2 * KV_TILE + 2)]))
+    spec, tile = SHARED[name], AVX2.kv_tile
+    check(compiled(spec), make_inputs(spec, [*range(3 * tile // 2), *range(2 * tile - 9, 2 * tile + 2)]))
 
 
 @pytest.mark.scorecard(9)

@@ -17,8 +17,9 @@ from tvm.script import tirx as T
 
 import pa_compiler
 from pa_compiler import PagedAttentionSpec, backends, compiler
-from pa_compiler.cpu import assembly, instructions, target, tiling
-from pa_compiler.kernels.pairs import round_to_bfloat16
+from pa_compiler.cpu import assembly, instructions, target
+from pa_compiler.cpu import tiles as tiling
+from pa_compiler.kernels.elements import round_to_bfloat16
 
 FEATURES = frozenset({"avx512f", "avx512vl", "avx512bf16"})
 SAPPHIRE_RAPIDS = {"kind": "llvm", "mcpu": "sapphirerapids"}
@@ -49,7 +50,7 @@ def module(request, cpu, tmp_path_factory):
     """Tiles for AVX512_BF16, compiled for this CPU: without the instruction its sums are plain operations."""
     spec = SPECS[request.param]
     tiles = tiling.choose(spec, dataclasses.replace(cpu, features=FEATURES), "fused")
-    assert tiles.dot_pairs
+    assert tiles.keys.terms == tiles.values.terms == 2
     directory = tmp_path_factory.mktemp("dot_pairs")
     build_library(spec, cpu, tiles, "fused", directory)
     return pa_compiler.load(directory / "pa.so")
@@ -102,7 +103,7 @@ def test_the_operation_that_becomes_the_instruction(cpu, tmp_path, monkeypatch, 
     monkeypatch.setattr(instructions, "_instructions", lambda: "".join(map(emulated, (4, 8, 16))))
     tiles = tiling.choose(SPECS[name], cpu, "fused")
     build_library(SPECS[name], cpu, tiles, "fused", tmp_path)
-    lanes = 16 if name == "group_48" else tiles.lanes
+    lanes = 16 if name == "group_48" else tiles.qk_lanes
     assert f"call <{lanes} x float> @llvm.fma.v{lanes}f32" in (tmp_path / "kernels.ll").read_text()
     inputs = make_inputs(SPECS[name], LENGTHS)
     out, lse = pa_compiler.load(tmp_path / "pa.so").decode(*inputs.arguments, None, inputs.out, return_lse=True)
@@ -163,7 +164,8 @@ def test_which_targets_have_it(mcpu):
     chosen = {
         (dtype, head_dim, pipeline): tiling.choose(
             PagedAttentionSpec(8, 2, head_dim, 16, dtype), cpu, pipeline
-        ).dot_pairs
+        ).keys.terms
+        == 2
         for dtype in ("float32", "float16", "bfloat16")
         for head_dim in (127, 6, 128)
         for pipeline in ("fused", "staged")

@@ -8,7 +8,7 @@ from tolerances import assert_close_to_oracle
 
 import pa_compiler
 from pa_compiler import PagedAttentionSpec, compiler, spec
-from pa_compiler.cpu import tiling
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cuda import backend as cuda_compiler
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling

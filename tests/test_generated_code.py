@@ -11,7 +11,8 @@ from package import python_files
 from specs import BASE
 
 from pa_compiler import PagedAttentionSpec, host
-from pa_compiler.cpu import backend, target, tiling
+from pa_compiler.cpu import backend, target
+from pa_compiler.cpu import tiles as tiling
 
 PICKLERS = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve", "copyreg"}
 CPU = target.CpuTarget('{"kind": "llvm"}', frozenset({"avx", "avx2", "fma"}))

@@ -12,7 +12,8 @@ import tvm_ffi.libinfo
 from specs import BASE, SPECS
 
 from pa_compiler import host, installation, native
-from pa_compiler.cpu import backend, target, tiling
+from pa_compiler.cpu import backend, target
+from pa_compiler.cpu import tiles as tiling
 
 CPU = target.CpuTarget('{"kind": "llvm"}', frozenset({"avx", "avx2", "fma"}))
 PROGRAMS = {path.stem: path for path in Path(__file__).parent.glob("headers/*.cc")}

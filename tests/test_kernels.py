@@ -18,9 +18,11 @@ from tvm.script import tirx as T
 import pa_compiler
 from pa_compiler import backends, compiler, kernels, schedules
 from pa_compiler import tvmscript as script
-from pa_compiler.cpu import assembly, target, tiling
-from pa_compiler.kernels.cache_access import key_access, token_offsets
+from pa_compiler.cpu import assembly, target
+from pa_compiler.cpu import tiles as tiling
+from pa_compiler.kernels.caches import Cache, key_access
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.tokens import Tile, token_offsets
 
 SPEC = pa_compiler.PagedAttentionSpec(16, 1, 32, 16, "float32")
 V4 = {"kind": "llvm", "mcpu": "x86-64-v4"}
@@ -205,9 +207,9 @@ def test_the_token_of_each_column_of_a_tile(cpu, dtype, streams):
     def look_up(table_handle: T.handle, offsets_handle: T.handle, tile_start: T.int32, last_token: T.int32):
         table = T.match_buffer(table_handle, (1, blocks), "int32")
         offsets = T.match_buffer(offsets_handle, (size,), "int64")
-        stage(
-            table, offsets, 0, tile_start, last_token, tiles.padded_kv_tile, T.int64(block_stride), T.int64(row_stride)
-        )
+        tile = T.meta_var(Tile(tiles, tile_start, T.min(last_token - tile_start + 1, tiles.kv_tile)))
+        cache = T.meta_var(Cache(None, T.int64(block_stride), T.int64(row_stride), None, offsets))
+        stage(table, cache, tile, 0, last_token, tiles.padded_kv_tile)
 
     executable = tvm.compile(look_up, target=tvm.target.Target(json.loads(cpu.config)))
     table = np.random.default_rng(0).permutation(blocks).astype(np.int32)

@@ -22,7 +22,8 @@ import pa_compiler
 from pa_compiler import artifact, backends
 from pa_compiler import store as cache
 from pa_compiler.cli import main as cli
-from pa_compiler.cpu import target, tiling
+from pa_compiler.cpu import target
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.runtime import cpu_features, loader, manifest
 
 V3 = ("avx", "avx2", "bmi", "bmi2", "cmov", "f16c", "fma", "lzcnt", "movbe", "popcnt", "sahf", "sse", "sse2", "sse3")

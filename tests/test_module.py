@@ -18,6 +18,7 @@ from specs import BASE, SPECS, every_pipeline
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 import pa_compiler
+from pa_compiler import host
 
 STAGES = ["tensorir", "scheduled", "host", "llvm", "asm"]
 LENGTHS = [0, 1, 37, 2500, 5]
@@ -63,9 +64,11 @@ def test_the_same_every_time(compiled):
 
 def test_dump(compiled, tmp_path):
     module = pa_compiler.compile(BASE, dump_dir=tmp_path / "dump")
-    dumped = sorted((tmp_path / "dump").iterdir())
+    *dumped, include = sorted((tmp_path / "dump").iterdir())
     assert [path.name[:2] for path in dumped] == ["1_", "2_", "3_", "4_", "5_"]
     assert [path.read_text() for path in dumped] == list(module.sources.values())
+    headers = {path.relative_to(include).as_posix(): path.read_text() for path in include.rglob("*.h")}
+    assert headers == host.headers(module.sources["host"])
 
 
 @every_pipeline

@@ -12,7 +12,8 @@ from tvm.s_tir import Schedule
 from tvm.script import tirx as T
 
 from pa_compiler import PagedAttentionSpec, kernels, schedules
-from pa_compiler.cpu import target, tiling
+from pa_compiler.cpu import target
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels import launches as cuda
 

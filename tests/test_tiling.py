@@ -7,9 +7,9 @@ import itertools
 import pytest
 
 from pa_compiler import PagedAttentionSpec, interface
-from pa_compiler.cpu import tiling
+from pa_compiler.cpu import tiles as tiling
+from pa_compiler.cpu.prefetch import fetching_passes
 from pa_compiler.cpu.target import CpuTarget
-from pa_compiler.kernels.pv_matmul import fetching_passes
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors, largest_divisor
 
@@ -30,9 +30,17 @@ def specs():
         if layout == "packed" and dtype == "bfloat16" and head_dim % 2:
             continue
         for block_size in (16, 48) if layout == "packed" else (1, 5, 300):
-            yield PagedAttentionSpec(
-                2 * group, 2, head_dim, block_size, dtype, kv_layout=layout, head_tile=head_tile
-            )  # fmt: skip
+            for value_dim in (None, 33, 512):
+                yield PagedAttentionSpec(
+                    2 * group,
+                    2,
+                    head_dim,
+                    block_size,
+                    dtype,
+                    kv_layout=layout,
+                    head_tile=head_tile,
+                    value_dim=value_dim,
+                )
 
 
 def vectors_of_sums(tiles, cpu):
@@ -41,7 +49,7 @@ def vectors_of_sums(tiles, cpu):
     if tiles.strategy == "heads_in_lanes":
         return tiles.qk_tokens * tiles.row_tile // lanes, tiles.pv_dims * tiles.row_tile // lanes
     qk = tiles.qk_rows * tiles.qk_tokens
-    return qk // lanes if tiles.strategy == "tokens_in_lanes" else qk, tiles.pv_rows * tiles.pv_dims // tiles.lanes
+    return qk // lanes if tiles.strategy == "tokens_in_lanes" else qk, tiles.pv_rows * tiles.pv_dims // tiles.pv_lanes
 
 
 @every_target
@@ -53,17 +61,19 @@ def test_the_tiles_of_every_spec(cpu, pipeline):
         assert tiles.row_tile <= spec.head_tile, spec
         assert 0 <= tiles.row_tile * tiles.row_tiles(spec) - spec.group < tiles.row_tiles(spec), spec
         assert tiles.row_tile % tiles.qk_rows == tiles.row_tile % tiles.pv_rows == 0, spec
-        assert tiles.token_group % tiles.qk_tokens == spec.head_dim % tiles.pv_dims == 0, spec
-        assert spec.head_dim % (tiles.lanes * tiles.dim_pair) == 0, spec
+        assert tiles.token_group % tiles.qk_tokens == spec.result_dim % tiles.pv_dims == 0, spec
+        assert spec.head_dim % (tiles.qk_lanes * tiles.keys.halves) == 0, spec
+        assert spec.result_dim % (tiles.pv_lanes * tiles.values.halves) == 0, spec
         if tiles.strategy != "heads_in_lanes":
-            assert tiles.pv_dims % (tiles.lanes * tiles.dim_pair) == 0, spec
+            assert tiles.pv_dims % (tiles.pv_lanes * tiles.values.halves) == 0, spec
         assert max(vectors_of_sums(tiles, cpu)) <= cpu.vector_sums, (spec, tiles)
         assert 0 <= tiles.padded_kv_tile - tiles.kv_tile < tiles.token_group, spec
-        if tiles.dot_pairs:
-            assert (spec.dtype, spec.head_dim % 8, pipeline) == ("bfloat16", 0, "fused"), spec
+        assert tiles.keys.terms == tiles.values.terms, spec
+        if tiles.keys.terms == 2:
+            assert (spec.dtype, spec.head_dim % 8, spec.result_dim % 8, pipeline) == ("bfloat16", 0, 0, "fused"), spec
             assert tiles.token_group % 2 == tiles.kv_tile % 2 == 0, spec
         assert tiles.kv_tile == (spec.block_size if pipeline == "staged" else tiles.padded_kv_tile), spec
-        assert tiles.num_offsets == (0 if tiles.sweep else tiles.kv_tile) + tiles.padded_kv_tile, spec
+        assert tiles.num_offsets == (tiles.kv_tile if tiles.prefetches else 0) + tiles.padded_kv_tile, spec
         assert tiles.kv_tile % tiles.streams == 0, spec
         if spec.kv_layout == "packed":  # a tile begins where tokens that lie side by side begin
             assert tiles.token_group % PACKED_TOKENS == tiles.kv_tile % PACKED_TOKENS == 0, spec
@@ -98,8 +108,9 @@ def test_only_pairs_of_bfloat16_are_read_as_words(dtype, head_dim, layout, pipel
     spec = PagedAttentionSpec(8, 2, head_dim, 16, dtype, kv_layout=layout)
     tiles = tiling.choose(spec, CpuTarget("{}", frozenset({"avx"})), pipeline)
     as_words = dtype == "bfloat16" and head_dim % 2 == 0 and (layout, pipeline) != ("NHD", "staged")
-    assert tiles.word_elements == (2 if as_words else 1)
-    assert tiles.dim_pair == (2 if as_words and layout == "NHD" else 1)
+    for element in (tiles.keys, tiles.values):
+        assert element.word == (2 if as_words else 1)
+        assert element.halves == (2 if as_words and layout == "NHD" else 1)
 
 
 @every_target

@@ -16,7 +16,8 @@ from specs import BASE, SPECS, every_spec, range_tokens
 import pa_compiler
 from pa_compiler import backends
 from pa_compiler.cli import main as cli
-from pa_compiler.cpu import backend, target, tiling
+from pa_compiler.cpu import backend, target
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.verification import draws, verify
 
 SEED = 1

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 from pa_compiler import host, interrupts, native
 from pa_compiler.backend import Built
 from pa_compiler.cpu import build as _build
+from pa_compiler.cpu import prefetch
 from pa_compiler.cpu import target as _target
-from pa_compiler.cpu import tiling
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.build import Kernels
 from pa_compiler.interface import CPU_ENTRY_POINTS
 from pa_compiler.spec import PagedAttentionSpec
@@ -47,14 +48,14 @@ def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> IRM
     return kernels.build(spec, tiles, pipeline)
 
 
-def lower(unscheduled: IRModule, tiles: Tiling) -> Lowered:
-    """kernels -> schedules."""
+def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling) -> Lowered:
+    """kernels -> schedules -> prefetches."""
     from pa_compiler import tvmscript
     from pa_compiler.schedules import schedule
 
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
-    scheduled = schedule(unscheduled, tiles)
+    scheduled = prefetch.insert(schedule(unscheduled, tiles), spec, tiles)
     interrupts.check()
     return Lowered(tensorir, tvmscript.text(scheduled), scheduled)
 
@@ -72,7 +73,7 @@ def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, direct
     tiles = tiling.choose(spec, cpu, pipeline)
     unscheduled = build_kernels(spec, tiles, pipeline)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
-    lowered = lower(unscheduled, tiles)
+    lowered = lower(unscheduled, spec, tiles)
     compiled = _build.compile_kernels(lowered.mod, cpu, directory)
     return _texts(lowered, text, compiled)
 
@@ -90,8 +91,8 @@ def build_with_tiles(
     unscheduled = build_kernels(spec, tiles, pipeline)
     text = host_text(spec, cpu, tiles, pipeline, unscheduled)
     interrupts.check()
-    with native.compiling_host(text, host.headers(text), directory) as compiling:  # while TVM works
-        lowered = lower(unscheduled, tiles)
+    with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
+        lowered = lower(unscheduled, spec, tiles)
         compiled = _build.compile_kernels(lowered.mod, cpu, directory)
         library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS))
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pa_compiler.backend import Explanation, Limits
-from pa_compiler.cpu import backend, tiling
+from pa_compiler.cpu import backend
 from pa_compiler.cpu import target as _target
+from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.assembly import Counts, Loop, count, inner_loops
 from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.tiles import Tiling
 from pa_compiler.words import counted
 
 PREDICTED_TOKENS = 1000
@@ -78,7 +79,7 @@ def explain(
         ("threads", threads.from_environment().description),
         ("strategy", f"{strategy}. {reason}"),
         *_tile_rows(spec, tiles, cpu),
-        *_work_rows(spec, tiles.dot_elements, limits),
+        *_work_rows(spec, tiles.keys.terms, limits),
     ]
     rows, others = _loop_rows(loops)
     remark = f"... and {counted(others, 'inner loop')} without float32 arithmetic."
@@ -86,9 +87,9 @@ def explain(
     return Explanation(json.loads(cpu.config), facts, heads, rows, list(_LEGEND.items()), remark)
 
 
-def _tile_rows(spec: PagedAttentionSpec, tiles: Tiling, cpu: CpuTarget) -> list[tuple[str, str]]:
+def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
     """The tiles: of rows and tokens, and what of them lies in registers."""
-    if tiles.dot_pairs:
+    if tiles.keys.terms == 2:
         values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
         read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
     elif tiles.copy_keys:
@@ -103,21 +104,21 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: Tiling, cpu: CpuTarget) -> list[
     return [
         ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {counted(spec.group, 'row')} of a kv head"),
         ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
-        ("KV", f"{read}, {counted(tiles.word_elements, 'element')} a word"),
+        ("KV", f"{read}, {counted(tiles.keys.word, 'element')} a word"),
         ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
         ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
         ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of a value, {of_all(pv)}"),
     ]
 
 
-def _in_turn(tiles: Tiling) -> str:
+def _in_turn(tiles: CpuTiling) -> str:
     if tiles.group_places > 1:
         return f"; values from {tiles.group_places} places of a group in turn"
     return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
 
 
-def _partial(tiles: Tiling) -> str:
-    return f" x {tiles.lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
+def _partial(tiles: CpuTiling) -> str:
+    return f" x {tiles.qk_lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
 
 
 def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> list[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Instructions that LLVM does not find by itself: the dot product of pairs of AVX512_BF16, vdpbf16ps.
 
-The kernels say what it computes in plain operations (kernels/pairs.py), and on any other target those are compiled.
+The kernels say what it computes in plain operations (kernels/elements.py), and on any other target those are compiled.
 Here sums of that form become calls of an operation of our own, which TVM vectorizes and lowers to LLVM's intrinsic.
 """
 
@@ -68,7 +68,7 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
     from tvm.s_tir import SBlock
     from tvm.tirx import Add, BufferStore, LShift, Mul
 
-    from pa_compiler.kernels.pairs import dot_pairs
+    from pa_compiler.kernels.elements import dot_pairs
 
     old = sch.get(sblock)
     match old.body:
@@ -106,7 +106,7 @@ def _lower(call: Expr) -> Expr:
     """The instruction for whole vectors, plain operations for single lanes."""
     from tvm.tirx import call_pure_extern
 
-    from pa_compiler.kernels.pairs import dot_pairs
+    from pa_compiler.kernels.elements import dot_pairs
 
     total, a, b = call.args
     lanes = total.ty.dtype.lanes

@@ -109,7 +109,7 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, direc
     target = CudaTarget(config["arch"])
     lowered = lower(spec, target, pipeline)
     interrupts.check()
-    with native.compiling_host(lowered.host, headers(lowered.host), directory) as compiling:  # while nvcc works
+    with native.compiling_host(lowered.host, directory, headers(lowered.host)) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
         image = cuda_build.fatbin(cubin, target.arch, directory)
         library = native.link(compiling, cuda_build.embed(image, directory), directory, tuple(CUDA_ENTRY_POINTS))

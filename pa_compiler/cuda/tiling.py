@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import ClassVar
 
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda.tiles import MMA_TOKENS, WARP, CudaTiling, FmaTiling, TensorCoreTiling, chunks, copy_lanes
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
-from pa_compiler.tiles import Tiling, equal_tile
+from pa_compiler.tiles import Element, Tiling, equal_tile
 
 MAX_HEAD_DIM = 256
 """Elements of a key and of a value, at most: the sums of 16 heads then still fit in a thread's registers."""
@@ -72,29 +73,32 @@ def choose(spec: PagedAttentionSpec, arch: str) -> CudaTiling:
     return dataclasses.replace(tiling, min_range_steps=-(-MIN_RANGE_TOKENS // tiling.step_tokens))
 
 
-def staged(spec: PagedAttentionSpec) -> Tiling:
+@dataclasses.dataclass(frozen=True)
+class ThreadsTiling(Tiling):
+    """Sizes of the staged pipeline, of which nothing is tuned: schedules/cuda/threads.py."""
+
+    strategy: ClassVar[str] = "cuda_threads"
+
+
+def staged(spec: PagedAttentionSpec) -> ThreadsTiling:
     """The sizes of the staged pipeline, whose kernels are the CPU's with a schedule of their own (cuda_threads).
 
     Raises:
         ValueError: CUDA has no kernel for the spec.
     """
     check(spec, "staged")
-    return Tiling(
-        strategy="cuda_threads",
+    element = Element(spec.dtype)
+    return ThreadsTiling(
         row_tile=equal_tile(spec.group, min(spec.head_tile, MAX_ROW_TILE)),
         kv_tile=spec.block_size,
         token_group=1,
-        lanes=1,
-        qk_rows=1,
-        qk_tokens=1,
-        pv_rows=1,
-        pv_dims=1,
+        keys=element,
+        values=element,
         copy_keys=False,
         copy_values=False,
-        dot_pairs=False,
         sweep=None,
-        word_elements=1,
-        line_elements=1,
+        streams=1,
+        prefetches=False,
         split_blocks=1,
     )
 

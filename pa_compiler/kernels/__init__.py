@@ -1,8 +1,7 @@
 """TensorIR: what is computed. One file per operation; the stages are written once for both pipelines.
 
-Of a target the stages know the sizes of a Tiling. Those of a CPU have two intrinsics of LLVM that compute nothing: the
-prefetches of cache_access and the fence of pairs. The files cuda_* are the CUDA target's alone: TensorIR with explicit
-threads, which no schedule follows.
+Of a target the stages know the sizes of a Tiling, no more. Rows, tiles of tokens, elements and states are values, each
+with a file: rows.py, tokens.py, elements.py, state.py.
 """
 
 from collections.abc import Callable
@@ -38,7 +37,8 @@ def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
 
 def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], PrimFunc], ...]:
     """The PrimFuncs of append_kv, the same for every pipeline: where keys and values are rows alike, one for both."""
-    return (append_key, append_value) if spec.kv_layout == "packed" else (append_row,)
+    alike = spec.kv_layout != "packed" and (spec.shared_kv or spec.result_dim == spec.head_dim)
+    return (append_row,) if alike else (append_key, append_value)
 
 
 def names(spec: PagedAttentionSpec, pipeline: str) -> list[str]:

@@ -18,27 +18,31 @@ _Place = Callable[[Expr, Expr, Expr, Expr], tuple[Expr, ...]]
 
 def append_row(spec: PagedAttentionSpec) -> PrimFunc:
     """cache at slot_mapping[t] = new[t], for the kv heads [head_begin, head_begin + num_heads): of keys or values."""
-    return _append(spec, "append_row", spec.key_cache_shape[1:], _row(spec), adjacent=spec.head_dim)
+    return _append(spec, "append_row", spec.head_dim, spec.key_cache_shape[1:], _row(spec), adjacent=spec.head_dim)
 
 
 def append_key(spec: PagedAttentionSpec) -> PrimFunc:
-    """key_cache at slot_mapping[t] = key[t], for the kv heads [head_begin, head_begin + num_heads), packed."""
+    """key_cache at slot_mapping[t] = key[t], for the kv heads [head_begin, head_begin + num_heads)."""
     pair = spec.packed_pair
 
     def place(block, slot, head, d):
         return block, head, T.floordiv(d, pair), slot * pair + T.floormod(d, pair)
 
-    return _append(spec, "append_key", spec.key_cache_shape[1:], place, adjacent=pair)
+    packed, dim = spec.kv_layout == "packed", spec.head_dim
+    adjacent = pair if packed else dim
+    return _append(spec, "append_key", dim, spec.key_cache_shape[1:], place if packed else _row(spec), adjacent)
 
 
 def append_value(spec: PagedAttentionSpec) -> PrimFunc:
-    """value_cache at slot_mapping[t] = value[t], for the kv heads [head_begin, head_begin + num_heads), packed."""
+    """value_cache at slot_mapping[t] = value[t], for the kv heads [head_begin, head_begin + num_heads)."""
     pair = spec.packed_pair
 
     def place(block, slot, head, d):
         return block, head, T.truncdiv(slot, T.int64(pair)), d * pair + T.truncmod(slot, T.int64(pair))
 
-    return _append(spec, "append_value", spec.value_cache_shape[1:], place, adjacent=spec.head_dim if pair == 1 else 1)
+    packed, dim = spec.kv_layout == "packed", spec.result_dim
+    adjacent = 1 if packed and pair > 1 else dim
+    return _append(spec, "append_value", dim, spec.value_cache_shape[1:], place if packed else _row(spec), adjacent)
 
 
 def _row(spec: PagedAttentionSpec) -> _Place:
@@ -48,10 +52,12 @@ def _row(spec: PagedAttentionSpec) -> _Place:
     return lambda block, slot, head, d: (block, head, slot, d)
 
 
-def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: _Place, adjacent: int) -> PrimFunc:
+def _append(
+    spec: PagedAttentionSpec, name: str, dim: int, extents: Sequence[int], place: _Place, adjacent: int
+) -> PrimFunc:
     """The PrimFunc name(new, cache, slot_mapping, head_begin, num_heads).
 
-    new: [num_tokens, num_kv_heads, head_dim], its last axis contiguous. cache: [num_blocks, *extents], likewise.
+    new: [num_tokens, num_kv_heads, dim], its last axis contiguous. cache: [num_blocks, *extents], likewise.
     slot_mapping: int64 [num_tokens], block * block_size + slot; a token with a negative one is skipped. The caller has
     checked that the others are below num_blocks * block_size. Tokens are written in their order, head by head: where
     two have the same slot, the later one stays.
@@ -59,11 +65,12 @@ def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: 
     Args:
         spec: The shape.
         name: The PrimFunc's name.
+        dim: Elements of a head's key or value.
         extents: Of one block of the cache.
         place: Where an element lies in the cache; block and slot are int64 and not negative.
-        adjacent: Elements of head_dim that lie side by side in the cache.
+        adjacent: Of the dim elements, how many lie side by side in the cache.
     """
-    kv_heads, head_dim, block_size = T.int64(spec.num_kv_heads), T.int64(spec.head_dim), T.int64(spec.block_size)
+    kv_heads, block_size = T.int64(spec.num_kv_heads), T.int64(spec.block_size)
     itemsize = ITEMSIZES[spec.dtype]
     bits = f"uint{8 * itemsize}"
     first, second, third = (T.int64(extent) for extent in extents)
@@ -80,7 +87,7 @@ def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: 
         new_token, new_head = T.int64(), T.int64()
         cache_0, cache_1, cache_2 = T.int64(), T.int64(), T.int64()
         new = T.match_buffer(
-            new_handle, (num_tokens, kv_heads, head_dim), bits, strides=[new_token, new_head, T.int64(1)],
+            new_handle, (num_tokens, kv_heads, T.int64(dim)), bits, strides=[new_token, new_head, T.int64(1)],
             align=itemsize,
         )  # fmt: skip
         cache = T.match_buffer(
@@ -96,9 +103,9 @@ def _append(spec: PagedAttentionSpec, name: str, extents: Sequence[int], place: 
                 T.writes()
                 target: T.let = slot_mapping[vt]
                 if target >= T.int64(0):
-                    for run, i in T.grid(spec.head_dim // adjacent, adjacent):
+                    for run, i in T.grid(dim // adjacent, adjacent):
                         with T.sblock("element"):
-                            vd = T.axis.spatial(spec.head_dim, run * adjacent + i)
+                            vd = T.axis.spatial(dim, run * adjacent + i)
                             T.reads(new[vt, head_begin + vh, vd])
                             T.writes(cache[0:num_blocks, 0:first, 0:second, 0:third])
                             where = T.meta_var(

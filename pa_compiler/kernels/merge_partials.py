@@ -4,9 +4,12 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
+from pa_compiler.kernels import state
+from pa_compiler.kernels.arrays import Arrays
 from pa_compiler.kernels.headroom import headroom
-from pa_compiler.kernels.online_update import normalize, online_update
-from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.state import State
+from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
@@ -16,11 +19,8 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     out[seq] = acc / row_sum and lse[seq] = row_max + ln(row_sum), natural logarithm, for every head. An empty sequence
     gives out = 0 and lse = -inf. num_partials is at least 1; merging one partial result is exact.
     """
-    heads, head_dim = T.int64(spec.num_heads), T.int64(spec.head_dim)
-    num_heads, out_dtype = spec.num_heads, spec.result_dtype
-    itemsize = ITEMSIZES[out_dtype]
-    update_stage = online_update(num_heads, spec.head_dim)
-    normalize_stage = normalize(spec, num_heads)
+    arrays, heads, dim = Arrays(spec, tiling), spec.num_heads, spec.result_dim
+    merge_stage, normalize_stage = state.merge(heads, dim), state.normalize(spec, heads)
 
     @script.prim_func(s_tir=True)
     def merge_partials(
@@ -34,31 +34,25 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_start: T.int32,
         num_partials: T.int32,
     ):
-        batch, slots = T.int64(), T.int64()
-        out_batch, out_head, lse_batch = T.int64(), T.int64(), T.int64()
-        context_lens = T.match_buffer(context_lens_handle, (batch,), "int32", align=4)
-        partial_max = T.match_buffer(partial_max_handle, (slots, heads), "float32", align=4)
-        partial_sum = T.match_buffer(partial_sum_handle, (slots, heads), "float32", align=4)
-        partial_acc = T.match_buffer(partial_acc_handle, (slots, heads, head_dim), "float32", align=4)
-        out = T.match_buffer(
-            out_handle, (batch, heads, head_dim), out_dtype, strides=[out_batch, out_head, T.int64(1)], align=itemsize,
-
-        )  # fmt: skip
-        lse = T.match_buffer(lse_handle, (batch, heads), "float32", strides=[lse_batch, T.int64(1)], align=4)
+        context_lens = arrays.context_lens(context_lens_handle)
+        partial_max = arrays.partial_rows(partial_max_handle)
+        partial_sum = arrays.partial_rows(partial_sum_handle)
+        partial_acc = arrays.partial_acc(partial_acc_handle)
+        out = arrays.out(out_handle)
+        lse = arrays.lse(lse_handle)
         with T.sblock("root"):
-            row_max = T.sblock_alloc_buffer((1, num_heads), "float32")
-            row_sum = T.sblock_alloc_buffer((1, num_heads), "float32")
-            acc = T.sblock_alloc_buffer((1, num_heads, spec.head_dim), "float32")
+            row_max = T.sblock_alloc_buffer((1, heads), "float32")
+            row_sum = T.sblock_alloc_buffer((1, heads), "float32")
+            acc = T.sblock_alloc_buffer((1, heads, dim), "float32")
+            running = T.meta_var(State(row_max, row_sum, acc, 0))
             for step in range(num_partials):
                 with T.sblock("partial"):
                     vstep = T.axis.opaque(num_partials, step)
                     T.reads()
                     T.writes()
                     slot: T.let = partial_start + vstep
-                    update_stage(
-                        partial_max, partial_sum, partial_acc, slot, row_max, row_sum, acc, 0, vstep, num_partials
-                    )
+                    merge_stage(State(partial_max, partial_sum, partial_acc, slot), running, vstep, num_partials)
             places: T.let = headroom(spec, context_lens[seq])
-            normalize_stage(row_max, row_sum, acc, 0, out, lse, seq, 0, num_heads, places)
+            normalize_stage(running, out, lse, Rows(seq, 0, heads), places)
 
     return merge_partials

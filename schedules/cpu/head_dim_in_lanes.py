@@ -14,26 +14,29 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
+from pa_compiler.cpu.tiles import CpuTiling
+from pa_compiler.kernels.ahead import KEYS, VALUES
+from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
 from pa_compiler.schedules.intrinsics.transpose import turn
-from pa_compiler.tiles import Tiling, largest_divisor
+from pa_compiler.tiles import largest_divisor
 
 _MAX_ROW_LANES = 256
 """Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of
 32768 lanes."""
 
 
-def load_query(sch: Schedule, tiling: Tiling) -> None:
+def load_query(sch: Schedule, tiling: CpuTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
-    if tiling.dot_pairs:
+    if tiling.keys.terms == 2:
         return
-    if tiling.dim_pair == 1:
-        vectorize_dims(sch, tiling, "q_tile")
+    if tiling.keys.halves == 1:
+        sch.vectorize(sch.split(sch.get_loops("q_tile")[-1], [None, tiling.qk_lanes])[1])
         return
+    lanes, pair = tiling.qk_lanes, tiling.keys.halves
     evens = sch.cache_write("q_tile", 0, "global")
-    evens_first(sch, tiling, evens)
-    lanes, pair = tiling.lanes, tiling.dim_pair
+    evens_first(sch, lanes, pair, evens)
     sch.transform_block_layout(
         evens, lambda tile, row, dim: (tile, row, dim // (lanes * pair), dim // pair % lanes, dim % pair)
     )
@@ -43,10 +46,10 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     turn(sch, evens, 4, 2)
 
 
-def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
     """Partial dot products in registers, summed across their lanes a token group at a time."""
     scores = sch.get_sblock("scores")
-    _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.lanes, tiling.key_pair])
+    _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.qk_lanes, tiling.keys.halves])
     parts = sch.rfactor(part_lane, factor_axis=3)
     tile, group, token, row, _ = sch.get_loops(scores)[-5:]
     if tiling.sweep == "tokens":
@@ -67,20 +70,15 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     _, token, _ = sch.get_loops(scores)[-3:]
     init = sch.decompose_reduction(scores, token)
     sch.vectorize(sch.get_loops(init)[-1])
-    if tiling.lanes > 1:
-        sch.tensorize(token, sum_lanes(tiling.lanes))
-    if tiling.sweep:
-        return
-    fetch = sch.get_sblock("prefetch_keys")
-    fetch_group, number = sch.get_loops(fetch)[-2:]
-    sch.split(number, [int(sch.get(token_outer).extent), None])
-    sch.merge(fetch_group, group)
-    sch.merge(sch.get_loops(fetch)[-2], token_outer)
+    if tiling.qk_lanes > 1:
+        sch.tensorize(token, sum_lanes(tiling.qk_lanes))
+    if tiling.prefetches:
+        fetch(sch, KEYS, group, shares=[token_outer])
 
 
-def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+def softmax_prepare(sch: Schedule, tiling: CpuTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
-    for name in ("scaled", "exact", "probs") if tiling.dot_pairs else ("scaled", "probs"):
+    for name in ("scaled", "exact", "probs") if tiling.values.terms == 2 else ("scaled", "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)
@@ -98,38 +96,34 @@ def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
         sch.decompose_reduction(total, lane)
 
 
-def pair_probs(sch: Schedule, tiling: Tiling) -> None:
+def pair_probs(sch: Schedule, tiling: CpuTiling) -> None:
     """Pairs of tokens in lanes."""
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
 
 
-def pv_matmul(sch: Schedule, tiling: Tiling) -> None:
+def pv_matmul(sch: Schedule, tiling: CpuTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then the rest of the last one."""
-    evens_first(sch, tiling, "full_groups", "tile_acc")
-    sch.merge(_sum_full(sch, tiling), _sum_tile(sch, tiling, "tile_acc"))
+    evens_first(sch, tiling.pv_lanes, tiling.values.halves, "full_groups", "tile_acc")
+    sch.merge(_sum_tile(sch, tiling, "full_groups"), _sum_tile(sch, tiling, "tile_acc"))
 
 
-def pv_update(sch: Schedule, tiling: Tiling) -> None:
+def pv_update(sch: Schedule, tiling: CpuTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
-    evens_first(sch, tiling, "full_groups", "tile_acc")
+    evens_first(sch, tiling.pv_lanes, tiling.values.halves, "full_groups", "tile_acc")
+    full = sch.get_sblock("full_groups")
     passes = [_fold_tile(sch, tiling), _sum_tile(sch, tiling, "tile_acc")]
     if tiling.sweep:
-        _sum_groups(sch, tiling, sch.get_sblock("full_groups"))
+        _sum_groups(sch, tiling, full)
     else:
-        passes.append(_sum_full(sch, tiling))
+        passes.append(_sum_tile(sch, tiling, "full_groups"))
     sch.merge(*reversed(passes))
+    if tiling.prefetches:
+        _, *around, group = sch.get_loops(full)[:4]
+        fetch(sch, VALUES, group, passes=around)
 
 
-def _sum_full(sch: Schedule, tiling: Tiling) -> LoopRV:
-    """_sum_tile of the whole token groups, and the fetches of the next tile spread over them."""
-    group = sch.get_loops("full_groups")[1]
-    tiles = _sum_tile(sch, tiling, "full_groups")
-    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
-    return tiles
-
-
-def _sum_tile(sch: Schedule, tiling: Tiling, sblock: str) -> LoopRV:
+def _sum_tile(sch: Schedule, tiling: CpuTiling, sblock: str) -> LoopRV:
     """Sums of pv_rows x pv_dims outputs at a time over the tokens; the loop over these tiles."""
     _, *tokens, row, dim = sch.get_loops(sblock)
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
@@ -142,16 +136,16 @@ def _sum_tile(sch: Schedule, tiling: Tiling, sblock: str) -> LoopRV:
     return dim_outer
 
 
-def _fold_tile(sch: Schedule, tiling: Tiling) -> LoopRV:
+def _fold_tile(sch: Schedule, tiling: CpuTiling) -> LoopRV:
     """The same tiles of acc. From here on pairs are in order."""
     row, dim = sch.get_loops("acc")[-2:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
     dim_outer, dim = sch.split(dim, [None, tiling.pv_dims])
-    vector, lane = sch.split(dim, [None, tiling.lanes * tiling.dim_pair])
+    vector, lane = sch.split(dim, [None, tiling.pv_lanes * tiling.values.halves])
     sch.reorder(row_outer, dim_outer, row, vector, lane)
-    if tiling.dim_pair > 1:
+    if tiling.values.halves > 1:
         in_order = sch.cache_read("acc", "tile_acc", "global")
-        sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.lanes + i[-1], i[-2]))
+        sch.transform_layout(in_order, ("write", 0), lambda *i: (*i[:-3], i[-3] * tiling.pv_lanes + i[-1], i[-2]))
         sch.compute_at(in_order, vector, preserve_unit_loops=True)
         turn(sch, in_order, 2, 4)
     sch.unroll(row)
@@ -160,14 +154,14 @@ def _fold_tile(sch: Schedule, tiling: Tiling) -> LoopRV:
     return dim_outer
 
 
-def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
+def _sum_groups(sch: Schedule, tiling: CpuTiling, full: SBlockRV) -> None:
     """Outputs in registers over some tokens of a group, and then added to what there is of them in memory.
 
     All of a group; or, packed, where tokens lie side by side, one or a pair of them from each of a group's places.
     """
     group, token = sch.get_loops(full)[-4:-2]
     if tiling.group_places > 1:
-        place, token, pair = sch.split(token, [tiling.group_places, None, tiling.word_elements])
+        place, token, pair = sch.split(token, [tiling.group_places, None, tiling.values.word])
         sch.reorder(token, place, pair)
         group, _ = sch.fuse(group, token), sch.fuse(place, pair)
     sums = sch.rfactor(group, factor_axis=0)
@@ -187,33 +181,34 @@ def _sum_groups(sch: Schedule, tiling: Tiling, full: SBlockRV) -> None:
     sch.decompose_reduction(full, group)
 
 
-def _split_dims(sch: Schedule, tiling: Tiling, dim: LoopRV) -> list[LoopRV]:
+def _split_dims(sch: Schedule, tiling: CpuTiling, dim: LoopRV) -> list[LoopRV]:
     """The loop over head_dim as tiles of vectors of lanes of pairs."""
-    return sch.split(dim, [None, tiling.pv_dims // (tiling.lanes * tiling.dim_pair), tiling.lanes, tiling.dim_pair])
+    lanes, halves = tiling.pv_lanes, tiling.values.halves
+    return sch.split(dim, [None, tiling.pv_dims // (lanes * halves), lanes, halves])
 
 
-def rescale(sch: Schedule, tiling: Tiling) -> None:
+def rescale(sch: Schedule, tiling: CpuTiling) -> None:
     """Rows in lanes, for their maxima, sums and factors."""
     vectorize_rows(sch, "factors", "new_sum", "row")
 
 
-def fold(sch: Schedule, tiling: Tiling) -> None:
+def fold(sch: Schedule, tiling: CpuTiling) -> None:
     """Register tiles of acc, where what is folded lies in memory."""
     _fold_tile(sch, tiling)
 
 
-def store_partial(sch: Schedule, tiling: Tiling) -> None:
+def store_partial(sch: Schedule, tiling: CpuTiling) -> None:
     """Rows of acc as vectors."""
     _vectorize_in_order(sch, tiling, "store_acc")
 
 
-def normalize(sch: Schedule, tiling: Tiling) -> None:
+def normalize(sch: Schedule, tiling: CpuTiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
     _vectorize_in_order(sch, tiling, "out")
 
 
-STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+STAGES: dict[str, Callable[[Schedule, CpuTiling], None]] = {
     "load_query": load_query,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
@@ -238,6 +233,8 @@ SCALAR = {
     "result": _AROUND,
     "partial": _AROUND,
     "online_update": _AROUND,
+    KEYS: "no computation: it says what is read next",
+    VALUES: "no computation: it says what is read next",
     "token_offsets": "a look-up of block_table for each token, once for all heads",
 }
 """The sblocks that run as they are written, and why."""
@@ -252,26 +249,19 @@ def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
         sch.vectorize(row)
 
 
-def vectorize_dims(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
-    """Vectorize the innermost loop, which is over head_dim: of pairs, first the even elements, then the odd ones."""
-    for sblock in sblocks:
-        _, lane, half = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes, tiling.dim_pair])
-        sch.reorder(half, lane)
-        sch.vectorize(lane)
-
-
-def _vectorize_in_order(sch: Schedule, tiling: Tiling, sblock: str) -> None:
-    """Vectorize the innermost loop, which is over head_dim."""
-    _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.lanes * tiling.dim_pair])
+def _vectorize_in_order(sch: Schedule, tiling: CpuTiling, sblock: str) -> None:
+    """Vectorize the innermost loop, which is over value_dim."""
+    _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])
     sch.vectorize(lane)
 
 
-def evens_first(sch: Schedule, tiling: Tiling, *sblocks: str | SBlockRV) -> None:
-    """Where the cache gives pairs, lay what an sblock writes out as a vector of even elements, then one of odd ones."""
-    lanes, pair = tiling.lanes, tiling.dim_pair
-    for sblock in sblocks if pair > 1 else ():
+def evens_first(sch: Schedule, lanes: int, halves: int, *sblocks: str | SBlockRV) -> None:
+    """Where words are taken apart, lay what an sblock writes out as a vector of even elements, then one of odd ones."""
+    for sblock in sblocks if halves > 1 else ():
         sch.transform_layout(
-            sblock, ("write", 0), lambda *i: (*i[:-1], i[-1] // (lanes * pair), i[-1] % pair, i[-1] // pair % lanes)
+            sblock,
+            ("write", 0),
+            lambda *i: (*i[:-1], i[-1] // (lanes * halves), i[-1] % halves, i[-1] // halves % lanes),
         )
 
 

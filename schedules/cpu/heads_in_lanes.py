@@ -15,17 +15,22 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
+from pa_compiler.cpu.tiles import CpuTiling
+from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
+from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
-from pa_compiler.tiles import Tiling, largest_divisor
+from pa_compiler.tiles import Element, largest_divisor
 
 
-def load_query(sch: Schedule, tiling: Tiling) -> None:
+def load_query(sch: Schedule, tiling: CpuTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
-    if tiling.dot_pairs:  # LLVM loads whole vectors of pairs, where every second element would be loaded by itself
+    if (
+        tiling.keys.terms == 2
+    ):  # LLVM loads whole vectors of pairs, where every second element would be loaded by itself
         turn(sch, rows, 4, 4)
         return
     turn(sch, rows, 4, 4, "q_tile")
@@ -34,35 +39,35 @@ def load_query(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(dim)
 
 
-def load_keys(sch: Schedule, tiling: Tiling) -> None:
+def load_keys(sch: Schedule, tiling: CpuTiling) -> None:
     """Convert whole rows of the cache."""
-    _load_rows(sch, tiling, "load_keys_element")
+    _load_rows(sch, tiling.keys, tiling.qk_lanes, "load_keys_element")
 
 
-def load_values(sch: Schedule, tiling: Tiling) -> None:
+def load_values(sch: Schedule, tiling: CpuTiling) -> None:
     """Convert whole rows of the cache."""
-    _load_rows(sch, tiling, "load_values_element")
+    _load_rows(sch, tiling.values, tiling.pv_lanes, "load_values_element")
 
 
-def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
     """Scores of a token group in registers."""
     scores = sch.get_sblock("scores")
     _rows_last(sch, "scores")
     sums = sch.cache_write(scores, 0, "global")
     group, token, row, dim = sch.get_loops(scores)[-4:]
     # in the order in which the key lies in scratch
-    dim, step, half = sch.split(dim, [None, tiling.lanes, tiling.key_pair])
+    dim, step, half = sch.split(dim, [None, tiling.qk_lanes, tiling.keys.halves])
     sch.reorder(group, dim, step, half, token, row)
-    if tiling.dot_pairs:
+    if tiling.keys.terms == 2:
         sch.unroll(step)  # for every token its address is read once for all of them
     in_registers(sch, sums, group, token, row)
     sch.decompose_reduction(scores, dim)
-    sch.merge(sch.get_loops(sch.get_sblock("prefetch_keys"))[-2], group)
+    fetch(sch, KEYS, group)
 
 
-def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
+def softmax_prepare(sch: Schedule, tiling: CpuTiling) -> None:
     """Vertical in every step."""
-    exact = ("exact",) if tiling.dot_pairs else ()
+    exact = ("exact",) if tiling.values.terms == 2 else ()
     _rows_last(sch, "scaled", *exact, "probs")
     for name in ("scaled", "peak", *exact, "probs", "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
@@ -73,7 +78,7 @@ def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     vectorize_rows(sch, "tile_max")
 
 
-def pair_probs(sch: Schedule, tiling: Tiling) -> None:
+def pair_probs(sch: Schedule, tiling: CpuTiling) -> None:
     """Vertical too."""
     _rows_last(sch, "pairs")
     row, group, token = sch.get_loops("pairs")[-3:]
@@ -81,10 +86,9 @@ def pair_probs(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(row)
 
 
-def pv_update(sch: Schedule, tiling: Tiling) -> None:
+def pv_update(sch: Schedule, tiling: CpuTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
-    group = sch.get_loops("full_groups")[1]
-    passes = []
+    full, passes = sch.get_sblock("full_groups"), []
     for name in ("full_groups", "tile_acc", "acc"):
         _rows_last(sch, name)
         _, *tokens, row, dim = sch.get_loops(name)
@@ -95,18 +99,19 @@ def pv_update(sch: Schedule, tiling: Tiling) -> None:
         if tokens:
             sch.decompose_reduction(name, tokens[0])
         passes.append(dim_outer)
-    sch.compute_at(sch.get_sblock("prefetch_values"), group, preserve_unit_loops=True)
     sch.merge(*passes)
+    _, dim_outer, group = sch.get_loops(full)[:3]
+    fetch(sch, VALUES, group, passes=[dim_outer])
 
 
-def normalize(sch: Schedule, tiling: Tiling) -> None:
+def normalize(sch: Schedule, tiling: CpuTiling) -> None:
     """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
     vectorize_rows(sch, "factor")
     in_order = sch.cache_read("out", "acc", "global")
     _rows_last(sch, in_order)
     row, dim = sch.get_loops("out")[-2:]
     row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
-    dim_outer, lane = sch.split(dim, [None, tiling.lanes])
+    dim_outer, lane = sch.split(dim, [None, tiling.pv_lanes])
     sch.reorder(row_outer, dim_outer, row, lane)
     sch.compute_at(in_order, dim_outer, preserve_unit_loops=True)
     turn(sch, in_order, 4, 4)
@@ -114,7 +119,7 @@ def normalize(sch: Schedule, tiling: Tiling) -> None:
     sch.vectorize(lane)
 
 
-STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
+STAGES: dict[str, Callable[[Schedule, CpuTiling], None]] = {
     "load_query": load_query,
     "load_keys": load_keys,
     "load_values": load_values,
@@ -139,12 +144,12 @@ def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
 
 
-def _load_rows(sch: Schedule, tiling: Tiling, sblock: str) -> None:
+def _load_rows(sch: Schedule, element: Element, lanes: int, sblock: str) -> None:
     """Read a cache row in vectors, unrolled so that its address is computed once for many."""
-    evens_first(sch, tiling, sblock)
+    evens_first(sch, lanes, element.halves, sblock)
     dim = sch.get_loops(sblock)[-1]
-    words = int(sch.get(dim).extent) // (tiling.lanes * tiling.dim_pair)
-    _, vector, lane, half = sch.split(dim, [None, largest_divisor(words, 16), tiling.lanes, tiling.dim_pair])
+    words = int(sch.get(dim).extent) // (lanes * element.halves)
+    _, vector, lane, half = sch.split(dim, [None, largest_divisor(words, 16), lanes, element.halves])
     sch.reorder(vector, half, lane)
     sch.unroll(vector)
     sch.unroll(half)

@@ -12,16 +12,19 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 
+from pa_compiler.cpu.tiles import CpuTiling
+from pa_compiler.kernels.ahead import KEYS
 from pa_compiler.schedules.cpu import head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import unroll_tile
+from pa_compiler.schedules.fetch import fetch
 from pa_compiler.spec import PACKED_TOKENS
-from pa_compiler.tiles import Tiling, largest_divisor
+from pa_compiler.tiles import largest_divisor
 
 _FETCH_STEPS = 16
 _PAIR = 2
 
 
-def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
+def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
     """Scores of a token group in registers."""
     scores = sch.get_sblock("scores")
     sums = sch.cache_write(scores, 0, "global")
@@ -30,8 +33,9 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     head_dim = int(sch.get(dim).extent)
     pair = _PAIR if head_dim % _PAIR == 0 else 1
     steps = largest_divisor(head_dim // pair, _FETCH_STEPS)
-    if not tiling.sweep:  # as many fetches in each step of a register tile, so that none is in question at run time
-        fetches = int(sch.get(sch.get_loops("prefetch_keys")[-1]).extent)
+    if tiling.prefetches:  # as many fetches in each step of a register tile, so that none is in question at run time
+        rows_of_keys = head_dim * tiling.keys.terms // tiling.keys.word
+        fetches = tiling.token_group * -(-rows_of_keys // PACKED_TOKENS)
         steps = largest_divisor(math.gcd(head_dim // pair, fetches), _FETCH_STEPS)
     dim_outer, dim, half = sch.split(dim, [steps, None, pair])
     # a vector must not reach past the tokens whose address is looked up once: it would be gathered one by one
@@ -46,17 +50,11 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     unroll_tile(sch, sums, row, token_outer, token)
     sch.unroll(half)
     sch.decompose_reduction(scores, dim_outer)
-    if tiling.sweep:
-        return
-    fetch = sch.get_sblock("prefetch_keys")
-    fetch_group, number = sch.get_loops(fetch)[-2:]
-    sch.split(number, [int(sch.get(row_outer).extent), steps, None])
-    sch.merge(fetch_group, group)
-    sch.merge(sch.get_loops(fetch)[-3], sch.get_loops(sch.get_sblock("scores_update"))[-7])
-    sch.merge(sch.get_loops(fetch)[-2], dim_outer)
+    if tiling.prefetches:
+        fetch(sch, KEYS, group, shares=[row_outer, dim_outer])
 
 
-STAGES: dict[str, Callable[[Schedule, Tiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
+STAGES: dict[str, Callable[[Schedule, CpuTiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
 """How each stage is scheduled, by the name of its sblock."""
 
 SCALAR = head_dim_in_lanes.SCALAR

@@ -8,7 +8,7 @@ from tvm.script import tirx as T
 from tvm.tirx import PrimFunc, Shuffle
 
 from pa_compiler import tvmscript as script
-from pa_compiler.kernels.pairs import pair_floats
+from pa_compiler.kernels.elements import pair_floats
 
 
 def pair_lanes(words: int) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 
-DRAWS_VALUE_DIMS = False
+DRAWS_VALUE_DIMS = True
 """Whether some specs have a value_dim and shared_kv of their own: where targets have kernels for them."""
 MAX_HEADS = 128
 MAX_WIDTH = 1 << 13

@@ -19,7 +19,8 @@ import builds
 import pytest
 
 from pa_compiler import backends
-from pa_compiler.cpu import build, target, tiling
+from pa_compiler.cpu import build, target
+from pa_compiler.cpu import tiles as tiling
 
 GXX = """#!/bin/sh
 exec g++ "$@" -O0 -fsanitize=address,undefined -fno-sanitize-recover=undefined -g1

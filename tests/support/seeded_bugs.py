@@ -26,16 +26,16 @@ _KERNELS = "pa_compiler/kernels/"
 
 FAULTS = {
     "tail mask one too long": Fault(
-        f"{_KERNELS}softmax_prepare.py", "vi < valid_len - vo * group", "vi <= valid_len - vo * group", _DECODE
+        f"{_KERNELS}tokens.py", "column < self.valid_len", "column <= self.valid_len", _DECODE
     ),
-    "tail mask dropped": Fault(f"{_KERNELS}softmax_prepare.py", "vi < valid_len - vo * group", "vi < group", _DECODE),
+    "tail mask dropped": Fault(f"{_KERNELS}softmax.py", "tile.holds(vo, vi)", "vi < group", _DECODE),
     "maximum starts at 0": Fault(
-        f"{_KERNELS}softmax_prepare.py", 'peak[vr] = T.min_value("float32")', "peak[vr] = T.float32(0)", _DECODE
+        f"{_KERNELS}softmax.py", 'peak[vr] = T.min_value("float32")', "peak[vr] = T.float32(0)", _DECODE
     ),
     "an empty tile has a maximum": Fault(
-        f"{_KERNELS}softmax_prepare.py",
-        "T.Select(0 < valid_len, peak[vr]",
-        "T.Select(0 <= valid_len, peak[vr]",
+        f"{_KERNELS}softmax.py",
+        "T.Select(0 < tile.valid_len, peak[vr]",
+        "T.Select(0 <= tile.valid_len, peak[vr]",
         "test_kernels.py test_decode.py",
     ),
     "exp loses the low part of ln 2": Fault(
@@ -49,24 +49,24 @@ FAULTS = {
         f"{_KERNELS}headroom.py", "element * query_scale if", "element if", "test_ends.py test_decode.py"
     ),
     "offsets in 32 bits": Fault(
-        f"{_KERNELS}cache_access.py",
-        "offsets[vt] = block * block_stride + access",
-        'offsets[vt] = T.Cast("int64", T.Cast("int32", block * block_stride)) + access',
+        f"{_KERNELS}tokens.py",
+        "offsets[vt] = block * cache.block + access",
+        'offsets[vt] = T.Cast("int64", T.Cast("int32", block * cache.block)) + access',
         "test_invariance.py::test_cache_of_more_than_2_to_the_31_elements",
     ),
     "offsets past the last token": Fault(
-        f"{_KERNELS}cache_access.py", "T.min(tile_start + position, last_token)", "tile_start + position", _DECODE
+        f"{_KERNELS}tokens.py", "T.min(tile.position(vt), last_token)", "tile.position(vt)", _DECODE
     ),
     "a tile that is not whole read in turn": Fault(
-        f"{_KERNELS}cache_access.py",
-        "tile_start + kv_tile - 1 <= last_token",
-        "tile_start + kv_tile - 9 <= last_token",
+        f"{_KERNELS}tokens.py",
+        "T.Select(self.valid_len == size, in_turn",
+        "T.Select(self.valid_len >= size - 8, in_turn",
         _DECODE,
     ),
     "values past the last token multiplied": Fault(
-        f"{_KERNELS}fused_decode.py",
-        "num_full: T.let = T.floordiv(valid_len",
-        "num_full: T.let = T.ceildiv(valid_len",
+        f"{_KERNELS}tokens.py",
+        "return T.floordiv(self.valid_len, self.tiling.token_group)",
+        "return T.ceildiv(self.valid_len, self.tiling.token_group)",
         _DECODE,
     ),
     "a sweep forgets which kv head a tile reads": Fault(
@@ -76,24 +76,24 @@ FAULTS = {
         "test_decode.py::test_spec[2_tiles_of_a_group_swept]",
     ),
     "an empty tile lowers the maximum": Fault(
-        f"{_KERNELS}online_update.py",
+        f"{_KERNELS}state.py",
         "T.Select(tile_sum[tile_slot, vr] == T.float32(0), old_max, both)",
         "both",
         _DECODE,
     ),
     "an empty beginning has a maximum": Fault(
-        f"{_KERNELS}online_update.py",
+        f"{_KERNELS}state.py",
         "T.Select(old_sum == T.float32(0), tile_max[tile_slot, vr], old_or_both)",
         "old_or_both",
         _DECODE,
     ),
     "division by an empty sum": Fault(
-        f"{_KERNELS}online_update.py",
+        f"{_KERNELS}state.py",
         "T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)",
         "T.float32(1) / total",
         _DECODE,
     ),
-    "lse in base 2": Fault(f"{_KERNELS}online_update.py", "T.log(lifted", "T.log2(lifted", _DECODE),
+    "lse in base 2": Fault(f"{_KERNELS}state.py", "T.log(lifted", "T.log2(lifted", _DECODE),
     "append_kv skips slot 0": Fault(
         f"{_KERNELS}append_kv.py", "if target >= T.int64(0):", "if target > T.int64(0):", "test_append.py"
     ),

@@ -8,7 +8,8 @@ import pytest
 
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.compiler import PIPELINES
-from pa_compiler.cpu import target, tiling
+from pa_compiler.cpu import target
+from pa_compiler.cpu import tiles as tiling
 
 SPECS = {  # every strategy, layout and type
     "float32": PagedAttentionSpec(6, 2, 24, 5, "float32"),  # blocks that no tile is a multiple of

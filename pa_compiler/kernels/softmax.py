@@ -4,32 +4,34 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.kernels.pairs import pair_floats, round_to_bfloat16
-from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
-EMPTY_ROW_MAX = -1e30
-"""row_max of a tile with no tokens. Only its row_sum, which is exactly 0, says that it is empty."""
 
-
-def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
-    """tile_max = max over t of scale * scores; probs = exp(scale * scores - tile_max) / 2**headroom; tile_sum: theirs.
+def softmax_prepare(tiling: Tiling) -> Callable[..., None]:
+    """row_max = max over t of scale * scores, probs = exp(scale * scores - row_max) / 2**headroom, row_sum their sum.
 
     headroom is the sequence's (kernels/headroom.py). scale * scores is rounded once and kept: a fused multiply-add with
-    -tile_max would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5
-    on. Over the first num_groups * token_group
-    columns; columns at or past valid_len count as -inf and get probs of exactly 0 whatever their scores hold, NaN
-    included. With valid_len == 0: tile_max = -1e30, tile_sum = 0, probs = 0. Products of -inf get probs of 0, and a row
-    of nothing else is as an empty one, whose sum is 0; with one of +inf or NaN tile_sum is NaN.
-    The sum is over what pv_matmul multiplies: float32 as it is, or, where that takes pairs, rounded to bfloat16.
-    A column is not always the token of its number: token_offsets says which it is.
+    -row_max would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5 on.
+    Over the columns of the first num_groups token groups; those that hold no token count as -inf and get probs of
+    exactly 0 whatever their scores hold, NaN included. With valid_len == 0: row_max = EMPTY_ROW_MAX, row_sum = 0,
+    probs = 0. Products of -inf get probs of 0, and a row of nothing else is as an empty one, whose sum is 0; with one
+    of +inf or NaN row_sum is NaN. The sum is over what pv_matmul multiplies: float32 as it is, or, where that takes
+    pairs, rounded to bfloat16.
+
+    Between the product and the maximum is the place of a score function or a mask: `tile.position` says which token a
+    column is.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
     @inline
-    def stage(scores, probs, tile_max, tile_sum, slot, scale, headroom, valid_len, num_groups):
+    def stage(scores, probs, state, scale, headroom, tile, num_groups):
+        slot = T.meta_var(state.slot)
+        tile_max = T.meta_var(state.row_max)
+        tile_sum = T.meta_var(state.row_sum)
         with T.sblock("softmax_prepare"):
             T.reads(scores[slot, 0:rows, 0:tokens])
             T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
@@ -41,7 +43,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     vi = T.axis.spatial(group, ti)
                     vr = T.axis.spatial(rows, r)
                     scaled[vr, vo * group + vi] = T.Select(
-                        vi < valid_len - vo * group, scores[slot, vr, vo * group + vi] * scale, T.float32("-inf")
+                        tile.holds(vo, vi), scores[slot, vr, vo * group + vi] * scale, T.float32("-inf")
                     )
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("peak"):
@@ -53,8 +55,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
             for r in range(rows):
                 with T.sblock("tile_max"):
                     vr = T.axis.spatial(rows, r)
-                    tile_max[slot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
-            if tiling.dot_pairs:
+                    tile_max[slot, vr] = T.Select(0 < tile.valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
+            if tiling.values.terms == 2:
                 exact = T.sblock_alloc_buffer((rows, tokens), "float32")
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("exact"):

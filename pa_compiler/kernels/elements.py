@@ -1,15 +1,26 @@
-"""Words of two bfloat16 numbers, as the dot product of AVX512_BF16 takes them, in operations that every CPU has.
+"""How a word of a cache becomes numbers, and numbers words: the bits of the types in which keys and values are kept.
 
-A word is an int32: the first number in its low half, the second in its high half.
+A word of two bfloat16 numbers is an int32: the first number in its low half, the second in its high half, as the dot
+product of AVX512_BF16 takes them, here in operations that every CPU has.
+
+A type with scales has its place here too: `number` is where every element of a cache becomes float32, and where a scale
+would multiply; only pairs, which are multiplied as they are, pass it by.
 """
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
+from pa_compiler.tiles import Element
+
 HIGH = -65536
 """The mask of a word's high half."""
 LOW = 65535
 """The mask of a word's low half."""
+
+
+def number(element: Element, word: Expr, index: Expr) -> Expr:
+    """The number `index` of a word, as float32: of a pair the one that index % 2 says, of others the element itself."""
+    return half(word, index) if element.word == 2 else T.Cast("float32", word)
 
 
 def half(word: Expr, index: Expr) -> Expr:

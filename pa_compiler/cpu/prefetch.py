@@ -1,0 +1,179 @@
+"""Prefetch instructions, put into scheduled kernels at the loops that a schedule has marked.
+
+The kernels say which tile of tokens is read next (kernels/ahead.py). A schedule says over which loops the lines of that
+tile are spread (schedules/fetch.py). Here they become instructions that ask for the lines, into the second-level cache.
+They stand between inner loops: within one, every sum would be stored at each step.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling, divisors
+
+if TYPE_CHECKING:
+    from tvm import IRModule
+    from tvm.ir import Expr
+    from tvm.s_tir import Schedule
+    from tvm.s_tir.schedule import LoopRV, SBlockRV
+    from tvm.tirx import For, Stmt
+
+    from pa_compiler.kernels.ahead import Announced
+    from pa_compiler.kernels.caches import Cache, CacheAccess
+
+
+def insert(mod: IRModule, spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
+    """The scheduled module with prefetch instructions, and without what its kernels and schedules have said for them.
+
+    The module given may be changed: use it no more.
+    """
+    if not tiling.prefetches:
+        return mod
+    from tvm.s_tir import Schedule
+
+    from pa_compiler.kernels import ahead
+    from pa_compiler.kernels.caches import key_access, value_access
+
+    sch = Schedule(mod)
+    sch.work_on("fused_decode")
+    accesses = {ahead.KEYS: key_access(spec, tiling), ahead.VALUES: value_access(spec, tiling)}
+    said = [sblock for sblock in _sblocks(sch) if sch.get(sblock).name_hint in accesses]
+    for sblock in said:
+        name = sch.get(sblock).name_hint
+        announced = ahead.announced(sch.get(sblock).body)
+        _remove(sch, sblock)
+        _fetch(sch, name, announced, accesses[name], tiling.token_group)
+    return sch.mod
+
+
+def fetching_passes(passes: int, group: int, lines: int) -> int:
+    """In how many of the passes over a tile of tokens, at most, its lines are fetched.
+
+    In each pass a group of tokens is the time to fetch some whole tokens of `lines` lines, or an equal part of one: so
+    that no line's address takes a division at run time.
+    """
+    return max(count for count in divisors(group) + [group * part for part in divisors(lines)] if count <= passes)
+
+
+def _fetch(sch: Schedule, name: str, announced: Announced, access: CacheAccess, token_group: int) -> None:
+    """Put the instructions of one cache into its marked loops, and take the marks off."""
+    from tvm.tirx import SeqStmt
+
+    from pa_compiler.schedules.fetch import GROUP, HERE, PASS, SHARE
+
+    marked = _marked(sch, name)
+    passes, groups, shares, here = (
+        [loop for loop in marked if mark in sch.get(loop).annotations] for mark in (PASS, GROUP, SHARE, HERE)
+    )
+    instructions = _instructions(
+        announced, access, token_group, *([sch.get(loop) for loop in loops] for loops in (passes, groups, shares))
+    )
+    for loop in marked:
+        for mark in (PASS, GROUP, SHARE, HERE):
+            if mark in sch.get(loop).annotations:
+                sch.unannotate(loop, mark)
+    old = sch.get(here[0])
+    body = SeqStmt([instructions, *(old.body.seq if isinstance(old.body, SeqStmt) else [old.body])])
+    _replace(sch, here[0], old, body)
+
+
+def _instructions(
+    announced: Announced,
+    access: CacheAccess,
+    token_group: int,
+    passes: list[For],
+    groups: list[For],
+    shares: list[For],
+) -> Stmt:
+    """What is fetched in one iteration of all of the marked loops."""
+    from tvm.script import tirx as T
+    from tvm.tirx import Evaluate, For, ForKind, IfThenElse, IntImm, Var
+
+    (group,), cache = groups, announced.cache
+    of_group = token_group * access.num_lines
+    each_share = -(-of_group // _count(shares))
+    first, number, condition = announced.first + group.loop_var * token_group, 0, None
+    if passes:
+        count = _count(passes)
+        fetching = fetching_passes(count, token_group, access.num_lines)
+        each_share, every = of_group // fetching, count // fetching
+        first = announced.first
+        number = (T.floordiv(_index(passes), every) * group.extent + group.loop_var) * each_share
+        if every > 1 or fetching < count:
+            condition = T.And(T.floormod(_index(passes), every) == 0, _index(passes) < every * fetching)
+    line = Var("line", "int32")
+    in_share = _index(shares) * each_share + line
+    offset = access.line(cache, first, number + in_share, announced.head_offset)
+    body = Evaluate(_prefetch(cache, offset))
+    if of_group % each_share:
+        body = IfThenElse(in_share < of_group, body, None)
+    loop = For(line, IntImm("int32", 0), IntImm("int32", each_share), ForKind.SERIAL, body)
+    return loop if condition is None else IfThenElse(condition, loop, None)
+
+
+def _prefetch(cache: Cache, offset: Expr) -> Expr:
+    """Ask for the line of a word, to be read soon: into the second-level cache.
+
+    Not tirx.prefetch, which becomes the same, but whose text TVM's parser does not read back.
+    """
+    from tvm.script import tirx as T
+
+    read, second_level, data = 0, 2, 1
+    address = T.address_of(cache.memory[offset])
+    return T.call_llvm_intrin("void", "llvm.prefetch", address, read, second_level, data)
+
+
+def _count(loops: list[For]) -> int:
+    """Iterations of a nest of loops."""
+    return math.prod(int(loop.extent) for loop in loops)
+
+
+def _index(loops: list[For]) -> Expr | int:
+    """Which of the iterations of a nest of loops is running."""
+    index: Expr | int = 0
+    for loop in loops:
+        index = index * int(loop.extent) + loop.loop_var
+    return index
+
+
+def _sblocks(sch: Schedule) -> list[SBlockRV]:
+    """All sblocks of the function that the schedule works on."""
+    found = [sch.get_sblock("root")]
+    for sblock in found:
+        found += sch.get_child_blocks(sblock)
+    return found
+
+
+def _marked(sch: Schedule, name: str) -> list[LoopRV]:
+    """The loops that a schedule has marked for a cache, from the outermost to the innermost."""
+    for sblock in _sblocks(sch):
+        loops = sch.get_loops(sblock)
+        marked = [loop for loop in loops if name in [*sch.get(loop).annotations.values()]]
+        if any("pa.fetch.here" in sch.get(loop).annotations for loop in marked):
+            return marked
+    raise ValueError(f"{name}: expected a schedule that marks the loops in which it is fetched, got none")
+
+
+def _remove(sch: Schedule, sblock: SBlockRV) -> None:
+    """Take an sblock out of the one around it."""
+    from tvm.s_tir import SBlock
+    from tvm.tirx import SeqStmt
+
+    around, gone = sch.get_sref(sblock).parent, sch.get(sblock)
+    old = around.stmt
+    rest = [stmt for stmt in old.body.seq if not gone.same_as(getattr(stmt, "block", None))]
+    new = SBlock(
+        old.iter_vars, old.reads, old.writes, old.name_hint, SeqStmt(rest), old.init, old.alloc_buffers,
+        old.match_buffers, old.annotations,
+    )  # fmt: skip
+    sch.state.replace(around, new, {old: new})
+
+
+def _replace(sch: Schedule, loop: LoopRV, old: For, body: Stmt) -> None:
+    """Give a loop another body."""
+    from tvm.tirx import For
+
+    new = For(old.loop_var, old.min, old.extent, old.kind, body, old.thread_binding, old.annotations)
+    sch.state.replace(sch.get_sref(loop), new, {})

@@ -1,0 +1,56 @@
+"""The policy: the strategy, and the register and cache tiles, of a spec on a target. Schedules are the mechanism.
+
+A strategy is a class in a file of its own, which says whether it is for a spec and chooses its tiles.
+"""
+
+from __future__ import annotations
+
+from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
+from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
+from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
+from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
+from pa_compiler.spec import PagedAttentionSpec
+
+STRATEGIES: tuple[type[CpuTiling], ...] = (TokensInLanes, HeadsInLanes, HeadDimInLanes)
+"""In the order in which they are asked; the last takes what no other does."""
+
+STAGED_ELEMENTS = 1 << 26
+"""float32 numbers of an intermediate of the staged pipeline, at most: 256 MB, of which there are four."""
+
+
+def check(spec: PagedAttentionSpec, pipeline: str) -> None:
+    """Refuse a spec that a pipeline does not cover.
+
+    Raises:
+        ValueError: names the field, what the pipeline takes and what it got.
+    """
+    of_sequence = rows(spec) * max(spec.block_size, spec.result_dim)
+    if pipeline == "staged" and spec.batch_chunk * of_sequence > STAGED_ELEMENTS:
+        sizes = f"{rows(spec)} heads, block_size = {spec.block_size} and value_dim = {spec.result_dim}"
+        raise ValueError(
+            f"batch_chunk: expected 1 to {STAGED_ELEMENTS // of_sequence} for pipeline staged with tiles of {sizes}, "
+            f"got {spec.batch_chunk}"
+        )
+
+
+def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTiling:
+    """Choose the tiles from the spec and the target's features alone."""
+    known = basis(spec, target, pipeline)
+    return _strategy(known)[0].choose(known)
+
+
+def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
+    """Tiling.strategy, and the reason in one sentence."""
+    strategy, reason = _strategy(basis(spec, target, pipeline))
+    return strategy.strategy, reason
+
+
+def _strategy(known: Basis) -> tuple[type[CpuTiling], str]:
+    """The first strategy that takes a spec. Why: its own reason, and the last one's is why those before do not."""
+    reason = ""
+    for strategy in STRATEGIES[:-1]:
+        takes, reason = strategy.takes(known)
+        if takes:
+            return strategy, reason
+    return STRATEGIES[-1], reason

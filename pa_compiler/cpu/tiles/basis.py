@@ -1,0 +1,179 @@
+"""What the strategies of the CPU choose from alike: the sizes that no strategy decides, and register tiles."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any, ClassVar, NamedTuple
+
+from pa_compiler.cpu.machines import Machine, machine_of
+from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.interface import split_blocks
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import Element, Tiling, divisors, equal_tile
+
+DOT_DIMS = 8
+"""What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CpuTiling(Tiling):
+    """What every strategy of the CPU tiles besides.
+
+    Attributes:
+        qk_lanes, pv_lanes: float32 elements of a key, and of a value, in one vector; divisors of their sizes.
+        qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
+        pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides value_dim.
+        group_places: Places of a token group that a sweep reads values from in turn, where the table of offsets cannot
+            say it.
+    """
+
+    qk_lanes: int
+    pv_lanes: int
+    qk_rows: int
+    qk_tokens: int
+    pv_rows: int
+    pv_dims: int
+    group_places: int = 1
+
+    scores_in_lanes: ClassVar[bool] = True
+    """Whether a vector of qk_matmul's sums is one of scores, and not of parts of one score."""
+
+    @classmethod
+    def takes(cls, basis: Basis) -> tuple[bool, str]:
+        """Whether the strategy is for a spec, and the reason in one sentence."""
+        raise NotImplementedError
+
+    @classmethod
+    def choose(cls, basis: Basis) -> CpuTiling:
+        """The tiles of a spec that the strategy takes."""
+        raise NotImplementedError
+
+    def qk_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of qk_matmul take."""
+        sums = self.qk_rows * self.qk_tokens
+        return -(-sums // vector_lanes) if self.scores_in_lanes else sums
+
+    def pv_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of pv_matmul take."""
+        return -(-self.pv_rows * self.pv_dims // self.pv_lanes)
+
+
+class Basis(NamedTuple):
+    """A spec on a target, and the sizes that follow before a strategy is chosen."""
+
+    spec: PagedAttentionSpec
+    target: CpuTarget
+    pipeline: str
+    machine: Machine
+    rows: int
+    keys: Element
+    values: Element
+
+    @property
+    def fused(self) -> bool:
+        """Whether it is for the fused pipeline."""
+        return self.pipeline == "fused"
+
+    @property
+    def dot_pairs(self) -> bool:
+        """Whether the matmuls multiply pairs of bfloat16 numbers as they are."""
+        return self.keys.terms == 2
+
+    @property
+    def qk_lanes(self) -> int:
+        """CpuTiling.qk_lanes."""
+        return math.gcd(self.spec.head_dim // self.values.halves, self.target.vector_lanes)
+
+    @property
+    def pv_lanes(self) -> int:
+        """CpuTiling.pv_lanes."""
+        return math.gcd(self.spec.result_dim // self.values.halves, self.target.vector_lanes)
+
+    @property
+    def load_cost(self) -> float:
+        """Machine.load_costs of this type."""
+        return self.machine.load_costs[0 if self.spec.dtype == "float32" or self.dot_pairs else 1]
+
+    def kv_tile(self, token_group: int) -> int:
+        """Tokens of one step: what fits in the second-level cache, in whole groups; in the staged pipeline a block."""
+        spec = self.spec
+        if not self.fused:
+            return spec.block_size
+        share = self.machine.second_level // (1 if spec.num_kv_heads == 1 else 2)
+        elements = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
+        tokens = min(self.machine.kv_tile, share // (elements * ITEMSIZES[spec.dtype]))
+        return max(1, tokens // token_group) * token_group
+
+    def sweep(self, most_rows: int | None = None) -> str | None:
+        """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
+        spec = self.spec
+        intensity = 2 * self.rows / ITEMSIZES[spec.dtype]
+        scratch = 2 * self.machine.kv_tile * spec.num_heads * ITEMSIZES["float32"]
+        if not self.fused or intensity > self.machine.sweep_intensity or scratch > self.machine.sweep_bytes:
+            return None
+        if most_rows is not None and self.rows > most_rows:
+            return None
+        return "tokens" if spec.kv_layout == "NHD" else "heads"
+
+    def pv_tile(self) -> tuple[int, int]:
+        """pv_rows and pv_dims, where value_dim lies in the lanes."""
+        halves, lanes = self.values.halves, self.pv_lanes
+        vectors = [halves * count for count in divisors(self.spec.result_dim // (halves * lanes))]
+        rows, count = register_tile(self.rows, vectors, self.target, self.load_cost, 1)
+        return rows, count * lanes
+
+    def common(self, token_group: int, sweep: str | None) -> dict[str, Any]:
+        """The fields that every strategy fills alike."""
+        return {
+            "row_tile": self.rows,
+            "kv_tile": self.kv_tile(token_group),
+            "token_group": token_group,
+            "keys": self.keys,
+            "values": self.values,
+            "sweep": sweep,
+            "prefetches": self.fused and sweep is None,
+            "split_blocks": split_blocks(self.spec),
+            "qk_lanes": self.qk_lanes,
+            "pv_lanes": self.pv_lanes,
+        }
+
+
+def basis(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> Basis:
+    """What is known of a spec on a target before a strategy is chosen."""
+    packed = spec.kv_layout == "packed"
+    pairs = spec.head_dim % 2 == 0 and (packed or spec.result_dim % 2 == 0)
+    in_pairs = spec.dtype == "bfloat16" and pairs
+    word = 2 if in_pairs and (pipeline == "fused" or packed) else 1
+    whole_words = spec.head_dim % DOT_DIMS == spec.result_dim % DOT_DIMS == 0
+    dot_pairs = in_pairs and pipeline == "fused" and target.dot_pairs and whole_words
+    halves, terms = 1 if packed else word, 2 if dot_pairs else 1
+    keys = Element(spec.dtype, word, 1 if dot_pairs else halves, terms)
+    return Basis(spec, target, pipeline, machine_of(target), rows(spec), keys, Element(spec.dtype, word, halves, terms))
+
+
+def rows(spec: PagedAttentionSpec) -> int:
+    """row_tile of a spec."""
+    return equal_tile(spec.group, spec.head_tile)
+
+
+def register_tile(
+    rows: int, columns: list[int], target: CpuTarget, load_cost: float, held: int, of_row: int = 0
+) -> tuple[int, int]:
+    """How many rows and columns of vectors of an outer product have their sums in registers at once.
+
+    A divisor of rows and one of the given numbers of columns, with the fewest loads for an FMA: a row costs one, a
+    column load_cost. A column is loaded once for all rows, and takes `held` registers meanwhile; rows take of_row.
+    """
+
+    def fits(r: int, c: int) -> bool:
+        operands = held * c + of_row if r > 1 else 0
+        return r * c <= target.vector_sums and r * c + operands <= target.vector_registers
+
+    tiles = [
+        ((r + load_cost * c) / (r * c), -r, (r, c))
+        for r in divisors(rows)
+        for c in columns
+        if fits(r, c) or (r == 1 and c == min(columns))
+    ]
+    return min(tiles)[2]

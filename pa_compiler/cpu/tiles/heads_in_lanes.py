@@ -1,0 +1,52 @@
+"""Tiles where the rows of a head tile lie in the lanes of a vector register: for whole vectors of query heads."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from pa_compiler.cpu.tiles.basis import Basis, CpuTiling
+from pa_compiler.tiles import largest_divisor
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadsInLanes(CpuTiling):
+    """Tiles of schedules/cpu/heads_in_lanes.py."""
+
+    strategy: ClassVar[str] = "heads_in_lanes"
+
+    @classmethod
+    def takes(cls, basis: Basis) -> tuple[bool, str]:
+        """Whole vectors of rows, as many as have their sums in registers, in the fused pipeline."""
+        rows, lanes, sums = basis.rows, basis.target.vector_lanes, basis.target.vector_sums
+        if not basis.fused:
+            return False, f"It is the one strategy of pipeline {basis.pipeline} for kv_layout {basis.spec.kv_layout}."
+        tile = f"{rows} query head{'' if rows == 1 else 's'} in a tile"
+        if rows < basis.machine.heads_in_lanes:
+            return False, f"{tile}: heads lie in lanes from {basis.machine.heads_in_lanes} on."
+        if rows % lanes:
+            return False, f"{tile}: not whole vectors of {lanes}."
+        if rows > sums * lanes:
+            return False, f"{tile}: more than {sums} vectors of {lanes}, whose sums fit in registers."
+        return True, f"{tile}: whole vectors of {lanes}, and {basis.machine.heads_in_lanes} or more."
+
+    @classmethod
+    def choose(cls, basis: Basis) -> HeadsInLanes:
+        """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in registers."""
+        tokens = basis.target.vector_sums // (basis.rows // basis.target.vector_lanes)
+        tokens = 1 << (tokens.bit_length() - 1)  # a power of two: more, up to tokens, has measured slower
+        is_float32 = basis.spec.dtype == "float32"
+        return cls(
+            **basis.common(tokens, None),
+            copy_keys=not is_float32 and not basis.dot_pairs,
+            copy_values=not is_float32,
+            streams=1,
+            qk_rows=basis.rows,
+            qk_tokens=tokens,
+            pv_rows=basis.rows,
+            pv_dims=largest_divisor(basis.spec.result_dim, tokens),
+        )
+
+    def pv_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of pv_matmul take."""
+        return -(-self.pv_rows * self.pv_dims // vector_lanes)

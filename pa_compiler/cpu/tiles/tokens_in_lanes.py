@@ -1,0 +1,48 @@
+"""Tiles where the tokens of a packed block lie in the lanes of a vector register: for any group."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import ClassVar
+
+from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, register_tile
+from pa_compiler.spec import PACKED_TOKENS
+
+
+@dataclasses.dataclass(frozen=True)
+class TokensInLanes(CpuTiling):
+    """Tiles of schedules/cpu/tokens_in_lanes.py."""
+
+    strategy: ClassVar[str] = "tokens_in_lanes"
+
+    @classmethod
+    def takes(cls, basis: Basis) -> tuple[bool, str]:
+        """The packed layout."""
+        if basis.spec.kv_layout == "packed":
+            return True, "kv_layout packed has the tokens of a block side by side."
+        return False, f"kv_layout {basis.spec.kv_layout} has the elements of a row side by side."
+
+    @classmethod
+    def choose(cls, basis: Basis) -> TokensInLanes:
+        """Scores of one vector of tokens, or of whole times PACKED_TOKENS of them."""
+        lanes, machine = basis.target.vector_lanes, basis.machine
+        whole_groups = [groups * PACKED_TOKENS // lanes for groups in (1, 2, 4)]
+        qk_rows, vectors = register_tile(
+            basis.rows, [1, *whole_groups], basis.target, basis.load_cost, 2, of_row=machine.broadcast_registers
+        )
+        pv_rows, pv_dims = basis.pv_tile()
+        token_group = max(vectors * lanes, PACKED_TOKENS)
+        sweep = basis.sweep(machine.sweep_rows)
+        places = machine.streams if basis.values.word == 1 else machine.paired_streams
+        return cls(
+            **basis.common(token_group, sweep),
+            copy_keys=False,
+            copy_values=False,
+            streams=1,
+            qk_rows=qk_rows,
+            qk_tokens=vectors * lanes,
+            pv_rows=pv_rows,
+            pv_dims=pv_dims,
+            group_places=math.gcd(token_group, places) if sweep else 1,
+        )

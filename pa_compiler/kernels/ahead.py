@@ -1,0 +1,54 @@
+"""What the algorithm reads next: said where it is known, so that a schedule can have it fetched meanwhile.
+
+The statement computes nothing. cpu/prefetch.py takes it out, and puts instructions into the loops that a schedule has
+marked; a target without them leaves it at that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Evaluate
+
+from pa_compiler.kernels.caches import Cache
+from pa_compiler.tvmscript import inline
+
+KEYS, VALUES = "next_keys", "next_values"
+"""The sblocks that say it of each cache."""
+
+_OP = "next_tile"
+
+
+def announce(name: str) -> Callable[..., None]:
+    """The sblock name: the tile in the columns from `first` on of cache.offsets is the next one, in the head there."""
+
+    @inline
+    def stage(cache, first, head_offset):
+        with T.sblock(name):
+            T.reads()
+            T.writes()
+            T.evaluate(
+                T.call_extern(
+                    "int32", _OP, cache.memory[0], cache.offsets[0], cache.block, cache.row, cache.head, first,
+                    head_offset,
+                )
+            )  # fmt: skip
+
+    return stage
+
+
+class Announced(NamedTuple):
+    """What announce has said: the arguments that it had."""
+
+    cache: Cache
+    first: Expr
+    head_offset: Expr
+
+
+def announced(statement: Evaluate) -> Announced:
+    """What the statement of announce's sblock says."""
+    _, memory, offsets, block, row, head, first, head_offset = statement.value.args
+    return Announced(Cache(memory.source, block, row, head, offsets.source), first, head_offset)

@@ -1,0 +1,96 @@
+"""The arrays of a call as the PrimFuncs see them: their shapes, types and strides, each in one place.
+
+A PrimFunc takes an array as a handle and matches a buffer to it here. The names of run-time extents and strides are
+those of the host's arrays: batch, max_blocks, and `q_batch`, the elements from one sequence of query to the next.
+"""
+
+from __future__ import annotations
+
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, Var
+
+from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
+from pa_compiler.tiles import Element, Tiling
+
+
+class Arrays:
+    """What match_buffer is given for each array of one PrimFunc; its arrays share their run-time extents."""
+
+    def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
+        self._spec, self._tiling = spec, tiling
+        self._vars: dict[str, Var] = {}
+
+    def _var(self, name: str) -> Var:
+        """A run-time extent or stride, int64; the same for the same name."""
+        return self._vars.setdefault(name, Var(name, "int64"))
+
+    def query(self, handle: Var) -> Buffer:
+        """[batch, num_heads, head_dim], dtype; a head's elements lie side by side."""
+        spec = self._spec
+        return T.match_buffer(
+            handle,
+            (self._var("batch"), T.int64(spec.num_heads), T.int64(spec.head_dim)),
+            spec.dtype,
+            strides=[self._var("q_batch"), self._var("q_head"), T.int64(1)],
+            align=ITEMSIZES[spec.dtype],
+        )
+
+    def key_cache(self, handle: Var) -> Buffer:
+        """[k_span] words: all that lies between the first and the last element of the cache."""
+        return self._span(handle, "k_span", self._tiling.keys)
+
+    def value_cache(self, handle: Var) -> Buffer:
+        """[v_span] words, as key_cache."""
+        return self._span(handle, "v_span", self._tiling.values)
+
+    def _span(self, handle: Var, extent: str, element: Element) -> Buffer:
+        return T.match_buffer(handle, (self._var(extent),), element.word_dtype, align=ITEMSIZES[element.dtype])
+
+    def block_table(self, handle: Var) -> Buffer:
+        """[batch, max_blocks], int32: block i of a sequence holds its tokens from i * block_size on."""
+        shape = (self._var("batch"), self._var("max_blocks"))
+        return T.match_buffer(handle, shape, "int32", strides=[self._var("table_seq"), T.int64(1)], align=4)
+
+    def context_lens(self, handle: Var) -> Buffer:
+        """[batch], int32: tokens of each sequence."""
+        return T.match_buffer(handle, (self._var("batch"),), "int32", align=4)
+
+    def partial_rows(self, handle: Var) -> Buffer:
+        """[slots, num_heads], float32: row_max or row_sum of partial results."""
+        return T.match_buffer(handle, (self._var("slots"), T.int64(self._spec.num_heads)), "float32", align=4)
+
+    def partial_acc(self, handle: Var) -> Buffer:
+        """[slots, num_heads, value_dim], float32: acc of partial results."""
+        spec = self._spec
+        shape = (self._var("slots"), T.int64(spec.num_heads), T.int64(spec.result_dim))
+        return T.match_buffer(handle, shape, "float32", align=4)
+
+    def out(self, handle: Var) -> Buffer:
+        """[batch, num_heads, value_dim], out_dtype; a head's elements lie side by side."""
+        spec = self._spec
+        return T.match_buffer(
+            handle,
+            (self._var("batch"), T.int64(spec.num_heads), T.int64(spec.result_dim)),
+            spec.result_dtype,
+            strides=[self._var("out_batch"), self._var("out_head"), T.int64(1)],
+            align=ITEMSIZES[spec.result_dtype],
+        )
+
+    def lse(self, handle: Var) -> Buffer:
+        """[batch, num_heads], float32: natural logarithms."""
+        shape = (self._var("batch"), T.int64(self._spec.num_heads))
+        return T.match_buffer(handle, shape, "float32", strides=[self._var("lse_batch"), T.int64(1)], align=4)
+
+    def scores(self, handle: Var) -> Buffer:
+        """[batch_chunk, row_tile, padded_kv_tile], float32: scores or probabilities of a chunk and a tile of tokens."""
+        tiling = self._tiling
+        return T.match_buffer(handle, (self._spec.batch_chunk, tiling.row_tile, tiling.padded_kv_tile), "float32")
+
+    def rows(self, handle: Var) -> Buffer:
+        """[batch_chunk, row_tile], float32: a maximum or a sum of each row of a chunk."""
+        return T.match_buffer(handle, (self._spec.batch_chunk, self._tiling.row_tile), "float32")
+
+    def acc(self, handle: Var) -> Buffer:
+        """[batch_chunk, row_tile, value_dim], float32: outputs of each row of a chunk, not normalized."""
+        shape = (self._spec.batch_chunk, self._tiling.row_tile, self._spec.result_dim)
+        return T.match_buffer(handle, shape, "float32")

@@ -1,0 +1,183 @@
+"""Where the words of keys and values lie in the paged caches: the one place that knows the layouts.
+
+A kernel sees a cache as one span of memory with three strides: of its blocks, of its heads, and of the rows in a block
+of one head. In NHD and HND a row is a token, and the two differ in nothing else. Packed, a row of the keys is an
+element of head_dim (bfloat16: a pair of them), a row of the values is a token (bfloat16: a pair of tokens). A word is
+made a number, or multiplied as it is, by elements.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer, BufferRegion
+
+from pa_compiler.kernels.elements import number, pair_halves
+from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
+from pa_compiler.tiles import Element, Tiling
+from pa_compiler.tvmscript import inline
+
+
+class Cache(NamedTuple):
+    """Keys or values as the stages see them, in one kernel.
+
+    Attributes:
+        memory: The words: of the cache itself, or, [tokens, dim], what load_tile has made of a tile of one head.
+        block, row, head: The strides of blocks, of rows and of heads, in words, int64.
+        offsets: Where the tokens of a tile lie, as token_offsets has it: in words, in kv head 0, int64.
+    """
+
+    memory: Buffer
+    block: Expr
+    row: Expr
+    head: Expr
+    offsets: Buffer
+
+
+class CacheAccess(NamedTuple):
+    """How one of the two caches is read: functions for the bodies of the stages. Offsets are in words, int64.
+
+    Attributes:
+        slot_offset: (slot, row_stride) -> from the start of a block to the slot's token, or, of packed keys, to the
+            PACKED_TOKENS tokens that it is one of. What a table of offsets holds.
+        element: (cache, t, head_offset, d) -> element d of token t as float32.
+        pair: (cache, i, head_offset, j) -> a word of two elements, where a matmul multiplies such: of keys the elements
+            2j and 2j + 1 of token i, of values the element j of the tokens 2i and 2i + 1.
+        line: (cache, token, number, head_offset) -> the offset of cache line `number` from those of `token` of a tile
+            on, whose tokens have num_lines lines each, one after another. token is 0 modulo PACKED_TOKENS where keys
+            are packed.
+        num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
+    """
+
+    slot_offset: Callable[..., Expr]
+    element: Callable[..., Expr]
+    pair: Callable[..., Expr]
+    line: Callable[..., Expr]
+    num_lines: int
+
+
+def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
+    """How key_cache is read."""
+    keys = tiling.keys
+    if spec.kv_layout != "packed":
+        return _token_rows(keys, spec.head_dim)
+    rows = spec.head_dim // keys.word
+    lines = -(-rows // PACKED_TOKENS)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", slot - T.floormod(slot, PACKED_TOKENS))
+
+    def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
+        return number(keys, pair(cache, t, head_offset, T.floordiv(d, keys.word)), d)
+
+    def pair(cache: Cache, t: Expr, head_offset: Expr, row: Expr) -> Expr:
+        first = T.floordiv(t, PACKED_TOKENS) * PACKED_TOKENS
+        in_row = T.Cast("int64", row) * cache.row + T.Cast("int64", t - first)
+        return cache.memory[cache.offsets[first] + head_offset + in_row]
+
+    def line(cache: Cache, token: Expr, number: Expr, head_offset: Expr) -> Expr:
+        # a line holds one row of PACKED_TOKENS tokens; numbers past the last row name it again
+        first = token + T.floordiv(number, lines * PACKED_TOKENS) * PACKED_TOKENS
+        row = T.min(T.floormod(number, lines * PACKED_TOKENS), rows - 1)
+        return cache.offsets[first] + head_offset + T.Cast("int64", row) * cache.row
+
+    return CacheAccess(slot_offset, element, pair, line, lines)
+
+
+def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
+    """How value_cache is read."""
+    values = tiling.values
+    if spec.kv_layout != "packed" or spec.packed_pair == 1:
+        return _token_rows(values, spec.result_dim)._replace(pair=_pair_of_rows)
+    lines = -(-spec.result_dim // values.line_elements)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", T.floordiv(slot, values.word)) * row_stride
+
+    def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
+        return number(values, _word(cache, t, head_offset, d), t)
+
+    def pair(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
+        return _word(cache, 2 * i, head_offset, d)
+
+    def line(cache: Cache, token: Expr, number: Expr, head_offset: Expr) -> Expr:
+        # a row has a pair of tokens and twice the lines: its even token stands for the first half, its odd one for the
+        # second
+        token = token + T.floordiv(number, lines)
+        line_of_pair = T.floormod(token, values.word) * lines + T.floormod(number, lines)
+        return cache.offsets[token] + head_offset + T.Cast("int64", line_of_pair * values.line_words)
+
+    return CacheAccess(slot_offset, element, pair, line, lines)
+
+
+def _token_rows(of: Element, dim: int) -> CacheAccess:
+    """A cache whose rows are tokens; a pair is of one of them."""
+    lines = -(-dim // of.line_elements)
+
+    def slot_offset(slot: Expr, row_stride: Expr) -> Expr:
+        return T.Cast("int64", slot) * row_stride
+
+    def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
+        return number(of, _word(cache, t, head_offset, T.floordiv(d, of.word)), d)
+
+    def line(cache: Cache, token: Expr, number: Expr, head_offset: Expr) -> Expr:
+        start = T.Cast("int64", T.floormod(number, lines) * of.line_words)
+        return cache.offsets[token + T.floordiv(number, lines)] + head_offset + start
+
+    return CacheAccess(slot_offset, element, _word, line, lines)
+
+
+def _word(cache: Cache, t: Expr, head_offset: Expr, word: Expr) -> Expr:
+    """A word of a token's row."""
+    return cache.memory[cache.offsets[t] + head_offset + T.Cast("int64", word)]
+
+
+def _pair_of_rows(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
+    """Element d of the rows of the tokens 2i and 2i + 1."""
+    first = _word(cache, 2 * i, head_offset, T.floordiv(d, 2))
+    second = _word(cache, 2 * i + 1, head_offset, T.floordiv(d, 2))
+    return pair_halves(first, second, d)
+
+
+def reader(access: CacheAccess, element: Element, copied: bool) -> Callable[[Cache, Expr, Expr, Expr], Expr]:
+    """What a matmul multiplies: (cache, t, head_offset, d) -> an element, or a pair; of load_tile's copy if copied."""
+    if copied:
+        return lambda cache, t, head_offset, d: cache.memory[t, d]
+    return access.pair if element.terms == 2 else access.element
+
+
+def copy_shape(tiling: Tiling, element: Element, dim: int) -> tuple[int, int]:
+    """The shape of a tile of tokens that load_tile converts."""
+    return tiling.padded_kv_tile // element.terms, dim
+
+
+def load_tile(tiling: Tiling, access: CacheAccess, element: Element, dim: int, name: str) -> Callable[..., None]:
+    """The sblock name: what reader(access, element) reads, of num_groups groups of token_group tokens, in scratch.
+
+    copy[t, d] = float32(element d of token t); or, in pairs, the word of element d of the tokens 2t and 2t + 1.
+    """
+    group, tokens = tiling.token_group // element.terms, tiling.padded_kv_tile // element.terms
+    read = reader(access, element, copied=False)
+
+    @inline
+    def stage(cache, copy, head_offset, num_groups):
+        with T.sblock(name):
+            T.reads(whole(cache.memory), whole(cache.offsets))
+            T.writes(copy[0:tokens, 0:dim])
+            for to, ti, d in T.grid(num_groups, group, dim):
+                with T.sblock(f"{name}_element"):
+                    vt = T.axis.spatial(tokens, to * group + ti)
+                    vd = T.axis.spatial(dim, d)
+                    T.reads(whole(cache.memory), whole(cache.offsets))
+                    T.writes(copy[vt, vd])
+                    copy[vt, vd] = read(cache, vt, head_offset, vd)
+
+    return stage
+
+
+def whole(buffer: Buffer) -> BufferRegion:
+    """All of a buffer, for T.reads and T.writes."""
+    return buffer[tuple(slice(0, extent) for extent in buffer.shape)]

@@ -1,0 +1,50 @@
+"""Before the stages: the query rows of a head tile, as qk_matmul multiplies them."""
+
+from collections.abc import Callable
+
+from tvm.script import tirx as T
+
+from pa_compiler.kernels.elements import pair_floats
+from pa_compiler.kernels.headroom import scaled
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
+from pa_compiler.tvmscript import inline
+
+
+def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """q_tile[tile, r, :] = query_scale * query of row r, for the rows that there are; 0 in rows that pad the tile.
+
+    In float32, and of float16 without query_scale (headroom.scaled). Where pairs are multiplied, q_tile[tile, r, d] is
+    the word of the elements 2d and 2d + 1 instead.
+    """
+    capacity, head_dim, depth = tiling.row_tile, spec.head_dim, spec.head_dim // tiling.keys.terms
+
+    def element(x, query_scale):
+        return scaled(spec, T.Cast("float32", x), query_scale)
+
+    @inline
+    def stage(query, q_tile, tile, rows, query_scale):
+        with T.sblock("load_query"):
+            T.reads(query[(*rows.region, slice(0, head_dim))])
+            T.writes(q_tile[tile, 0:capacity, 0:depth])
+            if tiling.keys.terms == 2:
+                for r, d in T.grid(capacity, depth):
+                    with T.sblock("q_tile"):
+                        vr, vd = T.axis.remap("SS", [r, d])
+                        q_tile[tile, vr, vd] = T.if_then_else(
+                            vr < rows.num,
+                            pair_floats(
+                                element(query[(*rows.of(vr), 2 * vd)], query_scale),
+                                element(query[(*rows.of(vr), 2 * vd + 1)], query_scale),
+                            ),
+                            0,
+                        )
+            else:
+                for r, d in T.grid(capacity, head_dim):
+                    with T.sblock("q_tile"):
+                        vr, vd = T.axis.remap("SS", [r, d])
+                        q_tile[tile, vr, vd] = T.if_then_else(
+                            vr < rows.num, element(query[(*rows.of(vr), vd)], query_scale), T.float32(0)
+                        )
+
+    return stage

@@ -1,0 +1,33 @@
+"""Rows: what a head tile attends for. The one place that says which query token and which head a row is."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from tvm.ir import Expr
+
+
+class Rows(NamedTuple):
+    """The rows of a head tile, which share the keys and values of one kv head.
+
+    In decode a sequence has one query token, its last, and the rows are query heads of it: all of them see every token
+    that the sequence has, so that the range of a work item says how far they see.
+
+    Attributes:
+        token: The query token, an index into query, out and lse.
+        first_head: The query head of the first row.
+        num: Rows that there are; the others pad the tile.
+    """
+
+    token: Expr
+    first_head: Expr
+    num: Expr | int
+
+    def of(self, row: Expr) -> tuple[Expr, Expr]:
+        """The query token and the head of a row."""
+        return self.token, self.first_head + row
+
+    @property
+    def region(self) -> tuple[Expr, slice]:
+        """All that there are: what a stage reads of query, and writes of out and lse."""
+        return self.token, slice(self.first_head, self.first_head + self.num)

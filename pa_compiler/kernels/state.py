@@ -1,0 +1,232 @@
+"""State: a partial result of attention, and stage 4, which merges one into another and at last gives the result.
+
+The online softmax of M. Milakov and N. Gimelshein, Online normalizer calculation for softmax, 2018, section 3, for
+whole tiles as in FlashAttention (T. Dao et al., 2022, algorithm 1). The same merge joins tiles, blocks and ranges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.tirx import Buffer
+
+from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.headroom import lifted
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tvmscript import inline
+
+EMPTY_ROW_MAX = -1e30
+"""row_max of the empty result. Only its row_sum, which is exactly 0, says that it is empty."""
+
+
+class State(NamedTuple):
+    """What is known of some rows after some of their tokens: attention before it is normalized.
+
+    With scores s over these tokens: row_max = max s, row_sum = sum of exp(s - row_max), acc = sum of exp(s - row_max)
+    times values. Where the sum is 0 the state is empty, whatever its maximum: no stand-in for -inf is ever compared
+    with a score.
+
+    Attributes:
+        row_max, row_sum: [slots, rows], float32.
+        acc: [slots, rows, value_dim], float32; None where it is only in registers.
+        slot: Which of the slots.
+    """
+
+    row_max: Buffer
+    row_sum: Buffer
+    acc: Buffer | None
+    slot: Expr
+
+    def started(self, step: Expr, row: Expr) -> tuple[Expr, Expr]:
+        """row_max and row_sum of a row before a step: before step 0, of the empty state, and memory is not read."""
+        return (
+            T.Select(step == 0, T.float32(EMPTY_ROW_MAX), self.row_max[self.slot, row]),
+            T.Select(step == 0, T.float32(0), self.row_sum[self.slot, row]),
+        )
+
+
+class Factors(NamedTuple):
+    """What two states are multiplied by when they are merged: [slots, rows], float32, of which one slot."""
+
+    running: Buffer
+    added: Buffer
+    slot: Expr
+
+
+def merge(rows: int, dim: int) -> Callable[..., None]:
+    """The sblock online_update: add the state `added` to the state `running`, as step `step` of num_steps.
+
+    rescale and fold, one after the other. All of rows rows of dim elements.
+    """
+    rescale_stage, fold_stage = rescale(rows), fold(1, rows, dim)
+
+    @inline
+    def stage(added, running, step, num_steps):
+        with T.sblock("online_update"):
+            T.reads(
+                added.row_max[added.slot, 0:rows],
+                added.row_sum[added.slot, 0:rows],
+                added.acc[added.slot, 0:rows, 0:dim],
+                running.row_max[running.slot, 0:rows],
+                running.row_sum[running.slot, 0:rows],
+            )
+            T.writes(
+                running.row_max[running.slot, 0:rows],
+                running.row_sum[running.slot, 0:rows],
+                running.acc[running.slot, 0:rows, 0:dim],
+            )
+            alpha = T.sblock_alloc_buffer((1, rows), "float32")
+            beta = T.sblock_alloc_buffer((1, rows), "float32")
+            factors = T.meta_var(Factors(alpha, beta, 0))
+            rescale_stage(added, running, factors, step)
+            with T.sblock("fold"):
+                T.reads(added.acc[added.slot, 0:rows, 0:dim], alpha[0, 0:rows], beta[0, 0:rows])
+                T.writes(running.acc[running.slot, 0:rows, 0:dim])
+                fold_stage(added.acc, added.slot, factors, running.acc, running.slot, step, num_steps)
+
+    return stage
+
+
+def rescale(rows: int) -> Callable[..., None]:
+    """Merge the maxima and sums of the state `added` into those of `running`; factors are what to fold acc by.
+
+    With m = max(row_max of both), alpha = exp(running.row_max - m) and beta = exp(added.row_max - m):
+    row_sum = alpha * running.row_sum + beta * added.row_sum, row_max = m. Step 0 starts from the empty state. A state
+    whose sum is 0 changes nothing.
+    """
+
+    @inline
+    def stage(added, running, factors, step):
+        tile_slot = T.meta_var(added.slot)
+        tile_max = T.meta_var(added.row_max)
+        tile_sum = T.meta_var(added.row_sum)
+        slot = T.meta_var(running.slot)
+        row_max = T.meta_var(running.row_max)
+        row_sum = T.meta_var(running.row_sum)
+        alpha = T.meta_var(factors.running)
+        beta = T.meta_var(factors.added)
+        at = T.meta_var(factors.slot)
+        with T.sblock("rescale"):
+            T.reads(
+                tile_max[tile_slot, 0:rows], tile_sum[tile_slot, 0:rows], row_max[slot, 0:rows], row_sum[slot, 0:rows]
+            )
+            T.writes(row_max[slot, 0:rows], row_sum[slot, 0:rows], alpha[at, 0:rows], beta[at, 0:rows])
+            new_max = T.sblock_alloc_buffer((rows,), "float32")
+            new_sum = T.sblock_alloc_buffer((rows,), "float32")
+            for r in range(rows):
+                with T.sblock("factors"):
+                    vr = T.axis.spatial(rows, r)
+                    old_max: T.let = running.started(step, vr)[0]
+                    old_sum: T.let = running.started(step, vr)[1]
+                    both: T.let = T.max(old_max, tile_max[tile_slot, vr])
+                    old_or_both: T.let = T.Select(tile_sum[tile_slot, vr] == T.float32(0), old_max, both)
+                    m: T.let = T.Select(old_sum == T.float32(0), tile_max[tile_slot, vr], old_or_both)
+                    new_max[vr] = m
+                    store_exp(alpha, (at, vr), old_max - m, old_sum != T.float32(0))
+                    store_exp(beta, (at, vr), tile_max[tile_slot, vr] - m, tile_sum[tile_slot, vr] != T.float32(0))
+            for r in range(rows):
+                with T.sblock("new_sum"):
+                    vr = T.axis.spatial(rows, r)
+                    previous: T.let = running.started(step, vr)[1]
+                    new_sum[vr] = alpha[at, vr] * previous + beta[at, vr] * tile_sum[tile_slot, vr]
+            for r in range(rows):
+                with T.sblock("row"):
+                    vr = T.axis.spatial(rows, r)
+                    row_max[slot, vr] = new_max[vr]
+                    row_sum[slot, vr] = new_sum[vr]
+
+    return stage
+
+
+def fold(num_tiles: int, rows: int, dim: int) -> Callable[..., None]:
+    """acc = alpha * acc + beta * tile_acc for num_tiles tiles, whose slots follow those given; in the caller's sblock.
+
+    Step 0 of num_steps starts from 0. factors are from slot 0 on.
+    """
+
+    @inline
+    def stage(tile_acc, tile_slot, factors, acc, slot, step, num_steps):
+        for i, r, d in T.grid(num_tiles, rows, dim):
+            with T.sblock("acc"):
+                vi, vr, vd = T.axis.remap("SSS", [i, r, d])
+                vstep = T.axis.reduce(num_steps, step)
+                with T.init():
+                    acc[slot + vi, vr, vd] = T.float32(0)
+                acc[slot + vi, vr, vd] = (
+                    factors.running[vi, vr] * acc[slot + vi, vr, vd]
+                    + factors.added[vi, vr] * tile_acc[tile_slot + vi, vr, vd]
+                )
+
+    return stage
+
+
+def store(capacity: int, dim: int) -> Callable[..., None]:
+    """Copy the rows that there are of a state of `capacity` rows into a state that has a row for every head."""
+
+    @inline
+    def stage(state, partial, rows):
+        slot = T.meta_var(state.slot)
+        heads = T.meta_var(rows.region[1])
+        with T.sblock("store_partial"):
+            T.reads(
+                state.row_max[slot, 0:capacity], state.row_sum[slot, 0:capacity], state.acc[slot, 0:capacity, 0:dim]
+            )
+            T.writes(
+                partial.row_max[partial.slot, heads],
+                partial.row_sum[partial.slot, heads],
+                partial.acc[partial.slot, heads, 0:dim],
+            )
+            for r in range(rows.num):
+                with T.sblock("store_row"):
+                    vr = T.axis.spatial(capacity, r)
+                    partial.row_max[partial.slot, rows.of(vr)[1]] = state.row_max[slot, vr]
+                    partial.row_sum[partial.slot, rows.of(vr)[1]] = state.row_sum[slot, vr]
+            for r, d in T.grid(rows.num, dim):
+                with T.sblock("store_acc"):
+                    vr = T.axis.spatial(capacity, r)
+                    vd = T.axis.spatial(dim, d)
+                    partial.acc[partial.slot, rows.of(vr)[1], vd] = state.acc[slot, vr, vd]
+
+    return stage
+
+
+def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
+    """out = acc / row_sum and lse = row_max + ln(row_sum) of the rows that there are of a state of `capacity` rows.
+
+    ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
+    lse = -inf.
+    """
+    dim, out_dtype = spec.result_dim, spec.result_dtype
+
+    @inline
+    def stage(state, out, lse, rows, headroom):
+        slot = T.meta_var(state.slot)
+        with T.sblock("normalize"):
+            T.reads(
+                state.row_max[slot, 0:capacity], state.row_sum[slot, 0:capacity], state.acc[slot, 0:capacity, 0:dim]
+            )
+            T.writes(out[(*rows.region, slice(0, dim))], lse[rows.region])
+            factor = T.sblock_alloc_buffer((capacity,), "float32")
+            for r in range(capacity):
+                with T.sblock("factor"):
+                    vr = T.axis.spatial(capacity, r)
+                    total: T.let = state.row_sum[slot, vr]
+                    factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+            for r, d in T.grid(rows.num, dim):
+                with T.sblock("out"):
+                    vr = T.axis.spatial(capacity, r)
+                    vd = T.axis.spatial(dim, d)
+                    out[(*rows.of(vr), vd)] = T.Cast(out_dtype, state.acc[slot, vr, vd] * factor[vr])
+            for r in range(rows.num):
+                with T.sblock("lse"):
+                    vr = T.axis.spatial(capacity, r)
+                    lse[rows.of(vr)] = T.Select(
+                        state.row_sum[slot, vr] == T.float32(0),
+                        T.float32("-inf"),
+                        state.row_max[slot, vr] + T.log(lifted(spec, state.row_sum[slot, vr], headroom)),
+                    )
+
+    return stage

@@ -1,0 +1,81 @@
+"""Tile: some tokens of a sequence, in the order in which they are read. Here alone is a column's position known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from tvm.ir import Expr
+from tvm.script import tirx as T
+
+from pa_compiler.kernels.caches import CacheAccess
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
+from pa_compiler.tvmscript import inline
+
+
+class Tile(NamedTuple):
+    """A tile of tokens, whose columns are what scores and probabilities are indexed by.
+
+    A column is not always the token of its number. Where tiling.streams is more than 1, as in the sweeps of strategy
+    head_dim_in_lanes, a whole tile of kv_tile tokens is read from `streams` places in turn. Scores, probabilities and
+    values of a tile then stand in this order, in which the whole tiles of a sequence differ from its last one. A
+    maximum and a sum over a tile do not depend on it. What goes by a token's position asks `position`: causality, a
+    window, or a bias such as ALiBi's.
+
+    Attributes:
+        tiling: The sizes.
+        start: Position of the tile's first token in its sequence.
+        valid_len: Tokens that there are, up to kv_tile, from the first on; the columns after them hold none.
+    """
+
+    tiling: Tiling
+    start: Expr
+    valid_len: Expr
+
+    def position(self, column: Expr) -> Expr:
+        """Position in its sequence of the token in a column."""
+        streams, size = self.tiling.streams, self.tiling.kv_tile
+        if streams == 1:
+            return self.start + column
+        in_turn = T.floormod(column, streams) * (size // streams) + T.floordiv(column, streams)
+        return self.start + T.Select(self.valid_len == size, in_turn, column)
+
+    def holds(self, group: Expr, column: Expr) -> Expr:
+        """Whether a column of a token group holds a token."""
+        return column < self.valid_len - group * self.tiling.token_group
+
+    @property
+    def num_groups(self) -> Expr:
+        """Token groups that hold tokens."""
+        return T.ceildiv(self.valid_len, self.tiling.token_group)
+
+    @property
+    def num_full(self) -> Expr:
+        """Token groups that hold nothing else."""
+        return T.floordiv(self.valid_len, self.tiling.token_group)
+
+
+def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
+    """cache.offsets[t] = words from the start of a cache to the token in column t of a tile, in kv head 0; int64.
+
+    For t < num_offsets, which may reach into the tile that is read next. Past last_token the last valid token is named
+    again: an offset is always that of a token within the sequence's length, so that whatever is read through the table
+    may be read. Products with a stride are int64: caches of more than 2**31 elements are ordinary.
+    """
+    block_size, size = spec.block_size, tiling.num_offsets
+
+    @inline
+    def stage(block_table, cache, tile, seq, last_token, num_offsets):
+        with T.sblock("token_offsets"):
+            T.reads(block_table[seq, 0 : block_table.shape[1]])
+            T.writes(cache.offsets[0:size])
+            for t in range(num_offsets):
+                with T.sblock("offset"):
+                    vt = T.axis.spatial(size, t)
+                    token: T.let = T.min(tile.position(vt), last_token)
+                    block: T.let = T.Cast("int64", block_table[seq, T.floordiv(token, block_size)])
+                    slot: T.let = T.floormod(token, block_size)
+                    cache.offsets[vt] = block * cache.block + access.slot_offset(slot, cache.row)
+
+    return stage
