@@ -87,7 +87,8 @@ def test_files_and_functions_are_short():
 
 def test_the_folders_are_read():
     names = {path.relative_to(ROOT).as_posix() for path in files()}
-    assert names >= {"pa_compiler/cuda/kernels/fma.py", "templates/host.cc.j2", "tests/support/emulator/threads.h"}
+    assert names >= {"pa_compiler/cuda/kernels/fma.py", "schedules/__init__.py", "tests/support/emulator/threads.h"}
+    assert {path.suffix for path in files()} == set(SUFFIXES)
 
 
 @pytest.mark.parametrize(("lines", "kind"), [(50, "def made"), (90, "@T.prim_func\n    def kernel")])

@@ -123,6 +123,8 @@ def test_draws_have_the_sizes_of_the_spec(spec):
         assert np.shares_memory(call.keys, call.values) == spec.shared_kv
         assert not np.isfinite(call.values[~call.is_used].astype(np.float32)).any()
         assert np.isfinite(call.values[call.is_used].astype(np.float32)).all()
+        if spec.shared_kv and call.scale is not None and call.scale >= 1:  # keys are whole numbers
+            assert call.values[call.is_used].all()
     unseen = any(np.isneginf(call.keys[call.is_used].astype(np.float32)).any() for call in calls)
     assert unseen == (spec.result_dim != spec.head_dim or not spec.shared_kv)
 

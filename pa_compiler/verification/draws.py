@@ -160,12 +160,16 @@ def _huge_scores(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
     """The same with scores up to 4e34 that are exact in float32: ties weigh the same, and nothing cancels.
 
-    A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers.
+    A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers. Where these are
+    values too they are not 0: if the value of the only token that weighs anything is, the result is of the others.
     """
     query = np.zeros((batch, spec.num_heads, spec.head_dim), np.float32)
     element = rng.integers(0, spec.head_dim, query.shape[:2])
     np.put_along_axis(query, element[..., None], 2.0 ** rng.integers(0, 9, (*query.shape[:2], 1)), axis=-1)
-    keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)).astype(spec.dtype)
+    keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim))
+    if spec.shared_kv:
+        keys[keys == 0] = 1
+    keys = keys.astype(spec.dtype)
     values = noise(rng, (*keys.shape[:-1], spec.result_dim), 1, spec.dtype)
     return query.astype(spec.dtype), keys, values, float(2.0 ** rng.integers(0, 105))
 
