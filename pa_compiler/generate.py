@@ -16,6 +16,7 @@ from pa_compiler.spec import PagedAttentionSpec
 _CASE1 = PagedAttentionSpec(16, 1, 128, 128, "bfloat16", "float32")
 _GQA = PagedAttentionSpec(32, 8, 128, 16, "bfloat16")
 _PACKED = PagedAttentionSpec(32, 8, 128, 16, "bfloat16", kv_layout="packed")
+_MLA = PagedAttentionSpec(128, 1, 576, 64, "bfloat16", value_dim=512, shared_kv=True)  # DeepSeek-V3
 
 
 class _Entry(NamedTuple):
@@ -33,6 +34,7 @@ ENTRIES = {
     "case1_staged": _Entry(_CASE1, "staged", "x86-64-v4"),
     "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4"),
     "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids"),  # with AVX512_BF16
+    "mla_fused": _Entry(_MLA, "fused", "sapphirerapids"),
     "gqa_cuda": _Entry(_GQA, "fused", "sm_90"),
 }
 """Folder under generated/ -> what is emitted there."""

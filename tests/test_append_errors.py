@@ -26,6 +26,8 @@ BAD = [
     ("value_tokens", V, "value", "[5,2,24] [4,2,24]", lambda c: c.value[:4]),
     ("value_float64", T, "value", "float16 float64", lambda c: c.value.astype(np.float64)),
     ("value_last_axis_stride", V, "value", "1 -1", lambda c: c.value[..., ::-1]),
+    ("value_none", T, "value", "NoneType", lambda c: None),
+    ("value_cache_none", T, "value_cache", "NoneType", lambda c: None),
     ("key_cache_layout", V, "key_cache", "[num_blocks,8,2,24] [3,2,8,24]", lambda c: c.key_cache.swapaxes(1, 2)),
     ("key_cache_rank", V, "key_cache", "[8,2,24]", lambda c: c.key_cache[0]),
     ("key_cache_float32", T, "key_cache", "float16 float32", lambda c: c.key_cache.astype(np.float32)),

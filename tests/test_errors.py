@@ -95,6 +95,7 @@ BAD = [
     ("key_rank_0", V, "key_cache", "[num_blocks,8,2,24] []", lambda c: c.key_cache[0, 0, 0, 0, ...]),
     ("key_strides_in_bytes", V, "key_cache", "2 49", lambda c: as_strided(c.key_cache, strides=(768, 96, 49, 2))),
     ("key_string", T, "key_cache", "str", lambda c: "cache"),
+    ("value_none", T, "value_cache", "NoneType", lambda c: None),
     ("value_rank_3", V, "value_cache", "[num_blocks,8,2,24] [8,2,24]", lambda c: c.value_cache[0]),
     ("value_block_size", V, "value_cache", "8 4", lambda c: c.value_cache[:, ::2]),
     ("value_head_dim", V, "value_cache", "24 12", lambda c: c.value_cache[..., :12]),

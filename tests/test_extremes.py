@@ -81,7 +81,7 @@ def test_the_ends_are_among_the_cases():
         assert {min(found), max(found)} == set(ends)
     assert max(each.num_heads * each.head_dim for each in specs) == spec.MAX_QUERY
     assert max(
-        each.batch_chunk * tiling._rows(each) * max(each.block_size, each.head_dim)
+        each.batch_chunk * tiling.rows(each) * max(each.block_size, each.result_dim)
         for each, pipeline, _ in (param.values for param in CASES)
         if pipeline == "staged"
     ) == tiling.STAGED_ELEMENTS  # fmt: skip

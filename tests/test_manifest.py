@@ -122,7 +122,7 @@ def test_another_format_is_named(library, refused):
         about = manifest.read(library, "it")
         patch.setattr(manifest, "FORMAT", manifest.FORMAT + 1)
         newer = manifest.seal(body(library), about)
-    refused(newer, "expected a library of format 2, got format 3")
+    refused(newer, rf"expected a library of format {manifest.FORMAT}, got format {manifest.FORMAT + 1}")
 
 
 @pytest.mark.parametrize(("field", "value"), [("lse", "logarithm to base 2"), ("empty_rows", "NaN")])

@@ -10,6 +10,7 @@ from pa_compiler import PagedAttentionSpec, interface
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.cpu.prefetch import fetching_passes
 from pa_compiler.cpu.target import CpuTarget
+from pa_compiler.cpu.tiles.basis import register_tile
 from pa_compiler.spec import PACKED_TOKENS
 from pa_compiler.tiles import divisors, largest_divisor
 
@@ -126,14 +127,14 @@ def test_a_register_tile_has_the_fewest_loads(cpu, load_cost, held):
     for rows, columns in itertools.product(
         (*range(1, 17), 31, 48, 64), ([1], [1, 2, 4], [2, 4, 8, 16], [1, 3, 9], [1, 2, 4, 8, 16])
     ):
-        row_count, column_count = tiling.register_tile(rows, columns, cpu, load_cost, held)
+        row_count, column_count = register_tile(rows, columns, cpu, load_cost, held)
         assert rows % row_count == 0
         assert column_count in columns
         assert fits(row_count, column_count)
         for r, c in itertools.product(range(1, rows + 1), columns):
             if rows % r == 0 and fits(r, c):
                 assert 1 / column_count + load_cost / row_count <= 1 / c + load_cost / r + 1e-12
-    assert tiling.register_tile(4, [64], cpu, load_cost, held) == (1, 64)
+    assert register_tile(4, [64], cpu, load_cost, held) == (1, 64)
 
 
 @pytest.mark.parametrize(

@@ -251,7 +251,7 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %factor253.i = alloca [16 x float], align 16
+  %factor261.i = alloca [16 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -434,7 +434,7 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %factor253.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor261.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -479,142 +479,142 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %104 = shl i64 %out_head, 4
   %105 = zext i32 %91 to i64
   %106 = and i64 %48, 4294967295
-  %wide.trip.count666.i = and i64 %42, 2147483647
-  %.idx740.i = shl i64 %q_head, 2
-  %.idx741.i = mul i64 %q_head, 6
-  %.idx743.i = mul i64 %q_head, 10
-  %.idx744.i = mul i64 %q_head, 12
-  %.idx745.i = mul i64 %q_head, 14
-  %.idx278.2.i = shl i64 %q_head, 4
-  %.idx747.i = mul i64 %q_head, 18
-  %.idx748.i = mul i64 %q_head, 20
-  %.idx749.i = mul i64 %q_head, 22
-  %.idx278.3.i = mul i64 %q_head, 24
-  %.idx751.i = mul i64 %q_head, 26
-  %.idx752.i = mul i64 %q_head, 28
-  %.idx753.i = mul i64 %q_head, 30
+  %wide.trip.count675.i = and i64 %42, 2147483647
+  %.idx749.i = shl i64 %q_head, 2
+  %.idx750.i = mul i64 %q_head, 6
+  %.idx752.i = mul i64 %q_head, 10
+  %.idx753.i = mul i64 %q_head, 12
+  %.idx754.i = mul i64 %q_head, 14
+  %.idx285.2.i = shl i64 %q_head, 4
+  %.idx756.i = mul i64 %q_head, 18
+  %.idx757.i = mul i64 %q_head, 20
+  %.idx758.i = mul i64 %q_head, 22
+  %.idx285.3.i = mul i64 %q_head, 24
+  %.idx760.i = mul i64 %q_head, 26
+  %.idx761.i = mul i64 %q_head, 28
+  %.idx762.i = mul i64 %q_head, 30
   %invariant.op.i = add i32 %91, -1
   %107 = shl nuw nsw i64 %106, 13
   %108 = getelementptr i8, ptr %partial_acc, i64 %107
   %scevgep = getelementptr i8, ptr %108, i64 7680
-  %109 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %109 = add nuw nsw i64 %wide.trip.count675.i, %106
   %110 = shl nuw nsw i64 %109, 13
   %scevgep289 = getelementptr i8, ptr %partial_acc, i64 %110
   %111 = shl nuw nsw i64 %106, 13
   %112 = getelementptr i8, ptr %partial_acc, i64 %111
   %scevgep296 = getelementptr i8, ptr %112, i64 7168
-  %113 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %113 = add nuw nsw i64 %wide.trip.count675.i, %106
   %114 = shl nuw nsw i64 %113, 13
   %115 = getelementptr i8, ptr %partial_acc, i64 %114
   %scevgep297 = getelementptr i8, ptr %115, i64 -512
   %116 = shl nuw nsw i64 %106, 13
   %117 = getelementptr i8, ptr %partial_acc, i64 %116
   %scevgep319 = getelementptr i8, ptr %117, i64 6656
-  %118 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %118 = add nuw nsw i64 %wide.trip.count675.i, %106
   %119 = shl nuw nsw i64 %118, 13
   %120 = getelementptr i8, ptr %partial_acc, i64 %119
   %scevgep320 = getelementptr i8, ptr %120, i64 -1024
   %121 = shl nuw nsw i64 %106, 13
   %122 = getelementptr i8, ptr %partial_acc, i64 %121
   %scevgep342 = getelementptr i8, ptr %122, i64 6144
-  %123 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %123 = add nuw nsw i64 %wide.trip.count675.i, %106
   %124 = shl nuw nsw i64 %123, 13
   %125 = getelementptr i8, ptr %partial_acc, i64 %124
   %scevgep343 = getelementptr i8, ptr %125, i64 -1536
   %126 = shl nuw nsw i64 %106, 13
   %127 = getelementptr i8, ptr %partial_acc, i64 %126
   %scevgep365 = getelementptr i8, ptr %127, i64 5632
-  %128 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %128 = add nuw nsw i64 %wide.trip.count675.i, %106
   %129 = shl nuw nsw i64 %128, 13
   %130 = getelementptr i8, ptr %partial_acc, i64 %129
   %scevgep366 = getelementptr i8, ptr %130, i64 -2048
   %131 = shl nuw nsw i64 %106, 13
   %132 = getelementptr i8, ptr %partial_acc, i64 %131
   %scevgep388 = getelementptr i8, ptr %132, i64 5120
-  %133 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %133 = add nuw nsw i64 %wide.trip.count675.i, %106
   %134 = shl nuw nsw i64 %133, 13
   %135 = getelementptr i8, ptr %partial_acc, i64 %134
   %scevgep389 = getelementptr i8, ptr %135, i64 -2560
   %136 = shl nuw nsw i64 %106, 13
   %137 = getelementptr i8, ptr %partial_acc, i64 %136
   %scevgep411 = getelementptr i8, ptr %137, i64 4608
-  %138 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %138 = add nuw nsw i64 %wide.trip.count675.i, %106
   %139 = shl nuw nsw i64 %138, 13
   %140 = getelementptr i8, ptr %partial_acc, i64 %139
   %scevgep412 = getelementptr i8, ptr %140, i64 -3072
   %141 = shl nuw nsw i64 %106, 13
   %142 = getelementptr i8, ptr %partial_acc, i64 %141
   %scevgep434 = getelementptr i8, ptr %142, i64 4096
-  %143 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %143 = add nuw nsw i64 %wide.trip.count675.i, %106
   %144 = shl nuw nsw i64 %143, 13
   %145 = getelementptr i8, ptr %partial_acc, i64 %144
   %scevgep435 = getelementptr i8, ptr %145, i64 -3584
   %146 = shl nuw nsw i64 %106, 13
   %147 = getelementptr i8, ptr %partial_acc, i64 %146
   %scevgep457 = getelementptr i8, ptr %147, i64 3584
-  %148 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %148 = add nuw nsw i64 %wide.trip.count675.i, %106
   %149 = shl nuw nsw i64 %148, 13
   %150 = getelementptr i8, ptr %partial_acc, i64 %149
   %scevgep458 = getelementptr i8, ptr %150, i64 -4096
   %151 = shl nuw nsw i64 %106, 13
   %152 = getelementptr i8, ptr %partial_acc, i64 %151
   %scevgep480 = getelementptr i8, ptr %152, i64 3072
-  %153 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %153 = add nuw nsw i64 %wide.trip.count675.i, %106
   %154 = shl nuw nsw i64 %153, 13
   %155 = getelementptr i8, ptr %partial_acc, i64 %154
   %scevgep481 = getelementptr i8, ptr %155, i64 -4608
   %156 = shl nuw nsw i64 %106, 13
   %157 = getelementptr i8, ptr %partial_acc, i64 %156
   %scevgep503 = getelementptr i8, ptr %157, i64 2560
-  %158 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %158 = add nuw nsw i64 %wide.trip.count675.i, %106
   %159 = shl nuw nsw i64 %158, 13
   %160 = getelementptr i8, ptr %partial_acc, i64 %159
   %scevgep504 = getelementptr i8, ptr %160, i64 -5120
   %161 = shl nuw nsw i64 %106, 13
   %162 = getelementptr i8, ptr %partial_acc, i64 %161
   %scevgep526 = getelementptr i8, ptr %162, i64 2048
-  %163 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %163 = add nuw nsw i64 %wide.trip.count675.i, %106
   %164 = shl nuw nsw i64 %163, 13
   %165 = getelementptr i8, ptr %partial_acc, i64 %164
   %scevgep527 = getelementptr i8, ptr %165, i64 -5632
   %166 = shl nuw nsw i64 %106, 13
   %167 = getelementptr i8, ptr %partial_acc, i64 %166
   %scevgep549 = getelementptr i8, ptr %167, i64 1536
-  %168 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %168 = add nuw nsw i64 %wide.trip.count675.i, %106
   %169 = shl nuw nsw i64 %168, 13
   %170 = getelementptr i8, ptr %partial_acc, i64 %169
   %scevgep550 = getelementptr i8, ptr %170, i64 -6144
   %171 = shl nuw nsw i64 %106, 13
   %172 = getelementptr i8, ptr %partial_acc, i64 %171
   %scevgep572 = getelementptr i8, ptr %172, i64 1024
-  %173 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %173 = add nuw nsw i64 %wide.trip.count675.i, %106
   %174 = shl nuw nsw i64 %173, 13
   %175 = getelementptr i8, ptr %partial_acc, i64 %174
   %scevgep573 = getelementptr i8, ptr %175, i64 -6656
   %176 = shl nuw nsw i64 %106, 13
   %177 = getelementptr i8, ptr %partial_acc, i64 %176
   %scevgep595 = getelementptr i8, ptr %177, i64 512
-  %178 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %178 = add nuw nsw i64 %wide.trip.count675.i, %106
   %179 = shl nuw nsw i64 %178, 13
   %180 = getelementptr i8, ptr %partial_acc, i64 %179
   %scevgep596 = getelementptr i8, ptr %180, i64 -7168
   %181 = shl nuw nsw i64 %106, 13
   %scevgep618 = getelementptr i8, ptr %partial_acc, i64 %181
-  %182 = add nuw nsw i64 %wide.trip.count666.i, %106
+  %182 = add nuw nsw i64 %wide.trip.count675.i, %106
   %183 = shl nuw nsw i64 %182, 13
   %184 = getelementptr i8, ptr %partial_acc, i64 %183
   %scevgep619 = getelementptr i8, ptr %184, i64 -7680
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end244.i
-  %indvars.iv.next662.i = add nuw nsw i64 %indvars.iv661.i, 1
-  %exitcond667.not.i = icmp eq i64 %indvars.iv.next662.i, %wide.trip.count666.i
-  br i1 %exitcond667.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end252.i
+  %indvars.iv.next671.i = add nuw nsw i64 %indvars.iv670.i, 1
+  %exitcond676.not.i = icmp eq i64 %indvars.iv.next671.i, %wide.trip.count675.i
+  br i1 %exitcond676.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv661.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next662.i, %for_begin_s.i ]
+  %indvars.iv670.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next671.i, %for_begin_s.i ]
   %185 = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %m.i, %for_begin_s.i ]
-  %total284476.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2110, %for_begin_s.i ]
+  %total291483.i = phi <16 x float> [ undef, %for_body_s.lr.ph.i ], [ %2110, %for_begin_s.i ]
   %186 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %186(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %187 = icmp eq ptr %q_tile.i, null
@@ -627,17 +627,17 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %189, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %190 = add nsw i64 %indvars.iv661.i, %95
+  %190 = add nsw i64 %indvars.iv670.i, %95
   %191 = getelementptr inbounds i32, ptr %context_lens, i64 %190
   %192 = load i32, ptr %191, align 4, !tbaa !5
   %193 = mul nsw i64 %190, %q_batch
-  %invariant.gep344.i = getelementptr i16, ptr %query, i64 %193
+  %invariant.gep351.i = getelementptr i16, ptr %query, i64 %193
   br label %for_body_ax2_0.i
 
 for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %if_end2.i
   %indvars.iv.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next.i, %for_body_ax2_0.i ]
   %gep.idx.i = shl i64 %indvars.iv.i, 3
-  %gep.i = getelementptr i8, ptr %invariant.gep344.i, i64 %gep.idx.i
+  %gep.i = getelementptr i8, ptr %invariant.gep351.i, i64 %gep.idx.i
   %194 = load <4 x i16>, ptr %gep.i, align 2, !tbaa !5
   %195 = zext <4 x i16> %194 to <4 x i32>
   %196 = shl nuw <4 x i32> %195, splat (i32 16)
@@ -649,13 +649,13 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %202 = shl nuw <4 x i32> %201, splat (i32 16)
   %203 = bitcast <4 x i32> %202 to <4 x float>
   %204 = fmul <4 x float> %94, %203
-  %205 = getelementptr i8, ptr %gep.i, i64 %.idx740.i
+  %205 = getelementptr i8, ptr %gep.i, i64 %.idx749.i
   %206 = load <4 x i16>, ptr %205, align 2, !tbaa !5
   %207 = zext <4 x i16> %206 to <4 x i32>
   %208 = shl nuw <4 x i32> %207, splat (i32 16)
   %209 = bitcast <4 x i32> %208 to <4 x float>
   %210 = fmul <4 x float> %94, %209
-  %211 = getelementptr i8, ptr %gep.i, i64 %.idx741.i
+  %211 = getelementptr i8, ptr %gep.i, i64 %.idx750.i
   %212 = load <4 x i16>, ptr %211, align 2, !tbaa !5
   %213 = zext <4 x i16> %212 to <4 x i32>
   %214 = shl nuw <4 x i32> %213, splat (i32 16)
@@ -666,8 +666,8 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   %219 = shufflevector <4 x float> %198, <4 x float> %210, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %220 = shufflevector <4 x float> %204, <4 x float> %216, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %221 = shufflevector <4 x float> %217, <4 x float> %218, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx742.i = shl nuw nsw i64 %indvars.iv.i, 8
-  %222 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx742.i
+  %.idx751.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %222 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx751.i
   store <4 x float> %221, ptr %222, align 4, !tbaa !5
   %223 = shufflevector <4 x float> %217, <4 x float> %218, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %224 = getelementptr inbounds nuw i8, ptr %222, i64 64
@@ -683,32 +683,32 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
-  %gep345.1.i = getelementptr i8, ptr %invariant.gep344.i, i64 %96
+  %gep352.1.i = getelementptr i8, ptr %invariant.gep351.i, i64 %96
   br label %for_body_ax2_0.1.i
 
 for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i, %for_end_ax2_0.i
   %indvars.iv.1.i = phi i64 [ 0, %for_end_ax2_0.i ], [ %indvars.iv.next.1.i, %for_body_ax2_0.1.i ]
   %229 = shl nuw nsw i64 %indvars.iv.1.i, 2
-  %gep.1.i = getelementptr i16, ptr %gep345.1.i, i64 %229
+  %gep.1.i = getelementptr i16, ptr %gep352.1.i, i64 %229
   %230 = load <4 x i16>, ptr %gep.1.i, align 2, !tbaa !5
   %231 = zext <4 x i16> %230 to <4 x i32>
   %232 = shl nuw <4 x i32> %231, splat (i32 16)
   %233 = bitcast <4 x i32> %232 to <4 x float>
   %234 = fmul <4 x float> %94, %233
-  %235 = getelementptr i16, ptr %invariant.gep344.i, i64 %229
-  %236 = getelementptr i8, ptr %235, i64 %.idx743.i
+  %235 = getelementptr i16, ptr %invariant.gep351.i, i64 %229
+  %236 = getelementptr i8, ptr %235, i64 %.idx752.i
   %237 = load <4 x i16>, ptr %236, align 2, !tbaa !5
   %238 = zext <4 x i16> %237 to <4 x i32>
   %239 = shl nuw <4 x i32> %238, splat (i32 16)
   %240 = bitcast <4 x i32> %239 to <4 x float>
   %241 = fmul <4 x float> %94, %240
-  %242 = getelementptr i8, ptr %235, i64 %.idx744.i
+  %242 = getelementptr i8, ptr %235, i64 %.idx753.i
   %243 = load <4 x i16>, ptr %242, align 2, !tbaa !5
   %244 = zext <4 x i16> %243 to <4 x i32>
   %245 = shl nuw <4 x i32> %244, splat (i32 16)
   %246 = bitcast <4 x i32> %245 to <4 x float>
   %247 = fmul <4 x float> %94, %246
-  %248 = getelementptr i8, ptr %235, i64 %.idx745.i
+  %248 = getelementptr i8, ptr %235, i64 %.idx754.i
   %249 = load <4 x i16>, ptr %248, align 2, !tbaa !5
   %250 = zext <4 x i16> %249 to <4 x i32>
   %251 = shl nuw <4 x i32> %250, splat (i32 16)
@@ -719,8 +719,8 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   %256 = shufflevector <4 x float> %234, <4 x float> %247, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %257 = shufflevector <4 x float> %241, <4 x float> %253, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %258 = shufflevector <4 x float> %254, <4 x float> %255, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx746.i = shl nuw nsw i64 %indvars.iv.1.i, 8
-  %259 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx746.i
+  %.idx755.i = shl nuw nsw i64 %indvars.iv.1.i, 8
+  %259 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx755.i
   %260 = getelementptr inbounds nuw i8, ptr %259, i64 16
   store <4 x float> %258, ptr %260, align 4, !tbaa !5
   %261 = shufflevector <4 x float> %254, <4 x float> %255, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -737,32 +737,32 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
-  %gep345.2.i = getelementptr i8, ptr %invariant.gep344.i, i64 %.idx278.2.i
+  %gep352.2.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.2.i
   br label %for_body_ax2_0.2.i
 
 for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i, %for_end_ax2_0.1.i
   %indvars.iv.2.i = phi i64 [ 0, %for_end_ax2_0.1.i ], [ %indvars.iv.next.2.i, %for_body_ax2_0.2.i ]
   %267 = shl nuw nsw i64 %indvars.iv.2.i, 2
-  %gep.2.i = getelementptr i16, ptr %gep345.2.i, i64 %267
+  %gep.2.i = getelementptr i16, ptr %gep352.2.i, i64 %267
   %268 = load <4 x i16>, ptr %gep.2.i, align 2, !tbaa !5
   %269 = zext <4 x i16> %268 to <4 x i32>
   %270 = shl nuw <4 x i32> %269, splat (i32 16)
   %271 = bitcast <4 x i32> %270 to <4 x float>
   %272 = fmul <4 x float> %94, %271
-  %273 = getelementptr i16, ptr %invariant.gep344.i, i64 %267
-  %274 = getelementptr i8, ptr %273, i64 %.idx747.i
+  %273 = getelementptr i16, ptr %invariant.gep351.i, i64 %267
+  %274 = getelementptr i8, ptr %273, i64 %.idx756.i
   %275 = load <4 x i16>, ptr %274, align 2, !tbaa !5
   %276 = zext <4 x i16> %275 to <4 x i32>
   %277 = shl nuw <4 x i32> %276, splat (i32 16)
   %278 = bitcast <4 x i32> %277 to <4 x float>
   %279 = fmul <4 x float> %94, %278
-  %280 = getelementptr i8, ptr %273, i64 %.idx748.i
+  %280 = getelementptr i8, ptr %273, i64 %.idx757.i
   %281 = load <4 x i16>, ptr %280, align 2, !tbaa !5
   %282 = zext <4 x i16> %281 to <4 x i32>
   %283 = shl nuw <4 x i32> %282, splat (i32 16)
   %284 = bitcast <4 x i32> %283 to <4 x float>
   %285 = fmul <4 x float> %94, %284
-  %286 = getelementptr i8, ptr %273, i64 %.idx749.i
+  %286 = getelementptr i8, ptr %273, i64 %.idx758.i
   %287 = load <4 x i16>, ptr %286, align 2, !tbaa !5
   %288 = zext <4 x i16> %287 to <4 x i32>
   %289 = shl nuw <4 x i32> %288, splat (i32 16)
@@ -773,8 +773,8 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   %294 = shufflevector <4 x float> %272, <4 x float> %285, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %295 = shufflevector <4 x float> %279, <4 x float> %291, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %296 = shufflevector <4 x float> %292, <4 x float> %293, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx750.i = shl nuw nsw i64 %indvars.iv.2.i, 8
-  %297 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx750.i
+  %.idx759.i = shl nuw nsw i64 %indvars.iv.2.i, 8
+  %297 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx759.i
   %298 = getelementptr inbounds nuw i8, ptr %297, i64 32
   store <4 x float> %296, ptr %298, align 4, !tbaa !5
   %299 = shufflevector <4 x float> %292, <4 x float> %293, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -791,32 +791,32 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
-  %gep345.3.i = getelementptr i8, ptr %invariant.gep344.i, i64 %.idx278.3.i
+  %gep352.3.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.3.i
   br label %for_body_ax2_0.3.i
 
 for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i, %for_end_ax2_0.2.i
   %indvars.iv.3.i = phi i64 [ 0, %for_end_ax2_0.2.i ], [ %indvars.iv.next.3.i, %for_body_ax2_0.3.i ]
   %305 = shl nuw nsw i64 %indvars.iv.3.i, 2
-  %gep.3.i = getelementptr i16, ptr %gep345.3.i, i64 %305
+  %gep.3.i = getelementptr i16, ptr %gep352.3.i, i64 %305
   %306 = load <4 x i16>, ptr %gep.3.i, align 2, !tbaa !5
   %307 = zext <4 x i16> %306 to <4 x i32>
   %308 = shl nuw <4 x i32> %307, splat (i32 16)
   %309 = bitcast <4 x i32> %308 to <4 x float>
   %310 = fmul <4 x float> %94, %309
-  %311 = getelementptr i16, ptr %invariant.gep344.i, i64 %305
-  %312 = getelementptr i8, ptr %311, i64 %.idx751.i
+  %311 = getelementptr i16, ptr %invariant.gep351.i, i64 %305
+  %312 = getelementptr i8, ptr %311, i64 %.idx760.i
   %313 = load <4 x i16>, ptr %312, align 2, !tbaa !5
   %314 = zext <4 x i16> %313 to <4 x i32>
   %315 = shl nuw <4 x i32> %314, splat (i32 16)
   %316 = bitcast <4 x i32> %315 to <4 x float>
   %317 = fmul <4 x float> %94, %316
-  %318 = getelementptr i8, ptr %311, i64 %.idx752.i
+  %318 = getelementptr i8, ptr %311, i64 %.idx761.i
   %319 = load <4 x i16>, ptr %318, align 2, !tbaa !5
   %320 = zext <4 x i16> %319 to <4 x i32>
   %321 = shl nuw <4 x i32> %320, splat (i32 16)
   %322 = bitcast <4 x i32> %321 to <4 x float>
   %323 = fmul <4 x float> %94, %322
-  %324 = getelementptr i8, ptr %311, i64 %.idx753.i
+  %324 = getelementptr i8, ptr %311, i64 %.idx762.i
   %325 = load <4 x i16>, ptr %324, align 2, !tbaa !5
   %326 = zext <4 x i16> %325 to <4 x i32>
   %327 = shl nuw <4 x i32> %326, splat (i32 16)
@@ -827,8 +827,8 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   %332 = shufflevector <4 x float> %310, <4 x float> %323, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %333 = shufflevector <4 x float> %317, <4 x float> %329, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %334 = shufflevector <4 x float> %330, <4 x float> %331, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %.idx754.i = shl nuw nsw i64 %indvars.iv.3.i, 8
-  %335 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx754.i
+  %.idx763.i = shl nuw nsw i64 %indvars.iv.3.i, 8
+  %335 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx763.i
   %336 = getelementptr inbounds nuw i8, ptr %335, i64 48
   store <4 x float> %334, ptr %336, align 4, !tbaa !5
   %337 = shufflevector <4 x float> %330, <4 x float> %331, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
@@ -869,19 +869,19 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %360 = shufflevector <16 x float> %359, <16 x float> poison, <16 x i32> zeroinitializer
   %361 = zext nneg i32 %351 to i64
   %362 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count629.i = zext nneg i32 %352 to i64
+  %wide.trip.count638.i = zext nneg i32 %352 to i64
   br label %for_body_step.i
 
-for_begin_step.i:                                 ; preds = %if_end189.i
-  %exitcond630.not.i = icmp eq i64 %indvars.iv.next627.i, %wide.trip.count629.i
+for_begin_step.i:                                 ; preds = %if_end197.i
+  %exitcond639.not.i = icmp eq i64 %indvars.iv.next636.i, %wide.trip.count638.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond630.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
+  br i1 %exitcond639.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
   %363 = phi <16 x float> [ %185, %for_end_ax2_0.3.i ], [ %m.i, %for_begin_step.i ]
-  %total285.i132 = phi <16 x float> [ %total284476.i, %for_end_ax2_0.3.i ], [ %2110, %for_begin_step.i ]
-  %indvars.iv626.i131 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next627.i, %for_begin_step.i ]
+  %total292.i132 = phi <16 x float> [ %total291483.i, %for_end_ax2_0.3.i ], [ %2110, %for_begin_step.i ]
+  %indvars.iv635.i131 = phi i64 [ 0, %for_end_ax2_0.3.i ], [ %indvars.iv.next636.i, %for_begin_step.i ]
   %smin = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %364 = and i32 %smin, 7
   %365 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -890,122 +890,122 @@ for_body_step.i:                                  ; preds = %for_begin_step.i, %
   br i1 %366, label %fused_decode_compute_.exit, label %if_end27.i, !prof !8
 
 for_end_step.i:                                   ; preds = %for_begin_step.i
-  br i1 %.not, label %for_begin_r233.preheader.i, label %if_then194.i
+  br i1 %.not, label %for_begin_r241.preheader.i, label %if_then202.i
 
-for_begin_r233.preheader.i:                       ; preds = %for_end_step.i
-  %367 = add nuw nsw i64 %indvars.iv661.i, %106
+for_begin_r241.preheader.i:                       ; preds = %for_end_step.i
+  %367 = add nuw nsw i64 %indvars.iv670.i, %106
   %368 = shl nuw nsw i64 %367, 4
-  %row_max266.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
+  %row_max274.sroa.0.0.vec.extract.i = extractelement <16 x float> %m.i, i64 0
   %369 = getelementptr inbounds nuw float, ptr %partial_max, i64 %368
-  store float %row_max266.sroa.0.0.vec.extract.i, ptr %369, align 4, !tbaa !5
-  %row_sum265.sroa.0.0.vec.extract.i = extractelement <16 x float> %2110, i64 0
+  store float %row_max274.sroa.0.0.vec.extract.i, ptr %369, align 4, !tbaa !5
+  %row_sum273.sroa.0.0.vec.extract.i = extractelement <16 x float> %2110, i64 0
   %370 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %368
-  store float %row_sum265.sroa.0.0.vec.extract.i, ptr %370, align 4, !tbaa !5
-  %row_max266.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
+  store float %row_sum273.sroa.0.0.vec.extract.i, ptr %370, align 4, !tbaa !5
+  %row_max274.sroa.0.4.vec.extract.i = extractelement <16 x float> %m.i, i64 1
   %371 = or disjoint i64 %368, 1
   %372 = getelementptr inbounds nuw float, ptr %partial_max, i64 %371
-  store float %row_max266.sroa.0.4.vec.extract.i, ptr %372, align 4, !tbaa !5
-  %row_sum265.sroa.0.4.vec.extract.i = extractelement <16 x float> %2110, i64 1
+  store float %row_max274.sroa.0.4.vec.extract.i, ptr %372, align 4, !tbaa !5
+  %row_sum273.sroa.0.4.vec.extract.i = extractelement <16 x float> %2110, i64 1
   %373 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %371
-  store float %row_sum265.sroa.0.4.vec.extract.i, ptr %373, align 4, !tbaa !5
-  %row_max266.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
+  store float %row_sum273.sroa.0.4.vec.extract.i, ptr %373, align 4, !tbaa !5
+  %row_max274.sroa.0.8.vec.extract.i = extractelement <16 x float> %m.i, i64 2
   %374 = or disjoint i64 %368, 2
   %375 = getelementptr inbounds nuw float, ptr %partial_max, i64 %374
-  store float %row_max266.sroa.0.8.vec.extract.i, ptr %375, align 4, !tbaa !5
-  %row_sum265.sroa.0.8.vec.extract.i = extractelement <16 x float> %2110, i64 2
+  store float %row_max274.sroa.0.8.vec.extract.i, ptr %375, align 4, !tbaa !5
+  %row_sum273.sroa.0.8.vec.extract.i = extractelement <16 x float> %2110, i64 2
   %376 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %374
-  store float %row_sum265.sroa.0.8.vec.extract.i, ptr %376, align 4, !tbaa !5
-  %row_max266.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
+  store float %row_sum273.sroa.0.8.vec.extract.i, ptr %376, align 4, !tbaa !5
+  %row_max274.sroa.0.12.vec.extract.i = extractelement <16 x float> %m.i, i64 3
   %377 = or disjoint i64 %368, 3
   %378 = getelementptr inbounds nuw float, ptr %partial_max, i64 %377
-  store float %row_max266.sroa.0.12.vec.extract.i, ptr %378, align 4, !tbaa !5
-  %row_sum265.sroa.0.12.vec.extract.i = extractelement <16 x float> %2110, i64 3
+  store float %row_max274.sroa.0.12.vec.extract.i, ptr %378, align 4, !tbaa !5
+  %row_sum273.sroa.0.12.vec.extract.i = extractelement <16 x float> %2110, i64 3
   %379 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %377
-  store float %row_sum265.sroa.0.12.vec.extract.i, ptr %379, align 4, !tbaa !5
-  %row_max266.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
+  store float %row_sum273.sroa.0.12.vec.extract.i, ptr %379, align 4, !tbaa !5
+  %row_max274.sroa.0.16.vec.extract.i = extractelement <16 x float> %m.i, i64 4
   %380 = or disjoint i64 %368, 4
   %381 = getelementptr inbounds nuw float, ptr %partial_max, i64 %380
-  store float %row_max266.sroa.0.16.vec.extract.i, ptr %381, align 4, !tbaa !5
-  %row_sum265.sroa.0.16.vec.extract.i = extractelement <16 x float> %2110, i64 4
+  store float %row_max274.sroa.0.16.vec.extract.i, ptr %381, align 4, !tbaa !5
+  %row_sum273.sroa.0.16.vec.extract.i = extractelement <16 x float> %2110, i64 4
   %382 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %380
-  store float %row_sum265.sroa.0.16.vec.extract.i, ptr %382, align 4, !tbaa !5
-  %row_max266.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
+  store float %row_sum273.sroa.0.16.vec.extract.i, ptr %382, align 4, !tbaa !5
+  %row_max274.sroa.0.20.vec.extract.i = extractelement <16 x float> %m.i, i64 5
   %383 = or disjoint i64 %368, 5
   %384 = getelementptr inbounds nuw float, ptr %partial_max, i64 %383
-  store float %row_max266.sroa.0.20.vec.extract.i, ptr %384, align 4, !tbaa !5
-  %row_sum265.sroa.0.20.vec.extract.i = extractelement <16 x float> %2110, i64 5
+  store float %row_max274.sroa.0.20.vec.extract.i, ptr %384, align 4, !tbaa !5
+  %row_sum273.sroa.0.20.vec.extract.i = extractelement <16 x float> %2110, i64 5
   %385 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %383
-  store float %row_sum265.sroa.0.20.vec.extract.i, ptr %385, align 4, !tbaa !5
-  %row_max266.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
+  store float %row_sum273.sroa.0.20.vec.extract.i, ptr %385, align 4, !tbaa !5
+  %row_max274.sroa.0.24.vec.extract.i = extractelement <16 x float> %m.i, i64 6
   %386 = or disjoint i64 %368, 6
   %387 = getelementptr inbounds nuw float, ptr %partial_max, i64 %386
-  store float %row_max266.sroa.0.24.vec.extract.i, ptr %387, align 4, !tbaa !5
-  %row_sum265.sroa.0.24.vec.extract.i = extractelement <16 x float> %2110, i64 6
+  store float %row_max274.sroa.0.24.vec.extract.i, ptr %387, align 4, !tbaa !5
+  %row_sum273.sroa.0.24.vec.extract.i = extractelement <16 x float> %2110, i64 6
   %388 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %386
-  store float %row_sum265.sroa.0.24.vec.extract.i, ptr %388, align 4, !tbaa !5
-  %row_max266.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
+  store float %row_sum273.sroa.0.24.vec.extract.i, ptr %388, align 4, !tbaa !5
+  %row_max274.sroa.0.28.vec.extract.i = extractelement <16 x float> %m.i, i64 7
   %389 = or disjoint i64 %368, 7
   %390 = getelementptr inbounds nuw float, ptr %partial_max, i64 %389
-  store float %row_max266.sroa.0.28.vec.extract.i, ptr %390, align 4, !tbaa !5
-  %row_sum265.sroa.0.28.vec.extract.i = extractelement <16 x float> %2110, i64 7
+  store float %row_max274.sroa.0.28.vec.extract.i, ptr %390, align 4, !tbaa !5
+  %row_sum273.sroa.0.28.vec.extract.i = extractelement <16 x float> %2110, i64 7
   %391 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %389
-  store float %row_sum265.sroa.0.28.vec.extract.i, ptr %391, align 4, !tbaa !5
-  %row_max266.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
+  store float %row_sum273.sroa.0.28.vec.extract.i, ptr %391, align 4, !tbaa !5
+  %row_max274.sroa.0.32.vec.extract.i = extractelement <16 x float> %m.i, i64 8
   %392 = or disjoint i64 %368, 8
   %393 = getelementptr inbounds nuw float, ptr %partial_max, i64 %392
-  store float %row_max266.sroa.0.32.vec.extract.i, ptr %393, align 4, !tbaa !5
-  %row_sum265.sroa.0.32.vec.extract.i = extractelement <16 x float> %2110, i64 8
+  store float %row_max274.sroa.0.32.vec.extract.i, ptr %393, align 4, !tbaa !5
+  %row_sum273.sroa.0.32.vec.extract.i = extractelement <16 x float> %2110, i64 8
   %394 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %392
-  store float %row_sum265.sroa.0.32.vec.extract.i, ptr %394, align 4, !tbaa !5
-  %row_max266.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
+  store float %row_sum273.sroa.0.32.vec.extract.i, ptr %394, align 4, !tbaa !5
+  %row_max274.sroa.0.36.vec.extract.i = extractelement <16 x float> %m.i, i64 9
   %395 = or disjoint i64 %368, 9
   %396 = getelementptr inbounds nuw float, ptr %partial_max, i64 %395
-  store float %row_max266.sroa.0.36.vec.extract.i, ptr %396, align 4, !tbaa !5
-  %row_sum265.sroa.0.36.vec.extract.i = extractelement <16 x float> %2110, i64 9
+  store float %row_max274.sroa.0.36.vec.extract.i, ptr %396, align 4, !tbaa !5
+  %row_sum273.sroa.0.36.vec.extract.i = extractelement <16 x float> %2110, i64 9
   %397 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %395
-  store float %row_sum265.sroa.0.36.vec.extract.i, ptr %397, align 4, !tbaa !5
-  %row_max266.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
+  store float %row_sum273.sroa.0.36.vec.extract.i, ptr %397, align 4, !tbaa !5
+  %row_max274.sroa.0.40.vec.extract.i = extractelement <16 x float> %m.i, i64 10
   %398 = or disjoint i64 %368, 10
   %399 = getelementptr inbounds nuw float, ptr %partial_max, i64 %398
-  store float %row_max266.sroa.0.40.vec.extract.i, ptr %399, align 4, !tbaa !5
-  %row_sum265.sroa.0.40.vec.extract.i = extractelement <16 x float> %2110, i64 10
+  store float %row_max274.sroa.0.40.vec.extract.i, ptr %399, align 4, !tbaa !5
+  %row_sum273.sroa.0.40.vec.extract.i = extractelement <16 x float> %2110, i64 10
   %400 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %398
-  store float %row_sum265.sroa.0.40.vec.extract.i, ptr %400, align 4, !tbaa !5
-  %row_max266.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
+  store float %row_sum273.sroa.0.40.vec.extract.i, ptr %400, align 4, !tbaa !5
+  %row_max274.sroa.0.44.vec.extract.i = extractelement <16 x float> %m.i, i64 11
   %401 = or disjoint i64 %368, 11
   %402 = getelementptr inbounds nuw float, ptr %partial_max, i64 %401
-  store float %row_max266.sroa.0.44.vec.extract.i, ptr %402, align 4, !tbaa !5
-  %row_sum265.sroa.0.44.vec.extract.i = extractelement <16 x float> %2110, i64 11
+  store float %row_max274.sroa.0.44.vec.extract.i, ptr %402, align 4, !tbaa !5
+  %row_sum273.sroa.0.44.vec.extract.i = extractelement <16 x float> %2110, i64 11
   %403 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %401
-  store float %row_sum265.sroa.0.44.vec.extract.i, ptr %403, align 4, !tbaa !5
-  %row_max266.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
+  store float %row_sum273.sroa.0.44.vec.extract.i, ptr %403, align 4, !tbaa !5
+  %row_max274.sroa.0.48.vec.extract.i = extractelement <16 x float> %m.i, i64 12
   %404 = or disjoint i64 %368, 12
   %405 = getelementptr inbounds nuw float, ptr %partial_max, i64 %404
-  store float %row_max266.sroa.0.48.vec.extract.i, ptr %405, align 4, !tbaa !5
-  %row_sum265.sroa.0.48.vec.extract.i = extractelement <16 x float> %2110, i64 12
+  store float %row_max274.sroa.0.48.vec.extract.i, ptr %405, align 4, !tbaa !5
+  %row_sum273.sroa.0.48.vec.extract.i = extractelement <16 x float> %2110, i64 12
   %406 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %404
-  store float %row_sum265.sroa.0.48.vec.extract.i, ptr %406, align 4, !tbaa !5
-  %row_max266.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
+  store float %row_sum273.sroa.0.48.vec.extract.i, ptr %406, align 4, !tbaa !5
+  %row_max274.sroa.0.52.vec.extract.i = extractelement <16 x float> %m.i, i64 13
   %407 = or disjoint i64 %368, 13
   %408 = getelementptr inbounds nuw float, ptr %partial_max, i64 %407
-  store float %row_max266.sroa.0.52.vec.extract.i, ptr %408, align 4, !tbaa !5
-  %row_sum265.sroa.0.52.vec.extract.i = extractelement <16 x float> %2110, i64 13
+  store float %row_max274.sroa.0.52.vec.extract.i, ptr %408, align 4, !tbaa !5
+  %row_sum273.sroa.0.52.vec.extract.i = extractelement <16 x float> %2110, i64 13
   %409 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %407
-  store float %row_sum265.sroa.0.52.vec.extract.i, ptr %409, align 4, !tbaa !5
-  %row_max266.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
+  store float %row_sum273.sroa.0.52.vec.extract.i, ptr %409, align 4, !tbaa !5
+  %row_max274.sroa.0.56.vec.extract.i = extractelement <16 x float> %m.i, i64 14
   %410 = or disjoint i64 %368, 14
   %411 = getelementptr inbounds nuw float, ptr %partial_max, i64 %410
-  store float %row_max266.sroa.0.56.vec.extract.i, ptr %411, align 4, !tbaa !5
-  %row_sum265.sroa.0.56.vec.extract.i = extractelement <16 x float> %2110, i64 14
+  store float %row_max274.sroa.0.56.vec.extract.i, ptr %411, align 4, !tbaa !5
+  %row_sum273.sroa.0.56.vec.extract.i = extractelement <16 x float> %2110, i64 14
   %412 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %410
-  store float %row_sum265.sroa.0.56.vec.extract.i, ptr %412, align 4, !tbaa !5
-  %row_max266.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
+  store float %row_sum273.sroa.0.56.vec.extract.i, ptr %412, align 4, !tbaa !5
+  %row_max274.sroa.0.60.vec.extract.i = extractelement <16 x float> %m.i, i64 15
   %413 = or disjoint i64 %368, 15
   %414 = getelementptr inbounds nuw float, ptr %partial_max, i64 %413
-  store float %row_max266.sroa.0.60.vec.extract.i, ptr %414, align 4, !tbaa !5
-  %row_sum265.sroa.0.60.vec.extract.i = extractelement <16 x float> %2110, i64 15
+  store float %row_max274.sroa.0.60.vec.extract.i, ptr %414, align 4, !tbaa !5
+  %row_sum273.sroa.0.60.vec.extract.i = extractelement <16 x float> %2110, i64 15
   %415 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %413
-  store float %row_sum265.sroa.0.60.vec.extract.i, ptr %415, align 4, !tbaa !5
+  store float %row_sum273.sroa.0.60.vec.extract.i, ptr %415, align 4, !tbaa !5
   %.idx.i = shl nuw nsw i64 %367, 13
   %416 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
   %scevgep620 = getelementptr i8, ptr %acc.i, i64 8132
@@ -1014,7 +1014,7 @@ for_begin_r233.preheader.i:                       ; preds = %for_end_step.i
   %found.conflict623 = and i1 %bound0621, %bound1622
   br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !17
 
-vector.body626:                                   ; preds = %for_begin_r233.preheader.i
+vector.body626:                                   ; preds = %for_begin_r241.preheader.i
   %417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %419 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
@@ -1087,15 +1087,15 @@ if_end27.i:                                       ; preds = %for_body_step.i
   br i1 %449, label %fused_decode_compute_.exit, label %if_end30.i, !prof !8
 
 if_end30.i:                                       ; preds = %if_end27.i
-  %450 = shl nsw i64 %indvars.iv626.i131, 7
+  %450 = shl nsw i64 %indvars.iv635.i131, 7
   %451 = sub nsw i64 %362, %450
+  %indvars.iv.next636.i = add nuw nsw i64 %indvars.iv635.i131, 1
   %452 = trunc nsw i64 %451 to i32
   %453 = tail call i32 @llvm.smin.i32(i32 %452, i32 128)
   %454 = add nsw i32 %453, 7
-  %indvars.iv.next627.i = add nuw nsw i64 %indvars.iv626.i131, 1
   %455 = ashr i32 %454, 3
   %456 = and i32 %454, -8
-  %457 = icmp samesign ult i64 %indvars.iv.next627.i, %361
+  %457 = icmp samesign ult i64 %indvars.iv.next636.i, %361
   %458 = select i1 %457, i32 256, i32 %456
   %459 = icmp sgt i32 %458, 0
   br i1 %459, label %for_body_t.lr.ph.i, label %for_end_t34.i, !prof !3
@@ -1106,74 +1106,74 @@ for_body_t.lr.ph.i:                               ; preds = %if_end30.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv522.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next523.i.1, %for_body_t.i ]
-  %461 = add nuw nsw i64 %indvars.iv522.i, %460
+  %indvars.iv530.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next531.i.1, %for_body_t.i ]
+  %461 = add nuw nsw i64 %indvars.iv530.i, %460
   %462 = trunc i64 %461 to i32
   %463 = tail call i32 @llvm.smin.i32(i32 %462, i32 %.reass.i)
   %464 = sext i32 %463 to i64
   %465 = ashr i64 %464, 7
-  %gep348.i = getelementptr i32, ptr %invariant.gep.i, i64 %465
-  %466 = load i32, ptr %gep348.i, align 4, !tbaa !5
+  %gep355.i = getelementptr i32, ptr %invariant.gep.i, i64 %465
+  %466 = load i32, ptr %gep355.i, align 4, !tbaa !5
   %block.i = sext i32 %466 to i64
   %467 = and i64 %464, 127
   %468 = mul nsw i64 %467, %k_row
   %469 = mul nsw i64 %k_block, %block.i
   %470 = add nsw i64 %468, %469
-  %471 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv522.i
+  %471 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv530.i
   store i64 %470, ptr %471, align 8, !tbaa !5
-  %indvars.iv.next523.i = or disjoint i64 %indvars.iv522.i, 1
-  %472 = add nuw nsw i64 %indvars.iv.next523.i, %460
+  %indvars.iv.next531.i = or disjoint i64 %indvars.iv530.i, 1
+  %472 = add nuw nsw i64 %indvars.iv.next531.i, %460
   %473 = trunc i64 %472 to i32
   %474 = tail call i32 @llvm.smin.i32(i32 %473, i32 %.reass.i)
   %475 = sext i32 %474 to i64
   %476 = ashr i64 %475, 7
-  %gep348.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %476
-  %477 = load i32, ptr %gep348.i.1, align 4, !tbaa !5
+  %gep355.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %476
+  %477 = load i32, ptr %gep355.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %477 to i64
   %478 = and i64 %475, 127
   %479 = mul nsw i64 %478, %k_row
   %480 = mul nsw i64 %k_block, %block.i.1
   %481 = add nsw i64 %479, %480
-  %482 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next523.i
+  %482 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next531.i
   store i64 %481, ptr %482, align 8, !tbaa !5
-  %indvars.iv.next523.i.1 = add nuw nsw i64 %indvars.iv522.i, 2
-  %exitcond525.not.i.1 = icmp eq i64 %indvars.iv.next523.i.1, %wide.trip.count.i
-  br i1 %exitcond525.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  %indvars.iv.next531.i.1 = add nuw nsw i64 %indvars.iv530.i, 2
+  %exitcond533.not.i.1 = icmp eq i64 %indvars.iv.next531.i.1, %wide.trip.count.i
+  br i1 %exitcond533.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
 
 for_body_t33.i:                                   ; preds = %for_body_t33.i, %for_body_t.i
-  %indvars.iv526.i = phi i64 [ %indvars.iv.next527.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
-  %483 = add nuw nsw i64 %indvars.iv526.i, %460
+  %indvars.iv534.i = phi i64 [ %indvars.iv.next535.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
+  %483 = add nuw nsw i64 %indvars.iv534.i, %460
   %484 = trunc i64 %483 to i32
   %485 = tail call i32 @llvm.smin.i32(i32 %484, i32 %.reass.i)
   %486 = sext i32 %485 to i64
   %487 = ashr i64 %486, 7
-  %gep351.i = getelementptr i32, ptr %invariant.gep.i, i64 %487
-  %488 = load i32, ptr %gep351.i, align 4, !tbaa !5
+  %gep358.i = getelementptr i32, ptr %invariant.gep.i, i64 %487
+  %488 = load i32, ptr %gep358.i, align 4, !tbaa !5
   %block40.i = sext i32 %488 to i64
   %489 = and i64 %486, 127
   %490 = mul nsw i64 %489, %v_row
   %491 = mul nsw i64 %v_block, %block40.i
   %492 = add nsw i64 %490, %491
-  %493 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv526.i
+  %493 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv534.i
   store i64 %492, ptr %493, align 8, !tbaa !5
-  %indvars.iv.next527.i = or disjoint i64 %indvars.iv526.i, 1
-  %494 = add nuw nsw i64 %indvars.iv.next527.i, %460
+  %indvars.iv.next535.i = or disjoint i64 %indvars.iv534.i, 1
+  %494 = add nuw nsw i64 %indvars.iv.next535.i, %460
   %495 = trunc i64 %494 to i32
   %496 = tail call i32 @llvm.smin.i32(i32 %495, i32 %.reass.i)
   %497 = sext i32 %496 to i64
   %498 = ashr i64 %497, 7
-  %gep351.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %498
-  %499 = load i32, ptr %gep351.i.1, align 4, !tbaa !5
+  %gep358.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %498
+  %499 = load i32, ptr %gep358.i.1, align 4, !tbaa !5
   %block40.i.1 = sext i32 %499 to i64
   %500 = and i64 %497, 127
   %501 = mul nsw i64 %500, %v_row
   %502 = mul nsw i64 %v_block, %block40.i.1
   %503 = add nsw i64 %501, %502
-  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next527.i
+  %504 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next535.i
   store i64 %503, ptr %504, align 8, !tbaa !5
-  %indvars.iv.next527.i.1 = add nuw nsw i64 %indvars.iv526.i, 2
-  %exitcond530.not.i.1 = icmp eq i64 %indvars.iv.next527.i.1, %wide.trip.count.i
-  br i1 %exitcond530.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
+  %indvars.iv.next535.i.1 = add nuw nsw i64 %indvars.iv534.i, 2
+  %exitcond538.not.i.1 = icmp eq i64 %indvars.iv.next535.i.1, %wide.trip.count.i
+  br i1 %exitcond538.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
 
 for_end_t34.i:                                    ; preds = %for_body_t33.i, %if_end30.i
   %505 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1192,18 +1192,18 @@ for_begin_to.preheader.i:                         ; preds = %if_end44.i
   br i1 %509, label %for_begin_ti.preheader.preheader.i, label %for_end_to51.i, !prof !3
 
 for_begin_ti.preheader.preheader.i:               ; preds = %for_begin_to.preheader.i
-  %wide.trip.count538.i = zext nneg i32 %455 to i64
+  %wide.trip.count546.i = zext nneg i32 %455 to i64
   br label %for_begin_ti.preheader.i
 
 for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.preheader.i
-  %indvars.iv535.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next536.i, %for_begin_ti.preheader.i ]
-  %.idx = shl nsw i64 %indvars.iv535.i, 6
+  %indvars.iv543.i = phi i64 [ 0, %for_begin_ti.preheader.preheader.i ], [ %indvars.iv.next544.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv543.i, 6
   %510 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
   %511 = load i64, ptr %510, align 8, !tbaa !5
   %512 = getelementptr inbounds i32, ptr %key_cache, i64 %511
   %513 = load <16 x i32>, ptr %512, align 4, !tbaa !5
   %514 = shl <16 x i32> %513, splat (i32 16)
-  %.idx59 = shl nsw i64 %indvars.iv535.i, 12
+  %.idx59 = shl nsw i64 %indvars.iv543.i, 12
   %515 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx59
   store <16 x i32> %514, ptr %515, align 4, !tbaa !5
   %516 = load i64, ptr %510, align 8, !tbaa !5
@@ -1639,19 +1639,19 @@ for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.prehea
   %884 = and <16 x i32> %883, %100
   %885 = getelementptr inbounds nuw i8, ptr %515, i64 4032
   store <16 x i32> %884, ptr %885, align 4, !tbaa !5
-  %indvars.iv.next536.i = add nuw nsw i64 %indvars.iv535.i, 1
-  %exitcond539.not.i = icmp eq i64 %indvars.iv.next536.i, %wide.trip.count538.i
-  br i1 %exitcond539.not.i, label %for_begin_ti54.preheader.i, label %for_begin_ti.preheader.i, !prof !13
+  %indvars.iv.next544.i = add nuw nsw i64 %indvars.iv543.i, 1
+  %exitcond547.not.i = icmp eq i64 %indvars.iv.next544.i, %wide.trip.count546.i
+  br i1 %exitcond547.not.i, label %for_begin_ti54.preheader.i, label %for_begin_ti.preheader.i, !prof !13
 
 for_begin_ti54.preheader.i:                       ; preds = %for_begin_ti54.preheader.i, %for_begin_ti.preheader.i
-  %indvars.iv544.i = phi i64 [ %indvars.iv.next545.i, %for_begin_ti54.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
-  %.idx60 = shl nsw i64 %indvars.iv544.i, 6
+  %indvars.iv552.i = phi i64 [ %indvars.iv.next553.i, %for_begin_ti54.preheader.i ], [ 0, %for_begin_ti.preheader.i ]
+  %.idx60 = shl nsw i64 %indvars.iv552.i, 6
   %886 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx60
   %887 = load i64, ptr %886, align 8, !tbaa !5
   %888 = getelementptr inbounds i32, ptr %value_cache, i64 %887
   %889 = load <16 x i32>, ptr %888, align 4, !tbaa !5
   %890 = shl <16 x i32> %889, splat (i32 16)
-  %.idx61 = shl nsw i64 %indvars.iv544.i, 12
+  %.idx61 = shl nsw i64 %indvars.iv552.i, 12
   %891 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx61
   store <16 x i32> %890, ptr %891, align 4, !tbaa !5
   %892 = load i64, ptr %886, align 8, !tbaa !5
@@ -2087,9 +2087,9 @@ for_begin_ti54.preheader.i:                       ; preds = %for_begin_ti54.preh
   %1260 = and <16 x i32> %1259, %100
   %1261 = getelementptr inbounds nuw i8, ptr %891, i64 4032
   store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
-  %indvars.iv.next545.i = add nuw nsw i64 %indvars.iv544.i, 1
-  %exitcond548.not.i = icmp eq i64 %indvars.iv.next545.i, %wide.trip.count538.i
-  br i1 %exitcond548.not.i, label %for_end_to51.i, label %for_begin_ti54.preheader.i, !prof !13
+  %indvars.iv.next553.i = add nuw nsw i64 %indvars.iv552.i, 1
+  %exitcond556.not.i = icmp eq i64 %indvars.iv.next553.i, %wide.trip.count546.i
+  br i1 %exitcond556.not.i, label %for_end_to51.i, label %for_begin_ti54.preheader.i, !prof !13
 
 for_end_to51.i:                                   ; preds = %for_begin_ti54.preheader.i, %for_begin_to.preheader.i
   %1262 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2101,20 +2101,20 @@ if_end60.i:                                       ; preds = %for_end_to51.i
   %1264 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %probs.i = tail call ptr %1264(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1265 = icmp eq ptr %probs.i, null
-  br i1 %1265, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
+  br i1 %1265, label %fused_decode_compute_.exit, label %for_begin_to65.preheader.i, !prof !8
 
-for_begin_to_m.preheader.i:                       ; preds = %if_end60.i
-  br i1 %509, label %for_begin_n.preheader.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+for_begin_to65.preheader.i:                       ; preds = %if_end60.i
+  br i1 %509, label %for_begin_line.preheader.lr.ph.i, label %for_end_to67.thread.i, !prof !3
 
-for_begin_n.preheader.lr.ph.i:                    ; preds = %for_begin_to_m.preheader.i
+for_begin_line.preheader.lr.ph.i:                 ; preds = %for_begin_to65.preheader.i
   %1266 = select i1 %457, i64 128, i64 0
-  %wide.trip.count566.i = zext nneg i32 %455 to i64
+  %wide.trip.count574.i = zext nneg i32 %455 to i64
   %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1266
-  br label %for_begin_n.preheader.i
+  br label %for_begin_line.preheader.i
 
-for_begin_n.preheader.i:                          ; preds = %for_end_d_1.3.i, %for_begin_n.preheader.lr.ph.i
-  %indvars.iv563.i = phi i64 [ 0, %for_begin_n.preheader.lr.ph.i ], [ %indvars.iv.next564.i, %for_end_d_1.3.i ]
-  %.idx62 = shl nsw i64 %indvars.iv563.i, 6
+for_begin_line.preheader.i:                       ; preds = %for_end_d_1.3.i, %for_begin_line.preheader.lr.ph.i
+  %indvars.iv571.i = phi i64 [ 0, %for_begin_line.preheader.lr.ph.i ], [ %indvars.iv.next572.i, %for_end_d_1.3.i ]
+  %.idx62 = shl nsw i64 %indvars.iv571.i, 6
   %gep = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx62
   %1267 = load i64, ptr %gep, align 8, !tbaa !5
   %1268 = getelementptr i32, ptr %key_cache, i64 %1267
@@ -2195,80 +2195,80 @@ for_begin_n.preheader.i:                          ; preds = %for_end_d_1.3.i, %f
   tail call void @llvm.prefetch.p0(ptr readonly %1312, i32 0, i32 2, i32 1)
   %1313 = getelementptr i8, ptr %1310, i64 192
   tail call void @llvm.prefetch.p0(ptr readonly %1313, i32 0, i32 2, i32 1)
-  %1314 = shl i64 %indvars.iv563.i, 10
+  %1314 = shl i64 %indvars.iv571.i, 10
   %1315 = and i64 %1314, 4294966272
   %1316 = getelementptr inbounds nuw float, ptr %k_tile.i, i64 %1315
   br label %for_begin_d_2.preheader.i
 
-for_end_to_m.i:                                   ; preds = %for_end_d_1.3.i
+for_end_to67.i:                                   ; preds = %for_end_d_1.3.i
   %1317 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %1317(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %1318 = icmp eq ptr %scaled.i, null
-  br i1 %1318, label %fused_decode_compute_.exit, label %for_begin_to68.preheader.i, !prof !8
+  br i1 %1318, label %fused_decode_compute_.exit, label %for_begin_to73.preheader.i, !prof !8
 
-for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
+for_end_to67.thread.i:                            ; preds = %for_begin_to65.preheader.i
   %1319 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled776.i = tail call ptr %1319(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
-  %1320 = icmp eq ptr %scaled776.i, null
-  br i1 %1320, label %fused_decode_compute_.exit, label %for_begin_to100.preheader.i, !prof !8
+  %scaled784.i = tail call ptr %1319(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1320 = icmp eq ptr %scaled784.i, null
+  br i1 %1320, label %fused_decode_compute_.exit, label %for_begin_to103.preheader.i, !prof !8
 
-for_begin_to68.preheader.i:                       ; preds = %for_end_to_m.i
+for_begin_to73.preheader.i:                       ; preds = %for_end_to67.i
   %1321 = sext i32 %453 to i64
-  br label %for_begin_ti73.preheader.i
+  br label %for_begin_ti78.preheader.i
 
-for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_n.preheader.i
-  %indvars.iv554.i = phi i64 [ 0, %for_begin_n.preheader.i ], [ %indvars.iv.next555.i, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.0.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1370, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.4.1372.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1375, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.8.1371.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1380, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.12.1370.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1385, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.16.1369.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1390, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.20.1368.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1395, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.24.1367.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1400, %for_begin_d_2.preheader.i ]
-  %scores_global261.sroa.28.1366.i = phi <16 x float> [ zeroinitializer, %for_begin_n.preheader.i ], [ %1405, %for_begin_d_2.preheader.i ]
-  %.idx63 = shl nuw nsw i64 %indvars.iv554.i, 7
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_line.preheader.i
+  %indvars.iv562.i = phi i64 [ 0, %for_begin_line.preheader.i ], [ %indvars.iv.next563.i, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.0.1380.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1370, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.4.1379.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1375, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.8.1378.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1380, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.12.1377.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1385, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.16.1376.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1390, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.20.1375.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1395, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.24.1374.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1400, %for_begin_d_2.preheader.i ]
+  %scores_global269.sroa.28.1373.i = phi <16 x float> [ zeroinitializer, %for_begin_line.preheader.i ], [ %1405, %for_begin_d_2.preheader.i ]
+  %.idx63 = shl nuw nsw i64 %indvars.iv562.i, 7
   %1322 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx63
   %1323 = load <16 x float>, ptr %1322, align 4, !tbaa !5
-  %1324 = getelementptr inbounds nuw float, ptr %1316, i64 %indvars.iv554.i
+  %1324 = getelementptr inbounds nuw float, ptr %1316, i64 %indvars.iv562.i
   %1325 = load float, ptr %1324, align 4, !tbaa !5
   %1326 = insertelement <16 x float> poison, float %1325, i64 0
   %1327 = shufflevector <16 x float> %1326, <16 x float> poison, <16 x i32> zeroinitializer
-  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1327, <16 x float> %scores_global261.sroa.0.1373.i)
+  %1328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1327, <16 x float> %scores_global269.sroa.0.1380.i)
   %1329 = getelementptr inbounds nuw i8, ptr %1324, i64 512
   %1330 = load float, ptr %1329, align 4, !tbaa !5
   %1331 = insertelement <16 x float> poison, float %1330, i64 0
   %1332 = shufflevector <16 x float> %1331, <16 x float> poison, <16 x i32> zeroinitializer
-  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1332, <16 x float> %scores_global261.sroa.4.1372.i)
+  %1333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1332, <16 x float> %scores_global269.sroa.4.1379.i)
   %1334 = getelementptr inbounds nuw i8, ptr %1324, i64 1024
   %1335 = load float, ptr %1334, align 4, !tbaa !5
   %1336 = insertelement <16 x float> poison, float %1335, i64 0
   %1337 = shufflevector <16 x float> %1336, <16 x float> poison, <16 x i32> zeroinitializer
-  %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1337, <16 x float> %scores_global261.sroa.8.1371.i)
+  %1338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1337, <16 x float> %scores_global269.sroa.8.1378.i)
   %1339 = getelementptr inbounds nuw i8, ptr %1324, i64 1536
   %1340 = load float, ptr %1339, align 4, !tbaa !5
   %1341 = insertelement <16 x float> poison, float %1340, i64 0
   %1342 = shufflevector <16 x float> %1341, <16 x float> poison, <16 x i32> zeroinitializer
-  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1342, <16 x float> %scores_global261.sroa.12.1370.i)
+  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1342, <16 x float> %scores_global269.sroa.12.1377.i)
   %1344 = getelementptr inbounds nuw i8, ptr %1324, i64 2048
   %1345 = load float, ptr %1344, align 4, !tbaa !5
   %1346 = insertelement <16 x float> poison, float %1345, i64 0
   %1347 = shufflevector <16 x float> %1346, <16 x float> poison, <16 x i32> zeroinitializer
-  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1347, <16 x float> %scores_global261.sroa.16.1369.i)
+  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1347, <16 x float> %scores_global269.sroa.16.1376.i)
   %1349 = getelementptr inbounds nuw i8, ptr %1324, i64 2560
   %1350 = load float, ptr %1349, align 4, !tbaa !5
   %1351 = insertelement <16 x float> poison, float %1350, i64 0
   %1352 = shufflevector <16 x float> %1351, <16 x float> poison, <16 x i32> zeroinitializer
-  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1352, <16 x float> %scores_global261.sroa.20.1368.i)
+  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1352, <16 x float> %scores_global269.sroa.20.1375.i)
   %1354 = getelementptr inbounds nuw i8, ptr %1324, i64 3072
   %1355 = load float, ptr %1354, align 4, !tbaa !5
   %1356 = insertelement <16 x float> poison, float %1355, i64 0
   %1357 = shufflevector <16 x float> %1356, <16 x float> poison, <16 x i32> zeroinitializer
-  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1357, <16 x float> %scores_global261.sroa.24.1367.i)
+  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1357, <16 x float> %scores_global269.sroa.24.1374.i)
   %1359 = getelementptr inbounds nuw i8, ptr %1324, i64 3584
   %1360 = load float, ptr %1359, align 4, !tbaa !5
   %1361 = insertelement <16 x float> poison, float %1360, i64 0
   %1362 = shufflevector <16 x float> %1361, <16 x float> poison, <16 x i32> zeroinitializer
-  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1362, <16 x float> %scores_global261.sroa.28.1366.i)
+  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1323, <16 x float> %1362, <16 x float> %scores_global269.sroa.28.1373.i)
   %1364 = getelementptr inbounds nuw i8, ptr %1322, i64 64
   %1365 = load <16 x float>, ptr %1364, align 4, !tbaa !5
   %1366 = getelementptr inbounds nuw i8, ptr %1324, i64 64
@@ -2311,68 +2311,68 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1403 = insertelement <16 x float> poison, float %1402, i64 0
   %1404 = shufflevector <16 x float> %1403, <16 x float> poison, <16 x i32> zeroinitializer
   %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1404, <16 x float> %1363)
-  %indvars.iv.next555.i = add nuw nsw i64 %indvars.iv554.i, 1
-  %exitcond558.not.i = icmp eq i64 %indvars.iv.next555.i, 16
-  br i1 %exitcond558.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
+  %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
+  %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, 16
+  br i1 %exitcond566.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1406 = getelementptr inbounds nuw i8, ptr %1316, i64 128
   br label %for_begin_d_2.preheader.1.i
 
 for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
-  %indvars.iv554.1.i = phi i64 [ %indvars.iv.next555.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.0.1373.1.i = phi <16 x float> [ %1456, %for_begin_d_2.preheader.1.i ], [ %1370, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.4.1372.1.i = phi <16 x float> [ %1461, %for_begin_d_2.preheader.1.i ], [ %1375, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.8.1371.1.i = phi <16 x float> [ %1466, %for_begin_d_2.preheader.1.i ], [ %1380, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.12.1370.1.i = phi <16 x float> [ %1471, %for_begin_d_2.preheader.1.i ], [ %1385, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.16.1369.1.i = phi <16 x float> [ %1476, %for_begin_d_2.preheader.1.i ], [ %1390, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.20.1368.1.i = phi <16 x float> [ %1481, %for_begin_d_2.preheader.1.i ], [ %1395, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.24.1367.1.i = phi <16 x float> [ %1486, %for_begin_d_2.preheader.1.i ], [ %1400, %for_begin_d_2.preheader.1.i.preheader ]
-  %scores_global261.sroa.28.1366.1.i = phi <16 x float> [ %1491, %for_begin_d_2.preheader.1.i ], [ %1405, %for_begin_d_2.preheader.1.i.preheader ]
-  %.idx64 = shl nuw nsw i64 %indvars.iv554.1.i, 7
+  %indvars.iv562.1.i = phi i64 [ %indvars.iv.next563.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.0.1380.1.i = phi <16 x float> [ %1456, %for_begin_d_2.preheader.1.i ], [ %1370, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.4.1379.1.i = phi <16 x float> [ %1461, %for_begin_d_2.preheader.1.i ], [ %1375, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.8.1378.1.i = phi <16 x float> [ %1466, %for_begin_d_2.preheader.1.i ], [ %1380, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.12.1377.1.i = phi <16 x float> [ %1471, %for_begin_d_2.preheader.1.i ], [ %1385, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.16.1376.1.i = phi <16 x float> [ %1476, %for_begin_d_2.preheader.1.i ], [ %1390, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.20.1375.1.i = phi <16 x float> [ %1481, %for_begin_d_2.preheader.1.i ], [ %1395, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.24.1374.1.i = phi <16 x float> [ %1486, %for_begin_d_2.preheader.1.i ], [ %1400, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global269.sroa.28.1373.1.i = phi <16 x float> [ %1491, %for_begin_d_2.preheader.1.i ], [ %1405, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx64 = shl nuw nsw i64 %indvars.iv562.1.i, 7
   %1407 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx64
   %1408 = getelementptr inbounds nuw i8, ptr %1407, i64 2048
   %1409 = load <16 x float>, ptr %1408, align 4, !tbaa !5
-  %1410 = getelementptr inbounds nuw float, ptr %1406, i64 %indvars.iv554.1.i
+  %1410 = getelementptr inbounds nuw float, ptr %1406, i64 %indvars.iv562.1.i
   %1411 = load float, ptr %1410, align 4, !tbaa !5
   %1412 = insertelement <16 x float> poison, float %1411, i64 0
   %1413 = shufflevector <16 x float> %1412, <16 x float> poison, <16 x i32> zeroinitializer
-  %1414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1413, <16 x float> %scores_global261.sroa.0.1373.1.i)
+  %1414 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1413, <16 x float> %scores_global269.sroa.0.1380.1.i)
   %1415 = getelementptr inbounds nuw i8, ptr %1410, i64 512
   %1416 = load float, ptr %1415, align 4, !tbaa !5
   %1417 = insertelement <16 x float> poison, float %1416, i64 0
   %1418 = shufflevector <16 x float> %1417, <16 x float> poison, <16 x i32> zeroinitializer
-  %1419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1418, <16 x float> %scores_global261.sroa.4.1372.1.i)
+  %1419 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1418, <16 x float> %scores_global269.sroa.4.1379.1.i)
   %1420 = getelementptr inbounds nuw i8, ptr %1410, i64 1024
   %1421 = load float, ptr %1420, align 4, !tbaa !5
   %1422 = insertelement <16 x float> poison, float %1421, i64 0
   %1423 = shufflevector <16 x float> %1422, <16 x float> poison, <16 x i32> zeroinitializer
-  %1424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1423, <16 x float> %scores_global261.sroa.8.1371.1.i)
+  %1424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1423, <16 x float> %scores_global269.sroa.8.1378.1.i)
   %1425 = getelementptr inbounds nuw i8, ptr %1410, i64 1536
   %1426 = load float, ptr %1425, align 4, !tbaa !5
   %1427 = insertelement <16 x float> poison, float %1426, i64 0
   %1428 = shufflevector <16 x float> %1427, <16 x float> poison, <16 x i32> zeroinitializer
-  %1429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1428, <16 x float> %scores_global261.sroa.12.1370.1.i)
+  %1429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1428, <16 x float> %scores_global269.sroa.12.1377.1.i)
   %1430 = getelementptr inbounds nuw i8, ptr %1410, i64 2048
   %1431 = load float, ptr %1430, align 4, !tbaa !5
   %1432 = insertelement <16 x float> poison, float %1431, i64 0
   %1433 = shufflevector <16 x float> %1432, <16 x float> poison, <16 x i32> zeroinitializer
-  %1434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1433, <16 x float> %scores_global261.sroa.16.1369.1.i)
+  %1434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1433, <16 x float> %scores_global269.sroa.16.1376.1.i)
   %1435 = getelementptr inbounds nuw i8, ptr %1410, i64 2560
   %1436 = load float, ptr %1435, align 4, !tbaa !5
   %1437 = insertelement <16 x float> poison, float %1436, i64 0
   %1438 = shufflevector <16 x float> %1437, <16 x float> poison, <16 x i32> zeroinitializer
-  %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1438, <16 x float> %scores_global261.sroa.20.1368.1.i)
+  %1439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1438, <16 x float> %scores_global269.sroa.20.1375.1.i)
   %1440 = getelementptr inbounds nuw i8, ptr %1410, i64 3072
   %1441 = load float, ptr %1440, align 4, !tbaa !5
   %1442 = insertelement <16 x float> poison, float %1441, i64 0
   %1443 = shufflevector <16 x float> %1442, <16 x float> poison, <16 x i32> zeroinitializer
-  %1444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1443, <16 x float> %scores_global261.sroa.24.1367.1.i)
+  %1444 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1443, <16 x float> %scores_global269.sroa.24.1374.1.i)
   %1445 = getelementptr inbounds nuw i8, ptr %1410, i64 3584
   %1446 = load float, ptr %1445, align 4, !tbaa !5
   %1447 = insertelement <16 x float> poison, float %1446, i64 0
   %1448 = shufflevector <16 x float> %1447, <16 x float> poison, <16 x i32> zeroinitializer
-  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1448, <16 x float> %scores_global261.sroa.28.1366.1.i)
+  %1449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1409, <16 x float> %1448, <16 x float> %scores_global269.sroa.28.1373.1.i)
   %1450 = getelementptr inbounds nuw i8, ptr %1407, i64 2112
   %1451 = load <16 x float>, ptr %1450, align 4, !tbaa !5
   %1452 = getelementptr inbounds nuw i8, ptr %1410, i64 64
@@ -2415,68 +2415,68 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1489 = insertelement <16 x float> poison, float %1488, i64 0
   %1490 = shufflevector <16 x float> %1489, <16 x float> poison, <16 x i32> zeroinitializer
   %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1490, <16 x float> %1449)
-  %indvars.iv.next555.1.i = add nuw nsw i64 %indvars.iv554.1.i, 1
-  %exitcond558.1.not.i = icmp eq i64 %indvars.iv.next555.1.i, 16
-  br i1 %exitcond558.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
+  %indvars.iv.next563.1.i = add nuw nsw i64 %indvars.iv562.1.i, 1
+  %exitcond566.1.not.i = icmp eq i64 %indvars.iv.next563.1.i, 16
+  br i1 %exitcond566.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1492 = getelementptr inbounds nuw i8, ptr %1316, i64 256
   br label %for_begin_d_2.preheader.2.i
 
 for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
-  %indvars.iv554.2.i = phi i64 [ %indvars.iv.next555.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.0.1373.2.i = phi <16 x float> [ %1542, %for_begin_d_2.preheader.2.i ], [ %1456, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.4.1372.2.i = phi <16 x float> [ %1547, %for_begin_d_2.preheader.2.i ], [ %1461, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.8.1371.2.i = phi <16 x float> [ %1552, %for_begin_d_2.preheader.2.i ], [ %1466, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.12.1370.2.i = phi <16 x float> [ %1557, %for_begin_d_2.preheader.2.i ], [ %1471, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.16.1369.2.i = phi <16 x float> [ %1562, %for_begin_d_2.preheader.2.i ], [ %1476, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.20.1368.2.i = phi <16 x float> [ %1567, %for_begin_d_2.preheader.2.i ], [ %1481, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.24.1367.2.i = phi <16 x float> [ %1572, %for_begin_d_2.preheader.2.i ], [ %1486, %for_begin_d_2.preheader.2.i.preheader ]
-  %scores_global261.sroa.28.1366.2.i = phi <16 x float> [ %1577, %for_begin_d_2.preheader.2.i ], [ %1491, %for_begin_d_2.preheader.2.i.preheader ]
-  %.idx65 = shl nuw nsw i64 %indvars.iv554.2.i, 7
+  %indvars.iv562.2.i = phi i64 [ %indvars.iv.next563.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.0.1380.2.i = phi <16 x float> [ %1542, %for_begin_d_2.preheader.2.i ], [ %1456, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.4.1379.2.i = phi <16 x float> [ %1547, %for_begin_d_2.preheader.2.i ], [ %1461, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.8.1378.2.i = phi <16 x float> [ %1552, %for_begin_d_2.preheader.2.i ], [ %1466, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.12.1377.2.i = phi <16 x float> [ %1557, %for_begin_d_2.preheader.2.i ], [ %1471, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.16.1376.2.i = phi <16 x float> [ %1562, %for_begin_d_2.preheader.2.i ], [ %1476, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.20.1375.2.i = phi <16 x float> [ %1567, %for_begin_d_2.preheader.2.i ], [ %1481, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.24.1374.2.i = phi <16 x float> [ %1572, %for_begin_d_2.preheader.2.i ], [ %1486, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global269.sroa.28.1373.2.i = phi <16 x float> [ %1577, %for_begin_d_2.preheader.2.i ], [ %1491, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx65 = shl nuw nsw i64 %indvars.iv562.2.i, 7
   %1493 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx65
   %1494 = getelementptr inbounds nuw i8, ptr %1493, i64 4096
   %1495 = load <16 x float>, ptr %1494, align 4, !tbaa !5
-  %1496 = getelementptr inbounds nuw float, ptr %1492, i64 %indvars.iv554.2.i
+  %1496 = getelementptr inbounds nuw float, ptr %1492, i64 %indvars.iv562.2.i
   %1497 = load float, ptr %1496, align 4, !tbaa !5
   %1498 = insertelement <16 x float> poison, float %1497, i64 0
   %1499 = shufflevector <16 x float> %1498, <16 x float> poison, <16 x i32> zeroinitializer
-  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1499, <16 x float> %scores_global261.sroa.0.1373.2.i)
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1499, <16 x float> %scores_global269.sroa.0.1380.2.i)
   %1501 = getelementptr inbounds nuw i8, ptr %1496, i64 512
   %1502 = load float, ptr %1501, align 4, !tbaa !5
   %1503 = insertelement <16 x float> poison, float %1502, i64 0
   %1504 = shufflevector <16 x float> %1503, <16 x float> poison, <16 x i32> zeroinitializer
-  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1504, <16 x float> %scores_global261.sroa.4.1372.2.i)
+  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1504, <16 x float> %scores_global269.sroa.4.1379.2.i)
   %1506 = getelementptr inbounds nuw i8, ptr %1496, i64 1024
   %1507 = load float, ptr %1506, align 4, !tbaa !5
   %1508 = insertelement <16 x float> poison, float %1507, i64 0
   %1509 = shufflevector <16 x float> %1508, <16 x float> poison, <16 x i32> zeroinitializer
-  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1509, <16 x float> %scores_global261.sroa.8.1371.2.i)
+  %1510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1509, <16 x float> %scores_global269.sroa.8.1378.2.i)
   %1511 = getelementptr inbounds nuw i8, ptr %1496, i64 1536
   %1512 = load float, ptr %1511, align 4, !tbaa !5
   %1513 = insertelement <16 x float> poison, float %1512, i64 0
   %1514 = shufflevector <16 x float> %1513, <16 x float> poison, <16 x i32> zeroinitializer
-  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1514, <16 x float> %scores_global261.sroa.12.1370.2.i)
+  %1515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1514, <16 x float> %scores_global269.sroa.12.1377.2.i)
   %1516 = getelementptr inbounds nuw i8, ptr %1496, i64 2048
   %1517 = load float, ptr %1516, align 4, !tbaa !5
   %1518 = insertelement <16 x float> poison, float %1517, i64 0
   %1519 = shufflevector <16 x float> %1518, <16 x float> poison, <16 x i32> zeroinitializer
-  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1519, <16 x float> %scores_global261.sroa.16.1369.2.i)
+  %1520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1519, <16 x float> %scores_global269.sroa.16.1376.2.i)
   %1521 = getelementptr inbounds nuw i8, ptr %1496, i64 2560
   %1522 = load float, ptr %1521, align 4, !tbaa !5
   %1523 = insertelement <16 x float> poison, float %1522, i64 0
   %1524 = shufflevector <16 x float> %1523, <16 x float> poison, <16 x i32> zeroinitializer
-  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1524, <16 x float> %scores_global261.sroa.20.1368.2.i)
+  %1525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1524, <16 x float> %scores_global269.sroa.20.1375.2.i)
   %1526 = getelementptr inbounds nuw i8, ptr %1496, i64 3072
   %1527 = load float, ptr %1526, align 4, !tbaa !5
   %1528 = insertelement <16 x float> poison, float %1527, i64 0
   %1529 = shufflevector <16 x float> %1528, <16 x float> poison, <16 x i32> zeroinitializer
-  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1529, <16 x float> %scores_global261.sroa.24.1367.2.i)
+  %1530 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1529, <16 x float> %scores_global269.sroa.24.1374.2.i)
   %1531 = getelementptr inbounds nuw i8, ptr %1496, i64 3584
   %1532 = load float, ptr %1531, align 4, !tbaa !5
   %1533 = insertelement <16 x float> poison, float %1532, i64 0
   %1534 = shufflevector <16 x float> %1533, <16 x float> poison, <16 x i32> zeroinitializer
-  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1534, <16 x float> %scores_global261.sroa.28.1366.2.i)
+  %1535 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1495, <16 x float> %1534, <16 x float> %scores_global269.sroa.28.1373.2.i)
   %1536 = getelementptr inbounds nuw i8, ptr %1493, i64 4160
   %1537 = load <16 x float>, ptr %1536, align 4, !tbaa !5
   %1538 = getelementptr inbounds nuw i8, ptr %1496, i64 64
@@ -2519,68 +2519,68 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1575 = insertelement <16 x float> poison, float %1574, i64 0
   %1576 = shufflevector <16 x float> %1575, <16 x float> poison, <16 x i32> zeroinitializer
   %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1576, <16 x float> %1535)
-  %indvars.iv.next555.2.i = add nuw nsw i64 %indvars.iv554.2.i, 1
-  %exitcond558.2.not.i = icmp eq i64 %indvars.iv.next555.2.i, 16
-  br i1 %exitcond558.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
+  %indvars.iv.next563.2.i = add nuw nsw i64 %indvars.iv562.2.i, 1
+  %exitcond566.2.not.i = icmp eq i64 %indvars.iv.next563.2.i, 16
+  br i1 %exitcond566.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1578 = getelementptr inbounds nuw i8, ptr %1316, i64 384
   br label %for_begin_d_2.preheader.3.i
 
 for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
-  %indvars.iv554.3.i = phi i64 [ %indvars.iv.next555.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.0.1373.3.i = phi <16 x float> [ %1628, %for_begin_d_2.preheader.3.i ], [ %1542, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.4.1372.3.i = phi <16 x float> [ %1633, %for_begin_d_2.preheader.3.i ], [ %1547, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.8.1371.3.i = phi <16 x float> [ %1638, %for_begin_d_2.preheader.3.i ], [ %1552, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.12.1370.3.i = phi <16 x float> [ %1643, %for_begin_d_2.preheader.3.i ], [ %1557, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.16.1369.3.i = phi <16 x float> [ %1648, %for_begin_d_2.preheader.3.i ], [ %1562, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.20.1368.3.i = phi <16 x float> [ %1653, %for_begin_d_2.preheader.3.i ], [ %1567, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.24.1367.3.i = phi <16 x float> [ %1658, %for_begin_d_2.preheader.3.i ], [ %1572, %for_begin_d_2.preheader.3.i.preheader ]
-  %scores_global261.sroa.28.1366.3.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.3.i ], [ %1577, %for_begin_d_2.preheader.3.i.preheader ]
-  %.idx66 = shl nuw nsw i64 %indvars.iv554.3.i, 7
+  %indvars.iv562.3.i = phi i64 [ %indvars.iv.next563.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.0.1380.3.i = phi <16 x float> [ %1628, %for_begin_d_2.preheader.3.i ], [ %1542, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.4.1379.3.i = phi <16 x float> [ %1633, %for_begin_d_2.preheader.3.i ], [ %1547, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.8.1378.3.i = phi <16 x float> [ %1638, %for_begin_d_2.preheader.3.i ], [ %1552, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.12.1377.3.i = phi <16 x float> [ %1643, %for_begin_d_2.preheader.3.i ], [ %1557, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.16.1376.3.i = phi <16 x float> [ %1648, %for_begin_d_2.preheader.3.i ], [ %1562, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.20.1375.3.i = phi <16 x float> [ %1653, %for_begin_d_2.preheader.3.i ], [ %1567, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.24.1374.3.i = phi <16 x float> [ %1658, %for_begin_d_2.preheader.3.i ], [ %1572, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global269.sroa.28.1373.3.i = phi <16 x float> [ %1663, %for_begin_d_2.preheader.3.i ], [ %1577, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx66 = shl nuw nsw i64 %indvars.iv562.3.i, 7
   %1579 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx66
   %1580 = getelementptr inbounds nuw i8, ptr %1579, i64 6144
   %1581 = load <16 x float>, ptr %1580, align 4, !tbaa !5
-  %1582 = getelementptr inbounds nuw float, ptr %1578, i64 %indvars.iv554.3.i
+  %1582 = getelementptr inbounds nuw float, ptr %1578, i64 %indvars.iv562.3.i
   %1583 = load float, ptr %1582, align 4, !tbaa !5
   %1584 = insertelement <16 x float> poison, float %1583, i64 0
   %1585 = shufflevector <16 x float> %1584, <16 x float> poison, <16 x i32> zeroinitializer
-  %1586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1585, <16 x float> %scores_global261.sroa.0.1373.3.i)
+  %1586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1585, <16 x float> %scores_global269.sroa.0.1380.3.i)
   %1587 = getelementptr inbounds nuw i8, ptr %1582, i64 512
   %1588 = load float, ptr %1587, align 4, !tbaa !5
   %1589 = insertelement <16 x float> poison, float %1588, i64 0
   %1590 = shufflevector <16 x float> %1589, <16 x float> poison, <16 x i32> zeroinitializer
-  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1590, <16 x float> %scores_global261.sroa.4.1372.3.i)
+  %1591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1590, <16 x float> %scores_global269.sroa.4.1379.3.i)
   %1592 = getelementptr inbounds nuw i8, ptr %1582, i64 1024
   %1593 = load float, ptr %1592, align 4, !tbaa !5
   %1594 = insertelement <16 x float> poison, float %1593, i64 0
   %1595 = shufflevector <16 x float> %1594, <16 x float> poison, <16 x i32> zeroinitializer
-  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1595, <16 x float> %scores_global261.sroa.8.1371.3.i)
+  %1596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1595, <16 x float> %scores_global269.sroa.8.1378.3.i)
   %1597 = getelementptr inbounds nuw i8, ptr %1582, i64 1536
   %1598 = load float, ptr %1597, align 4, !tbaa !5
   %1599 = insertelement <16 x float> poison, float %1598, i64 0
   %1600 = shufflevector <16 x float> %1599, <16 x float> poison, <16 x i32> zeroinitializer
-  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1600, <16 x float> %scores_global261.sroa.12.1370.3.i)
+  %1601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1600, <16 x float> %scores_global269.sroa.12.1377.3.i)
   %1602 = getelementptr inbounds nuw i8, ptr %1582, i64 2048
   %1603 = load float, ptr %1602, align 4, !tbaa !5
   %1604 = insertelement <16 x float> poison, float %1603, i64 0
   %1605 = shufflevector <16 x float> %1604, <16 x float> poison, <16 x i32> zeroinitializer
-  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1605, <16 x float> %scores_global261.sroa.16.1369.3.i)
+  %1606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1605, <16 x float> %scores_global269.sroa.16.1376.3.i)
   %1607 = getelementptr inbounds nuw i8, ptr %1582, i64 2560
   %1608 = load float, ptr %1607, align 4, !tbaa !5
   %1609 = insertelement <16 x float> poison, float %1608, i64 0
   %1610 = shufflevector <16 x float> %1609, <16 x float> poison, <16 x i32> zeroinitializer
-  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1610, <16 x float> %scores_global261.sroa.20.1368.3.i)
+  %1611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1610, <16 x float> %scores_global269.sroa.20.1375.3.i)
   %1612 = getelementptr inbounds nuw i8, ptr %1582, i64 3072
   %1613 = load float, ptr %1612, align 4, !tbaa !5
   %1614 = insertelement <16 x float> poison, float %1613, i64 0
   %1615 = shufflevector <16 x float> %1614, <16 x float> poison, <16 x i32> zeroinitializer
-  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1615, <16 x float> %scores_global261.sroa.24.1367.3.i)
+  %1616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1615, <16 x float> %scores_global269.sroa.24.1374.3.i)
   %1617 = getelementptr inbounds nuw i8, ptr %1582, i64 3584
   %1618 = load float, ptr %1617, align 4, !tbaa !5
   %1619 = insertelement <16 x float> poison, float %1618, i64 0
   %1620 = shufflevector <16 x float> %1619, <16 x float> poison, <16 x i32> zeroinitializer
-  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1620, <16 x float> %scores_global261.sroa.28.1366.3.i)
+  %1621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1581, <16 x float> %1620, <16 x float> %scores_global269.sroa.28.1373.3.i)
   %1622 = getelementptr inbounds nuw i8, ptr %1579, i64 6208
   %1623 = load <16 x float>, ptr %1622, align 4, !tbaa !5
   %1624 = getelementptr inbounds nuw i8, ptr %1582, i64 64
@@ -2623,13 +2623,13 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1661 = insertelement <16 x float> poison, float %1660, i64 0
   %1662 = shufflevector <16 x float> %1661, <16 x float> poison, <16 x i32> zeroinitializer
   %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1662, <16 x float> %1621)
-  %indvars.iv.next555.3.i = add nuw nsw i64 %indvars.iv554.3.i, 1
-  %exitcond558.3.not.i = icmp eq i64 %indvars.iv.next555.3.i, 16
-  br i1 %exitcond558.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
+  %indvars.iv.next563.3.i = add nuw nsw i64 %indvars.iv562.3.i, 1
+  %exitcond566.3.not.i = icmp eq i64 %indvars.iv.next563.3.i, 16
+  br i1 %exitcond566.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
-  %.idx771.i = shl nsw i64 %indvars.iv563.i, 9
-  %1664 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx771.i
+  %.idx780.i = shl nsw i64 %indvars.iv571.i, 9
+  %1664 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx780.i
   store <16 x float> %1628, ptr %1664, align 4, !tbaa !5
   %1665 = getelementptr inbounds nuw i8, ptr %1664, i64 64
   store <16 x float> %1633, ptr %1665, align 4, !tbaa !5
@@ -2645,14 +2645,14 @@ for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.prehe
   store <16 x float> %1658, ptr %1670, align 4, !tbaa !5
   %1671 = getelementptr inbounds nuw i8, ptr %1664, i64 448
   store <16 x float> %1663, ptr %1671, align 4, !tbaa !5
-  %indvars.iv.next564.i = add nuw nsw i64 %indvars.iv563.i, 1
-  %exitcond567.not.i = icmp eq i64 %indvars.iv.next564.i, %wide.trip.count566.i
-  br i1 %exitcond567.not.i, label %for_end_to_m.i, label %for_begin_n.preheader.i, !prof !13
+  %indvars.iv.next572.i = add nuw nsw i64 %indvars.iv571.i, 1
+  %exitcond575.not.i = icmp eq i64 %indvars.iv.next572.i, %wide.trip.count574.i
+  br i1 %exitcond575.not.i, label %for_end_to67.i, label %for_begin_line.preheader.i, !prof !13
 
-for_begin_ti73.preheader.i:                       ; preds = %for_begin_ti73.preheader.i, %for_begin_to68.preheader.i
-  %indvars.iv572.i = phi i64 [ 0, %for_begin_to68.preheader.i ], [ %indvars.iv.next573.i, %for_begin_ti73.preheader.i ]
-  %1672 = shl nsw i64 %indvars.iv572.i, 7
-  %1673 = shl nsw i64 %indvars.iv572.i, 3
+for_begin_ti78.preheader.i:                       ; preds = %for_begin_ti78.preheader.i, %for_begin_to73.preheader.i
+  %indvars.iv580.i = phi i64 [ 0, %for_begin_to73.preheader.i ], [ %indvars.iv.next581.i, %for_begin_ti78.preheader.i ]
+  %1672 = shl nsw i64 %indvars.iv580.i, 7
+  %1673 = shl nsw i64 %indvars.iv580.i, 3
   %1674 = sub nsw i64 %1321, %1673
   %1675 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1672
   %1676 = load <16 x float>, ptr %1675, align 4, !tbaa !5
@@ -2733,18 +2733,18 @@ for_begin_ti73.preheader.i:                       ; preds = %for_begin_ti73.preh
   %1744 = select <16 x i1> %1743, <16 x float> %1740, <16 x float> splat (float 0xFFF0000000000000)
   %1745 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1737
   store <16 x float> %1744, ptr %1745, align 4, !tbaa !5
-  %indvars.iv.next573.i = add nuw nsw i64 %indvars.iv572.i, 1
-  %exitcond576.not.i = icmp eq i64 %indvars.iv.next573.i, %wide.trip.count566.i
-  br i1 %exitcond576.not.i, label %for_begin_ti83.preheader.i, label %for_begin_ti73.preheader.i, !prof !13
+  %indvars.iv.next581.i = add nuw nsw i64 %indvars.iv580.i, 1
+  %exitcond584.not.i = icmp eq i64 %indvars.iv.next581.i, %wide.trip.count574.i
+  br i1 %exitcond584.not.i, label %for_begin_ti88.preheader.i, label %for_begin_ti78.preheader.i, !prof !13
 
-for_begin_ti83.preheader.i:                       ; preds = %for_begin_ti83.preheader.i, %for_begin_ti73.preheader.i
-  %indvars.iv581.i = phi i64 [ %indvars.iv.next582.i, %for_begin_ti83.preheader.i ], [ 0, %for_begin_ti73.preheader.i ]
-  %peak258.sroa.0.0389.i = phi <16 x float> [ %1777, %for_begin_ti83.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti73.preheader.i ]
-  %.idx67 = shl nsw i64 %indvars.iv581.i, 9
+for_begin_ti88.preheader.i:                       ; preds = %for_begin_ti88.preheader.i, %for_begin_ti78.preheader.i
+  %indvars.iv589.i = phi i64 [ %indvars.iv.next590.i, %for_begin_ti88.preheader.i ], [ 0, %for_begin_ti78.preheader.i ]
+  %peak266.sroa.0.0396.i = phi <16 x float> [ %1777, %for_begin_ti88.preheader.i ], [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti78.preheader.i ]
+  %.idx67 = shl nsw i64 %indvars.iv589.i, 9
   %1746 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx67
   %1747 = load <16 x float>, ptr %1746, align 4, !tbaa !5
-  %1748 = fcmp ogt <16 x float> %peak258.sroa.0.0389.i, %1747
-  %1749 = select <16 x i1> %1748, <16 x float> %peak258.sroa.0.0389.i, <16 x float> %1747
+  %1748 = fcmp ogt <16 x float> %peak266.sroa.0.0396.i, %1747
+  %1749 = select <16 x i1> %1748, <16 x float> %peak266.sroa.0.0396.i, <16 x float> %1747
   %1750 = getelementptr inbounds nuw i8, ptr %1746, i64 64
   %1751 = load <16 x float>, ptr %1750, align 4, !tbaa !5
   %1752 = fcmp ogt <16 x float> %1749, %1751
@@ -2773,27 +2773,27 @@ for_begin_ti83.preheader.i:                       ; preds = %for_begin_ti83.preh
   %1775 = load <16 x float>, ptr %1774, align 4, !tbaa !5
   %1776 = fcmp ogt <16 x float> %1773, %1775
   %1777 = select <16 x i1> %1776, <16 x float> %1773, <16 x float> %1775
-  %indvars.iv.next582.i = add nuw nsw i64 %indvars.iv581.i, 1
-  %exitcond585.not.i = icmp eq i64 %indvars.iv.next582.i, %wide.trip.count566.i
-  br i1 %exitcond585.not.i, label %for_begin_ti93.preheader.preheader.i, label %for_begin_ti83.preheader.i, !prof !13
+  %indvars.iv.next590.i = add nuw nsw i64 %indvars.iv589.i, 1
+  %exitcond593.not.i = icmp eq i64 %indvars.iv.next590.i, %wide.trip.count574.i
+  br i1 %exitcond593.not.i, label %for_begin_ti98.preheader.preheader.i, label %for_begin_ti88.preheader.i, !prof !13
 
-for_begin_ti93.preheader.preheader.i:             ; preds = %for_begin_ti83.preheader.i
+for_begin_ti98.preheader.preheader.i:             ; preds = %for_begin_ti88.preheader.i
   %1778 = icmp sgt i64 %451, 0
   %1779 = insertelement <16 x i1> poison, i1 %1778, i64 0
   %1780 = shufflevector <16 x i1> %1779, <16 x i1> poison, <16 x i32> zeroinitializer
   %1781 = select <16 x i1> %1780, <16 x float> %1777, <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_begin_ti93.preheader.i
+  br label %for_begin_ti98.preheader.i
 
-for_begin_to100.preheader.i:                      ; preds = %for_end_to_m.thread.i
+for_begin_to103.preheader.i:                      ; preds = %for_end_to67.thread.i
   %1782 = icmp sgt i64 %451, 0
   %1783 = insertelement <16 x i1> poison, i1 %1782, i64 0
   %1784 = shufflevector <16 x i1> %1783, <16 x i1> poison, <16 x i32> zeroinitializer
   %1785 = select <16 x i1> %1784, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
-  br label %for_end_to102.i
+  br label %for_end_to105.i
 
-for_begin_ti93.preheader.i:                       ; preds = %for_begin_ti93.preheader.i, %for_begin_ti93.preheader.preheader.i
-  %indvars.iv590.i = phi i64 [ 0, %for_begin_ti93.preheader.preheader.i ], [ %indvars.iv.next591.i, %for_begin_ti93.preheader.i ]
-  %1786 = shl nsw i64 %indvars.iv590.i, 7
+for_begin_ti98.preheader.i:                       ; preds = %for_begin_ti98.preheader.i, %for_begin_ti98.preheader.preheader.i
+  %indvars.iv598.i = phi i64 [ 0, %for_begin_ti98.preheader.preheader.i ], [ %indvars.iv.next599.i, %for_begin_ti98.preheader.i ]
+  %1786 = shl nsw i64 %indvars.iv598.i, 7
   %1787 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1786
   %1788 = load <16 x float>, ptr %1787, align 4, !tbaa !5
   %arg.i = fsub <16 x float> %1788, %1781
@@ -2993,27 +2993,27 @@ for_begin_ti93.preheader.i:                       ; preds = %for_begin_ti93.preh
   %1968 = select <16 x i1> %1967, <16 x float> zeroinitializer, <16 x float> %1966
   %1969 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1947
   store <16 x float> %1968, ptr %1969, align 4, !tbaa !5
-  %indvars.iv.next591.i = add nuw nsw i64 %indvars.iv590.i, 1
-  %exitcond594.not.i = icmp eq i64 %indvars.iv.next591.i, %wide.trip.count566.i
-  br i1 %exitcond594.not.i, label %for_begin_ti105.preheader.i.preheader, label %for_begin_ti93.preheader.i, !prof !13
+  %indvars.iv.next599.i = add nuw nsw i64 %indvars.iv598.i, 1
+  %exitcond602.not.i = icmp eq i64 %indvars.iv.next599.i, %wide.trip.count574.i
+  br i1 %exitcond602.not.i, label %for_begin_ti108.preheader.i.preheader, label %for_begin_ti98.preheader.i, !prof !13
 
-for_begin_ti105.preheader.i.preheader:            ; preds = %for_begin_ti93.preheader.i
-  %xtraiter = and i64 %wide.trip.count566.i, 1
+for_begin_ti108.preheader.i.preheader:            ; preds = %for_begin_ti98.preheader.i
+  %xtraiter = and i64 %wide.trip.count574.i, 1
   %1970 = icmp eq i32 %455, 1
-  br i1 %1970, label %for_begin_ti105.preheader.i.epil.preheader, label %for_begin_ti105.preheader.i.preheader.new, !prof !4
+  br i1 %1970, label %for_begin_ti108.preheader.i.epil.preheader, label %for_begin_ti108.preheader.i.preheader.new, !prof !4
 
-for_begin_ti105.preheader.i.preheader.new:        ; preds = %for_begin_ti105.preheader.i.preheader
-  %unroll_iter = and i64 %wide.trip.count566.i, 2147483646
-  br label %for_begin_ti105.preheader.i
+for_begin_ti108.preheader.i.preheader.new:        ; preds = %for_begin_ti108.preheader.i.preheader
+  %unroll_iter = and i64 %wide.trip.count574.i, 2147483646
+  br label %for_begin_ti108.preheader.i
 
-for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.preheader.i, %for_begin_ti105.preheader.i.preheader.new
-  %indvars.iv599.i = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %indvars.iv.next600.i.1, %for_begin_ti105.preheader.i ]
-  %tile_sum259.sroa.0.0395.i = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader.new ], [ %2019, %for_begin_ti105.preheader.i ]
-  %niter = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti105.preheader.i ]
-  %.idx68 = shl nsw i64 %indvars.iv599.i, 9
+for_begin_ti108.preheader.i:                      ; preds = %for_begin_ti108.preheader.i, %for_begin_ti108.preheader.i.preheader.new
+  %indvars.iv607.i = phi i64 [ 0, %for_begin_ti108.preheader.i.preheader.new ], [ %indvars.iv.next608.i.1, %for_begin_ti108.preheader.i ]
+  %tile_sum267.sroa.0.0402.i = phi <16 x float> [ zeroinitializer, %for_begin_ti108.preheader.i.preheader.new ], [ %2019, %for_begin_ti108.preheader.i ]
+  %niter = phi i64 [ 0, %for_begin_ti108.preheader.i.preheader.new ], [ %niter.next.1, %for_begin_ti108.preheader.i ]
+  %.idx68 = shl nsw i64 %indvars.iv607.i, 9
   %1971 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx68
   %1972 = load <16 x float>, ptr %1971, align 4, !tbaa !5
-  %1973 = fadd <16 x float> %tile_sum259.sroa.0.0395.i, %1972
+  %1973 = fadd <16 x float> %tile_sum267.sroa.0.0402.i, %1972
   %1974 = getelementptr inbounds nuw i8, ptr %1971, i64 64
   %1975 = load <16 x float>, ptr %1974, align 4, !tbaa !5
   %1976 = fadd <16 x float> %1973, %1975
@@ -3035,8 +3035,8 @@ for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.pre
   %1992 = getelementptr inbounds nuw i8, ptr %1971, i64 448
   %1993 = load <16 x float>, ptr %1992, align 4, !tbaa !5
   %1994 = fadd <16 x float> %1991, %1993
-  %indvars.iv.next600.i = shl i64 %indvars.iv599.i, 9
-  %1995 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next600.i
+  %indvars.iv.next608.i = shl i64 %indvars.iv607.i, 9
+  %1995 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next608.i
   %1996 = getelementptr inbounds nuw i8, ptr %1995, i64 512
   %1997 = load <16 x float>, ptr %1996, align 4, !tbaa !5
   %1998 = fadd <16 x float> %1994, %1997
@@ -3061,24 +3061,24 @@ for_begin_ti105.preheader.i:                      ; preds = %for_begin_ti105.pre
   %2017 = getelementptr inbounds nuw i8, ptr %1995, i64 960
   %2018 = load <16 x float>, ptr %2017, align 4, !tbaa !5
   %2019 = fadd <16 x float> %2016, %2018
-  %indvars.iv.next600.i.1 = add nuw nsw i64 %indvars.iv599.i, 2
+  %indvars.iv.next608.i.1 = add nuw nsw i64 %indvars.iv607.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to102.i.loopexit.unr-lcssa, label %for_begin_ti105.preheader.i, !prof !9, !llvm.loop !26
+  br i1 %niter.ncmp.1, label %for_end_to105.i.loopexit.unr-lcssa, label %for_begin_ti108.preheader.i, !prof !9, !llvm.loop !26
 
-for_end_to102.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti105.preheader.i
+for_end_to105.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti108.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
-  br i1 %lcmp.mod.not, label %for_end_to102.i, label %for_begin_ti105.preheader.i.epil.preheader, !prof !12
+  br i1 %lcmp.mod.not, label %for_end_to105.i, label %for_begin_ti108.preheader.i.epil.preheader, !prof !12
 
-for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loopexit.unr-lcssa, %for_begin_ti105.preheader.i.preheader
-  %indvars.iv599.i.epil.init = phi i64 [ 0, %for_begin_ti105.preheader.i.preheader ], [ %indvars.iv.next600.i.1, %for_end_to102.i.loopexit.unr-lcssa ]
-  %tile_sum259.sroa.0.0395.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti105.preheader.i.preheader ], [ %2019, %for_end_to102.i.loopexit.unr-lcssa ]
+for_begin_ti108.preheader.i.epil.preheader:       ; preds = %for_end_to105.i.loopexit.unr-lcssa, %for_begin_ti108.preheader.i.preheader
+  %indvars.iv607.i.epil.init = phi i64 [ 0, %for_begin_ti108.preheader.i.preheader ], [ %indvars.iv.next608.i.1, %for_end_to105.i.loopexit.unr-lcssa ]
+  %tile_sum267.sroa.0.0402.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti108.preheader.i.preheader ], [ %2019, %for_end_to105.i.loopexit.unr-lcssa ]
   %lcmp.mod707 = icmp ne i64 %xtraiter, 0
   tail call void @llvm.assume(i1 %lcmp.mod707)
-  %.idx68.epil = shl nsw i64 %indvars.iv599.i.epil.init, 9
+  %.idx68.epil = shl nsw i64 %indvars.iv607.i.epil.init, 9
   %2020 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx68.epil
   %2021 = load <16 x float>, ptr %2020, align 4, !tbaa !5
-  %2022 = fadd <16 x float> %tile_sum259.sroa.0.0395.i.epil.init, %2021
+  %2022 = fadd <16 x float> %tile_sum267.sroa.0.0402.i.epil.init, %2021
   %2023 = getelementptr inbounds nuw i8, ptr %2020, i64 64
   %2024 = load <16 x float>, ptr %2023, align 4, !tbaa !5
   %2025 = fadd <16 x float> %2022, %2024
@@ -3100,19 +3100,19 @@ for_begin_ti105.preheader.i.epil.preheader:       ; preds = %for_end_to102.i.loo
   %2041 = getelementptr inbounds nuw i8, ptr %2020, i64 448
   %2042 = load <16 x float>, ptr %2041, align 4, !tbaa !5
   %2043 = fadd <16 x float> %2040, %2042
-  br label %for_end_to102.i
+  br label %for_end_to105.i
 
-for_end_to102.i:                                  ; preds = %for_begin_ti105.preheader.i.epil.preheader, %for_end_to102.i.loopexit.unr-lcssa, %for_begin_to100.preheader.i
-  %scaled777779781784787.i = phi ptr [ %scaled776.i, %for_begin_to100.preheader.i ], [ %scaled.i, %for_end_to102.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti105.preheader.i.epil.preheader ]
-  %2044 = phi <16 x float> [ %1785, %for_begin_to100.preheader.i ], [ %1781, %for_end_to102.i.loopexit.unr-lcssa ], [ %1781, %for_begin_ti105.preheader.i.epil.preheader ]
-  %tile_sum259.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to100.preheader.i ], [ %2019, %for_end_to102.i.loopexit.unr-lcssa ], [ %2043, %for_begin_ti105.preheader.i.epil.preheader ]
-  %2045 = icmp eq i64 %indvars.iv626.i131, 0
+for_end_to105.i:                                  ; preds = %for_begin_ti108.preheader.i.epil.preheader, %for_end_to105.i.loopexit.unr-lcssa, %for_begin_to103.preheader.i
+  %scaled785787789792795.i = phi ptr [ %scaled784.i, %for_begin_to103.preheader.i ], [ %scaled.i, %for_end_to105.i.loopexit.unr-lcssa ], [ %scaled.i, %for_begin_ti108.preheader.i.epil.preheader ]
+  %2044 = phi <16 x float> [ %1785, %for_begin_to103.preheader.i ], [ %1781, %for_end_to105.i.loopexit.unr-lcssa ], [ %1781, %for_begin_ti108.preheader.i.epil.preheader ]
+  %tile_sum267.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to103.preheader.i ], [ %2019, %for_end_to105.i.loopexit.unr-lcssa ], [ %2043, %for_begin_ti108.preheader.i.epil.preheader ]
+  %2045 = icmp eq i64 %indvars.iv635.i131, 0
   %2046 = insertelement <16 x i1> poison, i1 %2045, i64 0
   %2047 = shufflevector <16 x i1> %2046, <16 x i1> poison, <16 x i32> zeroinitializer
   %old_max.i = select <16 x i1> %2047, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %363
-  %old_sum.i = select <16 x i1> %2047, <16 x float> zeroinitializer, <16 x float> %total285.i132
+  %old_sum.i = select <16 x i1> %2047, <16 x float> zeroinitializer, <16 x float> %total292.i132
   %2048 = fcmp ogt <16 x float> %old_max.i, %2044
-  %2049 = fcmp oeq <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
+  %2049 = fcmp oeq <16 x float> %tile_sum267.sroa.0.0.lcssa.i, zeroinitializer
   %2050 = select <16 x i1> %2049, <16 x i1> splat (i1 true), <16 x i1> %2048
   %old_or_both.i = select <16 x i1> %2050, <16 x float> %old_max.i, <16 x float> %2044
   %2051 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
@@ -3139,13 +3139,13 @@ for_end_to102.i:                                  ; preds = %for_begin_ti105.pre
   %2071 = select <16 x i1> %2070, <16 x float> zeroinitializer, <16 x float> %2069
   %2072 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %2073 = select <16 x i1> %2072, <16 x float> %2071, <16 x float> zeroinitializer
-  %arg127.i = fsub <16 x float> %2044, %m.i
-  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg127.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %arg130.i = fsub <16 x float> %2044, %m.i
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg130.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %2075 = bitcast <16 x float> %2074 to <16 x i32>
   %2076 = fadd <16 x float> %2074, splat (float 0xC168000FE0000000)
   %2077 = fmul <16 x float> %2076, splat (float 0x3F2BD01060000000)
   %2078 = fmul <16 x float> %2076, splat (float 0x3FE6300000000000)
-  %2079 = fsub <16 x float> %arg127.i, %2078
+  %2079 = fsub <16 x float> %arg130.i, %2078
   %2080 = fadd <16 x float> %2077, %2079
   %2081 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2080, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
   %2082 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2081, <16 x float> %2080, <16 x float> splat (float 0x3FA5558F20000000))
@@ -3157,1334 +3157,1334 @@ for_end_to102.i:                                  ; preds = %for_begin_ti105.pre
   %2088 = bitcast <16 x i32> %2087 to <16 x float>
   %2089 = fadd <16 x float> %2086, splat (float 1.000000e+00)
   %2090 = fmul <16 x float> %2089, %2088
-  %2091 = fcmp olt <16 x float> %arg127.i, splat (float -8.700000e+01)
+  %2091 = fcmp olt <16 x float> %arg130.i, splat (float -8.700000e+01)
   %2092 = select <16 x i1> %2091, <16 x float> zeroinitializer, <16 x float> %2090
-  %2093 = fcmp one <16 x float> %tile_sum259.sroa.0.0.lcssa.i, zeroinitializer
+  %2093 = fcmp one <16 x float> %tile_sum267.sroa.0.0.lcssa.i, zeroinitializer
   %2094 = select <16 x i1> %2093, <16 x float> %2092, <16 x float> zeroinitializer
   %2095 = ashr i32 %453, 3
   %2096 = icmp sgt i32 %2095, 0
   %2097 = and i32 %453, 7
-  %.not483.i = icmp eq i32 %2097, 0
+  %.not490.i = icmp eq i32 %2097, 0
   %2098 = select i1 %457, i32 128, i32 0
   %2099 = shl nsw i32 %2095, 7
   %2100 = shl nsw i32 %2095, 10
   %2101 = fmul <16 x float> %2073, zeroinitializer
   %2102 = sext i32 %2099 to i64
   %2103 = zext i32 %2095 to i64
-  %invariant.gep845.i = getelementptr float, ptr %probs.i, i64 %2102
+  %invariant.gep853.i = getelementptr float, ptr %probs.i, i64 %2102
   %exitcond.not = icmp eq i32 %364, 1
-  %gep846.i.1 = getelementptr i8, ptr %invariant.gep845.i, i64 64
+  %gep854.i.1 = getelementptr i8, ptr %invariant.gep853.i, i64 64
   %exitcond.not.1 = icmp eq i32 %364, 2
-  %gep846.i.2 = getelementptr i8, ptr %invariant.gep845.i, i64 128
+  %gep854.i.2 = getelementptr i8, ptr %invariant.gep853.i, i64 128
   %exitcond.not.2 = icmp eq i32 %364, 3
-  %gep846.i.3 = getelementptr i8, ptr %invariant.gep845.i, i64 192
+  %gep854.i.3 = getelementptr i8, ptr %invariant.gep853.i, i64 192
   %exitcond.not.3 = icmp eq i32 %364, 4
-  %gep846.i.4 = getelementptr i8, ptr %invariant.gep845.i, i64 256
+  %gep854.i.4 = getelementptr i8, ptr %invariant.gep853.i, i64 256
   %exitcond.not.4 = icmp eq i32 %364, 5
-  %gep846.i.5 = getelementptr i8, ptr %invariant.gep845.i, i64 320
+  %gep854.i.5 = getelementptr i8, ptr %invariant.gep853.i, i64 320
   %exitcond.not.5 = icmp eq i32 %364, 6
-  %gep846.i.6 = getelementptr i8, ptr %invariant.gep845.i, i64 384
+  %gep854.i.6 = getelementptr i8, ptr %invariant.gep853.i, i64 384
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end172.i, %for_end_to102.i
-  %indvars.iv622.i = phi i64 [ 0, %for_end_to102.i ], [ %indvars.iv.next623.i, %if_end172.i ]
-  br i1 %2096, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to144.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end180.i, %for_end_to105.i
+  %indvars.iv631.i = phi i64 [ 0, %for_end_to105.i ], [ %indvars.iv.next632.i, %if_end180.i ]
+  br i1 %2096, label %for_begin_line150.preheader.lr.ph.i, label %for_end_to147.i, !prof !3
 
-for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %2104 = mul nuw nsw i64 %indvars.iv622.i, %2103
-  %2105 = shl i64 %indvars.iv622.i, 2
+for_begin_line150.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2104 = mul nuw nsw i64 %indvars.iv631.i, %2103
+  %2105 = shl i64 %indvars.iv631.i, 2
   %2106 = and i64 %2105, 12
-  %2107 = shl i64 %indvars.iv622.i, 3
+  %2107 = shl i64 %indvars.iv631.i, 3
   %2108 = and i64 %2107, 96
   %invariant.gep127 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2108
   %invariant.gep129 = getelementptr inbounds nuw float, ptr %invariant.gep127, i64 %2106
-  br label %for_begin_ax2.preheader.i
+  br label %for_begin_line150.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end172.i
+for_end_d_0_m.i:                                  ; preds = %if_end180.i
   %2109 = fmul <16 x float> %old_sum.i, %2073
-  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_sum259.sroa.0.0.lcssa.i, <16 x float> %2109)
+  %2110 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_sum267.sroa.0.0.lcssa.i, <16 x float> %2109)
   %2111 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2112 = tail call i32 %2111(i32 1, i32 %dev_id, ptr nonnull %scaled777779781784787.i)
-  %.not270.i = icmp eq i32 %2112, 0
-  br i1 %.not270.i, label %if_end174.i, label %fused_decode_compute_.exit, !prof !27
+  %2112 = tail call i32 %2111(i32 1, i32 %dev_id, ptr nonnull %scaled785787789792795.i)
+  %.not278.i = icmp eq i32 %2112, 0
+  br i1 %.not278.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
-  %indvars.iv612.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next613.i, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.28.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2458, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.24.0420.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2453, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.20.0419.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2448, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.16.0418.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2443, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.12.0417.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2438, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.8.0416.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2433, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.4.0415.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2428, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.0.0414.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %2423, %for_begin_ax2.preheader.i ]
-  %2113 = add nuw nsw i64 %indvars.iv612.i, %2104
+for_begin_line150.preheader.i:                    ; preds = %for_begin_line150.preheader.i, %for_begin_line150.preheader.lr.ph.i
+  %indvars.iv620.i = phi i64 [ 0, %for_begin_line150.preheader.lr.ph.i ], [ %indvars.iv.next621.i, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.28.0428.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2460, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.24.0427.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2455, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.20.0426.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2450, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.16.0425.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2445, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.12.0424.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2440, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.8.0423.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2435, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.4.0422.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2430, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.0.0421.i = phi <16 x float> [ zeroinitializer, %for_begin_line150.preheader.lr.ph.i ], [ %2425, %for_begin_line150.preheader.i ]
+  %2113 = add nuw nsw i64 %indvars.iv620.i, %2104
   %2114 = trunc nuw i64 %2113 to i32
   %2115 = lshr i32 %2114, 1
   %2116 = add nuw nsw i32 %2115, %2098
   %2117 = zext nneg i32 %2116 to i64
   %2118 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2117
   %2119 = load i64, ptr %2118, align 8, !tbaa !5
-  %2120 = shl i64 %2113, 7
-  %.masked.i = and i64 %2120, 128
-  %invariant.gep398.i = getelementptr i32, ptr %value_cache, i64 %2119
-  %gep399.i = getelementptr i8, ptr %invariant.gep398.i, i64 %.masked.i
-  tail call void @llvm.prefetch.p0(ptr readonly %gep399.i, i32 0, i32 2, i32 1)
-  %gep399.1.i = getelementptr i8, ptr %gep399.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep399.1.i, i32 0, i32 2, i32 1)
-  %2121 = shl nsw i64 %indvars.iv612.i, 10
-  %.masked773.i = and i64 %2121, 4294966272
-  %2122 = shl i64 %indvars.iv612.i, 7
-  %2123 = and i64 %2122, 4294967168
-  %2124 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2123
-  %2125 = load <16 x float>, ptr %2124, align 4, !tbaa !5
-  %gep130 = getelementptr inbounds nuw float, ptr %invariant.gep129, i64 %.masked773.i
-  %2126 = load float, ptr %gep130, align 4, !tbaa !5
-  %2127 = insertelement <16 x float> poison, float %2126, i64 0
-  %2128 = shufflevector <16 x float> %2127, <16 x float> poison, <16 x i32> zeroinitializer
-  %2129 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2128, <16 x float> %full_acc254.sroa.0.0414.i)
-  %2130 = getelementptr inbounds nuw i8, ptr %gep130, i64 64
-  %2131 = load float, ptr %2130, align 4, !tbaa !5
-  %2132 = insertelement <16 x float> poison, float %2131, i64 0
-  %2133 = shufflevector <16 x float> %2132, <16 x float> poison, <16 x i32> zeroinitializer
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2133, <16 x float> %full_acc254.sroa.4.0415.i)
-  %2135 = getelementptr inbounds nuw i8, ptr %gep130, i64 4
-  %2136 = load float, ptr %2135, align 4, !tbaa !5
-  %2137 = insertelement <16 x float> poison, float %2136, i64 0
-  %2138 = shufflevector <16 x float> %2137, <16 x float> poison, <16 x i32> zeroinitializer
-  %2139 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2138, <16 x float> %full_acc254.sroa.8.0416.i)
-  %2140 = getelementptr inbounds nuw i8, ptr %gep130, i64 68
-  %2141 = load float, ptr %2140, align 4, !tbaa !5
-  %2142 = insertelement <16 x float> poison, float %2141, i64 0
-  %2143 = shufflevector <16 x float> %2142, <16 x float> poison, <16 x i32> zeroinitializer
-  %2144 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2143, <16 x float> %full_acc254.sroa.12.0417.i)
-  %2145 = getelementptr inbounds nuw i8, ptr %gep130, i64 8
-  %2146 = load float, ptr %2145, align 4, !tbaa !5
-  %2147 = insertelement <16 x float> poison, float %2146, i64 0
-  %2148 = shufflevector <16 x float> %2147, <16 x float> poison, <16 x i32> zeroinitializer
-  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2148, <16 x float> %full_acc254.sroa.16.0418.i)
-  %2150 = getelementptr inbounds nuw i8, ptr %gep130, i64 72
-  %2151 = load float, ptr %2150, align 4, !tbaa !5
-  %2152 = insertelement <16 x float> poison, float %2151, i64 0
-  %2153 = shufflevector <16 x float> %2152, <16 x float> poison, <16 x i32> zeroinitializer
-  %2154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2153, <16 x float> %full_acc254.sroa.20.0419.i)
-  %2155 = getelementptr inbounds nuw i8, ptr %gep130, i64 12
-  %2156 = load float, ptr %2155, align 4, !tbaa !5
-  %2157 = insertelement <16 x float> poison, float %2156, i64 0
-  %2158 = shufflevector <16 x float> %2157, <16 x float> poison, <16 x i32> zeroinitializer
-  %2159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2158, <16 x float> %full_acc254.sroa.24.0420.i)
-  %2160 = getelementptr inbounds nuw i8, ptr %gep130, i64 76
-  %2161 = load float, ptr %2160, align 4, !tbaa !5
-  %2162 = insertelement <16 x float> poison, float %2161, i64 0
-  %2163 = shufflevector <16 x float> %2162, <16 x float> poison, <16 x i32> zeroinitializer
-  %2164 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2163, <16 x float> %full_acc254.sroa.28.0421.i)
-  %2165 = getelementptr inbounds nuw i8, ptr %2124, i64 64
-  %2166 = load <16 x float>, ptr %2165, align 4, !tbaa !5
-  %2167 = getelementptr inbounds nuw i8, ptr %gep130, i64 512
-  %2168 = load float, ptr %2167, align 4, !tbaa !5
-  %2169 = insertelement <16 x float> poison, float %2168, i64 0
-  %2170 = shufflevector <16 x float> %2169, <16 x float> poison, <16 x i32> zeroinitializer
-  %2171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2170, <16 x float> %2129)
-  %2172 = getelementptr inbounds nuw i8, ptr %gep130, i64 576
-  %2173 = load float, ptr %2172, align 4, !tbaa !5
-  %2174 = insertelement <16 x float> poison, float %2173, i64 0
-  %2175 = shufflevector <16 x float> %2174, <16 x float> poison, <16 x i32> zeroinitializer
-  %2176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2175, <16 x float> %2134)
-  %2177 = getelementptr inbounds nuw i8, ptr %gep130, i64 516
-  %2178 = load float, ptr %2177, align 4, !tbaa !5
-  %2179 = insertelement <16 x float> poison, float %2178, i64 0
-  %2180 = shufflevector <16 x float> %2179, <16 x float> poison, <16 x i32> zeroinitializer
-  %2181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2180, <16 x float> %2139)
-  %2182 = getelementptr inbounds nuw i8, ptr %gep130, i64 580
-  %2183 = load float, ptr %2182, align 4, !tbaa !5
-  %2184 = insertelement <16 x float> poison, float %2183, i64 0
-  %2185 = shufflevector <16 x float> %2184, <16 x float> poison, <16 x i32> zeroinitializer
-  %2186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2185, <16 x float> %2144)
-  %2187 = getelementptr inbounds nuw i8, ptr %gep130, i64 520
-  %2188 = load float, ptr %2187, align 4, !tbaa !5
-  %2189 = insertelement <16 x float> poison, float %2188, i64 0
-  %2190 = shufflevector <16 x float> %2189, <16 x float> poison, <16 x i32> zeroinitializer
-  %2191 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2190, <16 x float> %2149)
-  %2192 = getelementptr inbounds nuw i8, ptr %gep130, i64 584
-  %2193 = load float, ptr %2192, align 4, !tbaa !5
-  %2194 = insertelement <16 x float> poison, float %2193, i64 0
-  %2195 = shufflevector <16 x float> %2194, <16 x float> poison, <16 x i32> zeroinitializer
-  %2196 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2195, <16 x float> %2154)
-  %2197 = getelementptr inbounds nuw i8, ptr %gep130, i64 524
-  %2198 = load float, ptr %2197, align 4, !tbaa !5
-  %2199 = insertelement <16 x float> poison, float %2198, i64 0
-  %2200 = shufflevector <16 x float> %2199, <16 x float> poison, <16 x i32> zeroinitializer
-  %2201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2200, <16 x float> %2159)
-  %2202 = getelementptr inbounds nuw i8, ptr %gep130, i64 588
-  %2203 = load float, ptr %2202, align 4, !tbaa !5
-  %2204 = insertelement <16 x float> poison, float %2203, i64 0
-  %2205 = shufflevector <16 x float> %2204, <16 x float> poison, <16 x i32> zeroinitializer
-  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2166, <16 x float> %2205, <16 x float> %2164)
-  %2207 = getelementptr inbounds nuw i8, ptr %2124, i64 128
-  %2208 = load <16 x float>, ptr %2207, align 4, !tbaa !5
-  %2209 = getelementptr inbounds nuw i8, ptr %gep130, i64 1024
-  %2210 = load float, ptr %2209, align 4, !tbaa !5
-  %2211 = insertelement <16 x float> poison, float %2210, i64 0
-  %2212 = shufflevector <16 x float> %2211, <16 x float> poison, <16 x i32> zeroinitializer
-  %2213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2212, <16 x float> %2171)
-  %2214 = getelementptr inbounds nuw i8, ptr %gep130, i64 1088
-  %2215 = load float, ptr %2214, align 4, !tbaa !5
-  %2216 = insertelement <16 x float> poison, float %2215, i64 0
-  %2217 = shufflevector <16 x float> %2216, <16 x float> poison, <16 x i32> zeroinitializer
-  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2217, <16 x float> %2176)
-  %2219 = getelementptr inbounds nuw i8, ptr %gep130, i64 1028
-  %2220 = load float, ptr %2219, align 4, !tbaa !5
-  %2221 = insertelement <16 x float> poison, float %2220, i64 0
-  %2222 = shufflevector <16 x float> %2221, <16 x float> poison, <16 x i32> zeroinitializer
-  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2222, <16 x float> %2181)
-  %2224 = getelementptr inbounds nuw i8, ptr %gep130, i64 1092
-  %2225 = load float, ptr %2224, align 4, !tbaa !5
-  %2226 = insertelement <16 x float> poison, float %2225, i64 0
-  %2227 = shufflevector <16 x float> %2226, <16 x float> poison, <16 x i32> zeroinitializer
-  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2227, <16 x float> %2186)
-  %2229 = getelementptr inbounds nuw i8, ptr %gep130, i64 1032
-  %2230 = load float, ptr %2229, align 4, !tbaa !5
-  %2231 = insertelement <16 x float> poison, float %2230, i64 0
-  %2232 = shufflevector <16 x float> %2231, <16 x float> poison, <16 x i32> zeroinitializer
-  %2233 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2232, <16 x float> %2191)
-  %2234 = getelementptr inbounds nuw i8, ptr %gep130, i64 1096
-  %2235 = load float, ptr %2234, align 4, !tbaa !5
-  %2236 = insertelement <16 x float> poison, float %2235, i64 0
-  %2237 = shufflevector <16 x float> %2236, <16 x float> poison, <16 x i32> zeroinitializer
-  %2238 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2237, <16 x float> %2196)
-  %2239 = getelementptr inbounds nuw i8, ptr %gep130, i64 1036
-  %2240 = load float, ptr %2239, align 4, !tbaa !5
-  %2241 = insertelement <16 x float> poison, float %2240, i64 0
-  %2242 = shufflevector <16 x float> %2241, <16 x float> poison, <16 x i32> zeroinitializer
-  %2243 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2242, <16 x float> %2201)
-  %2244 = getelementptr inbounds nuw i8, ptr %gep130, i64 1100
-  %2245 = load float, ptr %2244, align 4, !tbaa !5
-  %2246 = insertelement <16 x float> poison, float %2245, i64 0
-  %2247 = shufflevector <16 x float> %2246, <16 x float> poison, <16 x i32> zeroinitializer
-  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2208, <16 x float> %2247, <16 x float> %2206)
-  %2249 = getelementptr inbounds nuw i8, ptr %2124, i64 192
-  %2250 = load <16 x float>, ptr %2249, align 4, !tbaa !5
-  %2251 = getelementptr inbounds nuw i8, ptr %gep130, i64 1536
-  %2252 = load float, ptr %2251, align 4, !tbaa !5
-  %2253 = insertelement <16 x float> poison, float %2252, i64 0
-  %2254 = shufflevector <16 x float> %2253, <16 x float> poison, <16 x i32> zeroinitializer
-  %2255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2254, <16 x float> %2213)
-  %2256 = getelementptr inbounds nuw i8, ptr %gep130, i64 1600
-  %2257 = load float, ptr %2256, align 4, !tbaa !5
-  %2258 = insertelement <16 x float> poison, float %2257, i64 0
-  %2259 = shufflevector <16 x float> %2258, <16 x float> poison, <16 x i32> zeroinitializer
-  %2260 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2259, <16 x float> %2218)
-  %2261 = getelementptr inbounds nuw i8, ptr %gep130, i64 1540
-  %2262 = load float, ptr %2261, align 4, !tbaa !5
-  %2263 = insertelement <16 x float> poison, float %2262, i64 0
-  %2264 = shufflevector <16 x float> %2263, <16 x float> poison, <16 x i32> zeroinitializer
-  %2265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2264, <16 x float> %2223)
-  %2266 = getelementptr inbounds nuw i8, ptr %gep130, i64 1604
-  %2267 = load float, ptr %2266, align 4, !tbaa !5
-  %2268 = insertelement <16 x float> poison, float %2267, i64 0
-  %2269 = shufflevector <16 x float> %2268, <16 x float> poison, <16 x i32> zeroinitializer
-  %2270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2269, <16 x float> %2228)
-  %2271 = getelementptr inbounds nuw i8, ptr %gep130, i64 1544
-  %2272 = load float, ptr %2271, align 4, !tbaa !5
-  %2273 = insertelement <16 x float> poison, float %2272, i64 0
-  %2274 = shufflevector <16 x float> %2273, <16 x float> poison, <16 x i32> zeroinitializer
-  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2274, <16 x float> %2233)
-  %2276 = getelementptr inbounds nuw i8, ptr %gep130, i64 1608
-  %2277 = load float, ptr %2276, align 4, !tbaa !5
-  %2278 = insertelement <16 x float> poison, float %2277, i64 0
-  %2279 = shufflevector <16 x float> %2278, <16 x float> poison, <16 x i32> zeroinitializer
-  %2280 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2279, <16 x float> %2238)
-  %2281 = getelementptr inbounds nuw i8, ptr %gep130, i64 1548
-  %2282 = load float, ptr %2281, align 4, !tbaa !5
-  %2283 = insertelement <16 x float> poison, float %2282, i64 0
-  %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
-  %2285 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2284, <16 x float> %2243)
-  %2286 = getelementptr inbounds nuw i8, ptr %gep130, i64 1612
-  %2287 = load float, ptr %2286, align 4, !tbaa !5
-  %2288 = insertelement <16 x float> poison, float %2287, i64 0
-  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
-  %2290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2289, <16 x float> %2248)
-  %2291 = getelementptr inbounds nuw i8, ptr %2124, i64 256
-  %2292 = load <16 x float>, ptr %2291, align 4, !tbaa !5
-  %2293 = getelementptr inbounds nuw i8, ptr %gep130, i64 2048
-  %2294 = load float, ptr %2293, align 4, !tbaa !5
-  %2295 = insertelement <16 x float> poison, float %2294, i64 0
-  %2296 = shufflevector <16 x float> %2295, <16 x float> poison, <16 x i32> zeroinitializer
-  %2297 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2296, <16 x float> %2255)
-  %2298 = getelementptr inbounds nuw i8, ptr %gep130, i64 2112
-  %2299 = load float, ptr %2298, align 4, !tbaa !5
-  %2300 = insertelement <16 x float> poison, float %2299, i64 0
-  %2301 = shufflevector <16 x float> %2300, <16 x float> poison, <16 x i32> zeroinitializer
-  %2302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2301, <16 x float> %2260)
-  %2303 = getelementptr inbounds nuw i8, ptr %gep130, i64 2052
-  %2304 = load float, ptr %2303, align 4, !tbaa !5
-  %2305 = insertelement <16 x float> poison, float %2304, i64 0
-  %2306 = shufflevector <16 x float> %2305, <16 x float> poison, <16 x i32> zeroinitializer
-  %2307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2306, <16 x float> %2265)
-  %2308 = getelementptr inbounds nuw i8, ptr %gep130, i64 2116
-  %2309 = load float, ptr %2308, align 4, !tbaa !5
-  %2310 = insertelement <16 x float> poison, float %2309, i64 0
-  %2311 = shufflevector <16 x float> %2310, <16 x float> poison, <16 x i32> zeroinitializer
-  %2312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2311, <16 x float> %2270)
-  %2313 = getelementptr inbounds nuw i8, ptr %gep130, i64 2056
-  %2314 = load float, ptr %2313, align 4, !tbaa !5
-  %2315 = insertelement <16 x float> poison, float %2314, i64 0
-  %2316 = shufflevector <16 x float> %2315, <16 x float> poison, <16 x i32> zeroinitializer
-  %2317 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2316, <16 x float> %2275)
-  %2318 = getelementptr inbounds nuw i8, ptr %gep130, i64 2120
-  %2319 = load float, ptr %2318, align 4, !tbaa !5
-  %2320 = insertelement <16 x float> poison, float %2319, i64 0
-  %2321 = shufflevector <16 x float> %2320, <16 x float> poison, <16 x i32> zeroinitializer
-  %2322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2321, <16 x float> %2280)
-  %2323 = getelementptr inbounds nuw i8, ptr %gep130, i64 2060
-  %2324 = load float, ptr %2323, align 4, !tbaa !5
-  %2325 = insertelement <16 x float> poison, float %2324, i64 0
-  %2326 = shufflevector <16 x float> %2325, <16 x float> poison, <16 x i32> zeroinitializer
-  %2327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2326, <16 x float> %2285)
-  %2328 = getelementptr inbounds nuw i8, ptr %gep130, i64 2124
-  %2329 = load float, ptr %2328, align 4, !tbaa !5
-  %2330 = insertelement <16 x float> poison, float %2329, i64 0
-  %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
-  %2332 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2292, <16 x float> %2331, <16 x float> %2290)
-  %2333 = getelementptr inbounds nuw i8, ptr %2124, i64 320
-  %2334 = load <16 x float>, ptr %2333, align 4, !tbaa !5
-  %2335 = getelementptr inbounds nuw i8, ptr %gep130, i64 2560
-  %2336 = load float, ptr %2335, align 4, !tbaa !5
-  %2337 = insertelement <16 x float> poison, float %2336, i64 0
-  %2338 = shufflevector <16 x float> %2337, <16 x float> poison, <16 x i32> zeroinitializer
-  %2339 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2338, <16 x float> %2297)
-  %2340 = getelementptr inbounds nuw i8, ptr %gep130, i64 2624
-  %2341 = load float, ptr %2340, align 4, !tbaa !5
-  %2342 = insertelement <16 x float> poison, float %2341, i64 0
-  %2343 = shufflevector <16 x float> %2342, <16 x float> poison, <16 x i32> zeroinitializer
-  %2344 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2343, <16 x float> %2302)
-  %2345 = getelementptr inbounds nuw i8, ptr %gep130, i64 2564
-  %2346 = load float, ptr %2345, align 4, !tbaa !5
-  %2347 = insertelement <16 x float> poison, float %2346, i64 0
-  %2348 = shufflevector <16 x float> %2347, <16 x float> poison, <16 x i32> zeroinitializer
-  %2349 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2348, <16 x float> %2307)
-  %2350 = getelementptr inbounds nuw i8, ptr %gep130, i64 2628
-  %2351 = load float, ptr %2350, align 4, !tbaa !5
-  %2352 = insertelement <16 x float> poison, float %2351, i64 0
-  %2353 = shufflevector <16 x float> %2352, <16 x float> poison, <16 x i32> zeroinitializer
-  %2354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2353, <16 x float> %2312)
-  %2355 = getelementptr inbounds nuw i8, ptr %gep130, i64 2568
-  %2356 = load float, ptr %2355, align 4, !tbaa !5
-  %2357 = insertelement <16 x float> poison, float %2356, i64 0
-  %2358 = shufflevector <16 x float> %2357, <16 x float> poison, <16 x i32> zeroinitializer
-  %2359 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2358, <16 x float> %2317)
-  %2360 = getelementptr inbounds nuw i8, ptr %gep130, i64 2632
-  %2361 = load float, ptr %2360, align 4, !tbaa !5
-  %2362 = insertelement <16 x float> poison, float %2361, i64 0
-  %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
-  %2364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2363, <16 x float> %2322)
-  %2365 = getelementptr inbounds nuw i8, ptr %gep130, i64 2572
-  %2366 = load float, ptr %2365, align 4, !tbaa !5
-  %2367 = insertelement <16 x float> poison, float %2366, i64 0
-  %2368 = shufflevector <16 x float> %2367, <16 x float> poison, <16 x i32> zeroinitializer
-  %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2368, <16 x float> %2327)
-  %2370 = getelementptr inbounds nuw i8, ptr %gep130, i64 2636
-  %2371 = load float, ptr %2370, align 4, !tbaa !5
-  %2372 = insertelement <16 x float> poison, float %2371, i64 0
-  %2373 = shufflevector <16 x float> %2372, <16 x float> poison, <16 x i32> zeroinitializer
-  %2374 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2334, <16 x float> %2373, <16 x float> %2332)
-  %2375 = getelementptr inbounds nuw i8, ptr %2124, i64 384
-  %2376 = load <16 x float>, ptr %2375, align 4, !tbaa !5
-  %2377 = getelementptr inbounds nuw i8, ptr %gep130, i64 3072
-  %2378 = load float, ptr %2377, align 4, !tbaa !5
-  %2379 = insertelement <16 x float> poison, float %2378, i64 0
-  %2380 = shufflevector <16 x float> %2379, <16 x float> poison, <16 x i32> zeroinitializer
-  %2381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2380, <16 x float> %2339)
-  %2382 = getelementptr inbounds nuw i8, ptr %gep130, i64 3136
-  %2383 = load float, ptr %2382, align 4, !tbaa !5
-  %2384 = insertelement <16 x float> poison, float %2383, i64 0
-  %2385 = shufflevector <16 x float> %2384, <16 x float> poison, <16 x i32> zeroinitializer
-  %2386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2385, <16 x float> %2344)
-  %2387 = getelementptr inbounds nuw i8, ptr %gep130, i64 3076
-  %2388 = load float, ptr %2387, align 4, !tbaa !5
-  %2389 = insertelement <16 x float> poison, float %2388, i64 0
-  %2390 = shufflevector <16 x float> %2389, <16 x float> poison, <16 x i32> zeroinitializer
-  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2390, <16 x float> %2349)
-  %2392 = getelementptr inbounds nuw i8, ptr %gep130, i64 3140
-  %2393 = load float, ptr %2392, align 4, !tbaa !5
-  %2394 = insertelement <16 x float> poison, float %2393, i64 0
-  %2395 = shufflevector <16 x float> %2394, <16 x float> poison, <16 x i32> zeroinitializer
-  %2396 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2395, <16 x float> %2354)
-  %2397 = getelementptr inbounds nuw i8, ptr %gep130, i64 3080
-  %2398 = load float, ptr %2397, align 4, !tbaa !5
-  %2399 = insertelement <16 x float> poison, float %2398, i64 0
-  %2400 = shufflevector <16 x float> %2399, <16 x float> poison, <16 x i32> zeroinitializer
-  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2400, <16 x float> %2359)
-  %2402 = getelementptr inbounds nuw i8, ptr %gep130, i64 3144
-  %2403 = load float, ptr %2402, align 4, !tbaa !5
-  %2404 = insertelement <16 x float> poison, float %2403, i64 0
-  %2405 = shufflevector <16 x float> %2404, <16 x float> poison, <16 x i32> zeroinitializer
-  %2406 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2405, <16 x float> %2364)
-  %2407 = getelementptr inbounds nuw i8, ptr %gep130, i64 3084
-  %2408 = load float, ptr %2407, align 4, !tbaa !5
-  %2409 = insertelement <16 x float> poison, float %2408, i64 0
-  %2410 = shufflevector <16 x float> %2409, <16 x float> poison, <16 x i32> zeroinitializer
-  %2411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2410, <16 x float> %2369)
-  %2412 = getelementptr inbounds nuw i8, ptr %gep130, i64 3148
-  %2413 = load float, ptr %2412, align 4, !tbaa !5
-  %2414 = insertelement <16 x float> poison, float %2413, i64 0
-  %2415 = shufflevector <16 x float> %2414, <16 x float> poison, <16 x i32> zeroinitializer
-  %2416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> %2415, <16 x float> %2374)
-  %2417 = getelementptr inbounds nuw i8, ptr %2124, i64 448
-  %2418 = load <16 x float>, ptr %2417, align 4, !tbaa !5
-  %2419 = getelementptr inbounds nuw i8, ptr %gep130, i64 3584
-  %2420 = load float, ptr %2419, align 4, !tbaa !5
-  %2421 = insertelement <16 x float> poison, float %2420, i64 0
-  %2422 = shufflevector <16 x float> %2421, <16 x float> poison, <16 x i32> zeroinitializer
-  %2423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2422, <16 x float> %2381)
-  %2424 = getelementptr inbounds nuw i8, ptr %gep130, i64 3648
-  %2425 = load float, ptr %2424, align 4, !tbaa !5
-  %2426 = insertelement <16 x float> poison, float %2425, i64 0
-  %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
-  %2428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2427, <16 x float> %2386)
-  %2429 = getelementptr inbounds nuw i8, ptr %gep130, i64 3588
-  %2430 = load float, ptr %2429, align 4, !tbaa !5
-  %2431 = insertelement <16 x float> poison, float %2430, i64 0
-  %2432 = shufflevector <16 x float> %2431, <16 x float> poison, <16 x i32> zeroinitializer
-  %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2432, <16 x float> %2391)
-  %2434 = getelementptr inbounds nuw i8, ptr %gep130, i64 3652
-  %2435 = load float, ptr %2434, align 4, !tbaa !5
-  %2436 = insertelement <16 x float> poison, float %2435, i64 0
-  %2437 = shufflevector <16 x float> %2436, <16 x float> poison, <16 x i32> zeroinitializer
-  %2438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2437, <16 x float> %2396)
-  %2439 = getelementptr inbounds nuw i8, ptr %gep130, i64 3592
-  %2440 = load float, ptr %2439, align 4, !tbaa !5
-  %2441 = insertelement <16 x float> poison, float %2440, i64 0
-  %2442 = shufflevector <16 x float> %2441, <16 x float> poison, <16 x i32> zeroinitializer
-  %2443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2442, <16 x float> %2401)
-  %2444 = getelementptr inbounds nuw i8, ptr %gep130, i64 3656
-  %2445 = load float, ptr %2444, align 4, !tbaa !5
-  %2446 = insertelement <16 x float> poison, float %2445, i64 0
-  %2447 = shufflevector <16 x float> %2446, <16 x float> poison, <16 x i32> zeroinitializer
-  %2448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2447, <16 x float> %2406)
-  %2449 = getelementptr inbounds nuw i8, ptr %gep130, i64 3596
-  %2450 = load float, ptr %2449, align 4, !tbaa !5
-  %2451 = insertelement <16 x float> poison, float %2450, i64 0
-  %2452 = shufflevector <16 x float> %2451, <16 x float> poison, <16 x i32> zeroinitializer
-  %2453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2452, <16 x float> %2411)
-  %2454 = getelementptr inbounds nuw i8, ptr %gep130, i64 3660
-  %2455 = load float, ptr %2454, align 4, !tbaa !5
-  %2456 = insertelement <16 x float> poison, float %2455, i64 0
-  %2457 = shufflevector <16 x float> %2456, <16 x float> poison, <16 x i32> zeroinitializer
-  %2458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2418, <16 x float> %2457, <16 x float> %2416)
-  %indvars.iv.next613.i = add nuw nsw i64 %indvars.iv612.i, 1
-  %exitcond617.not.i = icmp eq i64 %indvars.iv.next613.i, %2103
-  br i1 %exitcond617.not.i, label %for_end_to144.i, label %for_begin_ax2.preheader.i, !prof !13
+  %2120 = shl nuw nsw i64 %2113, 5
+  %2121 = and i64 %2120, 32
+  %2122 = getelementptr i32, ptr %value_cache, i64 %2121
+  %invariant.gep405.i = getelementptr i32, ptr %2122, i64 %2119
+  tail call void @llvm.prefetch.p0(ptr readonly %invariant.gep405.i, i32 0, i32 2, i32 1)
+  %gep406.1.i = getelementptr i8, ptr %invariant.gep405.i, i64 64
+  tail call void @llvm.prefetch.p0(ptr readonly %gep406.1.i, i32 0, i32 2, i32 1)
+  %2123 = shl nsw i64 %indvars.iv620.i, 10
+  %.masked.i = and i64 %2123, 4294966272
+  %2124 = shl i64 %indvars.iv620.i, 7
+  %2125 = and i64 %2124, 4294967168
+  %2126 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2125
+  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
+  %gep130 = getelementptr inbounds nuw float, ptr %invariant.gep129, i64 %.masked.i
+  %2128 = load float, ptr %gep130, align 4, !tbaa !5
+  %2129 = insertelement <16 x float> poison, float %2128, i64 0
+  %2130 = shufflevector <16 x float> %2129, <16 x float> poison, <16 x i32> zeroinitializer
+  %2131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2130, <16 x float> %full_acc262.sroa.0.0421.i)
+  %2132 = getelementptr inbounds nuw i8, ptr %gep130, i64 64
+  %2133 = load float, ptr %2132, align 4, !tbaa !5
+  %2134 = insertelement <16 x float> poison, float %2133, i64 0
+  %2135 = shufflevector <16 x float> %2134, <16 x float> poison, <16 x i32> zeroinitializer
+  %2136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2135, <16 x float> %full_acc262.sroa.4.0422.i)
+  %2137 = getelementptr inbounds nuw i8, ptr %gep130, i64 4
+  %2138 = load float, ptr %2137, align 4, !tbaa !5
+  %2139 = insertelement <16 x float> poison, float %2138, i64 0
+  %2140 = shufflevector <16 x float> %2139, <16 x float> poison, <16 x i32> zeroinitializer
+  %2141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2140, <16 x float> %full_acc262.sroa.8.0423.i)
+  %2142 = getelementptr inbounds nuw i8, ptr %gep130, i64 68
+  %2143 = load float, ptr %2142, align 4, !tbaa !5
+  %2144 = insertelement <16 x float> poison, float %2143, i64 0
+  %2145 = shufflevector <16 x float> %2144, <16 x float> poison, <16 x i32> zeroinitializer
+  %2146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2145, <16 x float> %full_acc262.sroa.12.0424.i)
+  %2147 = getelementptr inbounds nuw i8, ptr %gep130, i64 8
+  %2148 = load float, ptr %2147, align 4, !tbaa !5
+  %2149 = insertelement <16 x float> poison, float %2148, i64 0
+  %2150 = shufflevector <16 x float> %2149, <16 x float> poison, <16 x i32> zeroinitializer
+  %2151 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2150, <16 x float> %full_acc262.sroa.16.0425.i)
+  %2152 = getelementptr inbounds nuw i8, ptr %gep130, i64 72
+  %2153 = load float, ptr %2152, align 4, !tbaa !5
+  %2154 = insertelement <16 x float> poison, float %2153, i64 0
+  %2155 = shufflevector <16 x float> %2154, <16 x float> poison, <16 x i32> zeroinitializer
+  %2156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2155, <16 x float> %full_acc262.sroa.20.0426.i)
+  %2157 = getelementptr inbounds nuw i8, ptr %gep130, i64 12
+  %2158 = load float, ptr %2157, align 4, !tbaa !5
+  %2159 = insertelement <16 x float> poison, float %2158, i64 0
+  %2160 = shufflevector <16 x float> %2159, <16 x float> poison, <16 x i32> zeroinitializer
+  %2161 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2160, <16 x float> %full_acc262.sroa.24.0427.i)
+  %2162 = getelementptr inbounds nuw i8, ptr %gep130, i64 76
+  %2163 = load float, ptr %2162, align 4, !tbaa !5
+  %2164 = insertelement <16 x float> poison, float %2163, i64 0
+  %2165 = shufflevector <16 x float> %2164, <16 x float> poison, <16 x i32> zeroinitializer
+  %2166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2127, <16 x float> %2165, <16 x float> %full_acc262.sroa.28.0428.i)
+  %2167 = getelementptr inbounds nuw i8, ptr %2126, i64 64
+  %2168 = load <16 x float>, ptr %2167, align 4, !tbaa !5
+  %2169 = getelementptr inbounds nuw i8, ptr %gep130, i64 512
+  %2170 = load float, ptr %2169, align 4, !tbaa !5
+  %2171 = insertelement <16 x float> poison, float %2170, i64 0
+  %2172 = shufflevector <16 x float> %2171, <16 x float> poison, <16 x i32> zeroinitializer
+  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2172, <16 x float> %2131)
+  %2174 = getelementptr inbounds nuw i8, ptr %gep130, i64 576
+  %2175 = load float, ptr %2174, align 4, !tbaa !5
+  %2176 = insertelement <16 x float> poison, float %2175, i64 0
+  %2177 = shufflevector <16 x float> %2176, <16 x float> poison, <16 x i32> zeroinitializer
+  %2178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2177, <16 x float> %2136)
+  %2179 = getelementptr inbounds nuw i8, ptr %gep130, i64 516
+  %2180 = load float, ptr %2179, align 4, !tbaa !5
+  %2181 = insertelement <16 x float> poison, float %2180, i64 0
+  %2182 = shufflevector <16 x float> %2181, <16 x float> poison, <16 x i32> zeroinitializer
+  %2183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2182, <16 x float> %2141)
+  %2184 = getelementptr inbounds nuw i8, ptr %gep130, i64 580
+  %2185 = load float, ptr %2184, align 4, !tbaa !5
+  %2186 = insertelement <16 x float> poison, float %2185, i64 0
+  %2187 = shufflevector <16 x float> %2186, <16 x float> poison, <16 x i32> zeroinitializer
+  %2188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2187, <16 x float> %2146)
+  %2189 = getelementptr inbounds nuw i8, ptr %gep130, i64 520
+  %2190 = load float, ptr %2189, align 4, !tbaa !5
+  %2191 = insertelement <16 x float> poison, float %2190, i64 0
+  %2192 = shufflevector <16 x float> %2191, <16 x float> poison, <16 x i32> zeroinitializer
+  %2193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2192, <16 x float> %2151)
+  %2194 = getelementptr inbounds nuw i8, ptr %gep130, i64 584
+  %2195 = load float, ptr %2194, align 4, !tbaa !5
+  %2196 = insertelement <16 x float> poison, float %2195, i64 0
+  %2197 = shufflevector <16 x float> %2196, <16 x float> poison, <16 x i32> zeroinitializer
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2197, <16 x float> %2156)
+  %2199 = getelementptr inbounds nuw i8, ptr %gep130, i64 524
+  %2200 = load float, ptr %2199, align 4, !tbaa !5
+  %2201 = insertelement <16 x float> poison, float %2200, i64 0
+  %2202 = shufflevector <16 x float> %2201, <16 x float> poison, <16 x i32> zeroinitializer
+  %2203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2202, <16 x float> %2161)
+  %2204 = getelementptr inbounds nuw i8, ptr %gep130, i64 588
+  %2205 = load float, ptr %2204, align 4, !tbaa !5
+  %2206 = insertelement <16 x float> poison, float %2205, i64 0
+  %2207 = shufflevector <16 x float> %2206, <16 x float> poison, <16 x i32> zeroinitializer
+  %2208 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2168, <16 x float> %2207, <16 x float> %2166)
+  %2209 = getelementptr inbounds nuw i8, ptr %2126, i64 128
+  %2210 = load <16 x float>, ptr %2209, align 4, !tbaa !5
+  %2211 = getelementptr inbounds nuw i8, ptr %gep130, i64 1024
+  %2212 = load float, ptr %2211, align 4, !tbaa !5
+  %2213 = insertelement <16 x float> poison, float %2212, i64 0
+  %2214 = shufflevector <16 x float> %2213, <16 x float> poison, <16 x i32> zeroinitializer
+  %2215 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2214, <16 x float> %2173)
+  %2216 = getelementptr inbounds nuw i8, ptr %gep130, i64 1088
+  %2217 = load float, ptr %2216, align 4, !tbaa !5
+  %2218 = insertelement <16 x float> poison, float %2217, i64 0
+  %2219 = shufflevector <16 x float> %2218, <16 x float> poison, <16 x i32> zeroinitializer
+  %2220 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2219, <16 x float> %2178)
+  %2221 = getelementptr inbounds nuw i8, ptr %gep130, i64 1028
+  %2222 = load float, ptr %2221, align 4, !tbaa !5
+  %2223 = insertelement <16 x float> poison, float %2222, i64 0
+  %2224 = shufflevector <16 x float> %2223, <16 x float> poison, <16 x i32> zeroinitializer
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2224, <16 x float> %2183)
+  %2226 = getelementptr inbounds nuw i8, ptr %gep130, i64 1092
+  %2227 = load float, ptr %2226, align 4, !tbaa !5
+  %2228 = insertelement <16 x float> poison, float %2227, i64 0
+  %2229 = shufflevector <16 x float> %2228, <16 x float> poison, <16 x i32> zeroinitializer
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2229, <16 x float> %2188)
+  %2231 = getelementptr inbounds nuw i8, ptr %gep130, i64 1032
+  %2232 = load float, ptr %2231, align 4, !tbaa !5
+  %2233 = insertelement <16 x float> poison, float %2232, i64 0
+  %2234 = shufflevector <16 x float> %2233, <16 x float> poison, <16 x i32> zeroinitializer
+  %2235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2234, <16 x float> %2193)
+  %2236 = getelementptr inbounds nuw i8, ptr %gep130, i64 1096
+  %2237 = load float, ptr %2236, align 4, !tbaa !5
+  %2238 = insertelement <16 x float> poison, float %2237, i64 0
+  %2239 = shufflevector <16 x float> %2238, <16 x float> poison, <16 x i32> zeroinitializer
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2239, <16 x float> %2198)
+  %2241 = getelementptr inbounds nuw i8, ptr %gep130, i64 1036
+  %2242 = load float, ptr %2241, align 4, !tbaa !5
+  %2243 = insertelement <16 x float> poison, float %2242, i64 0
+  %2244 = shufflevector <16 x float> %2243, <16 x float> poison, <16 x i32> zeroinitializer
+  %2245 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2244, <16 x float> %2203)
+  %2246 = getelementptr inbounds nuw i8, ptr %gep130, i64 1100
+  %2247 = load float, ptr %2246, align 4, !tbaa !5
+  %2248 = insertelement <16 x float> poison, float %2247, i64 0
+  %2249 = shufflevector <16 x float> %2248, <16 x float> poison, <16 x i32> zeroinitializer
+  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2210, <16 x float> %2249, <16 x float> %2208)
+  %2251 = getelementptr inbounds nuw i8, ptr %2126, i64 192
+  %2252 = load <16 x float>, ptr %2251, align 4, !tbaa !5
+  %2253 = getelementptr inbounds nuw i8, ptr %gep130, i64 1536
+  %2254 = load float, ptr %2253, align 4, !tbaa !5
+  %2255 = insertelement <16 x float> poison, float %2254, i64 0
+  %2256 = shufflevector <16 x float> %2255, <16 x float> poison, <16 x i32> zeroinitializer
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2256, <16 x float> %2215)
+  %2258 = getelementptr inbounds nuw i8, ptr %gep130, i64 1600
+  %2259 = load float, ptr %2258, align 4, !tbaa !5
+  %2260 = insertelement <16 x float> poison, float %2259, i64 0
+  %2261 = shufflevector <16 x float> %2260, <16 x float> poison, <16 x i32> zeroinitializer
+  %2262 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2261, <16 x float> %2220)
+  %2263 = getelementptr inbounds nuw i8, ptr %gep130, i64 1540
+  %2264 = load float, ptr %2263, align 4, !tbaa !5
+  %2265 = insertelement <16 x float> poison, float %2264, i64 0
+  %2266 = shufflevector <16 x float> %2265, <16 x float> poison, <16 x i32> zeroinitializer
+  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2266, <16 x float> %2225)
+  %2268 = getelementptr inbounds nuw i8, ptr %gep130, i64 1604
+  %2269 = load float, ptr %2268, align 4, !tbaa !5
+  %2270 = insertelement <16 x float> poison, float %2269, i64 0
+  %2271 = shufflevector <16 x float> %2270, <16 x float> poison, <16 x i32> zeroinitializer
+  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2271, <16 x float> %2230)
+  %2273 = getelementptr inbounds nuw i8, ptr %gep130, i64 1544
+  %2274 = load float, ptr %2273, align 4, !tbaa !5
+  %2275 = insertelement <16 x float> poison, float %2274, i64 0
+  %2276 = shufflevector <16 x float> %2275, <16 x float> poison, <16 x i32> zeroinitializer
+  %2277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2276, <16 x float> %2235)
+  %2278 = getelementptr inbounds nuw i8, ptr %gep130, i64 1608
+  %2279 = load float, ptr %2278, align 4, !tbaa !5
+  %2280 = insertelement <16 x float> poison, float %2279, i64 0
+  %2281 = shufflevector <16 x float> %2280, <16 x float> poison, <16 x i32> zeroinitializer
+  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2281, <16 x float> %2240)
+  %2283 = getelementptr inbounds nuw i8, ptr %gep130, i64 1548
+  %2284 = load float, ptr %2283, align 4, !tbaa !5
+  %2285 = insertelement <16 x float> poison, float %2284, i64 0
+  %2286 = shufflevector <16 x float> %2285, <16 x float> poison, <16 x i32> zeroinitializer
+  %2287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2286, <16 x float> %2245)
+  %2288 = getelementptr inbounds nuw i8, ptr %gep130, i64 1612
+  %2289 = load float, ptr %2288, align 4, !tbaa !5
+  %2290 = insertelement <16 x float> poison, float %2289, i64 0
+  %2291 = shufflevector <16 x float> %2290, <16 x float> poison, <16 x i32> zeroinitializer
+  %2292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2252, <16 x float> %2291, <16 x float> %2250)
+  %2293 = getelementptr inbounds nuw i8, ptr %2126, i64 256
+  %2294 = load <16 x float>, ptr %2293, align 4, !tbaa !5
+  %2295 = getelementptr inbounds nuw i8, ptr %gep130, i64 2048
+  %2296 = load float, ptr %2295, align 4, !tbaa !5
+  %2297 = insertelement <16 x float> poison, float %2296, i64 0
+  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
+  %2299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2298, <16 x float> %2257)
+  %2300 = getelementptr inbounds nuw i8, ptr %gep130, i64 2112
+  %2301 = load float, ptr %2300, align 4, !tbaa !5
+  %2302 = insertelement <16 x float> poison, float %2301, i64 0
+  %2303 = shufflevector <16 x float> %2302, <16 x float> poison, <16 x i32> zeroinitializer
+  %2304 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2303, <16 x float> %2262)
+  %2305 = getelementptr inbounds nuw i8, ptr %gep130, i64 2052
+  %2306 = load float, ptr %2305, align 4, !tbaa !5
+  %2307 = insertelement <16 x float> poison, float %2306, i64 0
+  %2308 = shufflevector <16 x float> %2307, <16 x float> poison, <16 x i32> zeroinitializer
+  %2309 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2308, <16 x float> %2267)
+  %2310 = getelementptr inbounds nuw i8, ptr %gep130, i64 2116
+  %2311 = load float, ptr %2310, align 4, !tbaa !5
+  %2312 = insertelement <16 x float> poison, float %2311, i64 0
+  %2313 = shufflevector <16 x float> %2312, <16 x float> poison, <16 x i32> zeroinitializer
+  %2314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2313, <16 x float> %2272)
+  %2315 = getelementptr inbounds nuw i8, ptr %gep130, i64 2056
+  %2316 = load float, ptr %2315, align 4, !tbaa !5
+  %2317 = insertelement <16 x float> poison, float %2316, i64 0
+  %2318 = shufflevector <16 x float> %2317, <16 x float> poison, <16 x i32> zeroinitializer
+  %2319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2318, <16 x float> %2277)
+  %2320 = getelementptr inbounds nuw i8, ptr %gep130, i64 2120
+  %2321 = load float, ptr %2320, align 4, !tbaa !5
+  %2322 = insertelement <16 x float> poison, float %2321, i64 0
+  %2323 = shufflevector <16 x float> %2322, <16 x float> poison, <16 x i32> zeroinitializer
+  %2324 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2323, <16 x float> %2282)
+  %2325 = getelementptr inbounds nuw i8, ptr %gep130, i64 2060
+  %2326 = load float, ptr %2325, align 4, !tbaa !5
+  %2327 = insertelement <16 x float> poison, float %2326, i64 0
+  %2328 = shufflevector <16 x float> %2327, <16 x float> poison, <16 x i32> zeroinitializer
+  %2329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2328, <16 x float> %2287)
+  %2330 = getelementptr inbounds nuw i8, ptr %gep130, i64 2124
+  %2331 = load float, ptr %2330, align 4, !tbaa !5
+  %2332 = insertelement <16 x float> poison, float %2331, i64 0
+  %2333 = shufflevector <16 x float> %2332, <16 x float> poison, <16 x i32> zeroinitializer
+  %2334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2294, <16 x float> %2333, <16 x float> %2292)
+  %2335 = getelementptr inbounds nuw i8, ptr %2126, i64 320
+  %2336 = load <16 x float>, ptr %2335, align 4, !tbaa !5
+  %2337 = getelementptr inbounds nuw i8, ptr %gep130, i64 2560
+  %2338 = load float, ptr %2337, align 4, !tbaa !5
+  %2339 = insertelement <16 x float> poison, float %2338, i64 0
+  %2340 = shufflevector <16 x float> %2339, <16 x float> poison, <16 x i32> zeroinitializer
+  %2341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2340, <16 x float> %2299)
+  %2342 = getelementptr inbounds nuw i8, ptr %gep130, i64 2624
+  %2343 = load float, ptr %2342, align 4, !tbaa !5
+  %2344 = insertelement <16 x float> poison, float %2343, i64 0
+  %2345 = shufflevector <16 x float> %2344, <16 x float> poison, <16 x i32> zeroinitializer
+  %2346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2345, <16 x float> %2304)
+  %2347 = getelementptr inbounds nuw i8, ptr %gep130, i64 2564
+  %2348 = load float, ptr %2347, align 4, !tbaa !5
+  %2349 = insertelement <16 x float> poison, float %2348, i64 0
+  %2350 = shufflevector <16 x float> %2349, <16 x float> poison, <16 x i32> zeroinitializer
+  %2351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2350, <16 x float> %2309)
+  %2352 = getelementptr inbounds nuw i8, ptr %gep130, i64 2628
+  %2353 = load float, ptr %2352, align 4, !tbaa !5
+  %2354 = insertelement <16 x float> poison, float %2353, i64 0
+  %2355 = shufflevector <16 x float> %2354, <16 x float> poison, <16 x i32> zeroinitializer
+  %2356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2355, <16 x float> %2314)
+  %2357 = getelementptr inbounds nuw i8, ptr %gep130, i64 2568
+  %2358 = load float, ptr %2357, align 4, !tbaa !5
+  %2359 = insertelement <16 x float> poison, float %2358, i64 0
+  %2360 = shufflevector <16 x float> %2359, <16 x float> poison, <16 x i32> zeroinitializer
+  %2361 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2360, <16 x float> %2319)
+  %2362 = getelementptr inbounds nuw i8, ptr %gep130, i64 2632
+  %2363 = load float, ptr %2362, align 4, !tbaa !5
+  %2364 = insertelement <16 x float> poison, float %2363, i64 0
+  %2365 = shufflevector <16 x float> %2364, <16 x float> poison, <16 x i32> zeroinitializer
+  %2366 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2365, <16 x float> %2324)
+  %2367 = getelementptr inbounds nuw i8, ptr %gep130, i64 2572
+  %2368 = load float, ptr %2367, align 4, !tbaa !5
+  %2369 = insertelement <16 x float> poison, float %2368, i64 0
+  %2370 = shufflevector <16 x float> %2369, <16 x float> poison, <16 x i32> zeroinitializer
+  %2371 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2370, <16 x float> %2329)
+  %2372 = getelementptr inbounds nuw i8, ptr %gep130, i64 2636
+  %2373 = load float, ptr %2372, align 4, !tbaa !5
+  %2374 = insertelement <16 x float> poison, float %2373, i64 0
+  %2375 = shufflevector <16 x float> %2374, <16 x float> poison, <16 x i32> zeroinitializer
+  %2376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2336, <16 x float> %2375, <16 x float> %2334)
+  %2377 = getelementptr inbounds nuw i8, ptr %2126, i64 384
+  %2378 = load <16 x float>, ptr %2377, align 4, !tbaa !5
+  %2379 = getelementptr inbounds nuw i8, ptr %gep130, i64 3072
+  %2380 = load float, ptr %2379, align 4, !tbaa !5
+  %2381 = insertelement <16 x float> poison, float %2380, i64 0
+  %2382 = shufflevector <16 x float> %2381, <16 x float> poison, <16 x i32> zeroinitializer
+  %2383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2382, <16 x float> %2341)
+  %2384 = getelementptr inbounds nuw i8, ptr %gep130, i64 3136
+  %2385 = load float, ptr %2384, align 4, !tbaa !5
+  %2386 = insertelement <16 x float> poison, float %2385, i64 0
+  %2387 = shufflevector <16 x float> %2386, <16 x float> poison, <16 x i32> zeroinitializer
+  %2388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2387, <16 x float> %2346)
+  %2389 = getelementptr inbounds nuw i8, ptr %gep130, i64 3076
+  %2390 = load float, ptr %2389, align 4, !tbaa !5
+  %2391 = insertelement <16 x float> poison, float %2390, i64 0
+  %2392 = shufflevector <16 x float> %2391, <16 x float> poison, <16 x i32> zeroinitializer
+  %2393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2392, <16 x float> %2351)
+  %2394 = getelementptr inbounds nuw i8, ptr %gep130, i64 3140
+  %2395 = load float, ptr %2394, align 4, !tbaa !5
+  %2396 = insertelement <16 x float> poison, float %2395, i64 0
+  %2397 = shufflevector <16 x float> %2396, <16 x float> poison, <16 x i32> zeroinitializer
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2397, <16 x float> %2356)
+  %2399 = getelementptr inbounds nuw i8, ptr %gep130, i64 3080
+  %2400 = load float, ptr %2399, align 4, !tbaa !5
+  %2401 = insertelement <16 x float> poison, float %2400, i64 0
+  %2402 = shufflevector <16 x float> %2401, <16 x float> poison, <16 x i32> zeroinitializer
+  %2403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2402, <16 x float> %2361)
+  %2404 = getelementptr inbounds nuw i8, ptr %gep130, i64 3144
+  %2405 = load float, ptr %2404, align 4, !tbaa !5
+  %2406 = insertelement <16 x float> poison, float %2405, i64 0
+  %2407 = shufflevector <16 x float> %2406, <16 x float> poison, <16 x i32> zeroinitializer
+  %2408 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2407, <16 x float> %2366)
+  %2409 = getelementptr inbounds nuw i8, ptr %gep130, i64 3084
+  %2410 = load float, ptr %2409, align 4, !tbaa !5
+  %2411 = insertelement <16 x float> poison, float %2410, i64 0
+  %2412 = shufflevector <16 x float> %2411, <16 x float> poison, <16 x i32> zeroinitializer
+  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2412, <16 x float> %2371)
+  %2414 = getelementptr inbounds nuw i8, ptr %gep130, i64 3148
+  %2415 = load float, ptr %2414, align 4, !tbaa !5
+  %2416 = insertelement <16 x float> poison, float %2415, i64 0
+  %2417 = shufflevector <16 x float> %2416, <16 x float> poison, <16 x i32> zeroinitializer
+  %2418 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2417, <16 x float> %2376)
+  %2419 = getelementptr inbounds nuw i8, ptr %2126, i64 448
+  %2420 = load <16 x float>, ptr %2419, align 4, !tbaa !5
+  %2421 = getelementptr inbounds nuw i8, ptr %gep130, i64 3584
+  %2422 = load float, ptr %2421, align 4, !tbaa !5
+  %2423 = insertelement <16 x float> poison, float %2422, i64 0
+  %2424 = shufflevector <16 x float> %2423, <16 x float> poison, <16 x i32> zeroinitializer
+  %2425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2424, <16 x float> %2383)
+  %2426 = getelementptr inbounds nuw i8, ptr %gep130, i64 3648
+  %2427 = load float, ptr %2426, align 4, !tbaa !5
+  %2428 = insertelement <16 x float> poison, float %2427, i64 0
+  %2429 = shufflevector <16 x float> %2428, <16 x float> poison, <16 x i32> zeroinitializer
+  %2430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2429, <16 x float> %2388)
+  %2431 = getelementptr inbounds nuw i8, ptr %gep130, i64 3588
+  %2432 = load float, ptr %2431, align 4, !tbaa !5
+  %2433 = insertelement <16 x float> poison, float %2432, i64 0
+  %2434 = shufflevector <16 x float> %2433, <16 x float> poison, <16 x i32> zeroinitializer
+  %2435 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2434, <16 x float> %2393)
+  %2436 = getelementptr inbounds nuw i8, ptr %gep130, i64 3652
+  %2437 = load float, ptr %2436, align 4, !tbaa !5
+  %2438 = insertelement <16 x float> poison, float %2437, i64 0
+  %2439 = shufflevector <16 x float> %2438, <16 x float> poison, <16 x i32> zeroinitializer
+  %2440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2439, <16 x float> %2398)
+  %2441 = getelementptr inbounds nuw i8, ptr %gep130, i64 3592
+  %2442 = load float, ptr %2441, align 4, !tbaa !5
+  %2443 = insertelement <16 x float> poison, float %2442, i64 0
+  %2444 = shufflevector <16 x float> %2443, <16 x float> poison, <16 x i32> zeroinitializer
+  %2445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2444, <16 x float> %2403)
+  %2446 = getelementptr inbounds nuw i8, ptr %gep130, i64 3656
+  %2447 = load float, ptr %2446, align 4, !tbaa !5
+  %2448 = insertelement <16 x float> poison, float %2447, i64 0
+  %2449 = shufflevector <16 x float> %2448, <16 x float> poison, <16 x i32> zeroinitializer
+  %2450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2449, <16 x float> %2408)
+  %2451 = getelementptr inbounds nuw i8, ptr %gep130, i64 3596
+  %2452 = load float, ptr %2451, align 4, !tbaa !5
+  %2453 = insertelement <16 x float> poison, float %2452, i64 0
+  %2454 = shufflevector <16 x float> %2453, <16 x float> poison, <16 x i32> zeroinitializer
+  %2455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2454, <16 x float> %2413)
+  %2456 = getelementptr inbounds nuw i8, ptr %gep130, i64 3660
+  %2457 = load float, ptr %2456, align 4, !tbaa !5
+  %2458 = insertelement <16 x float> poison, float %2457, i64 0
+  %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
+  %2460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2420, <16 x float> %2459, <16 x float> %2418)
+  %indvars.iv.next621.i = add nuw nsw i64 %indvars.iv620.i, 1
+  %exitcond626.not.i = icmp eq i64 %indvars.iv.next621.i, %2103
+  br i1 %exitcond626.not.i, label %for_end_to147.i, label %for_begin_line150.preheader.i, !prof !13
 
-for_end_to144.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
-  %full_acc254.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2423, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2428, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2433, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2438, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2443, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2448, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2453, %for_begin_ax2.preheader.i ]
-  %full_acc254.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2458, %for_begin_ax2.preheader.i ]
-  br i1 %.not483.i, label %for_end_ti154.i, label %for_body_ti153.lr.ph.i, !prof !17
+for_end_to147.i:                                  ; preds = %for_begin_line150.preheader.i, %for_body_d_0_m.i
+  %full_acc262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2425, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2430, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2435, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2440, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2445, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2450, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2455, %for_begin_line150.preheader.i ]
+  %full_acc262.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2460, %for_begin_line150.preheader.i ]
+  br i1 %.not490.i, label %for_end_ti162.i, label %for_body_ti161.lr.ph.i, !prof !17
 
-for_body_ti153.lr.ph.i:                           ; preds = %for_end_to144.i
-  %indvars.iv622.tr.i = trunc i64 %indvars.iv622.i to i32
-  %2459 = shl i32 %indvars.iv622.tr.i, 2
-  %2460 = and i32 %2459, 12
-  %2461 = shl i32 %indvars.iv622.tr.i, 3
-  %2462 = and i32 %2461, 96
-  %invariant.op449.i = or disjoint i32 %2462, %2100
-  %invariant.op451.i = or disjoint i32 %invariant.op449.i, %2460
-  %2463 = load <16 x float>, ptr %invariant.gep845.i, align 4, !tbaa !5
-  %2464 = sext i32 %invariant.op451.i to i64
-  %2465 = getelementptr inbounds float, ptr %v_tile.i, i64 %2464
-  %2466 = load float, ptr %2465, align 4, !tbaa !5
-  %2467 = insertelement <16 x float> poison, float %2466, i64 0
-  %2468 = shufflevector <16 x float> %2467, <16 x float> poison, <16 x i32> zeroinitializer
-  %2469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2468, <16 x float> %full_acc254.sroa.0.0.lcssa.i)
-  %2470 = getelementptr i8, ptr %2465, i64 64
-  %2471 = load float, ptr %2470, align 4, !tbaa !5
-  %2472 = insertelement <16 x float> poison, float %2471, i64 0
-  %2473 = shufflevector <16 x float> %2472, <16 x float> poison, <16 x i32> zeroinitializer
-  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2473, <16 x float> %full_acc254.sroa.4.0.lcssa.i)
-  %2475 = getelementptr i8, ptr %2465, i64 4
-  %2476 = load float, ptr %2475, align 4, !tbaa !5
-  %2477 = insertelement <16 x float> poison, float %2476, i64 0
-  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
-  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2478, <16 x float> %full_acc254.sroa.8.0.lcssa.i)
-  %2480 = getelementptr i8, ptr %2465, i64 68
-  %2481 = load float, ptr %2480, align 4, !tbaa !5
-  %2482 = insertelement <16 x float> poison, float %2481, i64 0
-  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
-  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2483, <16 x float> %full_acc254.sroa.12.0.lcssa.i)
-  %2485 = getelementptr i8, ptr %2465, i64 8
-  %2486 = load float, ptr %2485, align 4, !tbaa !5
-  %2487 = insertelement <16 x float> poison, float %2486, i64 0
-  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
-  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2488, <16 x float> %full_acc254.sroa.16.0.lcssa.i)
-  %2490 = getelementptr i8, ptr %2465, i64 72
-  %2491 = load float, ptr %2490, align 4, !tbaa !5
-  %2492 = insertelement <16 x float> poison, float %2491, i64 0
-  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
-  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2493, <16 x float> %full_acc254.sroa.20.0.lcssa.i)
-  %2495 = getelementptr i8, ptr %2465, i64 12
-  %2496 = load float, ptr %2495, align 4, !tbaa !5
-  %2497 = insertelement <16 x float> poison, float %2496, i64 0
-  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
-  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2498, <16 x float> %full_acc254.sroa.24.0.lcssa.i)
-  %2500 = getelementptr i8, ptr %2465, i64 76
-  %2501 = load float, ptr %2500, align 4, !tbaa !5
-  %2502 = insertelement <16 x float> poison, float %2501, i64 0
-  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
-  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2463, <16 x float> %2503, <16 x float> %full_acc254.sroa.28.0.lcssa.i)
-  br i1 %exitcond.not, label %for_end_ti154.i, label %for_body_ti153.i.1, !prof !13
+for_body_ti161.lr.ph.i:                           ; preds = %for_end_to147.i
+  %indvars.iv631.tr.i = trunc i64 %indvars.iv631.i to i32
+  %2461 = shl i32 %indvars.iv631.tr.i, 2
+  %2462 = and i32 %2461, 12
+  %2463 = shl i32 %indvars.iv631.tr.i, 3
+  %2464 = and i32 %2463, 96
+  %invariant.op456.i = or disjoint i32 %2464, %2100
+  %invariant.op458.i = or disjoint i32 %invariant.op456.i, %2462
+  %2465 = load <16 x float>, ptr %invariant.gep853.i, align 4, !tbaa !5
+  %2466 = sext i32 %invariant.op458.i to i64
+  %2467 = getelementptr inbounds float, ptr %v_tile.i, i64 %2466
+  %2468 = load float, ptr %2467, align 4, !tbaa !5
+  %2469 = insertelement <16 x float> poison, float %2468, i64 0
+  %2470 = shufflevector <16 x float> %2469, <16 x float> poison, <16 x i32> zeroinitializer
+  %2471 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2470, <16 x float> %full_acc262.sroa.0.0.lcssa.i)
+  %2472 = getelementptr i8, ptr %2467, i64 64
+  %2473 = load float, ptr %2472, align 4, !tbaa !5
+  %2474 = insertelement <16 x float> poison, float %2473, i64 0
+  %2475 = shufflevector <16 x float> %2474, <16 x float> poison, <16 x i32> zeroinitializer
+  %2476 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2475, <16 x float> %full_acc262.sroa.4.0.lcssa.i)
+  %2477 = getelementptr i8, ptr %2467, i64 4
+  %2478 = load float, ptr %2477, align 4, !tbaa !5
+  %2479 = insertelement <16 x float> poison, float %2478, i64 0
+  %2480 = shufflevector <16 x float> %2479, <16 x float> poison, <16 x i32> zeroinitializer
+  %2481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2480, <16 x float> %full_acc262.sroa.8.0.lcssa.i)
+  %2482 = getelementptr i8, ptr %2467, i64 68
+  %2483 = load float, ptr %2482, align 4, !tbaa !5
+  %2484 = insertelement <16 x float> poison, float %2483, i64 0
+  %2485 = shufflevector <16 x float> %2484, <16 x float> poison, <16 x i32> zeroinitializer
+  %2486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2485, <16 x float> %full_acc262.sroa.12.0.lcssa.i)
+  %2487 = getelementptr i8, ptr %2467, i64 8
+  %2488 = load float, ptr %2487, align 4, !tbaa !5
+  %2489 = insertelement <16 x float> poison, float %2488, i64 0
+  %2490 = shufflevector <16 x float> %2489, <16 x float> poison, <16 x i32> zeroinitializer
+  %2491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2490, <16 x float> %full_acc262.sroa.16.0.lcssa.i)
+  %2492 = getelementptr i8, ptr %2467, i64 72
+  %2493 = load float, ptr %2492, align 4, !tbaa !5
+  %2494 = insertelement <16 x float> poison, float %2493, i64 0
+  %2495 = shufflevector <16 x float> %2494, <16 x float> poison, <16 x i32> zeroinitializer
+  %2496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2495, <16 x float> %full_acc262.sroa.20.0.lcssa.i)
+  %2497 = getelementptr i8, ptr %2467, i64 12
+  %2498 = load float, ptr %2497, align 4, !tbaa !5
+  %2499 = insertelement <16 x float> poison, float %2498, i64 0
+  %2500 = shufflevector <16 x float> %2499, <16 x float> poison, <16 x i32> zeroinitializer
+  %2501 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2500, <16 x float> %full_acc262.sroa.24.0.lcssa.i)
+  %2502 = getelementptr i8, ptr %2467, i64 76
+  %2503 = load float, ptr %2502, align 4, !tbaa !5
+  %2504 = insertelement <16 x float> poison, float %2503, i64 0
+  %2505 = shufflevector <16 x float> %2504, <16 x float> poison, <16 x i32> zeroinitializer
+  %2506 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2465, <16 x float> %2505, <16 x float> %full_acc262.sroa.28.0.lcssa.i)
+  br i1 %exitcond.not, label %for_end_ti162.i, label %for_body_ti161.i.1, !prof !13
 
-for_body_ti153.i.1:                               ; preds = %for_body_ti153.lr.ph.i
-  %2505 = load <16 x float>, ptr %gep846.i.1, align 4, !tbaa !5
-  %2506 = sext i32 %invariant.op451.i to i64
-  %2507 = getelementptr float, ptr %v_tile.i, i64 %2506
-  %2508 = getelementptr i8, ptr %2507, i64 512
-  %2509 = load float, ptr %2508, align 4, !tbaa !5
-  %2510 = insertelement <16 x float> poison, float %2509, i64 0
-  %2511 = shufflevector <16 x float> %2510, <16 x float> poison, <16 x i32> zeroinitializer
-  %2512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2511, <16 x float> %2469)
-  %2513 = getelementptr i8, ptr %2507, i64 576
-  %2514 = load float, ptr %2513, align 4, !tbaa !5
-  %2515 = insertelement <16 x float> poison, float %2514, i64 0
-  %2516 = shufflevector <16 x float> %2515, <16 x float> poison, <16 x i32> zeroinitializer
-  %2517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2516, <16 x float> %2474)
-  %2518 = getelementptr i8, ptr %2507, i64 516
-  %2519 = load float, ptr %2518, align 4, !tbaa !5
-  %2520 = insertelement <16 x float> poison, float %2519, i64 0
-  %2521 = shufflevector <16 x float> %2520, <16 x float> poison, <16 x i32> zeroinitializer
-  %2522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2521, <16 x float> %2479)
-  %2523 = getelementptr i8, ptr %2507, i64 580
-  %2524 = load float, ptr %2523, align 4, !tbaa !5
-  %2525 = insertelement <16 x float> poison, float %2524, i64 0
-  %2526 = shufflevector <16 x float> %2525, <16 x float> poison, <16 x i32> zeroinitializer
-  %2527 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2526, <16 x float> %2484)
-  %2528 = getelementptr i8, ptr %2507, i64 520
-  %2529 = load float, ptr %2528, align 4, !tbaa !5
-  %2530 = insertelement <16 x float> poison, float %2529, i64 0
-  %2531 = shufflevector <16 x float> %2530, <16 x float> poison, <16 x i32> zeroinitializer
-  %2532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2531, <16 x float> %2489)
-  %2533 = getelementptr i8, ptr %2507, i64 584
-  %2534 = load float, ptr %2533, align 4, !tbaa !5
-  %2535 = insertelement <16 x float> poison, float %2534, i64 0
-  %2536 = shufflevector <16 x float> %2535, <16 x float> poison, <16 x i32> zeroinitializer
-  %2537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2536, <16 x float> %2494)
-  %2538 = getelementptr i8, ptr %2507, i64 524
-  %2539 = load float, ptr %2538, align 4, !tbaa !5
-  %2540 = insertelement <16 x float> poison, float %2539, i64 0
-  %2541 = shufflevector <16 x float> %2540, <16 x float> poison, <16 x i32> zeroinitializer
-  %2542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2541, <16 x float> %2499)
-  %2543 = getelementptr i8, ptr %2507, i64 588
-  %2544 = load float, ptr %2543, align 4, !tbaa !5
-  %2545 = insertelement <16 x float> poison, float %2544, i64 0
-  %2546 = shufflevector <16 x float> %2545, <16 x float> poison, <16 x i32> zeroinitializer
-  %2547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2505, <16 x float> %2546, <16 x float> %2504)
-  br i1 %exitcond.not.1, label %for_end_ti154.i, label %for_body_ti153.i.2, !prof !13
+for_body_ti161.i.1:                               ; preds = %for_body_ti161.lr.ph.i
+  %2507 = load <16 x float>, ptr %gep854.i.1, align 4, !tbaa !5
+  %2508 = sext i32 %invariant.op458.i to i64
+  %2509 = getelementptr float, ptr %v_tile.i, i64 %2508
+  %2510 = getelementptr i8, ptr %2509, i64 512
+  %2511 = load float, ptr %2510, align 4, !tbaa !5
+  %2512 = insertelement <16 x float> poison, float %2511, i64 0
+  %2513 = shufflevector <16 x float> %2512, <16 x float> poison, <16 x i32> zeroinitializer
+  %2514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2513, <16 x float> %2471)
+  %2515 = getelementptr i8, ptr %2509, i64 576
+  %2516 = load float, ptr %2515, align 4, !tbaa !5
+  %2517 = insertelement <16 x float> poison, float %2516, i64 0
+  %2518 = shufflevector <16 x float> %2517, <16 x float> poison, <16 x i32> zeroinitializer
+  %2519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2518, <16 x float> %2476)
+  %2520 = getelementptr i8, ptr %2509, i64 516
+  %2521 = load float, ptr %2520, align 4, !tbaa !5
+  %2522 = insertelement <16 x float> poison, float %2521, i64 0
+  %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
+  %2524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2523, <16 x float> %2481)
+  %2525 = getelementptr i8, ptr %2509, i64 580
+  %2526 = load float, ptr %2525, align 4, !tbaa !5
+  %2527 = insertelement <16 x float> poison, float %2526, i64 0
+  %2528 = shufflevector <16 x float> %2527, <16 x float> poison, <16 x i32> zeroinitializer
+  %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2528, <16 x float> %2486)
+  %2530 = getelementptr i8, ptr %2509, i64 520
+  %2531 = load float, ptr %2530, align 4, !tbaa !5
+  %2532 = insertelement <16 x float> poison, float %2531, i64 0
+  %2533 = shufflevector <16 x float> %2532, <16 x float> poison, <16 x i32> zeroinitializer
+  %2534 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2533, <16 x float> %2491)
+  %2535 = getelementptr i8, ptr %2509, i64 584
+  %2536 = load float, ptr %2535, align 4, !tbaa !5
+  %2537 = insertelement <16 x float> poison, float %2536, i64 0
+  %2538 = shufflevector <16 x float> %2537, <16 x float> poison, <16 x i32> zeroinitializer
+  %2539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2538, <16 x float> %2496)
+  %2540 = getelementptr i8, ptr %2509, i64 524
+  %2541 = load float, ptr %2540, align 4, !tbaa !5
+  %2542 = insertelement <16 x float> poison, float %2541, i64 0
+  %2543 = shufflevector <16 x float> %2542, <16 x float> poison, <16 x i32> zeroinitializer
+  %2544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2543, <16 x float> %2501)
+  %2545 = getelementptr i8, ptr %2509, i64 588
+  %2546 = load float, ptr %2545, align 4, !tbaa !5
+  %2547 = insertelement <16 x float> poison, float %2546, i64 0
+  %2548 = shufflevector <16 x float> %2547, <16 x float> poison, <16 x i32> zeroinitializer
+  %2549 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2507, <16 x float> %2548, <16 x float> %2506)
+  br i1 %exitcond.not.1, label %for_end_ti162.i, label %for_body_ti161.i.2, !prof !13
 
-for_body_ti153.i.2:                               ; preds = %for_body_ti153.i.1
-  %2548 = load <16 x float>, ptr %gep846.i.2, align 4, !tbaa !5
-  %2549 = sext i32 %invariant.op451.i to i64
-  %2550 = getelementptr float, ptr %v_tile.i, i64 %2549
-  %2551 = getelementptr i8, ptr %2550, i64 1024
-  %2552 = load float, ptr %2551, align 4, !tbaa !5
-  %2553 = insertelement <16 x float> poison, float %2552, i64 0
-  %2554 = shufflevector <16 x float> %2553, <16 x float> poison, <16 x i32> zeroinitializer
-  %2555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2554, <16 x float> %2512)
-  %2556 = getelementptr i8, ptr %2550, i64 1088
-  %2557 = load float, ptr %2556, align 4, !tbaa !5
-  %2558 = insertelement <16 x float> poison, float %2557, i64 0
-  %2559 = shufflevector <16 x float> %2558, <16 x float> poison, <16 x i32> zeroinitializer
-  %2560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2559, <16 x float> %2517)
-  %2561 = getelementptr i8, ptr %2550, i64 1028
-  %2562 = load float, ptr %2561, align 4, !tbaa !5
-  %2563 = insertelement <16 x float> poison, float %2562, i64 0
-  %2564 = shufflevector <16 x float> %2563, <16 x float> poison, <16 x i32> zeroinitializer
-  %2565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2564, <16 x float> %2522)
-  %2566 = getelementptr i8, ptr %2550, i64 1092
-  %2567 = load float, ptr %2566, align 4, !tbaa !5
-  %2568 = insertelement <16 x float> poison, float %2567, i64 0
-  %2569 = shufflevector <16 x float> %2568, <16 x float> poison, <16 x i32> zeroinitializer
-  %2570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2569, <16 x float> %2527)
-  %2571 = getelementptr i8, ptr %2550, i64 1032
-  %2572 = load float, ptr %2571, align 4, !tbaa !5
-  %2573 = insertelement <16 x float> poison, float %2572, i64 0
-  %2574 = shufflevector <16 x float> %2573, <16 x float> poison, <16 x i32> zeroinitializer
-  %2575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2574, <16 x float> %2532)
-  %2576 = getelementptr i8, ptr %2550, i64 1096
-  %2577 = load float, ptr %2576, align 4, !tbaa !5
-  %2578 = insertelement <16 x float> poison, float %2577, i64 0
-  %2579 = shufflevector <16 x float> %2578, <16 x float> poison, <16 x i32> zeroinitializer
-  %2580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2579, <16 x float> %2537)
-  %2581 = getelementptr i8, ptr %2550, i64 1036
-  %2582 = load float, ptr %2581, align 4, !tbaa !5
-  %2583 = insertelement <16 x float> poison, float %2582, i64 0
-  %2584 = shufflevector <16 x float> %2583, <16 x float> poison, <16 x i32> zeroinitializer
-  %2585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2584, <16 x float> %2542)
-  %2586 = getelementptr i8, ptr %2550, i64 1100
-  %2587 = load float, ptr %2586, align 4, !tbaa !5
-  %2588 = insertelement <16 x float> poison, float %2587, i64 0
-  %2589 = shufflevector <16 x float> %2588, <16 x float> poison, <16 x i32> zeroinitializer
-  %2590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2548, <16 x float> %2589, <16 x float> %2547)
-  br i1 %exitcond.not.2, label %for_end_ti154.i, label %for_body_ti153.i.3, !prof !13
+for_body_ti161.i.2:                               ; preds = %for_body_ti161.i.1
+  %2550 = load <16 x float>, ptr %gep854.i.2, align 4, !tbaa !5
+  %2551 = sext i32 %invariant.op458.i to i64
+  %2552 = getelementptr float, ptr %v_tile.i, i64 %2551
+  %2553 = getelementptr i8, ptr %2552, i64 1024
+  %2554 = load float, ptr %2553, align 4, !tbaa !5
+  %2555 = insertelement <16 x float> poison, float %2554, i64 0
+  %2556 = shufflevector <16 x float> %2555, <16 x float> poison, <16 x i32> zeroinitializer
+  %2557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2556, <16 x float> %2514)
+  %2558 = getelementptr i8, ptr %2552, i64 1088
+  %2559 = load float, ptr %2558, align 4, !tbaa !5
+  %2560 = insertelement <16 x float> poison, float %2559, i64 0
+  %2561 = shufflevector <16 x float> %2560, <16 x float> poison, <16 x i32> zeroinitializer
+  %2562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2561, <16 x float> %2519)
+  %2563 = getelementptr i8, ptr %2552, i64 1028
+  %2564 = load float, ptr %2563, align 4, !tbaa !5
+  %2565 = insertelement <16 x float> poison, float %2564, i64 0
+  %2566 = shufflevector <16 x float> %2565, <16 x float> poison, <16 x i32> zeroinitializer
+  %2567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2566, <16 x float> %2524)
+  %2568 = getelementptr i8, ptr %2552, i64 1092
+  %2569 = load float, ptr %2568, align 4, !tbaa !5
+  %2570 = insertelement <16 x float> poison, float %2569, i64 0
+  %2571 = shufflevector <16 x float> %2570, <16 x float> poison, <16 x i32> zeroinitializer
+  %2572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2571, <16 x float> %2529)
+  %2573 = getelementptr i8, ptr %2552, i64 1032
+  %2574 = load float, ptr %2573, align 4, !tbaa !5
+  %2575 = insertelement <16 x float> poison, float %2574, i64 0
+  %2576 = shufflevector <16 x float> %2575, <16 x float> poison, <16 x i32> zeroinitializer
+  %2577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2576, <16 x float> %2534)
+  %2578 = getelementptr i8, ptr %2552, i64 1096
+  %2579 = load float, ptr %2578, align 4, !tbaa !5
+  %2580 = insertelement <16 x float> poison, float %2579, i64 0
+  %2581 = shufflevector <16 x float> %2580, <16 x float> poison, <16 x i32> zeroinitializer
+  %2582 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2581, <16 x float> %2539)
+  %2583 = getelementptr i8, ptr %2552, i64 1036
+  %2584 = load float, ptr %2583, align 4, !tbaa !5
+  %2585 = insertelement <16 x float> poison, float %2584, i64 0
+  %2586 = shufflevector <16 x float> %2585, <16 x float> poison, <16 x i32> zeroinitializer
+  %2587 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2586, <16 x float> %2544)
+  %2588 = getelementptr i8, ptr %2552, i64 1100
+  %2589 = load float, ptr %2588, align 4, !tbaa !5
+  %2590 = insertelement <16 x float> poison, float %2589, i64 0
+  %2591 = shufflevector <16 x float> %2590, <16 x float> poison, <16 x i32> zeroinitializer
+  %2592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2550, <16 x float> %2591, <16 x float> %2549)
+  br i1 %exitcond.not.2, label %for_end_ti162.i, label %for_body_ti161.i.3, !prof !13
 
-for_body_ti153.i.3:                               ; preds = %for_body_ti153.i.2
-  %2591 = load <16 x float>, ptr %gep846.i.3, align 4, !tbaa !5
-  %2592 = sext i32 %invariant.op451.i to i64
-  %2593 = getelementptr float, ptr %v_tile.i, i64 %2592
-  %2594 = getelementptr i8, ptr %2593, i64 1536
-  %2595 = load float, ptr %2594, align 4, !tbaa !5
-  %2596 = insertelement <16 x float> poison, float %2595, i64 0
-  %2597 = shufflevector <16 x float> %2596, <16 x float> poison, <16 x i32> zeroinitializer
-  %2598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2597, <16 x float> %2555)
-  %2599 = getelementptr i8, ptr %2593, i64 1600
-  %2600 = load float, ptr %2599, align 4, !tbaa !5
-  %2601 = insertelement <16 x float> poison, float %2600, i64 0
-  %2602 = shufflevector <16 x float> %2601, <16 x float> poison, <16 x i32> zeroinitializer
-  %2603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2602, <16 x float> %2560)
-  %2604 = getelementptr i8, ptr %2593, i64 1540
-  %2605 = load float, ptr %2604, align 4, !tbaa !5
-  %2606 = insertelement <16 x float> poison, float %2605, i64 0
-  %2607 = shufflevector <16 x float> %2606, <16 x float> poison, <16 x i32> zeroinitializer
-  %2608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2607, <16 x float> %2565)
-  %2609 = getelementptr i8, ptr %2593, i64 1604
-  %2610 = load float, ptr %2609, align 4, !tbaa !5
-  %2611 = insertelement <16 x float> poison, float %2610, i64 0
-  %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
-  %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2612, <16 x float> %2570)
-  %2614 = getelementptr i8, ptr %2593, i64 1544
-  %2615 = load float, ptr %2614, align 4, !tbaa !5
-  %2616 = insertelement <16 x float> poison, float %2615, i64 0
-  %2617 = shufflevector <16 x float> %2616, <16 x float> poison, <16 x i32> zeroinitializer
-  %2618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2617, <16 x float> %2575)
-  %2619 = getelementptr i8, ptr %2593, i64 1608
-  %2620 = load float, ptr %2619, align 4, !tbaa !5
-  %2621 = insertelement <16 x float> poison, float %2620, i64 0
-  %2622 = shufflevector <16 x float> %2621, <16 x float> poison, <16 x i32> zeroinitializer
-  %2623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2622, <16 x float> %2580)
-  %2624 = getelementptr i8, ptr %2593, i64 1548
-  %2625 = load float, ptr %2624, align 4, !tbaa !5
-  %2626 = insertelement <16 x float> poison, float %2625, i64 0
-  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
-  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2627, <16 x float> %2585)
-  %2629 = getelementptr i8, ptr %2593, i64 1612
-  %2630 = load float, ptr %2629, align 4, !tbaa !5
-  %2631 = insertelement <16 x float> poison, float %2630, i64 0
-  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
-  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2591, <16 x float> %2632, <16 x float> %2590)
-  br i1 %exitcond.not.3, label %for_end_ti154.i, label %for_body_ti153.i.4, !prof !13
+for_body_ti161.i.3:                               ; preds = %for_body_ti161.i.2
+  %2593 = load <16 x float>, ptr %gep854.i.3, align 4, !tbaa !5
+  %2594 = sext i32 %invariant.op458.i to i64
+  %2595 = getelementptr float, ptr %v_tile.i, i64 %2594
+  %2596 = getelementptr i8, ptr %2595, i64 1536
+  %2597 = load float, ptr %2596, align 4, !tbaa !5
+  %2598 = insertelement <16 x float> poison, float %2597, i64 0
+  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
+  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2599, <16 x float> %2557)
+  %2601 = getelementptr i8, ptr %2595, i64 1600
+  %2602 = load float, ptr %2601, align 4, !tbaa !5
+  %2603 = insertelement <16 x float> poison, float %2602, i64 0
+  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
+  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2604, <16 x float> %2562)
+  %2606 = getelementptr i8, ptr %2595, i64 1540
+  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2608 = insertelement <16 x float> poison, float %2607, i64 0
+  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2609, <16 x float> %2567)
+  %2611 = getelementptr i8, ptr %2595, i64 1604
+  %2612 = load float, ptr %2611, align 4, !tbaa !5
+  %2613 = insertelement <16 x float> poison, float %2612, i64 0
+  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
+  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2614, <16 x float> %2572)
+  %2616 = getelementptr i8, ptr %2595, i64 1544
+  %2617 = load float, ptr %2616, align 4, !tbaa !5
+  %2618 = insertelement <16 x float> poison, float %2617, i64 0
+  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
+  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2619, <16 x float> %2577)
+  %2621 = getelementptr i8, ptr %2595, i64 1608
+  %2622 = load float, ptr %2621, align 4, !tbaa !5
+  %2623 = insertelement <16 x float> poison, float %2622, i64 0
+  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2624, <16 x float> %2582)
+  %2626 = getelementptr i8, ptr %2595, i64 1548
+  %2627 = load float, ptr %2626, align 4, !tbaa !5
+  %2628 = insertelement <16 x float> poison, float %2627, i64 0
+  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2629, <16 x float> %2587)
+  %2631 = getelementptr i8, ptr %2595, i64 1612
+  %2632 = load float, ptr %2631, align 4, !tbaa !5
+  %2633 = insertelement <16 x float> poison, float %2632, i64 0
+  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
+  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2593, <16 x float> %2634, <16 x float> %2592)
+  br i1 %exitcond.not.3, label %for_end_ti162.i, label %for_body_ti161.i.4, !prof !13
 
-for_body_ti153.i.4:                               ; preds = %for_body_ti153.i.3
-  %2634 = load <16 x float>, ptr %gep846.i.4, align 4, !tbaa !5
-  %2635 = sext i32 %invariant.op451.i to i64
-  %2636 = getelementptr float, ptr %v_tile.i, i64 %2635
-  %2637 = getelementptr i8, ptr %2636, i64 2048
-  %2638 = load float, ptr %2637, align 4, !tbaa !5
-  %2639 = insertelement <16 x float> poison, float %2638, i64 0
-  %2640 = shufflevector <16 x float> %2639, <16 x float> poison, <16 x i32> zeroinitializer
-  %2641 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2640, <16 x float> %2598)
-  %2642 = getelementptr i8, ptr %2636, i64 2112
-  %2643 = load float, ptr %2642, align 4, !tbaa !5
-  %2644 = insertelement <16 x float> poison, float %2643, i64 0
-  %2645 = shufflevector <16 x float> %2644, <16 x float> poison, <16 x i32> zeroinitializer
-  %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2645, <16 x float> %2603)
-  %2647 = getelementptr i8, ptr %2636, i64 2052
-  %2648 = load float, ptr %2647, align 4, !tbaa !5
-  %2649 = insertelement <16 x float> poison, float %2648, i64 0
-  %2650 = shufflevector <16 x float> %2649, <16 x float> poison, <16 x i32> zeroinitializer
-  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2650, <16 x float> %2608)
-  %2652 = getelementptr i8, ptr %2636, i64 2116
-  %2653 = load float, ptr %2652, align 4, !tbaa !5
-  %2654 = insertelement <16 x float> poison, float %2653, i64 0
-  %2655 = shufflevector <16 x float> %2654, <16 x float> poison, <16 x i32> zeroinitializer
-  %2656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2655, <16 x float> %2613)
-  %2657 = getelementptr i8, ptr %2636, i64 2056
-  %2658 = load float, ptr %2657, align 4, !tbaa !5
-  %2659 = insertelement <16 x float> poison, float %2658, i64 0
-  %2660 = shufflevector <16 x float> %2659, <16 x float> poison, <16 x i32> zeroinitializer
-  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2660, <16 x float> %2618)
-  %2662 = getelementptr i8, ptr %2636, i64 2120
-  %2663 = load float, ptr %2662, align 4, !tbaa !5
-  %2664 = insertelement <16 x float> poison, float %2663, i64 0
-  %2665 = shufflevector <16 x float> %2664, <16 x float> poison, <16 x i32> zeroinitializer
-  %2666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2665, <16 x float> %2623)
-  %2667 = getelementptr i8, ptr %2636, i64 2060
-  %2668 = load float, ptr %2667, align 4, !tbaa !5
-  %2669 = insertelement <16 x float> poison, float %2668, i64 0
-  %2670 = shufflevector <16 x float> %2669, <16 x float> poison, <16 x i32> zeroinitializer
-  %2671 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2670, <16 x float> %2628)
-  %2672 = getelementptr i8, ptr %2636, i64 2124
-  %2673 = load float, ptr %2672, align 4, !tbaa !5
-  %2674 = insertelement <16 x float> poison, float %2673, i64 0
-  %2675 = shufflevector <16 x float> %2674, <16 x float> poison, <16 x i32> zeroinitializer
-  %2676 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2634, <16 x float> %2675, <16 x float> %2633)
-  br i1 %exitcond.not.4, label %for_end_ti154.i, label %for_body_ti153.i.5, !prof !13
+for_body_ti161.i.4:                               ; preds = %for_body_ti161.i.3
+  %2636 = load <16 x float>, ptr %gep854.i.4, align 4, !tbaa !5
+  %2637 = sext i32 %invariant.op458.i to i64
+  %2638 = getelementptr float, ptr %v_tile.i, i64 %2637
+  %2639 = getelementptr i8, ptr %2638, i64 2048
+  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2641 = insertelement <16 x float> poison, float %2640, i64 0
+  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2642, <16 x float> %2600)
+  %2644 = getelementptr i8, ptr %2638, i64 2112
+  %2645 = load float, ptr %2644, align 4, !tbaa !5
+  %2646 = insertelement <16 x float> poison, float %2645, i64 0
+  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2647, <16 x float> %2605)
+  %2649 = getelementptr i8, ptr %2638, i64 2052
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2652, <16 x float> %2610)
+  %2654 = getelementptr i8, ptr %2638, i64 2116
+  %2655 = load float, ptr %2654, align 4, !tbaa !5
+  %2656 = insertelement <16 x float> poison, float %2655, i64 0
+  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2657, <16 x float> %2615)
+  %2659 = getelementptr i8, ptr %2638, i64 2056
+  %2660 = load float, ptr %2659, align 4, !tbaa !5
+  %2661 = insertelement <16 x float> poison, float %2660, i64 0
+  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
+  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2662, <16 x float> %2620)
+  %2664 = getelementptr i8, ptr %2638, i64 2120
+  %2665 = load float, ptr %2664, align 4, !tbaa !5
+  %2666 = insertelement <16 x float> poison, float %2665, i64 0
+  %2667 = shufflevector <16 x float> %2666, <16 x float> poison, <16 x i32> zeroinitializer
+  %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2667, <16 x float> %2625)
+  %2669 = getelementptr i8, ptr %2638, i64 2060
+  %2670 = load float, ptr %2669, align 4, !tbaa !5
+  %2671 = insertelement <16 x float> poison, float %2670, i64 0
+  %2672 = shufflevector <16 x float> %2671, <16 x float> poison, <16 x i32> zeroinitializer
+  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2672, <16 x float> %2630)
+  %2674 = getelementptr i8, ptr %2638, i64 2124
+  %2675 = load float, ptr %2674, align 4, !tbaa !5
+  %2676 = insertelement <16 x float> poison, float %2675, i64 0
+  %2677 = shufflevector <16 x float> %2676, <16 x float> poison, <16 x i32> zeroinitializer
+  %2678 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> %2677, <16 x float> %2635)
+  br i1 %exitcond.not.4, label %for_end_ti162.i, label %for_body_ti161.i.5, !prof !13
 
-for_body_ti153.i.5:                               ; preds = %for_body_ti153.i.4
-  %2677 = load <16 x float>, ptr %gep846.i.5, align 4, !tbaa !5
-  %2678 = sext i32 %invariant.op451.i to i64
-  %2679 = getelementptr float, ptr %v_tile.i, i64 %2678
-  %2680 = getelementptr i8, ptr %2679, i64 2560
-  %2681 = load float, ptr %2680, align 4, !tbaa !5
-  %2682 = insertelement <16 x float> poison, float %2681, i64 0
-  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
-  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2683, <16 x float> %2641)
-  %2685 = getelementptr i8, ptr %2679, i64 2624
-  %2686 = load float, ptr %2685, align 4, !tbaa !5
-  %2687 = insertelement <16 x float> poison, float %2686, i64 0
-  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
-  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2688, <16 x float> %2646)
-  %2690 = getelementptr i8, ptr %2679, i64 2564
-  %2691 = load float, ptr %2690, align 4, !tbaa !5
-  %2692 = insertelement <16 x float> poison, float %2691, i64 0
-  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
-  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2693, <16 x float> %2651)
-  %2695 = getelementptr i8, ptr %2679, i64 2628
-  %2696 = load float, ptr %2695, align 4, !tbaa !5
-  %2697 = insertelement <16 x float> poison, float %2696, i64 0
-  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
-  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2698, <16 x float> %2656)
-  %2700 = getelementptr i8, ptr %2679, i64 2568
-  %2701 = load float, ptr %2700, align 4, !tbaa !5
-  %2702 = insertelement <16 x float> poison, float %2701, i64 0
-  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
-  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2703, <16 x float> %2661)
-  %2705 = getelementptr i8, ptr %2679, i64 2632
-  %2706 = load float, ptr %2705, align 4, !tbaa !5
-  %2707 = insertelement <16 x float> poison, float %2706, i64 0
-  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
-  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2708, <16 x float> %2666)
-  %2710 = getelementptr i8, ptr %2679, i64 2572
-  %2711 = load float, ptr %2710, align 4, !tbaa !5
-  %2712 = insertelement <16 x float> poison, float %2711, i64 0
-  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
-  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2713, <16 x float> %2671)
-  %2715 = getelementptr i8, ptr %2679, i64 2636
-  %2716 = load float, ptr %2715, align 4, !tbaa !5
-  %2717 = insertelement <16 x float> poison, float %2716, i64 0
-  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
-  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2677, <16 x float> %2718, <16 x float> %2676)
-  br i1 %exitcond.not.5, label %for_end_ti154.i, label %for_body_ti153.i.6, !prof !13
+for_body_ti161.i.5:                               ; preds = %for_body_ti161.i.4
+  %2679 = load <16 x float>, ptr %gep854.i.5, align 4, !tbaa !5
+  %2680 = sext i32 %invariant.op458.i to i64
+  %2681 = getelementptr float, ptr %v_tile.i, i64 %2680
+  %2682 = getelementptr i8, ptr %2681, i64 2560
+  %2683 = load float, ptr %2682, align 4, !tbaa !5
+  %2684 = insertelement <16 x float> poison, float %2683, i64 0
+  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
+  %2686 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2685, <16 x float> %2643)
+  %2687 = getelementptr i8, ptr %2681, i64 2624
+  %2688 = load float, ptr %2687, align 4, !tbaa !5
+  %2689 = insertelement <16 x float> poison, float %2688, i64 0
+  %2690 = shufflevector <16 x float> %2689, <16 x float> poison, <16 x i32> zeroinitializer
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2690, <16 x float> %2648)
+  %2692 = getelementptr i8, ptr %2681, i64 2564
+  %2693 = load float, ptr %2692, align 4, !tbaa !5
+  %2694 = insertelement <16 x float> poison, float %2693, i64 0
+  %2695 = shufflevector <16 x float> %2694, <16 x float> poison, <16 x i32> zeroinitializer
+  %2696 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2695, <16 x float> %2653)
+  %2697 = getelementptr i8, ptr %2681, i64 2628
+  %2698 = load float, ptr %2697, align 4, !tbaa !5
+  %2699 = insertelement <16 x float> poison, float %2698, i64 0
+  %2700 = shufflevector <16 x float> %2699, <16 x float> poison, <16 x i32> zeroinitializer
+  %2701 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2700, <16 x float> %2658)
+  %2702 = getelementptr i8, ptr %2681, i64 2568
+  %2703 = load float, ptr %2702, align 4, !tbaa !5
+  %2704 = insertelement <16 x float> poison, float %2703, i64 0
+  %2705 = shufflevector <16 x float> %2704, <16 x float> poison, <16 x i32> zeroinitializer
+  %2706 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2705, <16 x float> %2663)
+  %2707 = getelementptr i8, ptr %2681, i64 2632
+  %2708 = load float, ptr %2707, align 4, !tbaa !5
+  %2709 = insertelement <16 x float> poison, float %2708, i64 0
+  %2710 = shufflevector <16 x float> %2709, <16 x float> poison, <16 x i32> zeroinitializer
+  %2711 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2710, <16 x float> %2668)
+  %2712 = getelementptr i8, ptr %2681, i64 2572
+  %2713 = load float, ptr %2712, align 4, !tbaa !5
+  %2714 = insertelement <16 x float> poison, float %2713, i64 0
+  %2715 = shufflevector <16 x float> %2714, <16 x float> poison, <16 x i32> zeroinitializer
+  %2716 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2715, <16 x float> %2673)
+  %2717 = getelementptr i8, ptr %2681, i64 2636
+  %2718 = load float, ptr %2717, align 4, !tbaa !5
+  %2719 = insertelement <16 x float> poison, float %2718, i64 0
+  %2720 = shufflevector <16 x float> %2719, <16 x float> poison, <16 x i32> zeroinitializer
+  %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2720, <16 x float> %2678)
+  br i1 %exitcond.not.5, label %for_end_ti162.i, label %for_body_ti161.i.6, !prof !13
 
-for_body_ti153.i.6:                               ; preds = %for_body_ti153.i.5
-  %2720 = load <16 x float>, ptr %gep846.i.6, align 4, !tbaa !5
-  %2721 = sext i32 %invariant.op451.i to i64
-  %2722 = getelementptr float, ptr %v_tile.i, i64 %2721
-  %2723 = getelementptr i8, ptr %2722, i64 3072
-  %2724 = load float, ptr %2723, align 4, !tbaa !5
-  %2725 = insertelement <16 x float> poison, float %2724, i64 0
-  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
-  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2726, <16 x float> %2684)
-  %2728 = getelementptr i8, ptr %2722, i64 3136
-  %2729 = load float, ptr %2728, align 4, !tbaa !5
-  %2730 = insertelement <16 x float> poison, float %2729, i64 0
-  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
-  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2731, <16 x float> %2689)
-  %2733 = getelementptr i8, ptr %2722, i64 3076
-  %2734 = load float, ptr %2733, align 4, !tbaa !5
-  %2735 = insertelement <16 x float> poison, float %2734, i64 0
-  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
-  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2736, <16 x float> %2694)
-  %2738 = getelementptr i8, ptr %2722, i64 3140
-  %2739 = load float, ptr %2738, align 4, !tbaa !5
-  %2740 = insertelement <16 x float> poison, float %2739, i64 0
-  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
-  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2741, <16 x float> %2699)
-  %2743 = getelementptr i8, ptr %2722, i64 3080
-  %2744 = load float, ptr %2743, align 4, !tbaa !5
-  %2745 = insertelement <16 x float> poison, float %2744, i64 0
-  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
-  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2746, <16 x float> %2704)
-  %2748 = getelementptr i8, ptr %2722, i64 3144
-  %2749 = load float, ptr %2748, align 4, !tbaa !5
-  %2750 = insertelement <16 x float> poison, float %2749, i64 0
-  %2751 = shufflevector <16 x float> %2750, <16 x float> poison, <16 x i32> zeroinitializer
-  %2752 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2751, <16 x float> %2709)
-  %2753 = getelementptr i8, ptr %2722, i64 3084
-  %2754 = load float, ptr %2753, align 4, !tbaa !5
-  %2755 = insertelement <16 x float> poison, float %2754, i64 0
-  %2756 = shufflevector <16 x float> %2755, <16 x float> poison, <16 x i32> zeroinitializer
-  %2757 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2756, <16 x float> %2714)
-  %2758 = getelementptr i8, ptr %2722, i64 3148
-  %2759 = load float, ptr %2758, align 4, !tbaa !5
-  %2760 = insertelement <16 x float> poison, float %2759, i64 0
-  %2761 = shufflevector <16 x float> %2760, <16 x float> poison, <16 x i32> zeroinitializer
-  %2762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2720, <16 x float> %2761, <16 x float> %2719)
-  br label %for_end_ti154.i
+for_body_ti161.i.6:                               ; preds = %for_body_ti161.i.5
+  %2722 = load <16 x float>, ptr %gep854.i.6, align 4, !tbaa !5
+  %2723 = sext i32 %invariant.op458.i to i64
+  %2724 = getelementptr float, ptr %v_tile.i, i64 %2723
+  %2725 = getelementptr i8, ptr %2724, i64 3072
+  %2726 = load float, ptr %2725, align 4, !tbaa !5
+  %2727 = insertelement <16 x float> poison, float %2726, i64 0
+  %2728 = shufflevector <16 x float> %2727, <16 x float> poison, <16 x i32> zeroinitializer
+  %2729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2728, <16 x float> %2686)
+  %2730 = getelementptr i8, ptr %2724, i64 3136
+  %2731 = load float, ptr %2730, align 4, !tbaa !5
+  %2732 = insertelement <16 x float> poison, float %2731, i64 0
+  %2733 = shufflevector <16 x float> %2732, <16 x float> poison, <16 x i32> zeroinitializer
+  %2734 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2733, <16 x float> %2691)
+  %2735 = getelementptr i8, ptr %2724, i64 3076
+  %2736 = load float, ptr %2735, align 4, !tbaa !5
+  %2737 = insertelement <16 x float> poison, float %2736, i64 0
+  %2738 = shufflevector <16 x float> %2737, <16 x float> poison, <16 x i32> zeroinitializer
+  %2739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2738, <16 x float> %2696)
+  %2740 = getelementptr i8, ptr %2724, i64 3140
+  %2741 = load float, ptr %2740, align 4, !tbaa !5
+  %2742 = insertelement <16 x float> poison, float %2741, i64 0
+  %2743 = shufflevector <16 x float> %2742, <16 x float> poison, <16 x i32> zeroinitializer
+  %2744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2743, <16 x float> %2701)
+  %2745 = getelementptr i8, ptr %2724, i64 3080
+  %2746 = load float, ptr %2745, align 4, !tbaa !5
+  %2747 = insertelement <16 x float> poison, float %2746, i64 0
+  %2748 = shufflevector <16 x float> %2747, <16 x float> poison, <16 x i32> zeroinitializer
+  %2749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2748, <16 x float> %2706)
+  %2750 = getelementptr i8, ptr %2724, i64 3144
+  %2751 = load float, ptr %2750, align 4, !tbaa !5
+  %2752 = insertelement <16 x float> poison, float %2751, i64 0
+  %2753 = shufflevector <16 x float> %2752, <16 x float> poison, <16 x i32> zeroinitializer
+  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2753, <16 x float> %2711)
+  %2755 = getelementptr i8, ptr %2724, i64 3084
+  %2756 = load float, ptr %2755, align 4, !tbaa !5
+  %2757 = insertelement <16 x float> poison, float %2756, i64 0
+  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
+  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2758, <16 x float> %2716)
+  %2760 = getelementptr i8, ptr %2724, i64 3148
+  %2761 = load float, ptr %2760, align 4, !tbaa !5
+  %2762 = insertelement <16 x float> poison, float %2761, i64 0
+  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
+  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2722, <16 x float> %2763, <16 x float> %2721)
+  br label %for_end_ti162.i
 
-for_end_ti154.i:                                  ; preds = %for_body_ti153.i.6, %for_body_ti153.i.5, %for_body_ti153.i.4, %for_body_ti153.i.3, %for_body_ti153.i.2, %for_body_ti153.i.1, %for_body_ti153.lr.ph.i, %for_end_to144.i
-  %tile_acc255.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.28.0.lcssa.i, %for_end_to144.i ], [ %2504, %for_body_ti153.lr.ph.i ], [ %2547, %for_body_ti153.i.1 ], [ %2590, %for_body_ti153.i.2 ], [ %2633, %for_body_ti153.i.3 ], [ %2676, %for_body_ti153.i.4 ], [ %2719, %for_body_ti153.i.5 ], [ %2762, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.24.0.lcssa.i, %for_end_to144.i ], [ %2499, %for_body_ti153.lr.ph.i ], [ %2542, %for_body_ti153.i.1 ], [ %2585, %for_body_ti153.i.2 ], [ %2628, %for_body_ti153.i.3 ], [ %2671, %for_body_ti153.i.4 ], [ %2714, %for_body_ti153.i.5 ], [ %2757, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.20.0.lcssa.i, %for_end_to144.i ], [ %2494, %for_body_ti153.lr.ph.i ], [ %2537, %for_body_ti153.i.1 ], [ %2580, %for_body_ti153.i.2 ], [ %2623, %for_body_ti153.i.3 ], [ %2666, %for_body_ti153.i.4 ], [ %2709, %for_body_ti153.i.5 ], [ %2752, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.16.0.lcssa.i, %for_end_to144.i ], [ %2489, %for_body_ti153.lr.ph.i ], [ %2532, %for_body_ti153.i.1 ], [ %2575, %for_body_ti153.i.2 ], [ %2618, %for_body_ti153.i.3 ], [ %2661, %for_body_ti153.i.4 ], [ %2704, %for_body_ti153.i.5 ], [ %2747, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.12.0.lcssa.i, %for_end_to144.i ], [ %2484, %for_body_ti153.lr.ph.i ], [ %2527, %for_body_ti153.i.1 ], [ %2570, %for_body_ti153.i.2 ], [ %2613, %for_body_ti153.i.3 ], [ %2656, %for_body_ti153.i.4 ], [ %2699, %for_body_ti153.i.5 ], [ %2742, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.8.0.lcssa.i, %for_end_to144.i ], [ %2479, %for_body_ti153.lr.ph.i ], [ %2522, %for_body_ti153.i.1 ], [ %2565, %for_body_ti153.i.2 ], [ %2608, %for_body_ti153.i.3 ], [ %2651, %for_body_ti153.i.4 ], [ %2694, %for_body_ti153.i.5 ], [ %2737, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.4.0.lcssa.i, %for_end_to144.i ], [ %2474, %for_body_ti153.lr.ph.i ], [ %2517, %for_body_ti153.i.1 ], [ %2560, %for_body_ti153.i.2 ], [ %2603, %for_body_ti153.i.3 ], [ %2646, %for_body_ti153.i.4 ], [ %2689, %for_body_ti153.i.5 ], [ %2732, %for_body_ti153.i.6 ]
-  %tile_acc255.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc254.sroa.0.0.lcssa.i, %for_end_to144.i ], [ %2469, %for_body_ti153.lr.ph.i ], [ %2512, %for_body_ti153.i.1 ], [ %2555, %for_body_ti153.i.2 ], [ %2598, %for_body_ti153.i.3 ], [ %2641, %for_body_ti153.i.4 ], [ %2684, %for_body_ti153.i.5 ], [ %2727, %for_body_ti153.i.6 ]
-  %.idx69 = shl nuw nsw i64 %indvars.iv622.i, 9
-  %2763 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx69
-  br i1 %2045, label %if_then171.i, label %if_end170.i, !prof !8
+for_end_ti162.i:                                  ; preds = %for_body_ti161.i.6, %for_body_ti161.i.5, %for_body_ti161.i.4, %for_body_ti161.i.3, %for_body_ti161.i.2, %for_body_ti161.i.1, %for_body_ti161.lr.ph.i, %for_end_to147.i
+  %tile_acc263.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.28.0.lcssa.i, %for_end_to147.i ], [ %2506, %for_body_ti161.lr.ph.i ], [ %2549, %for_body_ti161.i.1 ], [ %2592, %for_body_ti161.i.2 ], [ %2635, %for_body_ti161.i.3 ], [ %2678, %for_body_ti161.i.4 ], [ %2721, %for_body_ti161.i.5 ], [ %2764, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.24.0.lcssa.i, %for_end_to147.i ], [ %2501, %for_body_ti161.lr.ph.i ], [ %2544, %for_body_ti161.i.1 ], [ %2587, %for_body_ti161.i.2 ], [ %2630, %for_body_ti161.i.3 ], [ %2673, %for_body_ti161.i.4 ], [ %2716, %for_body_ti161.i.5 ], [ %2759, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.20.0.lcssa.i, %for_end_to147.i ], [ %2496, %for_body_ti161.lr.ph.i ], [ %2539, %for_body_ti161.i.1 ], [ %2582, %for_body_ti161.i.2 ], [ %2625, %for_body_ti161.i.3 ], [ %2668, %for_body_ti161.i.4 ], [ %2711, %for_body_ti161.i.5 ], [ %2754, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.16.0.lcssa.i, %for_end_to147.i ], [ %2491, %for_body_ti161.lr.ph.i ], [ %2534, %for_body_ti161.i.1 ], [ %2577, %for_body_ti161.i.2 ], [ %2620, %for_body_ti161.i.3 ], [ %2663, %for_body_ti161.i.4 ], [ %2706, %for_body_ti161.i.5 ], [ %2749, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.12.0.lcssa.i, %for_end_to147.i ], [ %2486, %for_body_ti161.lr.ph.i ], [ %2529, %for_body_ti161.i.1 ], [ %2572, %for_body_ti161.i.2 ], [ %2615, %for_body_ti161.i.3 ], [ %2658, %for_body_ti161.i.4 ], [ %2701, %for_body_ti161.i.5 ], [ %2744, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.8.0.lcssa.i, %for_end_to147.i ], [ %2481, %for_body_ti161.lr.ph.i ], [ %2524, %for_body_ti161.i.1 ], [ %2567, %for_body_ti161.i.2 ], [ %2610, %for_body_ti161.i.3 ], [ %2653, %for_body_ti161.i.4 ], [ %2696, %for_body_ti161.i.5 ], [ %2739, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.4.0.lcssa.i, %for_end_to147.i ], [ %2476, %for_body_ti161.lr.ph.i ], [ %2519, %for_body_ti161.i.1 ], [ %2562, %for_body_ti161.i.2 ], [ %2605, %for_body_ti161.i.3 ], [ %2648, %for_body_ti161.i.4 ], [ %2691, %for_body_ti161.i.5 ], [ %2734, %for_body_ti161.i.6 ]
+  %tile_acc263.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc262.sroa.0.0.lcssa.i, %for_end_to147.i ], [ %2471, %for_body_ti161.lr.ph.i ], [ %2514, %for_body_ti161.i.1 ], [ %2557, %for_body_ti161.i.2 ], [ %2600, %for_body_ti161.i.3 ], [ %2643, %for_body_ti161.i.4 ], [ %2686, %for_body_ti161.i.5 ], [ %2729, %for_body_ti161.i.6 ]
+  %.idx69 = shl nuw nsw i64 %indvars.iv631.i, 9
+  %2765 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx69
+  br i1 %2045, label %if_then179.i, label %if_end178.i, !prof !8
 
-if_end170.i:                                      ; preds = %for_end_ti154.i
-  %2764 = load <16 x float>, ptr %2763, align 4, !tbaa !5
-  %2765 = fmul <16 x float> %2073, %2764
-  %2766 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2765)
-  store <16 x float> %2766, ptr %2763, align 4, !tbaa !5
-  %2767 = getelementptr inbounds nuw i8, ptr %2763, i64 64
-  %2768 = load <16 x float>, ptr %2767, align 4, !tbaa !5
-  %2769 = fmul <16 x float> %2073, %2768
-  %2770 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2769)
-  store <16 x float> %2770, ptr %2767, align 4, !tbaa !5
-  %2771 = getelementptr inbounds nuw i8, ptr %2763, i64 128
-  %2772 = load <16 x float>, ptr %2771, align 4, !tbaa !5
-  %2773 = fmul <16 x float> %2073, %2772
-  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2773)
-  store <16 x float> %2774, ptr %2771, align 4, !tbaa !5
-  %2775 = getelementptr inbounds nuw i8, ptr %2763, i64 192
-  %2776 = load <16 x float>, ptr %2775, align 4, !tbaa !5
-  %2777 = fmul <16 x float> %2073, %2776
-  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2777)
-  store <16 x float> %2778, ptr %2775, align 4, !tbaa !5
-  %2779 = getelementptr inbounds nuw i8, ptr %2763, i64 256
-  %2780 = load <16 x float>, ptr %2779, align 4, !tbaa !5
-  %2781 = fmul <16 x float> %2073, %2780
-  %2782 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2781)
-  store <16 x float> %2782, ptr %2779, align 4, !tbaa !5
-  %2783 = getelementptr inbounds nuw i8, ptr %2763, i64 320
-  %2784 = load <16 x float>, ptr %2783, align 4, !tbaa !5
-  %2785 = fmul <16 x float> %2073, %2784
-  %2786 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2785)
-  store <16 x float> %2786, ptr %2783, align 4, !tbaa !5
-  %2787 = getelementptr inbounds nuw i8, ptr %2763, i64 384
-  %2788 = load <16 x float>, ptr %2787, align 4, !tbaa !5
-  %2789 = fmul <16 x float> %2073, %2788
-  %2790 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2789)
-  store <16 x float> %2790, ptr %2787, align 4, !tbaa !5
-  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2763, i64 448
+if_end178.i:                                      ; preds = %for_end_ti162.i
+  %2766 = load <16 x float>, ptr %2765, align 4, !tbaa !5
+  %2767 = fmul <16 x float> %2073, %2766
+  %2768 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.0.0.lcssa.i, <16 x float> %2767)
+  store <16 x float> %2768, ptr %2765, align 4, !tbaa !5
+  %2769 = getelementptr inbounds nuw i8, ptr %2765, i64 64
+  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !5
+  %2771 = fmul <16 x float> %2073, %2770
+  %2772 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.4.0.lcssa.i, <16 x float> %2771)
+  store <16 x float> %2772, ptr %2769, align 4, !tbaa !5
+  %2773 = getelementptr inbounds nuw i8, ptr %2765, i64 128
+  %2774 = load <16 x float>, ptr %2773, align 4, !tbaa !5
+  %2775 = fmul <16 x float> %2073, %2774
+  %2776 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.9.0.lcssa.i, <16 x float> %2775)
+  store <16 x float> %2776, ptr %2773, align 4, !tbaa !5
+  %2777 = getelementptr inbounds nuw i8, ptr %2765, i64 192
+  %2778 = load <16 x float>, ptr %2777, align 4, !tbaa !5
+  %2779 = fmul <16 x float> %2073, %2778
+  %2780 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.13.0.lcssa.i, <16 x float> %2779)
+  store <16 x float> %2780, ptr %2777, align 4, !tbaa !5
+  %2781 = getelementptr inbounds nuw i8, ptr %2765, i64 256
+  %2782 = load <16 x float>, ptr %2781, align 4, !tbaa !5
+  %2783 = fmul <16 x float> %2073, %2782
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.18.0.lcssa.i, <16 x float> %2783)
+  store <16 x float> %2784, ptr %2781, align 4, !tbaa !5
+  %2785 = getelementptr inbounds nuw i8, ptr %2765, i64 320
+  %2786 = load <16 x float>, ptr %2785, align 4, !tbaa !5
+  %2787 = fmul <16 x float> %2073, %2786
+  %2788 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.22.0.lcssa.i, <16 x float> %2787)
+  store <16 x float> %2788, ptr %2785, align 4, !tbaa !5
+  %2789 = getelementptr inbounds nuw i8, ptr %2765, i64 384
+  %2790 = load <16 x float>, ptr %2789, align 4, !tbaa !5
+  %2791 = fmul <16 x float> %2073, %2790
+  %2792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.27.0.lcssa.i, <16 x float> %2791)
+  store <16 x float> %2792, ptr %2789, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2765, i64 448
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  %.pre737.i = fmul <16 x float> %2073, %.pre.i
-  br label %if_end172.i
+  %.pre746.i = fmul <16 x float> %2073, %.pre.i
+  br label %if_end180.i
 
-if_then171.i:                                     ; preds = %for_end_ti154.i
-  %2791 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.0.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2791, ptr %2763, align 4, !tbaa !5
-  %2792 = getelementptr inbounds nuw i8, ptr %2763, i64 64
-  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.4.0.lcssa.i, <16 x float> %2101)
-  store <16 x float> %2793, ptr %2792, align 4, !tbaa !5
-  %2794 = getelementptr inbounds nuw i8, ptr %2763, i64 128
-  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.9.0.lcssa.i, <16 x float> %2101)
+if_then179.i:                                     ; preds = %for_end_ti162.i
+  %2793 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.0.0.lcssa.i, <16 x float> %2101)
+  store <16 x float> %2793, ptr %2765, align 4, !tbaa !5
+  %2794 = getelementptr inbounds nuw i8, ptr %2765, i64 64
+  %2795 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.4.0.lcssa.i, <16 x float> %2101)
   store <16 x float> %2795, ptr %2794, align 4, !tbaa !5
-  %2796 = getelementptr inbounds nuw i8, ptr %2763, i64 192
-  %2797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.13.0.lcssa.i, <16 x float> %2101)
+  %2796 = getelementptr inbounds nuw i8, ptr %2765, i64 128
+  %2797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.9.0.lcssa.i, <16 x float> %2101)
   store <16 x float> %2797, ptr %2796, align 4, !tbaa !5
-  %2798 = getelementptr inbounds nuw i8, ptr %2763, i64 256
-  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.18.0.lcssa.i, <16 x float> %2101)
+  %2798 = getelementptr inbounds nuw i8, ptr %2765, i64 192
+  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.13.0.lcssa.i, <16 x float> %2101)
   store <16 x float> %2799, ptr %2798, align 4, !tbaa !5
-  %2800 = getelementptr inbounds nuw i8, ptr %2763, i64 320
-  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.22.0.lcssa.i, <16 x float> %2101)
+  %2800 = getelementptr inbounds nuw i8, ptr %2765, i64 256
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.18.0.lcssa.i, <16 x float> %2101)
   store <16 x float> %2801, ptr %2800, align 4, !tbaa !5
-  %2802 = getelementptr inbounds nuw i8, ptr %2763, i64 384
-  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.27.0.lcssa.i, <16 x float> %2101)
+  %2802 = getelementptr inbounds nuw i8, ptr %2765, i64 320
+  %2803 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.22.0.lcssa.i, <16 x float> %2101)
   store <16 x float> %2803, ptr %2802, align 4, !tbaa !5
-  br label %if_end172.i
-
-if_end172.i:                                      ; preds = %if_then171.i, %if_end170.i
-  %.pre-phi.i = phi <16 x float> [ %.pre737.i, %if_end170.i ], [ %2101, %if_then171.i ]
-  %2804 = getelementptr inbounds nuw i8, ptr %2763, i64 448
-  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc255.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  %2804 = getelementptr inbounds nuw i8, ptr %2765, i64 384
+  %2805 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.27.0.lcssa.i, <16 x float> %2101)
   store <16 x float> %2805, ptr %2804, align 4, !tbaa !5
-  %indvars.iv.next623.i = add nuw nsw i64 %indvars.iv622.i, 1
-  %exitcond625.not.i = icmp eq i64 %indvars.iv.next623.i, 16
-  br i1 %exitcond625.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  br label %if_end180.i
 
-if_end174.i:                                      ; preds = %for_end_d_0_m.i
-  %2806 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2807 = tail call i32 %2806(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not271.i = icmp eq i32 %2807, 0
-  br i1 %.not271.i, label %if_end177.i, label %fused_decode_compute_.exit, !prof !27
+if_end180.i:                                      ; preds = %if_then179.i, %if_end178.i
+  %.pre-phi.i = phi <16 x float> [ %.pre746.i, %if_end178.i ], [ %2101, %if_then179.i ]
+  %2806 = getelementptr inbounds nuw i8, ptr %2765, i64 448
+  %2807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2094, <16 x float> %tile_acc263.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2807, ptr %2806, align 4, !tbaa !5
+  %indvars.iv.next632.i = add nuw nsw i64 %indvars.iv631.i, 1
+  %exitcond634.not.i = icmp eq i64 %indvars.iv.next632.i, 16
+  br i1 %exitcond634.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end177.i:                                      ; preds = %if_end174.i
+if_end182.i:                                      ; preds = %for_end_d_0_m.i
   %2808 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not272.i = icmp eq i32 %2809, 0
-  br i1 %.not272.i, label %if_end180.i, label %fused_decode_compute_.exit, !prof !27
+  %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not279.i = icmp eq i32 %2809, 0
+  br i1 %.not279.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end180.i:                                      ; preds = %if_end177.i
+if_end185.i:                                      ; preds = %if_end182.i
   %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
-  %.not273.i = icmp eq i32 %2811, 0
-  br i1 %.not273.i, label %if_end183.i, label %fused_decode_compute_.exit, !prof !27
+  %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not280.i = icmp eq i32 %2811, 0
+  br i1 %.not280.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end183.i:                                      ; preds = %if_end180.i
+if_end188.i:                                      ; preds = %if_end185.i
   %2812 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2813 = tail call i32 %2812(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
-  %.not274.i = icmp eq i32 %2813, 0
-  br i1 %.not274.i, label %if_end186.i, label %fused_decode_compute_.exit, !prof !27
+  %2813 = tail call i32 %2812(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not281.i = icmp eq i32 %2813, 0
+  br i1 %.not281.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end186.i:                                      ; preds = %if_end183.i
+if_end191.i:                                      ; preds = %if_end188.i
   %2814 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2815 = tail call i32 %2814(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not275.i = icmp eq i32 %2815, 0
-  br i1 %.not275.i, label %if_end189.i, label %fused_decode_compute_.exit, !prof !27
+  %2815 = tail call i32 %2814(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not282.i = icmp eq i32 %2815, 0
+  br i1 %.not282.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end189.i:                                      ; preds = %if_end186.i
+if_end194.i:                                      ; preds = %if_end191.i
   %2816 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2817 = tail call i32 %2816(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not276.i = icmp eq i32 %2817, 0
-  br i1 %.not276.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
+  %2817 = tail call i32 %2816(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not283.i = icmp eq i32 %2817, 0
+  br i1 %.not283.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !27
 
-if_then194.i:                                     ; preds = %for_end_step.i
-  %2818 = fdiv <16 x float> splat (float 1.000000e+00), %2110
-  %2819 = fcmp oeq <16 x float> %2110, zeroinitializer
-  %2820 = select <16 x i1> %2819, <16 x float> zeroinitializer, <16 x float> %2818
-  store <16 x float> %2820, ptr %factor253.i, align 16, !tbaa !28
-  %2821 = mul nsw i64 %190, %out_batch
-  %invariant.gep466.i = getelementptr float, ptr %out, i64 %2821
-  br label %for_begin_d_0196.preheader.i
+if_end197.i:                                      ; preds = %if_end194.i
+  %2818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2819 = tail call i32 %2818(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not284.i = icmp eq i32 %2819, 0
+  br i1 %.not284.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
 
-if_end195.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end232.15.i
-  %2822 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2823 = tail call i32 %2822(i32 1, i32 %dev_id, ptr nonnull %acc.i)
-  %.not.i = icmp eq i32 %2823, 0
-  br i1 %.not.i, label %if_end244.i, label %fused_decode_compute_.exit, !prof !27
+if_then202.i:                                     ; preds = %for_end_step.i
+  %2820 = fdiv <16 x float> splat (float 1.000000e+00), %2110
+  %2821 = fcmp oeq <16 x float> %2110, zeroinitializer
+  %2822 = select <16 x i1> %2821, <16 x float> zeroinitializer, <16 x float> %2820
+  store <16 x float> %2822, ptr %factor261.i, align 16, !tbaa !28
+  %2823 = mul nsw i64 %190, %out_batch
+  %invariant.gep473.i = getelementptr float, ptr %out, i64 %2823
+  br label %for_begin_d_0204.preheader.i
 
-for_begin_r.preheader.i:                          ; preds = %for_end_d_0198.i
-  %2824 = mul nsw i64 %190, %lse_batch
-  %2825 = getelementptr float, ptr %lse, i64 %2824
-  %2826 = shl nuw nsw i32 %347, 23
-  %2827 = add nuw i32 %2826, 16777216
-  %2828 = bitcast i32 %2827 to float
-  %row_sum265.sroa.0.0.vec.extract703.i = extractelement <16 x float> %2110, i64 0
-  %2829 = fcmp oeq float %row_sum265.sroa.0.0.vec.extract703.i, 0.000000e+00
-  br i1 %2829, label %if_end232.i, label %if_else231.i
+if_end203.i:                                      ; preds = %for_body_d.15.i, %vector.body, %if_end240.15.i
+  %2824 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2825 = tail call i32 %2824(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp eq i32 %2825, 0
+  br i1 %.not.i, label %if_end252.i, label %fused_decode_compute_.exit, !prof !27
 
-for_begin_d_0196.preheader.i:                     ; preds = %for_end_d_0198.i, %if_then194.i
-  %indvars.iv653.i = phi i64 [ 0, %if_then194.i ], [ %indvars.iv.next654.i, %for_end_d_0198.i ]
-  %2830 = shl nuw nsw i64 %indvars.iv653.i, 2
-  %2831 = getelementptr inbounds nuw float, ptr %factor253.i, i64 %2830
-  %2832 = load float, ptr %2831, align 16, !tbaa !35
-  %2833 = insertelement <16 x float> poison, float %2832, i64 0
-  %2834 = shufflevector <16 x float> %2833, <16 x float> poison, <16 x i32> zeroinitializer
-  %.idx269.i = mul i64 %104, %indvars.iv653.i
-  %gep467.i = getelementptr i8, ptr %invariant.gep466.i, i64 %.idx269.i
-  %2835 = getelementptr inbounds nuw i8, ptr %2831, i64 4
-  %2836 = load float, ptr %2835, align 4, !tbaa !35
-  %2837 = insertelement <16 x float> poison, float %2836, i64 0
-  %2838 = shufflevector <16 x float> %2837, <16 x float> poison, <16 x i32> zeroinitializer
-  %2839 = or disjoint i64 %2830, 1
-  %2840 = mul nsw i64 %2839, %out_head
-  %2841 = getelementptr inbounds nuw i8, ptr %2831, i64 8
-  %2842 = load float, ptr %2841, align 8, !tbaa !35
-  %2843 = insertelement <16 x float> poison, float %2842, i64 0
-  %2844 = shufflevector <16 x float> %2843, <16 x float> poison, <16 x i32> zeroinitializer
-  %2845 = or disjoint i64 %2830, 2
-  %2846 = mul nsw i64 %2845, %out_head
-  %2847 = getelementptr inbounds nuw i8, ptr %2831, i64 12
-  %2848 = load float, ptr %2847, align 4, !tbaa !35
-  %2849 = insertelement <16 x float> poison, float %2848, i64 0
-  %2850 = shufflevector <16 x float> %2849, <16 x float> poison, <16 x i32> zeroinitializer
-  %2851 = or disjoint i64 %2830, 3
-  %2852 = mul nsw i64 %2851, %out_head
-  %invariant.gep133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2830
-  br label %for_begin_ax1_0201.preheader.i
+for_begin_r.preheader.i:                          ; preds = %for_end_d_0206.i
+  %2826 = mul nsw i64 %190, %lse_batch
+  %2827 = getelementptr float, ptr %lse, i64 %2826
+  %2828 = shl nuw nsw i32 %347, 23
+  %2829 = add nuw i32 %2828, 16777216
+  %2830 = bitcast i32 %2829 to float
+  %row_sum273.sroa.0.0.vec.extract712.i = extractelement <16 x float> %2110, i64 0
+  %2831 = fcmp oeq float %row_sum273.sroa.0.0.vec.extract712.i, 0.000000e+00
+  br i1 %2831, label %if_end240.i, label %if_else239.i
 
-for_begin_ax1_0201.preheader.i:                   ; preds = %for_begin_ax1_0201.preheader.i, %for_begin_d_0196.preheader.i
-  %indvars.iv648.i = phi i64 [ 0, %for_begin_d_0196.preheader.i ], [ %indvars.iv.next649.i, %for_begin_ax1_0201.preheader.i ]
-  %.idx70 = shl nuw nsw i64 %indvars.iv648.i, 10
+for_begin_d_0204.preheader.i:                     ; preds = %for_end_d_0206.i, %if_then202.i
+  %indvars.iv662.i = phi i64 [ 0, %if_then202.i ], [ %indvars.iv.next663.i, %for_end_d_0206.i ]
+  %2832 = shl nuw nsw i64 %indvars.iv662.i, 2
+  %2833 = getelementptr inbounds nuw float, ptr %factor261.i, i64 %2832
+  %2834 = load float, ptr %2833, align 16, !tbaa !35
+  %2835 = insertelement <16 x float> poison, float %2834, i64 0
+  %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
+  %.idx277.i = mul i64 %104, %indvars.iv662.i
+  %gep474.i = getelementptr i8, ptr %invariant.gep473.i, i64 %.idx277.i
+  %2837 = getelementptr inbounds nuw i8, ptr %2833, i64 4
+  %2838 = load float, ptr %2837, align 4, !tbaa !35
+  %2839 = insertelement <16 x float> poison, float %2838, i64 0
+  %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
+  %2841 = or disjoint i64 %2832, 1
+  %2842 = mul nsw i64 %2841, %out_head
+  %2843 = getelementptr inbounds nuw i8, ptr %2833, i64 8
+  %2844 = load float, ptr %2843, align 8, !tbaa !35
+  %2845 = insertelement <16 x float> poison, float %2844, i64 0
+  %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
+  %2847 = or disjoint i64 %2832, 2
+  %2848 = mul nsw i64 %2847, %out_head
+  %2849 = getelementptr inbounds nuw i8, ptr %2833, i64 12
+  %2850 = load float, ptr %2849, align 4, !tbaa !35
+  %2851 = insertelement <16 x float> poison, float %2850, i64 0
+  %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
+  %2853 = or disjoint i64 %2832, 3
+  %2854 = mul nsw i64 %2853, %out_head
+  %invariant.gep133 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2832
+  br label %for_begin_ax1_0209.preheader.i
+
+for_begin_ax1_0209.preheader.i:                   ; preds = %for_begin_ax1_0209.preheader.i, %for_begin_d_0204.preheader.i
+  %indvars.iv657.i = phi i64 [ 0, %for_begin_d_0204.preheader.i ], [ %indvars.iv.next658.i, %for_begin_ax1_0209.preheader.i ]
+  %.idx70 = shl nuw nsw i64 %indvars.iv657.i, 10
   %gep134 = getelementptr inbounds nuw i8, ptr %invariant.gep133, i64 %.idx70
-  %v207.i = load <4 x float>, ptr %gep134, align 4, !tbaa !5
-  %2853 = getelementptr inbounds nuw i8, ptr %gep134, i64 64
-  %v209.i = load <4 x float>, ptr %2853, align 4, !tbaa !5
-  %2854 = getelementptr inbounds nuw i8, ptr %gep134, i64 128
-  %v211.i = load <4 x float>, ptr %2854, align 4, !tbaa !5
-  %2855 = getelementptr inbounds nuw i8, ptr %gep134, i64 192
-  %v213.i = load <4 x float>, ptr %2855, align 4, !tbaa !5
-  %2856 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2857 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2858 = shufflevector <4 x float> %v207.i, <4 x float> %v211.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2859 = shufflevector <4 x float> %v209.i, <4 x float> %v213.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2860 = shufflevector <4 x float> %2856, <4 x float> %2857, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2861 = shufflevector <4 x float> %2856, <4 x float> %2857, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %v215.i = load <4 x float>, ptr %gep134, align 4, !tbaa !5
+  %2855 = getelementptr inbounds nuw i8, ptr %gep134, i64 64
+  %v217.i = load <4 x float>, ptr %2855, align 4, !tbaa !5
+  %2856 = getelementptr inbounds nuw i8, ptr %gep134, i64 128
+  %v219.i = load <4 x float>, ptr %2856, align 4, !tbaa !5
+  %2857 = getelementptr inbounds nuw i8, ptr %gep134, i64 192
+  %v221.i = load <4 x float>, ptr %2857, align 4, !tbaa !5
+  %2858 = shufflevector <4 x float> %v215.i, <4 x float> %v219.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2859 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2860 = shufflevector <4 x float> %v215.i, <4 x float> %v219.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2861 = shufflevector <4 x float> %v217.i, <4 x float> %v221.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2862 = shufflevector <4 x float> %2858, <4 x float> %2859, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2863 = shufflevector <4 x float> %2858, <4 x float> %2859, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2864 = getelementptr inbounds nuw i8, ptr %gep134, i64 256
-  %v207.1.i = load <4 x float>, ptr %2864, align 4, !tbaa !5
-  %2865 = getelementptr inbounds nuw i8, ptr %gep134, i64 320
-  %v209.1.i = load <4 x float>, ptr %2865, align 4, !tbaa !5
-  %2866 = getelementptr inbounds nuw i8, ptr %gep134, i64 384
-  %v211.1.i = load <4 x float>, ptr %2866, align 4, !tbaa !5
-  %2867 = getelementptr inbounds nuw i8, ptr %gep134, i64 448
-  %v213.1.i = load <4 x float>, ptr %2867, align 4, !tbaa !5
-  %2868 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2869 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2870 = shufflevector <4 x float> %v207.1.i, <4 x float> %v211.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2871 = shufflevector <4 x float> %v209.1.i, <4 x float> %v213.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2872 = shufflevector <4 x float> %2868, <4 x float> %2869, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2873 = shufflevector <4 x float> %2868, <4 x float> %2869, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2864 = shufflevector <4 x float> %2860, <4 x float> %2861, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2865 = shufflevector <4 x float> %2860, <4 x float> %2861, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2866 = getelementptr inbounds nuw i8, ptr %gep134, i64 256
+  %v215.1.i = load <4 x float>, ptr %2866, align 4, !tbaa !5
+  %2867 = getelementptr inbounds nuw i8, ptr %gep134, i64 320
+  %v217.1.i = load <4 x float>, ptr %2867, align 4, !tbaa !5
+  %2868 = getelementptr inbounds nuw i8, ptr %gep134, i64 384
+  %v219.1.i = load <4 x float>, ptr %2868, align 4, !tbaa !5
+  %2869 = getelementptr inbounds nuw i8, ptr %gep134, i64 448
+  %v221.1.i = load <4 x float>, ptr %2869, align 4, !tbaa !5
+  %2870 = shufflevector <4 x float> %v215.1.i, <4 x float> %v219.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2871 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2872 = shufflevector <4 x float> %v215.1.i, <4 x float> %v219.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2873 = shufflevector <4 x float> %v217.1.i, <4 x float> %v221.1.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2874 = shufflevector <4 x float> %2870, <4 x float> %2871, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2875 = shufflevector <4 x float> %2870, <4 x float> %2871, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2876 = getelementptr inbounds nuw i8, ptr %gep134, i64 512
-  %v207.2.i = load <4 x float>, ptr %2876, align 4, !tbaa !5
-  %2877 = getelementptr inbounds nuw i8, ptr %gep134, i64 576
-  %v209.2.i = load <4 x float>, ptr %2877, align 4, !tbaa !5
-  %2878 = getelementptr inbounds nuw i8, ptr %gep134, i64 640
-  %v211.2.i = load <4 x float>, ptr %2878, align 4, !tbaa !5
-  %2879 = getelementptr inbounds nuw i8, ptr %gep134, i64 704
-  %v213.2.i = load <4 x float>, ptr %2879, align 4, !tbaa !5
-  %2880 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2881 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2882 = shufflevector <4 x float> %v207.2.i, <4 x float> %v211.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2883 = shufflevector <4 x float> %v209.2.i, <4 x float> %v213.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2884 = shufflevector <4 x float> %2880, <4 x float> %2881, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2885 = shufflevector <4 x float> %2880, <4 x float> %2881, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2876 = shufflevector <4 x float> %2872, <4 x float> %2873, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2877 = shufflevector <4 x float> %2872, <4 x float> %2873, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2878 = getelementptr inbounds nuw i8, ptr %gep134, i64 512
+  %v215.2.i = load <4 x float>, ptr %2878, align 4, !tbaa !5
+  %2879 = getelementptr inbounds nuw i8, ptr %gep134, i64 576
+  %v217.2.i = load <4 x float>, ptr %2879, align 4, !tbaa !5
+  %2880 = getelementptr inbounds nuw i8, ptr %gep134, i64 640
+  %v219.2.i = load <4 x float>, ptr %2880, align 4, !tbaa !5
+  %2881 = getelementptr inbounds nuw i8, ptr %gep134, i64 704
+  %v221.2.i = load <4 x float>, ptr %2881, align 4, !tbaa !5
+  %2882 = shufflevector <4 x float> %v215.2.i, <4 x float> %v219.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2883 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2884 = shufflevector <4 x float> %v215.2.i, <4 x float> %v219.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2885 = shufflevector <4 x float> %v217.2.i, <4 x float> %v221.2.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
   %2886 = shufflevector <4 x float> %2882, <4 x float> %2883, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
   %2887 = shufflevector <4 x float> %2882, <4 x float> %2883, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2888 = getelementptr inbounds nuw i8, ptr %gep134, i64 768
-  %v207.3.i = load <4 x float>, ptr %2888, align 4, !tbaa !5
-  %2889 = getelementptr inbounds nuw i8, ptr %gep134, i64 832
-  %v209.3.i = load <4 x float>, ptr %2889, align 4, !tbaa !5
-  %2890 = getelementptr inbounds nuw i8, ptr %gep134, i64 896
-  %v211.3.i = load <4 x float>, ptr %2890, align 4, !tbaa !5
-  %2891 = getelementptr inbounds nuw i8, ptr %gep134, i64 960
-  %v213.3.i = load <4 x float>, ptr %2891, align 4, !tbaa !5
-  %2892 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2893 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2894 = shufflevector <4 x float> %v207.3.i, <4 x float> %v211.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2895 = shufflevector <4 x float> %v209.3.i, <4 x float> %v213.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2896 = shufflevector <4 x float> %2892, <4 x float> %2893, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2897 = shufflevector <4 x float> %2860, <4 x float> %2872, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2898 = shufflevector <4 x float> %2884, <4 x float> %2896, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2899 = shufflevector <8 x float> %2897, <8 x float> %2898, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2900 = shufflevector <4 x float> %2892, <4 x float> %2893, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2901 = shufflevector <4 x float> %2861, <4 x float> %2873, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2902 = shufflevector <4 x float> %2885, <4 x float> %2900, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2903 = shufflevector <8 x float> %2901, <8 x float> %2902, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2904 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
-  %2905 = shufflevector <4 x float> %2862, <4 x float> %2874, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2906 = shufflevector <4 x float> %2886, <4 x float> %2904, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2907 = shufflevector <8 x float> %2905, <8 x float> %2906, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2908 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
-  %2909 = shufflevector <4 x float> %2863, <4 x float> %2875, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2910 = shufflevector <4 x float> %2887, <4 x float> %2908, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
-  %2911 = shufflevector <8 x float> %2909, <8 x float> %2910, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
-  %2912 = fmul <16 x float> %2834, %2899
-  %2913 = shl nuw nsw i64 %indvars.iv648.i, 4
-  %gep464.i = getelementptr float, ptr %gep467.i, i64 %2913
-  store <16 x float> %2912, ptr %gep464.i, align 4, !tbaa !5
-  %2914 = fmul <16 x float> %2838, %2903
-  %2915 = getelementptr float, ptr %invariant.gep466.i, i64 %2913
-  %2916 = getelementptr float, ptr %2915, i64 %2840
-  store <16 x float> %2914, ptr %2916, align 4, !tbaa !5
-  %2917 = fmul <16 x float> %2844, %2907
-  %2918 = getelementptr float, ptr %2915, i64 %2846
-  store <16 x float> %2917, ptr %2918, align 4, !tbaa !5
-  %2919 = fmul <16 x float> %2850, %2911
-  %2920 = getelementptr float, ptr %2915, i64 %2852
+  %2888 = shufflevector <4 x float> %2884, <4 x float> %2885, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2889 = shufflevector <4 x float> %2884, <4 x float> %2885, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2890 = getelementptr inbounds nuw i8, ptr %gep134, i64 768
+  %v215.3.i = load <4 x float>, ptr %2890, align 4, !tbaa !5
+  %2891 = getelementptr inbounds nuw i8, ptr %gep134, i64 832
+  %v217.3.i = load <4 x float>, ptr %2891, align 4, !tbaa !5
+  %2892 = getelementptr inbounds nuw i8, ptr %gep134, i64 896
+  %v219.3.i = load <4 x float>, ptr %2892, align 4, !tbaa !5
+  %2893 = getelementptr inbounds nuw i8, ptr %gep134, i64 960
+  %v221.3.i = load <4 x float>, ptr %2893, align 4, !tbaa !5
+  %2894 = shufflevector <4 x float> %v215.3.i, <4 x float> %v219.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2895 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2896 = shufflevector <4 x float> %v215.3.i, <4 x float> %v219.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2897 = shufflevector <4 x float> %v217.3.i, <4 x float> %v221.3.i, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2898 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2899 = shufflevector <4 x float> %2862, <4 x float> %2874, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2900 = shufflevector <4 x float> %2886, <4 x float> %2898, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2901 = shufflevector <8 x float> %2899, <8 x float> %2900, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2902 = shufflevector <4 x float> %2894, <4 x float> %2895, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2903 = shufflevector <4 x float> %2863, <4 x float> %2875, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2904 = shufflevector <4 x float> %2887, <4 x float> %2902, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2905 = shufflevector <8 x float> %2903, <8 x float> %2904, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2906 = shufflevector <4 x float> %2896, <4 x float> %2897, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %2907 = shufflevector <4 x float> %2864, <4 x float> %2876, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2908 = shufflevector <4 x float> %2888, <4 x float> %2906, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2909 = shufflevector <8 x float> %2907, <8 x float> %2908, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2910 = shufflevector <4 x float> %2896, <4 x float> %2897, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %2911 = shufflevector <4 x float> %2865, <4 x float> %2877, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2912 = shufflevector <4 x float> %2889, <4 x float> %2910, <8 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>
+  %2913 = shufflevector <8 x float> %2911, <8 x float> %2912, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %2914 = fmul <16 x float> %2836, %2901
+  %2915 = shl nuw nsw i64 %indvars.iv657.i, 4
+  %gep471.i = getelementptr float, ptr %gep474.i, i64 %2915
+  store <16 x float> %2914, ptr %gep471.i, align 4, !tbaa !5
+  %2916 = fmul <16 x float> %2840, %2905
+  %2917 = getelementptr float, ptr %invariant.gep473.i, i64 %2915
+  %2918 = getelementptr float, ptr %2917, i64 %2842
+  store <16 x float> %2916, ptr %2918, align 4, !tbaa !5
+  %2919 = fmul <16 x float> %2846, %2909
+  %2920 = getelementptr float, ptr %2917, i64 %2848
   store <16 x float> %2919, ptr %2920, align 4, !tbaa !5
-  %indvars.iv.next649.i = add nuw nsw i64 %indvars.iv648.i, 1
-  %exitcond652.not.i = icmp eq i64 %indvars.iv.next649.i, 8
-  br i1 %exitcond652.not.i, label %for_end_d_0198.i, label %for_begin_ax1_0201.preheader.i, !prof !16
+  %2921 = fmul <16 x float> %2852, %2913
+  %2922 = getelementptr float, ptr %2917, i64 %2854
+  store <16 x float> %2921, ptr %2922, align 4, !tbaa !5
+  %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i, 1
+  %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, 8
+  br i1 %exitcond661.not.i, label %for_end_d_0206.i, label %for_begin_ax1_0209.preheader.i, !prof !16
 
-for_end_d_0198.i:                                 ; preds = %for_begin_ax1_0201.preheader.i
-  %indvars.iv.next654.i = add nuw nsw i64 %indvars.iv653.i, 1
-  %exitcond656.not.i = icmp eq i64 %indvars.iv.next654.i, 4
-  br i1 %exitcond656.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0196.preheader.i, !prof !16
+for_end_d_0206.i:                                 ; preds = %for_begin_ax1_0209.preheader.i
+  %indvars.iv.next663.i = add nuw nsw i64 %indvars.iv662.i, 1
+  %exitcond665.not.i = icmp eq i64 %indvars.iv.next663.i, 4
+  br i1 %exitcond665.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0204.preheader.i, !prof !16
 
-if_else231.i:                                     ; preds = %for_begin_r.preheader.i
-  %2921 = fmul float %row_sum265.sroa.0.0.vec.extract703.i, %2828
-  %2922 = tail call float @llvm.log.f32(float %2921)
-  %row_max266.sroa.0.0.vec.extract670.i = extractelement <16 x float> %m.i, i64 0
-  %2923 = fadd float %row_max266.sroa.0.0.vec.extract670.i, %2922
-  br label %if_end232.i
+if_else239.i:                                     ; preds = %for_begin_r.preheader.i
+  %2923 = fmul float %row_sum273.sroa.0.0.vec.extract712.i, %2830
+  %2924 = tail call float @llvm.log.f32(float %2923)
+  %row_max274.sroa.0.0.vec.extract679.i = extractelement <16 x float> %m.i, i64 0
+  %2925 = fadd float %row_max274.sroa.0.0.vec.extract679.i, %2924
+  br label %if_end240.i
 
-if_end232.i:                                      ; preds = %if_else231.i, %for_begin_r.preheader.i
-  %2924 = phi float [ %2923, %if_else231.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
-  store float %2924, ptr %2825, align 4, !tbaa !5
-  %row_sum265.sroa.0.4.vec.extract705.i = extractelement <16 x float> %2110, i64 1
-  %2925 = fcmp oeq float %row_sum265.sroa.0.4.vec.extract705.i, 0.000000e+00
-  br i1 %2925, label %if_end232.1.i, label %if_else231.1.i
+if_end240.i:                                      ; preds = %if_else239.i, %for_begin_r.preheader.i
+  %2926 = phi float [ %2925, %if_else239.i ], [ 0xFFF0000000000000, %for_begin_r.preheader.i ]
+  store float %2926, ptr %2827, align 4, !tbaa !5
+  %row_sum273.sroa.0.4.vec.extract714.i = extractelement <16 x float> %2110, i64 1
+  %2927 = fcmp oeq float %row_sum273.sroa.0.4.vec.extract714.i, 0.000000e+00
+  br i1 %2927, label %if_end240.1.i, label %if_else239.1.i
 
-if_else231.1.i:                                   ; preds = %if_end232.i
-  %2926 = fmul float %row_sum265.sroa.0.4.vec.extract705.i, %2828
-  %2927 = tail call float @llvm.log.f32(float %2926)
-  %row_max266.sroa.0.4.vec.extract672.i = extractelement <16 x float> %m.i, i64 1
-  %2928 = fadd float %row_max266.sroa.0.4.vec.extract672.i, %2927
-  br label %if_end232.1.i
+if_else239.1.i:                                   ; preds = %if_end240.i
+  %2928 = fmul float %row_sum273.sroa.0.4.vec.extract714.i, %2830
+  %2929 = tail call float @llvm.log.f32(float %2928)
+  %row_max274.sroa.0.4.vec.extract681.i = extractelement <16 x float> %m.i, i64 1
+  %2930 = fadd float %row_max274.sroa.0.4.vec.extract681.i, %2929
+  br label %if_end240.1.i
 
-if_end232.1.i:                                    ; preds = %if_else231.1.i, %if_end232.i
-  %2929 = phi float [ %2928, %if_else231.1.i ], [ 0xFFF0000000000000, %if_end232.i ]
-  %2930 = getelementptr i8, ptr %2825, i64 4
-  store float %2929, ptr %2930, align 4, !tbaa !5
-  %row_sum265.sroa.0.8.vec.extract707.i = extractelement <16 x float> %2110, i64 2
-  %2931 = fcmp oeq float %row_sum265.sroa.0.8.vec.extract707.i, 0.000000e+00
-  br i1 %2931, label %if_end232.2.i, label %if_else231.2.i
+if_end240.1.i:                                    ; preds = %if_else239.1.i, %if_end240.i
+  %2931 = phi float [ %2930, %if_else239.1.i ], [ 0xFFF0000000000000, %if_end240.i ]
+  %2932 = getelementptr i8, ptr %2827, i64 4
+  store float %2931, ptr %2932, align 4, !tbaa !5
+  %row_sum273.sroa.0.8.vec.extract716.i = extractelement <16 x float> %2110, i64 2
+  %2933 = fcmp oeq float %row_sum273.sroa.0.8.vec.extract716.i, 0.000000e+00
+  br i1 %2933, label %if_end240.2.i, label %if_else239.2.i
 
-if_else231.2.i:                                   ; preds = %if_end232.1.i
-  %2932 = fmul float %row_sum265.sroa.0.8.vec.extract707.i, %2828
-  %2933 = tail call float @llvm.log.f32(float %2932)
-  %row_max266.sroa.0.8.vec.extract674.i = extractelement <16 x float> %m.i, i64 2
-  %2934 = fadd float %row_max266.sroa.0.8.vec.extract674.i, %2933
-  br label %if_end232.2.i
+if_else239.2.i:                                   ; preds = %if_end240.1.i
+  %2934 = fmul float %row_sum273.sroa.0.8.vec.extract716.i, %2830
+  %2935 = tail call float @llvm.log.f32(float %2934)
+  %row_max274.sroa.0.8.vec.extract683.i = extractelement <16 x float> %m.i, i64 2
+  %2936 = fadd float %row_max274.sroa.0.8.vec.extract683.i, %2935
+  br label %if_end240.2.i
 
-if_end232.2.i:                                    ; preds = %if_else231.2.i, %if_end232.1.i
-  %2935 = phi float [ %2934, %if_else231.2.i ], [ 0xFFF0000000000000, %if_end232.1.i ]
-  %2936 = getelementptr i8, ptr %2825, i64 8
-  store float %2935, ptr %2936, align 4, !tbaa !5
-  %row_sum265.sroa.0.12.vec.extract709.i = extractelement <16 x float> %2110, i64 3
-  %2937 = fcmp oeq float %row_sum265.sroa.0.12.vec.extract709.i, 0.000000e+00
-  br i1 %2937, label %if_end232.3.i, label %if_else231.3.i
+if_end240.2.i:                                    ; preds = %if_else239.2.i, %if_end240.1.i
+  %2937 = phi float [ %2936, %if_else239.2.i ], [ 0xFFF0000000000000, %if_end240.1.i ]
+  %2938 = getelementptr i8, ptr %2827, i64 8
+  store float %2937, ptr %2938, align 4, !tbaa !5
+  %row_sum273.sroa.0.12.vec.extract718.i = extractelement <16 x float> %2110, i64 3
+  %2939 = fcmp oeq float %row_sum273.sroa.0.12.vec.extract718.i, 0.000000e+00
+  br i1 %2939, label %if_end240.3.i, label %if_else239.3.i
 
-if_else231.3.i:                                   ; preds = %if_end232.2.i
-  %2938 = fmul float %row_sum265.sroa.0.12.vec.extract709.i, %2828
-  %2939 = tail call float @llvm.log.f32(float %2938)
-  %row_max266.sroa.0.12.vec.extract676.i = extractelement <16 x float> %m.i, i64 3
-  %2940 = fadd float %row_max266.sroa.0.12.vec.extract676.i, %2939
-  br label %if_end232.3.i
+if_else239.3.i:                                   ; preds = %if_end240.2.i
+  %2940 = fmul float %row_sum273.sroa.0.12.vec.extract718.i, %2830
+  %2941 = tail call float @llvm.log.f32(float %2940)
+  %row_max274.sroa.0.12.vec.extract685.i = extractelement <16 x float> %m.i, i64 3
+  %2942 = fadd float %row_max274.sroa.0.12.vec.extract685.i, %2941
+  br label %if_end240.3.i
 
-if_end232.3.i:                                    ; preds = %if_else231.3.i, %if_end232.2.i
-  %2941 = phi float [ %2940, %if_else231.3.i ], [ 0xFFF0000000000000, %if_end232.2.i ]
-  %2942 = getelementptr i8, ptr %2825, i64 12
-  store float %2941, ptr %2942, align 4, !tbaa !5
-  %row_sum265.sroa.0.16.vec.extract711.i = extractelement <16 x float> %2110, i64 4
-  %2943 = fcmp oeq float %row_sum265.sroa.0.16.vec.extract711.i, 0.000000e+00
-  br i1 %2943, label %if_end232.4.i, label %if_else231.4.i
+if_end240.3.i:                                    ; preds = %if_else239.3.i, %if_end240.2.i
+  %2943 = phi float [ %2942, %if_else239.3.i ], [ 0xFFF0000000000000, %if_end240.2.i ]
+  %2944 = getelementptr i8, ptr %2827, i64 12
+  store float %2943, ptr %2944, align 4, !tbaa !5
+  %row_sum273.sroa.0.16.vec.extract720.i = extractelement <16 x float> %2110, i64 4
+  %2945 = fcmp oeq float %row_sum273.sroa.0.16.vec.extract720.i, 0.000000e+00
+  br i1 %2945, label %if_end240.4.i, label %if_else239.4.i
 
-if_else231.4.i:                                   ; preds = %if_end232.3.i
-  %2944 = fmul float %row_sum265.sroa.0.16.vec.extract711.i, %2828
-  %2945 = tail call float @llvm.log.f32(float %2944)
-  %row_max266.sroa.0.16.vec.extract678.i = extractelement <16 x float> %m.i, i64 4
-  %2946 = fadd float %row_max266.sroa.0.16.vec.extract678.i, %2945
-  br label %if_end232.4.i
+if_else239.4.i:                                   ; preds = %if_end240.3.i
+  %2946 = fmul float %row_sum273.sroa.0.16.vec.extract720.i, %2830
+  %2947 = tail call float @llvm.log.f32(float %2946)
+  %row_max274.sroa.0.16.vec.extract687.i = extractelement <16 x float> %m.i, i64 4
+  %2948 = fadd float %row_max274.sroa.0.16.vec.extract687.i, %2947
+  br label %if_end240.4.i
 
-if_end232.4.i:                                    ; preds = %if_else231.4.i, %if_end232.3.i
-  %2947 = phi float [ %2946, %if_else231.4.i ], [ 0xFFF0000000000000, %if_end232.3.i ]
-  %2948 = getelementptr i8, ptr %2825, i64 16
-  store float %2947, ptr %2948, align 4, !tbaa !5
-  %row_sum265.sroa.0.20.vec.extract713.i = extractelement <16 x float> %2110, i64 5
-  %2949 = fcmp oeq float %row_sum265.sroa.0.20.vec.extract713.i, 0.000000e+00
-  br i1 %2949, label %if_end232.5.i, label %if_else231.5.i
+if_end240.4.i:                                    ; preds = %if_else239.4.i, %if_end240.3.i
+  %2949 = phi float [ %2948, %if_else239.4.i ], [ 0xFFF0000000000000, %if_end240.3.i ]
+  %2950 = getelementptr i8, ptr %2827, i64 16
+  store float %2949, ptr %2950, align 4, !tbaa !5
+  %row_sum273.sroa.0.20.vec.extract722.i = extractelement <16 x float> %2110, i64 5
+  %2951 = fcmp oeq float %row_sum273.sroa.0.20.vec.extract722.i, 0.000000e+00
+  br i1 %2951, label %if_end240.5.i, label %if_else239.5.i
 
-if_else231.5.i:                                   ; preds = %if_end232.4.i
-  %2950 = fmul float %row_sum265.sroa.0.20.vec.extract713.i, %2828
-  %2951 = tail call float @llvm.log.f32(float %2950)
-  %row_max266.sroa.0.20.vec.extract680.i = extractelement <16 x float> %m.i, i64 5
-  %2952 = fadd float %row_max266.sroa.0.20.vec.extract680.i, %2951
-  br label %if_end232.5.i
+if_else239.5.i:                                   ; preds = %if_end240.4.i
+  %2952 = fmul float %row_sum273.sroa.0.20.vec.extract722.i, %2830
+  %2953 = tail call float @llvm.log.f32(float %2952)
+  %row_max274.sroa.0.20.vec.extract689.i = extractelement <16 x float> %m.i, i64 5
+  %2954 = fadd float %row_max274.sroa.0.20.vec.extract689.i, %2953
+  br label %if_end240.5.i
 
-if_end232.5.i:                                    ; preds = %if_else231.5.i, %if_end232.4.i
-  %2953 = phi float [ %2952, %if_else231.5.i ], [ 0xFFF0000000000000, %if_end232.4.i ]
-  %2954 = getelementptr i8, ptr %2825, i64 20
-  store float %2953, ptr %2954, align 4, !tbaa !5
-  %row_sum265.sroa.0.24.vec.extract715.i = extractelement <16 x float> %2110, i64 6
-  %2955 = fcmp oeq float %row_sum265.sroa.0.24.vec.extract715.i, 0.000000e+00
-  br i1 %2955, label %if_end232.6.i, label %if_else231.6.i
+if_end240.5.i:                                    ; preds = %if_else239.5.i, %if_end240.4.i
+  %2955 = phi float [ %2954, %if_else239.5.i ], [ 0xFFF0000000000000, %if_end240.4.i ]
+  %2956 = getelementptr i8, ptr %2827, i64 20
+  store float %2955, ptr %2956, align 4, !tbaa !5
+  %row_sum273.sroa.0.24.vec.extract724.i = extractelement <16 x float> %2110, i64 6
+  %2957 = fcmp oeq float %row_sum273.sroa.0.24.vec.extract724.i, 0.000000e+00
+  br i1 %2957, label %if_end240.6.i, label %if_else239.6.i
 
-if_else231.6.i:                                   ; preds = %if_end232.5.i
-  %2956 = fmul float %row_sum265.sroa.0.24.vec.extract715.i, %2828
-  %2957 = tail call float @llvm.log.f32(float %2956)
-  %row_max266.sroa.0.24.vec.extract682.i = extractelement <16 x float> %m.i, i64 6
-  %2958 = fadd float %row_max266.sroa.0.24.vec.extract682.i, %2957
-  br label %if_end232.6.i
+if_else239.6.i:                                   ; preds = %if_end240.5.i
+  %2958 = fmul float %row_sum273.sroa.0.24.vec.extract724.i, %2830
+  %2959 = tail call float @llvm.log.f32(float %2958)
+  %row_max274.sroa.0.24.vec.extract691.i = extractelement <16 x float> %m.i, i64 6
+  %2960 = fadd float %row_max274.sroa.0.24.vec.extract691.i, %2959
+  br label %if_end240.6.i
 
-if_end232.6.i:                                    ; preds = %if_else231.6.i, %if_end232.5.i
-  %2959 = phi float [ %2958, %if_else231.6.i ], [ 0xFFF0000000000000, %if_end232.5.i ]
-  %2960 = getelementptr i8, ptr %2825, i64 24
-  store float %2959, ptr %2960, align 4, !tbaa !5
-  %row_sum265.sroa.0.28.vec.extract717.i = extractelement <16 x float> %2110, i64 7
-  %2961 = fcmp oeq float %row_sum265.sroa.0.28.vec.extract717.i, 0.000000e+00
-  br i1 %2961, label %if_end232.7.i, label %if_else231.7.i
+if_end240.6.i:                                    ; preds = %if_else239.6.i, %if_end240.5.i
+  %2961 = phi float [ %2960, %if_else239.6.i ], [ 0xFFF0000000000000, %if_end240.5.i ]
+  %2962 = getelementptr i8, ptr %2827, i64 24
+  store float %2961, ptr %2962, align 4, !tbaa !5
+  %row_sum273.sroa.0.28.vec.extract726.i = extractelement <16 x float> %2110, i64 7
+  %2963 = fcmp oeq float %row_sum273.sroa.0.28.vec.extract726.i, 0.000000e+00
+  br i1 %2963, label %if_end240.7.i, label %if_else239.7.i
 
-if_else231.7.i:                                   ; preds = %if_end232.6.i
-  %2962 = fmul float %row_sum265.sroa.0.28.vec.extract717.i, %2828
-  %2963 = tail call float @llvm.log.f32(float %2962)
-  %row_max266.sroa.0.28.vec.extract684.i = extractelement <16 x float> %m.i, i64 7
-  %2964 = fadd float %row_max266.sroa.0.28.vec.extract684.i, %2963
-  br label %if_end232.7.i
+if_else239.7.i:                                   ; preds = %if_end240.6.i
+  %2964 = fmul float %row_sum273.sroa.0.28.vec.extract726.i, %2830
+  %2965 = tail call float @llvm.log.f32(float %2964)
+  %row_max274.sroa.0.28.vec.extract693.i = extractelement <16 x float> %m.i, i64 7
+  %2966 = fadd float %row_max274.sroa.0.28.vec.extract693.i, %2965
+  br label %if_end240.7.i
 
-if_end232.7.i:                                    ; preds = %if_else231.7.i, %if_end232.6.i
-  %2965 = phi float [ %2964, %if_else231.7.i ], [ 0xFFF0000000000000, %if_end232.6.i ]
-  %2966 = getelementptr i8, ptr %2825, i64 28
-  store float %2965, ptr %2966, align 4, !tbaa !5
-  %row_sum265.sroa.0.32.vec.extract719.i = extractelement <16 x float> %2110, i64 8
-  %2967 = fcmp oeq float %row_sum265.sroa.0.32.vec.extract719.i, 0.000000e+00
-  br i1 %2967, label %if_end232.8.i, label %if_else231.8.i
+if_end240.7.i:                                    ; preds = %if_else239.7.i, %if_end240.6.i
+  %2967 = phi float [ %2966, %if_else239.7.i ], [ 0xFFF0000000000000, %if_end240.6.i ]
+  %2968 = getelementptr i8, ptr %2827, i64 28
+  store float %2967, ptr %2968, align 4, !tbaa !5
+  %row_sum273.sroa.0.32.vec.extract728.i = extractelement <16 x float> %2110, i64 8
+  %2969 = fcmp oeq float %row_sum273.sroa.0.32.vec.extract728.i, 0.000000e+00
+  br i1 %2969, label %if_end240.8.i, label %if_else239.8.i
 
-if_else231.8.i:                                   ; preds = %if_end232.7.i
-  %2968 = fmul float %row_sum265.sroa.0.32.vec.extract719.i, %2828
-  %2969 = tail call float @llvm.log.f32(float %2968)
-  %row_max266.sroa.0.32.vec.extract686.i = extractelement <16 x float> %m.i, i64 8
-  %2970 = fadd float %row_max266.sroa.0.32.vec.extract686.i, %2969
-  br label %if_end232.8.i
+if_else239.8.i:                                   ; preds = %if_end240.7.i
+  %2970 = fmul float %row_sum273.sroa.0.32.vec.extract728.i, %2830
+  %2971 = tail call float @llvm.log.f32(float %2970)
+  %row_max274.sroa.0.32.vec.extract695.i = extractelement <16 x float> %m.i, i64 8
+  %2972 = fadd float %row_max274.sroa.0.32.vec.extract695.i, %2971
+  br label %if_end240.8.i
 
-if_end232.8.i:                                    ; preds = %if_else231.8.i, %if_end232.7.i
-  %2971 = phi float [ %2970, %if_else231.8.i ], [ 0xFFF0000000000000, %if_end232.7.i ]
-  %2972 = getelementptr i8, ptr %2825, i64 32
-  store float %2971, ptr %2972, align 4, !tbaa !5
-  %row_sum265.sroa.0.36.vec.extract721.i = extractelement <16 x float> %2110, i64 9
-  %2973 = fcmp oeq float %row_sum265.sroa.0.36.vec.extract721.i, 0.000000e+00
-  br i1 %2973, label %if_end232.9.i, label %if_else231.9.i
+if_end240.8.i:                                    ; preds = %if_else239.8.i, %if_end240.7.i
+  %2973 = phi float [ %2972, %if_else239.8.i ], [ 0xFFF0000000000000, %if_end240.7.i ]
+  %2974 = getelementptr i8, ptr %2827, i64 32
+  store float %2973, ptr %2974, align 4, !tbaa !5
+  %row_sum273.sroa.0.36.vec.extract730.i = extractelement <16 x float> %2110, i64 9
+  %2975 = fcmp oeq float %row_sum273.sroa.0.36.vec.extract730.i, 0.000000e+00
+  br i1 %2975, label %if_end240.9.i, label %if_else239.9.i
 
-if_else231.9.i:                                   ; preds = %if_end232.8.i
-  %2974 = fmul float %row_sum265.sroa.0.36.vec.extract721.i, %2828
-  %2975 = tail call float @llvm.log.f32(float %2974)
-  %row_max266.sroa.0.36.vec.extract688.i = extractelement <16 x float> %m.i, i64 9
-  %2976 = fadd float %row_max266.sroa.0.36.vec.extract688.i, %2975
-  br label %if_end232.9.i
+if_else239.9.i:                                   ; preds = %if_end240.8.i
+  %2976 = fmul float %row_sum273.sroa.0.36.vec.extract730.i, %2830
+  %2977 = tail call float @llvm.log.f32(float %2976)
+  %row_max274.sroa.0.36.vec.extract697.i = extractelement <16 x float> %m.i, i64 9
+  %2978 = fadd float %row_max274.sroa.0.36.vec.extract697.i, %2977
+  br label %if_end240.9.i
 
-if_end232.9.i:                                    ; preds = %if_else231.9.i, %if_end232.8.i
-  %2977 = phi float [ %2976, %if_else231.9.i ], [ 0xFFF0000000000000, %if_end232.8.i ]
-  %2978 = getelementptr i8, ptr %2825, i64 36
-  store float %2977, ptr %2978, align 4, !tbaa !5
-  %row_sum265.sroa.0.40.vec.extract723.i = extractelement <16 x float> %2110, i64 10
-  %2979 = fcmp oeq float %row_sum265.sroa.0.40.vec.extract723.i, 0.000000e+00
-  br i1 %2979, label %if_end232.10.i, label %if_else231.10.i
+if_end240.9.i:                                    ; preds = %if_else239.9.i, %if_end240.8.i
+  %2979 = phi float [ %2978, %if_else239.9.i ], [ 0xFFF0000000000000, %if_end240.8.i ]
+  %2980 = getelementptr i8, ptr %2827, i64 36
+  store float %2979, ptr %2980, align 4, !tbaa !5
+  %row_sum273.sroa.0.40.vec.extract732.i = extractelement <16 x float> %2110, i64 10
+  %2981 = fcmp oeq float %row_sum273.sroa.0.40.vec.extract732.i, 0.000000e+00
+  br i1 %2981, label %if_end240.10.i, label %if_else239.10.i
 
-if_else231.10.i:                                  ; preds = %if_end232.9.i
-  %2980 = fmul float %row_sum265.sroa.0.40.vec.extract723.i, %2828
-  %2981 = tail call float @llvm.log.f32(float %2980)
-  %row_max266.sroa.0.40.vec.extract690.i = extractelement <16 x float> %m.i, i64 10
-  %2982 = fadd float %row_max266.sroa.0.40.vec.extract690.i, %2981
-  br label %if_end232.10.i
+if_else239.10.i:                                  ; preds = %if_end240.9.i
+  %2982 = fmul float %row_sum273.sroa.0.40.vec.extract732.i, %2830
+  %2983 = tail call float @llvm.log.f32(float %2982)
+  %row_max274.sroa.0.40.vec.extract699.i = extractelement <16 x float> %m.i, i64 10
+  %2984 = fadd float %row_max274.sroa.0.40.vec.extract699.i, %2983
+  br label %if_end240.10.i
 
-if_end232.10.i:                                   ; preds = %if_else231.10.i, %if_end232.9.i
-  %2983 = phi float [ %2982, %if_else231.10.i ], [ 0xFFF0000000000000, %if_end232.9.i ]
-  %2984 = getelementptr i8, ptr %2825, i64 40
-  store float %2983, ptr %2984, align 4, !tbaa !5
-  %row_sum265.sroa.0.44.vec.extract725.i = extractelement <16 x float> %2110, i64 11
-  %2985 = fcmp oeq float %row_sum265.sroa.0.44.vec.extract725.i, 0.000000e+00
-  br i1 %2985, label %if_end232.11.i, label %if_else231.11.i
+if_end240.10.i:                                   ; preds = %if_else239.10.i, %if_end240.9.i
+  %2985 = phi float [ %2984, %if_else239.10.i ], [ 0xFFF0000000000000, %if_end240.9.i ]
+  %2986 = getelementptr i8, ptr %2827, i64 40
+  store float %2985, ptr %2986, align 4, !tbaa !5
+  %row_sum273.sroa.0.44.vec.extract734.i = extractelement <16 x float> %2110, i64 11
+  %2987 = fcmp oeq float %row_sum273.sroa.0.44.vec.extract734.i, 0.000000e+00
+  br i1 %2987, label %if_end240.11.i, label %if_else239.11.i
 
-if_else231.11.i:                                  ; preds = %if_end232.10.i
-  %2986 = fmul float %row_sum265.sroa.0.44.vec.extract725.i, %2828
-  %2987 = tail call float @llvm.log.f32(float %2986)
-  %row_max266.sroa.0.44.vec.extract692.i = extractelement <16 x float> %m.i, i64 11
-  %2988 = fadd float %row_max266.sroa.0.44.vec.extract692.i, %2987
-  br label %if_end232.11.i
+if_else239.11.i:                                  ; preds = %if_end240.10.i
+  %2988 = fmul float %row_sum273.sroa.0.44.vec.extract734.i, %2830
+  %2989 = tail call float @llvm.log.f32(float %2988)
+  %row_max274.sroa.0.44.vec.extract701.i = extractelement <16 x float> %m.i, i64 11
+  %2990 = fadd float %row_max274.sroa.0.44.vec.extract701.i, %2989
+  br label %if_end240.11.i
 
-if_end232.11.i:                                   ; preds = %if_else231.11.i, %if_end232.10.i
-  %2989 = phi float [ %2988, %if_else231.11.i ], [ 0xFFF0000000000000, %if_end232.10.i ]
-  %2990 = getelementptr i8, ptr %2825, i64 44
-  store float %2989, ptr %2990, align 4, !tbaa !5
-  %row_sum265.sroa.0.48.vec.extract727.i = extractelement <16 x float> %2110, i64 12
-  %2991 = fcmp oeq float %row_sum265.sroa.0.48.vec.extract727.i, 0.000000e+00
-  br i1 %2991, label %if_end232.12.i, label %if_else231.12.i
+if_end240.11.i:                                   ; preds = %if_else239.11.i, %if_end240.10.i
+  %2991 = phi float [ %2990, %if_else239.11.i ], [ 0xFFF0000000000000, %if_end240.10.i ]
+  %2992 = getelementptr i8, ptr %2827, i64 44
+  store float %2991, ptr %2992, align 4, !tbaa !5
+  %row_sum273.sroa.0.48.vec.extract736.i = extractelement <16 x float> %2110, i64 12
+  %2993 = fcmp oeq float %row_sum273.sroa.0.48.vec.extract736.i, 0.000000e+00
+  br i1 %2993, label %if_end240.12.i, label %if_else239.12.i
 
-if_else231.12.i:                                  ; preds = %if_end232.11.i
-  %2992 = fmul float %row_sum265.sroa.0.48.vec.extract727.i, %2828
-  %2993 = tail call float @llvm.log.f32(float %2992)
-  %row_max266.sroa.0.48.vec.extract694.i = extractelement <16 x float> %m.i, i64 12
-  %2994 = fadd float %row_max266.sroa.0.48.vec.extract694.i, %2993
-  br label %if_end232.12.i
+if_else239.12.i:                                  ; preds = %if_end240.11.i
+  %2994 = fmul float %row_sum273.sroa.0.48.vec.extract736.i, %2830
+  %2995 = tail call float @llvm.log.f32(float %2994)
+  %row_max274.sroa.0.48.vec.extract703.i = extractelement <16 x float> %m.i, i64 12
+  %2996 = fadd float %row_max274.sroa.0.48.vec.extract703.i, %2995
+  br label %if_end240.12.i
 
-if_end232.12.i:                                   ; preds = %if_else231.12.i, %if_end232.11.i
-  %2995 = phi float [ %2994, %if_else231.12.i ], [ 0xFFF0000000000000, %if_end232.11.i ]
-  %2996 = getelementptr i8, ptr %2825, i64 48
-  store float %2995, ptr %2996, align 4, !tbaa !5
-  %row_sum265.sroa.0.52.vec.extract729.i = extractelement <16 x float> %2110, i64 13
-  %2997 = fcmp oeq float %row_sum265.sroa.0.52.vec.extract729.i, 0.000000e+00
-  br i1 %2997, label %if_end232.13.i, label %if_else231.13.i
+if_end240.12.i:                                   ; preds = %if_else239.12.i, %if_end240.11.i
+  %2997 = phi float [ %2996, %if_else239.12.i ], [ 0xFFF0000000000000, %if_end240.11.i ]
+  %2998 = getelementptr i8, ptr %2827, i64 48
+  store float %2997, ptr %2998, align 4, !tbaa !5
+  %row_sum273.sroa.0.52.vec.extract738.i = extractelement <16 x float> %2110, i64 13
+  %2999 = fcmp oeq float %row_sum273.sroa.0.52.vec.extract738.i, 0.000000e+00
+  br i1 %2999, label %if_end240.13.i, label %if_else239.13.i
 
-if_else231.13.i:                                  ; preds = %if_end232.12.i
-  %2998 = fmul float %row_sum265.sroa.0.52.vec.extract729.i, %2828
-  %2999 = tail call float @llvm.log.f32(float %2998)
-  %row_max266.sroa.0.52.vec.extract696.i = extractelement <16 x float> %m.i, i64 13
-  %3000 = fadd float %row_max266.sroa.0.52.vec.extract696.i, %2999
-  br label %if_end232.13.i
+if_else239.13.i:                                  ; preds = %if_end240.12.i
+  %3000 = fmul float %row_sum273.sroa.0.52.vec.extract738.i, %2830
+  %3001 = tail call float @llvm.log.f32(float %3000)
+  %row_max274.sroa.0.52.vec.extract705.i = extractelement <16 x float> %m.i, i64 13
+  %3002 = fadd float %row_max274.sroa.0.52.vec.extract705.i, %3001
+  br label %if_end240.13.i
 
-if_end232.13.i:                                   ; preds = %if_else231.13.i, %if_end232.12.i
-  %3001 = phi float [ %3000, %if_else231.13.i ], [ 0xFFF0000000000000, %if_end232.12.i ]
-  %3002 = getelementptr i8, ptr %2825, i64 52
-  store float %3001, ptr %3002, align 4, !tbaa !5
-  %row_sum265.sroa.0.56.vec.extract731.i = extractelement <16 x float> %2110, i64 14
-  %3003 = fcmp oeq float %row_sum265.sroa.0.56.vec.extract731.i, 0.000000e+00
-  br i1 %3003, label %if_end232.14.i, label %if_else231.14.i
+if_end240.13.i:                                   ; preds = %if_else239.13.i, %if_end240.12.i
+  %3003 = phi float [ %3002, %if_else239.13.i ], [ 0xFFF0000000000000, %if_end240.12.i ]
+  %3004 = getelementptr i8, ptr %2827, i64 52
+  store float %3003, ptr %3004, align 4, !tbaa !5
+  %row_sum273.sroa.0.56.vec.extract740.i = extractelement <16 x float> %2110, i64 14
+  %3005 = fcmp oeq float %row_sum273.sroa.0.56.vec.extract740.i, 0.000000e+00
+  br i1 %3005, label %if_end240.14.i, label %if_else239.14.i
 
-if_else231.14.i:                                  ; preds = %if_end232.13.i
-  %3004 = fmul float %row_sum265.sroa.0.56.vec.extract731.i, %2828
-  %3005 = tail call float @llvm.log.f32(float %3004)
-  %row_max266.sroa.0.56.vec.extract698.i = extractelement <16 x float> %m.i, i64 14
-  %3006 = fadd float %row_max266.sroa.0.56.vec.extract698.i, %3005
-  br label %if_end232.14.i
+if_else239.14.i:                                  ; preds = %if_end240.13.i
+  %3006 = fmul float %row_sum273.sroa.0.56.vec.extract740.i, %2830
+  %3007 = tail call float @llvm.log.f32(float %3006)
+  %row_max274.sroa.0.56.vec.extract707.i = extractelement <16 x float> %m.i, i64 14
+  %3008 = fadd float %row_max274.sroa.0.56.vec.extract707.i, %3007
+  br label %if_end240.14.i
 
-if_end232.14.i:                                   ; preds = %if_else231.14.i, %if_end232.13.i
-  %3007 = phi float [ %3006, %if_else231.14.i ], [ 0xFFF0000000000000, %if_end232.13.i ]
-  %3008 = getelementptr i8, ptr %2825, i64 56
-  store float %3007, ptr %3008, align 4, !tbaa !5
-  %row_sum265.sroa.0.60.vec.extract733.i = extractelement <16 x float> %2110, i64 15
-  %3009 = fcmp oeq float %row_sum265.sroa.0.60.vec.extract733.i, 0.000000e+00
-  br i1 %3009, label %if_end232.15.i, label %if_else231.15.i
+if_end240.14.i:                                   ; preds = %if_else239.14.i, %if_end240.13.i
+  %3009 = phi float [ %3008, %if_else239.14.i ], [ 0xFFF0000000000000, %if_end240.13.i ]
+  %3010 = getelementptr i8, ptr %2827, i64 56
+  store float %3009, ptr %3010, align 4, !tbaa !5
+  %row_sum273.sroa.0.60.vec.extract742.i = extractelement <16 x float> %2110, i64 15
+  %3011 = fcmp oeq float %row_sum273.sroa.0.60.vec.extract742.i, 0.000000e+00
+  br i1 %3011, label %if_end240.15.i, label %if_else239.15.i
 
-if_else231.15.i:                                  ; preds = %if_end232.14.i
-  %3010 = fmul float %row_sum265.sroa.0.60.vec.extract733.i, %2828
-  %3011 = tail call float @llvm.log.f32(float %3010)
-  %row_max266.sroa.0.60.vec.extract700.i = extractelement <16 x float> %m.i, i64 15
-  %3012 = fadd float %row_max266.sroa.0.60.vec.extract700.i, %3011
-  br label %if_end232.15.i
+if_else239.15.i:                                  ; preds = %if_end240.14.i
+  %3012 = fmul float %row_sum273.sroa.0.60.vec.extract742.i, %2830
+  %3013 = tail call float @llvm.log.f32(float %3012)
+  %row_max274.sroa.0.60.vec.extract709.i = extractelement <16 x float> %m.i, i64 15
+  %3014 = fadd float %row_max274.sroa.0.60.vec.extract709.i, %3013
+  br label %if_end240.15.i
 
-if_end232.15.i:                                   ; preds = %if_else231.15.i, %if_end232.14.i
-  %3013 = phi float [ %3012, %if_else231.15.i ], [ 0xFFF0000000000000, %if_end232.14.i ]
-  %3014 = getelementptr i8, ptr %2825, i64 60
-  store float %3013, ptr %3014, align 4, !tbaa !5
-  br label %if_end195.i
+if_end240.15.i:                                   ; preds = %if_else239.15.i, %if_end240.14.i
+  %3015 = phi float [ %3014, %if_else239.15.i ], [ 0xFFF0000000000000, %if_end240.14.i ]
+  %3016 = getelementptr i8, ptr %2827, i64 60
+  store float %3015, ptr %3016, align 4, !tbaa !5
+  br label %if_end203.i
 
-for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r233.preheader.i
-  %indvars.iv635.i = phi i64 [ %indvars.iv.next636.i.7, %for_body_d.i ], [ 0, %for_begin_r233.preheader.i ]
-  %.idx755.i = shl nuw nsw i64 %indvars.iv635.i, 6
-  %3015 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i
-  %3016 = load float, ptr %3015, align 4, !tbaa !5
-  %3017 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv635.i
-  store float %3016, ptr %3017, align 4, !tbaa !5
-  %indvars.iv.next636.i = or disjoint i64 %indvars.iv635.i, 1
-  %.idx755.i.1 = shl nuw nsw i64 %indvars.iv.next636.i, 6
-  %3018 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.1
-  %3019 = load float, ptr %3018, align 4, !tbaa !5
-  %3020 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i
-  store float %3019, ptr %3020, align 4, !tbaa !5
-  %indvars.iv.next636.i.1 = or disjoint i64 %indvars.iv635.i, 2
-  %.idx755.i.2 = shl nuw nsw i64 %indvars.iv.next636.i.1, 6
-  %3021 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.2
-  %3022 = load float, ptr %3021, align 4, !tbaa !5
-  %3023 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.1
-  store float %3022, ptr %3023, align 4, !tbaa !5
-  %indvars.iv.next636.i.2 = or disjoint i64 %indvars.iv635.i, 3
-  %.idx755.i.3 = shl nuw nsw i64 %indvars.iv.next636.i.2, 6
-  %3024 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.3
-  %3025 = load float, ptr %3024, align 4, !tbaa !5
-  %3026 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.2
-  store float %3025, ptr %3026, align 4, !tbaa !5
-  %indvars.iv.next636.i.3 = or disjoint i64 %indvars.iv635.i, 4
-  %.idx755.i.4 = shl nuw nsw i64 %indvars.iv.next636.i.3, 6
-  %3027 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.4
-  %3028 = load float, ptr %3027, align 4, !tbaa !5
-  %3029 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.3
-  store float %3028, ptr %3029, align 4, !tbaa !5
-  %indvars.iv.next636.i.4 = or disjoint i64 %indvars.iv635.i, 5
-  %.idx755.i.5 = shl nuw nsw i64 %indvars.iv.next636.i.4, 6
-  %3030 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.5
-  %3031 = load float, ptr %3030, align 4, !tbaa !5
-  %3032 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.4
-  store float %3031, ptr %3032, align 4, !tbaa !5
-  %indvars.iv.next636.i.5 = or disjoint i64 %indvars.iv635.i, 6
-  %.idx755.i.6 = shl nuw nsw i64 %indvars.iv.next636.i.5, 6
-  %3033 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.6
-  %3034 = load float, ptr %3033, align 4, !tbaa !5
-  %3035 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.5
-  store float %3034, ptr %3035, align 4, !tbaa !5
-  %indvars.iv.next636.i.6 = or disjoint i64 %indvars.iv635.i, 7
-  %.idx755.i.7 = shl nuw nsw i64 %indvars.iv.next636.i.6, 6
-  %3036 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx755.i.7
-  %3037 = load float, ptr %3036, align 4, !tbaa !5
-  %3038 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next636.i.6
-  store float %3037, ptr %3038, align 4, !tbaa !5
-  %indvars.iv.next636.i.7 = add nuw nsw i64 %indvars.iv635.i, 8
-  %exitcond638.not.i.7 = icmp eq i64 %indvars.iv.next636.i.7, 128
-  br i1 %exitcond638.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r241.preheader.i
+  %indvars.iv644.i = phi i64 [ %indvars.iv.next645.i.7, %for_body_d.i ], [ 0, %for_begin_r241.preheader.i ]
+  %.idx764.i = shl nuw nsw i64 %indvars.iv644.i, 6
+  %3017 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
+  %3018 = load float, ptr %3017, align 4, !tbaa !5
+  %3019 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv644.i
+  store float %3018, ptr %3019, align 4, !tbaa !5
+  %indvars.iv.next645.i = or disjoint i64 %indvars.iv644.i, 1
+  %.idx764.i.1 = shl nuw nsw i64 %indvars.iv.next645.i, 6
+  %3020 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
+  %3021 = load float, ptr %3020, align 4, !tbaa !5
+  %3022 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i
+  store float %3021, ptr %3022, align 4, !tbaa !5
+  %indvars.iv.next645.i.1 = or disjoint i64 %indvars.iv644.i, 2
+  %.idx764.i.2 = shl nuw nsw i64 %indvars.iv.next645.i.1, 6
+  %3023 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
+  %3024 = load float, ptr %3023, align 4, !tbaa !5
+  %3025 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.1
+  store float %3024, ptr %3025, align 4, !tbaa !5
+  %indvars.iv.next645.i.2 = or disjoint i64 %indvars.iv644.i, 3
+  %.idx764.i.3 = shl nuw nsw i64 %indvars.iv.next645.i.2, 6
+  %3026 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
+  %3027 = load float, ptr %3026, align 4, !tbaa !5
+  %3028 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.2
+  store float %3027, ptr %3028, align 4, !tbaa !5
+  %indvars.iv.next645.i.3 = or disjoint i64 %indvars.iv644.i, 4
+  %.idx764.i.4 = shl nuw nsw i64 %indvars.iv.next645.i.3, 6
+  %3029 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
+  %3030 = load float, ptr %3029, align 4, !tbaa !5
+  %3031 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.3
+  store float %3030, ptr %3031, align 4, !tbaa !5
+  %indvars.iv.next645.i.4 = or disjoint i64 %indvars.iv644.i, 5
+  %.idx764.i.5 = shl nuw nsw i64 %indvars.iv.next645.i.4, 6
+  %3032 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
+  %3033 = load float, ptr %3032, align 4, !tbaa !5
+  %3034 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.4
+  store float %3033, ptr %3034, align 4, !tbaa !5
+  %indvars.iv.next645.i.5 = or disjoint i64 %indvars.iv644.i, 6
+  %.idx764.i.6 = shl nuw nsw i64 %indvars.iv.next645.i.5, 6
+  %3035 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
+  %3036 = load float, ptr %3035, align 4, !tbaa !5
+  %3037 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.5
+  store float %3036, ptr %3037, align 4, !tbaa !5
+  %indvars.iv.next645.i.6 = or disjoint i64 %indvars.iv644.i, 7
+  %.idx764.i.7 = shl nuw nsw i64 %indvars.iv.next645.i.6, 6
+  %3038 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
+  %3039 = load float, ptr %3038, align 4, !tbaa !5
+  %3040 = getelementptr inbounds nuw float, ptr %416, i64 %indvars.iv.next645.i.6
+  store float %3039, ptr %3040, align 4, !tbaa !5
+  %indvars.iv.next645.i.7 = add nuw nsw i64 %indvars.iv644.i, 8
+  %exitcond647.not.i.7 = icmp eq i64 %indvars.iv.next645.i.7, 128
+  br i1 %exitcond647.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body626
-  %3039 = getelementptr inbounds nuw i8, ptr %416, i64 512
+  %3041 = getelementptr inbounds nuw i8, ptr %416, i64 512
   %scevgep597 = getelementptr i8, ptr %acc.i, i64 4
   %scevgep598 = getelementptr i8, ptr %acc.i, i64 8136
   %bound0599 = icmp ult ptr %scevgep595, %scevgep598
@@ -4493,150 +4493,150 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !17
 
 vector.body604:                                   ; preds = %for_end_d.i
-  %3040 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3041 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3042 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3044 = getelementptr inbounds nuw i8, <8 x ptr> %3040, i64 4
-  %3045 = getelementptr inbounds nuw i8, <8 x ptr> %3041, i64 4
+  %3042 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3043 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3044 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3045 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3046 = getelementptr inbounds nuw i8, <8 x ptr> %3042, i64 4
   %3047 = getelementptr inbounds nuw i8, <8 x ptr> %3043, i64 4
-  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3045, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3048 = getelementptr inbounds nuw i8, ptr %416, i64 544
-  %3049 = getelementptr inbounds nuw i8, ptr %416, i64 576
-  %3050 = getelementptr inbounds nuw i8, ptr %416, i64 608
-  store <8 x float> %wide.masked.gather610, ptr %3039, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611, ptr %3048, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612, ptr %3049, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613, ptr %3050, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3051 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3052 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3055 = getelementptr inbounds nuw i8, <8 x ptr> %3051, i64 4
-  %3056 = getelementptr inbounds nuw i8, <8 x ptr> %3052, i64 4
+  %3048 = getelementptr inbounds nuw i8, <8 x ptr> %3044, i64 4
+  %3049 = getelementptr inbounds nuw i8, <8 x ptr> %3045, i64 4
+  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3050 = getelementptr inbounds nuw i8, ptr %416, i64 544
+  %3051 = getelementptr inbounds nuw i8, ptr %416, i64 576
+  %3052 = getelementptr inbounds nuw i8, ptr %416, i64 608
+  store <8 x float> %wide.masked.gather610, ptr %3041, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611, ptr %3050, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612, ptr %3051, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613, ptr %3052, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3056 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3057 = getelementptr inbounds nuw i8, <8 x ptr> %3053, i64 4
   %3058 = getelementptr inbounds nuw i8, <8 x ptr> %3054, i64 4
-  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3059 = getelementptr inbounds nuw i8, ptr %416, i64 640
-  %3060 = getelementptr inbounds nuw i8, ptr %416, i64 672
-  %3061 = getelementptr inbounds nuw i8, ptr %416, i64 704
-  %3062 = getelementptr inbounds nuw i8, ptr %416, i64 736
-  store <8 x float> %wide.masked.gather610.1, ptr %3059, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.1, ptr %3060, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.1, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.1, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3063 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3064 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3067 = getelementptr inbounds nuw i8, <8 x ptr> %3063, i64 4
-  %3068 = getelementptr inbounds nuw i8, <8 x ptr> %3064, i64 4
+  %3059 = getelementptr inbounds nuw i8, <8 x ptr> %3055, i64 4
+  %3060 = getelementptr inbounds nuw i8, <8 x ptr> %3056, i64 4
+  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3061 = getelementptr inbounds nuw i8, ptr %416, i64 640
+  %3062 = getelementptr inbounds nuw i8, ptr %416, i64 672
+  %3063 = getelementptr inbounds nuw i8, ptr %416, i64 704
+  %3064 = getelementptr inbounds nuw i8, ptr %416, i64 736
+  store <8 x float> %wide.masked.gather610.1, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.1, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.1, ptr %3063, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.1, ptr %3064, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3067 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3068 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3069 = getelementptr inbounds nuw i8, <8 x ptr> %3065, i64 4
   %3070 = getelementptr inbounds nuw i8, <8 x ptr> %3066, i64 4
-  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3071 = getelementptr inbounds nuw i8, ptr %416, i64 768
-  %3072 = getelementptr inbounds nuw i8, ptr %416, i64 800
-  %3073 = getelementptr inbounds nuw i8, ptr %416, i64 832
-  %3074 = getelementptr inbounds nuw i8, ptr %416, i64 864
-  store <8 x float> %wide.masked.gather610.2, ptr %3071, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.2, ptr %3072, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.2, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.2, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  %3075 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3076 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3079 = getelementptr inbounds nuw i8, <8 x ptr> %3075, i64 4
-  %3080 = getelementptr inbounds nuw i8, <8 x ptr> %3076, i64 4
+  %3071 = getelementptr inbounds nuw i8, <8 x ptr> %3067, i64 4
+  %3072 = getelementptr inbounds nuw i8, <8 x ptr> %3068, i64 4
+  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3073 = getelementptr inbounds nuw i8, ptr %416, i64 768
+  %3074 = getelementptr inbounds nuw i8, ptr %416, i64 800
+  %3075 = getelementptr inbounds nuw i8, ptr %416, i64 832
+  %3076 = getelementptr inbounds nuw i8, ptr %416, i64 864
+  store <8 x float> %wide.masked.gather610.2, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.2, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.2, ptr %3075, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.2, ptr %3076, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3079 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3080 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3081 = getelementptr inbounds nuw i8, <8 x ptr> %3077, i64 4
   %3082 = getelementptr inbounds nuw i8, <8 x ptr> %3078, i64 4
-  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3079, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3080, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %3083 = getelementptr inbounds nuw i8, ptr %416, i64 896
-  %3084 = getelementptr inbounds nuw i8, ptr %416, i64 928
-  %3085 = getelementptr inbounds nuw i8, ptr %416, i64 960
-  %3086 = getelementptr inbounds nuw i8, ptr %416, i64 992
-  store <8 x float> %wide.masked.gather610.3, ptr %3083, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.3, ptr %3084, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.3, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.3, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  %3083 = getelementptr inbounds nuw i8, <8 x ptr> %3079, i64 4
+  %3084 = getelementptr inbounds nuw i8, <8 x ptr> %3080, i64 4
+  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %3085 = getelementptr inbounds nuw i8, ptr %416, i64 896
+  %3086 = getelementptr inbounds nuw i8, ptr %416, i64 928
+  %3087 = getelementptr inbounds nuw i8, ptr %416, i64 960
+  %3088 = getelementptr inbounds nuw i8, ptr %416, i64 992
+  store <8 x float> %wide.masked.gather610.3, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather611.3, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather612.3, ptr %3087, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather613.3, ptr %3088, align 4, !tbaa !5, !alias.scope !43, !noalias !40
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
-  %indvars.iv635.1.i = phi i64 [ %indvars.iv.next636.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
-  %.idx756.i = shl nuw nsw i64 %indvars.iv635.1.i, 6
-  %3087 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i
-  %3088 = getelementptr inbounds nuw i8, ptr %3087, i64 4
-  %3089 = load float, ptr %3088, align 4, !tbaa !5
-  %3090 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv635.1.i
-  store float %3089, ptr %3090, align 4, !tbaa !5
-  %indvars.iv.next636.1.i = or disjoint i64 %indvars.iv635.1.i, 1
-  %.idx756.i.1 = shl nuw nsw i64 %indvars.iv.next636.1.i, 6
-  %3091 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.1
-  %3092 = getelementptr inbounds nuw i8, ptr %3091, i64 4
-  %3093 = load float, ptr %3092, align 4, !tbaa !5
-  %3094 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i
-  store float %3093, ptr %3094, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.1 = or disjoint i64 %indvars.iv635.1.i, 2
-  %.idx756.i.2 = shl nuw nsw i64 %indvars.iv.next636.1.i.1, 6
-  %3095 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.2
-  %3096 = getelementptr inbounds nuw i8, ptr %3095, i64 4
-  %3097 = load float, ptr %3096, align 4, !tbaa !5
-  %3098 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.1
-  store float %3097, ptr %3098, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.2 = or disjoint i64 %indvars.iv635.1.i, 3
-  %.idx756.i.3 = shl nuw nsw i64 %indvars.iv.next636.1.i.2, 6
-  %3099 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.3
-  %3100 = getelementptr inbounds nuw i8, ptr %3099, i64 4
-  %3101 = load float, ptr %3100, align 4, !tbaa !5
-  %3102 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.2
-  store float %3101, ptr %3102, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.3 = or disjoint i64 %indvars.iv635.1.i, 4
-  %.idx756.i.4 = shl nuw nsw i64 %indvars.iv.next636.1.i.3, 6
-  %3103 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.4
-  %3104 = getelementptr inbounds nuw i8, ptr %3103, i64 4
-  %3105 = load float, ptr %3104, align 4, !tbaa !5
-  %3106 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.3
-  store float %3105, ptr %3106, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.4 = or disjoint i64 %indvars.iv635.1.i, 5
-  %.idx756.i.5 = shl nuw nsw i64 %indvars.iv.next636.1.i.4, 6
-  %3107 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.5
-  %3108 = getelementptr inbounds nuw i8, ptr %3107, i64 4
-  %3109 = load float, ptr %3108, align 4, !tbaa !5
-  %3110 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.4
-  store float %3109, ptr %3110, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.5 = or disjoint i64 %indvars.iv635.1.i, 6
-  %.idx756.i.6 = shl nuw nsw i64 %indvars.iv.next636.1.i.5, 6
-  %3111 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.6
-  %3112 = getelementptr inbounds nuw i8, ptr %3111, i64 4
-  %3113 = load float, ptr %3112, align 4, !tbaa !5
-  %3114 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.5
-  store float %3113, ptr %3114, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.6 = or disjoint i64 %indvars.iv635.1.i, 7
-  %.idx756.i.7 = shl nuw nsw i64 %indvars.iv.next636.1.i.6, 6
-  %3115 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx756.i.7
-  %3116 = getelementptr inbounds nuw i8, ptr %3115, i64 4
-  %3117 = load float, ptr %3116, align 4, !tbaa !5
-  %3118 = getelementptr inbounds nuw float, ptr %3039, i64 %indvars.iv.next636.1.i.6
-  store float %3117, ptr %3118, align 4, !tbaa !5
-  %indvars.iv.next636.1.i.7 = add nuw nsw i64 %indvars.iv635.1.i, 8
-  %exitcond638.1.not.i.7 = icmp eq i64 %indvars.iv.next636.1.i.7, 128
-  br i1 %exitcond638.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
+  %indvars.iv644.1.i = phi i64 [ %indvars.iv.next645.1.i.7, %for_body_d.1.i ], [ 0, %for_end_d.i ]
+  %.idx765.i = shl nuw nsw i64 %indvars.iv644.1.i, 6
+  %3089 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
+  %3090 = getelementptr inbounds nuw i8, ptr %3089, i64 4
+  %3091 = load float, ptr %3090, align 4, !tbaa !5
+  %3092 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv644.1.i
+  store float %3091, ptr %3092, align 4, !tbaa !5
+  %indvars.iv.next645.1.i = or disjoint i64 %indvars.iv644.1.i, 1
+  %.idx765.i.1 = shl nuw nsw i64 %indvars.iv.next645.1.i, 6
+  %3093 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
+  %3094 = getelementptr inbounds nuw i8, ptr %3093, i64 4
+  %3095 = load float, ptr %3094, align 4, !tbaa !5
+  %3096 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i
+  store float %3095, ptr %3096, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.1 = or disjoint i64 %indvars.iv644.1.i, 2
+  %.idx765.i.2 = shl nuw nsw i64 %indvars.iv.next645.1.i.1, 6
+  %3097 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
+  %3098 = getelementptr inbounds nuw i8, ptr %3097, i64 4
+  %3099 = load float, ptr %3098, align 4, !tbaa !5
+  %3100 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.1
+  store float %3099, ptr %3100, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.2 = or disjoint i64 %indvars.iv644.1.i, 3
+  %.idx765.i.3 = shl nuw nsw i64 %indvars.iv.next645.1.i.2, 6
+  %3101 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
+  %3102 = getelementptr inbounds nuw i8, ptr %3101, i64 4
+  %3103 = load float, ptr %3102, align 4, !tbaa !5
+  %3104 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.2
+  store float %3103, ptr %3104, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.3 = or disjoint i64 %indvars.iv644.1.i, 4
+  %.idx765.i.4 = shl nuw nsw i64 %indvars.iv.next645.1.i.3, 6
+  %3105 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
+  %3106 = getelementptr inbounds nuw i8, ptr %3105, i64 4
+  %3107 = load float, ptr %3106, align 4, !tbaa !5
+  %3108 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.3
+  store float %3107, ptr %3108, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.4 = or disjoint i64 %indvars.iv644.1.i, 5
+  %.idx765.i.5 = shl nuw nsw i64 %indvars.iv.next645.1.i.4, 6
+  %3109 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
+  %3110 = getelementptr inbounds nuw i8, ptr %3109, i64 4
+  %3111 = load float, ptr %3110, align 4, !tbaa !5
+  %3112 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.4
+  store float %3111, ptr %3112, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.5 = or disjoint i64 %indvars.iv644.1.i, 6
+  %.idx765.i.6 = shl nuw nsw i64 %indvars.iv.next645.1.i.5, 6
+  %3113 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
+  %3114 = getelementptr inbounds nuw i8, ptr %3113, i64 4
+  %3115 = load float, ptr %3114, align 4, !tbaa !5
+  %3116 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.5
+  store float %3115, ptr %3116, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.6 = or disjoint i64 %indvars.iv644.1.i, 7
+  %.idx765.i.7 = shl nuw nsw i64 %indvars.iv.next645.1.i.6, 6
+  %3117 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
+  %3118 = getelementptr inbounds nuw i8, ptr %3117, i64 4
+  %3119 = load float, ptr %3118, align 4, !tbaa !5
+  %3120 = getelementptr inbounds nuw float, ptr %3041, i64 %indvars.iv.next645.1.i.6
+  store float %3119, ptr %3120, align 4, !tbaa !5
+  %indvars.iv.next645.1.i.7 = add nuw nsw i64 %indvars.iv644.1.i, 8
+  %exitcond647.1.not.i.7 = icmp eq i64 %indvars.iv.next645.1.i.7, 128
+  br i1 %exitcond647.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body604
-  %3119 = getelementptr inbounds nuw i8, ptr %416, i64 1024
+  %3121 = getelementptr inbounds nuw i8, ptr %416, i64 1024
   %scevgep574 = getelementptr i8, ptr %acc.i, i64 8
   %scevgep575 = getelementptr i8, ptr %acc.i, i64 8140
   %bound0576 = icmp ult ptr %scevgep572, %scevgep575
@@ -4645,150 +4645,150 @@ for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %ve
   br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !17
 
 vector.body581:                                   ; preds = %for_end_d.1.i
-  %3120 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3121 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3122 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3124 = getelementptr inbounds nuw i8, <8 x ptr> %3120, i64 8
-  %3125 = getelementptr inbounds nuw i8, <8 x ptr> %3121, i64 8
+  %3122 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3123 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3124 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3125 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3126 = getelementptr inbounds nuw i8, <8 x ptr> %3122, i64 8
   %3127 = getelementptr inbounds nuw i8, <8 x ptr> %3123, i64 8
-  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3125, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3128 = getelementptr inbounds nuw i8, ptr %416, i64 1056
-  %3129 = getelementptr inbounds nuw i8, ptr %416, i64 1088
-  %3130 = getelementptr inbounds nuw i8, ptr %416, i64 1120
-  store <8 x float> %wide.masked.gather587, ptr %3119, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588, ptr %3128, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589, ptr %3129, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590, ptr %3130, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3131 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3132 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3135 = getelementptr inbounds nuw i8, <8 x ptr> %3131, i64 8
-  %3136 = getelementptr inbounds nuw i8, <8 x ptr> %3132, i64 8
+  %3128 = getelementptr inbounds nuw i8, <8 x ptr> %3124, i64 8
+  %3129 = getelementptr inbounds nuw i8, <8 x ptr> %3125, i64 8
+  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3130 = getelementptr inbounds nuw i8, ptr %416, i64 1056
+  %3131 = getelementptr inbounds nuw i8, ptr %416, i64 1088
+  %3132 = getelementptr inbounds nuw i8, ptr %416, i64 1120
+  store <8 x float> %wide.masked.gather587, ptr %3121, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588, ptr %3130, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589, ptr %3131, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590, ptr %3132, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3136 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3137 = getelementptr inbounds nuw i8, <8 x ptr> %3133, i64 8
   %3138 = getelementptr inbounds nuw i8, <8 x ptr> %3134, i64 8
-  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3135, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3136, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3139 = getelementptr inbounds nuw i8, ptr %416, i64 1152
-  %3140 = getelementptr inbounds nuw i8, ptr %416, i64 1184
-  %3141 = getelementptr inbounds nuw i8, ptr %416, i64 1216
-  %3142 = getelementptr inbounds nuw i8, ptr %416, i64 1248
-  store <8 x float> %wide.masked.gather587.1, ptr %3139, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.1, ptr %3140, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.1, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.1, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3143 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3144 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3147 = getelementptr inbounds nuw i8, <8 x ptr> %3143, i64 8
-  %3148 = getelementptr inbounds nuw i8, <8 x ptr> %3144, i64 8
+  %3139 = getelementptr inbounds nuw i8, <8 x ptr> %3135, i64 8
+  %3140 = getelementptr inbounds nuw i8, <8 x ptr> %3136, i64 8
+  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3141 = getelementptr inbounds nuw i8, ptr %416, i64 1152
+  %3142 = getelementptr inbounds nuw i8, ptr %416, i64 1184
+  %3143 = getelementptr inbounds nuw i8, ptr %416, i64 1216
+  %3144 = getelementptr inbounds nuw i8, ptr %416, i64 1248
+  store <8 x float> %wide.masked.gather587.1, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.1, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.1, ptr %3143, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.1, ptr %3144, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3147 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3148 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3149 = getelementptr inbounds nuw i8, <8 x ptr> %3145, i64 8
   %3150 = getelementptr inbounds nuw i8, <8 x ptr> %3146, i64 8
-  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3147, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3148, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3151 = getelementptr inbounds nuw i8, ptr %416, i64 1280
-  %3152 = getelementptr inbounds nuw i8, ptr %416, i64 1312
-  %3153 = getelementptr inbounds nuw i8, ptr %416, i64 1344
-  %3154 = getelementptr inbounds nuw i8, ptr %416, i64 1376
-  store <8 x float> %wide.masked.gather587.2, ptr %3151, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.2, ptr %3152, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.2, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.2, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  %3155 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3156 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3159 = getelementptr inbounds nuw i8, <8 x ptr> %3155, i64 8
-  %3160 = getelementptr inbounds nuw i8, <8 x ptr> %3156, i64 8
+  %3151 = getelementptr inbounds nuw i8, <8 x ptr> %3147, i64 8
+  %3152 = getelementptr inbounds nuw i8, <8 x ptr> %3148, i64 8
+  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3153 = getelementptr inbounds nuw i8, ptr %416, i64 1280
+  %3154 = getelementptr inbounds nuw i8, ptr %416, i64 1312
+  %3155 = getelementptr inbounds nuw i8, ptr %416, i64 1344
+  %3156 = getelementptr inbounds nuw i8, ptr %416, i64 1376
+  store <8 x float> %wide.masked.gather587.2, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.2, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.2, ptr %3155, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.2, ptr %3156, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3159 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3160 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3161 = getelementptr inbounds nuw i8, <8 x ptr> %3157, i64 8
   %3162 = getelementptr inbounds nuw i8, <8 x ptr> %3158, i64 8
-  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3159, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3160, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %3163 = getelementptr inbounds nuw i8, ptr %416, i64 1408
-  %3164 = getelementptr inbounds nuw i8, ptr %416, i64 1440
-  %3165 = getelementptr inbounds nuw i8, ptr %416, i64 1472
-  %3166 = getelementptr inbounds nuw i8, ptr %416, i64 1504
-  store <8 x float> %wide.masked.gather587.3, ptr %3163, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.3, ptr %3164, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.3, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.3, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  %3163 = getelementptr inbounds nuw i8, <8 x ptr> %3159, i64 8
+  %3164 = getelementptr inbounds nuw i8, <8 x ptr> %3160, i64 8
+  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %3165 = getelementptr inbounds nuw i8, ptr %416, i64 1408
+  %3166 = getelementptr inbounds nuw i8, ptr %416, i64 1440
+  %3167 = getelementptr inbounds nuw i8, ptr %416, i64 1472
+  %3168 = getelementptr inbounds nuw i8, ptr %416, i64 1504
+  store <8 x float> %wide.masked.gather587.3, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather588.3, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather589.3, ptr %3167, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather590.3, ptr %3168, align 4, !tbaa !5, !alias.scope !49, !noalias !46
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
-  %indvars.iv635.2.i = phi i64 [ %indvars.iv.next636.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
-  %.idx757.i = shl nuw nsw i64 %indvars.iv635.2.i, 6
-  %3167 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i
-  %3168 = getelementptr inbounds nuw i8, ptr %3167, i64 8
-  %3169 = load float, ptr %3168, align 4, !tbaa !5
-  %3170 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv635.2.i
-  store float %3169, ptr %3170, align 4, !tbaa !5
-  %indvars.iv.next636.2.i = or disjoint i64 %indvars.iv635.2.i, 1
-  %.idx757.i.1 = shl nuw nsw i64 %indvars.iv.next636.2.i, 6
-  %3171 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.1
-  %3172 = getelementptr inbounds nuw i8, ptr %3171, i64 8
-  %3173 = load float, ptr %3172, align 4, !tbaa !5
-  %3174 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i
-  store float %3173, ptr %3174, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.1 = or disjoint i64 %indvars.iv635.2.i, 2
-  %.idx757.i.2 = shl nuw nsw i64 %indvars.iv.next636.2.i.1, 6
-  %3175 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.2
-  %3176 = getelementptr inbounds nuw i8, ptr %3175, i64 8
-  %3177 = load float, ptr %3176, align 4, !tbaa !5
-  %3178 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.1
-  store float %3177, ptr %3178, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.2 = or disjoint i64 %indvars.iv635.2.i, 3
-  %.idx757.i.3 = shl nuw nsw i64 %indvars.iv.next636.2.i.2, 6
-  %3179 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.3
-  %3180 = getelementptr inbounds nuw i8, ptr %3179, i64 8
-  %3181 = load float, ptr %3180, align 4, !tbaa !5
-  %3182 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.2
-  store float %3181, ptr %3182, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.3 = or disjoint i64 %indvars.iv635.2.i, 4
-  %.idx757.i.4 = shl nuw nsw i64 %indvars.iv.next636.2.i.3, 6
-  %3183 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.4
-  %3184 = getelementptr inbounds nuw i8, ptr %3183, i64 8
-  %3185 = load float, ptr %3184, align 4, !tbaa !5
-  %3186 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.3
-  store float %3185, ptr %3186, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.4 = or disjoint i64 %indvars.iv635.2.i, 5
-  %.idx757.i.5 = shl nuw nsw i64 %indvars.iv.next636.2.i.4, 6
-  %3187 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.5
-  %3188 = getelementptr inbounds nuw i8, ptr %3187, i64 8
-  %3189 = load float, ptr %3188, align 4, !tbaa !5
-  %3190 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.4
-  store float %3189, ptr %3190, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.5 = or disjoint i64 %indvars.iv635.2.i, 6
-  %.idx757.i.6 = shl nuw nsw i64 %indvars.iv.next636.2.i.5, 6
-  %3191 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.6
-  %3192 = getelementptr inbounds nuw i8, ptr %3191, i64 8
-  %3193 = load float, ptr %3192, align 4, !tbaa !5
-  %3194 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.5
-  store float %3193, ptr %3194, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.6 = or disjoint i64 %indvars.iv635.2.i, 7
-  %.idx757.i.7 = shl nuw nsw i64 %indvars.iv.next636.2.i.6, 6
-  %3195 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx757.i.7
-  %3196 = getelementptr inbounds nuw i8, ptr %3195, i64 8
-  %3197 = load float, ptr %3196, align 4, !tbaa !5
-  %3198 = getelementptr inbounds nuw float, ptr %3119, i64 %indvars.iv.next636.2.i.6
-  store float %3197, ptr %3198, align 4, !tbaa !5
-  %indvars.iv.next636.2.i.7 = add nuw nsw i64 %indvars.iv635.2.i, 8
-  %exitcond638.2.not.i.7 = icmp eq i64 %indvars.iv.next636.2.i.7, 128
-  br i1 %exitcond638.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
+  %indvars.iv644.2.i = phi i64 [ %indvars.iv.next645.2.i.7, %for_body_d.2.i ], [ 0, %for_end_d.1.i ]
+  %.idx766.i = shl nuw nsw i64 %indvars.iv644.2.i, 6
+  %3169 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
+  %3170 = getelementptr inbounds nuw i8, ptr %3169, i64 8
+  %3171 = load float, ptr %3170, align 4, !tbaa !5
+  %3172 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv644.2.i
+  store float %3171, ptr %3172, align 4, !tbaa !5
+  %indvars.iv.next645.2.i = or disjoint i64 %indvars.iv644.2.i, 1
+  %.idx766.i.1 = shl nuw nsw i64 %indvars.iv.next645.2.i, 6
+  %3173 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
+  %3174 = getelementptr inbounds nuw i8, ptr %3173, i64 8
+  %3175 = load float, ptr %3174, align 4, !tbaa !5
+  %3176 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i
+  store float %3175, ptr %3176, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.1 = or disjoint i64 %indvars.iv644.2.i, 2
+  %.idx766.i.2 = shl nuw nsw i64 %indvars.iv.next645.2.i.1, 6
+  %3177 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
+  %3178 = getelementptr inbounds nuw i8, ptr %3177, i64 8
+  %3179 = load float, ptr %3178, align 4, !tbaa !5
+  %3180 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.1
+  store float %3179, ptr %3180, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.2 = or disjoint i64 %indvars.iv644.2.i, 3
+  %.idx766.i.3 = shl nuw nsw i64 %indvars.iv.next645.2.i.2, 6
+  %3181 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
+  %3182 = getelementptr inbounds nuw i8, ptr %3181, i64 8
+  %3183 = load float, ptr %3182, align 4, !tbaa !5
+  %3184 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.2
+  store float %3183, ptr %3184, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.3 = or disjoint i64 %indvars.iv644.2.i, 4
+  %.idx766.i.4 = shl nuw nsw i64 %indvars.iv.next645.2.i.3, 6
+  %3185 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
+  %3186 = getelementptr inbounds nuw i8, ptr %3185, i64 8
+  %3187 = load float, ptr %3186, align 4, !tbaa !5
+  %3188 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.3
+  store float %3187, ptr %3188, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.4 = or disjoint i64 %indvars.iv644.2.i, 5
+  %.idx766.i.5 = shl nuw nsw i64 %indvars.iv.next645.2.i.4, 6
+  %3189 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
+  %3190 = getelementptr inbounds nuw i8, ptr %3189, i64 8
+  %3191 = load float, ptr %3190, align 4, !tbaa !5
+  %3192 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.4
+  store float %3191, ptr %3192, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.5 = or disjoint i64 %indvars.iv644.2.i, 6
+  %.idx766.i.6 = shl nuw nsw i64 %indvars.iv.next645.2.i.5, 6
+  %3193 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
+  %3194 = getelementptr inbounds nuw i8, ptr %3193, i64 8
+  %3195 = load float, ptr %3194, align 4, !tbaa !5
+  %3196 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.5
+  store float %3195, ptr %3196, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.6 = or disjoint i64 %indvars.iv644.2.i, 7
+  %.idx766.i.7 = shl nuw nsw i64 %indvars.iv.next645.2.i.6, 6
+  %3197 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
+  %3198 = getelementptr inbounds nuw i8, ptr %3197, i64 8
+  %3199 = load float, ptr %3198, align 4, !tbaa !5
+  %3200 = getelementptr inbounds nuw float, ptr %3121, i64 %indvars.iv.next645.2.i.6
+  store float %3199, ptr %3200, align 4, !tbaa !5
+  %indvars.iv.next645.2.i.7 = add nuw nsw i64 %indvars.iv644.2.i, 8
+  %exitcond647.2.not.i.7 = icmp eq i64 %indvars.iv.next645.2.i.7, 128
+  br i1 %exitcond647.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body581
-  %3199 = getelementptr inbounds nuw i8, ptr %416, i64 1536
+  %3201 = getelementptr inbounds nuw i8, ptr %416, i64 1536
   %scevgep551 = getelementptr i8, ptr %acc.i, i64 12
   %scevgep552 = getelementptr i8, ptr %acc.i, i64 8144
   %bound0553 = icmp ult ptr %scevgep549, %scevgep552
@@ -4797,150 +4797,150 @@ for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %ve
   br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !17
 
 vector.body558:                                   ; preds = %for_end_d.2.i
-  %3200 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3201 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3202 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3204 = getelementptr inbounds nuw i8, <8 x ptr> %3200, i64 12
-  %3205 = getelementptr inbounds nuw i8, <8 x ptr> %3201, i64 12
+  %3202 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3203 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3204 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3205 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3206 = getelementptr inbounds nuw i8, <8 x ptr> %3202, i64 12
   %3207 = getelementptr inbounds nuw i8, <8 x ptr> %3203, i64 12
-  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3205, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3208 = getelementptr inbounds nuw i8, ptr %416, i64 1568
-  %3209 = getelementptr inbounds nuw i8, ptr %416, i64 1600
-  %3210 = getelementptr inbounds nuw i8, ptr %416, i64 1632
-  store <8 x float> %wide.masked.gather564, ptr %3199, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565, ptr %3208, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566, ptr %3209, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567, ptr %3210, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3211 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3212 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3215 = getelementptr inbounds nuw i8, <8 x ptr> %3211, i64 12
-  %3216 = getelementptr inbounds nuw i8, <8 x ptr> %3212, i64 12
+  %3208 = getelementptr inbounds nuw i8, <8 x ptr> %3204, i64 12
+  %3209 = getelementptr inbounds nuw i8, <8 x ptr> %3205, i64 12
+  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3210 = getelementptr inbounds nuw i8, ptr %416, i64 1568
+  %3211 = getelementptr inbounds nuw i8, ptr %416, i64 1600
+  %3212 = getelementptr inbounds nuw i8, ptr %416, i64 1632
+  store <8 x float> %wide.masked.gather564, ptr %3201, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565, ptr %3210, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566, ptr %3211, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567, ptr %3212, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3216 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3217 = getelementptr inbounds nuw i8, <8 x ptr> %3213, i64 12
   %3218 = getelementptr inbounds nuw i8, <8 x ptr> %3214, i64 12
-  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3215, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3216, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3219 = getelementptr inbounds nuw i8, ptr %416, i64 1664
-  %3220 = getelementptr inbounds nuw i8, ptr %416, i64 1696
-  %3221 = getelementptr inbounds nuw i8, ptr %416, i64 1728
-  %3222 = getelementptr inbounds nuw i8, ptr %416, i64 1760
-  store <8 x float> %wide.masked.gather564.1, ptr %3219, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.1, ptr %3220, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.1, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.1, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3223 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3224 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3227 = getelementptr inbounds nuw i8, <8 x ptr> %3223, i64 12
-  %3228 = getelementptr inbounds nuw i8, <8 x ptr> %3224, i64 12
+  %3219 = getelementptr inbounds nuw i8, <8 x ptr> %3215, i64 12
+  %3220 = getelementptr inbounds nuw i8, <8 x ptr> %3216, i64 12
+  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3221 = getelementptr inbounds nuw i8, ptr %416, i64 1664
+  %3222 = getelementptr inbounds nuw i8, ptr %416, i64 1696
+  %3223 = getelementptr inbounds nuw i8, ptr %416, i64 1728
+  %3224 = getelementptr inbounds nuw i8, ptr %416, i64 1760
+  store <8 x float> %wide.masked.gather564.1, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.1, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.1, ptr %3223, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.1, ptr %3224, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3227 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3228 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3229 = getelementptr inbounds nuw i8, <8 x ptr> %3225, i64 12
   %3230 = getelementptr inbounds nuw i8, <8 x ptr> %3226, i64 12
-  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3227, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3228, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3231 = getelementptr inbounds nuw i8, ptr %416, i64 1792
-  %3232 = getelementptr inbounds nuw i8, ptr %416, i64 1824
-  %3233 = getelementptr inbounds nuw i8, ptr %416, i64 1856
-  %3234 = getelementptr inbounds nuw i8, ptr %416, i64 1888
-  store <8 x float> %wide.masked.gather564.2, ptr %3231, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.2, ptr %3232, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.2, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.2, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  %3235 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3236 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3239 = getelementptr inbounds nuw i8, <8 x ptr> %3235, i64 12
-  %3240 = getelementptr inbounds nuw i8, <8 x ptr> %3236, i64 12
+  %3231 = getelementptr inbounds nuw i8, <8 x ptr> %3227, i64 12
+  %3232 = getelementptr inbounds nuw i8, <8 x ptr> %3228, i64 12
+  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3232, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3233 = getelementptr inbounds nuw i8, ptr %416, i64 1792
+  %3234 = getelementptr inbounds nuw i8, ptr %416, i64 1824
+  %3235 = getelementptr inbounds nuw i8, ptr %416, i64 1856
+  %3236 = getelementptr inbounds nuw i8, ptr %416, i64 1888
+  store <8 x float> %wide.masked.gather564.2, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.2, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.2, ptr %3235, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.2, ptr %3236, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3239 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3240 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3241 = getelementptr inbounds nuw i8, <8 x ptr> %3237, i64 12
   %3242 = getelementptr inbounds nuw i8, <8 x ptr> %3238, i64 12
-  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3239, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3240, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %3243 = getelementptr inbounds nuw i8, ptr %416, i64 1920
-  %3244 = getelementptr inbounds nuw i8, ptr %416, i64 1952
-  %3245 = getelementptr inbounds nuw i8, ptr %416, i64 1984
-  %3246 = getelementptr inbounds nuw i8, ptr %416, i64 2016
-  store <8 x float> %wide.masked.gather564.3, ptr %3243, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.3, ptr %3244, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.3, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.3, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  %3243 = getelementptr inbounds nuw i8, <8 x ptr> %3239, i64 12
+  %3244 = getelementptr inbounds nuw i8, <8 x ptr> %3240, i64 12
+  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %3245 = getelementptr inbounds nuw i8, ptr %416, i64 1920
+  %3246 = getelementptr inbounds nuw i8, ptr %416, i64 1952
+  %3247 = getelementptr inbounds nuw i8, ptr %416, i64 1984
+  %3248 = getelementptr inbounds nuw i8, ptr %416, i64 2016
+  store <8 x float> %wide.masked.gather564.3, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather565.3, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather566.3, ptr %3247, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather567.3, ptr %3248, align 4, !tbaa !5, !alias.scope !55, !noalias !52
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
-  %indvars.iv635.3.i = phi i64 [ %indvars.iv.next636.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
-  %.idx758.i = shl nuw nsw i64 %indvars.iv635.3.i, 6
-  %3247 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i
-  %3248 = getelementptr inbounds nuw i8, ptr %3247, i64 12
-  %3249 = load float, ptr %3248, align 4, !tbaa !5
-  %3250 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv635.3.i
-  store float %3249, ptr %3250, align 4, !tbaa !5
-  %indvars.iv.next636.3.i = or disjoint i64 %indvars.iv635.3.i, 1
-  %.idx758.i.1 = shl nuw nsw i64 %indvars.iv.next636.3.i, 6
-  %3251 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.1
-  %3252 = getelementptr inbounds nuw i8, ptr %3251, i64 12
-  %3253 = load float, ptr %3252, align 4, !tbaa !5
-  %3254 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i
-  store float %3253, ptr %3254, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.1 = or disjoint i64 %indvars.iv635.3.i, 2
-  %.idx758.i.2 = shl nuw nsw i64 %indvars.iv.next636.3.i.1, 6
-  %3255 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.2
-  %3256 = getelementptr inbounds nuw i8, ptr %3255, i64 12
-  %3257 = load float, ptr %3256, align 4, !tbaa !5
-  %3258 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.1
-  store float %3257, ptr %3258, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.2 = or disjoint i64 %indvars.iv635.3.i, 3
-  %.idx758.i.3 = shl nuw nsw i64 %indvars.iv.next636.3.i.2, 6
-  %3259 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.3
-  %3260 = getelementptr inbounds nuw i8, ptr %3259, i64 12
-  %3261 = load float, ptr %3260, align 4, !tbaa !5
-  %3262 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.2
-  store float %3261, ptr %3262, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.3 = or disjoint i64 %indvars.iv635.3.i, 4
-  %.idx758.i.4 = shl nuw nsw i64 %indvars.iv.next636.3.i.3, 6
-  %3263 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.4
-  %3264 = getelementptr inbounds nuw i8, ptr %3263, i64 12
-  %3265 = load float, ptr %3264, align 4, !tbaa !5
-  %3266 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.3
-  store float %3265, ptr %3266, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.4 = or disjoint i64 %indvars.iv635.3.i, 5
-  %.idx758.i.5 = shl nuw nsw i64 %indvars.iv.next636.3.i.4, 6
-  %3267 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.5
-  %3268 = getelementptr inbounds nuw i8, ptr %3267, i64 12
-  %3269 = load float, ptr %3268, align 4, !tbaa !5
-  %3270 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.4
-  store float %3269, ptr %3270, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.5 = or disjoint i64 %indvars.iv635.3.i, 6
-  %.idx758.i.6 = shl nuw nsw i64 %indvars.iv.next636.3.i.5, 6
-  %3271 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.6
-  %3272 = getelementptr inbounds nuw i8, ptr %3271, i64 12
-  %3273 = load float, ptr %3272, align 4, !tbaa !5
-  %3274 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.5
-  store float %3273, ptr %3274, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.6 = or disjoint i64 %indvars.iv635.3.i, 7
-  %.idx758.i.7 = shl nuw nsw i64 %indvars.iv.next636.3.i.6, 6
-  %3275 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx758.i.7
-  %3276 = getelementptr inbounds nuw i8, ptr %3275, i64 12
-  %3277 = load float, ptr %3276, align 4, !tbaa !5
-  %3278 = getelementptr inbounds nuw float, ptr %3199, i64 %indvars.iv.next636.3.i.6
-  store float %3277, ptr %3278, align 4, !tbaa !5
-  %indvars.iv.next636.3.i.7 = add nuw nsw i64 %indvars.iv635.3.i, 8
-  %exitcond638.3.not.i.7 = icmp eq i64 %indvars.iv.next636.3.i.7, 128
-  br i1 %exitcond638.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
+  %indvars.iv644.3.i = phi i64 [ %indvars.iv.next645.3.i.7, %for_body_d.3.i ], [ 0, %for_end_d.2.i ]
+  %.idx767.i = shl nuw nsw i64 %indvars.iv644.3.i, 6
+  %3249 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
+  %3250 = getelementptr inbounds nuw i8, ptr %3249, i64 12
+  %3251 = load float, ptr %3250, align 4, !tbaa !5
+  %3252 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv644.3.i
+  store float %3251, ptr %3252, align 4, !tbaa !5
+  %indvars.iv.next645.3.i = or disjoint i64 %indvars.iv644.3.i, 1
+  %.idx767.i.1 = shl nuw nsw i64 %indvars.iv.next645.3.i, 6
+  %3253 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
+  %3254 = getelementptr inbounds nuw i8, ptr %3253, i64 12
+  %3255 = load float, ptr %3254, align 4, !tbaa !5
+  %3256 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i
+  store float %3255, ptr %3256, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.1 = or disjoint i64 %indvars.iv644.3.i, 2
+  %.idx767.i.2 = shl nuw nsw i64 %indvars.iv.next645.3.i.1, 6
+  %3257 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
+  %3258 = getelementptr inbounds nuw i8, ptr %3257, i64 12
+  %3259 = load float, ptr %3258, align 4, !tbaa !5
+  %3260 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.1
+  store float %3259, ptr %3260, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.2 = or disjoint i64 %indvars.iv644.3.i, 3
+  %.idx767.i.3 = shl nuw nsw i64 %indvars.iv.next645.3.i.2, 6
+  %3261 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
+  %3262 = getelementptr inbounds nuw i8, ptr %3261, i64 12
+  %3263 = load float, ptr %3262, align 4, !tbaa !5
+  %3264 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.2
+  store float %3263, ptr %3264, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.3 = or disjoint i64 %indvars.iv644.3.i, 4
+  %.idx767.i.4 = shl nuw nsw i64 %indvars.iv.next645.3.i.3, 6
+  %3265 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
+  %3266 = getelementptr inbounds nuw i8, ptr %3265, i64 12
+  %3267 = load float, ptr %3266, align 4, !tbaa !5
+  %3268 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.3
+  store float %3267, ptr %3268, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.4 = or disjoint i64 %indvars.iv644.3.i, 5
+  %.idx767.i.5 = shl nuw nsw i64 %indvars.iv.next645.3.i.4, 6
+  %3269 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
+  %3270 = getelementptr inbounds nuw i8, ptr %3269, i64 12
+  %3271 = load float, ptr %3270, align 4, !tbaa !5
+  %3272 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.4
+  store float %3271, ptr %3272, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.5 = or disjoint i64 %indvars.iv644.3.i, 6
+  %.idx767.i.6 = shl nuw nsw i64 %indvars.iv.next645.3.i.5, 6
+  %3273 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
+  %3274 = getelementptr inbounds nuw i8, ptr %3273, i64 12
+  %3275 = load float, ptr %3274, align 4, !tbaa !5
+  %3276 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.5
+  store float %3275, ptr %3276, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.6 = or disjoint i64 %indvars.iv644.3.i, 7
+  %.idx767.i.7 = shl nuw nsw i64 %indvars.iv.next645.3.i.6, 6
+  %3277 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
+  %3278 = getelementptr inbounds nuw i8, ptr %3277, i64 12
+  %3279 = load float, ptr %3278, align 4, !tbaa !5
+  %3280 = getelementptr inbounds nuw float, ptr %3201, i64 %indvars.iv.next645.3.i.6
+  store float %3279, ptr %3280, align 4, !tbaa !5
+  %indvars.iv.next645.3.i.7 = add nuw nsw i64 %indvars.iv644.3.i, 8
+  %exitcond647.3.not.i.7 = icmp eq i64 %indvars.iv.next645.3.i.7, 128
+  br i1 %exitcond647.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body558
-  %3279 = getelementptr inbounds nuw i8, ptr %416, i64 2048
+  %3281 = getelementptr inbounds nuw i8, ptr %416, i64 2048
   %scevgep528 = getelementptr i8, ptr %acc.i, i64 16
   %scevgep529 = getelementptr i8, ptr %acc.i, i64 8148
   %bound0530 = icmp ult ptr %scevgep526, %scevgep529
@@ -4949,150 +4949,150 @@ for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %ve
   br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !17
 
 vector.body535:                                   ; preds = %for_end_d.3.i
-  %3280 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3281 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3282 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3283 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3284 = getelementptr inbounds nuw i8, <8 x ptr> %3280, i64 16
-  %3285 = getelementptr inbounds nuw i8, <8 x ptr> %3281, i64 16
+  %3282 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3283 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3284 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3285 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3286 = getelementptr inbounds nuw i8, <8 x ptr> %3282, i64 16
   %3287 = getelementptr inbounds nuw i8, <8 x ptr> %3283, i64 16
-  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3284, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3285, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3288 = getelementptr inbounds nuw i8, ptr %416, i64 2080
-  %3289 = getelementptr inbounds nuw i8, ptr %416, i64 2112
-  %3290 = getelementptr inbounds nuw i8, ptr %416, i64 2144
-  store <8 x float> %wide.masked.gather541, ptr %3279, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542, ptr %3288, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543, ptr %3289, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544, ptr %3290, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3291 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3292 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3295 = getelementptr inbounds nuw i8, <8 x ptr> %3291, i64 16
-  %3296 = getelementptr inbounds nuw i8, <8 x ptr> %3292, i64 16
+  %3288 = getelementptr inbounds nuw i8, <8 x ptr> %3284, i64 16
+  %3289 = getelementptr inbounds nuw i8, <8 x ptr> %3285, i64 16
+  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3288, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3289, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3290 = getelementptr inbounds nuw i8, ptr %416, i64 2080
+  %3291 = getelementptr inbounds nuw i8, ptr %416, i64 2112
+  %3292 = getelementptr inbounds nuw i8, ptr %416, i64 2144
+  store <8 x float> %wide.masked.gather541, ptr %3281, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542, ptr %3290, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543, ptr %3291, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544, ptr %3292, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3295 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3296 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3297 = getelementptr inbounds nuw i8, <8 x ptr> %3293, i64 16
   %3298 = getelementptr inbounds nuw i8, <8 x ptr> %3294, i64 16
-  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3295, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3296, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3299 = getelementptr inbounds nuw i8, ptr %416, i64 2176
-  %3300 = getelementptr inbounds nuw i8, ptr %416, i64 2208
-  %3301 = getelementptr inbounds nuw i8, ptr %416, i64 2240
-  %3302 = getelementptr inbounds nuw i8, ptr %416, i64 2272
-  store <8 x float> %wide.masked.gather541.1, ptr %3299, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.1, ptr %3300, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.1, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.1, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3303 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3304 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3307 = getelementptr inbounds nuw i8, <8 x ptr> %3303, i64 16
-  %3308 = getelementptr inbounds nuw i8, <8 x ptr> %3304, i64 16
+  %3299 = getelementptr inbounds nuw i8, <8 x ptr> %3295, i64 16
+  %3300 = getelementptr inbounds nuw i8, <8 x ptr> %3296, i64 16
+  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3301 = getelementptr inbounds nuw i8, ptr %416, i64 2176
+  %3302 = getelementptr inbounds nuw i8, ptr %416, i64 2208
+  %3303 = getelementptr inbounds nuw i8, ptr %416, i64 2240
+  %3304 = getelementptr inbounds nuw i8, ptr %416, i64 2272
+  store <8 x float> %wide.masked.gather541.1, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.1, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.1, ptr %3303, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.1, ptr %3304, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3307 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3308 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3309 = getelementptr inbounds nuw i8, <8 x ptr> %3305, i64 16
   %3310 = getelementptr inbounds nuw i8, <8 x ptr> %3306, i64 16
-  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3307, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3308, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3311 = getelementptr inbounds nuw i8, ptr %416, i64 2304
-  %3312 = getelementptr inbounds nuw i8, ptr %416, i64 2336
-  %3313 = getelementptr inbounds nuw i8, ptr %416, i64 2368
-  %3314 = getelementptr inbounds nuw i8, ptr %416, i64 2400
-  store <8 x float> %wide.masked.gather541.2, ptr %3311, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.2, ptr %3312, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.2, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.2, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  %3315 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3316 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3319 = getelementptr inbounds nuw i8, <8 x ptr> %3315, i64 16
-  %3320 = getelementptr inbounds nuw i8, <8 x ptr> %3316, i64 16
+  %3311 = getelementptr inbounds nuw i8, <8 x ptr> %3307, i64 16
+  %3312 = getelementptr inbounds nuw i8, <8 x ptr> %3308, i64 16
+  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3313 = getelementptr inbounds nuw i8, ptr %416, i64 2304
+  %3314 = getelementptr inbounds nuw i8, ptr %416, i64 2336
+  %3315 = getelementptr inbounds nuw i8, ptr %416, i64 2368
+  %3316 = getelementptr inbounds nuw i8, ptr %416, i64 2400
+  store <8 x float> %wide.masked.gather541.2, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.2, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.2, ptr %3315, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.2, ptr %3316, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3319 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3320 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3321 = getelementptr inbounds nuw i8, <8 x ptr> %3317, i64 16
   %3322 = getelementptr inbounds nuw i8, <8 x ptr> %3318, i64 16
-  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3319, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3320, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %3323 = getelementptr inbounds nuw i8, ptr %416, i64 2432
-  %3324 = getelementptr inbounds nuw i8, ptr %416, i64 2464
-  %3325 = getelementptr inbounds nuw i8, ptr %416, i64 2496
-  %3326 = getelementptr inbounds nuw i8, ptr %416, i64 2528
-  store <8 x float> %wide.masked.gather541.3, ptr %3323, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.3, ptr %3324, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.3, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.3, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  %3323 = getelementptr inbounds nuw i8, <8 x ptr> %3319, i64 16
+  %3324 = getelementptr inbounds nuw i8, <8 x ptr> %3320, i64 16
+  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %3325 = getelementptr inbounds nuw i8, ptr %416, i64 2432
+  %3326 = getelementptr inbounds nuw i8, ptr %416, i64 2464
+  %3327 = getelementptr inbounds nuw i8, ptr %416, i64 2496
+  %3328 = getelementptr inbounds nuw i8, ptr %416, i64 2528
+  store <8 x float> %wide.masked.gather541.3, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather542.3, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather543.3, ptr %3327, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather544.3, ptr %3328, align 4, !tbaa !5, !alias.scope !61, !noalias !58
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
-  %indvars.iv635.4.i = phi i64 [ %indvars.iv.next636.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
-  %.idx759.i = shl nuw nsw i64 %indvars.iv635.4.i, 6
-  %3327 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i
-  %3328 = getelementptr inbounds nuw i8, ptr %3327, i64 16
-  %3329 = load float, ptr %3328, align 4, !tbaa !5
-  %3330 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv635.4.i
-  store float %3329, ptr %3330, align 4, !tbaa !5
-  %indvars.iv.next636.4.i = or disjoint i64 %indvars.iv635.4.i, 1
-  %.idx759.i.1 = shl nuw nsw i64 %indvars.iv.next636.4.i, 6
-  %3331 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.1
-  %3332 = getelementptr inbounds nuw i8, ptr %3331, i64 16
-  %3333 = load float, ptr %3332, align 4, !tbaa !5
-  %3334 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i
-  store float %3333, ptr %3334, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.1 = or disjoint i64 %indvars.iv635.4.i, 2
-  %.idx759.i.2 = shl nuw nsw i64 %indvars.iv.next636.4.i.1, 6
-  %3335 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.2
-  %3336 = getelementptr inbounds nuw i8, ptr %3335, i64 16
-  %3337 = load float, ptr %3336, align 4, !tbaa !5
-  %3338 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.1
-  store float %3337, ptr %3338, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.2 = or disjoint i64 %indvars.iv635.4.i, 3
-  %.idx759.i.3 = shl nuw nsw i64 %indvars.iv.next636.4.i.2, 6
-  %3339 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.3
-  %3340 = getelementptr inbounds nuw i8, ptr %3339, i64 16
-  %3341 = load float, ptr %3340, align 4, !tbaa !5
-  %3342 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.2
-  store float %3341, ptr %3342, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.3 = or disjoint i64 %indvars.iv635.4.i, 4
-  %.idx759.i.4 = shl nuw nsw i64 %indvars.iv.next636.4.i.3, 6
-  %3343 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.4
-  %3344 = getelementptr inbounds nuw i8, ptr %3343, i64 16
-  %3345 = load float, ptr %3344, align 4, !tbaa !5
-  %3346 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.3
-  store float %3345, ptr %3346, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.4 = or disjoint i64 %indvars.iv635.4.i, 5
-  %.idx759.i.5 = shl nuw nsw i64 %indvars.iv.next636.4.i.4, 6
-  %3347 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.5
-  %3348 = getelementptr inbounds nuw i8, ptr %3347, i64 16
-  %3349 = load float, ptr %3348, align 4, !tbaa !5
-  %3350 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.4
-  store float %3349, ptr %3350, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.5 = or disjoint i64 %indvars.iv635.4.i, 6
-  %.idx759.i.6 = shl nuw nsw i64 %indvars.iv.next636.4.i.5, 6
-  %3351 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.6
-  %3352 = getelementptr inbounds nuw i8, ptr %3351, i64 16
-  %3353 = load float, ptr %3352, align 4, !tbaa !5
-  %3354 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.5
-  store float %3353, ptr %3354, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.6 = or disjoint i64 %indvars.iv635.4.i, 7
-  %.idx759.i.7 = shl nuw nsw i64 %indvars.iv.next636.4.i.6, 6
-  %3355 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx759.i.7
-  %3356 = getelementptr inbounds nuw i8, ptr %3355, i64 16
-  %3357 = load float, ptr %3356, align 4, !tbaa !5
-  %3358 = getelementptr inbounds nuw float, ptr %3279, i64 %indvars.iv.next636.4.i.6
-  store float %3357, ptr %3358, align 4, !tbaa !5
-  %indvars.iv.next636.4.i.7 = add nuw nsw i64 %indvars.iv635.4.i, 8
-  %exitcond638.4.not.i.7 = icmp eq i64 %indvars.iv.next636.4.i.7, 128
-  br i1 %exitcond638.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
+  %indvars.iv644.4.i = phi i64 [ %indvars.iv.next645.4.i.7, %for_body_d.4.i ], [ 0, %for_end_d.3.i ]
+  %.idx768.i = shl nuw nsw i64 %indvars.iv644.4.i, 6
+  %3329 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
+  %3330 = getelementptr inbounds nuw i8, ptr %3329, i64 16
+  %3331 = load float, ptr %3330, align 4, !tbaa !5
+  %3332 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv644.4.i
+  store float %3331, ptr %3332, align 4, !tbaa !5
+  %indvars.iv.next645.4.i = or disjoint i64 %indvars.iv644.4.i, 1
+  %.idx768.i.1 = shl nuw nsw i64 %indvars.iv.next645.4.i, 6
+  %3333 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
+  %3334 = getelementptr inbounds nuw i8, ptr %3333, i64 16
+  %3335 = load float, ptr %3334, align 4, !tbaa !5
+  %3336 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i
+  store float %3335, ptr %3336, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.1 = or disjoint i64 %indvars.iv644.4.i, 2
+  %.idx768.i.2 = shl nuw nsw i64 %indvars.iv.next645.4.i.1, 6
+  %3337 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
+  %3338 = getelementptr inbounds nuw i8, ptr %3337, i64 16
+  %3339 = load float, ptr %3338, align 4, !tbaa !5
+  %3340 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.1
+  store float %3339, ptr %3340, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.2 = or disjoint i64 %indvars.iv644.4.i, 3
+  %.idx768.i.3 = shl nuw nsw i64 %indvars.iv.next645.4.i.2, 6
+  %3341 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
+  %3342 = getelementptr inbounds nuw i8, ptr %3341, i64 16
+  %3343 = load float, ptr %3342, align 4, !tbaa !5
+  %3344 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.2
+  store float %3343, ptr %3344, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.3 = or disjoint i64 %indvars.iv644.4.i, 4
+  %.idx768.i.4 = shl nuw nsw i64 %indvars.iv.next645.4.i.3, 6
+  %3345 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
+  %3346 = getelementptr inbounds nuw i8, ptr %3345, i64 16
+  %3347 = load float, ptr %3346, align 4, !tbaa !5
+  %3348 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.3
+  store float %3347, ptr %3348, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.4 = or disjoint i64 %indvars.iv644.4.i, 5
+  %.idx768.i.5 = shl nuw nsw i64 %indvars.iv.next645.4.i.4, 6
+  %3349 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
+  %3350 = getelementptr inbounds nuw i8, ptr %3349, i64 16
+  %3351 = load float, ptr %3350, align 4, !tbaa !5
+  %3352 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.4
+  store float %3351, ptr %3352, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.5 = or disjoint i64 %indvars.iv644.4.i, 6
+  %.idx768.i.6 = shl nuw nsw i64 %indvars.iv.next645.4.i.5, 6
+  %3353 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
+  %3354 = getelementptr inbounds nuw i8, ptr %3353, i64 16
+  %3355 = load float, ptr %3354, align 4, !tbaa !5
+  %3356 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.5
+  store float %3355, ptr %3356, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.6 = or disjoint i64 %indvars.iv644.4.i, 7
+  %.idx768.i.7 = shl nuw nsw i64 %indvars.iv.next645.4.i.6, 6
+  %3357 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
+  %3358 = getelementptr inbounds nuw i8, ptr %3357, i64 16
+  %3359 = load float, ptr %3358, align 4, !tbaa !5
+  %3360 = getelementptr inbounds nuw float, ptr %3281, i64 %indvars.iv.next645.4.i.6
+  store float %3359, ptr %3360, align 4, !tbaa !5
+  %indvars.iv.next645.4.i.7 = add nuw nsw i64 %indvars.iv644.4.i, 8
+  %exitcond647.4.not.i.7 = icmp eq i64 %indvars.iv.next645.4.i.7, 128
+  br i1 %exitcond647.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
 
 for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body535
-  %3359 = getelementptr inbounds nuw i8, ptr %416, i64 2560
+  %3361 = getelementptr inbounds nuw i8, ptr %416, i64 2560
   %scevgep505 = getelementptr i8, ptr %acc.i, i64 20
   %scevgep506 = getelementptr i8, ptr %acc.i, i64 8152
   %bound0507 = icmp ult ptr %scevgep503, %scevgep506
@@ -5101,150 +5101,150 @@ for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %ve
   br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !17
 
 vector.body512:                                   ; preds = %for_end_d.4.i
-  %3360 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3361 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3362 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3363 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3364 = getelementptr inbounds nuw i8, <8 x ptr> %3360, i64 20
-  %3365 = getelementptr inbounds nuw i8, <8 x ptr> %3361, i64 20
+  %3362 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3363 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3364 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3365 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3366 = getelementptr inbounds nuw i8, <8 x ptr> %3362, i64 20
   %3367 = getelementptr inbounds nuw i8, <8 x ptr> %3363, i64 20
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3364, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3365, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3368 = getelementptr inbounds nuw i8, ptr %416, i64 2592
-  %3369 = getelementptr inbounds nuw i8, ptr %416, i64 2624
-  %3370 = getelementptr inbounds nuw i8, ptr %416, i64 2656
-  store <8 x float> %wide.masked.gather518, ptr %3359, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519, ptr %3368, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520, ptr %3369, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521, ptr %3370, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3371 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3372 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3375 = getelementptr inbounds nuw i8, <8 x ptr> %3371, i64 20
-  %3376 = getelementptr inbounds nuw i8, <8 x ptr> %3372, i64 20
+  %3368 = getelementptr inbounds nuw i8, <8 x ptr> %3364, i64 20
+  %3369 = getelementptr inbounds nuw i8, <8 x ptr> %3365, i64 20
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3370 = getelementptr inbounds nuw i8, ptr %416, i64 2592
+  %3371 = getelementptr inbounds nuw i8, ptr %416, i64 2624
+  %3372 = getelementptr inbounds nuw i8, ptr %416, i64 2656
+  store <8 x float> %wide.masked.gather518, ptr %3361, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519, ptr %3370, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520, ptr %3371, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521, ptr %3372, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3376 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3377 = getelementptr inbounds nuw i8, <8 x ptr> %3373, i64 20
   %3378 = getelementptr inbounds nuw i8, <8 x ptr> %3374, i64 20
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3375, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3376, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3379 = getelementptr inbounds nuw i8, ptr %416, i64 2688
-  %3380 = getelementptr inbounds nuw i8, ptr %416, i64 2720
-  %3381 = getelementptr inbounds nuw i8, ptr %416, i64 2752
-  %3382 = getelementptr inbounds nuw i8, ptr %416, i64 2784
-  store <8 x float> %wide.masked.gather518.1, ptr %3379, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.1, ptr %3380, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.1, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.1, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3383 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3384 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3387 = getelementptr inbounds nuw i8, <8 x ptr> %3383, i64 20
-  %3388 = getelementptr inbounds nuw i8, <8 x ptr> %3384, i64 20
+  %3379 = getelementptr inbounds nuw i8, <8 x ptr> %3375, i64 20
+  %3380 = getelementptr inbounds nuw i8, <8 x ptr> %3376, i64 20
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3381 = getelementptr inbounds nuw i8, ptr %416, i64 2688
+  %3382 = getelementptr inbounds nuw i8, ptr %416, i64 2720
+  %3383 = getelementptr inbounds nuw i8, ptr %416, i64 2752
+  %3384 = getelementptr inbounds nuw i8, ptr %416, i64 2784
+  store <8 x float> %wide.masked.gather518.1, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.1, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.1, ptr %3383, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.1, ptr %3384, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3387 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3388 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3389 = getelementptr inbounds nuw i8, <8 x ptr> %3385, i64 20
   %3390 = getelementptr inbounds nuw i8, <8 x ptr> %3386, i64 20
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3391 = getelementptr inbounds nuw i8, ptr %416, i64 2816
-  %3392 = getelementptr inbounds nuw i8, ptr %416, i64 2848
-  %3393 = getelementptr inbounds nuw i8, ptr %416, i64 2880
-  %3394 = getelementptr inbounds nuw i8, ptr %416, i64 2912
-  store <8 x float> %wide.masked.gather518.2, ptr %3391, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.2, ptr %3392, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.2, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.2, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  %3395 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3396 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3399 = getelementptr inbounds nuw i8, <8 x ptr> %3395, i64 20
-  %3400 = getelementptr inbounds nuw i8, <8 x ptr> %3396, i64 20
+  %3391 = getelementptr inbounds nuw i8, <8 x ptr> %3387, i64 20
+  %3392 = getelementptr inbounds nuw i8, <8 x ptr> %3388, i64 20
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3392, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3393 = getelementptr inbounds nuw i8, ptr %416, i64 2816
+  %3394 = getelementptr inbounds nuw i8, ptr %416, i64 2848
+  %3395 = getelementptr inbounds nuw i8, ptr %416, i64 2880
+  %3396 = getelementptr inbounds nuw i8, ptr %416, i64 2912
+  store <8 x float> %wide.masked.gather518.2, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.2, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.2, ptr %3395, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.2, ptr %3396, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3399 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3400 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3401 = getelementptr inbounds nuw i8, <8 x ptr> %3397, i64 20
   %3402 = getelementptr inbounds nuw i8, <8 x ptr> %3398, i64 20
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3399, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3400, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %3403 = getelementptr inbounds nuw i8, ptr %416, i64 2944
-  %3404 = getelementptr inbounds nuw i8, ptr %416, i64 2976
-  %3405 = getelementptr inbounds nuw i8, ptr %416, i64 3008
-  %3406 = getelementptr inbounds nuw i8, ptr %416, i64 3040
-  store <8 x float> %wide.masked.gather518.3, ptr %3403, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.3, ptr %3404, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.3, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.3, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  %3403 = getelementptr inbounds nuw i8, <8 x ptr> %3399, i64 20
+  %3404 = getelementptr inbounds nuw i8, <8 x ptr> %3400, i64 20
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3404, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %3405 = getelementptr inbounds nuw i8, ptr %416, i64 2944
+  %3406 = getelementptr inbounds nuw i8, ptr %416, i64 2976
+  %3407 = getelementptr inbounds nuw i8, ptr %416, i64 3008
+  %3408 = getelementptr inbounds nuw i8, ptr %416, i64 3040
+  store <8 x float> %wide.masked.gather518.3, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather519.3, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather520.3, ptr %3407, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather521.3, ptr %3408, align 4, !tbaa !5, !alias.scope !67, !noalias !64
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
-  %indvars.iv635.5.i = phi i64 [ %indvars.iv.next636.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
-  %.idx760.i = shl nuw nsw i64 %indvars.iv635.5.i, 6
-  %3407 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i
-  %3408 = getelementptr inbounds nuw i8, ptr %3407, i64 20
-  %3409 = load float, ptr %3408, align 4, !tbaa !5
-  %3410 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv635.5.i
-  store float %3409, ptr %3410, align 4, !tbaa !5
-  %indvars.iv.next636.5.i = or disjoint i64 %indvars.iv635.5.i, 1
-  %.idx760.i.1 = shl nuw nsw i64 %indvars.iv.next636.5.i, 6
-  %3411 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.1
-  %3412 = getelementptr inbounds nuw i8, ptr %3411, i64 20
-  %3413 = load float, ptr %3412, align 4, !tbaa !5
-  %3414 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i
-  store float %3413, ptr %3414, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.1 = or disjoint i64 %indvars.iv635.5.i, 2
-  %.idx760.i.2 = shl nuw nsw i64 %indvars.iv.next636.5.i.1, 6
-  %3415 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.2
-  %3416 = getelementptr inbounds nuw i8, ptr %3415, i64 20
-  %3417 = load float, ptr %3416, align 4, !tbaa !5
-  %3418 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.1
-  store float %3417, ptr %3418, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.2 = or disjoint i64 %indvars.iv635.5.i, 3
-  %.idx760.i.3 = shl nuw nsw i64 %indvars.iv.next636.5.i.2, 6
-  %3419 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.3
-  %3420 = getelementptr inbounds nuw i8, ptr %3419, i64 20
-  %3421 = load float, ptr %3420, align 4, !tbaa !5
-  %3422 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.2
-  store float %3421, ptr %3422, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.3 = or disjoint i64 %indvars.iv635.5.i, 4
-  %.idx760.i.4 = shl nuw nsw i64 %indvars.iv.next636.5.i.3, 6
-  %3423 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.4
-  %3424 = getelementptr inbounds nuw i8, ptr %3423, i64 20
-  %3425 = load float, ptr %3424, align 4, !tbaa !5
-  %3426 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.3
-  store float %3425, ptr %3426, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.4 = or disjoint i64 %indvars.iv635.5.i, 5
-  %.idx760.i.5 = shl nuw nsw i64 %indvars.iv.next636.5.i.4, 6
-  %3427 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.5
-  %3428 = getelementptr inbounds nuw i8, ptr %3427, i64 20
-  %3429 = load float, ptr %3428, align 4, !tbaa !5
-  %3430 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.4
-  store float %3429, ptr %3430, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.5 = or disjoint i64 %indvars.iv635.5.i, 6
-  %.idx760.i.6 = shl nuw nsw i64 %indvars.iv.next636.5.i.5, 6
-  %3431 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.6
-  %3432 = getelementptr inbounds nuw i8, ptr %3431, i64 20
-  %3433 = load float, ptr %3432, align 4, !tbaa !5
-  %3434 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.5
-  store float %3433, ptr %3434, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.6 = or disjoint i64 %indvars.iv635.5.i, 7
-  %.idx760.i.7 = shl nuw nsw i64 %indvars.iv.next636.5.i.6, 6
-  %3435 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx760.i.7
-  %3436 = getelementptr inbounds nuw i8, ptr %3435, i64 20
-  %3437 = load float, ptr %3436, align 4, !tbaa !5
-  %3438 = getelementptr inbounds nuw float, ptr %3359, i64 %indvars.iv.next636.5.i.6
-  store float %3437, ptr %3438, align 4, !tbaa !5
-  %indvars.iv.next636.5.i.7 = add nuw nsw i64 %indvars.iv635.5.i, 8
-  %exitcond638.5.not.i.7 = icmp eq i64 %indvars.iv.next636.5.i.7, 128
-  br i1 %exitcond638.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
+  %indvars.iv644.5.i = phi i64 [ %indvars.iv.next645.5.i.7, %for_body_d.5.i ], [ 0, %for_end_d.4.i ]
+  %.idx769.i = shl nuw nsw i64 %indvars.iv644.5.i, 6
+  %3409 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
+  %3410 = getelementptr inbounds nuw i8, ptr %3409, i64 20
+  %3411 = load float, ptr %3410, align 4, !tbaa !5
+  %3412 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv644.5.i
+  store float %3411, ptr %3412, align 4, !tbaa !5
+  %indvars.iv.next645.5.i = or disjoint i64 %indvars.iv644.5.i, 1
+  %.idx769.i.1 = shl nuw nsw i64 %indvars.iv.next645.5.i, 6
+  %3413 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
+  %3414 = getelementptr inbounds nuw i8, ptr %3413, i64 20
+  %3415 = load float, ptr %3414, align 4, !tbaa !5
+  %3416 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i
+  store float %3415, ptr %3416, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.1 = or disjoint i64 %indvars.iv644.5.i, 2
+  %.idx769.i.2 = shl nuw nsw i64 %indvars.iv.next645.5.i.1, 6
+  %3417 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
+  %3418 = getelementptr inbounds nuw i8, ptr %3417, i64 20
+  %3419 = load float, ptr %3418, align 4, !tbaa !5
+  %3420 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.1
+  store float %3419, ptr %3420, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.2 = or disjoint i64 %indvars.iv644.5.i, 3
+  %.idx769.i.3 = shl nuw nsw i64 %indvars.iv.next645.5.i.2, 6
+  %3421 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
+  %3422 = getelementptr inbounds nuw i8, ptr %3421, i64 20
+  %3423 = load float, ptr %3422, align 4, !tbaa !5
+  %3424 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.2
+  store float %3423, ptr %3424, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.3 = or disjoint i64 %indvars.iv644.5.i, 4
+  %.idx769.i.4 = shl nuw nsw i64 %indvars.iv.next645.5.i.3, 6
+  %3425 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
+  %3426 = getelementptr inbounds nuw i8, ptr %3425, i64 20
+  %3427 = load float, ptr %3426, align 4, !tbaa !5
+  %3428 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.3
+  store float %3427, ptr %3428, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.4 = or disjoint i64 %indvars.iv644.5.i, 5
+  %.idx769.i.5 = shl nuw nsw i64 %indvars.iv.next645.5.i.4, 6
+  %3429 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
+  %3430 = getelementptr inbounds nuw i8, ptr %3429, i64 20
+  %3431 = load float, ptr %3430, align 4, !tbaa !5
+  %3432 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.4
+  store float %3431, ptr %3432, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.5 = or disjoint i64 %indvars.iv644.5.i, 6
+  %.idx769.i.6 = shl nuw nsw i64 %indvars.iv.next645.5.i.5, 6
+  %3433 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
+  %3434 = getelementptr inbounds nuw i8, ptr %3433, i64 20
+  %3435 = load float, ptr %3434, align 4, !tbaa !5
+  %3436 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.5
+  store float %3435, ptr %3436, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.6 = or disjoint i64 %indvars.iv644.5.i, 7
+  %.idx769.i.7 = shl nuw nsw i64 %indvars.iv.next645.5.i.6, 6
+  %3437 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
+  %3438 = getelementptr inbounds nuw i8, ptr %3437, i64 20
+  %3439 = load float, ptr %3438, align 4, !tbaa !5
+  %3440 = getelementptr inbounds nuw float, ptr %3361, i64 %indvars.iv.next645.5.i.6
+  store float %3439, ptr %3440, align 4, !tbaa !5
+  %indvars.iv.next645.5.i.7 = add nuw nsw i64 %indvars.iv644.5.i, 8
+  %exitcond647.5.not.i.7 = icmp eq i64 %indvars.iv.next645.5.i.7, 128
+  br i1 %exitcond647.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
 
 for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body512
-  %3439 = getelementptr inbounds nuw i8, ptr %416, i64 3072
+  %3441 = getelementptr inbounds nuw i8, ptr %416, i64 3072
   %scevgep482 = getelementptr i8, ptr %acc.i, i64 24
   %scevgep483 = getelementptr i8, ptr %acc.i, i64 8156
   %bound0484 = icmp ult ptr %scevgep480, %scevgep483
@@ -5253,150 +5253,150 @@ for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %ve
   br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !17
 
 vector.body489:                                   ; preds = %for_end_d.5.i
-  %3440 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3444 = getelementptr inbounds nuw i8, <8 x ptr> %3440, i64 24
-  %3445 = getelementptr inbounds nuw i8, <8 x ptr> %3441, i64 24
+  %3442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3444 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3445 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3446 = getelementptr inbounds nuw i8, <8 x ptr> %3442, i64 24
   %3447 = getelementptr inbounds nuw i8, <8 x ptr> %3443, i64 24
-  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3445, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3448 = getelementptr inbounds nuw i8, ptr %416, i64 3104
-  %3449 = getelementptr inbounds nuw i8, ptr %416, i64 3136
-  %3450 = getelementptr inbounds nuw i8, ptr %416, i64 3168
-  store <8 x float> %wide.masked.gather495, ptr %3439, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496, ptr %3448, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497, ptr %3449, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498, ptr %3450, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3451 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3452 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3455 = getelementptr inbounds nuw i8, <8 x ptr> %3451, i64 24
-  %3456 = getelementptr inbounds nuw i8, <8 x ptr> %3452, i64 24
+  %3448 = getelementptr inbounds nuw i8, <8 x ptr> %3444, i64 24
+  %3449 = getelementptr inbounds nuw i8, <8 x ptr> %3445, i64 24
+  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3448, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3450 = getelementptr inbounds nuw i8, ptr %416, i64 3104
+  %3451 = getelementptr inbounds nuw i8, ptr %416, i64 3136
+  %3452 = getelementptr inbounds nuw i8, ptr %416, i64 3168
+  store <8 x float> %wide.masked.gather495, ptr %3441, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496, ptr %3450, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497, ptr %3451, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498, ptr %3452, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3455 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3456 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3457 = getelementptr inbounds nuw i8, <8 x ptr> %3453, i64 24
   %3458 = getelementptr inbounds nuw i8, <8 x ptr> %3454, i64 24
-  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3455, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3456, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3459 = getelementptr inbounds nuw i8, ptr %416, i64 3200
-  %3460 = getelementptr inbounds nuw i8, ptr %416, i64 3232
-  %3461 = getelementptr inbounds nuw i8, ptr %416, i64 3264
-  %3462 = getelementptr inbounds nuw i8, ptr %416, i64 3296
-  store <8 x float> %wide.masked.gather495.1, ptr %3459, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.1, ptr %3460, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.1, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.1, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3463 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3464 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3467 = getelementptr inbounds nuw i8, <8 x ptr> %3463, i64 24
-  %3468 = getelementptr inbounds nuw i8, <8 x ptr> %3464, i64 24
+  %3459 = getelementptr inbounds nuw i8, <8 x ptr> %3455, i64 24
+  %3460 = getelementptr inbounds nuw i8, <8 x ptr> %3456, i64 24
+  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3461 = getelementptr inbounds nuw i8, ptr %416, i64 3200
+  %3462 = getelementptr inbounds nuw i8, ptr %416, i64 3232
+  %3463 = getelementptr inbounds nuw i8, ptr %416, i64 3264
+  %3464 = getelementptr inbounds nuw i8, ptr %416, i64 3296
+  store <8 x float> %wide.masked.gather495.1, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.1, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.1, ptr %3463, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.1, ptr %3464, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3467 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3468 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3469 = getelementptr inbounds nuw i8, <8 x ptr> %3465, i64 24
   %3470 = getelementptr inbounds nuw i8, <8 x ptr> %3466, i64 24
-  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3467, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3468, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3471 = getelementptr inbounds nuw i8, ptr %416, i64 3328
-  %3472 = getelementptr inbounds nuw i8, ptr %416, i64 3360
-  %3473 = getelementptr inbounds nuw i8, ptr %416, i64 3392
-  %3474 = getelementptr inbounds nuw i8, ptr %416, i64 3424
-  store <8 x float> %wide.masked.gather495.2, ptr %3471, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.2, ptr %3472, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.2, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.2, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  %3475 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3476 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3479 = getelementptr inbounds nuw i8, <8 x ptr> %3475, i64 24
-  %3480 = getelementptr inbounds nuw i8, <8 x ptr> %3476, i64 24
+  %3471 = getelementptr inbounds nuw i8, <8 x ptr> %3467, i64 24
+  %3472 = getelementptr inbounds nuw i8, <8 x ptr> %3468, i64 24
+  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3472, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3473 = getelementptr inbounds nuw i8, ptr %416, i64 3328
+  %3474 = getelementptr inbounds nuw i8, ptr %416, i64 3360
+  %3475 = getelementptr inbounds nuw i8, ptr %416, i64 3392
+  %3476 = getelementptr inbounds nuw i8, ptr %416, i64 3424
+  store <8 x float> %wide.masked.gather495.2, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.2, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.2, ptr %3475, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.2, ptr %3476, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3479 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3480 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3481 = getelementptr inbounds nuw i8, <8 x ptr> %3477, i64 24
   %3482 = getelementptr inbounds nuw i8, <8 x ptr> %3478, i64 24
-  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3479, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3480, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %3483 = getelementptr inbounds nuw i8, ptr %416, i64 3456
-  %3484 = getelementptr inbounds nuw i8, ptr %416, i64 3488
-  %3485 = getelementptr inbounds nuw i8, ptr %416, i64 3520
-  %3486 = getelementptr inbounds nuw i8, ptr %416, i64 3552
-  store <8 x float> %wide.masked.gather495.3, ptr %3483, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.3, ptr %3484, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.3, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.3, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  %3483 = getelementptr inbounds nuw i8, <8 x ptr> %3479, i64 24
+  %3484 = getelementptr inbounds nuw i8, <8 x ptr> %3480, i64 24
+  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %3485 = getelementptr inbounds nuw i8, ptr %416, i64 3456
+  %3486 = getelementptr inbounds nuw i8, ptr %416, i64 3488
+  %3487 = getelementptr inbounds nuw i8, ptr %416, i64 3520
+  %3488 = getelementptr inbounds nuw i8, ptr %416, i64 3552
+  store <8 x float> %wide.masked.gather495.3, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather496.3, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather497.3, ptr %3487, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather498.3, ptr %3488, align 4, !tbaa !5, !alias.scope !73, !noalias !70
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
-  %indvars.iv635.6.i = phi i64 [ %indvars.iv.next636.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
-  %.idx761.i = shl nuw nsw i64 %indvars.iv635.6.i, 6
-  %3487 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i
-  %3488 = getelementptr inbounds nuw i8, ptr %3487, i64 24
-  %3489 = load float, ptr %3488, align 4, !tbaa !5
-  %3490 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv635.6.i
-  store float %3489, ptr %3490, align 4, !tbaa !5
-  %indvars.iv.next636.6.i = or disjoint i64 %indvars.iv635.6.i, 1
-  %.idx761.i.1 = shl nuw nsw i64 %indvars.iv.next636.6.i, 6
-  %3491 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.1
-  %3492 = getelementptr inbounds nuw i8, ptr %3491, i64 24
-  %3493 = load float, ptr %3492, align 4, !tbaa !5
-  %3494 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i
-  store float %3493, ptr %3494, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.1 = or disjoint i64 %indvars.iv635.6.i, 2
-  %.idx761.i.2 = shl nuw nsw i64 %indvars.iv.next636.6.i.1, 6
-  %3495 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.2
-  %3496 = getelementptr inbounds nuw i8, ptr %3495, i64 24
-  %3497 = load float, ptr %3496, align 4, !tbaa !5
-  %3498 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.1
-  store float %3497, ptr %3498, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.2 = or disjoint i64 %indvars.iv635.6.i, 3
-  %.idx761.i.3 = shl nuw nsw i64 %indvars.iv.next636.6.i.2, 6
-  %3499 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.3
-  %3500 = getelementptr inbounds nuw i8, ptr %3499, i64 24
-  %3501 = load float, ptr %3500, align 4, !tbaa !5
-  %3502 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.2
-  store float %3501, ptr %3502, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.3 = or disjoint i64 %indvars.iv635.6.i, 4
-  %.idx761.i.4 = shl nuw nsw i64 %indvars.iv.next636.6.i.3, 6
-  %3503 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.4
-  %3504 = getelementptr inbounds nuw i8, ptr %3503, i64 24
-  %3505 = load float, ptr %3504, align 4, !tbaa !5
-  %3506 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.3
-  store float %3505, ptr %3506, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.4 = or disjoint i64 %indvars.iv635.6.i, 5
-  %.idx761.i.5 = shl nuw nsw i64 %indvars.iv.next636.6.i.4, 6
-  %3507 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.5
-  %3508 = getelementptr inbounds nuw i8, ptr %3507, i64 24
-  %3509 = load float, ptr %3508, align 4, !tbaa !5
-  %3510 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.4
-  store float %3509, ptr %3510, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.5 = or disjoint i64 %indvars.iv635.6.i, 6
-  %.idx761.i.6 = shl nuw nsw i64 %indvars.iv.next636.6.i.5, 6
-  %3511 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.6
-  %3512 = getelementptr inbounds nuw i8, ptr %3511, i64 24
-  %3513 = load float, ptr %3512, align 4, !tbaa !5
-  %3514 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.5
-  store float %3513, ptr %3514, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.6 = or disjoint i64 %indvars.iv635.6.i, 7
-  %.idx761.i.7 = shl nuw nsw i64 %indvars.iv.next636.6.i.6, 6
-  %3515 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx761.i.7
-  %3516 = getelementptr inbounds nuw i8, ptr %3515, i64 24
-  %3517 = load float, ptr %3516, align 4, !tbaa !5
-  %3518 = getelementptr inbounds nuw float, ptr %3439, i64 %indvars.iv.next636.6.i.6
-  store float %3517, ptr %3518, align 4, !tbaa !5
-  %indvars.iv.next636.6.i.7 = add nuw nsw i64 %indvars.iv635.6.i, 8
-  %exitcond638.6.not.i.7 = icmp eq i64 %indvars.iv.next636.6.i.7, 128
-  br i1 %exitcond638.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
+  %indvars.iv644.6.i = phi i64 [ %indvars.iv.next645.6.i.7, %for_body_d.6.i ], [ 0, %for_end_d.5.i ]
+  %.idx770.i = shl nuw nsw i64 %indvars.iv644.6.i, 6
+  %3489 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
+  %3490 = getelementptr inbounds nuw i8, ptr %3489, i64 24
+  %3491 = load float, ptr %3490, align 4, !tbaa !5
+  %3492 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv644.6.i
+  store float %3491, ptr %3492, align 4, !tbaa !5
+  %indvars.iv.next645.6.i = or disjoint i64 %indvars.iv644.6.i, 1
+  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next645.6.i, 6
+  %3493 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
+  %3494 = getelementptr inbounds nuw i8, ptr %3493, i64 24
+  %3495 = load float, ptr %3494, align 4, !tbaa !5
+  %3496 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i
+  store float %3495, ptr %3496, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.1 = or disjoint i64 %indvars.iv644.6.i, 2
+  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next645.6.i.1, 6
+  %3497 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
+  %3498 = getelementptr inbounds nuw i8, ptr %3497, i64 24
+  %3499 = load float, ptr %3498, align 4, !tbaa !5
+  %3500 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.1
+  store float %3499, ptr %3500, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.2 = or disjoint i64 %indvars.iv644.6.i, 3
+  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next645.6.i.2, 6
+  %3501 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
+  %3502 = getelementptr inbounds nuw i8, ptr %3501, i64 24
+  %3503 = load float, ptr %3502, align 4, !tbaa !5
+  %3504 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.2
+  store float %3503, ptr %3504, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.3 = or disjoint i64 %indvars.iv644.6.i, 4
+  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next645.6.i.3, 6
+  %3505 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
+  %3506 = getelementptr inbounds nuw i8, ptr %3505, i64 24
+  %3507 = load float, ptr %3506, align 4, !tbaa !5
+  %3508 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.3
+  store float %3507, ptr %3508, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.4 = or disjoint i64 %indvars.iv644.6.i, 5
+  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next645.6.i.4, 6
+  %3509 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
+  %3510 = getelementptr inbounds nuw i8, ptr %3509, i64 24
+  %3511 = load float, ptr %3510, align 4, !tbaa !5
+  %3512 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.4
+  store float %3511, ptr %3512, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.5 = or disjoint i64 %indvars.iv644.6.i, 6
+  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next645.6.i.5, 6
+  %3513 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
+  %3514 = getelementptr inbounds nuw i8, ptr %3513, i64 24
+  %3515 = load float, ptr %3514, align 4, !tbaa !5
+  %3516 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.5
+  store float %3515, ptr %3516, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.6 = or disjoint i64 %indvars.iv644.6.i, 7
+  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next645.6.i.6, 6
+  %3517 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
+  %3518 = getelementptr inbounds nuw i8, ptr %3517, i64 24
+  %3519 = load float, ptr %3518, align 4, !tbaa !5
+  %3520 = getelementptr inbounds nuw float, ptr %3441, i64 %indvars.iv.next645.6.i.6
+  store float %3519, ptr %3520, align 4, !tbaa !5
+  %indvars.iv.next645.6.i.7 = add nuw nsw i64 %indvars.iv644.6.i, 8
+  %exitcond647.6.not.i.7 = icmp eq i64 %indvars.iv.next645.6.i.7, 128
+  br i1 %exitcond647.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
 
 for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body489
-  %3519 = getelementptr inbounds nuw i8, ptr %416, i64 3584
+  %3521 = getelementptr inbounds nuw i8, ptr %416, i64 3584
   %scevgep459 = getelementptr i8, ptr %acc.i, i64 28
   %scevgep460 = getelementptr i8, ptr %acc.i, i64 8160
   %bound0461 = icmp ult ptr %scevgep457, %scevgep460
@@ -5405,150 +5405,150 @@ for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %ve
   br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !17
 
 vector.body466:                                   ; preds = %for_end_d.6.i
-  %3520 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3521 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3522 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3523 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3524 = getelementptr inbounds nuw i8, <8 x ptr> %3520, i64 28
-  %3525 = getelementptr inbounds nuw i8, <8 x ptr> %3521, i64 28
+  %3522 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3523 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3524 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3525 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3526 = getelementptr inbounds nuw i8, <8 x ptr> %3522, i64 28
   %3527 = getelementptr inbounds nuw i8, <8 x ptr> %3523, i64 28
-  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3524, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3525, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3528 = getelementptr inbounds nuw i8, ptr %416, i64 3616
-  %3529 = getelementptr inbounds nuw i8, ptr %416, i64 3648
-  %3530 = getelementptr inbounds nuw i8, ptr %416, i64 3680
-  store <8 x float> %wide.masked.gather472, ptr %3519, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473, ptr %3528, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474, ptr %3529, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475, ptr %3530, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3531 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3532 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3535 = getelementptr inbounds nuw i8, <8 x ptr> %3531, i64 28
-  %3536 = getelementptr inbounds nuw i8, <8 x ptr> %3532, i64 28
+  %3528 = getelementptr inbounds nuw i8, <8 x ptr> %3524, i64 28
+  %3529 = getelementptr inbounds nuw i8, <8 x ptr> %3525, i64 28
+  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3528, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3530 = getelementptr inbounds nuw i8, ptr %416, i64 3616
+  %3531 = getelementptr inbounds nuw i8, ptr %416, i64 3648
+  %3532 = getelementptr inbounds nuw i8, ptr %416, i64 3680
+  store <8 x float> %wide.masked.gather472, ptr %3521, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473, ptr %3530, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474, ptr %3531, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475, ptr %3532, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3535 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3536 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3537 = getelementptr inbounds nuw i8, <8 x ptr> %3533, i64 28
   %3538 = getelementptr inbounds nuw i8, <8 x ptr> %3534, i64 28
-  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3535, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3536, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3539 = getelementptr inbounds nuw i8, ptr %416, i64 3712
-  %3540 = getelementptr inbounds nuw i8, ptr %416, i64 3744
-  %3541 = getelementptr inbounds nuw i8, ptr %416, i64 3776
-  %3542 = getelementptr inbounds nuw i8, ptr %416, i64 3808
-  store <8 x float> %wide.masked.gather472.1, ptr %3539, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.1, ptr %3540, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.1, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.1, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3543 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3544 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3547 = getelementptr inbounds nuw i8, <8 x ptr> %3543, i64 28
-  %3548 = getelementptr inbounds nuw i8, <8 x ptr> %3544, i64 28
+  %3539 = getelementptr inbounds nuw i8, <8 x ptr> %3535, i64 28
+  %3540 = getelementptr inbounds nuw i8, <8 x ptr> %3536, i64 28
+  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3541 = getelementptr inbounds nuw i8, ptr %416, i64 3712
+  %3542 = getelementptr inbounds nuw i8, ptr %416, i64 3744
+  %3543 = getelementptr inbounds nuw i8, ptr %416, i64 3776
+  %3544 = getelementptr inbounds nuw i8, ptr %416, i64 3808
+  store <8 x float> %wide.masked.gather472.1, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.1, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.1, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.1, ptr %3544, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3547 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3548 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3549 = getelementptr inbounds nuw i8, <8 x ptr> %3545, i64 28
   %3550 = getelementptr inbounds nuw i8, <8 x ptr> %3546, i64 28
-  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3551 = getelementptr inbounds nuw i8, ptr %416, i64 3840
-  %3552 = getelementptr inbounds nuw i8, ptr %416, i64 3872
-  %3553 = getelementptr inbounds nuw i8, ptr %416, i64 3904
-  %3554 = getelementptr inbounds nuw i8, ptr %416, i64 3936
-  store <8 x float> %wide.masked.gather472.2, ptr %3551, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.2, ptr %3552, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.2, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.2, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  %3555 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3556 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3559 = getelementptr inbounds nuw i8, <8 x ptr> %3555, i64 28
-  %3560 = getelementptr inbounds nuw i8, <8 x ptr> %3556, i64 28
+  %3551 = getelementptr inbounds nuw i8, <8 x ptr> %3547, i64 28
+  %3552 = getelementptr inbounds nuw i8, <8 x ptr> %3548, i64 28
+  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3552, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3553 = getelementptr inbounds nuw i8, ptr %416, i64 3840
+  %3554 = getelementptr inbounds nuw i8, ptr %416, i64 3872
+  %3555 = getelementptr inbounds nuw i8, ptr %416, i64 3904
+  %3556 = getelementptr inbounds nuw i8, ptr %416, i64 3936
+  store <8 x float> %wide.masked.gather472.2, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.2, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.2, ptr %3555, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.2, ptr %3556, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3559 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3560 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3561 = getelementptr inbounds nuw i8, <8 x ptr> %3557, i64 28
   %3562 = getelementptr inbounds nuw i8, <8 x ptr> %3558, i64 28
-  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3559, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3560, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %3563 = getelementptr inbounds nuw i8, ptr %416, i64 3968
-  %3564 = getelementptr inbounds nuw i8, ptr %416, i64 4000
-  %3565 = getelementptr inbounds nuw i8, ptr %416, i64 4032
-  %3566 = getelementptr inbounds nuw i8, ptr %416, i64 4064
-  store <8 x float> %wide.masked.gather472.3, ptr %3563, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.3, ptr %3564, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.3, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.3, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  %3563 = getelementptr inbounds nuw i8, <8 x ptr> %3559, i64 28
+  %3564 = getelementptr inbounds nuw i8, <8 x ptr> %3560, i64 28
+  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %3565 = getelementptr inbounds nuw i8, ptr %416, i64 3968
+  %3566 = getelementptr inbounds nuw i8, ptr %416, i64 4000
+  %3567 = getelementptr inbounds nuw i8, ptr %416, i64 4032
+  %3568 = getelementptr inbounds nuw i8, ptr %416, i64 4064
+  store <8 x float> %wide.masked.gather472.3, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather473.3, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather474.3, ptr %3567, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather475.3, ptr %3568, align 4, !tbaa !5, !alias.scope !79, !noalias !76
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
-  %indvars.iv635.7.i = phi i64 [ %indvars.iv.next636.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
-  %.idx762.i = shl nuw nsw i64 %indvars.iv635.7.i, 6
-  %3567 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i
-  %3568 = getelementptr inbounds nuw i8, ptr %3567, i64 28
-  %3569 = load float, ptr %3568, align 4, !tbaa !5
-  %3570 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv635.7.i
-  store float %3569, ptr %3570, align 4, !tbaa !5
-  %indvars.iv.next636.7.i = or disjoint i64 %indvars.iv635.7.i, 1
-  %.idx762.i.1 = shl nuw nsw i64 %indvars.iv.next636.7.i, 6
-  %3571 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.1
-  %3572 = getelementptr inbounds nuw i8, ptr %3571, i64 28
-  %3573 = load float, ptr %3572, align 4, !tbaa !5
-  %3574 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i
-  store float %3573, ptr %3574, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.1 = or disjoint i64 %indvars.iv635.7.i, 2
-  %.idx762.i.2 = shl nuw nsw i64 %indvars.iv.next636.7.i.1, 6
-  %3575 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.2
-  %3576 = getelementptr inbounds nuw i8, ptr %3575, i64 28
-  %3577 = load float, ptr %3576, align 4, !tbaa !5
-  %3578 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.1
-  store float %3577, ptr %3578, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.2 = or disjoint i64 %indvars.iv635.7.i, 3
-  %.idx762.i.3 = shl nuw nsw i64 %indvars.iv.next636.7.i.2, 6
-  %3579 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.3
-  %3580 = getelementptr inbounds nuw i8, ptr %3579, i64 28
-  %3581 = load float, ptr %3580, align 4, !tbaa !5
-  %3582 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.2
-  store float %3581, ptr %3582, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.3 = or disjoint i64 %indvars.iv635.7.i, 4
-  %.idx762.i.4 = shl nuw nsw i64 %indvars.iv.next636.7.i.3, 6
-  %3583 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.4
-  %3584 = getelementptr inbounds nuw i8, ptr %3583, i64 28
-  %3585 = load float, ptr %3584, align 4, !tbaa !5
-  %3586 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.3
-  store float %3585, ptr %3586, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.4 = or disjoint i64 %indvars.iv635.7.i, 5
-  %.idx762.i.5 = shl nuw nsw i64 %indvars.iv.next636.7.i.4, 6
-  %3587 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.5
-  %3588 = getelementptr inbounds nuw i8, ptr %3587, i64 28
-  %3589 = load float, ptr %3588, align 4, !tbaa !5
-  %3590 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.4
-  store float %3589, ptr %3590, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.5 = or disjoint i64 %indvars.iv635.7.i, 6
-  %.idx762.i.6 = shl nuw nsw i64 %indvars.iv.next636.7.i.5, 6
-  %3591 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.6
-  %3592 = getelementptr inbounds nuw i8, ptr %3591, i64 28
-  %3593 = load float, ptr %3592, align 4, !tbaa !5
-  %3594 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.5
-  store float %3593, ptr %3594, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.6 = or disjoint i64 %indvars.iv635.7.i, 7
-  %.idx762.i.7 = shl nuw nsw i64 %indvars.iv.next636.7.i.6, 6
-  %3595 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx762.i.7
-  %3596 = getelementptr inbounds nuw i8, ptr %3595, i64 28
-  %3597 = load float, ptr %3596, align 4, !tbaa !5
-  %3598 = getelementptr inbounds nuw float, ptr %3519, i64 %indvars.iv.next636.7.i.6
-  store float %3597, ptr %3598, align 4, !tbaa !5
-  %indvars.iv.next636.7.i.7 = add nuw nsw i64 %indvars.iv635.7.i, 8
-  %exitcond638.7.not.i.7 = icmp eq i64 %indvars.iv.next636.7.i.7, 128
-  br i1 %exitcond638.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
+  %indvars.iv644.7.i = phi i64 [ %indvars.iv.next645.7.i.7, %for_body_d.7.i ], [ 0, %for_end_d.6.i ]
+  %.idx771.i = shl nuw nsw i64 %indvars.iv644.7.i, 6
+  %3569 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i
+  %3570 = getelementptr inbounds nuw i8, ptr %3569, i64 28
+  %3571 = load float, ptr %3570, align 4, !tbaa !5
+  %3572 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv644.7.i
+  store float %3571, ptr %3572, align 4, !tbaa !5
+  %indvars.iv.next645.7.i = or disjoint i64 %indvars.iv644.7.i, 1
+  %.idx771.i.1 = shl nuw nsw i64 %indvars.iv.next645.7.i, 6
+  %3573 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.1
+  %3574 = getelementptr inbounds nuw i8, ptr %3573, i64 28
+  %3575 = load float, ptr %3574, align 4, !tbaa !5
+  %3576 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i
+  store float %3575, ptr %3576, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.1 = or disjoint i64 %indvars.iv644.7.i, 2
+  %.idx771.i.2 = shl nuw nsw i64 %indvars.iv.next645.7.i.1, 6
+  %3577 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.2
+  %3578 = getelementptr inbounds nuw i8, ptr %3577, i64 28
+  %3579 = load float, ptr %3578, align 4, !tbaa !5
+  %3580 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.1
+  store float %3579, ptr %3580, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.2 = or disjoint i64 %indvars.iv644.7.i, 3
+  %.idx771.i.3 = shl nuw nsw i64 %indvars.iv.next645.7.i.2, 6
+  %3581 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.3
+  %3582 = getelementptr inbounds nuw i8, ptr %3581, i64 28
+  %3583 = load float, ptr %3582, align 4, !tbaa !5
+  %3584 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.2
+  store float %3583, ptr %3584, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.3 = or disjoint i64 %indvars.iv644.7.i, 4
+  %.idx771.i.4 = shl nuw nsw i64 %indvars.iv.next645.7.i.3, 6
+  %3585 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.4
+  %3586 = getelementptr inbounds nuw i8, ptr %3585, i64 28
+  %3587 = load float, ptr %3586, align 4, !tbaa !5
+  %3588 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.3
+  store float %3587, ptr %3588, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.4 = or disjoint i64 %indvars.iv644.7.i, 5
+  %.idx771.i.5 = shl nuw nsw i64 %indvars.iv.next645.7.i.4, 6
+  %3589 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.5
+  %3590 = getelementptr inbounds nuw i8, ptr %3589, i64 28
+  %3591 = load float, ptr %3590, align 4, !tbaa !5
+  %3592 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.4
+  store float %3591, ptr %3592, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.5 = or disjoint i64 %indvars.iv644.7.i, 6
+  %.idx771.i.6 = shl nuw nsw i64 %indvars.iv.next645.7.i.5, 6
+  %3593 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.6
+  %3594 = getelementptr inbounds nuw i8, ptr %3593, i64 28
+  %3595 = load float, ptr %3594, align 4, !tbaa !5
+  %3596 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.5
+  store float %3595, ptr %3596, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.6 = or disjoint i64 %indvars.iv644.7.i, 7
+  %.idx771.i.7 = shl nuw nsw i64 %indvars.iv.next645.7.i.6, 6
+  %3597 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx771.i.7
+  %3598 = getelementptr inbounds nuw i8, ptr %3597, i64 28
+  %3599 = load float, ptr %3598, align 4, !tbaa !5
+  %3600 = getelementptr inbounds nuw float, ptr %3521, i64 %indvars.iv.next645.7.i.6
+  store float %3599, ptr %3600, align 4, !tbaa !5
+  %indvars.iv.next645.7.i.7 = add nuw nsw i64 %indvars.iv644.7.i, 8
+  %exitcond647.7.not.i.7 = icmp eq i64 %indvars.iv.next645.7.i.7, 128
+  br i1 %exitcond647.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body466
-  %3599 = getelementptr inbounds nuw i8, ptr %416, i64 4096
+  %3601 = getelementptr inbounds nuw i8, ptr %416, i64 4096
   %scevgep436 = getelementptr i8, ptr %acc.i, i64 32
   %scevgep437 = getelementptr i8, ptr %acc.i, i64 8164
   %bound0438 = icmp ult ptr %scevgep434, %scevgep437
@@ -5557,150 +5557,150 @@ for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %ve
   br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !17
 
 vector.body443:                                   ; preds = %for_end_d.7.i
-  %3600 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3601 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3602 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3603 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3604 = getelementptr inbounds nuw i8, <8 x ptr> %3600, i64 32
-  %3605 = getelementptr inbounds nuw i8, <8 x ptr> %3601, i64 32
+  %3602 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3603 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3604 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3605 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3606 = getelementptr inbounds nuw i8, <8 x ptr> %3602, i64 32
   %3607 = getelementptr inbounds nuw i8, <8 x ptr> %3603, i64 32
-  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3604, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3605, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3608 = getelementptr inbounds nuw i8, ptr %416, i64 4128
-  %3609 = getelementptr inbounds nuw i8, ptr %416, i64 4160
-  %3610 = getelementptr inbounds nuw i8, ptr %416, i64 4192
-  store <8 x float> %wide.masked.gather449, ptr %3599, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450, ptr %3608, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451, ptr %3609, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452, ptr %3610, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3611 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3612 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3615 = getelementptr inbounds nuw i8, <8 x ptr> %3611, i64 32
-  %3616 = getelementptr inbounds nuw i8, <8 x ptr> %3612, i64 32
+  %3608 = getelementptr inbounds nuw i8, <8 x ptr> %3604, i64 32
+  %3609 = getelementptr inbounds nuw i8, <8 x ptr> %3605, i64 32
+  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3608, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3609, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3610 = getelementptr inbounds nuw i8, ptr %416, i64 4128
+  %3611 = getelementptr inbounds nuw i8, ptr %416, i64 4160
+  %3612 = getelementptr inbounds nuw i8, ptr %416, i64 4192
+  store <8 x float> %wide.masked.gather449, ptr %3601, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450, ptr %3610, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451, ptr %3611, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452, ptr %3612, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3615 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3616 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3617 = getelementptr inbounds nuw i8, <8 x ptr> %3613, i64 32
   %3618 = getelementptr inbounds nuw i8, <8 x ptr> %3614, i64 32
-  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3615, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3616, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3619 = getelementptr inbounds nuw i8, ptr %416, i64 4224
-  %3620 = getelementptr inbounds nuw i8, ptr %416, i64 4256
-  %3621 = getelementptr inbounds nuw i8, ptr %416, i64 4288
-  %3622 = getelementptr inbounds nuw i8, ptr %416, i64 4320
-  store <8 x float> %wide.masked.gather449.1, ptr %3619, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.1, ptr %3620, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.1, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.1, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3623 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3624 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3627 = getelementptr inbounds nuw i8, <8 x ptr> %3623, i64 32
-  %3628 = getelementptr inbounds nuw i8, <8 x ptr> %3624, i64 32
+  %3619 = getelementptr inbounds nuw i8, <8 x ptr> %3615, i64 32
+  %3620 = getelementptr inbounds nuw i8, <8 x ptr> %3616, i64 32
+  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3621 = getelementptr inbounds nuw i8, ptr %416, i64 4224
+  %3622 = getelementptr inbounds nuw i8, ptr %416, i64 4256
+  %3623 = getelementptr inbounds nuw i8, ptr %416, i64 4288
+  %3624 = getelementptr inbounds nuw i8, ptr %416, i64 4320
+  store <8 x float> %wide.masked.gather449.1, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.1, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.1, ptr %3623, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.1, ptr %3624, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3627 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3628 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3629 = getelementptr inbounds nuw i8, <8 x ptr> %3625, i64 32
   %3630 = getelementptr inbounds nuw i8, <8 x ptr> %3626, i64 32
-  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3627, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3628, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3631 = getelementptr inbounds nuw i8, ptr %416, i64 4352
-  %3632 = getelementptr inbounds nuw i8, ptr %416, i64 4384
-  %3633 = getelementptr inbounds nuw i8, ptr %416, i64 4416
-  %3634 = getelementptr inbounds nuw i8, ptr %416, i64 4448
-  store <8 x float> %wide.masked.gather449.2, ptr %3631, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.2, ptr %3632, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.2, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.2, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  %3635 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3636 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3639 = getelementptr inbounds nuw i8, <8 x ptr> %3635, i64 32
-  %3640 = getelementptr inbounds nuw i8, <8 x ptr> %3636, i64 32
+  %3631 = getelementptr inbounds nuw i8, <8 x ptr> %3627, i64 32
+  %3632 = getelementptr inbounds nuw i8, <8 x ptr> %3628, i64 32
+  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3632, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3633 = getelementptr inbounds nuw i8, ptr %416, i64 4352
+  %3634 = getelementptr inbounds nuw i8, ptr %416, i64 4384
+  %3635 = getelementptr inbounds nuw i8, ptr %416, i64 4416
+  %3636 = getelementptr inbounds nuw i8, ptr %416, i64 4448
+  store <8 x float> %wide.masked.gather449.2, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.2, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.2, ptr %3635, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.2, ptr %3636, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3639 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3640 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3641 = getelementptr inbounds nuw i8, <8 x ptr> %3637, i64 32
   %3642 = getelementptr inbounds nuw i8, <8 x ptr> %3638, i64 32
-  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3639, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3640, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %3643 = getelementptr inbounds nuw i8, ptr %416, i64 4480
-  %3644 = getelementptr inbounds nuw i8, ptr %416, i64 4512
-  %3645 = getelementptr inbounds nuw i8, ptr %416, i64 4544
-  %3646 = getelementptr inbounds nuw i8, ptr %416, i64 4576
-  store <8 x float> %wide.masked.gather449.3, ptr %3643, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.3, ptr %3644, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.3, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.3, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  %3643 = getelementptr inbounds nuw i8, <8 x ptr> %3639, i64 32
+  %3644 = getelementptr inbounds nuw i8, <8 x ptr> %3640, i64 32
+  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %3645 = getelementptr inbounds nuw i8, ptr %416, i64 4480
+  %3646 = getelementptr inbounds nuw i8, ptr %416, i64 4512
+  %3647 = getelementptr inbounds nuw i8, ptr %416, i64 4544
+  %3648 = getelementptr inbounds nuw i8, ptr %416, i64 4576
+  store <8 x float> %wide.masked.gather449.3, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather450.3, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather451.3, ptr %3647, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather452.3, ptr %3648, align 4, !tbaa !5, !alias.scope !85, !noalias !82
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
-  %indvars.iv635.8.i = phi i64 [ %indvars.iv.next636.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
-  %.idx763.i = shl nuw nsw i64 %indvars.iv635.8.i, 6
-  %3647 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i
-  %3648 = getelementptr inbounds nuw i8, ptr %3647, i64 32
-  %3649 = load float, ptr %3648, align 4, !tbaa !5
-  %3650 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv635.8.i
-  store float %3649, ptr %3650, align 4, !tbaa !5
-  %indvars.iv.next636.8.i = or disjoint i64 %indvars.iv635.8.i, 1
-  %.idx763.i.1 = shl nuw nsw i64 %indvars.iv.next636.8.i, 6
-  %3651 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.1
-  %3652 = getelementptr inbounds nuw i8, ptr %3651, i64 32
-  %3653 = load float, ptr %3652, align 4, !tbaa !5
-  %3654 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i
-  store float %3653, ptr %3654, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.1 = or disjoint i64 %indvars.iv635.8.i, 2
-  %.idx763.i.2 = shl nuw nsw i64 %indvars.iv.next636.8.i.1, 6
-  %3655 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.2
-  %3656 = getelementptr inbounds nuw i8, ptr %3655, i64 32
-  %3657 = load float, ptr %3656, align 4, !tbaa !5
-  %3658 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.1
-  store float %3657, ptr %3658, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.2 = or disjoint i64 %indvars.iv635.8.i, 3
-  %.idx763.i.3 = shl nuw nsw i64 %indvars.iv.next636.8.i.2, 6
-  %3659 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.3
-  %3660 = getelementptr inbounds nuw i8, ptr %3659, i64 32
-  %3661 = load float, ptr %3660, align 4, !tbaa !5
-  %3662 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.2
-  store float %3661, ptr %3662, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.3 = or disjoint i64 %indvars.iv635.8.i, 4
-  %.idx763.i.4 = shl nuw nsw i64 %indvars.iv.next636.8.i.3, 6
-  %3663 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.4
-  %3664 = getelementptr inbounds nuw i8, ptr %3663, i64 32
-  %3665 = load float, ptr %3664, align 4, !tbaa !5
-  %3666 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.3
-  store float %3665, ptr %3666, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.4 = or disjoint i64 %indvars.iv635.8.i, 5
-  %.idx763.i.5 = shl nuw nsw i64 %indvars.iv.next636.8.i.4, 6
-  %3667 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.5
-  %3668 = getelementptr inbounds nuw i8, ptr %3667, i64 32
-  %3669 = load float, ptr %3668, align 4, !tbaa !5
-  %3670 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.4
-  store float %3669, ptr %3670, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.5 = or disjoint i64 %indvars.iv635.8.i, 6
-  %.idx763.i.6 = shl nuw nsw i64 %indvars.iv.next636.8.i.5, 6
-  %3671 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.6
-  %3672 = getelementptr inbounds nuw i8, ptr %3671, i64 32
-  %3673 = load float, ptr %3672, align 4, !tbaa !5
-  %3674 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.5
-  store float %3673, ptr %3674, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.6 = or disjoint i64 %indvars.iv635.8.i, 7
-  %.idx763.i.7 = shl nuw nsw i64 %indvars.iv.next636.8.i.6, 6
-  %3675 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx763.i.7
-  %3676 = getelementptr inbounds nuw i8, ptr %3675, i64 32
-  %3677 = load float, ptr %3676, align 4, !tbaa !5
-  %3678 = getelementptr inbounds nuw float, ptr %3599, i64 %indvars.iv.next636.8.i.6
-  store float %3677, ptr %3678, align 4, !tbaa !5
-  %indvars.iv.next636.8.i.7 = add nuw nsw i64 %indvars.iv635.8.i, 8
-  %exitcond638.8.not.i.7 = icmp eq i64 %indvars.iv.next636.8.i.7, 128
-  br i1 %exitcond638.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
+  %indvars.iv644.8.i = phi i64 [ %indvars.iv.next645.8.i.7, %for_body_d.8.i ], [ 0, %for_end_d.7.i ]
+  %.idx772.i = shl nuw nsw i64 %indvars.iv644.8.i, 6
+  %3649 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i
+  %3650 = getelementptr inbounds nuw i8, ptr %3649, i64 32
+  %3651 = load float, ptr %3650, align 4, !tbaa !5
+  %3652 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv644.8.i
+  store float %3651, ptr %3652, align 4, !tbaa !5
+  %indvars.iv.next645.8.i = or disjoint i64 %indvars.iv644.8.i, 1
+  %.idx772.i.1 = shl nuw nsw i64 %indvars.iv.next645.8.i, 6
+  %3653 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.1
+  %3654 = getelementptr inbounds nuw i8, ptr %3653, i64 32
+  %3655 = load float, ptr %3654, align 4, !tbaa !5
+  %3656 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i
+  store float %3655, ptr %3656, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.1 = or disjoint i64 %indvars.iv644.8.i, 2
+  %.idx772.i.2 = shl nuw nsw i64 %indvars.iv.next645.8.i.1, 6
+  %3657 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.2
+  %3658 = getelementptr inbounds nuw i8, ptr %3657, i64 32
+  %3659 = load float, ptr %3658, align 4, !tbaa !5
+  %3660 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.1
+  store float %3659, ptr %3660, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.2 = or disjoint i64 %indvars.iv644.8.i, 3
+  %.idx772.i.3 = shl nuw nsw i64 %indvars.iv.next645.8.i.2, 6
+  %3661 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.3
+  %3662 = getelementptr inbounds nuw i8, ptr %3661, i64 32
+  %3663 = load float, ptr %3662, align 4, !tbaa !5
+  %3664 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.2
+  store float %3663, ptr %3664, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.3 = or disjoint i64 %indvars.iv644.8.i, 4
+  %.idx772.i.4 = shl nuw nsw i64 %indvars.iv.next645.8.i.3, 6
+  %3665 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.4
+  %3666 = getelementptr inbounds nuw i8, ptr %3665, i64 32
+  %3667 = load float, ptr %3666, align 4, !tbaa !5
+  %3668 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.3
+  store float %3667, ptr %3668, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.4 = or disjoint i64 %indvars.iv644.8.i, 5
+  %.idx772.i.5 = shl nuw nsw i64 %indvars.iv.next645.8.i.4, 6
+  %3669 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.5
+  %3670 = getelementptr inbounds nuw i8, ptr %3669, i64 32
+  %3671 = load float, ptr %3670, align 4, !tbaa !5
+  %3672 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.4
+  store float %3671, ptr %3672, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.5 = or disjoint i64 %indvars.iv644.8.i, 6
+  %.idx772.i.6 = shl nuw nsw i64 %indvars.iv.next645.8.i.5, 6
+  %3673 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.6
+  %3674 = getelementptr inbounds nuw i8, ptr %3673, i64 32
+  %3675 = load float, ptr %3674, align 4, !tbaa !5
+  %3676 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.5
+  store float %3675, ptr %3676, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.6 = or disjoint i64 %indvars.iv644.8.i, 7
+  %.idx772.i.7 = shl nuw nsw i64 %indvars.iv.next645.8.i.6, 6
+  %3677 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx772.i.7
+  %3678 = getelementptr inbounds nuw i8, ptr %3677, i64 32
+  %3679 = load float, ptr %3678, align 4, !tbaa !5
+  %3680 = getelementptr inbounds nuw float, ptr %3601, i64 %indvars.iv.next645.8.i.6
+  store float %3679, ptr %3680, align 4, !tbaa !5
+  %indvars.iv.next645.8.i.7 = add nuw nsw i64 %indvars.iv644.8.i, 8
+  %exitcond647.8.not.i.7 = icmp eq i64 %indvars.iv.next645.8.i.7, 128
+  br i1 %exitcond647.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
 
 for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body443
-  %3679 = getelementptr inbounds nuw i8, ptr %416, i64 4608
+  %3681 = getelementptr inbounds nuw i8, ptr %416, i64 4608
   %scevgep413 = getelementptr i8, ptr %acc.i, i64 36
   %scevgep414 = getelementptr i8, ptr %acc.i, i64 8168
   %bound0415 = icmp ult ptr %scevgep411, %scevgep414
@@ -5709,150 +5709,150 @@ for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %ve
   br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !17
 
 vector.body420:                                   ; preds = %for_end_d.8.i
-  %3680 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3681 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3682 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3683 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3684 = getelementptr inbounds nuw i8, <8 x ptr> %3680, i64 36
-  %3685 = getelementptr inbounds nuw i8, <8 x ptr> %3681, i64 36
+  %3682 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3683 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3684 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3685 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3686 = getelementptr inbounds nuw i8, <8 x ptr> %3682, i64 36
   %3687 = getelementptr inbounds nuw i8, <8 x ptr> %3683, i64 36
-  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3684, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3685, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3688 = getelementptr inbounds nuw i8, ptr %416, i64 4640
-  %3689 = getelementptr inbounds nuw i8, ptr %416, i64 4672
-  %3690 = getelementptr inbounds nuw i8, ptr %416, i64 4704
-  store <8 x float> %wide.masked.gather426, ptr %3679, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427, ptr %3688, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428, ptr %3689, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429, ptr %3690, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3691 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3692 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3695 = getelementptr inbounds nuw i8, <8 x ptr> %3691, i64 36
-  %3696 = getelementptr inbounds nuw i8, <8 x ptr> %3692, i64 36
+  %3688 = getelementptr inbounds nuw i8, <8 x ptr> %3684, i64 36
+  %3689 = getelementptr inbounds nuw i8, <8 x ptr> %3685, i64 36
+  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3688, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3689, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3690 = getelementptr inbounds nuw i8, ptr %416, i64 4640
+  %3691 = getelementptr inbounds nuw i8, ptr %416, i64 4672
+  %3692 = getelementptr inbounds nuw i8, ptr %416, i64 4704
+  store <8 x float> %wide.masked.gather426, ptr %3681, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427, ptr %3690, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428, ptr %3691, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429, ptr %3692, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3695 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3696 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3697 = getelementptr inbounds nuw i8, <8 x ptr> %3693, i64 36
   %3698 = getelementptr inbounds nuw i8, <8 x ptr> %3694, i64 36
-  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3695, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3696, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3699 = getelementptr inbounds nuw i8, ptr %416, i64 4736
-  %3700 = getelementptr inbounds nuw i8, ptr %416, i64 4768
-  %3701 = getelementptr inbounds nuw i8, ptr %416, i64 4800
-  %3702 = getelementptr inbounds nuw i8, ptr %416, i64 4832
-  store <8 x float> %wide.masked.gather426.1, ptr %3699, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.1, ptr %3700, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.1, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.1, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3703 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3704 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3707 = getelementptr inbounds nuw i8, <8 x ptr> %3703, i64 36
-  %3708 = getelementptr inbounds nuw i8, <8 x ptr> %3704, i64 36
+  %3699 = getelementptr inbounds nuw i8, <8 x ptr> %3695, i64 36
+  %3700 = getelementptr inbounds nuw i8, <8 x ptr> %3696, i64 36
+  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3701 = getelementptr inbounds nuw i8, ptr %416, i64 4736
+  %3702 = getelementptr inbounds nuw i8, ptr %416, i64 4768
+  %3703 = getelementptr inbounds nuw i8, ptr %416, i64 4800
+  %3704 = getelementptr inbounds nuw i8, ptr %416, i64 4832
+  store <8 x float> %wide.masked.gather426.1, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.1, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.1, ptr %3703, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.1, ptr %3704, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3707 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3708 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3709 = getelementptr inbounds nuw i8, <8 x ptr> %3705, i64 36
   %3710 = getelementptr inbounds nuw i8, <8 x ptr> %3706, i64 36
-  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3711 = getelementptr inbounds nuw i8, ptr %416, i64 4864
-  %3712 = getelementptr inbounds nuw i8, ptr %416, i64 4896
-  %3713 = getelementptr inbounds nuw i8, ptr %416, i64 4928
-  %3714 = getelementptr inbounds nuw i8, ptr %416, i64 4960
-  store <8 x float> %wide.masked.gather426.2, ptr %3711, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.2, ptr %3712, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.2, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.2, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  %3715 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3716 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3719 = getelementptr inbounds nuw i8, <8 x ptr> %3715, i64 36
-  %3720 = getelementptr inbounds nuw i8, <8 x ptr> %3716, i64 36
+  %3711 = getelementptr inbounds nuw i8, <8 x ptr> %3707, i64 36
+  %3712 = getelementptr inbounds nuw i8, <8 x ptr> %3708, i64 36
+  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3712, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3713 = getelementptr inbounds nuw i8, ptr %416, i64 4864
+  %3714 = getelementptr inbounds nuw i8, ptr %416, i64 4896
+  %3715 = getelementptr inbounds nuw i8, ptr %416, i64 4928
+  %3716 = getelementptr inbounds nuw i8, ptr %416, i64 4960
+  store <8 x float> %wide.masked.gather426.2, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.2, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.2, ptr %3715, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.2, ptr %3716, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3719 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3720 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3721 = getelementptr inbounds nuw i8, <8 x ptr> %3717, i64 36
   %3722 = getelementptr inbounds nuw i8, <8 x ptr> %3718, i64 36
-  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3719, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3720, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %3723 = getelementptr inbounds nuw i8, ptr %416, i64 4992
-  %3724 = getelementptr inbounds nuw i8, ptr %416, i64 5024
-  %3725 = getelementptr inbounds nuw i8, ptr %416, i64 5056
-  %3726 = getelementptr inbounds nuw i8, ptr %416, i64 5088
-  store <8 x float> %wide.masked.gather426.3, ptr %3723, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.3, ptr %3724, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.3, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.3, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  %3723 = getelementptr inbounds nuw i8, <8 x ptr> %3719, i64 36
+  %3724 = getelementptr inbounds nuw i8, <8 x ptr> %3720, i64 36
+  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %3725 = getelementptr inbounds nuw i8, ptr %416, i64 4992
+  %3726 = getelementptr inbounds nuw i8, ptr %416, i64 5024
+  %3727 = getelementptr inbounds nuw i8, ptr %416, i64 5056
+  %3728 = getelementptr inbounds nuw i8, ptr %416, i64 5088
+  store <8 x float> %wide.masked.gather426.3, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather427.3, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather428.3, ptr %3727, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather429.3, ptr %3728, align 4, !tbaa !5, !alias.scope !91, !noalias !88
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
-  %indvars.iv635.9.i = phi i64 [ %indvars.iv.next636.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
-  %.idx764.i = shl nuw nsw i64 %indvars.iv635.9.i, 6
-  %3727 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i
-  %3728 = getelementptr inbounds nuw i8, ptr %3727, i64 36
-  %3729 = load float, ptr %3728, align 4, !tbaa !5
-  %3730 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv635.9.i
-  store float %3729, ptr %3730, align 4, !tbaa !5
-  %indvars.iv.next636.9.i = or disjoint i64 %indvars.iv635.9.i, 1
-  %.idx764.i.1 = shl nuw nsw i64 %indvars.iv.next636.9.i, 6
-  %3731 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.1
-  %3732 = getelementptr inbounds nuw i8, ptr %3731, i64 36
-  %3733 = load float, ptr %3732, align 4, !tbaa !5
-  %3734 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i
-  store float %3733, ptr %3734, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.1 = or disjoint i64 %indvars.iv635.9.i, 2
-  %.idx764.i.2 = shl nuw nsw i64 %indvars.iv.next636.9.i.1, 6
-  %3735 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.2
-  %3736 = getelementptr inbounds nuw i8, ptr %3735, i64 36
-  %3737 = load float, ptr %3736, align 4, !tbaa !5
-  %3738 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.1
-  store float %3737, ptr %3738, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.2 = or disjoint i64 %indvars.iv635.9.i, 3
-  %.idx764.i.3 = shl nuw nsw i64 %indvars.iv.next636.9.i.2, 6
-  %3739 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.3
-  %3740 = getelementptr inbounds nuw i8, ptr %3739, i64 36
-  %3741 = load float, ptr %3740, align 4, !tbaa !5
-  %3742 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.2
-  store float %3741, ptr %3742, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.3 = or disjoint i64 %indvars.iv635.9.i, 4
-  %.idx764.i.4 = shl nuw nsw i64 %indvars.iv.next636.9.i.3, 6
-  %3743 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.4
-  %3744 = getelementptr inbounds nuw i8, ptr %3743, i64 36
-  %3745 = load float, ptr %3744, align 4, !tbaa !5
-  %3746 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.3
-  store float %3745, ptr %3746, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.4 = or disjoint i64 %indvars.iv635.9.i, 5
-  %.idx764.i.5 = shl nuw nsw i64 %indvars.iv.next636.9.i.4, 6
-  %3747 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.5
-  %3748 = getelementptr inbounds nuw i8, ptr %3747, i64 36
-  %3749 = load float, ptr %3748, align 4, !tbaa !5
-  %3750 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.4
-  store float %3749, ptr %3750, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.5 = or disjoint i64 %indvars.iv635.9.i, 6
-  %.idx764.i.6 = shl nuw nsw i64 %indvars.iv.next636.9.i.5, 6
-  %3751 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.6
-  %3752 = getelementptr inbounds nuw i8, ptr %3751, i64 36
-  %3753 = load float, ptr %3752, align 4, !tbaa !5
-  %3754 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.5
-  store float %3753, ptr %3754, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.6 = or disjoint i64 %indvars.iv635.9.i, 7
-  %.idx764.i.7 = shl nuw nsw i64 %indvars.iv.next636.9.i.6, 6
-  %3755 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx764.i.7
-  %3756 = getelementptr inbounds nuw i8, ptr %3755, i64 36
-  %3757 = load float, ptr %3756, align 4, !tbaa !5
-  %3758 = getelementptr inbounds nuw float, ptr %3679, i64 %indvars.iv.next636.9.i.6
-  store float %3757, ptr %3758, align 4, !tbaa !5
-  %indvars.iv.next636.9.i.7 = add nuw nsw i64 %indvars.iv635.9.i, 8
-  %exitcond638.9.not.i.7 = icmp eq i64 %indvars.iv.next636.9.i.7, 128
-  br i1 %exitcond638.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
+  %indvars.iv644.9.i = phi i64 [ %indvars.iv.next645.9.i.7, %for_body_d.9.i ], [ 0, %for_end_d.8.i ]
+  %.idx773.i = shl nuw nsw i64 %indvars.iv644.9.i, 6
+  %3729 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i
+  %3730 = getelementptr inbounds nuw i8, ptr %3729, i64 36
+  %3731 = load float, ptr %3730, align 4, !tbaa !5
+  %3732 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv644.9.i
+  store float %3731, ptr %3732, align 4, !tbaa !5
+  %indvars.iv.next645.9.i = or disjoint i64 %indvars.iv644.9.i, 1
+  %.idx773.i.1 = shl nuw nsw i64 %indvars.iv.next645.9.i, 6
+  %3733 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.1
+  %3734 = getelementptr inbounds nuw i8, ptr %3733, i64 36
+  %3735 = load float, ptr %3734, align 4, !tbaa !5
+  %3736 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i
+  store float %3735, ptr %3736, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.1 = or disjoint i64 %indvars.iv644.9.i, 2
+  %.idx773.i.2 = shl nuw nsw i64 %indvars.iv.next645.9.i.1, 6
+  %3737 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.2
+  %3738 = getelementptr inbounds nuw i8, ptr %3737, i64 36
+  %3739 = load float, ptr %3738, align 4, !tbaa !5
+  %3740 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.1
+  store float %3739, ptr %3740, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.2 = or disjoint i64 %indvars.iv644.9.i, 3
+  %.idx773.i.3 = shl nuw nsw i64 %indvars.iv.next645.9.i.2, 6
+  %3741 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.3
+  %3742 = getelementptr inbounds nuw i8, ptr %3741, i64 36
+  %3743 = load float, ptr %3742, align 4, !tbaa !5
+  %3744 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.2
+  store float %3743, ptr %3744, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.3 = or disjoint i64 %indvars.iv644.9.i, 4
+  %.idx773.i.4 = shl nuw nsw i64 %indvars.iv.next645.9.i.3, 6
+  %3745 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.4
+  %3746 = getelementptr inbounds nuw i8, ptr %3745, i64 36
+  %3747 = load float, ptr %3746, align 4, !tbaa !5
+  %3748 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.3
+  store float %3747, ptr %3748, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.4 = or disjoint i64 %indvars.iv644.9.i, 5
+  %.idx773.i.5 = shl nuw nsw i64 %indvars.iv.next645.9.i.4, 6
+  %3749 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.5
+  %3750 = getelementptr inbounds nuw i8, ptr %3749, i64 36
+  %3751 = load float, ptr %3750, align 4, !tbaa !5
+  %3752 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.4
+  store float %3751, ptr %3752, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.5 = or disjoint i64 %indvars.iv644.9.i, 6
+  %.idx773.i.6 = shl nuw nsw i64 %indvars.iv.next645.9.i.5, 6
+  %3753 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.6
+  %3754 = getelementptr inbounds nuw i8, ptr %3753, i64 36
+  %3755 = load float, ptr %3754, align 4, !tbaa !5
+  %3756 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.5
+  store float %3755, ptr %3756, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.6 = or disjoint i64 %indvars.iv644.9.i, 7
+  %.idx773.i.7 = shl nuw nsw i64 %indvars.iv.next645.9.i.6, 6
+  %3757 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx773.i.7
+  %3758 = getelementptr inbounds nuw i8, ptr %3757, i64 36
+  %3759 = load float, ptr %3758, align 4, !tbaa !5
+  %3760 = getelementptr inbounds nuw float, ptr %3681, i64 %indvars.iv.next645.9.i.6
+  store float %3759, ptr %3760, align 4, !tbaa !5
+  %indvars.iv.next645.9.i.7 = add nuw nsw i64 %indvars.iv644.9.i, 8
+  %exitcond647.9.not.i.7 = icmp eq i64 %indvars.iv.next645.9.i.7, 128
+  br i1 %exitcond647.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
 
 for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body420
-  %3759 = getelementptr inbounds nuw i8, ptr %416, i64 5120
+  %3761 = getelementptr inbounds nuw i8, ptr %416, i64 5120
   %scevgep390 = getelementptr i8, ptr %acc.i, i64 40
   %scevgep391 = getelementptr i8, ptr %acc.i, i64 8172
   %bound0392 = icmp ult ptr %scevgep388, %scevgep391
@@ -5861,150 +5861,150 @@ for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %ve
   br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !17
 
 vector.body397:                                   ; preds = %for_end_d.9.i
-  %3760 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3761 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3762 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3763 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3764 = getelementptr inbounds nuw i8, <8 x ptr> %3760, i64 40
-  %3765 = getelementptr inbounds nuw i8, <8 x ptr> %3761, i64 40
+  %3762 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3763 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3764 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3765 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3766 = getelementptr inbounds nuw i8, <8 x ptr> %3762, i64 40
   %3767 = getelementptr inbounds nuw i8, <8 x ptr> %3763, i64 40
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3764, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3765, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3768 = getelementptr inbounds nuw i8, ptr %416, i64 5152
-  %3769 = getelementptr inbounds nuw i8, ptr %416, i64 5184
-  %3770 = getelementptr inbounds nuw i8, ptr %416, i64 5216
-  store <8 x float> %wide.masked.gather403, ptr %3759, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404, ptr %3768, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405, ptr %3769, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406, ptr %3770, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3771 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3772 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3775 = getelementptr inbounds nuw i8, <8 x ptr> %3771, i64 40
-  %3776 = getelementptr inbounds nuw i8, <8 x ptr> %3772, i64 40
+  %3768 = getelementptr inbounds nuw i8, <8 x ptr> %3764, i64 40
+  %3769 = getelementptr inbounds nuw i8, <8 x ptr> %3765, i64 40
+  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3768, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3770 = getelementptr inbounds nuw i8, ptr %416, i64 5152
+  %3771 = getelementptr inbounds nuw i8, ptr %416, i64 5184
+  %3772 = getelementptr inbounds nuw i8, ptr %416, i64 5216
+  store <8 x float> %wide.masked.gather403, ptr %3761, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404, ptr %3770, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405, ptr %3771, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406, ptr %3772, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3775 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3776 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3777 = getelementptr inbounds nuw i8, <8 x ptr> %3773, i64 40
   %3778 = getelementptr inbounds nuw i8, <8 x ptr> %3774, i64 40
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3775, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3776, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3779 = getelementptr inbounds nuw i8, ptr %416, i64 5248
-  %3780 = getelementptr inbounds nuw i8, ptr %416, i64 5280
-  %3781 = getelementptr inbounds nuw i8, ptr %416, i64 5312
-  %3782 = getelementptr inbounds nuw i8, ptr %416, i64 5344
-  store <8 x float> %wide.masked.gather403.1, ptr %3779, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.1, ptr %3780, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.1, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.1, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3783 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3784 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3787 = getelementptr inbounds nuw i8, <8 x ptr> %3783, i64 40
-  %3788 = getelementptr inbounds nuw i8, <8 x ptr> %3784, i64 40
+  %3779 = getelementptr inbounds nuw i8, <8 x ptr> %3775, i64 40
+  %3780 = getelementptr inbounds nuw i8, <8 x ptr> %3776, i64 40
+  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3781 = getelementptr inbounds nuw i8, ptr %416, i64 5248
+  %3782 = getelementptr inbounds nuw i8, ptr %416, i64 5280
+  %3783 = getelementptr inbounds nuw i8, ptr %416, i64 5312
+  %3784 = getelementptr inbounds nuw i8, ptr %416, i64 5344
+  store <8 x float> %wide.masked.gather403.1, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.1, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.1, ptr %3783, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.1, ptr %3784, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3787 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3788 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3789 = getelementptr inbounds nuw i8, <8 x ptr> %3785, i64 40
   %3790 = getelementptr inbounds nuw i8, <8 x ptr> %3786, i64 40
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3788, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3791 = getelementptr inbounds nuw i8, ptr %416, i64 5376
-  %3792 = getelementptr inbounds nuw i8, ptr %416, i64 5408
-  %3793 = getelementptr inbounds nuw i8, ptr %416, i64 5440
-  %3794 = getelementptr inbounds nuw i8, ptr %416, i64 5472
-  store <8 x float> %wide.masked.gather403.2, ptr %3791, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.2, ptr %3792, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.2, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.2, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  %3795 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3796 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3799 = getelementptr inbounds nuw i8, <8 x ptr> %3795, i64 40
-  %3800 = getelementptr inbounds nuw i8, <8 x ptr> %3796, i64 40
+  %3791 = getelementptr inbounds nuw i8, <8 x ptr> %3787, i64 40
+  %3792 = getelementptr inbounds nuw i8, <8 x ptr> %3788, i64 40
+  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3792, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3793 = getelementptr inbounds nuw i8, ptr %416, i64 5376
+  %3794 = getelementptr inbounds nuw i8, ptr %416, i64 5408
+  %3795 = getelementptr inbounds nuw i8, ptr %416, i64 5440
+  %3796 = getelementptr inbounds nuw i8, ptr %416, i64 5472
+  store <8 x float> %wide.masked.gather403.2, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.2, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.2, ptr %3795, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.2, ptr %3796, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3799 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3800 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3801 = getelementptr inbounds nuw i8, <8 x ptr> %3797, i64 40
   %3802 = getelementptr inbounds nuw i8, <8 x ptr> %3798, i64 40
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3799, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3800, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %3803 = getelementptr inbounds nuw i8, ptr %416, i64 5504
-  %3804 = getelementptr inbounds nuw i8, ptr %416, i64 5536
-  %3805 = getelementptr inbounds nuw i8, ptr %416, i64 5568
-  %3806 = getelementptr inbounds nuw i8, ptr %416, i64 5600
-  store <8 x float> %wide.masked.gather403.3, ptr %3803, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.3, ptr %3804, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.3, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.3, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  %3803 = getelementptr inbounds nuw i8, <8 x ptr> %3799, i64 40
+  %3804 = getelementptr inbounds nuw i8, <8 x ptr> %3800, i64 40
+  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %3805 = getelementptr inbounds nuw i8, ptr %416, i64 5504
+  %3806 = getelementptr inbounds nuw i8, ptr %416, i64 5536
+  %3807 = getelementptr inbounds nuw i8, ptr %416, i64 5568
+  %3808 = getelementptr inbounds nuw i8, ptr %416, i64 5600
+  store <8 x float> %wide.masked.gather403.3, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather404.3, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather405.3, ptr %3807, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather406.3, ptr %3808, align 4, !tbaa !5, !alias.scope !97, !noalias !94
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
-  %indvars.iv635.10.i = phi i64 [ %indvars.iv.next636.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
-  %.idx765.i = shl nuw nsw i64 %indvars.iv635.10.i, 6
-  %3807 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i
-  %3808 = getelementptr inbounds nuw i8, ptr %3807, i64 40
-  %3809 = load float, ptr %3808, align 4, !tbaa !5
-  %3810 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv635.10.i
-  store float %3809, ptr %3810, align 4, !tbaa !5
-  %indvars.iv.next636.10.i = or disjoint i64 %indvars.iv635.10.i, 1
-  %.idx765.i.1 = shl nuw nsw i64 %indvars.iv.next636.10.i, 6
-  %3811 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.1
-  %3812 = getelementptr inbounds nuw i8, ptr %3811, i64 40
-  %3813 = load float, ptr %3812, align 4, !tbaa !5
-  %3814 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i
-  store float %3813, ptr %3814, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.1 = or disjoint i64 %indvars.iv635.10.i, 2
-  %.idx765.i.2 = shl nuw nsw i64 %indvars.iv.next636.10.i.1, 6
-  %3815 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.2
-  %3816 = getelementptr inbounds nuw i8, ptr %3815, i64 40
-  %3817 = load float, ptr %3816, align 4, !tbaa !5
-  %3818 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.1
-  store float %3817, ptr %3818, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.2 = or disjoint i64 %indvars.iv635.10.i, 3
-  %.idx765.i.3 = shl nuw nsw i64 %indvars.iv.next636.10.i.2, 6
-  %3819 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.3
-  %3820 = getelementptr inbounds nuw i8, ptr %3819, i64 40
-  %3821 = load float, ptr %3820, align 4, !tbaa !5
-  %3822 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.2
-  store float %3821, ptr %3822, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.3 = or disjoint i64 %indvars.iv635.10.i, 4
-  %.idx765.i.4 = shl nuw nsw i64 %indvars.iv.next636.10.i.3, 6
-  %3823 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.4
-  %3824 = getelementptr inbounds nuw i8, ptr %3823, i64 40
-  %3825 = load float, ptr %3824, align 4, !tbaa !5
-  %3826 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.3
-  store float %3825, ptr %3826, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.4 = or disjoint i64 %indvars.iv635.10.i, 5
-  %.idx765.i.5 = shl nuw nsw i64 %indvars.iv.next636.10.i.4, 6
-  %3827 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.5
-  %3828 = getelementptr inbounds nuw i8, ptr %3827, i64 40
-  %3829 = load float, ptr %3828, align 4, !tbaa !5
-  %3830 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.4
-  store float %3829, ptr %3830, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.5 = or disjoint i64 %indvars.iv635.10.i, 6
-  %.idx765.i.6 = shl nuw nsw i64 %indvars.iv.next636.10.i.5, 6
-  %3831 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.6
-  %3832 = getelementptr inbounds nuw i8, ptr %3831, i64 40
-  %3833 = load float, ptr %3832, align 4, !tbaa !5
-  %3834 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.5
-  store float %3833, ptr %3834, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.6 = or disjoint i64 %indvars.iv635.10.i, 7
-  %.idx765.i.7 = shl nuw nsw i64 %indvars.iv.next636.10.i.6, 6
-  %3835 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx765.i.7
-  %3836 = getelementptr inbounds nuw i8, ptr %3835, i64 40
-  %3837 = load float, ptr %3836, align 4, !tbaa !5
-  %3838 = getelementptr inbounds nuw float, ptr %3759, i64 %indvars.iv.next636.10.i.6
-  store float %3837, ptr %3838, align 4, !tbaa !5
-  %indvars.iv.next636.10.i.7 = add nuw nsw i64 %indvars.iv635.10.i, 8
-  %exitcond638.10.not.i.7 = icmp eq i64 %indvars.iv.next636.10.i.7, 128
-  br i1 %exitcond638.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
+  %indvars.iv644.10.i = phi i64 [ %indvars.iv.next645.10.i.7, %for_body_d.10.i ], [ 0, %for_end_d.9.i ]
+  %.idx774.i = shl nuw nsw i64 %indvars.iv644.10.i, 6
+  %3809 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i
+  %3810 = getelementptr inbounds nuw i8, ptr %3809, i64 40
+  %3811 = load float, ptr %3810, align 4, !tbaa !5
+  %3812 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv644.10.i
+  store float %3811, ptr %3812, align 4, !tbaa !5
+  %indvars.iv.next645.10.i = or disjoint i64 %indvars.iv644.10.i, 1
+  %.idx774.i.1 = shl nuw nsw i64 %indvars.iv.next645.10.i, 6
+  %3813 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.1
+  %3814 = getelementptr inbounds nuw i8, ptr %3813, i64 40
+  %3815 = load float, ptr %3814, align 4, !tbaa !5
+  %3816 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i
+  store float %3815, ptr %3816, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.1 = or disjoint i64 %indvars.iv644.10.i, 2
+  %.idx774.i.2 = shl nuw nsw i64 %indvars.iv.next645.10.i.1, 6
+  %3817 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.2
+  %3818 = getelementptr inbounds nuw i8, ptr %3817, i64 40
+  %3819 = load float, ptr %3818, align 4, !tbaa !5
+  %3820 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.1
+  store float %3819, ptr %3820, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.2 = or disjoint i64 %indvars.iv644.10.i, 3
+  %.idx774.i.3 = shl nuw nsw i64 %indvars.iv.next645.10.i.2, 6
+  %3821 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.3
+  %3822 = getelementptr inbounds nuw i8, ptr %3821, i64 40
+  %3823 = load float, ptr %3822, align 4, !tbaa !5
+  %3824 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.2
+  store float %3823, ptr %3824, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.3 = or disjoint i64 %indvars.iv644.10.i, 4
+  %.idx774.i.4 = shl nuw nsw i64 %indvars.iv.next645.10.i.3, 6
+  %3825 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.4
+  %3826 = getelementptr inbounds nuw i8, ptr %3825, i64 40
+  %3827 = load float, ptr %3826, align 4, !tbaa !5
+  %3828 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.3
+  store float %3827, ptr %3828, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.4 = or disjoint i64 %indvars.iv644.10.i, 5
+  %.idx774.i.5 = shl nuw nsw i64 %indvars.iv.next645.10.i.4, 6
+  %3829 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.5
+  %3830 = getelementptr inbounds nuw i8, ptr %3829, i64 40
+  %3831 = load float, ptr %3830, align 4, !tbaa !5
+  %3832 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.4
+  store float %3831, ptr %3832, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.5 = or disjoint i64 %indvars.iv644.10.i, 6
+  %.idx774.i.6 = shl nuw nsw i64 %indvars.iv.next645.10.i.5, 6
+  %3833 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.6
+  %3834 = getelementptr inbounds nuw i8, ptr %3833, i64 40
+  %3835 = load float, ptr %3834, align 4, !tbaa !5
+  %3836 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.5
+  store float %3835, ptr %3836, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.6 = or disjoint i64 %indvars.iv644.10.i, 7
+  %.idx774.i.7 = shl nuw nsw i64 %indvars.iv.next645.10.i.6, 6
+  %3837 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx774.i.7
+  %3838 = getelementptr inbounds nuw i8, ptr %3837, i64 40
+  %3839 = load float, ptr %3838, align 4, !tbaa !5
+  %3840 = getelementptr inbounds nuw float, ptr %3761, i64 %indvars.iv.next645.10.i.6
+  store float %3839, ptr %3840, align 4, !tbaa !5
+  %indvars.iv.next645.10.i.7 = add nuw nsw i64 %indvars.iv644.10.i, 8
+  %exitcond647.10.not.i.7 = icmp eq i64 %indvars.iv.next645.10.i.7, 128
+  br i1 %exitcond647.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
 
 for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body397
-  %3839 = getelementptr inbounds nuw i8, ptr %416, i64 5632
+  %3841 = getelementptr inbounds nuw i8, ptr %416, i64 5632
   %scevgep367 = getelementptr i8, ptr %acc.i, i64 44
   %scevgep368 = getelementptr i8, ptr %acc.i, i64 8176
   %bound0369 = icmp ult ptr %scevgep365, %scevgep368
@@ -6013,150 +6013,150 @@ for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %v
   br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !17
 
 vector.body374:                                   ; preds = %for_end_d.10.i
-  %3840 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3841 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3842 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3843 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3844 = getelementptr inbounds nuw i8, <8 x ptr> %3840, i64 44
-  %3845 = getelementptr inbounds nuw i8, <8 x ptr> %3841, i64 44
+  %3842 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3843 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3844 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3845 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3846 = getelementptr inbounds nuw i8, <8 x ptr> %3842, i64 44
   %3847 = getelementptr inbounds nuw i8, <8 x ptr> %3843, i64 44
-  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3844, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3845, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3848 = getelementptr inbounds nuw i8, ptr %416, i64 5664
-  %3849 = getelementptr inbounds nuw i8, ptr %416, i64 5696
-  %3850 = getelementptr inbounds nuw i8, ptr %416, i64 5728
-  store <8 x float> %wide.masked.gather380, ptr %3839, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381, ptr %3848, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382, ptr %3849, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383, ptr %3850, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3851 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3852 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3855 = getelementptr inbounds nuw i8, <8 x ptr> %3851, i64 44
-  %3856 = getelementptr inbounds nuw i8, <8 x ptr> %3852, i64 44
+  %3848 = getelementptr inbounds nuw i8, <8 x ptr> %3844, i64 44
+  %3849 = getelementptr inbounds nuw i8, <8 x ptr> %3845, i64 44
+  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3848, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3850 = getelementptr inbounds nuw i8, ptr %416, i64 5664
+  %3851 = getelementptr inbounds nuw i8, ptr %416, i64 5696
+  %3852 = getelementptr inbounds nuw i8, ptr %416, i64 5728
+  store <8 x float> %wide.masked.gather380, ptr %3841, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381, ptr %3850, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382, ptr %3851, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383, ptr %3852, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3855 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3856 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3857 = getelementptr inbounds nuw i8, <8 x ptr> %3853, i64 44
   %3858 = getelementptr inbounds nuw i8, <8 x ptr> %3854, i64 44
-  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3855, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3856, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3859 = getelementptr inbounds nuw i8, ptr %416, i64 5760
-  %3860 = getelementptr inbounds nuw i8, ptr %416, i64 5792
-  %3861 = getelementptr inbounds nuw i8, ptr %416, i64 5824
-  %3862 = getelementptr inbounds nuw i8, ptr %416, i64 5856
-  store <8 x float> %wide.masked.gather380.1, ptr %3859, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.1, ptr %3860, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.1, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.1, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3863 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3864 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3867 = getelementptr inbounds nuw i8, <8 x ptr> %3863, i64 44
-  %3868 = getelementptr inbounds nuw i8, <8 x ptr> %3864, i64 44
+  %3859 = getelementptr inbounds nuw i8, <8 x ptr> %3855, i64 44
+  %3860 = getelementptr inbounds nuw i8, <8 x ptr> %3856, i64 44
+  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3861 = getelementptr inbounds nuw i8, ptr %416, i64 5760
+  %3862 = getelementptr inbounds nuw i8, ptr %416, i64 5792
+  %3863 = getelementptr inbounds nuw i8, ptr %416, i64 5824
+  %3864 = getelementptr inbounds nuw i8, ptr %416, i64 5856
+  store <8 x float> %wide.masked.gather380.1, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.1, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.1, ptr %3863, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.1, ptr %3864, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3867 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3868 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3869 = getelementptr inbounds nuw i8, <8 x ptr> %3865, i64 44
   %3870 = getelementptr inbounds nuw i8, <8 x ptr> %3866, i64 44
-  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3867, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3868, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3871 = getelementptr inbounds nuw i8, ptr %416, i64 5888
-  %3872 = getelementptr inbounds nuw i8, ptr %416, i64 5920
-  %3873 = getelementptr inbounds nuw i8, ptr %416, i64 5952
-  %3874 = getelementptr inbounds nuw i8, ptr %416, i64 5984
-  store <8 x float> %wide.masked.gather380.2, ptr %3871, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.2, ptr %3872, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.2, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.2, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  %3875 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3876 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3879 = getelementptr inbounds nuw i8, <8 x ptr> %3875, i64 44
-  %3880 = getelementptr inbounds nuw i8, <8 x ptr> %3876, i64 44
+  %3871 = getelementptr inbounds nuw i8, <8 x ptr> %3867, i64 44
+  %3872 = getelementptr inbounds nuw i8, <8 x ptr> %3868, i64 44
+  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3872, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3873 = getelementptr inbounds nuw i8, ptr %416, i64 5888
+  %3874 = getelementptr inbounds nuw i8, ptr %416, i64 5920
+  %3875 = getelementptr inbounds nuw i8, ptr %416, i64 5952
+  %3876 = getelementptr inbounds nuw i8, ptr %416, i64 5984
+  store <8 x float> %wide.masked.gather380.2, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.2, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.2, ptr %3875, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.2, ptr %3876, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3879 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3880 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3881 = getelementptr inbounds nuw i8, <8 x ptr> %3877, i64 44
   %3882 = getelementptr inbounds nuw i8, <8 x ptr> %3878, i64 44
-  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3879, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3880, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %3883 = getelementptr inbounds nuw i8, ptr %416, i64 6016
-  %3884 = getelementptr inbounds nuw i8, ptr %416, i64 6048
-  %3885 = getelementptr inbounds nuw i8, ptr %416, i64 6080
-  %3886 = getelementptr inbounds nuw i8, ptr %416, i64 6112
-  store <8 x float> %wide.masked.gather380.3, ptr %3883, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.3, ptr %3884, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.3, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.3, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  %3883 = getelementptr inbounds nuw i8, <8 x ptr> %3879, i64 44
+  %3884 = getelementptr inbounds nuw i8, <8 x ptr> %3880, i64 44
+  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %3885 = getelementptr inbounds nuw i8, ptr %416, i64 6016
+  %3886 = getelementptr inbounds nuw i8, ptr %416, i64 6048
+  %3887 = getelementptr inbounds nuw i8, ptr %416, i64 6080
+  %3888 = getelementptr inbounds nuw i8, ptr %416, i64 6112
+  store <8 x float> %wide.masked.gather380.3, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather381.3, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather382.3, ptr %3887, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather383.3, ptr %3888, align 4, !tbaa !5, !alias.scope !103, !noalias !100
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
-  %indvars.iv635.11.i = phi i64 [ %indvars.iv.next636.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
-  %.idx766.i = shl nuw nsw i64 %indvars.iv635.11.i, 6
-  %3887 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i
-  %3888 = getelementptr inbounds nuw i8, ptr %3887, i64 44
-  %3889 = load float, ptr %3888, align 4, !tbaa !5
-  %3890 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv635.11.i
-  store float %3889, ptr %3890, align 4, !tbaa !5
-  %indvars.iv.next636.11.i = or disjoint i64 %indvars.iv635.11.i, 1
-  %.idx766.i.1 = shl nuw nsw i64 %indvars.iv.next636.11.i, 6
-  %3891 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.1
-  %3892 = getelementptr inbounds nuw i8, ptr %3891, i64 44
-  %3893 = load float, ptr %3892, align 4, !tbaa !5
-  %3894 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i
-  store float %3893, ptr %3894, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.1 = or disjoint i64 %indvars.iv635.11.i, 2
-  %.idx766.i.2 = shl nuw nsw i64 %indvars.iv.next636.11.i.1, 6
-  %3895 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.2
-  %3896 = getelementptr inbounds nuw i8, ptr %3895, i64 44
-  %3897 = load float, ptr %3896, align 4, !tbaa !5
-  %3898 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.1
-  store float %3897, ptr %3898, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.2 = or disjoint i64 %indvars.iv635.11.i, 3
-  %.idx766.i.3 = shl nuw nsw i64 %indvars.iv.next636.11.i.2, 6
-  %3899 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.3
-  %3900 = getelementptr inbounds nuw i8, ptr %3899, i64 44
-  %3901 = load float, ptr %3900, align 4, !tbaa !5
-  %3902 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.2
-  store float %3901, ptr %3902, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.3 = or disjoint i64 %indvars.iv635.11.i, 4
-  %.idx766.i.4 = shl nuw nsw i64 %indvars.iv.next636.11.i.3, 6
-  %3903 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.4
-  %3904 = getelementptr inbounds nuw i8, ptr %3903, i64 44
-  %3905 = load float, ptr %3904, align 4, !tbaa !5
-  %3906 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.3
-  store float %3905, ptr %3906, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.4 = or disjoint i64 %indvars.iv635.11.i, 5
-  %.idx766.i.5 = shl nuw nsw i64 %indvars.iv.next636.11.i.4, 6
-  %3907 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.5
-  %3908 = getelementptr inbounds nuw i8, ptr %3907, i64 44
-  %3909 = load float, ptr %3908, align 4, !tbaa !5
-  %3910 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.4
-  store float %3909, ptr %3910, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.5 = or disjoint i64 %indvars.iv635.11.i, 6
-  %.idx766.i.6 = shl nuw nsw i64 %indvars.iv.next636.11.i.5, 6
-  %3911 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.6
-  %3912 = getelementptr inbounds nuw i8, ptr %3911, i64 44
-  %3913 = load float, ptr %3912, align 4, !tbaa !5
-  %3914 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.5
-  store float %3913, ptr %3914, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.6 = or disjoint i64 %indvars.iv635.11.i, 7
-  %.idx766.i.7 = shl nuw nsw i64 %indvars.iv.next636.11.i.6, 6
-  %3915 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx766.i.7
-  %3916 = getelementptr inbounds nuw i8, ptr %3915, i64 44
-  %3917 = load float, ptr %3916, align 4, !tbaa !5
-  %3918 = getelementptr inbounds nuw float, ptr %3839, i64 %indvars.iv.next636.11.i.6
-  store float %3917, ptr %3918, align 4, !tbaa !5
-  %indvars.iv.next636.11.i.7 = add nuw nsw i64 %indvars.iv635.11.i, 8
-  %exitcond638.11.not.i.7 = icmp eq i64 %indvars.iv.next636.11.i.7, 128
-  br i1 %exitcond638.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
+  %indvars.iv644.11.i = phi i64 [ %indvars.iv.next645.11.i.7, %for_body_d.11.i ], [ 0, %for_end_d.10.i ]
+  %.idx775.i = shl nuw nsw i64 %indvars.iv644.11.i, 6
+  %3889 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i
+  %3890 = getelementptr inbounds nuw i8, ptr %3889, i64 44
+  %3891 = load float, ptr %3890, align 4, !tbaa !5
+  %3892 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv644.11.i
+  store float %3891, ptr %3892, align 4, !tbaa !5
+  %indvars.iv.next645.11.i = or disjoint i64 %indvars.iv644.11.i, 1
+  %.idx775.i.1 = shl nuw nsw i64 %indvars.iv.next645.11.i, 6
+  %3893 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.1
+  %3894 = getelementptr inbounds nuw i8, ptr %3893, i64 44
+  %3895 = load float, ptr %3894, align 4, !tbaa !5
+  %3896 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i
+  store float %3895, ptr %3896, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.1 = or disjoint i64 %indvars.iv644.11.i, 2
+  %.idx775.i.2 = shl nuw nsw i64 %indvars.iv.next645.11.i.1, 6
+  %3897 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.2
+  %3898 = getelementptr inbounds nuw i8, ptr %3897, i64 44
+  %3899 = load float, ptr %3898, align 4, !tbaa !5
+  %3900 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.1
+  store float %3899, ptr %3900, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.2 = or disjoint i64 %indvars.iv644.11.i, 3
+  %.idx775.i.3 = shl nuw nsw i64 %indvars.iv.next645.11.i.2, 6
+  %3901 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.3
+  %3902 = getelementptr inbounds nuw i8, ptr %3901, i64 44
+  %3903 = load float, ptr %3902, align 4, !tbaa !5
+  %3904 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.2
+  store float %3903, ptr %3904, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.3 = or disjoint i64 %indvars.iv644.11.i, 4
+  %.idx775.i.4 = shl nuw nsw i64 %indvars.iv.next645.11.i.3, 6
+  %3905 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.4
+  %3906 = getelementptr inbounds nuw i8, ptr %3905, i64 44
+  %3907 = load float, ptr %3906, align 4, !tbaa !5
+  %3908 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.3
+  store float %3907, ptr %3908, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.4 = or disjoint i64 %indvars.iv644.11.i, 5
+  %.idx775.i.5 = shl nuw nsw i64 %indvars.iv.next645.11.i.4, 6
+  %3909 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.5
+  %3910 = getelementptr inbounds nuw i8, ptr %3909, i64 44
+  %3911 = load float, ptr %3910, align 4, !tbaa !5
+  %3912 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.4
+  store float %3911, ptr %3912, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.5 = or disjoint i64 %indvars.iv644.11.i, 6
+  %.idx775.i.6 = shl nuw nsw i64 %indvars.iv.next645.11.i.5, 6
+  %3913 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.6
+  %3914 = getelementptr inbounds nuw i8, ptr %3913, i64 44
+  %3915 = load float, ptr %3914, align 4, !tbaa !5
+  %3916 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.5
+  store float %3915, ptr %3916, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.6 = or disjoint i64 %indvars.iv644.11.i, 7
+  %.idx775.i.7 = shl nuw nsw i64 %indvars.iv.next645.11.i.6, 6
+  %3917 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx775.i.7
+  %3918 = getelementptr inbounds nuw i8, ptr %3917, i64 44
+  %3919 = load float, ptr %3918, align 4, !tbaa !5
+  %3920 = getelementptr inbounds nuw float, ptr %3841, i64 %indvars.iv.next645.11.i.6
+  store float %3919, ptr %3920, align 4, !tbaa !5
+  %indvars.iv.next645.11.i.7 = add nuw nsw i64 %indvars.iv644.11.i, 8
+  %exitcond647.11.not.i.7 = icmp eq i64 %indvars.iv.next645.11.i.7, 128
+  br i1 %exitcond647.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
 
 for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body374
-  %3919 = getelementptr inbounds nuw i8, ptr %416, i64 6144
+  %3921 = getelementptr inbounds nuw i8, ptr %416, i64 6144
   %scevgep344 = getelementptr i8, ptr %acc.i, i64 48
   %scevgep345 = getelementptr i8, ptr %acc.i, i64 8180
   %bound0346 = icmp ult ptr %scevgep342, %scevgep345
@@ -6165,150 +6165,150 @@ for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %v
   br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !17
 
 vector.body351:                                   ; preds = %for_end_d.11.i
-  %3920 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %3921 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %3922 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %3923 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %3924 = getelementptr inbounds nuw i8, <8 x ptr> %3920, i64 48
-  %3925 = getelementptr inbounds nuw i8, <8 x ptr> %3921, i64 48
+  %3922 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3923 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3924 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3925 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %3926 = getelementptr inbounds nuw i8, <8 x ptr> %3922, i64 48
   %3927 = getelementptr inbounds nuw i8, <8 x ptr> %3923, i64 48
-  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3924, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3925, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3928 = getelementptr inbounds nuw i8, ptr %416, i64 6176
-  %3929 = getelementptr inbounds nuw i8, ptr %416, i64 6208
-  %3930 = getelementptr inbounds nuw i8, ptr %416, i64 6240
-  store <8 x float> %wide.masked.gather357, ptr %3919, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358, ptr %3928, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359, ptr %3929, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360, ptr %3930, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3931 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %3932 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %3935 = getelementptr inbounds nuw i8, <8 x ptr> %3931, i64 48
-  %3936 = getelementptr inbounds nuw i8, <8 x ptr> %3932, i64 48
+  %3928 = getelementptr inbounds nuw i8, <8 x ptr> %3924, i64 48
+  %3929 = getelementptr inbounds nuw i8, <8 x ptr> %3925, i64 48
+  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3928, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3930 = getelementptr inbounds nuw i8, ptr %416, i64 6176
+  %3931 = getelementptr inbounds nuw i8, ptr %416, i64 6208
+  %3932 = getelementptr inbounds nuw i8, ptr %416, i64 6240
+  store <8 x float> %wide.masked.gather357, ptr %3921, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358, ptr %3930, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359, ptr %3931, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360, ptr %3932, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3935 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3936 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %3937 = getelementptr inbounds nuw i8, <8 x ptr> %3933, i64 48
   %3938 = getelementptr inbounds nuw i8, <8 x ptr> %3934, i64 48
-  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3935, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3936, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3939 = getelementptr inbounds nuw i8, ptr %416, i64 6272
-  %3940 = getelementptr inbounds nuw i8, ptr %416, i64 6304
-  %3941 = getelementptr inbounds nuw i8, ptr %416, i64 6336
-  %3942 = getelementptr inbounds nuw i8, ptr %416, i64 6368
-  store <8 x float> %wide.masked.gather357.1, ptr %3939, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.1, ptr %3940, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.1, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.1, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3943 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %3944 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %3947 = getelementptr inbounds nuw i8, <8 x ptr> %3943, i64 48
-  %3948 = getelementptr inbounds nuw i8, <8 x ptr> %3944, i64 48
+  %3939 = getelementptr inbounds nuw i8, <8 x ptr> %3935, i64 48
+  %3940 = getelementptr inbounds nuw i8, <8 x ptr> %3936, i64 48
+  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3941 = getelementptr inbounds nuw i8, ptr %416, i64 6272
+  %3942 = getelementptr inbounds nuw i8, ptr %416, i64 6304
+  %3943 = getelementptr inbounds nuw i8, ptr %416, i64 6336
+  %3944 = getelementptr inbounds nuw i8, ptr %416, i64 6368
+  store <8 x float> %wide.masked.gather357.1, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.1, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.1, ptr %3943, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.1, ptr %3944, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3947 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3948 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %3949 = getelementptr inbounds nuw i8, <8 x ptr> %3945, i64 48
   %3950 = getelementptr inbounds nuw i8, <8 x ptr> %3946, i64 48
-  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3948, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3951 = getelementptr inbounds nuw i8, ptr %416, i64 6400
-  %3952 = getelementptr inbounds nuw i8, ptr %416, i64 6432
-  %3953 = getelementptr inbounds nuw i8, ptr %416, i64 6464
-  %3954 = getelementptr inbounds nuw i8, ptr %416, i64 6496
-  store <8 x float> %wide.masked.gather357.2, ptr %3951, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.2, ptr %3952, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.2, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.2, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  %3955 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %3956 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %3959 = getelementptr inbounds nuw i8, <8 x ptr> %3955, i64 48
-  %3960 = getelementptr inbounds nuw i8, <8 x ptr> %3956, i64 48
+  %3951 = getelementptr inbounds nuw i8, <8 x ptr> %3947, i64 48
+  %3952 = getelementptr inbounds nuw i8, <8 x ptr> %3948, i64 48
+  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3952, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3953 = getelementptr inbounds nuw i8, ptr %416, i64 6400
+  %3954 = getelementptr inbounds nuw i8, ptr %416, i64 6432
+  %3955 = getelementptr inbounds nuw i8, ptr %416, i64 6464
+  %3956 = getelementptr inbounds nuw i8, ptr %416, i64 6496
+  store <8 x float> %wide.masked.gather357.2, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.2, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.2, ptr %3955, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.2, ptr %3956, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3959 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3960 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %3961 = getelementptr inbounds nuw i8, <8 x ptr> %3957, i64 48
   %3962 = getelementptr inbounds nuw i8, <8 x ptr> %3958, i64 48
-  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3959, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3960, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %3963 = getelementptr inbounds nuw i8, ptr %416, i64 6528
-  %3964 = getelementptr inbounds nuw i8, ptr %416, i64 6560
-  %3965 = getelementptr inbounds nuw i8, ptr %416, i64 6592
-  %3966 = getelementptr inbounds nuw i8, ptr %416, i64 6624
-  store <8 x float> %wide.masked.gather357.3, ptr %3963, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.3, ptr %3964, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.3, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.3, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  %3963 = getelementptr inbounds nuw i8, <8 x ptr> %3959, i64 48
+  %3964 = getelementptr inbounds nuw i8, <8 x ptr> %3960, i64 48
+  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3964, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %3965 = getelementptr inbounds nuw i8, ptr %416, i64 6528
+  %3966 = getelementptr inbounds nuw i8, ptr %416, i64 6560
+  %3967 = getelementptr inbounds nuw i8, ptr %416, i64 6592
+  %3968 = getelementptr inbounds nuw i8, ptr %416, i64 6624
+  store <8 x float> %wide.masked.gather357.3, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather358.3, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather359.3, ptr %3967, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather360.3, ptr %3968, align 4, !tbaa !5, !alias.scope !109, !noalias !106
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
-  %indvars.iv635.12.i = phi i64 [ %indvars.iv.next636.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
-  %.idx767.i = shl nuw nsw i64 %indvars.iv635.12.i, 6
-  %3967 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i
-  %3968 = getelementptr inbounds nuw i8, ptr %3967, i64 48
-  %3969 = load float, ptr %3968, align 4, !tbaa !5
-  %3970 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv635.12.i
-  store float %3969, ptr %3970, align 4, !tbaa !5
-  %indvars.iv.next636.12.i = or disjoint i64 %indvars.iv635.12.i, 1
-  %.idx767.i.1 = shl nuw nsw i64 %indvars.iv.next636.12.i, 6
-  %3971 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.1
-  %3972 = getelementptr inbounds nuw i8, ptr %3971, i64 48
-  %3973 = load float, ptr %3972, align 4, !tbaa !5
-  %3974 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i
-  store float %3973, ptr %3974, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.1 = or disjoint i64 %indvars.iv635.12.i, 2
-  %.idx767.i.2 = shl nuw nsw i64 %indvars.iv.next636.12.i.1, 6
-  %3975 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.2
-  %3976 = getelementptr inbounds nuw i8, ptr %3975, i64 48
-  %3977 = load float, ptr %3976, align 4, !tbaa !5
-  %3978 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.1
-  store float %3977, ptr %3978, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.2 = or disjoint i64 %indvars.iv635.12.i, 3
-  %.idx767.i.3 = shl nuw nsw i64 %indvars.iv.next636.12.i.2, 6
-  %3979 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.3
-  %3980 = getelementptr inbounds nuw i8, ptr %3979, i64 48
-  %3981 = load float, ptr %3980, align 4, !tbaa !5
-  %3982 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.2
-  store float %3981, ptr %3982, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.3 = or disjoint i64 %indvars.iv635.12.i, 4
-  %.idx767.i.4 = shl nuw nsw i64 %indvars.iv.next636.12.i.3, 6
-  %3983 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.4
-  %3984 = getelementptr inbounds nuw i8, ptr %3983, i64 48
-  %3985 = load float, ptr %3984, align 4, !tbaa !5
-  %3986 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.3
-  store float %3985, ptr %3986, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.4 = or disjoint i64 %indvars.iv635.12.i, 5
-  %.idx767.i.5 = shl nuw nsw i64 %indvars.iv.next636.12.i.4, 6
-  %3987 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.5
-  %3988 = getelementptr inbounds nuw i8, ptr %3987, i64 48
-  %3989 = load float, ptr %3988, align 4, !tbaa !5
-  %3990 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.4
-  store float %3989, ptr %3990, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.5 = or disjoint i64 %indvars.iv635.12.i, 6
-  %.idx767.i.6 = shl nuw nsw i64 %indvars.iv.next636.12.i.5, 6
-  %3991 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.6
-  %3992 = getelementptr inbounds nuw i8, ptr %3991, i64 48
-  %3993 = load float, ptr %3992, align 4, !tbaa !5
-  %3994 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.5
-  store float %3993, ptr %3994, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.6 = or disjoint i64 %indvars.iv635.12.i, 7
-  %.idx767.i.7 = shl nuw nsw i64 %indvars.iv.next636.12.i.6, 6
-  %3995 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx767.i.7
-  %3996 = getelementptr inbounds nuw i8, ptr %3995, i64 48
-  %3997 = load float, ptr %3996, align 4, !tbaa !5
-  %3998 = getelementptr inbounds nuw float, ptr %3919, i64 %indvars.iv.next636.12.i.6
-  store float %3997, ptr %3998, align 4, !tbaa !5
-  %indvars.iv.next636.12.i.7 = add nuw nsw i64 %indvars.iv635.12.i, 8
-  %exitcond638.12.not.i.7 = icmp eq i64 %indvars.iv.next636.12.i.7, 128
-  br i1 %exitcond638.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
+  %indvars.iv644.12.i = phi i64 [ %indvars.iv.next645.12.i.7, %for_body_d.12.i ], [ 0, %for_end_d.11.i ]
+  %.idx776.i = shl nuw nsw i64 %indvars.iv644.12.i, 6
+  %3969 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i
+  %3970 = getelementptr inbounds nuw i8, ptr %3969, i64 48
+  %3971 = load float, ptr %3970, align 4, !tbaa !5
+  %3972 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv644.12.i
+  store float %3971, ptr %3972, align 4, !tbaa !5
+  %indvars.iv.next645.12.i = or disjoint i64 %indvars.iv644.12.i, 1
+  %.idx776.i.1 = shl nuw nsw i64 %indvars.iv.next645.12.i, 6
+  %3973 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.1
+  %3974 = getelementptr inbounds nuw i8, ptr %3973, i64 48
+  %3975 = load float, ptr %3974, align 4, !tbaa !5
+  %3976 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i
+  store float %3975, ptr %3976, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.1 = or disjoint i64 %indvars.iv644.12.i, 2
+  %.idx776.i.2 = shl nuw nsw i64 %indvars.iv.next645.12.i.1, 6
+  %3977 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.2
+  %3978 = getelementptr inbounds nuw i8, ptr %3977, i64 48
+  %3979 = load float, ptr %3978, align 4, !tbaa !5
+  %3980 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.1
+  store float %3979, ptr %3980, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.2 = or disjoint i64 %indvars.iv644.12.i, 3
+  %.idx776.i.3 = shl nuw nsw i64 %indvars.iv.next645.12.i.2, 6
+  %3981 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.3
+  %3982 = getelementptr inbounds nuw i8, ptr %3981, i64 48
+  %3983 = load float, ptr %3982, align 4, !tbaa !5
+  %3984 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.2
+  store float %3983, ptr %3984, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.3 = or disjoint i64 %indvars.iv644.12.i, 4
+  %.idx776.i.4 = shl nuw nsw i64 %indvars.iv.next645.12.i.3, 6
+  %3985 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.4
+  %3986 = getelementptr inbounds nuw i8, ptr %3985, i64 48
+  %3987 = load float, ptr %3986, align 4, !tbaa !5
+  %3988 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.3
+  store float %3987, ptr %3988, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.4 = or disjoint i64 %indvars.iv644.12.i, 5
+  %.idx776.i.5 = shl nuw nsw i64 %indvars.iv.next645.12.i.4, 6
+  %3989 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.5
+  %3990 = getelementptr inbounds nuw i8, ptr %3989, i64 48
+  %3991 = load float, ptr %3990, align 4, !tbaa !5
+  %3992 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.4
+  store float %3991, ptr %3992, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.5 = or disjoint i64 %indvars.iv644.12.i, 6
+  %.idx776.i.6 = shl nuw nsw i64 %indvars.iv.next645.12.i.5, 6
+  %3993 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.6
+  %3994 = getelementptr inbounds nuw i8, ptr %3993, i64 48
+  %3995 = load float, ptr %3994, align 4, !tbaa !5
+  %3996 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.5
+  store float %3995, ptr %3996, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.6 = or disjoint i64 %indvars.iv644.12.i, 7
+  %.idx776.i.7 = shl nuw nsw i64 %indvars.iv.next645.12.i.6, 6
+  %3997 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx776.i.7
+  %3998 = getelementptr inbounds nuw i8, ptr %3997, i64 48
+  %3999 = load float, ptr %3998, align 4, !tbaa !5
+  %4000 = getelementptr inbounds nuw float, ptr %3921, i64 %indvars.iv.next645.12.i.6
+  store float %3999, ptr %4000, align 4, !tbaa !5
+  %indvars.iv.next645.12.i.7 = add nuw nsw i64 %indvars.iv644.12.i, 8
+  %exitcond647.12.not.i.7 = icmp eq i64 %indvars.iv.next645.12.i.7, 128
+  br i1 %exitcond647.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
 
 for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body351
-  %3999 = getelementptr inbounds nuw i8, ptr %416, i64 6656
+  %4001 = getelementptr inbounds nuw i8, ptr %416, i64 6656
   %scevgep321 = getelementptr i8, ptr %acc.i, i64 52
   %scevgep322 = getelementptr i8, ptr %acc.i, i64 8184
   %bound0323 = icmp ult ptr %scevgep319, %scevgep322
@@ -6317,150 +6317,150 @@ for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %v
   br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !17
 
 vector.body328:                                   ; preds = %for_end_d.12.i
-  %4000 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4001 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4002 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4003 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4004 = getelementptr inbounds nuw i8, <8 x ptr> %4000, i64 52
-  %4005 = getelementptr inbounds nuw i8, <8 x ptr> %4001, i64 52
+  %4002 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4003 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4004 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4005 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %4006 = getelementptr inbounds nuw i8, <8 x ptr> %4002, i64 52
   %4007 = getelementptr inbounds nuw i8, <8 x ptr> %4003, i64 52
-  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4004, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4005, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4008 = getelementptr inbounds nuw i8, ptr %416, i64 6688
-  %4009 = getelementptr inbounds nuw i8, ptr %416, i64 6720
-  %4010 = getelementptr inbounds nuw i8, ptr %416, i64 6752
-  store <8 x float> %wide.masked.gather334, ptr %3999, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335, ptr %4008, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336, ptr %4009, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337, ptr %4010, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4011 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4012 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4015 = getelementptr inbounds nuw i8, <8 x ptr> %4011, i64 52
-  %4016 = getelementptr inbounds nuw i8, <8 x ptr> %4012, i64 52
+  %4008 = getelementptr inbounds nuw i8, <8 x ptr> %4004, i64 52
+  %4009 = getelementptr inbounds nuw i8, <8 x ptr> %4005, i64 52
+  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4010 = getelementptr inbounds nuw i8, ptr %416, i64 6688
+  %4011 = getelementptr inbounds nuw i8, ptr %416, i64 6720
+  %4012 = getelementptr inbounds nuw i8, ptr %416, i64 6752
+  store <8 x float> %wide.masked.gather334, ptr %4001, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335, ptr %4010, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336, ptr %4011, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337, ptr %4012, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4015 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4016 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %4017 = getelementptr inbounds nuw i8, <8 x ptr> %4013, i64 52
   %4018 = getelementptr inbounds nuw i8, <8 x ptr> %4014, i64 52
-  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4015, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4016, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4019 = getelementptr inbounds nuw i8, ptr %416, i64 6784
-  %4020 = getelementptr inbounds nuw i8, ptr %416, i64 6816
-  %4021 = getelementptr inbounds nuw i8, ptr %416, i64 6848
-  %4022 = getelementptr inbounds nuw i8, ptr %416, i64 6880
-  store <8 x float> %wide.masked.gather334.1, ptr %4019, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.1, ptr %4020, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.1, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.1, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4023 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4024 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4027 = getelementptr inbounds nuw i8, <8 x ptr> %4023, i64 52
-  %4028 = getelementptr inbounds nuw i8, <8 x ptr> %4024, i64 52
+  %4019 = getelementptr inbounds nuw i8, <8 x ptr> %4015, i64 52
+  %4020 = getelementptr inbounds nuw i8, <8 x ptr> %4016, i64 52
+  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4021 = getelementptr inbounds nuw i8, ptr %416, i64 6784
+  %4022 = getelementptr inbounds nuw i8, ptr %416, i64 6816
+  %4023 = getelementptr inbounds nuw i8, ptr %416, i64 6848
+  %4024 = getelementptr inbounds nuw i8, ptr %416, i64 6880
+  store <8 x float> %wide.masked.gather334.1, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.1, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.1, ptr %4023, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.1, ptr %4024, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4027 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4028 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %4029 = getelementptr inbounds nuw i8, <8 x ptr> %4025, i64 52
   %4030 = getelementptr inbounds nuw i8, <8 x ptr> %4026, i64 52
-  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4027, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4028, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4031 = getelementptr inbounds nuw i8, ptr %416, i64 6912
-  %4032 = getelementptr inbounds nuw i8, ptr %416, i64 6944
-  %4033 = getelementptr inbounds nuw i8, ptr %416, i64 6976
-  %4034 = getelementptr inbounds nuw i8, ptr %416, i64 7008
-  store <8 x float> %wide.masked.gather334.2, ptr %4031, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.2, ptr %4032, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.2, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.2, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  %4035 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4036 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4039 = getelementptr inbounds nuw i8, <8 x ptr> %4035, i64 52
-  %4040 = getelementptr inbounds nuw i8, <8 x ptr> %4036, i64 52
+  %4031 = getelementptr inbounds nuw i8, <8 x ptr> %4027, i64 52
+  %4032 = getelementptr inbounds nuw i8, <8 x ptr> %4028, i64 52
+  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4032, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4033 = getelementptr inbounds nuw i8, ptr %416, i64 6912
+  %4034 = getelementptr inbounds nuw i8, ptr %416, i64 6944
+  %4035 = getelementptr inbounds nuw i8, ptr %416, i64 6976
+  %4036 = getelementptr inbounds nuw i8, ptr %416, i64 7008
+  store <8 x float> %wide.masked.gather334.2, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.2, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.2, ptr %4035, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.2, ptr %4036, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4039 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4040 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %4041 = getelementptr inbounds nuw i8, <8 x ptr> %4037, i64 52
   %4042 = getelementptr inbounds nuw i8, <8 x ptr> %4038, i64 52
-  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4039, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4040, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %4043 = getelementptr inbounds nuw i8, ptr %416, i64 7040
-  %4044 = getelementptr inbounds nuw i8, ptr %416, i64 7072
-  %4045 = getelementptr inbounds nuw i8, ptr %416, i64 7104
-  %4046 = getelementptr inbounds nuw i8, ptr %416, i64 7136
-  store <8 x float> %wide.masked.gather334.3, ptr %4043, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.3, ptr %4044, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.3, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.3, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  %4043 = getelementptr inbounds nuw i8, <8 x ptr> %4039, i64 52
+  %4044 = getelementptr inbounds nuw i8, <8 x ptr> %4040, i64 52
+  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %4045 = getelementptr inbounds nuw i8, ptr %416, i64 7040
+  %4046 = getelementptr inbounds nuw i8, ptr %416, i64 7072
+  %4047 = getelementptr inbounds nuw i8, ptr %416, i64 7104
+  %4048 = getelementptr inbounds nuw i8, ptr %416, i64 7136
+  store <8 x float> %wide.masked.gather334.3, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather335.3, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather336.3, ptr %4047, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather337.3, ptr %4048, align 4, !tbaa !5, !alias.scope !115, !noalias !112
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
-  %indvars.iv635.13.i = phi i64 [ %indvars.iv.next636.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
-  %.idx768.i = shl nuw nsw i64 %indvars.iv635.13.i, 6
-  %4047 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i
-  %4048 = getelementptr inbounds nuw i8, ptr %4047, i64 52
-  %4049 = load float, ptr %4048, align 4, !tbaa !5
-  %4050 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv635.13.i
-  store float %4049, ptr %4050, align 4, !tbaa !5
-  %indvars.iv.next636.13.i = or disjoint i64 %indvars.iv635.13.i, 1
-  %.idx768.i.1 = shl nuw nsw i64 %indvars.iv.next636.13.i, 6
-  %4051 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.1
-  %4052 = getelementptr inbounds nuw i8, ptr %4051, i64 52
-  %4053 = load float, ptr %4052, align 4, !tbaa !5
-  %4054 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i
-  store float %4053, ptr %4054, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.1 = or disjoint i64 %indvars.iv635.13.i, 2
-  %.idx768.i.2 = shl nuw nsw i64 %indvars.iv.next636.13.i.1, 6
-  %4055 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.2
-  %4056 = getelementptr inbounds nuw i8, ptr %4055, i64 52
-  %4057 = load float, ptr %4056, align 4, !tbaa !5
-  %4058 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.1
-  store float %4057, ptr %4058, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.2 = or disjoint i64 %indvars.iv635.13.i, 3
-  %.idx768.i.3 = shl nuw nsw i64 %indvars.iv.next636.13.i.2, 6
-  %4059 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.3
-  %4060 = getelementptr inbounds nuw i8, ptr %4059, i64 52
-  %4061 = load float, ptr %4060, align 4, !tbaa !5
-  %4062 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.2
-  store float %4061, ptr %4062, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.3 = or disjoint i64 %indvars.iv635.13.i, 4
-  %.idx768.i.4 = shl nuw nsw i64 %indvars.iv.next636.13.i.3, 6
-  %4063 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.4
-  %4064 = getelementptr inbounds nuw i8, ptr %4063, i64 52
-  %4065 = load float, ptr %4064, align 4, !tbaa !5
-  %4066 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.3
-  store float %4065, ptr %4066, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.4 = or disjoint i64 %indvars.iv635.13.i, 5
-  %.idx768.i.5 = shl nuw nsw i64 %indvars.iv.next636.13.i.4, 6
-  %4067 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.5
-  %4068 = getelementptr inbounds nuw i8, ptr %4067, i64 52
-  %4069 = load float, ptr %4068, align 4, !tbaa !5
-  %4070 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.4
-  store float %4069, ptr %4070, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.5 = or disjoint i64 %indvars.iv635.13.i, 6
-  %.idx768.i.6 = shl nuw nsw i64 %indvars.iv.next636.13.i.5, 6
-  %4071 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.6
-  %4072 = getelementptr inbounds nuw i8, ptr %4071, i64 52
-  %4073 = load float, ptr %4072, align 4, !tbaa !5
-  %4074 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.5
-  store float %4073, ptr %4074, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.6 = or disjoint i64 %indvars.iv635.13.i, 7
-  %.idx768.i.7 = shl nuw nsw i64 %indvars.iv.next636.13.i.6, 6
-  %4075 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx768.i.7
-  %4076 = getelementptr inbounds nuw i8, ptr %4075, i64 52
-  %4077 = load float, ptr %4076, align 4, !tbaa !5
-  %4078 = getelementptr inbounds nuw float, ptr %3999, i64 %indvars.iv.next636.13.i.6
-  store float %4077, ptr %4078, align 4, !tbaa !5
-  %indvars.iv.next636.13.i.7 = add nuw nsw i64 %indvars.iv635.13.i, 8
-  %exitcond638.13.not.i.7 = icmp eq i64 %indvars.iv.next636.13.i.7, 128
-  br i1 %exitcond638.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
+  %indvars.iv644.13.i = phi i64 [ %indvars.iv.next645.13.i.7, %for_body_d.13.i ], [ 0, %for_end_d.12.i ]
+  %.idx777.i = shl nuw nsw i64 %indvars.iv644.13.i, 6
+  %4049 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i
+  %4050 = getelementptr inbounds nuw i8, ptr %4049, i64 52
+  %4051 = load float, ptr %4050, align 4, !tbaa !5
+  %4052 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv644.13.i
+  store float %4051, ptr %4052, align 4, !tbaa !5
+  %indvars.iv.next645.13.i = or disjoint i64 %indvars.iv644.13.i, 1
+  %.idx777.i.1 = shl nuw nsw i64 %indvars.iv.next645.13.i, 6
+  %4053 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.1
+  %4054 = getelementptr inbounds nuw i8, ptr %4053, i64 52
+  %4055 = load float, ptr %4054, align 4, !tbaa !5
+  %4056 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i
+  store float %4055, ptr %4056, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.1 = or disjoint i64 %indvars.iv644.13.i, 2
+  %.idx777.i.2 = shl nuw nsw i64 %indvars.iv.next645.13.i.1, 6
+  %4057 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.2
+  %4058 = getelementptr inbounds nuw i8, ptr %4057, i64 52
+  %4059 = load float, ptr %4058, align 4, !tbaa !5
+  %4060 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.1
+  store float %4059, ptr %4060, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.2 = or disjoint i64 %indvars.iv644.13.i, 3
+  %.idx777.i.3 = shl nuw nsw i64 %indvars.iv.next645.13.i.2, 6
+  %4061 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.3
+  %4062 = getelementptr inbounds nuw i8, ptr %4061, i64 52
+  %4063 = load float, ptr %4062, align 4, !tbaa !5
+  %4064 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.2
+  store float %4063, ptr %4064, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.3 = or disjoint i64 %indvars.iv644.13.i, 4
+  %.idx777.i.4 = shl nuw nsw i64 %indvars.iv.next645.13.i.3, 6
+  %4065 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.4
+  %4066 = getelementptr inbounds nuw i8, ptr %4065, i64 52
+  %4067 = load float, ptr %4066, align 4, !tbaa !5
+  %4068 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.3
+  store float %4067, ptr %4068, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.4 = or disjoint i64 %indvars.iv644.13.i, 5
+  %.idx777.i.5 = shl nuw nsw i64 %indvars.iv.next645.13.i.4, 6
+  %4069 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.5
+  %4070 = getelementptr inbounds nuw i8, ptr %4069, i64 52
+  %4071 = load float, ptr %4070, align 4, !tbaa !5
+  %4072 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.4
+  store float %4071, ptr %4072, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.5 = or disjoint i64 %indvars.iv644.13.i, 6
+  %.idx777.i.6 = shl nuw nsw i64 %indvars.iv.next645.13.i.5, 6
+  %4073 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.6
+  %4074 = getelementptr inbounds nuw i8, ptr %4073, i64 52
+  %4075 = load float, ptr %4074, align 4, !tbaa !5
+  %4076 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.5
+  store float %4075, ptr %4076, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.6 = or disjoint i64 %indvars.iv644.13.i, 7
+  %.idx777.i.7 = shl nuw nsw i64 %indvars.iv.next645.13.i.6, 6
+  %4077 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx777.i.7
+  %4078 = getelementptr inbounds nuw i8, ptr %4077, i64 52
+  %4079 = load float, ptr %4078, align 4, !tbaa !5
+  %4080 = getelementptr inbounds nuw float, ptr %4001, i64 %indvars.iv.next645.13.i.6
+  store float %4079, ptr %4080, align 4, !tbaa !5
+  %indvars.iv.next645.13.i.7 = add nuw nsw i64 %indvars.iv644.13.i, 8
+  %exitcond647.13.not.i.7 = icmp eq i64 %indvars.iv.next645.13.i.7, 128
+  br i1 %exitcond647.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
 
 for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body328
-  %4079 = getelementptr inbounds nuw i8, ptr %416, i64 7168
+  %4081 = getelementptr inbounds nuw i8, ptr %416, i64 7168
   %scevgep298 = getelementptr i8, ptr %acc.i, i64 56
   %scevgep299 = getelementptr i8, ptr %acc.i, i64 8188
   %bound0300 = icmp ult ptr %scevgep296, %scevgep299
@@ -6469,150 +6469,150 @@ for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %v
   br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !17
 
 vector.body305:                                   ; preds = %for_end_d.13.i
-  %4080 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4081 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4082 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4084 = getelementptr inbounds nuw i8, <8 x ptr> %4080, i64 56
-  %4085 = getelementptr inbounds nuw i8, <8 x ptr> %4081, i64 56
+  %4082 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4083 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4084 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4085 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %4086 = getelementptr inbounds nuw i8, <8 x ptr> %4082, i64 56
   %4087 = getelementptr inbounds nuw i8, <8 x ptr> %4083, i64 56
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4085, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4088 = getelementptr inbounds nuw i8, ptr %416, i64 7200
-  %4089 = getelementptr inbounds nuw i8, ptr %416, i64 7232
-  %4090 = getelementptr inbounds nuw i8, ptr %416, i64 7264
-  store <8 x float> %wide.masked.gather311, ptr %4079, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312, ptr %4088, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313, ptr %4089, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314, ptr %4090, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4091 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4092 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4095 = getelementptr inbounds nuw i8, <8 x ptr> %4091, i64 56
-  %4096 = getelementptr inbounds nuw i8, <8 x ptr> %4092, i64 56
+  %4088 = getelementptr inbounds nuw i8, <8 x ptr> %4084, i64 56
+  %4089 = getelementptr inbounds nuw i8, <8 x ptr> %4085, i64 56
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4090 = getelementptr inbounds nuw i8, ptr %416, i64 7200
+  %4091 = getelementptr inbounds nuw i8, ptr %416, i64 7232
+  %4092 = getelementptr inbounds nuw i8, ptr %416, i64 7264
+  store <8 x float> %wide.masked.gather311, ptr %4081, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312, ptr %4090, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313, ptr %4091, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314, ptr %4092, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4096 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %4097 = getelementptr inbounds nuw i8, <8 x ptr> %4093, i64 56
   %4098 = getelementptr inbounds nuw i8, <8 x ptr> %4094, i64 56
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4095, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4096, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4099 = getelementptr inbounds nuw i8, ptr %416, i64 7296
-  %4100 = getelementptr inbounds nuw i8, ptr %416, i64 7328
-  %4101 = getelementptr inbounds nuw i8, ptr %416, i64 7360
-  %4102 = getelementptr inbounds nuw i8, ptr %416, i64 7392
-  store <8 x float> %wide.masked.gather311.1, ptr %4099, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.1, ptr %4100, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.1, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.1, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4103 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4104 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4107 = getelementptr inbounds nuw i8, <8 x ptr> %4103, i64 56
-  %4108 = getelementptr inbounds nuw i8, <8 x ptr> %4104, i64 56
+  %4099 = getelementptr inbounds nuw i8, <8 x ptr> %4095, i64 56
+  %4100 = getelementptr inbounds nuw i8, <8 x ptr> %4096, i64 56
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4101 = getelementptr inbounds nuw i8, ptr %416, i64 7296
+  %4102 = getelementptr inbounds nuw i8, ptr %416, i64 7328
+  %4103 = getelementptr inbounds nuw i8, ptr %416, i64 7360
+  %4104 = getelementptr inbounds nuw i8, ptr %416, i64 7392
+  store <8 x float> %wide.masked.gather311.1, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.1, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.1, ptr %4103, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.1, ptr %4104, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4107 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4108 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %4109 = getelementptr inbounds nuw i8, <8 x ptr> %4105, i64 56
   %4110 = getelementptr inbounds nuw i8, <8 x ptr> %4106, i64 56
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4111 = getelementptr inbounds nuw i8, ptr %416, i64 7424
-  %4112 = getelementptr inbounds nuw i8, ptr %416, i64 7456
-  %4113 = getelementptr inbounds nuw i8, ptr %416, i64 7488
-  %4114 = getelementptr inbounds nuw i8, ptr %416, i64 7520
-  store <8 x float> %wide.masked.gather311.2, ptr %4111, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.2, ptr %4112, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.2, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.2, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  %4115 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4116 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4119 = getelementptr inbounds nuw i8, <8 x ptr> %4115, i64 56
-  %4120 = getelementptr inbounds nuw i8, <8 x ptr> %4116, i64 56
+  %4111 = getelementptr inbounds nuw i8, <8 x ptr> %4107, i64 56
+  %4112 = getelementptr inbounds nuw i8, <8 x ptr> %4108, i64 56
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4113 = getelementptr inbounds nuw i8, ptr %416, i64 7424
+  %4114 = getelementptr inbounds nuw i8, ptr %416, i64 7456
+  %4115 = getelementptr inbounds nuw i8, ptr %416, i64 7488
+  %4116 = getelementptr inbounds nuw i8, ptr %416, i64 7520
+  store <8 x float> %wide.masked.gather311.2, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.2, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.2, ptr %4115, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.2, ptr %4116, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4119 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4120 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %4121 = getelementptr inbounds nuw i8, <8 x ptr> %4117, i64 56
   %4122 = getelementptr inbounds nuw i8, <8 x ptr> %4118, i64 56
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4119, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4120, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %4123 = getelementptr inbounds nuw i8, ptr %416, i64 7552
-  %4124 = getelementptr inbounds nuw i8, ptr %416, i64 7584
-  %4125 = getelementptr inbounds nuw i8, ptr %416, i64 7616
-  %4126 = getelementptr inbounds nuw i8, ptr %416, i64 7648
-  store <8 x float> %wide.masked.gather311.3, ptr %4123, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.3, ptr %4124, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.3, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.3, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  %4123 = getelementptr inbounds nuw i8, <8 x ptr> %4119, i64 56
+  %4124 = getelementptr inbounds nuw i8, <8 x ptr> %4120, i64 56
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %4125 = getelementptr inbounds nuw i8, ptr %416, i64 7552
+  %4126 = getelementptr inbounds nuw i8, ptr %416, i64 7584
+  %4127 = getelementptr inbounds nuw i8, ptr %416, i64 7616
+  %4128 = getelementptr inbounds nuw i8, ptr %416, i64 7648
+  store <8 x float> %wide.masked.gather311.3, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather312.3, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather313.3, ptr %4127, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather314.3, ptr %4128, align 4, !tbaa !5, !alias.scope !121, !noalias !118
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
-  %indvars.iv635.14.i = phi i64 [ %indvars.iv.next636.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
-  %.idx769.i = shl nuw nsw i64 %indvars.iv635.14.i, 6
-  %4127 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i
-  %4128 = getelementptr inbounds nuw i8, ptr %4127, i64 56
-  %4129 = load float, ptr %4128, align 4, !tbaa !5
-  %4130 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv635.14.i
-  store float %4129, ptr %4130, align 4, !tbaa !5
-  %indvars.iv.next636.14.i = or disjoint i64 %indvars.iv635.14.i, 1
-  %.idx769.i.1 = shl nuw nsw i64 %indvars.iv.next636.14.i, 6
-  %4131 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.1
-  %4132 = getelementptr inbounds nuw i8, ptr %4131, i64 56
-  %4133 = load float, ptr %4132, align 4, !tbaa !5
-  %4134 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i
-  store float %4133, ptr %4134, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.1 = or disjoint i64 %indvars.iv635.14.i, 2
-  %.idx769.i.2 = shl nuw nsw i64 %indvars.iv.next636.14.i.1, 6
-  %4135 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.2
-  %4136 = getelementptr inbounds nuw i8, ptr %4135, i64 56
-  %4137 = load float, ptr %4136, align 4, !tbaa !5
-  %4138 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.1
-  store float %4137, ptr %4138, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.2 = or disjoint i64 %indvars.iv635.14.i, 3
-  %.idx769.i.3 = shl nuw nsw i64 %indvars.iv.next636.14.i.2, 6
-  %4139 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.3
-  %4140 = getelementptr inbounds nuw i8, ptr %4139, i64 56
-  %4141 = load float, ptr %4140, align 4, !tbaa !5
-  %4142 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.2
-  store float %4141, ptr %4142, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.3 = or disjoint i64 %indvars.iv635.14.i, 4
-  %.idx769.i.4 = shl nuw nsw i64 %indvars.iv.next636.14.i.3, 6
-  %4143 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.4
-  %4144 = getelementptr inbounds nuw i8, ptr %4143, i64 56
-  %4145 = load float, ptr %4144, align 4, !tbaa !5
-  %4146 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.3
-  store float %4145, ptr %4146, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.4 = or disjoint i64 %indvars.iv635.14.i, 5
-  %.idx769.i.5 = shl nuw nsw i64 %indvars.iv.next636.14.i.4, 6
-  %4147 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.5
-  %4148 = getelementptr inbounds nuw i8, ptr %4147, i64 56
-  %4149 = load float, ptr %4148, align 4, !tbaa !5
-  %4150 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.4
-  store float %4149, ptr %4150, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.5 = or disjoint i64 %indvars.iv635.14.i, 6
-  %.idx769.i.6 = shl nuw nsw i64 %indvars.iv.next636.14.i.5, 6
-  %4151 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.6
-  %4152 = getelementptr inbounds nuw i8, ptr %4151, i64 56
-  %4153 = load float, ptr %4152, align 4, !tbaa !5
-  %4154 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.5
-  store float %4153, ptr %4154, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.6 = or disjoint i64 %indvars.iv635.14.i, 7
-  %.idx769.i.7 = shl nuw nsw i64 %indvars.iv.next636.14.i.6, 6
-  %4155 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx769.i.7
-  %4156 = getelementptr inbounds nuw i8, ptr %4155, i64 56
-  %4157 = load float, ptr %4156, align 4, !tbaa !5
-  %4158 = getelementptr inbounds nuw float, ptr %4079, i64 %indvars.iv.next636.14.i.6
-  store float %4157, ptr %4158, align 4, !tbaa !5
-  %indvars.iv.next636.14.i.7 = add nuw nsw i64 %indvars.iv635.14.i, 8
-  %exitcond638.14.not.i.7 = icmp eq i64 %indvars.iv.next636.14.i.7, 128
-  br i1 %exitcond638.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
+  %indvars.iv644.14.i = phi i64 [ %indvars.iv.next645.14.i.7, %for_body_d.14.i ], [ 0, %for_end_d.13.i ]
+  %.idx778.i = shl nuw nsw i64 %indvars.iv644.14.i, 6
+  %4129 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i
+  %4130 = getelementptr inbounds nuw i8, ptr %4129, i64 56
+  %4131 = load float, ptr %4130, align 4, !tbaa !5
+  %4132 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv644.14.i
+  store float %4131, ptr %4132, align 4, !tbaa !5
+  %indvars.iv.next645.14.i = or disjoint i64 %indvars.iv644.14.i, 1
+  %.idx778.i.1 = shl nuw nsw i64 %indvars.iv.next645.14.i, 6
+  %4133 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.1
+  %4134 = getelementptr inbounds nuw i8, ptr %4133, i64 56
+  %4135 = load float, ptr %4134, align 4, !tbaa !5
+  %4136 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i
+  store float %4135, ptr %4136, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.1 = or disjoint i64 %indvars.iv644.14.i, 2
+  %.idx778.i.2 = shl nuw nsw i64 %indvars.iv.next645.14.i.1, 6
+  %4137 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.2
+  %4138 = getelementptr inbounds nuw i8, ptr %4137, i64 56
+  %4139 = load float, ptr %4138, align 4, !tbaa !5
+  %4140 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.1
+  store float %4139, ptr %4140, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.2 = or disjoint i64 %indvars.iv644.14.i, 3
+  %.idx778.i.3 = shl nuw nsw i64 %indvars.iv.next645.14.i.2, 6
+  %4141 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.3
+  %4142 = getelementptr inbounds nuw i8, ptr %4141, i64 56
+  %4143 = load float, ptr %4142, align 4, !tbaa !5
+  %4144 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.2
+  store float %4143, ptr %4144, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.3 = or disjoint i64 %indvars.iv644.14.i, 4
+  %.idx778.i.4 = shl nuw nsw i64 %indvars.iv.next645.14.i.3, 6
+  %4145 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.4
+  %4146 = getelementptr inbounds nuw i8, ptr %4145, i64 56
+  %4147 = load float, ptr %4146, align 4, !tbaa !5
+  %4148 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.3
+  store float %4147, ptr %4148, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.4 = or disjoint i64 %indvars.iv644.14.i, 5
+  %.idx778.i.5 = shl nuw nsw i64 %indvars.iv.next645.14.i.4, 6
+  %4149 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.5
+  %4150 = getelementptr inbounds nuw i8, ptr %4149, i64 56
+  %4151 = load float, ptr %4150, align 4, !tbaa !5
+  %4152 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.4
+  store float %4151, ptr %4152, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.5 = or disjoint i64 %indvars.iv644.14.i, 6
+  %.idx778.i.6 = shl nuw nsw i64 %indvars.iv.next645.14.i.5, 6
+  %4153 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.6
+  %4154 = getelementptr inbounds nuw i8, ptr %4153, i64 56
+  %4155 = load float, ptr %4154, align 4, !tbaa !5
+  %4156 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.5
+  store float %4155, ptr %4156, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.6 = or disjoint i64 %indvars.iv644.14.i, 7
+  %.idx778.i.7 = shl nuw nsw i64 %indvars.iv.next645.14.i.6, 6
+  %4157 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx778.i.7
+  %4158 = getelementptr inbounds nuw i8, ptr %4157, i64 56
+  %4159 = load float, ptr %4158, align 4, !tbaa !5
+  %4160 = getelementptr inbounds nuw float, ptr %4081, i64 %indvars.iv.next645.14.i.6
+  store float %4159, ptr %4160, align 4, !tbaa !5
+  %indvars.iv.next645.14.i.7 = add nuw nsw i64 %indvars.iv644.14.i, 8
+  %exitcond647.14.not.i.7 = icmp eq i64 %indvars.iv.next645.14.i.7, 128
+  br i1 %exitcond647.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
 
 for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body305
-  %4159 = getelementptr inbounds nuw i8, ptr %416, i64 7680
+  %4161 = getelementptr inbounds nuw i8, ptr %416, i64 7680
   %scevgep290 = getelementptr i8, ptr %acc.i, i64 60
   %scevgep291 = getelementptr i8, ptr %acc.i, i64 8192
   %bound0 = icmp ult ptr %scevgep, %scevgep291
@@ -6621,157 +6621,157 @@ for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %v
   br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
 
 vector.body:                                      ; preds = %for_end_d.14.i
-  %4160 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
-  %4161 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
-  %4162 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
-  %4163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %4164 = getelementptr inbounds nuw i8, <8 x ptr> %4160, i64 60
-  %4165 = getelementptr inbounds nuw i8, <8 x ptr> %4161, i64 60
+  %4162 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4163 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4164 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4165 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
   %4166 = getelementptr inbounds nuw i8, <8 x ptr> %4162, i64 60
   %4167 = getelementptr inbounds nuw i8, <8 x ptr> %4163, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4168 = getelementptr inbounds nuw i8, ptr %416, i64 7712
-  %4169 = getelementptr inbounds nuw i8, ptr %416, i64 7744
-  %4170 = getelementptr inbounds nuw i8, ptr %416, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4159, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292, ptr %4168, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293, ptr %4169, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294, ptr %4170, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4171 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
-  %4172 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
-  %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
-  %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %4175 = getelementptr inbounds nuw i8, <8 x ptr> %4171, i64 60
-  %4176 = getelementptr inbounds nuw i8, <8 x ptr> %4172, i64 60
+  %4168 = getelementptr inbounds nuw i8, <8 x ptr> %4164, i64 60
+  %4169 = getelementptr inbounds nuw i8, <8 x ptr> %4165, i64 60
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4170 = getelementptr inbounds nuw i8, ptr %416, i64 7712
+  %4171 = getelementptr inbounds nuw i8, ptr %416, i64 7744
+  %4172 = getelementptr inbounds nuw i8, ptr %416, i64 7776
+  store <8 x float> %wide.masked.gather, ptr %4161, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292, ptr %4170, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293, ptr %4171, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294, ptr %4172, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4176 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
   %4177 = getelementptr inbounds nuw i8, <8 x ptr> %4173, i64 60
   %4178 = getelementptr inbounds nuw i8, <8 x ptr> %4174, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4175, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4176, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4179 = getelementptr inbounds nuw i8, ptr %416, i64 7808
-  %4180 = getelementptr inbounds nuw i8, ptr %416, i64 7840
-  %4181 = getelementptr inbounds nuw i8, ptr %416, i64 7872
-  %4182 = getelementptr inbounds nuw i8, ptr %416, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4179, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.1, ptr %4180, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.1, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.1, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4183 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
-  %4184 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
-  %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
-  %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %4187 = getelementptr inbounds nuw i8, <8 x ptr> %4183, i64 60
-  %4188 = getelementptr inbounds nuw i8, <8 x ptr> %4184, i64 60
+  %4179 = getelementptr inbounds nuw i8, <8 x ptr> %4175, i64 60
+  %4180 = getelementptr inbounds nuw i8, <8 x ptr> %4176, i64 60
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4181 = getelementptr inbounds nuw i8, ptr %416, i64 7808
+  %4182 = getelementptr inbounds nuw i8, ptr %416, i64 7840
+  %4183 = getelementptr inbounds nuw i8, ptr %416, i64 7872
+  %4184 = getelementptr inbounds nuw i8, ptr %416, i64 7904
+  store <8 x float> %wide.masked.gather.1, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.1, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.1, ptr %4183, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.1, ptr %4184, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4187 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4188 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
   %4189 = getelementptr inbounds nuw i8, <8 x ptr> %4185, i64 60
   %4190 = getelementptr inbounds nuw i8, <8 x ptr> %4186, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4187, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4188, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4191 = getelementptr inbounds nuw i8, ptr %416, i64 7936
-  %4192 = getelementptr inbounds nuw i8, ptr %416, i64 7968
-  %4193 = getelementptr inbounds nuw i8, ptr %416, i64 8000
-  %4194 = getelementptr inbounds nuw i8, ptr %416, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4191, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.2, ptr %4192, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.2, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.2, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  %4195 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
-  %4196 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
-  %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
-  %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %4199 = getelementptr inbounds nuw i8, <8 x ptr> %4195, i64 60
-  %4200 = getelementptr inbounds nuw i8, <8 x ptr> %4196, i64 60
+  %4191 = getelementptr inbounds nuw i8, <8 x ptr> %4187, i64 60
+  %4192 = getelementptr inbounds nuw i8, <8 x ptr> %4188, i64 60
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4192, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4193 = getelementptr inbounds nuw i8, ptr %416, i64 7936
+  %4194 = getelementptr inbounds nuw i8, ptr %416, i64 7968
+  %4195 = getelementptr inbounds nuw i8, ptr %416, i64 8000
+  %4196 = getelementptr inbounds nuw i8, ptr %416, i64 8032
+  store <8 x float> %wide.masked.gather.2, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.2, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.2, ptr %4195, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.2, ptr %4196, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4199 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4200 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
   %4201 = getelementptr inbounds nuw i8, <8 x ptr> %4197, i64 60
   %4202 = getelementptr inbounds nuw i8, <8 x ptr> %4198, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4199, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4200, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %4203 = getelementptr inbounds nuw i8, ptr %416, i64 8064
-  %4204 = getelementptr inbounds nuw i8, ptr %416, i64 8096
-  %4205 = getelementptr inbounds nuw i8, ptr %416, i64 8128
-  %4206 = getelementptr inbounds nuw i8, ptr %416, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4203, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.3, ptr %4204, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.3, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.3, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  br label %if_end195.i
+  %4203 = getelementptr inbounds nuw i8, <8 x ptr> %4199, i64 60
+  %4204 = getelementptr inbounds nuw i8, <8 x ptr> %4200, i64 60
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %4205 = getelementptr inbounds nuw i8, ptr %416, i64 8064
+  %4206 = getelementptr inbounds nuw i8, ptr %416, i64 8096
+  %4207 = getelementptr inbounds nuw i8, ptr %416, i64 8128
+  %4208 = getelementptr inbounds nuw i8, ptr %416, i64 8160
+  store <8 x float> %wide.masked.gather.3, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather292.3, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather293.3, ptr %4207, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather294.3, ptr %4208, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  br label %if_end203.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
-  %indvars.iv635.15.i = phi i64 [ %indvars.iv.next636.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
-  %.idx770.i = shl nuw nsw i64 %indvars.iv635.15.i, 6
-  %4207 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i
-  %4208 = getelementptr inbounds nuw i8, ptr %4207, i64 60
-  %4209 = load float, ptr %4208, align 4, !tbaa !5
-  %4210 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv635.15.i
-  store float %4209, ptr %4210, align 4, !tbaa !5
-  %indvars.iv.next636.15.i = or disjoint i64 %indvars.iv635.15.i, 1
-  %.idx770.i.1 = shl nuw nsw i64 %indvars.iv.next636.15.i, 6
-  %4211 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.1
-  %4212 = getelementptr inbounds nuw i8, ptr %4211, i64 60
-  %4213 = load float, ptr %4212, align 4, !tbaa !5
-  %4214 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i
-  store float %4213, ptr %4214, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.1 = or disjoint i64 %indvars.iv635.15.i, 2
-  %.idx770.i.2 = shl nuw nsw i64 %indvars.iv.next636.15.i.1, 6
-  %4215 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.2
-  %4216 = getelementptr inbounds nuw i8, ptr %4215, i64 60
-  %4217 = load float, ptr %4216, align 4, !tbaa !5
-  %4218 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.1
-  store float %4217, ptr %4218, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.2 = or disjoint i64 %indvars.iv635.15.i, 3
-  %.idx770.i.3 = shl nuw nsw i64 %indvars.iv.next636.15.i.2, 6
-  %4219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.3
-  %4220 = getelementptr inbounds nuw i8, ptr %4219, i64 60
-  %4221 = load float, ptr %4220, align 4, !tbaa !5
-  %4222 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.2
-  store float %4221, ptr %4222, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.3 = or disjoint i64 %indvars.iv635.15.i, 4
-  %.idx770.i.4 = shl nuw nsw i64 %indvars.iv.next636.15.i.3, 6
-  %4223 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.4
-  %4224 = getelementptr inbounds nuw i8, ptr %4223, i64 60
-  %4225 = load float, ptr %4224, align 4, !tbaa !5
-  %4226 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.3
-  store float %4225, ptr %4226, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.4 = or disjoint i64 %indvars.iv635.15.i, 5
-  %.idx770.i.5 = shl nuw nsw i64 %indvars.iv.next636.15.i.4, 6
-  %4227 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.5
-  %4228 = getelementptr inbounds nuw i8, ptr %4227, i64 60
-  %4229 = load float, ptr %4228, align 4, !tbaa !5
-  %4230 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.4
-  store float %4229, ptr %4230, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.5 = or disjoint i64 %indvars.iv635.15.i, 6
-  %.idx770.i.6 = shl nuw nsw i64 %indvars.iv.next636.15.i.5, 6
-  %4231 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.6
-  %4232 = getelementptr inbounds nuw i8, ptr %4231, i64 60
-  %4233 = load float, ptr %4232, align 4, !tbaa !5
-  %4234 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.5
-  store float %4233, ptr %4234, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.6 = or disjoint i64 %indvars.iv635.15.i, 7
-  %.idx770.i.7 = shl nuw nsw i64 %indvars.iv.next636.15.i.6, 6
-  %4235 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx770.i.7
-  %4236 = getelementptr inbounds nuw i8, ptr %4235, i64 60
-  %4237 = load float, ptr %4236, align 4, !tbaa !5
-  %4238 = getelementptr inbounds nuw float, ptr %4159, i64 %indvars.iv.next636.15.i.6
-  store float %4237, ptr %4238, align 4, !tbaa !5
-  %indvars.iv.next636.15.i.7 = add nuw nsw i64 %indvars.iv635.15.i, 8
-  %exitcond638.15.not.i.7 = icmp eq i64 %indvars.iv.next636.15.i.7, 128
-  br i1 %exitcond638.15.not.i.7, label %if_end195.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
+  %indvars.iv644.15.i = phi i64 [ %indvars.iv.next645.15.i.7, %for_body_d.15.i ], [ 0, %for_end_d.14.i ]
+  %.idx779.i = shl nuw nsw i64 %indvars.iv644.15.i, 6
+  %4209 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i
+  %4210 = getelementptr inbounds nuw i8, ptr %4209, i64 60
+  %4211 = load float, ptr %4210, align 4, !tbaa !5
+  %4212 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv644.15.i
+  store float %4211, ptr %4212, align 4, !tbaa !5
+  %indvars.iv.next645.15.i = or disjoint i64 %indvars.iv644.15.i, 1
+  %.idx779.i.1 = shl nuw nsw i64 %indvars.iv.next645.15.i, 6
+  %4213 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.1
+  %4214 = getelementptr inbounds nuw i8, ptr %4213, i64 60
+  %4215 = load float, ptr %4214, align 4, !tbaa !5
+  %4216 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i
+  store float %4215, ptr %4216, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.1 = or disjoint i64 %indvars.iv644.15.i, 2
+  %.idx779.i.2 = shl nuw nsw i64 %indvars.iv.next645.15.i.1, 6
+  %4217 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.2
+  %4218 = getelementptr inbounds nuw i8, ptr %4217, i64 60
+  %4219 = load float, ptr %4218, align 4, !tbaa !5
+  %4220 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.1
+  store float %4219, ptr %4220, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.2 = or disjoint i64 %indvars.iv644.15.i, 3
+  %.idx779.i.3 = shl nuw nsw i64 %indvars.iv.next645.15.i.2, 6
+  %4221 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.3
+  %4222 = getelementptr inbounds nuw i8, ptr %4221, i64 60
+  %4223 = load float, ptr %4222, align 4, !tbaa !5
+  %4224 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.2
+  store float %4223, ptr %4224, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.3 = or disjoint i64 %indvars.iv644.15.i, 4
+  %.idx779.i.4 = shl nuw nsw i64 %indvars.iv.next645.15.i.3, 6
+  %4225 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.4
+  %4226 = getelementptr inbounds nuw i8, ptr %4225, i64 60
+  %4227 = load float, ptr %4226, align 4, !tbaa !5
+  %4228 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.3
+  store float %4227, ptr %4228, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.4 = or disjoint i64 %indvars.iv644.15.i, 5
+  %.idx779.i.5 = shl nuw nsw i64 %indvars.iv.next645.15.i.4, 6
+  %4229 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.5
+  %4230 = getelementptr inbounds nuw i8, ptr %4229, i64 60
+  %4231 = load float, ptr %4230, align 4, !tbaa !5
+  %4232 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.4
+  store float %4231, ptr %4232, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.5 = or disjoint i64 %indvars.iv644.15.i, 6
+  %.idx779.i.6 = shl nuw nsw i64 %indvars.iv.next645.15.i.5, 6
+  %4233 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.6
+  %4234 = getelementptr inbounds nuw i8, ptr %4233, i64 60
+  %4235 = load float, ptr %4234, align 4, !tbaa !5
+  %4236 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.5
+  store float %4235, ptr %4236, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.6 = or disjoint i64 %indvars.iv644.15.i, 7
+  %.idx779.i.7 = shl nuw nsw i64 %indvars.iv.next645.15.i.6, 6
+  %4237 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx779.i.7
+  %4238 = getelementptr inbounds nuw i8, ptr %4237, i64 60
+  %4239 = load float, ptr %4238, align 4, !tbaa !5
+  %4240 = getelementptr inbounds nuw float, ptr %4161, i64 %indvars.iv.next645.15.i.6
+  store float %4239, ptr %4240, align 4, !tbaa !5
+  %indvars.iv.next645.15.i.7 = add nuw nsw i64 %indvars.iv644.15.i, 8
+  %exitcond647.15.not.i.7 = icmp eq i64 %indvars.iv.next645.15.i.7, 128
+  br i1 %exitcond647.15.not.i.7, label %if_end203.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
 
-if_end244.i:                                      ; preds = %if_end195.i
-  %4239 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %4240 = tail call i32 %4239(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not268.i = icmp eq i32 %4240, 0
-  br i1 %.not268.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
+if_end252.i:                                      ; preds = %if_end203.i
+  %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not276.i = icmp eq i32 %4242, 0
+  br i1 %.not276.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
 
-fused_decode_compute_.exit:                       ; preds = %if_end244.i, %if_end195.i, %if_end189.i, %if_end186.i, %if_end183.i, %if_end180.i, %if_end177.i, %if_end174.i, %for_end_d_0_m.i, %for_end_to_m.thread.i, %for_end_to_m.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end189.i ], [ -1, %if_end186.i ], [ -1, %if_end183.i ], [ -1, %if_end180.i ], [ -1, %if_end177.i ], [ -1, %if_end174.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end195.i ], [ -1, %if_end244.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %factor253.i)
+fused_decode_compute_.exit:                       ; preds = %if_end252.i, %if_end203.i, %if_end197.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %for_end_d_0_m.i, %for_end_to67.thread.i, %for_end_to67.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to67.thread.i ], [ -1, %for_end_to67.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end203.i ], [ -1, %if_end252.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor261.i)
   ret i32 %common.ret.op.i
 }
 

@@ -71,10 +71,8 @@ class Module:
                         vtile = T.axis.spatial(1, tile)
                         T.reads()
                         T.writes()
-                        row_start: T.let[T.int32] = 0
-                        head_start: T.let[T.int32] = vtile * 16 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + 16, 0:128])
+                            T.reads(query[seq, vtile * 16:vtile * 16 + 16, 0:128])
                             T.writes(q_tile[0, 0:128, 0:16])
                             q_tile_global = T.sblock_alloc_buffer((1, 16, 128))
                             for ax0, ax1_0, ax2_0 in T.grid(1, 4, 32):
@@ -83,9 +81,9 @@ class Module:
                                         with T.sblock("q_tile"):
                                             vr = T.axis.spatial(16, ax1_0 * 4 + ax0_1)
                                             vd = T.axis.spatial(128, ax2_0 * 4 + ax1)
-                                            T.reads(query[seq, head_start + vr, vd])
+                                            T.reads(query[seq, vtile * 16 + vr, vd])
                                             T.writes(q_tile_global[0, vr, vd])
-                                            q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
+                                            q_tile_global[0, vr, vd] = T.if_then_else(vr < 16, T.Cast("float32", query[seq, vtile * 16 + vr, vd]) * query_scale, T.float32(0.0))
                                 with T.sblock("q_tile_global_o"):
                                     v0_o, v1_o, v2_o = T.axis.remap("SSS", [ax0, ax1_0, ax2_0])
                                     T.reads(q_tile_global[v0_o, v1_o * 4:v1_o * 4 + 4, v2_o * 4:v2_o * 4 + 4])
@@ -117,19 +115,18 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
-                        last_token: T.let[T.int32] = range_begin + range_len - 1
-                        num_groups: T.let[T.int32] = (valid_len + 8 - 1) // 8
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_groups * 8)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 8 - 1) // 8 * 8)
+                        last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
                             T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 128])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                                     slot: T.let[T.int32] = token % 128
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
@@ -139,9 +136,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 128])
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 128])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                                     slot: T.let[T.int32] = token % 128
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
@@ -153,14 +150,14 @@ class Module:
                                 k_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
                                 v_tile = T.sblock_alloc_buffer((128, 4, 2, 16))
                                 is_last: T.let[T.bool] = vkv == 0
-                                ahead_t: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
-                                ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
-                                k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
-                                v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
+                                key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
+                                value_head: T.let[T.int64] = T.Cast("int64", vkv) * v_head
                                 with T.sblock("load_keys"):
                                     T.reads(key_cache[0:k_span], key_offsets[0:256])
-                                    T.writes(k_tile[0:num_groups * 8, 0:4, 0:2, 0:16])
-                                    for to, ti, d_0 in T.grid(num_groups, 8, 1):
+                                    T.writes(k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
+                                    for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 8, 1):
                                         for d_1 in T.unroll(4):
                                             for d_3 in T.unroll(2):
                                                 for d_2 in T.vectorized(16):
@@ -169,11 +166,11 @@ class Module:
                                                         vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
                                                         T.reads(key_cache[0:k_span], key_offsets[0:256])
                                                         T.writes(k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + k_now + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                        k_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] << 16, key_cache[key_offsets[vt] + key_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 with T.sblock("load_values"):
                                     T.reads(value_cache[0:v_span], value_offsets[0:256])
-                                    T.writes(v_tile[0:num_groups * 8, 0:4, 0:2, 0:16])
-                                    for to, ti, d_0 in T.grid(num_groups, 8, 1):
+                                    T.writes(v_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16])
+                                    for to, ti, d_0 in T.grid((valid_len + 8 - 1) // 8, 8, 1):
                                         for d_1 in T.unroll(4):
                                             for d_3 in T.unroll(2):
                                                 for d_2 in T.vectorized(16):
@@ -182,7 +179,7 @@ class Module:
                                                         vd = T.axis.spatial(128, d_0 * 128 + d_1 * 32 + d_2 * 2 + d_3)
                                                         T.reads(value_cache[0:v_span], value_offsets[0:256])
                                                         T.writes(v_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
-                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + v_now + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                        v_tile[vt, vd // 32, vd % 2, vd % 32 // 2] = T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + value_head + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
@@ -194,25 +191,19 @@ class Module:
                                         tile_sum = T.sblock_alloc_buffer((1, 16))
                                         alpha = T.sblock_alloc_buffer((1, 16))
                                         beta = T.sblock_alloc_buffer((1, 16))
-                                        first_tile: T.let[T.int32] = vkv + vgt
+                                        first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first_tile, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[first, 0:128, 0:16], k_tile[0:(valid_len + 7) // 8 * 8, 0:4, 0:2, 0:16], key_offsets[0:256])
                                             T.writes(scores[0, 0:(valid_len + 7) // 8 * 8, 0:16])
                                             scores_global = T.sblock_alloc_buffer((1, (valid_len + 7) // 8 * 8, 16))
-                                            for __m, to_m in T.grid(1, (valid_len + 8 - 1) // 8):
-                                                for n in range(32):
-                                                    with T.sblock("prefetch_keys"):
-                                                        vo = T.axis.spatial(16, to_m)
-                                                        vn = T.axis.spatial(32, n)
-                                                        T.reads(key_offsets[0:256])
-                                                        T.writes()
-                                                        first: T.let[T.int32] = ahead_t + vo * 8
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + ahead_head * k_head + T.Cast("int64", vn % 4 * 16)]), 0, 2, 1)
+                                            for i, to in T.grid(1, (valid_len + 8 - 1) // 8):
+                                                for line in range(32):
+                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 8 + line // 4] + next_head * k_head + T.Cast("int64", line % 4 * 16)]), 0, 2, 1)
                                                 for ti_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
-                                                            vt = T.axis.spatial(128, to_m * 8 + ti_init)
-                                                            vi, vr = T.axis.remap("SS", [__m, r_init])
+                                                            vt = T.axis.spatial(128, to * 8 + ti_init)
+                                                            vi, vr = T.axis.remap("SS", [i, r_init])
                                                             T.reads()
                                                             T.writes(scores_global[0, vt, vr])
                                                             scores_global[0, vt, vr] = T.float32(0.0)
@@ -220,47 +211,47 @@ class Module:
                                                     for ti in T.unroll(8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("scores_update"):
-                                                                vt = T.axis.spatial(128, to_m * 8 + ti)
-                                                                vi, vr = T.axis.remap("SS", [__m, r])
+                                                                vt = T.axis.spatial(128, to * 8 + ti)
+                                                                vi, vr = T.axis.remap("SS", [i, r])
                                                                 vd = T.axis.reduce(128, d_0 * 32 + d_1 * 2 + d_2)
-                                                                T.reads(scores_global[0, vt, vr], q_tile[first_tile, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
+                                                                T.reads(scores_global[0, vt, vr], q_tile[first, vd, vr], k_tile[vt, vd // 32, vd % 2, vd % 32 // 2])
                                                                 T.writes(scores_global[0, vt, vr])
-                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[first_tile, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
+                                                                scores_global[0, vt, vr] = scores_global[0, vt, vr] + q_tile[first, vd, vr] * k_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                                 for ax0 in range(1):
                                                     for ax1 in T.unroll(8):
                                                         for ax2 in T.vectorized(16):
                                                             with T.sblock("scores_global"):
                                                                 v0 = T.axis.spatial(1, ax0)
-                                                                v1 = T.axis.spatial((valid_len + 7) // 8 * 8, to_m * 8 + ax1)
+                                                                v1 = T.axis.spatial((valid_len + 7) // 8 * 8, to * 8 + ax1)
                                                                 v2 = T.axis.spatial(16, ax2)
                                                                 T.reads(scores_global[v0, v1, v2])
                                                                 T.writes(scores[v0, v1, v2])
                                                                 scores[v0, v1, v2] = scores_global[v0, v1, v2]
-                                        for tile in range(1):
+                                        for i in range(1):
                                             with T.sblock("softmax"):
-                                                vslot = T.axis.spatial(1, tile)
+                                                vi = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:num_groups * 8, 0:16])
-                                                    T.writes(probs[vslot, 0:num_groups * 8, 0:16], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
+                                                    T.reads(scores[vi, 0:(valid_len + 7) // 8 * 8, 0:16])
+                                                    T.writes(probs[vi, 0:(valid_len + 7) // 8 * 8, 0:16], tile_max[vi, 0:16], tile_sum[vi, 0:16])
                                                     scaled = T.sblock_alloc_buffer((128, 16))
                                                     peak = T.sblock_alloc_buffer((16,))
-                                                    for to, ti in T.grid(num_groups, 8):
+                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("scaled"):
                                                                 vo = T.axis.spatial(16, to)
-                                                                vi, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vslot, vo * 8 + vi, vr])
-                                                                T.writes(scaled[vo * 8 + vi, vr])
-                                                                scaled[vo * 8 + vi, vr] = T.Select(vi < valid_len - vo * 8, scores[vslot, vo * 8 + vi, vr] * score_scale, T.float32("-inf"))
+                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vi, vo * 8 + vi_1, vr])
+                                                                T.writes(scaled[vo * 8 + vi_1, vr])
+                                                                scaled[vo * 8 + vi_1, vr] = T.Select(vi_1 < valid_len - vo * 8, scores[vi, vo * 8 + vi_1, vr] * score_scale, T.float32("-inf"))
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("peak_init"):
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
                                                             T.writes(peak[vr])
                                                             peak[vr] = T.float32(-340282346638528859811704183484516925440.0)
-                                                    for to, ti in T.grid(num_groups, 8):
+                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("peak_update"):
                                                                 vt = T.axis.reduce(128, to * 8 + ti)
@@ -272,16 +263,16 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vslot, vr])
-                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for to, ti in T.grid(num_groups, 8):
+                                                            T.writes(tile_max[vi, vr])
+                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("probs"):
                                                                 vt = T.axis.spatial(128, to * 8 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(scaled[vt, vr], tile_max[vslot, vr])
-                                                                T.writes(probs[vslot, vt, vr])
-                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vslot, vr]
+                                                                T.reads(scaled[vt, vr], tile_max[vi, vr])
+                                                                T.writes(probs[vi, vt, vr])
+                                                                arg: T.let[T.float32] = scaled[vt, vr] - tile_max[vi, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                                 n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -289,36 +280,36 @@ class Module:
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[vslot, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                                probs[vi, vt, vr] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                     for r_init in T.vectorized(16):
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(16, r_init)
                                                             T.reads()
-                                                            T.writes(tile_sum[vslot, vr])
-                                                            tile_sum[vslot, vr] = T.float32(0.0)
-                                                    for to, ti in T.grid(num_groups, 8):
+                                                            T.writes(tile_sum[vi, vr])
+                                                            tile_sum[vi, vr] = T.float32(0.0)
+                                                    for to, ti in T.grid((valid_len + 8 - 1) // 8, 8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("tile_sum_update"):
                                                                 vt = T.axis.reduce(128, to * 8 + ti)
                                                                 vr = T.axis.spatial(16, r)
-                                                                T.reads(tile_sum[vslot, vr], probs[vslot, vt, vr])
-                                                                T.writes(tile_sum[vslot, vr])
-                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vt, vr]
+                                                                T.reads(tile_sum[vi, vr], probs[vi, vt, vr])
+                                                                T.writes(tile_sum[vi, vr])
+                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + probs[vi, vt, vr]
                                                 with T.sblock("rescale"):
-                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16])
-                                                    T.writes(row_max[first_tile + vslot, 0:16], row_sum[first_tile + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
+                                                    T.reads(tile_max[vi, 0:16], tile_sum[vi, 0:16], row_max[first + vi, 0:16], row_sum[first + vi, 0:16])
+                                                    T.writes(row_max[first + vi, 0:16], row_sum[first + vi, 0:16], alpha[vi, 0:16], beta[vi, 0:16])
                                                     new_max = T.sblock_alloc_buffer((16,))
                                                     new_sum = T.sblock_alloc_buffer((16,))
                                                     for r in T.vectorized(16):
                                                         with T.sblock("factors"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
-                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
+                                                            T.reads(row_max[first + vi, vr], row_sum[first + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.writes(new_max[vr], alpha[vi, vr], beta[vi, vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vi, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
@@ -328,8 +319,8 @@ class Module:
                                                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
+                                                            alpha[vi, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
                                                             n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
@@ -337,28 +328,27 @@ class Module:
                                                             p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
                                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vi, vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(16):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
+                                                            T.reads(row_sum[first + vi, vr], alpha[vi, vr], beta[vi, vr], tile_sum[vi, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
+                                                            new_sum[vr] = alpha[vi, vr] * previous + beta[vi, vr] * tile_sum[vi, vr]
                                                     for r in T.vectorized(16):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
-                                                            row_max[first_tile + vslot, vr] = new_max[vr]
-                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                                            T.writes(row_max[first + vi, vr], row_sum[first + vi, vr])
+                                                            row_max[first + vi, vr] = new_max[vr]
+                                                            row_sum[first + vi, vr] = new_sum[vr]
                                         num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 128, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 128, 16))
-                                            fetched = T.sblock_alloc_buffer((16, 16, 2), "int8")
                                             for i_m, d_0_m in T.grid(1, 16):
                                                 for d_1_init in T.unroll(8):
                                                     for r_init in T.vectorized(16):
@@ -369,17 +359,8 @@ class Module:
                                                             T.writes(full_acc[vi, vd, vr])
                                                             full_acc[vi, vd, vr] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 1, 2):
-                                                        with T.sblock("prefetch_values"):
-                                                            vo = T.axis.spatial(16, to + ax0)
-                                                            vp = T.axis.spatial(16, d_0_m + ax1)
-                                                            vn = T.axis.spatial(2, ax2)
-                                                            T.where(to < 16)
-                                                            T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo, vp, vn])
-                                                            if T.EQ(0, 0) and vp < 16:
-                                                                number: T.let[T.int32] = (vp * num_full + vo) * 2 + vn
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    for line in range(2):
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + ((d_0_m * num_full + to) * 2 + line) // 4] + next_head * v_head + T.Cast("int64", ((d_0_m * num_full + to) * 2 + line) % 4 * 16)]), 0, 2, 1)
                                                     for ti in range(8):
                                                         for d_1 in T.unroll(8):
                                                             for r in T.vectorized(16):
@@ -387,7 +368,7 @@ class Module:
                                                                     vt = T.axis.reduce(128, to * 8 + ti)
                                                                     vi, vr = T.axis.remap("SS", [i_m, r])
                                                                     vd = T.axis.spatial(128, d_0_m * 8 + d_1)
-                                                                    T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt], fetched[vt // 8, vr // 16 * 16 + vd // 8, 0:2])
+                                                                    T.reads(full_acc[vi, vd, vr], probs[0, vt, vr], v_tile[vt, vd // 32, vd % 2, vd % 32 // 2], value_offsets[vt])
                                                                     T.writes(full_acc[vi, vd, vr])
                                                                     full_acc[vi, vd, vr] = full_acc[vi, vd, vr] + probs[0, vt, vr] * v_tile[vt, vd // 32, vd % 2, vd % 32 // 2]
                                                 for d_1_init in T.unroll(8):
@@ -398,7 +379,7 @@ class Module:
                                                             T.reads()
                                                             T.writes(tile_acc[0, vd, vr])
                                                             tile_acc[0, vd, vr] = full_acc[vi, vd, vr]
-                                                for ti in range(valid_len % 8):
+                                                for ti in range(valid_len % 8 + 1 - 1):
                                                     for d_1 in T.unroll(8):
                                                         for r in T.vectorized(16):
                                                             with T.sblock("tile_acc_update"):
@@ -415,21 +396,19 @@ class Module:
                                                             vd = T.axis.spatial(128, d_0_m * 8 + d_1)
                                                             vstep_1 = T.axis.reduce(num_steps, vstep)
                                                             T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vd, vr])
-                                                            T.writes(acc[first_tile, vd, vr])
+                                                            T.writes(acc[first, vd, vr])
                                                             with T.init():
-                                                                acc[first_tile, vd, vr] = T.float32(0.0)
-                                                            acc[first_tile, vd, vr] = alpha[vi, vr] * acc[first_tile, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
+                                                                acc[first, vd, vr] = T.float32(0.0)
+                                                            acc[first, vd, vr] = alpha[vi, vr] * acc[first, vd, vr] + beta[vi, vr] * tile_acc[vi, vd, vr]
                 for tile in range(1):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(1, tile)
                         T.reads()
                         T.writes()
-                        first_row: T.let[T.int32] = 0
-                        first_head: T.let[T.int32] = vtile * 16 + first_row
                         if partial_start < 0:
                             with T.sblock("normalize"):
                                 T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
-                                T.writes(out[seq, first_head:first_head + 16, 0:128], lse[seq, first_head:first_head + 16])
+                                T.writes(out[seq, vtile * 16:vtile * 16 + 16, 0:128], lse[seq, vtile * 16:vtile * 16 + 16])
                                 factor = T.sblock_alloc_buffer((16,))
                                 acc_global = T.sblock_alloc_buffer((1, 16, 128))
                                 for r in T.vectorized(16):
@@ -471,31 +450,31 @@ class Module:
                                                 vr = T.axis.spatial(16, r_0 * 4 + r_1)
                                                 vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                                 T.reads(acc_global[0, vr, vd], factor[vr])
-                                                T.writes(out[seq, first_head + vr, vd])
-                                                out[seq, first_head + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
+                                                T.writes(out[seq, vtile * 16 + vr, vd])
+                                                out[seq, vtile * 16 + vr, vd] = T.Cast("float32", acc_global[0, vr, vd] * factor[vr])
                                 for r in range(16):
                                     with T.sblock("lse"):
                                         vr = T.axis.spatial(16, r)
                                         T.reads(row_sum[vtile, vr], row_max[vtile, vr])
-                                        T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
+                                        T.writes(lse[seq, vtile * 16 + vr])
+                                        lse[seq, vtile * 16 + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
                                 T.reads(row_max[vtile, 0:16], row_sum[vtile, 0:16], acc[vtile, 0:128, 0:16])
-                                T.writes(partial_max[partial_start + vs, first_head:first_head + 16], partial_sum[partial_start + vs, first_head:first_head + 16], partial_acc[partial_start + vs, first_head:first_head + 16, 0:128])
+                                T.writes(partial_max[partial_start + vs, vtile * 16:vtile * 16 + 16], partial_sum[partial_start + vs, vtile * 16:vtile * 16 + 16], partial_acc[partial_start + vs, vtile * 16:vtile * 16 + 16, 0:128])
                                 for r in range(16):
                                     with T.sblock("store_row"):
                                         vr = T.axis.spatial(16, r)
                                         T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                                        T.writes(partial_max[partial_start + vs, vtile * 16 + vr], partial_sum[partial_start + vs, vtile * 16 + vr])
+                                        partial_max[partial_start + vs, vtile * 16 + vr] = row_max[vtile, vr]
+                                        partial_sum[partial_start + vs, vtile * 16 + vr] = row_sum[vtile, vr]
                                 for r, d in T.grid(16, 128):
                                     with T.sblock("store_acc"):
                                         vr, vd = T.axis.remap("SS", [r, d])
                                         T.reads(acc[vtile, vd, vr])
-                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vd, vr]
+                                        T.writes(partial_acc[partial_start + vs, vtile * 16 + vr, vd])
+                                        partial_acc[partial_start + vs, vtile * 16 + vr, vd] = acc[vtile, vd, vr]
 
     @T.prim_func(s_tir=True)
     def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(16)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(16), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(16), T.int64(128)), "float32", strides=(out_batch, out_head, T.int64(1)), align=4), lse: T.Buffer((batch, T.int64(16)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):

@@ -1448,24 +1448,24 @@ for_body_s.lr.ph.i:                               ; preds = %entry
   %sext24 = shl i64 %23, 32
   %39 = ashr exact i64 %sext24, 32
   %40 = mul nsw i64 %37, %v_head
-  %invariant.gep155.i = getelementptr i16, ptr %value_cache, i64 %40
-  %wide.trip.count352.i = and i64 %25, 2147483647
+  %invariant.gep255.i = getelementptr i16, ptr %value_cache, i64 %40
+  %wide.trip.count340.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %for_end_r_0_m.i
-  %indvars.iv.next350.i = add nuw nsw i64 %indvars.iv349.i, 1
-  %exitcond353.not.i = icmp eq i64 %indvars.iv.next350.i, %wide.trip.count352.i
-  br i1 %exitcond353.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next338.i = add nuw nsw i64 %indvars.iv337.i, 1
+  %exitcond341.not.i = icmp eq i64 %indvars.iv.next338.i, %wide.trip.count340.i
+  br i1 %exitcond341.not.i, label %pv_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv349.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next350.i, %for_begin_s.i ]
+  %indvars.iv337.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next338.i, %for_begin_s.i ]
   %41 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
-  %value_offsets.i = tail call ptr %41(i32 1, i32 %dev_id, i64 2048, i32 0, i32 64)
+  %value_offsets.i = tail call ptr %41(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
   %42 = icmp eq ptr %value_offsets.i, null
   br i1 %42, label %pv_matmul_compute_.exit, label %if_end.i, !prof !8
 
 if_end.i:                                         ; preds = %for_body_s.i
-  %43 = add nsw i64 %indvars.iv349.i, %39
+  %43 = add nsw i64 %indvars.iv337.i, %39
   %44 = getelementptr inbounds i32, ptr %context_lens, i64 %43
   %45 = load i32, ptr %44, align 4, !tbaa !5
   %46 = sub nsw i32 %45, %36
@@ -1473,8 +1473,8 @@ if_end.i:                                         ; preds = %for_body_s.i
   %48 = tail call i32 @llvm.umin.i32(i32 %47, i32 128)
   %49 = add nuw nsw i32 %48, 15
   %50 = and i32 %49, 496
-  %.not315.i = icmp eq i32 %50, 0
-  br i1 %.not315.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !49
+  %.not308.i = icmp eq i32 %50, 0
+  br i1 %.not308.i, label %for_begin_r_0_m.preheader.i, label %for_body_t.lr.ph.i, !prof !49
 
 for_body_t.lr.ph.i:                               ; preds = %if_end.i
   %51 = add i32 %38, %48
@@ -1485,841 +1485,822 @@ for_body_t.lr.ph.i:                               ; preds = %if_end.i
 
 for_begin_r_0_m.preheader.i:                      ; preds = %for_body_t.i, %if_end.i
   %53 = lshr i32 %48, 4
-  %.not316.i = icmp eq i32 %53, 0
-  %54 = shl nsw i64 %indvars.iv349.i, 11
+  %.not309.i = icmp eq i32 %53, 0
+  %54 = shl nsw i64 %indvars.iv337.i, 11
   %55 = and i32 %48, 15
-  %.not317.i = icmp eq i32 %55, 0
+  %.not310.i = icmp eq i32 %55, 0
   %56 = and i32 %48, 240
   %57 = zext nneg i32 %56 to i64
-  %58 = zext nneg i32 %53 to i64
-  %wide.trip.count339.i = zext nneg i32 %55 to i64
-  %invariant.gep366.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %57
+  %wide.trip.count322.i = zext nneg i32 %53 to i64
+  %wide.trip.count327.i = zext nneg i32 %55 to i64
+  %invariant.gep353.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %57
   br label %for_begin_d_0_m.preheader.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
-  %59 = trunc i64 %indvars.iv.i to i32
-  %60 = add i32 %36, %59
-  %61 = tail call i32 @llvm.smin.i32(i32 %60, i32 %51)
-  %62 = sext i32 %61 to i64
-  %63 = ashr i64 %62, 7
-  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %63
-  %64 = load i32, ptr %gep.i, align 4, !tbaa !5
-  %block.i = sext i32 %64 to i64
-  %65 = and i64 %62, 127
-  %66 = mul nsw i64 %65, %v_row
-  %67 = mul nsw i64 %v_block, %block.i
-  %68 = add nsw i64 %66, %67
-  %69 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.i
-  store i64 %68, ptr %69, align 8, !tbaa !5
+  %58 = trunc i64 %indvars.iv.i to i32
+  %59 = add i32 %36, %58
+  %60 = tail call i32 @llvm.smin.i32(i32 %59, i32 %51)
+  %61 = sext i32 %60 to i64
+  %62 = ashr i64 %61, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %62
+  %63 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %63 to i64
+  %64 = and i64 %61, 127
+  %65 = mul nsw i64 %64, %v_row
+  %66 = mul nsw i64 %v_block, %block.i
+  %67 = add nsw i64 %65, %66
+  %68 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.i
+  store i64 %67, ptr %68, align 8, !tbaa !5
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
-  %70 = trunc i64 %indvars.iv.next.i to i32
-  %71 = add i32 %36, %70
-  %72 = tail call i32 @llvm.smin.i32(i32 %71, i32 %51)
-  %73 = sext i32 %72 to i64
-  %74 = ashr i64 %73, 7
-  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %74
-  %75 = load i32, ptr %gep.i.1, align 4, !tbaa !5
-  %block.i.1 = sext i32 %75 to i64
-  %76 = and i64 %73, 127
-  %77 = mul nsw i64 %76, %v_row
-  %78 = mul nsw i64 %v_block, %block.i.1
-  %79 = add nsw i64 %77, %78
-  %80 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
-  store i64 %79, ptr %80, align 8, !tbaa !5
+  %69 = trunc i64 %indvars.iv.next.i to i32
+  %70 = add i32 %36, %69
+  %71 = tail call i32 @llvm.smin.i32(i32 %70, i32 %51)
+  %72 = sext i32 %71 to i64
+  %73 = ashr i64 %72, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %73
+  %74 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %74 to i64
+  %75 = and i64 %72, 127
+  %76 = mul nsw i64 %75, %v_row
+  %77 = mul nsw i64 %v_block, %block.i.1
+  %78 = add nsw i64 %76, %77
+  %79 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next.i
+  store i64 %78, ptr %79, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
   %exitcond.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
   br i1 %exitcond.not.i.1, label %for_begin_r_0_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !50
 
 for_begin_d_0_m.preheader.i:                      ; preds = %for_end_d_0_m.i, %for_begin_r_0_m.preheader.i
-  %indvars.iv345.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next346.i, %for_end_d_0_m.i ]
-  %81 = shl nuw nsw i64 %indvars.iv345.i, 9
-  %82 = add nuw nsw i64 %81, %54
-  %83 = shl nuw nsw i64 %indvars.iv345.i, 2
-  %84 = trunc i64 %82 to i32
-  %85 = or disjoint i32 %56, %84
-  %86 = zext i32 %85 to i64
-  %87 = and i64 %82, 4294966784
-  %88 = getelementptr inbounds nuw float, ptr %probs, i64 %82
-  %invariant.gep368.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %87
-  %invariant.gep364.i = getelementptr inbounds nuw float, ptr %probs, i64 %86
+  %indvars.iv333.i = phi i64 [ 0, %for_begin_r_0_m.preheader.i ], [ %indvars.iv.next334.i, %for_end_d_0_m.i ]
+  %80 = shl nuw nsw i64 %indvars.iv333.i, 9
+  %81 = add nuw nsw i64 %80, %54
+  %82 = trunc i64 %81 to i32
+  %83 = or disjoint i32 %56, %82
+  %84 = zext i32 %83 to i64
+  %85 = and i64 %81, 4294966784
+  %86 = getelementptr inbounds nuw float, ptr %probs, i64 %81
+  %invariant.gep355.i = getelementptr inbounds nuw float, ptr %tile_acc, i64 %85
+  %invariant.gep351.i = getelementptr inbounds nuw float, ptr %probs, i64 %84
   br label %for_body_d_0_m.i
 
 for_end_r_0_m.i:                                  ; preds = %for_end_d_0_m.i
-  %89 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %90 = tail call i32 %89(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not.i = icmp eq i32 %90, 0
+  %87 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %88 = tail call i32 %87(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not.i = icmp eq i32 %88, 0
   br i1 %.not.i, label %for_begin_s.i, label %pv_matmul_compute_.exit, !prof !52
 
 for_body_d_0_m.i:                                 ; preds = %for_end_ti.i, %for_begin_d_0_m.preheader.i
-  %indvars.iv341.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next342.i, %for_end_ti.i ]
-  br i1 %.not316.i, label %for_body_d_0_m.for_end_to_crit_edge.i, label %for_begin_ax2.preheader.lr.ph.i, !prof !49
+  %indvars.iv329.i = phi i64 [ 0, %for_begin_d_0_m.preheader.i ], [ %indvars.iv.next330.i, %for_end_ti.i ]
+  %.pre.i = shl nuw nsw i64 %indvars.iv329.i, 5
+  br i1 %.not309.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !49
 
-for_body_d_0_m.for_end_to_crit_edge.i:            ; preds = %for_body_d_0_m.i
-  %.pre.i = shl nuw nsw i64 %indvars.iv341.i, 5
-  br label %for_end_to.i
-
-for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %91 = add nuw nsw i64 %indvars.iv341.i, %83
-  %92 = mul nuw nsw i64 %91, %58
-  %93 = shl nuw nsw i64 %indvars.iv341.i, 5
-  %gep263.i = getelementptr i16, ptr %invariant.gep155.i, i64 %93
-  %invariant.gep362.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %92
-  br label %for_end_ax2.i
+for_body_to.lr.ph.i:                              ; preds = %for_body_d_0_m.i
+  %gep256.i = getelementptr i16, ptr %invariant.gep255.i, i64 %.pre.i
+  br label %for_body_to.i
 
 for_end_d_0_m.i:                                  ; preds = %for_end_ti.i
-  %indvars.iv.next346.i = add nuw nsw i64 %indvars.iv345.i, 1
-  %exitcond348.not.i = icmp eq i64 %indvars.iv.next346.i, 4
-  br i1 %exitcond348.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !46
+  %indvars.iv.next334.i = add nuw nsw i64 %indvars.iv333.i, 1
+  %exitcond336.not.i = icmp eq i64 %indvars.iv.next334.i, 4
+  br i1 %exitcond336.not.i, label %for_end_r_0_m.i, label %for_begin_d_0_m.preheader.i, !prof !46
 
-for_end_to.i:                                     ; preds = %for_end_ax2.i, %for_body_d_0_m.for_end_to_crit_edge.i
-  %.pre-phi.i = phi i64 [ %.pre.i, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %93, %for_end_ax2.i ]
-  %.promoted260.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %662, %for_end_ax2.i ]
-  %.promoted259.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %661, %for_end_ax2.i ]
-  %.promoted258.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %656, %for_end_ax2.i ]
-  %.promoted257.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %655, %for_end_ax2.i ]
-  %.promoted256.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %650, %for_end_ax2.i ]
-  %.promoted255.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %649, %for_end_ax2.i ]
-  %.promoted254.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %644, %for_end_ax2.i ]
-  %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.for_end_to_crit_edge.i ], [ %638, %for_end_ax2.i ]
-  %gep369.i = getelementptr inbounds nuw float, ptr %invariant.gep368.i, i64 %.pre-phi.i
-  store <16 x float> %.promoted.i, ptr %gep369.i, align 64, !tbaa !5
-  %94 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 64
-  store <16 x float> %.promoted254.i, ptr %94, align 64, !tbaa !5
-  %95 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 512
-  store <16 x float> %.promoted255.i, ptr %95, align 64, !tbaa !5
-  %96 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 576
-  store <16 x float> %.promoted256.i, ptr %96, align 64, !tbaa !5
-  %97 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1024
-  store <16 x float> %.promoted257.i, ptr %97, align 64, !tbaa !5
-  %98 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1088
-  store <16 x float> %.promoted258.i, ptr %98, align 64, !tbaa !5
-  %99 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1536
-  store <16 x float> %.promoted259.i, ptr %99, align 64, !tbaa !5
-  %100 = getelementptr inbounds nuw i8, ptr %gep369.i, i64 1600
-  store <16 x float> %.promoted260.i, ptr %100, align 64, !tbaa !5
-  br i1 %.not317.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !49
+for_body_to.i:                                    ; preds = %for_body_to.i, %for_body_to.lr.ph.i
+  %indvars.iv319.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next320.i, %for_body_to.i ]
+  %full_acc4.sroa.0.0141.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %625, %for_body_to.i ]
+  %full_acc4.sroa.34.0140.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %631, %for_body_to.i ]
+  %full_acc4.sroa.68.0139.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %636, %for_body_to.i ]
+  %full_acc4.sroa.102.0138.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %637, %for_body_to.i ]
+  %full_acc4.sroa.136.0137.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %642, %for_body_to.i ]
+  %full_acc4.sroa.170.0136.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %643, %for_body_to.i ]
+  %full_acc4.sroa.204.0135.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %648, %for_body_to.i ]
+  %full_acc4.sroa.238.0134.i = phi <16 x float> [ zeroinitializer, %for_body_to.lr.ph.i ], [ %649, %for_body_to.i ]
+  %89 = shl nsw i64 %indvars.iv319.i, 4
+  %90 = getelementptr inbounds nuw float, ptr %86, i64 %89
+  %91 = load float, ptr %90, align 64, !tbaa !5
+  %92 = insertelement <16 x float> poison, float %91, i64 0
+  %93 = shufflevector <16 x float> %92, <16 x float> poison, <16 x i32> zeroinitializer
+  %94 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %89
+  %95 = load i64, ptr %94, align 8, !tbaa !5
+  %gep153.i = getelementptr i16, ptr %gep256.i, i64 %95
+  %96 = load <16 x i16>, ptr %gep153.i, align 2, !tbaa !5
+  %97 = zext <16 x i16> %96 to <16 x i32>
+  %98 = shl nuw <16 x i32> %97, splat (i32 16)
+  %99 = bitcast <16 x i32> %98 to <16 x float>
+  %100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %99, <16 x float> %full_acc4.sroa.0.0141.i)
+  %101 = getelementptr i8, ptr %gep153.i, i64 32
+  %102 = load <16 x i16>, ptr %101, align 2, !tbaa !5
+  %103 = zext <16 x i16> %102 to <16 x i32>
+  %104 = shl nuw <16 x i32> %103, splat (i32 16)
+  %105 = bitcast <16 x i32> %104 to <16 x float>
+  %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %105, <16 x float> %full_acc4.sroa.34.0140.i)
+  %107 = getelementptr inbounds nuw i8, ptr %90, i64 512
+  %108 = load float, ptr %107, align 64, !tbaa !5
+  %109 = insertelement <16 x float> poison, float %108, i64 0
+  %110 = shufflevector <16 x float> %109, <16 x float> poison, <16 x i32> zeroinitializer
+  %111 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %99, <16 x float> %full_acc4.sroa.68.0139.i)
+  %112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %110, <16 x float> %105, <16 x float> %full_acc4.sroa.102.0138.i)
+  %113 = getelementptr inbounds nuw i8, ptr %90, i64 1024
+  %114 = load float, ptr %113, align 64, !tbaa !5
+  %115 = insertelement <16 x float> poison, float %114, i64 0
+  %116 = shufflevector <16 x float> %115, <16 x float> poison, <16 x i32> zeroinitializer
+  %117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %99, <16 x float> %full_acc4.sroa.136.0137.i)
+  %118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %116, <16 x float> %105, <16 x float> %full_acc4.sroa.170.0136.i)
+  %119 = getelementptr inbounds nuw i8, ptr %90, i64 1536
+  %120 = load float, ptr %119, align 64, !tbaa !5
+  %121 = insertelement <16 x float> poison, float %120, i64 0
+  %122 = shufflevector <16 x float> %121, <16 x float> poison, <16 x i32> zeroinitializer
+  %123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %99, <16 x float> %full_acc4.sroa.204.0135.i)
+  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %122, <16 x float> %105, <16 x float> %full_acc4.sroa.238.0134.i)
+  %125 = getelementptr inbounds nuw i8, ptr %90, i64 4
+  %126 = load float, ptr %125, align 4, !tbaa !5
+  %127 = insertelement <16 x float> poison, float %126, i64 0
+  %128 = shufflevector <16 x float> %127, <16 x float> poison, <16 x i32> zeroinitializer
+  %129 = getelementptr inbounds nuw i8, ptr %94, i64 8
+  %130 = load i64, ptr %129, align 8, !tbaa !5
+  %gep157.i = getelementptr i16, ptr %gep256.i, i64 %130
+  %131 = load <16 x i16>, ptr %gep157.i, align 2, !tbaa !5
+  %132 = zext <16 x i16> %131 to <16 x i32>
+  %133 = shl nuw <16 x i32> %132, splat (i32 16)
+  %134 = bitcast <16 x i32> %133 to <16 x float>
+  %135 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %134, <16 x float> %100)
+  %136 = getelementptr i8, ptr %gep157.i, i64 32
+  %137 = load <16 x i16>, ptr %136, align 2, !tbaa !5
+  %138 = zext <16 x i16> %137 to <16 x i32>
+  %139 = shl nuw <16 x i32> %138, splat (i32 16)
+  %140 = bitcast <16 x i32> %139 to <16 x float>
+  %141 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %128, <16 x float> %140, <16 x float> %106)
+  %142 = getelementptr inbounds nuw i8, ptr %90, i64 516
+  %143 = load float, ptr %142, align 4, !tbaa !5
+  %144 = insertelement <16 x float> poison, float %143, i64 0
+  %145 = shufflevector <16 x float> %144, <16 x float> poison, <16 x i32> zeroinitializer
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %134, <16 x float> %111)
+  %147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %145, <16 x float> %140, <16 x float> %112)
+  %148 = getelementptr inbounds nuw i8, ptr %90, i64 1028
+  %149 = load float, ptr %148, align 4, !tbaa !5
+  %150 = insertelement <16 x float> poison, float %149, i64 0
+  %151 = shufflevector <16 x float> %150, <16 x float> poison, <16 x i32> zeroinitializer
+  %152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %134, <16 x float> %117)
+  %153 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %151, <16 x float> %140, <16 x float> %118)
+  %154 = getelementptr inbounds nuw i8, ptr %90, i64 1540
+  %155 = load float, ptr %154, align 4, !tbaa !5
+  %156 = insertelement <16 x float> poison, float %155, i64 0
+  %157 = shufflevector <16 x float> %156, <16 x float> poison, <16 x i32> zeroinitializer
+  %158 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %157, <16 x float> %134, <16 x float> %123)
+  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %157, <16 x float> %140, <16 x float> %124)
+  %160 = getelementptr inbounds nuw i8, ptr %90, i64 8
+  %161 = load float, ptr %160, align 8, !tbaa !5
+  %162 = insertelement <16 x float> poison, float %161, i64 0
+  %163 = shufflevector <16 x float> %162, <16 x float> poison, <16 x i32> zeroinitializer
+  %164 = getelementptr inbounds nuw i8, ptr %94, i64 16
+  %165 = load i64, ptr %164, align 8, !tbaa !5
+  %gep161.i = getelementptr i16, ptr %gep256.i, i64 %165
+  %166 = load <16 x i16>, ptr %gep161.i, align 2, !tbaa !5
+  %167 = zext <16 x i16> %166 to <16 x i32>
+  %168 = shl nuw <16 x i32> %167, splat (i32 16)
+  %169 = bitcast <16 x i32> %168 to <16 x float>
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %169, <16 x float> %135)
+  %171 = getelementptr i8, ptr %gep161.i, i64 32
+  %172 = load <16 x i16>, ptr %171, align 2, !tbaa !5
+  %173 = zext <16 x i16> %172 to <16 x i32>
+  %174 = shl nuw <16 x i32> %173, splat (i32 16)
+  %175 = bitcast <16 x i32> %174 to <16 x float>
+  %176 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %163, <16 x float> %175, <16 x float> %141)
+  %177 = getelementptr inbounds nuw i8, ptr %90, i64 520
+  %178 = load float, ptr %177, align 8, !tbaa !5
+  %179 = insertelement <16 x float> poison, float %178, i64 0
+  %180 = shufflevector <16 x float> %179, <16 x float> poison, <16 x i32> zeroinitializer
+  %181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %169, <16 x float> %146)
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %180, <16 x float> %175, <16 x float> %147)
+  %183 = getelementptr inbounds nuw i8, ptr %90, i64 1032
+  %184 = load float, ptr %183, align 8, !tbaa !5
+  %185 = insertelement <16 x float> poison, float %184, i64 0
+  %186 = shufflevector <16 x float> %185, <16 x float> poison, <16 x i32> zeroinitializer
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %186, <16 x float> %169, <16 x float> %152)
+  %188 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %186, <16 x float> %175, <16 x float> %153)
+  %189 = getelementptr inbounds nuw i8, ptr %90, i64 1544
+  %190 = load float, ptr %189, align 8, !tbaa !5
+  %191 = insertelement <16 x float> poison, float %190, i64 0
+  %192 = shufflevector <16 x float> %191, <16 x float> poison, <16 x i32> zeroinitializer
+  %193 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %169, <16 x float> %158)
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %192, <16 x float> %175, <16 x float> %159)
+  %195 = getelementptr inbounds nuw i8, ptr %90, i64 12
+  %196 = load float, ptr %195, align 4, !tbaa !5
+  %197 = insertelement <16 x float> poison, float %196, i64 0
+  %198 = shufflevector <16 x float> %197, <16 x float> poison, <16 x i32> zeroinitializer
+  %199 = getelementptr inbounds nuw i8, ptr %94, i64 24
+  %200 = load i64, ptr %199, align 8, !tbaa !5
+  %gep165.i = getelementptr i16, ptr %gep256.i, i64 %200
+  %201 = load <16 x i16>, ptr %gep165.i, align 2, !tbaa !5
+  %202 = zext <16 x i16> %201 to <16 x i32>
+  %203 = shl nuw <16 x i32> %202, splat (i32 16)
+  %204 = bitcast <16 x i32> %203 to <16 x float>
+  %205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %198, <16 x float> %204, <16 x float> %170)
+  %206 = getelementptr i8, ptr %gep165.i, i64 32
+  %207 = load <16 x i16>, ptr %206, align 2, !tbaa !5
+  %208 = zext <16 x i16> %207 to <16 x i32>
+  %209 = shl nuw <16 x i32> %208, splat (i32 16)
+  %210 = bitcast <16 x i32> %209 to <16 x float>
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %198, <16 x float> %210, <16 x float> %176)
+  %212 = getelementptr inbounds nuw i8, ptr %90, i64 524
+  %213 = load float, ptr %212, align 4, !tbaa !5
+  %214 = insertelement <16 x float> poison, float %213, i64 0
+  %215 = shufflevector <16 x float> %214, <16 x float> poison, <16 x i32> zeroinitializer
+  %216 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %204, <16 x float> %181)
+  %217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %215, <16 x float> %210, <16 x float> %182)
+  %218 = getelementptr inbounds nuw i8, ptr %90, i64 1036
+  %219 = load float, ptr %218, align 4, !tbaa !5
+  %220 = insertelement <16 x float> poison, float %219, i64 0
+  %221 = shufflevector <16 x float> %220, <16 x float> poison, <16 x i32> zeroinitializer
+  %222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %221, <16 x float> %204, <16 x float> %187)
+  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %221, <16 x float> %210, <16 x float> %188)
+  %224 = getelementptr inbounds nuw i8, ptr %90, i64 1548
+  %225 = load float, ptr %224, align 4, !tbaa !5
+  %226 = insertelement <16 x float> poison, float %225, i64 0
+  %227 = shufflevector <16 x float> %226, <16 x float> poison, <16 x i32> zeroinitializer
+  %228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %204, <16 x float> %193)
+  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %227, <16 x float> %210, <16 x float> %194)
+  %230 = getelementptr inbounds nuw i8, ptr %90, i64 16
+  %231 = load float, ptr %230, align 16, !tbaa !5
+  %232 = insertelement <16 x float> poison, float %231, i64 0
+  %233 = shufflevector <16 x float> %232, <16 x float> poison, <16 x i32> zeroinitializer
+  %234 = getelementptr inbounds nuw i8, ptr %94, i64 32
+  %235 = load i64, ptr %234, align 8, !tbaa !5
+  %gep169.i = getelementptr i16, ptr %gep256.i, i64 %235
+  %236 = load <16 x i16>, ptr %gep169.i, align 2, !tbaa !5
+  %237 = zext <16 x i16> %236 to <16 x i32>
+  %238 = shl nuw <16 x i32> %237, splat (i32 16)
+  %239 = bitcast <16 x i32> %238 to <16 x float>
+  %240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %233, <16 x float> %239, <16 x float> %205)
+  %241 = getelementptr i8, ptr %gep169.i, i64 32
+  %242 = load <16 x i16>, ptr %241, align 2, !tbaa !5
+  %243 = zext <16 x i16> %242 to <16 x i32>
+  %244 = shl nuw <16 x i32> %243, splat (i32 16)
+  %245 = bitcast <16 x i32> %244 to <16 x float>
+  %246 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %233, <16 x float> %245, <16 x float> %211)
+  %247 = getelementptr inbounds nuw i8, ptr %90, i64 528
+  %248 = load float, ptr %247, align 16, !tbaa !5
+  %249 = insertelement <16 x float> poison, float %248, i64 0
+  %250 = shufflevector <16 x float> %249, <16 x float> poison, <16 x i32> zeroinitializer
+  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %239, <16 x float> %216)
+  %252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %250, <16 x float> %245, <16 x float> %217)
+  %253 = getelementptr inbounds nuw i8, ptr %90, i64 1040
+  %254 = load float, ptr %253, align 16, !tbaa !5
+  %255 = insertelement <16 x float> poison, float %254, i64 0
+  %256 = shufflevector <16 x float> %255, <16 x float> poison, <16 x i32> zeroinitializer
+  %257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %256, <16 x float> %239, <16 x float> %222)
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %256, <16 x float> %245, <16 x float> %223)
+  %259 = getelementptr inbounds nuw i8, ptr %90, i64 1552
+  %260 = load float, ptr %259, align 16, !tbaa !5
+  %261 = insertelement <16 x float> poison, float %260, i64 0
+  %262 = shufflevector <16 x float> %261, <16 x float> poison, <16 x i32> zeroinitializer
+  %263 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %262, <16 x float> %239, <16 x float> %228)
+  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %262, <16 x float> %245, <16 x float> %229)
+  %265 = getelementptr inbounds nuw i8, ptr %90, i64 20
+  %266 = load float, ptr %265, align 4, !tbaa !5
+  %267 = insertelement <16 x float> poison, float %266, i64 0
+  %268 = shufflevector <16 x float> %267, <16 x float> poison, <16 x i32> zeroinitializer
+  %269 = getelementptr inbounds nuw i8, ptr %94, i64 40
+  %270 = load i64, ptr %269, align 8, !tbaa !5
+  %gep173.i = getelementptr i16, ptr %gep256.i, i64 %270
+  %271 = load <16 x i16>, ptr %gep173.i, align 2, !tbaa !5
+  %272 = zext <16 x i16> %271 to <16 x i32>
+  %273 = shl nuw <16 x i32> %272, splat (i32 16)
+  %274 = bitcast <16 x i32> %273 to <16 x float>
+  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %268, <16 x float> %274, <16 x float> %240)
+  %276 = getelementptr i8, ptr %gep173.i, i64 32
+  %277 = load <16 x i16>, ptr %276, align 2, !tbaa !5
+  %278 = zext <16 x i16> %277 to <16 x i32>
+  %279 = shl nuw <16 x i32> %278, splat (i32 16)
+  %280 = bitcast <16 x i32> %279 to <16 x float>
+  %281 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %268, <16 x float> %280, <16 x float> %246)
+  %282 = getelementptr inbounds nuw i8, ptr %90, i64 532
+  %283 = load float, ptr %282, align 4, !tbaa !5
+  %284 = insertelement <16 x float> poison, float %283, i64 0
+  %285 = shufflevector <16 x float> %284, <16 x float> poison, <16 x i32> zeroinitializer
+  %286 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %274, <16 x float> %251)
+  %287 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %280, <16 x float> %252)
+  %288 = getelementptr inbounds nuw i8, ptr %90, i64 1044
+  %289 = load float, ptr %288, align 4, !tbaa !5
+  %290 = insertelement <16 x float> poison, float %289, i64 0
+  %291 = shufflevector <16 x float> %290, <16 x float> poison, <16 x i32> zeroinitializer
+  %292 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %274, <16 x float> %257)
+  %293 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %291, <16 x float> %280, <16 x float> %258)
+  %294 = getelementptr inbounds nuw i8, ptr %90, i64 1556
+  %295 = load float, ptr %294, align 4, !tbaa !5
+  %296 = insertelement <16 x float> poison, float %295, i64 0
+  %297 = shufflevector <16 x float> %296, <16 x float> poison, <16 x i32> zeroinitializer
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %274, <16 x float> %263)
+  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %280, <16 x float> %264)
+  %300 = getelementptr inbounds nuw i8, ptr %90, i64 24
+  %301 = load float, ptr %300, align 8, !tbaa !5
+  %302 = insertelement <16 x float> poison, float %301, i64 0
+  %303 = shufflevector <16 x float> %302, <16 x float> poison, <16 x i32> zeroinitializer
+  %304 = getelementptr inbounds nuw i8, ptr %94, i64 48
+  %305 = load i64, ptr %304, align 8, !tbaa !5
+  %gep177.i = getelementptr i16, ptr %gep256.i, i64 %305
+  %306 = load <16 x i16>, ptr %gep177.i, align 2, !tbaa !5
+  %307 = zext <16 x i16> %306 to <16 x i32>
+  %308 = shl nuw <16 x i32> %307, splat (i32 16)
+  %309 = bitcast <16 x i32> %308 to <16 x float>
+  %310 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %309, <16 x float> %275)
+  %311 = getelementptr i8, ptr %gep177.i, i64 32
+  %312 = load <16 x i16>, ptr %311, align 2, !tbaa !5
+  %313 = zext <16 x i16> %312 to <16 x i32>
+  %314 = shl nuw <16 x i32> %313, splat (i32 16)
+  %315 = bitcast <16 x i32> %314 to <16 x float>
+  %316 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %303, <16 x float> %315, <16 x float> %281)
+  %317 = getelementptr inbounds nuw i8, ptr %90, i64 536
+  %318 = load float, ptr %317, align 8, !tbaa !5
+  %319 = insertelement <16 x float> poison, float %318, i64 0
+  %320 = shufflevector <16 x float> %319, <16 x float> poison, <16 x i32> zeroinitializer
+  %321 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %309, <16 x float> %286)
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %320, <16 x float> %315, <16 x float> %287)
+  %323 = getelementptr inbounds nuw i8, ptr %90, i64 1048
+  %324 = load float, ptr %323, align 8, !tbaa !5
+  %325 = insertelement <16 x float> poison, float %324, i64 0
+  %326 = shufflevector <16 x float> %325, <16 x float> poison, <16 x i32> zeroinitializer
+  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %309, <16 x float> %292)
+  %328 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %326, <16 x float> %315, <16 x float> %293)
+  %329 = getelementptr inbounds nuw i8, ptr %90, i64 1560
+  %330 = load float, ptr %329, align 8, !tbaa !5
+  %331 = insertelement <16 x float> poison, float %330, i64 0
+  %332 = shufflevector <16 x float> %331, <16 x float> poison, <16 x i32> zeroinitializer
+  %333 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %309, <16 x float> %298)
+  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %332, <16 x float> %315, <16 x float> %299)
+  %335 = getelementptr inbounds nuw i8, ptr %90, i64 28
+  %336 = load float, ptr %335, align 4, !tbaa !5
+  %337 = insertelement <16 x float> poison, float %336, i64 0
+  %338 = shufflevector <16 x float> %337, <16 x float> poison, <16 x i32> zeroinitializer
+  %339 = getelementptr inbounds nuw i8, ptr %94, i64 56
+  %340 = load i64, ptr %339, align 8, !tbaa !5
+  %gep181.i = getelementptr i16, ptr %gep256.i, i64 %340
+  %341 = load <16 x i16>, ptr %gep181.i, align 2, !tbaa !5
+  %342 = zext <16 x i16> %341 to <16 x i32>
+  %343 = shl nuw <16 x i32> %342, splat (i32 16)
+  %344 = bitcast <16 x i32> %343 to <16 x float>
+  %345 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %338, <16 x float> %344, <16 x float> %310)
+  %346 = getelementptr i8, ptr %gep181.i, i64 32
+  %347 = load <16 x i16>, ptr %346, align 2, !tbaa !5
+  %348 = zext <16 x i16> %347 to <16 x i32>
+  %349 = shl nuw <16 x i32> %348, splat (i32 16)
+  %350 = bitcast <16 x i32> %349 to <16 x float>
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %338, <16 x float> %350, <16 x float> %316)
+  %352 = getelementptr inbounds nuw i8, ptr %90, i64 540
+  %353 = load float, ptr %352, align 4, !tbaa !5
+  %354 = insertelement <16 x float> poison, float %353, i64 0
+  %355 = shufflevector <16 x float> %354, <16 x float> poison, <16 x i32> zeroinitializer
+  %356 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %344, <16 x float> %321)
+  %357 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %355, <16 x float> %350, <16 x float> %322)
+  %358 = getelementptr inbounds nuw i8, ptr %90, i64 1052
+  %359 = load float, ptr %358, align 4, !tbaa !5
+  %360 = insertelement <16 x float> poison, float %359, i64 0
+  %361 = shufflevector <16 x float> %360, <16 x float> poison, <16 x i32> zeroinitializer
+  %362 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %361, <16 x float> %344, <16 x float> %327)
+  %363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %361, <16 x float> %350, <16 x float> %328)
+  %364 = getelementptr inbounds nuw i8, ptr %90, i64 1564
+  %365 = load float, ptr %364, align 4, !tbaa !5
+  %366 = insertelement <16 x float> poison, float %365, i64 0
+  %367 = shufflevector <16 x float> %366, <16 x float> poison, <16 x i32> zeroinitializer
+  %368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %344, <16 x float> %333)
+  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %367, <16 x float> %350, <16 x float> %334)
+  %370 = getelementptr inbounds nuw i8, ptr %90, i64 32
+  %371 = load float, ptr %370, align 32, !tbaa !5
+  %372 = insertelement <16 x float> poison, float %371, i64 0
+  %373 = shufflevector <16 x float> %372, <16 x float> poison, <16 x i32> zeroinitializer
+  %374 = getelementptr inbounds nuw i8, ptr %94, i64 64
+  %375 = load i64, ptr %374, align 8, !tbaa !5
+  %gep185.i = getelementptr i16, ptr %gep256.i, i64 %375
+  %376 = load <16 x i16>, ptr %gep185.i, align 2, !tbaa !5
+  %377 = zext <16 x i16> %376 to <16 x i32>
+  %378 = shl nuw <16 x i32> %377, splat (i32 16)
+  %379 = bitcast <16 x i32> %378 to <16 x float>
+  %380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %379, <16 x float> %345)
+  %381 = getelementptr i8, ptr %gep185.i, i64 32
+  %382 = load <16 x i16>, ptr %381, align 2, !tbaa !5
+  %383 = zext <16 x i16> %382 to <16 x i32>
+  %384 = shl nuw <16 x i32> %383, splat (i32 16)
+  %385 = bitcast <16 x i32> %384 to <16 x float>
+  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %373, <16 x float> %385, <16 x float> %351)
+  %387 = getelementptr inbounds nuw i8, ptr %90, i64 544
+  %388 = load float, ptr %387, align 32, !tbaa !5
+  %389 = insertelement <16 x float> poison, float %388, i64 0
+  %390 = shufflevector <16 x float> %389, <16 x float> poison, <16 x i32> zeroinitializer
+  %391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %379, <16 x float> %356)
+  %392 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %390, <16 x float> %385, <16 x float> %357)
+  %393 = getelementptr inbounds nuw i8, ptr %90, i64 1056
+  %394 = load float, ptr %393, align 32, !tbaa !5
+  %395 = insertelement <16 x float> poison, float %394, i64 0
+  %396 = shufflevector <16 x float> %395, <16 x float> poison, <16 x i32> zeroinitializer
+  %397 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %379, <16 x float> %362)
+  %398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %396, <16 x float> %385, <16 x float> %363)
+  %399 = getelementptr inbounds nuw i8, ptr %90, i64 1568
+  %400 = load float, ptr %399, align 32, !tbaa !5
+  %401 = insertelement <16 x float> poison, float %400, i64 0
+  %402 = shufflevector <16 x float> %401, <16 x float> poison, <16 x i32> zeroinitializer
+  %403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %402, <16 x float> %379, <16 x float> %368)
+  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %402, <16 x float> %385, <16 x float> %369)
+  %405 = getelementptr inbounds nuw i8, ptr %90, i64 36
+  %406 = load float, ptr %405, align 4, !tbaa !5
+  %407 = insertelement <16 x float> poison, float %406, i64 0
+  %408 = shufflevector <16 x float> %407, <16 x float> poison, <16 x i32> zeroinitializer
+  %409 = getelementptr inbounds nuw i8, ptr %94, i64 72
+  %410 = load i64, ptr %409, align 8, !tbaa !5
+  %gep189.i = getelementptr i16, ptr %gep256.i, i64 %410
+  %411 = load <16 x i16>, ptr %gep189.i, align 2, !tbaa !5
+  %412 = zext <16 x i16> %411 to <16 x i32>
+  %413 = shl nuw <16 x i32> %412, splat (i32 16)
+  %414 = bitcast <16 x i32> %413 to <16 x float>
+  %415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %414, <16 x float> %380)
+  %416 = getelementptr i8, ptr %gep189.i, i64 32
+  %417 = load <16 x i16>, ptr %416, align 2, !tbaa !5
+  %418 = zext <16 x i16> %417 to <16 x i32>
+  %419 = shl nuw <16 x i32> %418, splat (i32 16)
+  %420 = bitcast <16 x i32> %419 to <16 x float>
+  %421 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %408, <16 x float> %420, <16 x float> %386)
+  %422 = getelementptr inbounds nuw i8, ptr %90, i64 548
+  %423 = load float, ptr %422, align 4, !tbaa !5
+  %424 = insertelement <16 x float> poison, float %423, i64 0
+  %425 = shufflevector <16 x float> %424, <16 x float> poison, <16 x i32> zeroinitializer
+  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %414, <16 x float> %391)
+  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %425, <16 x float> %420, <16 x float> %392)
+  %428 = getelementptr inbounds nuw i8, ptr %90, i64 1060
+  %429 = load float, ptr %428, align 4, !tbaa !5
+  %430 = insertelement <16 x float> poison, float %429, i64 0
+  %431 = shufflevector <16 x float> %430, <16 x float> poison, <16 x i32> zeroinitializer
+  %432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %431, <16 x float> %414, <16 x float> %397)
+  %433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %431, <16 x float> %420, <16 x float> %398)
+  %434 = getelementptr inbounds nuw i8, ptr %90, i64 1572
+  %435 = load float, ptr %434, align 4, !tbaa !5
+  %436 = insertelement <16 x float> poison, float %435, i64 0
+  %437 = shufflevector <16 x float> %436, <16 x float> poison, <16 x i32> zeroinitializer
+  %438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %414, <16 x float> %403)
+  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %420, <16 x float> %404)
+  %440 = getelementptr inbounds nuw i8, ptr %90, i64 40
+  %441 = load float, ptr %440, align 8, !tbaa !5
+  %442 = insertelement <16 x float> poison, float %441, i64 0
+  %443 = shufflevector <16 x float> %442, <16 x float> poison, <16 x i32> zeroinitializer
+  %444 = getelementptr inbounds nuw i8, ptr %94, i64 80
+  %445 = load i64, ptr %444, align 8, !tbaa !5
+  %gep193.i = getelementptr i16, ptr %gep256.i, i64 %445
+  %446 = load <16 x i16>, ptr %gep193.i, align 2, !tbaa !5
+  %447 = zext <16 x i16> %446 to <16 x i32>
+  %448 = shl nuw <16 x i32> %447, splat (i32 16)
+  %449 = bitcast <16 x i32> %448 to <16 x float>
+  %450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %449, <16 x float> %415)
+  %451 = getelementptr i8, ptr %gep193.i, i64 32
+  %452 = load <16 x i16>, ptr %451, align 2, !tbaa !5
+  %453 = zext <16 x i16> %452 to <16 x i32>
+  %454 = shl nuw <16 x i32> %453, splat (i32 16)
+  %455 = bitcast <16 x i32> %454 to <16 x float>
+  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %455, <16 x float> %421)
+  %457 = getelementptr inbounds nuw i8, ptr %90, i64 552
+  %458 = load float, ptr %457, align 8, !tbaa !5
+  %459 = insertelement <16 x float> poison, float %458, i64 0
+  %460 = shufflevector <16 x float> %459, <16 x float> poison, <16 x i32> zeroinitializer
+  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %449, <16 x float> %426)
+  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %460, <16 x float> %455, <16 x float> %427)
+  %463 = getelementptr inbounds nuw i8, ptr %90, i64 1064
+  %464 = load float, ptr %463, align 8, !tbaa !5
+  %465 = insertelement <16 x float> poison, float %464, i64 0
+  %466 = shufflevector <16 x float> %465, <16 x float> poison, <16 x i32> zeroinitializer
+  %467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %466, <16 x float> %449, <16 x float> %432)
+  %468 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %466, <16 x float> %455, <16 x float> %433)
+  %469 = getelementptr inbounds nuw i8, ptr %90, i64 1576
+  %470 = load float, ptr %469, align 8, !tbaa !5
+  %471 = insertelement <16 x float> poison, float %470, i64 0
+  %472 = shufflevector <16 x float> %471, <16 x float> poison, <16 x i32> zeroinitializer
+  %473 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %472, <16 x float> %449, <16 x float> %438)
+  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %472, <16 x float> %455, <16 x float> %439)
+  %475 = getelementptr inbounds nuw i8, ptr %90, i64 44
+  %476 = load float, ptr %475, align 4, !tbaa !5
+  %477 = insertelement <16 x float> poison, float %476, i64 0
+  %478 = shufflevector <16 x float> %477, <16 x float> poison, <16 x i32> zeroinitializer
+  %479 = getelementptr inbounds nuw i8, ptr %94, i64 88
+  %480 = load i64, ptr %479, align 8, !tbaa !5
+  %gep197.i = getelementptr i16, ptr %gep256.i, i64 %480
+  %481 = load <16 x i16>, ptr %gep197.i, align 2, !tbaa !5
+  %482 = zext <16 x i16> %481 to <16 x i32>
+  %483 = shl nuw <16 x i32> %482, splat (i32 16)
+  %484 = bitcast <16 x i32> %483 to <16 x float>
+  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %484, <16 x float> %450)
+  %486 = getelementptr i8, ptr %gep197.i, i64 32
+  %487 = load <16 x i16>, ptr %486, align 2, !tbaa !5
+  %488 = zext <16 x i16> %487 to <16 x i32>
+  %489 = shl nuw <16 x i32> %488, splat (i32 16)
+  %490 = bitcast <16 x i32> %489 to <16 x float>
+  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %478, <16 x float> %490, <16 x float> %456)
+  %492 = getelementptr inbounds nuw i8, ptr %90, i64 556
+  %493 = load float, ptr %492, align 4, !tbaa !5
+  %494 = insertelement <16 x float> poison, float %493, i64 0
+  %495 = shufflevector <16 x float> %494, <16 x float> poison, <16 x i32> zeroinitializer
+  %496 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %495, <16 x float> %484, <16 x float> %461)
+  %497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %495, <16 x float> %490, <16 x float> %462)
+  %498 = getelementptr inbounds nuw i8, ptr %90, i64 1068
+  %499 = load float, ptr %498, align 4, !tbaa !5
+  %500 = insertelement <16 x float> poison, float %499, i64 0
+  %501 = shufflevector <16 x float> %500, <16 x float> poison, <16 x i32> zeroinitializer
+  %502 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %484, <16 x float> %467)
+  %503 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %501, <16 x float> %490, <16 x float> %468)
+  %504 = getelementptr inbounds nuw i8, ptr %90, i64 1580
+  %505 = load float, ptr %504, align 4, !tbaa !5
+  %506 = insertelement <16 x float> poison, float %505, i64 0
+  %507 = shufflevector <16 x float> %506, <16 x float> poison, <16 x i32> zeroinitializer
+  %508 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %507, <16 x float> %484, <16 x float> %473)
+  %509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %507, <16 x float> %490, <16 x float> %474)
+  %510 = getelementptr inbounds nuw i8, ptr %90, i64 48
+  %511 = load float, ptr %510, align 16, !tbaa !5
+  %512 = insertelement <16 x float> poison, float %511, i64 0
+  %513 = shufflevector <16 x float> %512, <16 x float> poison, <16 x i32> zeroinitializer
+  %514 = getelementptr inbounds nuw i8, ptr %94, i64 96
+  %515 = load i64, ptr %514, align 8, !tbaa !5
+  %gep201.i = getelementptr i16, ptr %gep256.i, i64 %515
+  %516 = load <16 x i16>, ptr %gep201.i, align 2, !tbaa !5
+  %517 = zext <16 x i16> %516 to <16 x i32>
+  %518 = shl nuw <16 x i32> %517, splat (i32 16)
+  %519 = bitcast <16 x i32> %518 to <16 x float>
+  %520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %513, <16 x float> %519, <16 x float> %485)
+  %521 = getelementptr i8, ptr %gep201.i, i64 32
+  %522 = load <16 x i16>, ptr %521, align 2, !tbaa !5
+  %523 = zext <16 x i16> %522 to <16 x i32>
+  %524 = shl nuw <16 x i32> %523, splat (i32 16)
+  %525 = bitcast <16 x i32> %524 to <16 x float>
+  %526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %513, <16 x float> %525, <16 x float> %491)
+  %527 = getelementptr inbounds nuw i8, ptr %90, i64 560
+  %528 = load float, ptr %527, align 16, !tbaa !5
+  %529 = insertelement <16 x float> poison, float %528, i64 0
+  %530 = shufflevector <16 x float> %529, <16 x float> poison, <16 x i32> zeroinitializer
+  %531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %530, <16 x float> %519, <16 x float> %496)
+  %532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %530, <16 x float> %525, <16 x float> %497)
+  %533 = getelementptr inbounds nuw i8, ptr %90, i64 1072
+  %534 = load float, ptr %533, align 16, !tbaa !5
+  %535 = insertelement <16 x float> poison, float %534, i64 0
+  %536 = shufflevector <16 x float> %535, <16 x float> poison, <16 x i32> zeroinitializer
+  %537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %536, <16 x float> %519, <16 x float> %502)
+  %538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %536, <16 x float> %525, <16 x float> %503)
+  %539 = getelementptr inbounds nuw i8, ptr %90, i64 1584
+  %540 = load float, ptr %539, align 16, !tbaa !5
+  %541 = insertelement <16 x float> poison, float %540, i64 0
+  %542 = shufflevector <16 x float> %541, <16 x float> poison, <16 x i32> zeroinitializer
+  %543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %542, <16 x float> %519, <16 x float> %508)
+  %544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %542, <16 x float> %525, <16 x float> %509)
+  %545 = getelementptr inbounds nuw i8, ptr %90, i64 52
+  %546 = load float, ptr %545, align 4, !tbaa !5
+  %547 = insertelement <16 x float> poison, float %546, i64 0
+  %548 = shufflevector <16 x float> %547, <16 x float> poison, <16 x i32> zeroinitializer
+  %549 = getelementptr inbounds nuw i8, ptr %94, i64 104
+  %550 = load i64, ptr %549, align 8, !tbaa !5
+  %gep205.i = getelementptr i16, ptr %gep256.i, i64 %550
+  %551 = load <16 x i16>, ptr %gep205.i, align 2, !tbaa !5
+  %552 = zext <16 x i16> %551 to <16 x i32>
+  %553 = shl nuw <16 x i32> %552, splat (i32 16)
+  %554 = bitcast <16 x i32> %553 to <16 x float>
+  %555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %548, <16 x float> %554, <16 x float> %520)
+  %556 = getelementptr i8, ptr %gep205.i, i64 32
+  %557 = load <16 x i16>, ptr %556, align 2, !tbaa !5
+  %558 = zext <16 x i16> %557 to <16 x i32>
+  %559 = shl nuw <16 x i32> %558, splat (i32 16)
+  %560 = bitcast <16 x i32> %559 to <16 x float>
+  %561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %548, <16 x float> %560, <16 x float> %526)
+  %562 = getelementptr inbounds nuw i8, ptr %90, i64 564
+  %563 = load float, ptr %562, align 4, !tbaa !5
+  %564 = insertelement <16 x float> poison, float %563, i64 0
+  %565 = shufflevector <16 x float> %564, <16 x float> poison, <16 x i32> zeroinitializer
+  %566 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %565, <16 x float> %554, <16 x float> %531)
+  %567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %565, <16 x float> %560, <16 x float> %532)
+  %568 = getelementptr inbounds nuw i8, ptr %90, i64 1076
+  %569 = load float, ptr %568, align 4, !tbaa !5
+  %570 = insertelement <16 x float> poison, float %569, i64 0
+  %571 = shufflevector <16 x float> %570, <16 x float> poison, <16 x i32> zeroinitializer
+  %572 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %571, <16 x float> %554, <16 x float> %537)
+  %573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %571, <16 x float> %560, <16 x float> %538)
+  %574 = getelementptr inbounds nuw i8, ptr %90, i64 1588
+  %575 = load float, ptr %574, align 4, !tbaa !5
+  %576 = insertelement <16 x float> poison, float %575, i64 0
+  %577 = shufflevector <16 x float> %576, <16 x float> poison, <16 x i32> zeroinitializer
+  %578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %577, <16 x float> %554, <16 x float> %543)
+  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %577, <16 x float> %560, <16 x float> %544)
+  %580 = getelementptr inbounds nuw i8, ptr %90, i64 56
+  %581 = load float, ptr %580, align 8, !tbaa !5
+  %582 = insertelement <16 x float> poison, float %581, i64 0
+  %583 = shufflevector <16 x float> %582, <16 x float> poison, <16 x i32> zeroinitializer
+  %584 = getelementptr inbounds nuw i8, ptr %94, i64 112
+  %585 = load i64, ptr %584, align 8, !tbaa !5
+  %gep209.i = getelementptr i16, ptr %gep256.i, i64 %585
+  %586 = load <16 x i16>, ptr %gep209.i, align 2, !tbaa !5
+  %587 = zext <16 x i16> %586 to <16 x i32>
+  %588 = shl nuw <16 x i32> %587, splat (i32 16)
+  %589 = bitcast <16 x i32> %588 to <16 x float>
+  %590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %583, <16 x float> %589, <16 x float> %555)
+  %591 = getelementptr i8, ptr %gep209.i, i64 32
+  %592 = load <16 x i16>, ptr %591, align 2, !tbaa !5
+  %593 = zext <16 x i16> %592 to <16 x i32>
+  %594 = shl nuw <16 x i32> %593, splat (i32 16)
+  %595 = bitcast <16 x i32> %594 to <16 x float>
+  %596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %583, <16 x float> %595, <16 x float> %561)
+  %597 = getelementptr inbounds nuw i8, ptr %90, i64 568
+  %598 = load float, ptr %597, align 8, !tbaa !5
+  %599 = insertelement <16 x float> poison, float %598, i64 0
+  %600 = shufflevector <16 x float> %599, <16 x float> poison, <16 x i32> zeroinitializer
+  %601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %600, <16 x float> %589, <16 x float> %566)
+  %602 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %600, <16 x float> %595, <16 x float> %567)
+  %603 = getelementptr inbounds nuw i8, ptr %90, i64 1080
+  %604 = load float, ptr %603, align 8, !tbaa !5
+  %605 = insertelement <16 x float> poison, float %604, i64 0
+  %606 = shufflevector <16 x float> %605, <16 x float> poison, <16 x i32> zeroinitializer
+  %607 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %606, <16 x float> %589, <16 x float> %572)
+  %608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %606, <16 x float> %595, <16 x float> %573)
+  %609 = getelementptr inbounds nuw i8, ptr %90, i64 1592
+  %610 = load float, ptr %609, align 8, !tbaa !5
+  %611 = insertelement <16 x float> poison, float %610, i64 0
+  %612 = shufflevector <16 x float> %611, <16 x float> poison, <16 x i32> zeroinitializer
+  %613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %612, <16 x float> %589, <16 x float> %578)
+  %614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %612, <16 x float> %595, <16 x float> %579)
+  %615 = getelementptr inbounds nuw i8, ptr %90, i64 60
+  %616 = load float, ptr %615, align 4, !tbaa !5
+  %617 = insertelement <16 x float> poison, float %616, i64 0
+  %618 = shufflevector <16 x float> %617, <16 x float> poison, <16 x i32> zeroinitializer
+  %619 = getelementptr inbounds nuw i8, ptr %94, i64 120
+  %620 = load i64, ptr %619, align 8, !tbaa !5
+  %gep213.i = getelementptr i16, ptr %gep256.i, i64 %620
+  %621 = load <16 x i16>, ptr %gep213.i, align 2, !tbaa !5
+  %622 = zext <16 x i16> %621 to <16 x i32>
+  %623 = shl nuw <16 x i32> %622, splat (i32 16)
+  %624 = bitcast <16 x i32> %623 to <16 x float>
+  %625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %624, <16 x float> %590)
+  %626 = getelementptr i8, ptr %gep213.i, i64 32
+  %627 = load <16 x i16>, ptr %626, align 2, !tbaa !5
+  %628 = zext <16 x i16> %627 to <16 x i32>
+  %629 = shl nuw <16 x i32> %628, splat (i32 16)
+  %630 = bitcast <16 x i32> %629 to <16 x float>
+  %631 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %618, <16 x float> %630, <16 x float> %596)
+  %632 = getelementptr inbounds nuw i8, ptr %90, i64 572
+  %633 = load float, ptr %632, align 4, !tbaa !5
+  %634 = insertelement <16 x float> poison, float %633, i64 0
+  %635 = shufflevector <16 x float> %634, <16 x float> poison, <16 x i32> zeroinitializer
+  %636 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %624, <16 x float> %601)
+  %637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %635, <16 x float> %630, <16 x float> %602)
+  %638 = getelementptr inbounds nuw i8, ptr %90, i64 1084
+  %639 = load float, ptr %638, align 4, !tbaa !5
+  %640 = insertelement <16 x float> poison, float %639, i64 0
+  %641 = shufflevector <16 x float> %640, <16 x float> poison, <16 x i32> zeroinitializer
+  %642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %624, <16 x float> %607)
+  %643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %641, <16 x float> %630, <16 x float> %608)
+  %644 = getelementptr inbounds nuw i8, ptr %90, i64 1596
+  %645 = load float, ptr %644, align 4, !tbaa !5
+  %646 = insertelement <16 x float> poison, float %645, i64 0
+  %647 = shufflevector <16 x float> %646, <16 x float> poison, <16 x i32> zeroinitializer
+  %648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %647, <16 x float> %624, <16 x float> %613)
+  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %647, <16 x float> %630, <16 x float> %614)
+  %indvars.iv.next320.i = add nuw nsw i64 %indvars.iv319.i, 1
+  %exitcond323.not.i = icmp eq i64 %indvars.iv.next320.i, %wide.trip.count322.i
+  br i1 %exitcond323.not.i, label %for_end_to.i, label %for_body_to.i, !prof !13
+
+for_end_to.i:                                     ; preds = %for_body_to.i, %for_body_d_0_m.i
+  %.promoted253.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %649, %for_body_to.i ]
+  %.promoted252.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %648, %for_body_to.i ]
+  %.promoted251.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %643, %for_body_to.i ]
+  %.promoted250.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %642, %for_body_to.i ]
+  %.promoted249.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %637, %for_body_to.i ]
+  %.promoted248.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %636, %for_body_to.i ]
+  %.promoted247.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %631, %for_body_to.i ]
+  %.promoted.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %625, %for_body_to.i ]
+  %gep356.i = getelementptr inbounds nuw float, ptr %invariant.gep355.i, i64 %.pre.i
+  store <16 x float> %.promoted.i, ptr %gep356.i, align 64, !tbaa !5
+  %650 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 64
+  store <16 x float> %.promoted247.i, ptr %650, align 64, !tbaa !5
+  %651 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 512
+  store <16 x float> %.promoted248.i, ptr %651, align 64, !tbaa !5
+  %652 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 576
+  store <16 x float> %.promoted249.i, ptr %652, align 64, !tbaa !5
+  %653 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1024
+  store <16 x float> %.promoted250.i, ptr %653, align 64, !tbaa !5
+  %654 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1088
+  store <16 x float> %.promoted251.i, ptr %654, align 64, !tbaa !5
+  %655 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1536
+  store <16 x float> %.promoted252.i, ptr %655, align 64, !tbaa !5
+  %656 = getelementptr inbounds nuw i8, ptr %gep356.i, i64 1600
+  store <16 x float> %.promoted253.i, ptr %656, align 64, !tbaa !5
+  br i1 %.not310.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !49
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to.i
-  %gep295.i = getelementptr i16, ptr %invariant.gep155.i, i64 %.pre-phi.i
+  %gep288.i = getelementptr i16, ptr %invariant.gep255.i, i64 %.pre.i
   br label %for_body_ti.i
 
-for_end_ax2.i:                                    ; preds = %for_end_ax2.i, %for_begin_ax2.preheader.lr.ph.i
-  %indvars.iv331.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next332.i, %for_end_ax2.i ]
-  %full_acc6.sroa.0.0146.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %638, %for_end_ax2.i ]
-  %full_acc6.sroa.34.0145.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %644, %for_end_ax2.i ]
-  %full_acc6.sroa.68.0144.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %649, %for_end_ax2.i ]
-  %full_acc6.sroa.102.0143.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %650, %for_end_ax2.i ]
-  %full_acc6.sroa.136.0142.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %655, %for_end_ax2.i ]
-  %full_acc6.sroa.170.0141.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %656, %for_end_ax2.i ]
-  %full_acc6.sroa.204.0140.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %661, %for_end_ax2.i ]
-  %full_acc6.sroa.238.0139.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %662, %for_end_ax2.i ]
-  %gep363.i = getelementptr inbounds nuw i64, ptr %invariant.gep362.i, i64 %indvars.iv331.i
-  %101 = load i64, ptr %gep363.i, align 8, !tbaa !5
-  %gep156.i = getelementptr i16, ptr %invariant.gep155.i, i64 %101
-  tail call void @llvm.prefetch.p0(ptr readonly %gep156.i, i32 0, i32 2, i32 1)
-  %gep138.1.i = getelementptr i8, ptr %gep156.i, i64 64
-  tail call void @llvm.prefetch.p0(ptr readonly %gep138.1.i, i32 0, i32 2, i32 1)
-  %gep138.2.i = getelementptr i8, ptr %gep156.i, i64 128
-  tail call void @llvm.prefetch.p0(ptr readonly %gep138.2.i, i32 0, i32 2, i32 1)
-  %gep138.3.i = getelementptr i8, ptr %gep156.i, i64 192
-  tail call void @llvm.prefetch.p0(ptr readonly %gep138.3.i, i32 0, i32 2, i32 1)
-  %102 = shl nsw i64 %indvars.iv331.i, 4
-  %103 = getelementptr inbounds nuw float, ptr %88, i64 %102
-  %104 = load float, ptr %103, align 64, !tbaa !5
-  %105 = insertelement <16 x float> poison, float %104, i64 0
-  %106 = shufflevector <16 x float> %105, <16 x float> poison, <16 x i32> zeroinitializer
-  %107 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %102
-  %108 = load i64, ptr %107, align 8, !tbaa !5
-  %gep160.i = getelementptr i16, ptr %gep263.i, i64 %108
-  %109 = load <16 x i16>, ptr %gep160.i, align 2, !tbaa !5
-  %110 = zext <16 x i16> %109 to <16 x i32>
-  %111 = shl nuw <16 x i32> %110, splat (i32 16)
-  %112 = bitcast <16 x i32> %111 to <16 x float>
-  %113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %112, <16 x float> %full_acc6.sroa.0.0146.i)
-  %114 = getelementptr i8, ptr %gep160.i, i64 32
-  %115 = load <16 x i16>, ptr %114, align 2, !tbaa !5
-  %116 = zext <16 x i16> %115 to <16 x i32>
-  %117 = shl nuw <16 x i32> %116, splat (i32 16)
-  %118 = bitcast <16 x i32> %117 to <16 x float>
-  %119 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %118, <16 x float> %full_acc6.sroa.34.0145.i)
-  %120 = getelementptr inbounds nuw i8, ptr %103, i64 512
-  %121 = load float, ptr %120, align 64, !tbaa !5
-  %122 = insertelement <16 x float> poison, float %121, i64 0
-  %123 = shufflevector <16 x float> %122, <16 x float> poison, <16 x i32> zeroinitializer
-  %124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %112, <16 x float> %full_acc6.sroa.68.0144.i)
-  %125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %123, <16 x float> %118, <16 x float> %full_acc6.sroa.102.0143.i)
-  %126 = getelementptr inbounds nuw i8, ptr %103, i64 1024
-  %127 = load float, ptr %126, align 64, !tbaa !5
-  %128 = insertelement <16 x float> poison, float %127, i64 0
-  %129 = shufflevector <16 x float> %128, <16 x float> poison, <16 x i32> zeroinitializer
-  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %112, <16 x float> %full_acc6.sroa.136.0142.i)
-  %131 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %129, <16 x float> %118, <16 x float> %full_acc6.sroa.170.0141.i)
-  %132 = getelementptr inbounds nuw i8, ptr %103, i64 1536
-  %133 = load float, ptr %132, align 64, !tbaa !5
-  %134 = insertelement <16 x float> poison, float %133, i64 0
-  %135 = shufflevector <16 x float> %134, <16 x float> poison, <16 x i32> zeroinitializer
-  %136 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %112, <16 x float> %full_acc6.sroa.204.0140.i)
-  %137 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %135, <16 x float> %118, <16 x float> %full_acc6.sroa.238.0139.i)
-  %138 = getelementptr inbounds nuw i8, ptr %103, i64 4
-  %139 = load float, ptr %138, align 4, !tbaa !5
-  %140 = insertelement <16 x float> poison, float %139, i64 0
-  %141 = shufflevector <16 x float> %140, <16 x float> poison, <16 x i32> zeroinitializer
-  %142 = getelementptr inbounds nuw i8, ptr %107, i64 8
-  %143 = load i64, ptr %142, align 8, !tbaa !5
-  %gep164.i = getelementptr i16, ptr %gep263.i, i64 %143
-  %144 = load <16 x i16>, ptr %gep164.i, align 2, !tbaa !5
-  %145 = zext <16 x i16> %144 to <16 x i32>
-  %146 = shl nuw <16 x i32> %145, splat (i32 16)
-  %147 = bitcast <16 x i32> %146 to <16 x float>
-  %148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %147, <16 x float> %113)
-  %149 = getelementptr i8, ptr %gep164.i, i64 32
-  %150 = load <16 x i16>, ptr %149, align 2, !tbaa !5
-  %151 = zext <16 x i16> %150 to <16 x i32>
-  %152 = shl nuw <16 x i32> %151, splat (i32 16)
-  %153 = bitcast <16 x i32> %152 to <16 x float>
-  %154 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %141, <16 x float> %153, <16 x float> %119)
-  %155 = getelementptr inbounds nuw i8, ptr %103, i64 516
-  %156 = load float, ptr %155, align 4, !tbaa !5
-  %157 = insertelement <16 x float> poison, float %156, i64 0
-  %158 = shufflevector <16 x float> %157, <16 x float> poison, <16 x i32> zeroinitializer
-  %159 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %147, <16 x float> %124)
-  %160 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %158, <16 x float> %153, <16 x float> %125)
-  %161 = getelementptr inbounds nuw i8, ptr %103, i64 1028
-  %162 = load float, ptr %161, align 4, !tbaa !5
-  %163 = insertelement <16 x float> poison, float %162, i64 0
-  %164 = shufflevector <16 x float> %163, <16 x float> poison, <16 x i32> zeroinitializer
-  %165 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %147, <16 x float> %130)
-  %166 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %164, <16 x float> %153, <16 x float> %131)
-  %167 = getelementptr inbounds nuw i8, ptr %103, i64 1540
-  %168 = load float, ptr %167, align 4, !tbaa !5
-  %169 = insertelement <16 x float> poison, float %168, i64 0
-  %170 = shufflevector <16 x float> %169, <16 x float> poison, <16 x i32> zeroinitializer
-  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %147, <16 x float> %136)
-  %172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %170, <16 x float> %153, <16 x float> %137)
-  %173 = getelementptr inbounds nuw i8, ptr %103, i64 8
-  %174 = load float, ptr %173, align 8, !tbaa !5
-  %175 = insertelement <16 x float> poison, float %174, i64 0
-  %176 = shufflevector <16 x float> %175, <16 x float> poison, <16 x i32> zeroinitializer
-  %177 = getelementptr inbounds nuw i8, ptr %107, i64 16
-  %178 = load i64, ptr %177, align 8, !tbaa !5
-  %gep168.i = getelementptr i16, ptr %gep263.i, i64 %178
-  %179 = load <16 x i16>, ptr %gep168.i, align 2, !tbaa !5
-  %180 = zext <16 x i16> %179 to <16 x i32>
-  %181 = shl nuw <16 x i32> %180, splat (i32 16)
-  %182 = bitcast <16 x i32> %181 to <16 x float>
-  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %182, <16 x float> %148)
-  %184 = getelementptr i8, ptr %gep168.i, i64 32
-  %185 = load <16 x i16>, ptr %184, align 2, !tbaa !5
-  %186 = zext <16 x i16> %185 to <16 x i32>
-  %187 = shl nuw <16 x i32> %186, splat (i32 16)
-  %188 = bitcast <16 x i32> %187 to <16 x float>
-  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %176, <16 x float> %188, <16 x float> %154)
-  %190 = getelementptr inbounds nuw i8, ptr %103, i64 520
-  %191 = load float, ptr %190, align 8, !tbaa !5
-  %192 = insertelement <16 x float> poison, float %191, i64 0
-  %193 = shufflevector <16 x float> %192, <16 x float> poison, <16 x i32> zeroinitializer
-  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %193, <16 x float> %182, <16 x float> %159)
-  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %193, <16 x float> %188, <16 x float> %160)
-  %196 = getelementptr inbounds nuw i8, ptr %103, i64 1032
-  %197 = load float, ptr %196, align 8, !tbaa !5
-  %198 = insertelement <16 x float> poison, float %197, i64 0
-  %199 = shufflevector <16 x float> %198, <16 x float> poison, <16 x i32> zeroinitializer
-  %200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %182, <16 x float> %165)
-  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %199, <16 x float> %188, <16 x float> %166)
-  %202 = getelementptr inbounds nuw i8, ptr %103, i64 1544
-  %203 = load float, ptr %202, align 8, !tbaa !5
-  %204 = insertelement <16 x float> poison, float %203, i64 0
-  %205 = shufflevector <16 x float> %204, <16 x float> poison, <16 x i32> zeroinitializer
-  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %182, <16 x float> %171)
-  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %188, <16 x float> %172)
-  %208 = getelementptr inbounds nuw i8, ptr %103, i64 12
-  %209 = load float, ptr %208, align 4, !tbaa !5
-  %210 = insertelement <16 x float> poison, float %209, i64 0
-  %211 = shufflevector <16 x float> %210, <16 x float> poison, <16 x i32> zeroinitializer
-  %212 = getelementptr inbounds nuw i8, ptr %107, i64 24
-  %213 = load i64, ptr %212, align 8, !tbaa !5
-  %gep172.i = getelementptr i16, ptr %gep263.i, i64 %213
-  %214 = load <16 x i16>, ptr %gep172.i, align 2, !tbaa !5
-  %215 = zext <16 x i16> %214 to <16 x i32>
-  %216 = shl nuw <16 x i32> %215, splat (i32 16)
-  %217 = bitcast <16 x i32> %216 to <16 x float>
-  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %211, <16 x float> %217, <16 x float> %183)
-  %219 = getelementptr i8, ptr %gep172.i, i64 32
-  %220 = load <16 x i16>, ptr %219, align 2, !tbaa !5
-  %221 = zext <16 x i16> %220 to <16 x i32>
-  %222 = shl nuw <16 x i32> %221, splat (i32 16)
-  %223 = bitcast <16 x i32> %222 to <16 x float>
-  %224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %211, <16 x float> %223, <16 x float> %189)
-  %225 = getelementptr inbounds nuw i8, ptr %103, i64 524
-  %226 = load float, ptr %225, align 4, !tbaa !5
-  %227 = insertelement <16 x float> poison, float %226, i64 0
-  %228 = shufflevector <16 x float> %227, <16 x float> poison, <16 x i32> zeroinitializer
-  %229 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %217, <16 x float> %194)
-  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %228, <16 x float> %223, <16 x float> %195)
-  %231 = getelementptr inbounds nuw i8, ptr %103, i64 1036
-  %232 = load float, ptr %231, align 4, !tbaa !5
-  %233 = insertelement <16 x float> poison, float %232, i64 0
-  %234 = shufflevector <16 x float> %233, <16 x float> poison, <16 x i32> zeroinitializer
-  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %217, <16 x float> %200)
-  %236 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %234, <16 x float> %223, <16 x float> %201)
-  %237 = getelementptr inbounds nuw i8, ptr %103, i64 1548
-  %238 = load float, ptr %237, align 4, !tbaa !5
-  %239 = insertelement <16 x float> poison, float %238, i64 0
-  %240 = shufflevector <16 x float> %239, <16 x float> poison, <16 x i32> zeroinitializer
-  %241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %217, <16 x float> %206)
-  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %240, <16 x float> %223, <16 x float> %207)
-  %243 = getelementptr inbounds nuw i8, ptr %103, i64 16
-  %244 = load float, ptr %243, align 16, !tbaa !5
-  %245 = insertelement <16 x float> poison, float %244, i64 0
-  %246 = shufflevector <16 x float> %245, <16 x float> poison, <16 x i32> zeroinitializer
-  %247 = getelementptr inbounds nuw i8, ptr %107, i64 32
-  %248 = load i64, ptr %247, align 8, !tbaa !5
-  %gep176.i = getelementptr i16, ptr %gep263.i, i64 %248
-  %249 = load <16 x i16>, ptr %gep176.i, align 2, !tbaa !5
-  %250 = zext <16 x i16> %249 to <16 x i32>
-  %251 = shl nuw <16 x i32> %250, splat (i32 16)
-  %252 = bitcast <16 x i32> %251 to <16 x float>
-  %253 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %246, <16 x float> %252, <16 x float> %218)
-  %254 = getelementptr i8, ptr %gep176.i, i64 32
-  %255 = load <16 x i16>, ptr %254, align 2, !tbaa !5
-  %256 = zext <16 x i16> %255 to <16 x i32>
-  %257 = shl nuw <16 x i32> %256, splat (i32 16)
-  %258 = bitcast <16 x i32> %257 to <16 x float>
-  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %246, <16 x float> %258, <16 x float> %224)
-  %260 = getelementptr inbounds nuw i8, ptr %103, i64 528
-  %261 = load float, ptr %260, align 16, !tbaa !5
-  %262 = insertelement <16 x float> poison, float %261, i64 0
-  %263 = shufflevector <16 x float> %262, <16 x float> poison, <16 x i32> zeroinitializer
-  %264 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> %252, <16 x float> %229)
-  %265 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %263, <16 x float> %258, <16 x float> %230)
-  %266 = getelementptr inbounds nuw i8, ptr %103, i64 1040
-  %267 = load float, ptr %266, align 16, !tbaa !5
-  %268 = insertelement <16 x float> poison, float %267, i64 0
-  %269 = shufflevector <16 x float> %268, <16 x float> poison, <16 x i32> zeroinitializer
-  %270 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %269, <16 x float> %252, <16 x float> %235)
-  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %269, <16 x float> %258, <16 x float> %236)
-  %272 = getelementptr inbounds nuw i8, ptr %103, i64 1552
-  %273 = load float, ptr %272, align 16, !tbaa !5
-  %274 = insertelement <16 x float> poison, float %273, i64 0
-  %275 = shufflevector <16 x float> %274, <16 x float> poison, <16 x i32> zeroinitializer
-  %276 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %252, <16 x float> %241)
-  %277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %275, <16 x float> %258, <16 x float> %242)
-  %278 = getelementptr inbounds nuw i8, ptr %103, i64 20
-  %279 = load float, ptr %278, align 4, !tbaa !5
-  %280 = insertelement <16 x float> poison, float %279, i64 0
-  %281 = shufflevector <16 x float> %280, <16 x float> poison, <16 x i32> zeroinitializer
-  %282 = getelementptr inbounds nuw i8, ptr %107, i64 40
-  %283 = load i64, ptr %282, align 8, !tbaa !5
-  %gep180.i = getelementptr i16, ptr %gep263.i, i64 %283
-  %284 = load <16 x i16>, ptr %gep180.i, align 2, !tbaa !5
-  %285 = zext <16 x i16> %284 to <16 x i32>
-  %286 = shl nuw <16 x i32> %285, splat (i32 16)
-  %287 = bitcast <16 x i32> %286 to <16 x float>
-  %288 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %287, <16 x float> %253)
-  %289 = getelementptr i8, ptr %gep180.i, i64 32
-  %290 = load <16 x i16>, ptr %289, align 2, !tbaa !5
-  %291 = zext <16 x i16> %290 to <16 x i32>
-  %292 = shl nuw <16 x i32> %291, splat (i32 16)
-  %293 = bitcast <16 x i32> %292 to <16 x float>
-  %294 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %293, <16 x float> %259)
-  %295 = getelementptr inbounds nuw i8, ptr %103, i64 532
-  %296 = load float, ptr %295, align 4, !tbaa !5
-  %297 = insertelement <16 x float> poison, float %296, i64 0
-  %298 = shufflevector <16 x float> %297, <16 x float> poison, <16 x i32> zeroinitializer
-  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %287, <16 x float> %264)
-  %300 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %298, <16 x float> %293, <16 x float> %265)
-  %301 = getelementptr inbounds nuw i8, ptr %103, i64 1044
-  %302 = load float, ptr %301, align 4, !tbaa !5
-  %303 = insertelement <16 x float> poison, float %302, i64 0
-  %304 = shufflevector <16 x float> %303, <16 x float> poison, <16 x i32> zeroinitializer
-  %305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %287, <16 x float> %270)
-  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %304, <16 x float> %293, <16 x float> %271)
-  %307 = getelementptr inbounds nuw i8, ptr %103, i64 1556
-  %308 = load float, ptr %307, align 4, !tbaa !5
-  %309 = insertelement <16 x float> poison, float %308, i64 0
-  %310 = shufflevector <16 x float> %309, <16 x float> poison, <16 x i32> zeroinitializer
-  %311 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %287, <16 x float> %276)
-  %312 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %310, <16 x float> %293, <16 x float> %277)
-  %313 = getelementptr inbounds nuw i8, ptr %103, i64 24
-  %314 = load float, ptr %313, align 8, !tbaa !5
-  %315 = insertelement <16 x float> poison, float %314, i64 0
-  %316 = shufflevector <16 x float> %315, <16 x float> poison, <16 x i32> zeroinitializer
-  %317 = getelementptr inbounds nuw i8, ptr %107, i64 48
-  %318 = load i64, ptr %317, align 8, !tbaa !5
-  %gep184.i = getelementptr i16, ptr %gep263.i, i64 %318
-  %319 = load <16 x i16>, ptr %gep184.i, align 2, !tbaa !5
-  %320 = zext <16 x i16> %319 to <16 x i32>
-  %321 = shl nuw <16 x i32> %320, splat (i32 16)
-  %322 = bitcast <16 x i32> %321 to <16 x float>
-  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %322, <16 x float> %288)
-  %324 = getelementptr i8, ptr %gep184.i, i64 32
-  %325 = load <16 x i16>, ptr %324, align 2, !tbaa !5
-  %326 = zext <16 x i16> %325 to <16 x i32>
-  %327 = shl nuw <16 x i32> %326, splat (i32 16)
-  %328 = bitcast <16 x i32> %327 to <16 x float>
-  %329 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %316, <16 x float> %328, <16 x float> %294)
-  %330 = getelementptr inbounds nuw i8, ptr %103, i64 536
-  %331 = load float, ptr %330, align 8, !tbaa !5
-  %332 = insertelement <16 x float> poison, float %331, i64 0
-  %333 = shufflevector <16 x float> %332, <16 x float> poison, <16 x i32> zeroinitializer
-  %334 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %322, <16 x float> %299)
-  %335 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %328, <16 x float> %300)
-  %336 = getelementptr inbounds nuw i8, ptr %103, i64 1048
-  %337 = load float, ptr %336, align 8, !tbaa !5
-  %338 = insertelement <16 x float> poison, float %337, i64 0
-  %339 = shufflevector <16 x float> %338, <16 x float> poison, <16 x i32> zeroinitializer
-  %340 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %322, <16 x float> %305)
-  %341 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %339, <16 x float> %328, <16 x float> %306)
-  %342 = getelementptr inbounds nuw i8, ptr %103, i64 1560
-  %343 = load float, ptr %342, align 8, !tbaa !5
-  %344 = insertelement <16 x float> poison, float %343, i64 0
-  %345 = shufflevector <16 x float> %344, <16 x float> poison, <16 x i32> zeroinitializer
-  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %322, <16 x float> %311)
-  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %328, <16 x float> %312)
-  %348 = getelementptr inbounds nuw i8, ptr %103, i64 28
-  %349 = load float, ptr %348, align 4, !tbaa !5
-  %350 = insertelement <16 x float> poison, float %349, i64 0
-  %351 = shufflevector <16 x float> %350, <16 x float> poison, <16 x i32> zeroinitializer
-  %352 = getelementptr inbounds nuw i8, ptr %107, i64 56
-  %353 = load i64, ptr %352, align 8, !tbaa !5
-  %gep188.i = getelementptr i16, ptr %gep263.i, i64 %353
-  %354 = load <16 x i16>, ptr %gep188.i, align 2, !tbaa !5
-  %355 = zext <16 x i16> %354 to <16 x i32>
-  %356 = shl nuw <16 x i32> %355, splat (i32 16)
-  %357 = bitcast <16 x i32> %356 to <16 x float>
-  %358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %357, <16 x float> %323)
-  %359 = getelementptr i8, ptr %gep188.i, i64 32
-  %360 = load <16 x i16>, ptr %359, align 2, !tbaa !5
-  %361 = zext <16 x i16> %360 to <16 x i32>
-  %362 = shl nuw <16 x i32> %361, splat (i32 16)
-  %363 = bitcast <16 x i32> %362 to <16 x float>
-  %364 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %351, <16 x float> %363, <16 x float> %329)
-  %365 = getelementptr inbounds nuw i8, ptr %103, i64 540
-  %366 = load float, ptr %365, align 4, !tbaa !5
-  %367 = insertelement <16 x float> poison, float %366, i64 0
-  %368 = shufflevector <16 x float> %367, <16 x float> poison, <16 x i32> zeroinitializer
-  %369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %357, <16 x float> %334)
-  %370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %368, <16 x float> %363, <16 x float> %335)
-  %371 = getelementptr inbounds nuw i8, ptr %103, i64 1052
-  %372 = load float, ptr %371, align 4, !tbaa !5
-  %373 = insertelement <16 x float> poison, float %372, i64 0
-  %374 = shufflevector <16 x float> %373, <16 x float> poison, <16 x i32> zeroinitializer
-  %375 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %357, <16 x float> %340)
-  %376 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %374, <16 x float> %363, <16 x float> %341)
-  %377 = getelementptr inbounds nuw i8, ptr %103, i64 1564
-  %378 = load float, ptr %377, align 4, !tbaa !5
-  %379 = insertelement <16 x float> poison, float %378, i64 0
-  %380 = shufflevector <16 x float> %379, <16 x float> poison, <16 x i32> zeroinitializer
-  %381 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %357, <16 x float> %346)
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %380, <16 x float> %363, <16 x float> %347)
-  %383 = getelementptr inbounds nuw i8, ptr %103, i64 32
-  %384 = load float, ptr %383, align 32, !tbaa !5
-  %385 = insertelement <16 x float> poison, float %384, i64 0
-  %386 = shufflevector <16 x float> %385, <16 x float> poison, <16 x i32> zeroinitializer
-  %387 = getelementptr inbounds nuw i8, ptr %107, i64 64
-  %388 = load i64, ptr %387, align 8, !tbaa !5
-  %gep192.i = getelementptr i16, ptr %gep263.i, i64 %388
-  %389 = load <16 x i16>, ptr %gep192.i, align 2, !tbaa !5
-  %390 = zext <16 x i16> %389 to <16 x i32>
-  %391 = shl nuw <16 x i32> %390, splat (i32 16)
-  %392 = bitcast <16 x i32> %391 to <16 x float>
-  %393 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %392, <16 x float> %358)
-  %394 = getelementptr i8, ptr %gep192.i, i64 32
-  %395 = load <16 x i16>, ptr %394, align 2, !tbaa !5
-  %396 = zext <16 x i16> %395 to <16 x i32>
-  %397 = shl nuw <16 x i32> %396, splat (i32 16)
-  %398 = bitcast <16 x i32> %397 to <16 x float>
-  %399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %386, <16 x float> %398, <16 x float> %364)
-  %400 = getelementptr inbounds nuw i8, ptr %103, i64 544
-  %401 = load float, ptr %400, align 32, !tbaa !5
-  %402 = insertelement <16 x float> poison, float %401, i64 0
-  %403 = shufflevector <16 x float> %402, <16 x float> poison, <16 x i32> zeroinitializer
-  %404 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %392, <16 x float> %369)
-  %405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %403, <16 x float> %398, <16 x float> %370)
-  %406 = getelementptr inbounds nuw i8, ptr %103, i64 1056
-  %407 = load float, ptr %406, align 32, !tbaa !5
-  %408 = insertelement <16 x float> poison, float %407, i64 0
-  %409 = shufflevector <16 x float> %408, <16 x float> poison, <16 x i32> zeroinitializer
-  %410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %392, <16 x float> %375)
-  %411 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %409, <16 x float> %398, <16 x float> %376)
-  %412 = getelementptr inbounds nuw i8, ptr %103, i64 1568
-  %413 = load float, ptr %412, align 32, !tbaa !5
-  %414 = insertelement <16 x float> poison, float %413, i64 0
-  %415 = shufflevector <16 x float> %414, <16 x float> poison, <16 x i32> zeroinitializer
-  %416 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %392, <16 x float> %381)
-  %417 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %415, <16 x float> %398, <16 x float> %382)
-  %418 = getelementptr inbounds nuw i8, ptr %103, i64 36
-  %419 = load float, ptr %418, align 4, !tbaa !5
-  %420 = insertelement <16 x float> poison, float %419, i64 0
-  %421 = shufflevector <16 x float> %420, <16 x float> poison, <16 x i32> zeroinitializer
-  %422 = getelementptr inbounds nuw i8, ptr %107, i64 72
-  %423 = load i64, ptr %422, align 8, !tbaa !5
-  %gep196.i = getelementptr i16, ptr %gep263.i, i64 %423
-  %424 = load <16 x i16>, ptr %gep196.i, align 2, !tbaa !5
-  %425 = zext <16 x i16> %424 to <16 x i32>
-  %426 = shl nuw <16 x i32> %425, splat (i32 16)
-  %427 = bitcast <16 x i32> %426 to <16 x float>
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %427, <16 x float> %393)
-  %429 = getelementptr i8, ptr %gep196.i, i64 32
-  %430 = load <16 x i16>, ptr %429, align 2, !tbaa !5
-  %431 = zext <16 x i16> %430 to <16 x i32>
-  %432 = shl nuw <16 x i32> %431, splat (i32 16)
-  %433 = bitcast <16 x i32> %432 to <16 x float>
-  %434 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %421, <16 x float> %433, <16 x float> %399)
-  %435 = getelementptr inbounds nuw i8, ptr %103, i64 548
-  %436 = load float, ptr %435, align 4, !tbaa !5
-  %437 = insertelement <16 x float> poison, float %436, i64 0
-  %438 = shufflevector <16 x float> %437, <16 x float> poison, <16 x i32> zeroinitializer
-  %439 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %427, <16 x float> %404)
-  %440 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %438, <16 x float> %433, <16 x float> %405)
-  %441 = getelementptr inbounds nuw i8, ptr %103, i64 1060
-  %442 = load float, ptr %441, align 4, !tbaa !5
-  %443 = insertelement <16 x float> poison, float %442, i64 0
-  %444 = shufflevector <16 x float> %443, <16 x float> poison, <16 x i32> zeroinitializer
-  %445 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %427, <16 x float> %410)
-  %446 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %444, <16 x float> %433, <16 x float> %411)
-  %447 = getelementptr inbounds nuw i8, ptr %103, i64 1572
-  %448 = load float, ptr %447, align 4, !tbaa !5
-  %449 = insertelement <16 x float> poison, float %448, i64 0
-  %450 = shufflevector <16 x float> %449, <16 x float> poison, <16 x i32> zeroinitializer
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %427, <16 x float> %416)
-  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %450, <16 x float> %433, <16 x float> %417)
-  %453 = getelementptr inbounds nuw i8, ptr %103, i64 40
-  %454 = load float, ptr %453, align 8, !tbaa !5
-  %455 = insertelement <16 x float> poison, float %454, i64 0
-  %456 = shufflevector <16 x float> %455, <16 x float> poison, <16 x i32> zeroinitializer
-  %457 = getelementptr inbounds nuw i8, ptr %107, i64 80
-  %458 = load i64, ptr %457, align 8, !tbaa !5
-  %gep200.i = getelementptr i16, ptr %gep263.i, i64 %458
-  %459 = load <16 x i16>, ptr %gep200.i, align 2, !tbaa !5
-  %460 = zext <16 x i16> %459 to <16 x i32>
-  %461 = shl nuw <16 x i32> %460, splat (i32 16)
-  %462 = bitcast <16 x i32> %461 to <16 x float>
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %456, <16 x float> %462, <16 x float> %428)
-  %464 = getelementptr i8, ptr %gep200.i, i64 32
-  %465 = load <16 x i16>, ptr %464, align 2, !tbaa !5
-  %466 = zext <16 x i16> %465 to <16 x i32>
-  %467 = shl nuw <16 x i32> %466, splat (i32 16)
-  %468 = bitcast <16 x i32> %467 to <16 x float>
-  %469 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %456, <16 x float> %468, <16 x float> %434)
-  %470 = getelementptr inbounds nuw i8, ptr %103, i64 552
-  %471 = load float, ptr %470, align 8, !tbaa !5
-  %472 = insertelement <16 x float> poison, float %471, i64 0
-  %473 = shufflevector <16 x float> %472, <16 x float> poison, <16 x i32> zeroinitializer
-  %474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %462, <16 x float> %439)
-  %475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %468, <16 x float> %440)
-  %476 = getelementptr inbounds nuw i8, ptr %103, i64 1064
-  %477 = load float, ptr %476, align 8, !tbaa !5
-  %478 = insertelement <16 x float> poison, float %477, i64 0
-  %479 = shufflevector <16 x float> %478, <16 x float> poison, <16 x i32> zeroinitializer
-  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %462, <16 x float> %445)
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %468, <16 x float> %446)
-  %482 = getelementptr inbounds nuw i8, ptr %103, i64 1576
-  %483 = load float, ptr %482, align 8, !tbaa !5
-  %484 = insertelement <16 x float> poison, float %483, i64 0
-  %485 = shufflevector <16 x float> %484, <16 x float> poison, <16 x i32> zeroinitializer
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %462, <16 x float> %451)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %485, <16 x float> %468, <16 x float> %452)
-  %488 = getelementptr inbounds nuw i8, ptr %103, i64 44
-  %489 = load float, ptr %488, align 4, !tbaa !5
-  %490 = insertelement <16 x float> poison, float %489, i64 0
-  %491 = shufflevector <16 x float> %490, <16 x float> poison, <16 x i32> zeroinitializer
-  %492 = getelementptr inbounds nuw i8, ptr %107, i64 88
-  %493 = load i64, ptr %492, align 8, !tbaa !5
-  %gep204.i = getelementptr i16, ptr %gep263.i, i64 %493
-  %494 = load <16 x i16>, ptr %gep204.i, align 2, !tbaa !5
-  %495 = zext <16 x i16> %494 to <16 x i32>
-  %496 = shl nuw <16 x i32> %495, splat (i32 16)
-  %497 = bitcast <16 x i32> %496 to <16 x float>
-  %498 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %491, <16 x float> %497, <16 x float> %463)
-  %499 = getelementptr i8, ptr %gep204.i, i64 32
-  %500 = load <16 x i16>, ptr %499, align 2, !tbaa !5
-  %501 = zext <16 x i16> %500 to <16 x i32>
-  %502 = shl nuw <16 x i32> %501, splat (i32 16)
-  %503 = bitcast <16 x i32> %502 to <16 x float>
-  %504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %491, <16 x float> %503, <16 x float> %469)
-  %505 = getelementptr inbounds nuw i8, ptr %103, i64 556
-  %506 = load float, ptr %505, align 4, !tbaa !5
-  %507 = insertelement <16 x float> poison, float %506, i64 0
-  %508 = shufflevector <16 x float> %507, <16 x float> poison, <16 x i32> zeroinitializer
-  %509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %497, <16 x float> %474)
-  %510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %503, <16 x float> %475)
-  %511 = getelementptr inbounds nuw i8, ptr %103, i64 1068
-  %512 = load float, ptr %511, align 4, !tbaa !5
-  %513 = insertelement <16 x float> poison, float %512, i64 0
-  %514 = shufflevector <16 x float> %513, <16 x float> poison, <16 x i32> zeroinitializer
-  %515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %514, <16 x float> %497, <16 x float> %480)
-  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %514, <16 x float> %503, <16 x float> %481)
-  %517 = getelementptr inbounds nuw i8, ptr %103, i64 1580
-  %518 = load float, ptr %517, align 4, !tbaa !5
-  %519 = insertelement <16 x float> poison, float %518, i64 0
-  %520 = shufflevector <16 x float> %519, <16 x float> poison, <16 x i32> zeroinitializer
-  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %497, <16 x float> %486)
-  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %520, <16 x float> %503, <16 x float> %487)
-  %523 = getelementptr inbounds nuw i8, ptr %103, i64 48
-  %524 = load float, ptr %523, align 16, !tbaa !5
-  %525 = insertelement <16 x float> poison, float %524, i64 0
-  %526 = shufflevector <16 x float> %525, <16 x float> poison, <16 x i32> zeroinitializer
-  %527 = getelementptr inbounds nuw i8, ptr %107, i64 96
-  %528 = load i64, ptr %527, align 8, !tbaa !5
-  %gep208.i = getelementptr i16, ptr %gep263.i, i64 %528
-  %529 = load <16 x i16>, ptr %gep208.i, align 2, !tbaa !5
-  %530 = zext <16 x i16> %529 to <16 x i32>
-  %531 = shl nuw <16 x i32> %530, splat (i32 16)
-  %532 = bitcast <16 x i32> %531 to <16 x float>
-  %533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %526, <16 x float> %532, <16 x float> %498)
-  %534 = getelementptr i8, ptr %gep208.i, i64 32
-  %535 = load <16 x i16>, ptr %534, align 2, !tbaa !5
-  %536 = zext <16 x i16> %535 to <16 x i32>
-  %537 = shl nuw <16 x i32> %536, splat (i32 16)
-  %538 = bitcast <16 x i32> %537 to <16 x float>
-  %539 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %526, <16 x float> %538, <16 x float> %504)
-  %540 = getelementptr inbounds nuw i8, ptr %103, i64 560
-  %541 = load float, ptr %540, align 16, !tbaa !5
-  %542 = insertelement <16 x float> poison, float %541, i64 0
-  %543 = shufflevector <16 x float> %542, <16 x float> poison, <16 x i32> zeroinitializer
-  %544 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %543, <16 x float> %532, <16 x float> %509)
-  %545 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %543, <16 x float> %538, <16 x float> %510)
-  %546 = getelementptr inbounds nuw i8, ptr %103, i64 1072
-  %547 = load float, ptr %546, align 16, !tbaa !5
-  %548 = insertelement <16 x float> poison, float %547, i64 0
-  %549 = shufflevector <16 x float> %548, <16 x float> poison, <16 x i32> zeroinitializer
-  %550 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %549, <16 x float> %532, <16 x float> %515)
-  %551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %549, <16 x float> %538, <16 x float> %516)
-  %552 = getelementptr inbounds nuw i8, ptr %103, i64 1584
-  %553 = load float, ptr %552, align 16, !tbaa !5
-  %554 = insertelement <16 x float> poison, float %553, i64 0
-  %555 = shufflevector <16 x float> %554, <16 x float> poison, <16 x i32> zeroinitializer
-  %556 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %532, <16 x float> %521)
-  %557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %555, <16 x float> %538, <16 x float> %522)
-  %558 = getelementptr inbounds nuw i8, ptr %103, i64 52
-  %559 = load float, ptr %558, align 4, !tbaa !5
-  %560 = insertelement <16 x float> poison, float %559, i64 0
-  %561 = shufflevector <16 x float> %560, <16 x float> poison, <16 x i32> zeroinitializer
-  %562 = getelementptr inbounds nuw i8, ptr %107, i64 104
-  %563 = load i64, ptr %562, align 8, !tbaa !5
-  %gep212.i = getelementptr i16, ptr %gep263.i, i64 %563
-  %564 = load <16 x i16>, ptr %gep212.i, align 2, !tbaa !5
-  %565 = zext <16 x i16> %564 to <16 x i32>
-  %566 = shl nuw <16 x i32> %565, splat (i32 16)
-  %567 = bitcast <16 x i32> %566 to <16 x float>
-  %568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %561, <16 x float> %567, <16 x float> %533)
-  %569 = getelementptr i8, ptr %gep212.i, i64 32
-  %570 = load <16 x i16>, ptr %569, align 2, !tbaa !5
-  %571 = zext <16 x i16> %570 to <16 x i32>
-  %572 = shl nuw <16 x i32> %571, splat (i32 16)
-  %573 = bitcast <16 x i32> %572 to <16 x float>
-  %574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %561, <16 x float> %573, <16 x float> %539)
-  %575 = getelementptr inbounds nuw i8, ptr %103, i64 564
-  %576 = load float, ptr %575, align 4, !tbaa !5
-  %577 = insertelement <16 x float> poison, float %576, i64 0
-  %578 = shufflevector <16 x float> %577, <16 x float> poison, <16 x i32> zeroinitializer
-  %579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %567, <16 x float> %544)
-  %580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %578, <16 x float> %573, <16 x float> %545)
-  %581 = getelementptr inbounds nuw i8, ptr %103, i64 1076
-  %582 = load float, ptr %581, align 4, !tbaa !5
-  %583 = insertelement <16 x float> poison, float %582, i64 0
-  %584 = shufflevector <16 x float> %583, <16 x float> poison, <16 x i32> zeroinitializer
-  %585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %567, <16 x float> %550)
-  %586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %584, <16 x float> %573, <16 x float> %551)
-  %587 = getelementptr inbounds nuw i8, ptr %103, i64 1588
-  %588 = load float, ptr %587, align 4, !tbaa !5
-  %589 = insertelement <16 x float> poison, float %588, i64 0
-  %590 = shufflevector <16 x float> %589, <16 x float> poison, <16 x i32> zeroinitializer
-  %591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %567, <16 x float> %556)
-  %592 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %590, <16 x float> %573, <16 x float> %557)
-  %593 = getelementptr inbounds nuw i8, ptr %103, i64 56
-  %594 = load float, ptr %593, align 8, !tbaa !5
-  %595 = insertelement <16 x float> poison, float %594, i64 0
-  %596 = shufflevector <16 x float> %595, <16 x float> poison, <16 x i32> zeroinitializer
-  %597 = getelementptr inbounds nuw i8, ptr %107, i64 112
-  %598 = load i64, ptr %597, align 8, !tbaa !5
-  %gep216.i = getelementptr i16, ptr %gep263.i, i64 %598
-  %599 = load <16 x i16>, ptr %gep216.i, align 2, !tbaa !5
-  %600 = zext <16 x i16> %599 to <16 x i32>
-  %601 = shl nuw <16 x i32> %600, splat (i32 16)
-  %602 = bitcast <16 x i32> %601 to <16 x float>
-  %603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %596, <16 x float> %602, <16 x float> %568)
-  %604 = getelementptr i8, ptr %gep216.i, i64 32
-  %605 = load <16 x i16>, ptr %604, align 2, !tbaa !5
-  %606 = zext <16 x i16> %605 to <16 x i32>
-  %607 = shl nuw <16 x i32> %606, splat (i32 16)
-  %608 = bitcast <16 x i32> %607 to <16 x float>
-  %609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %596, <16 x float> %608, <16 x float> %574)
-  %610 = getelementptr inbounds nuw i8, ptr %103, i64 568
-  %611 = load float, ptr %610, align 8, !tbaa !5
-  %612 = insertelement <16 x float> poison, float %611, i64 0
-  %613 = shufflevector <16 x float> %612, <16 x float> poison, <16 x i32> zeroinitializer
-  %614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %602, <16 x float> %579)
-  %615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %613, <16 x float> %608, <16 x float> %580)
-  %616 = getelementptr inbounds nuw i8, ptr %103, i64 1080
-  %617 = load float, ptr %616, align 8, !tbaa !5
-  %618 = insertelement <16 x float> poison, float %617, i64 0
-  %619 = shufflevector <16 x float> %618, <16 x float> poison, <16 x i32> zeroinitializer
-  %620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %619, <16 x float> %602, <16 x float> %585)
-  %621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %619, <16 x float> %608, <16 x float> %586)
-  %622 = getelementptr inbounds nuw i8, ptr %103, i64 1592
-  %623 = load float, ptr %622, align 8, !tbaa !5
-  %624 = insertelement <16 x float> poison, float %623, i64 0
-  %625 = shufflevector <16 x float> %624, <16 x float> poison, <16 x i32> zeroinitializer
-  %626 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %602, <16 x float> %591)
-  %627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %625, <16 x float> %608, <16 x float> %592)
-  %628 = getelementptr inbounds nuw i8, ptr %103, i64 60
-  %629 = load float, ptr %628, align 4, !tbaa !5
-  %630 = insertelement <16 x float> poison, float %629, i64 0
-  %631 = shufflevector <16 x float> %630, <16 x float> poison, <16 x i32> zeroinitializer
-  %632 = getelementptr inbounds nuw i8, ptr %107, i64 120
-  %633 = load i64, ptr %632, align 8, !tbaa !5
-  %gep220.i = getelementptr i16, ptr %gep263.i, i64 %633
-  %634 = load <16 x i16>, ptr %gep220.i, align 2, !tbaa !5
-  %635 = zext <16 x i16> %634 to <16 x i32>
-  %636 = shl nuw <16 x i32> %635, splat (i32 16)
-  %637 = bitcast <16 x i32> %636 to <16 x float>
-  %638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %637, <16 x float> %603)
-  %639 = getelementptr i8, ptr %gep220.i, i64 32
-  %640 = load <16 x i16>, ptr %639, align 2, !tbaa !5
-  %641 = zext <16 x i16> %640 to <16 x i32>
-  %642 = shl nuw <16 x i32> %641, splat (i32 16)
-  %643 = bitcast <16 x i32> %642 to <16 x float>
-  %644 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %631, <16 x float> %643, <16 x float> %609)
-  %645 = getelementptr inbounds nuw i8, ptr %103, i64 572
-  %646 = load float, ptr %645, align 4, !tbaa !5
-  %647 = insertelement <16 x float> poison, float %646, i64 0
-  %648 = shufflevector <16 x float> %647, <16 x float> poison, <16 x i32> zeroinitializer
-  %649 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %637, <16 x float> %614)
-  %650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %648, <16 x float> %643, <16 x float> %615)
-  %651 = getelementptr inbounds nuw i8, ptr %103, i64 1084
-  %652 = load float, ptr %651, align 4, !tbaa !5
-  %653 = insertelement <16 x float> poison, float %652, i64 0
-  %654 = shufflevector <16 x float> %653, <16 x float> poison, <16 x i32> zeroinitializer
-  %655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %637, <16 x float> %620)
-  %656 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %654, <16 x float> %643, <16 x float> %621)
-  %657 = getelementptr inbounds nuw i8, ptr %103, i64 1596
-  %658 = load float, ptr %657, align 4, !tbaa !5
-  %659 = insertelement <16 x float> poison, float %658, i64 0
-  %660 = shufflevector <16 x float> %659, <16 x float> poison, <16 x i32> zeroinitializer
-  %661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %637, <16 x float> %626)
-  %662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %660, <16 x float> %643, <16 x float> %627)
-  %indvars.iv.next332.i = add nuw nsw i64 %indvars.iv331.i, 1
-  %exitcond335.not.i = icmp eq i64 %indvars.iv.next332.i, %58
-  br i1 %exitcond335.not.i, label %for_end_to.i, label %for_end_ax2.i, !prof !13
-
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv336.i = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next337.i, %for_body_ti.i ]
-  %663 = phi <16 x float> [ %.promoted260.i, %for_body_ti.lr.ph.i ], [ %749, %for_body_ti.i ]
-  %664 = phi <16 x float> [ %.promoted259.i, %for_body_ti.lr.ph.i ], [ %739, %for_body_ti.i ]
-  %665 = phi <16 x float> [ %.promoted258.i, %for_body_ti.lr.ph.i ], [ %729, %for_body_ti.i ]
-  %666 = phi <16 x float> [ %.promoted257.i, %for_body_ti.lr.ph.i ], [ %719, %for_body_ti.i ]
-  %667 = phi <16 x float> [ %.promoted256.i, %for_body_ti.lr.ph.i ], [ %709, %for_body_ti.i ]
-  %668 = phi <16 x float> [ %.promoted255.i, %for_body_ti.lr.ph.i ], [ %699, %for_body_ti.i ]
-  %669 = phi <16 x float> [ %.promoted254.i, %for_body_ti.lr.ph.i ], [ %689, %for_body_ti.i ]
-  %670 = phi <16 x float> [ %.promoted.i, %for_body_ti.lr.ph.i ], [ %679, %for_body_ti.i ]
-  %gep365.i = getelementptr inbounds nuw float, ptr %invariant.gep364.i, i64 %indvars.iv336.i
-  %671 = load float, ptr %gep365.i, align 4, !tbaa !5
-  %672 = insertelement <16 x float> poison, float %671, i64 0
-  %673 = shufflevector <16 x float> %672, <16 x float> poison, <16 x i32> zeroinitializer
-  %gep367.i = getelementptr inbounds nuw i64, ptr %invariant.gep366.i, i64 %indvars.iv336.i
-  %674 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep225.i = getelementptr i16, ptr %gep295.i, i64 %674
-  %675 = load <16 x i16>, ptr %gep225.i, align 2, !tbaa !5
-  %676 = zext <16 x i16> %675 to <16 x i32>
-  %677 = shl nuw <16 x i32> %676, splat (i32 16)
-  %678 = bitcast <16 x i32> %677 to <16 x float>
-  %679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %673, <16 x float> %678, <16 x float> %670)
-  store <16 x float> %679, ptr %gep369.i, align 64, !tbaa !5
-  %680 = load float, ptr %gep365.i, align 4, !tbaa !5
-  %681 = insertelement <16 x float> poison, float %680, i64 0
-  %682 = shufflevector <16 x float> %681, <16 x float> poison, <16 x i32> zeroinitializer
-  %683 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep229.i = getelementptr i16, ptr %gep295.i, i64 %683
-  %684 = getelementptr i8, ptr %gep229.i, i64 32
-  %685 = load <16 x i16>, ptr %684, align 2, !tbaa !5
-  %686 = zext <16 x i16> %685 to <16 x i32>
-  %687 = shl nuw <16 x i32> %686, splat (i32 16)
-  %688 = bitcast <16 x i32> %687 to <16 x float>
-  %689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %682, <16 x float> %688, <16 x float> %669)
-  store <16 x float> %689, ptr %94, align 64, !tbaa !5
-  %690 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 512
-  %691 = load float, ptr %690, align 4, !tbaa !5
-  %692 = insertelement <16 x float> poison, float %691, i64 0
-  %693 = shufflevector <16 x float> %692, <16 x float> poison, <16 x i32> zeroinitializer
-  %694 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep233.i = getelementptr i16, ptr %gep295.i, i64 %694
-  %695 = load <16 x i16>, ptr %gep233.i, align 2, !tbaa !5
-  %696 = zext <16 x i16> %695 to <16 x i32>
-  %697 = shl nuw <16 x i32> %696, splat (i32 16)
-  %698 = bitcast <16 x i32> %697 to <16 x float>
-  %699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %693, <16 x float> %698, <16 x float> %668)
-  store <16 x float> %699, ptr %95, align 64, !tbaa !5
-  %700 = load float, ptr %690, align 4, !tbaa !5
-  %701 = insertelement <16 x float> poison, float %700, i64 0
-  %702 = shufflevector <16 x float> %701, <16 x float> poison, <16 x i32> zeroinitializer
-  %703 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep237.i = getelementptr i16, ptr %gep295.i, i64 %703
-  %704 = getelementptr i8, ptr %gep237.i, i64 32
-  %705 = load <16 x i16>, ptr %704, align 2, !tbaa !5
-  %706 = zext <16 x i16> %705 to <16 x i32>
-  %707 = shl nuw <16 x i32> %706, splat (i32 16)
-  %708 = bitcast <16 x i32> %707 to <16 x float>
-  %709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %702, <16 x float> %708, <16 x float> %667)
-  store <16 x float> %709, ptr %96, align 64, !tbaa !5
-  %710 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1024
-  %711 = load float, ptr %710, align 4, !tbaa !5
-  %712 = insertelement <16 x float> poison, float %711, i64 0
-  %713 = shufflevector <16 x float> %712, <16 x float> poison, <16 x i32> zeroinitializer
-  %714 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep241.i = getelementptr i16, ptr %gep295.i, i64 %714
-  %715 = load <16 x i16>, ptr %gep241.i, align 2, !tbaa !5
-  %716 = zext <16 x i16> %715 to <16 x i32>
-  %717 = shl nuw <16 x i32> %716, splat (i32 16)
-  %718 = bitcast <16 x i32> %717 to <16 x float>
-  %719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %713, <16 x float> %718, <16 x float> %666)
-  store <16 x float> %719, ptr %97, align 64, !tbaa !5
-  %720 = load float, ptr %710, align 4, !tbaa !5
-  %721 = insertelement <16 x float> poison, float %720, i64 0
-  %722 = shufflevector <16 x float> %721, <16 x float> poison, <16 x i32> zeroinitializer
-  %723 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep245.i = getelementptr i16, ptr %gep295.i, i64 %723
-  %724 = getelementptr i8, ptr %gep245.i, i64 32
-  %725 = load <16 x i16>, ptr %724, align 2, !tbaa !5
-  %726 = zext <16 x i16> %725 to <16 x i32>
-  %727 = shl nuw <16 x i32> %726, splat (i32 16)
-  %728 = bitcast <16 x i32> %727 to <16 x float>
-  %729 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %722, <16 x float> %728, <16 x float> %665)
-  store <16 x float> %729, ptr %98, align 64, !tbaa !5
-  %730 = getelementptr inbounds nuw i8, ptr %gep365.i, i64 1536
-  %731 = load float, ptr %730, align 4, !tbaa !5
-  %732 = insertelement <16 x float> poison, float %731, i64 0
-  %733 = shufflevector <16 x float> %732, <16 x float> poison, <16 x i32> zeroinitializer
-  %734 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep249.i = getelementptr i16, ptr %gep295.i, i64 %734
-  %735 = load <16 x i16>, ptr %gep249.i, align 2, !tbaa !5
-  %736 = zext <16 x i16> %735 to <16 x i32>
-  %737 = shl nuw <16 x i32> %736, splat (i32 16)
-  %738 = bitcast <16 x i32> %737 to <16 x float>
-  %739 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %733, <16 x float> %738, <16 x float> %664)
-  store <16 x float> %739, ptr %99, align 64, !tbaa !5
-  %740 = load float, ptr %730, align 4, !tbaa !5
-  %741 = insertelement <16 x float> poison, float %740, i64 0
-  %742 = shufflevector <16 x float> %741, <16 x float> poison, <16 x i32> zeroinitializer
-  %743 = load i64, ptr %gep367.i, align 8, !tbaa !5
-  %gep253.i = getelementptr i16, ptr %gep295.i, i64 %743
-  %744 = getelementptr i8, ptr %gep253.i, i64 32
-  %745 = load <16 x i16>, ptr %744, align 2, !tbaa !5
-  %746 = zext <16 x i16> %745 to <16 x i32>
-  %747 = shl nuw <16 x i32> %746, splat (i32 16)
-  %748 = bitcast <16 x i32> %747 to <16 x float>
-  %749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %742, <16 x float> %748, <16 x float> %663)
-  store <16 x float> %749, ptr %100, align 64, !tbaa !5
-  %indvars.iv.next337.i = add nuw nsw i64 %indvars.iv336.i, 1
-  %exitcond340.not.i = icmp eq i64 %indvars.iv.next337.i, %wide.trip.count339.i
-  br i1 %exitcond340.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
+  %indvars.iv324.i = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next325.i, %for_body_ti.i ]
+  %657 = phi <16 x float> [ %.promoted253.i, %for_body_ti.lr.ph.i ], [ %743, %for_body_ti.i ]
+  %658 = phi <16 x float> [ %.promoted252.i, %for_body_ti.lr.ph.i ], [ %733, %for_body_ti.i ]
+  %659 = phi <16 x float> [ %.promoted251.i, %for_body_ti.lr.ph.i ], [ %723, %for_body_ti.i ]
+  %660 = phi <16 x float> [ %.promoted250.i, %for_body_ti.lr.ph.i ], [ %713, %for_body_ti.i ]
+  %661 = phi <16 x float> [ %.promoted249.i, %for_body_ti.lr.ph.i ], [ %703, %for_body_ti.i ]
+  %662 = phi <16 x float> [ %.promoted248.i, %for_body_ti.lr.ph.i ], [ %693, %for_body_ti.i ]
+  %663 = phi <16 x float> [ %.promoted247.i, %for_body_ti.lr.ph.i ], [ %683, %for_body_ti.i ]
+  %664 = phi <16 x float> [ %.promoted.i, %for_body_ti.lr.ph.i ], [ %673, %for_body_ti.i ]
+  %gep352.i = getelementptr inbounds nuw float, ptr %invariant.gep351.i, i64 %indvars.iv324.i
+  %665 = load float, ptr %gep352.i, align 4, !tbaa !5
+  %666 = insertelement <16 x float> poison, float %665, i64 0
+  %667 = shufflevector <16 x float> %666, <16 x float> poison, <16 x i32> zeroinitializer
+  %gep354.i = getelementptr inbounds nuw i64, ptr %invariant.gep353.i, i64 %indvars.iv324.i
+  %668 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep218.i = getelementptr i16, ptr %gep288.i, i64 %668
+  %669 = load <16 x i16>, ptr %gep218.i, align 2, !tbaa !5
+  %670 = zext <16 x i16> %669 to <16 x i32>
+  %671 = shl nuw <16 x i32> %670, splat (i32 16)
+  %672 = bitcast <16 x i32> %671 to <16 x float>
+  %673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %667, <16 x float> %672, <16 x float> %664)
+  store <16 x float> %673, ptr %gep356.i, align 64, !tbaa !5
+  %674 = load float, ptr %gep352.i, align 4, !tbaa !5
+  %675 = insertelement <16 x float> poison, float %674, i64 0
+  %676 = shufflevector <16 x float> %675, <16 x float> poison, <16 x i32> zeroinitializer
+  %677 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep222.i = getelementptr i16, ptr %gep288.i, i64 %677
+  %678 = getelementptr i8, ptr %gep222.i, i64 32
+  %679 = load <16 x i16>, ptr %678, align 2, !tbaa !5
+  %680 = zext <16 x i16> %679 to <16 x i32>
+  %681 = shl nuw <16 x i32> %680, splat (i32 16)
+  %682 = bitcast <16 x i32> %681 to <16 x float>
+  %683 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %676, <16 x float> %682, <16 x float> %663)
+  store <16 x float> %683, ptr %650, align 64, !tbaa !5
+  %684 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 512
+  %685 = load float, ptr %684, align 4, !tbaa !5
+  %686 = insertelement <16 x float> poison, float %685, i64 0
+  %687 = shufflevector <16 x float> %686, <16 x float> poison, <16 x i32> zeroinitializer
+  %688 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep226.i = getelementptr i16, ptr %gep288.i, i64 %688
+  %689 = load <16 x i16>, ptr %gep226.i, align 2, !tbaa !5
+  %690 = zext <16 x i16> %689 to <16 x i32>
+  %691 = shl nuw <16 x i32> %690, splat (i32 16)
+  %692 = bitcast <16 x i32> %691 to <16 x float>
+  %693 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %687, <16 x float> %692, <16 x float> %662)
+  store <16 x float> %693, ptr %651, align 64, !tbaa !5
+  %694 = load float, ptr %684, align 4, !tbaa !5
+  %695 = insertelement <16 x float> poison, float %694, i64 0
+  %696 = shufflevector <16 x float> %695, <16 x float> poison, <16 x i32> zeroinitializer
+  %697 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep230.i = getelementptr i16, ptr %gep288.i, i64 %697
+  %698 = getelementptr i8, ptr %gep230.i, i64 32
+  %699 = load <16 x i16>, ptr %698, align 2, !tbaa !5
+  %700 = zext <16 x i16> %699 to <16 x i32>
+  %701 = shl nuw <16 x i32> %700, splat (i32 16)
+  %702 = bitcast <16 x i32> %701 to <16 x float>
+  %703 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %696, <16 x float> %702, <16 x float> %661)
+  store <16 x float> %703, ptr %652, align 64, !tbaa !5
+  %704 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 1024
+  %705 = load float, ptr %704, align 4, !tbaa !5
+  %706 = insertelement <16 x float> poison, float %705, i64 0
+  %707 = shufflevector <16 x float> %706, <16 x float> poison, <16 x i32> zeroinitializer
+  %708 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep234.i = getelementptr i16, ptr %gep288.i, i64 %708
+  %709 = load <16 x i16>, ptr %gep234.i, align 2, !tbaa !5
+  %710 = zext <16 x i16> %709 to <16 x i32>
+  %711 = shl nuw <16 x i32> %710, splat (i32 16)
+  %712 = bitcast <16 x i32> %711 to <16 x float>
+  %713 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %707, <16 x float> %712, <16 x float> %660)
+  store <16 x float> %713, ptr %653, align 64, !tbaa !5
+  %714 = load float, ptr %704, align 4, !tbaa !5
+  %715 = insertelement <16 x float> poison, float %714, i64 0
+  %716 = shufflevector <16 x float> %715, <16 x float> poison, <16 x i32> zeroinitializer
+  %717 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep238.i = getelementptr i16, ptr %gep288.i, i64 %717
+  %718 = getelementptr i8, ptr %gep238.i, i64 32
+  %719 = load <16 x i16>, ptr %718, align 2, !tbaa !5
+  %720 = zext <16 x i16> %719 to <16 x i32>
+  %721 = shl nuw <16 x i32> %720, splat (i32 16)
+  %722 = bitcast <16 x i32> %721 to <16 x float>
+  %723 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %716, <16 x float> %722, <16 x float> %659)
+  store <16 x float> %723, ptr %654, align 64, !tbaa !5
+  %724 = getelementptr inbounds nuw i8, ptr %gep352.i, i64 1536
+  %725 = load float, ptr %724, align 4, !tbaa !5
+  %726 = insertelement <16 x float> poison, float %725, i64 0
+  %727 = shufflevector <16 x float> %726, <16 x float> poison, <16 x i32> zeroinitializer
+  %728 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep242.i = getelementptr i16, ptr %gep288.i, i64 %728
+  %729 = load <16 x i16>, ptr %gep242.i, align 2, !tbaa !5
+  %730 = zext <16 x i16> %729 to <16 x i32>
+  %731 = shl nuw <16 x i32> %730, splat (i32 16)
+  %732 = bitcast <16 x i32> %731 to <16 x float>
+  %733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %727, <16 x float> %732, <16 x float> %658)
+  store <16 x float> %733, ptr %655, align 64, !tbaa !5
+  %734 = load float, ptr %724, align 4, !tbaa !5
+  %735 = insertelement <16 x float> poison, float %734, i64 0
+  %736 = shufflevector <16 x float> %735, <16 x float> poison, <16 x i32> zeroinitializer
+  %737 = load i64, ptr %gep354.i, align 8, !tbaa !5
+  %gep246.i = getelementptr i16, ptr %gep288.i, i64 %737
+  %738 = getelementptr i8, ptr %gep246.i, i64 32
+  %739 = load <16 x i16>, ptr %738, align 2, !tbaa !5
+  %740 = zext <16 x i16> %739 to <16 x i32>
+  %741 = shl nuw <16 x i32> %740, splat (i32 16)
+  %742 = bitcast <16 x i32> %741 to <16 x float>
+  %743 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %736, <16 x float> %742, <16 x float> %657)
+  store <16 x float> %743, ptr %656, align 64, !tbaa !5
+  %indvars.iv.next325.i = add nuw nsw i64 %indvars.iv324.i, 1
+  %exitcond328.not.i = icmp eq i64 %indvars.iv.next325.i, %wide.trip.count327.i
+  br i1 %exitcond328.not.i, label %for_end_ti.i, label %for_body_ti.i, !prof !13
 
 for_end_ti.i:                                     ; preds = %for_body_ti.i, %for_end_to.i
-  %indvars.iv.next342.i = add nuw nsw i64 %indvars.iv341.i, 1
-  %exitcond344.not.i = icmp eq i64 %indvars.iv.next342.i, 4
-  br i1 %exitcond344.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !46
+  %indvars.iv.next330.i = add nuw nsw i64 %indvars.iv329.i, 1
+  %exitcond332.not.i = icmp eq i64 %indvars.iv.next330.i, 4
+  br i1 %exitcond332.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !46
 
 pv_matmul_compute_.exit:                          ; preds = %for_end_r_0_m.i, %for_body_s.i, %for_begin_s.i, %entry
   %common.ret.op.i = phi i32 [ 0, %entry ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_r_0_m.i ]
@@ -2461,19 +2442,19 @@ for_body_s.lr.ph.i:                               ; preds = %if_end21
   %61 = ashr exact i64 %sext29, 32
   %62 = add i32 %56, -1
   %63 = mul nsw i64 %57, %k_head
-  %invariant.gep116.i = getelementptr i16, ptr %key_cache, i64 %63
+  %invariant.gep115.i = getelementptr i16, ptr %key_cache, i64 %63
   %sext30 = shl i64 %31, 32
   %64 = ashr exact i64 %sext30, 32
-  %wide.trip.count263.i = and i64 %25, 2147483647
+  %wide.trip.count289.i = and i64 %25, 2147483647
   br label %for_body_s.i
 
 for_begin_s.i:                                    ; preds = %if_end66.i
-  %indvars.iv.next261.i = add nuw nsw i64 %indvars.iv260.i, 1
-  %exitcond264.not.i = icmp eq i64 %indvars.iv.next261.i, %wide.trip.count263.i
-  br i1 %exitcond264.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
+  %indvars.iv.next287.i = add nuw nsw i64 %indvars.iv286.i, 1
+  %exitcond290.not.i = icmp eq i64 %indvars.iv.next287.i, %wide.trip.count289.i
+  br i1 %exitcond290.not.i, label %qk_matmul_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv260.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next261.i, %for_begin_s.i ]
+  %indvars.iv286.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next287.i, %for_begin_s.i ]
   %65 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %q_tile.i = tail call ptr %65(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
   %66 = icmp eq ptr %q_tile.i, null
@@ -2486,7 +2467,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %68, label %qk_matmul_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %69 = add nsw i64 %indvars.iv260.i, %61
+  %69 = add nsw i64 %indvars.iv286.i, %61
   %70 = getelementptr inbounds i32, ptr %context_lens, i64 %69
   %71 = load i32, ptr %70, align 4, !tbaa !5
   %72 = mul nsw i64 %69, %q_batch
@@ -2581,8 +2562,8 @@ for_end_r.i:                                      ; preds = %for_end_d_0.i
   %129 = add nuw nsw i32 %128, 15
   %130 = lshr i32 %129, 4
   %131 = and i32 %129, 496
-  %.not211.i = icmp eq i32 %131, 0
-  br i1 %.not211.i, label %for_begin_to_m.preheader.i, label %for_body_t.lr.ph.i, !prof !49
+  %.not244.i = icmp eq i32 %131, 0
+  br i1 %.not244.i, label %for_begin_to.preheader.i, label %for_body_t.lr.ph.i, !prof !49
 
 for_body_t.lr.ph.i:                               ; preds = %for_end_r.i
   %132 = add i32 %62, %128
@@ -2596,15 +2577,15 @@ for_end_d_0.i:                                    ; preds = %for_body_d_0.us.pre
   %exitcond.not.i = icmp eq i64 %indvar.next.i, 16
   br i1 %exitcond.not.i, label %for_end_r.i, label %for_begin_d_0.preheader.i, !prof !46
 
-for_begin_to_m.preheader.i:                       ; preds = %for_body_t.i, %for_end_r.i
-  %.not212.i = icmp eq i32 %130, 0
-  br i1 %.not212.i, label %for_end_to_m.i, label %for_body_to_m.lr.ph.i, !prof !49
+for_begin_to.preheader.i:                         ; preds = %for_body_t.i, %for_end_r.i
+  %.not245.i = icmp eq i32 %130, 0
+  br i1 %.not245.i, label %for_end_to.i, label %for_body_to.lr.ph.i, !prof !49
 
-for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
-  %134 = icmp samesign ult i64 %indvars.iv260.i, 16
-  %135 = shl nsw i64 %indvars.iv260.i, 11
-  %wide.trip.count258.i = zext nneg i32 %130 to i64
-  br label %for_body_to_m.i
+for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
+  %134 = icmp samesign ult i64 %indvars.iv286.i, 16
+  %135 = shl nsw i64 %indvars.iv286.i, 11
+  %wide.trip.count284.i = zext nneg i32 %130 to i64
+  br label %for_body_to.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
   %indvars.iv.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next.i.1, %for_body_t.i ]
@@ -2638,641 +2619,392 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %157 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next.i
   store i64 %156, ptr %157, align 8, !tbaa !5
   %indvars.iv.next.i.1 = add nuw nsw i64 %indvars.iv.i, 2
-  %exitcond228.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
-  br i1 %exitcond228.not.i.1, label %for_begin_to_m.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !53
+  %exitcond261.not.i.1 = icmp eq i64 %indvars.iv.next.i.1, %wide.trip.count.i
+  br i1 %exitcond261.not.i.1, label %for_begin_to.preheader.i, label %for_body_t.i, !prof !13, !llvm.loop !53
 
-for_begin_to_m.i:                                 ; preds = %for_end_r59.i
-  %indvars.iv.next256.i = add nuw nsw i64 %indvars.iv255.i, 1
-  %exitcond259.not.i = icmp eq i64 %indvars.iv.next256.i, %wide.trip.count258.i
-  br i1 %exitcond259.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to.i:                                   ; preds = %for_end_r59.i
+  %indvars.iv.next282.i = add nuw nsw i64 %indvars.iv281.i, 1
+  %exitcond285.not.i = icmp eq i64 %indvars.iv.next282.i, %wide.trip.count284.i
+  br i1 %exitcond285.not.i, label %for_end_to.i, label %for_body_to.i, !prof !13
 
-for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv255.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next256.i, %for_begin_to_m.i ]
+for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
+  %indvars.iv281.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next282.i, %for_begin_to.i ]
   %158 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !47
   %scores.rf.i = tail call ptr %158(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %159 = icmp eq ptr %scores.rf.i, null
-  br i1 %159, label %qk_matmul_compute_.exit, label %for_begin_n_1.preheader.us.preheader.i, !prof !8
+  br i1 %159, label %qk_matmul_compute_.exit, label %for_begin_ax1_0.preheader.split.us.i, !prof !8
 
-for_begin_n_1.preheader.us.preheader.i:           ; preds = %for_body_to_m.i
-  %160 = shl nsw i64 %indvars.iv255.i, 4
-  %invariant.gep = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %160
-  br i1 %134, label %for_begin_n_1.preheader.us.i.us, label %for_begin_n_1.preheader.us.i.preheader, !prof !8
+for_begin_ax1_0.preheader.split.us.i:             ; preds = %for_body_to.i
+  %160 = shl nsw i64 %indvars.iv281.i, 4
+  br i1 %134, label %for_begin_ax3_0.preheader.us.us.preheader.i, label %for_begin_r57.preheader.i, !prof !8
 
-for_begin_n_1.preheader.us.i.preheader:           ; preds = %for_begin_n_1.preheader.us.preheader.i
-  %161 = load i64, ptr %invariant.gep, align 8, !tbaa !5
-  %162 = getelementptr i16, ptr %key_cache, i64 %161
-  %163 = getelementptr i16, ptr %162, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %163, i32 0, i32 2, i32 1)
-  %164 = getelementptr i8, ptr %162, i64 64
-  %165 = getelementptr i16, ptr %164, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %165, i32 0, i32 2, i32 1)
-  %166 = getelementptr i8, ptr %162, i64 128
-  %167 = getelementptr i16, ptr %166, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %167, i32 0, i32 2, i32 1)
-  %168 = getelementptr i8, ptr %162, i64 192
-  %169 = getelementptr i16, ptr %168, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %169, i32 0, i32 2, i32 1)
-  %170 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 8
-  %171 = load i64, ptr %170, align 8, !tbaa !5
-  %172 = getelementptr i16, ptr %key_cache, i64 %171
-  %173 = getelementptr i16, ptr %172, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %173, i32 0, i32 2, i32 1)
-  %174 = getelementptr i8, ptr %172, i64 64
-  %175 = getelementptr i16, ptr %174, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %175, i32 0, i32 2, i32 1)
-  %176 = getelementptr i8, ptr %172, i64 128
-  %177 = getelementptr i16, ptr %176, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %177, i32 0, i32 2, i32 1)
-  %178 = getelementptr i8, ptr %172, i64 192
-  %179 = getelementptr i16, ptr %178, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %179, i32 0, i32 2, i32 1)
-  %gep.1 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 16
-  %180 = load i64, ptr %gep.1, align 8, !tbaa !5
-  %181 = getelementptr i16, ptr %key_cache, i64 %180
-  %182 = getelementptr i16, ptr %181, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %182, i32 0, i32 2, i32 1)
-  %183 = getelementptr i8, ptr %181, i64 64
-  %184 = getelementptr i16, ptr %183, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %184, i32 0, i32 2, i32 1)
-  %185 = getelementptr i8, ptr %181, i64 128
-  %186 = getelementptr i16, ptr %185, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %186, i32 0, i32 2, i32 1)
-  %187 = getelementptr i8, ptr %181, i64 192
-  %188 = getelementptr i16, ptr %187, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %188, i32 0, i32 2, i32 1)
-  %189 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 24
-  %190 = load i64, ptr %189, align 8, !tbaa !5
-  %191 = getelementptr i16, ptr %key_cache, i64 %190
-  %192 = getelementptr i16, ptr %191, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %192, i32 0, i32 2, i32 1)
-  %193 = getelementptr i8, ptr %191, i64 64
-  %194 = getelementptr i16, ptr %193, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %194, i32 0, i32 2, i32 1)
-  %195 = getelementptr i8, ptr %191, i64 128
-  %196 = getelementptr i16, ptr %195, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %196, i32 0, i32 2, i32 1)
-  %197 = getelementptr i8, ptr %191, i64 192
-  %198 = getelementptr i16, ptr %197, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %198, i32 0, i32 2, i32 1)
-  %gep.2 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 32
-  %199 = load i64, ptr %gep.2, align 8, !tbaa !5
-  %200 = getelementptr i16, ptr %key_cache, i64 %199
-  %201 = getelementptr i16, ptr %200, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %201, i32 0, i32 2, i32 1)
-  %202 = getelementptr i8, ptr %200, i64 64
-  %203 = getelementptr i16, ptr %202, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %203, i32 0, i32 2, i32 1)
-  %204 = getelementptr i8, ptr %200, i64 128
-  %205 = getelementptr i16, ptr %204, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %205, i32 0, i32 2, i32 1)
-  %206 = getelementptr i8, ptr %200, i64 192
-  %207 = getelementptr i16, ptr %206, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %207, i32 0, i32 2, i32 1)
-  %208 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 40
-  %209 = load i64, ptr %208, align 8, !tbaa !5
-  %210 = getelementptr i16, ptr %key_cache, i64 %209
-  %211 = getelementptr i16, ptr %210, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %211, i32 0, i32 2, i32 1)
-  %212 = getelementptr i8, ptr %210, i64 64
-  %213 = getelementptr i16, ptr %212, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %213, i32 0, i32 2, i32 1)
-  %214 = getelementptr i8, ptr %210, i64 128
-  %215 = getelementptr i16, ptr %214, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %215, i32 0, i32 2, i32 1)
-  %216 = getelementptr i8, ptr %210, i64 192
-  %217 = getelementptr i16, ptr %216, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %217, i32 0, i32 2, i32 1)
-  %gep.3 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 48
-  %218 = load i64, ptr %gep.3, align 8, !tbaa !5
-  %219 = getelementptr i16, ptr %key_cache, i64 %218
-  %220 = getelementptr i16, ptr %219, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %220, i32 0, i32 2, i32 1)
-  %221 = getelementptr i8, ptr %219, i64 64
-  %222 = getelementptr i16, ptr %221, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %222, i32 0, i32 2, i32 1)
-  %223 = getelementptr i8, ptr %219, i64 128
-  %224 = getelementptr i16, ptr %223, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %224, i32 0, i32 2, i32 1)
-  %225 = getelementptr i8, ptr %219, i64 192
-  %226 = getelementptr i16, ptr %225, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %226, i32 0, i32 2, i32 1)
-  %227 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 56
-  %228 = load i64, ptr %227, align 8, !tbaa !5
-  %229 = getelementptr i16, ptr %key_cache, i64 %228
-  %230 = getelementptr i16, ptr %229, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %230, i32 0, i32 2, i32 1)
-  %231 = getelementptr i8, ptr %229, i64 64
-  %232 = getelementptr i16, ptr %231, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %232, i32 0, i32 2, i32 1)
-  %233 = getelementptr i8, ptr %229, i64 128
-  %234 = getelementptr i16, ptr %233, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %234, i32 0, i32 2, i32 1)
-  %235 = getelementptr i8, ptr %229, i64 192
-  %236 = getelementptr i16, ptr %235, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %236, i32 0, i32 2, i32 1)
-  %gep.4 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 64
-  %237 = load i64, ptr %gep.4, align 8, !tbaa !5
-  %238 = getelementptr i16, ptr %key_cache, i64 %237
-  %239 = getelementptr i16, ptr %238, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %239, i32 0, i32 2, i32 1)
-  %240 = getelementptr i8, ptr %238, i64 64
-  %241 = getelementptr i16, ptr %240, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %241, i32 0, i32 2, i32 1)
-  %242 = getelementptr i8, ptr %238, i64 128
-  %243 = getelementptr i16, ptr %242, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %243, i32 0, i32 2, i32 1)
-  %244 = getelementptr i8, ptr %238, i64 192
-  %245 = getelementptr i16, ptr %244, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %245, i32 0, i32 2, i32 1)
-  %246 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 72
-  %247 = load i64, ptr %246, align 8, !tbaa !5
-  %248 = getelementptr i16, ptr %key_cache, i64 %247
-  %249 = getelementptr i16, ptr %248, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %249, i32 0, i32 2, i32 1)
-  %250 = getelementptr i8, ptr %248, i64 64
-  %251 = getelementptr i16, ptr %250, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %251, i32 0, i32 2, i32 1)
-  %252 = getelementptr i8, ptr %248, i64 128
-  %253 = getelementptr i16, ptr %252, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %253, i32 0, i32 2, i32 1)
-  %254 = getelementptr i8, ptr %248, i64 192
-  %255 = getelementptr i16, ptr %254, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %255, i32 0, i32 2, i32 1)
-  %gep.5 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 80
-  %256 = load i64, ptr %gep.5, align 8, !tbaa !5
-  %257 = getelementptr i16, ptr %key_cache, i64 %256
-  %258 = getelementptr i16, ptr %257, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %258, i32 0, i32 2, i32 1)
-  %259 = getelementptr i8, ptr %257, i64 64
-  %260 = getelementptr i16, ptr %259, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %260, i32 0, i32 2, i32 1)
-  %261 = getelementptr i8, ptr %257, i64 128
-  %262 = getelementptr i16, ptr %261, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %262, i32 0, i32 2, i32 1)
-  %263 = getelementptr i8, ptr %257, i64 192
-  %264 = getelementptr i16, ptr %263, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %264, i32 0, i32 2, i32 1)
-  %265 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 88
-  %266 = load i64, ptr %265, align 8, !tbaa !5
-  %267 = getelementptr i16, ptr %key_cache, i64 %266
-  %268 = getelementptr i16, ptr %267, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %268, i32 0, i32 2, i32 1)
-  %269 = getelementptr i8, ptr %267, i64 64
-  %270 = getelementptr i16, ptr %269, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %270, i32 0, i32 2, i32 1)
-  %271 = getelementptr i8, ptr %267, i64 128
-  %272 = getelementptr i16, ptr %271, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %272, i32 0, i32 2, i32 1)
-  %273 = getelementptr i8, ptr %267, i64 192
-  %274 = getelementptr i16, ptr %273, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %274, i32 0, i32 2, i32 1)
-  %gep.6 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 96
-  %275 = load i64, ptr %gep.6, align 8, !tbaa !5
-  %276 = getelementptr i16, ptr %key_cache, i64 %275
-  %277 = getelementptr i16, ptr %276, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %277, i32 0, i32 2, i32 1)
-  %278 = getelementptr i8, ptr %276, i64 64
-  %279 = getelementptr i16, ptr %278, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %279, i32 0, i32 2, i32 1)
-  %280 = getelementptr i8, ptr %276, i64 128
-  %281 = getelementptr i16, ptr %280, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %281, i32 0, i32 2, i32 1)
-  %282 = getelementptr i8, ptr %276, i64 192
-  %283 = getelementptr i16, ptr %282, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %283, i32 0, i32 2, i32 1)
-  %284 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 104
-  %285 = load i64, ptr %284, align 8, !tbaa !5
-  %286 = getelementptr i16, ptr %key_cache, i64 %285
-  %287 = getelementptr i16, ptr %286, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %287, i32 0, i32 2, i32 1)
-  %288 = getelementptr i8, ptr %286, i64 64
-  %289 = getelementptr i16, ptr %288, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %289, i32 0, i32 2, i32 1)
-  %290 = getelementptr i8, ptr %286, i64 128
-  %291 = getelementptr i16, ptr %290, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %291, i32 0, i32 2, i32 1)
-  %292 = getelementptr i8, ptr %286, i64 192
-  %293 = getelementptr i16, ptr %292, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %293, i32 0, i32 2, i32 1)
-  %gep.7 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 112
-  %294 = load i64, ptr %gep.7, align 8, !tbaa !5
-  %295 = getelementptr i16, ptr %key_cache, i64 %294
-  %296 = getelementptr i16, ptr %295, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %296, i32 0, i32 2, i32 1)
-  %297 = getelementptr i8, ptr %295, i64 64
-  %298 = getelementptr i16, ptr %297, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %298, i32 0, i32 2, i32 1)
-  %299 = getelementptr i8, ptr %295, i64 128
-  %300 = getelementptr i16, ptr %299, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %300, i32 0, i32 2, i32 1)
-  %301 = getelementptr i8, ptr %295, i64 192
-  %302 = getelementptr i16, ptr %301, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %302, i32 0, i32 2, i32 1)
-  %303 = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 120
-  %304 = load i64, ptr %303, align 8, !tbaa !5
-  %305 = getelementptr i16, ptr %key_cache, i64 %304
-  %306 = getelementptr i16, ptr %305, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %306, i32 0, i32 2, i32 1)
-  %307 = getelementptr i8, ptr %305, i64 64
-  %308 = getelementptr i16, ptr %307, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %308, i32 0, i32 2, i32 1)
-  %309 = getelementptr i8, ptr %305, i64 128
-  %310 = getelementptr i16, ptr %309, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %310, i32 0, i32 2, i32 1)
-  %311 = getelementptr i8, ptr %305, i64 192
-  %312 = getelementptr i16, ptr %311, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %312, i32 0, i32 2, i32 1)
-  br label %for_begin_r57.preheader.i
+for_begin_ax3_0.preheader.us.us.preheader.i:      ; preds = %for_begin_ax1_0.preheader.split.us.i
+  %invariant.gep299.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %160
+  br label %for_begin_ax3_0.preheader.us.us.i
 
-for_begin_n_1.preheader.us.i.us:                  ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.preheader.i
-  %indvars.iv247.i.us = phi i64 [ %indvars.iv.next248.i.us, %for_end_ax3_0.split.us.us.i.split.us.us ], [ 0, %for_begin_n_1.preheader.us.preheader.i ]
-  %.idx31.us = shl nuw nsw i64 %indvars.iv247.i.us, 4
-  %gep.us = getelementptr inbounds nuw i8, ptr %invariant.gep, i64 %.idx31.us
-  %313 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %314 = getelementptr i16, ptr %key_cache, i64 %313
-  %315 = getelementptr i16, ptr %314, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %315, i32 0, i32 2, i32 1)
-  %316 = getelementptr i8, ptr %314, i64 64
-  %317 = getelementptr i16, ptr %316, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %317, i32 0, i32 2, i32 1)
-  %318 = getelementptr i8, ptr %314, i64 128
-  %319 = getelementptr i16, ptr %318, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %319, i32 0, i32 2, i32 1)
-  %320 = getelementptr i8, ptr %314, i64 192
-  %321 = getelementptr i16, ptr %320, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %321, i32 0, i32 2, i32 1)
-  %322 = getelementptr inbounds nuw i8, ptr %gep.us, i64 8
-  %323 = load i64, ptr %322, align 8, !tbaa !5
-  %324 = getelementptr i16, ptr %key_cache, i64 %323
-  %325 = getelementptr i16, ptr %324, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %325, i32 0, i32 2, i32 1)
-  %326 = getelementptr i8, ptr %324, i64 64
-  %327 = getelementptr i16, ptr %326, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %327, i32 0, i32 2, i32 1)
-  %328 = getelementptr i8, ptr %324, i64 128
-  %329 = getelementptr i16, ptr %328, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %329, i32 0, i32 2, i32 1)
-  %330 = getelementptr i8, ptr %324, i64 192
-  %331 = getelementptr i16, ptr %330, i64 %63
-  tail call void @llvm.prefetch.p0(ptr readonly %331, i32 0, i32 2, i32 1)
-  %.idx266.i.us = shl nuw nsw i64 %indvars.iv247.i.us, 7
-  %invariant.gep270.i.us = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx266.i.us
-  br label %for_body_ax3_0.us.us.i.us.us
+for_begin_ax3_0.preheader.us.us.i:                ; preds = %for_end_ax3_0.split.us.us.split.us.us.i, %for_begin_ax3_0.preheader.us.us.preheader.i
+  %indvars.iv273.i = phi i64 [ 0, %for_begin_ax3_0.preheader.us.us.preheader.i ], [ %indvars.iv.next274.i, %for_end_ax3_0.split.us.us.split.us.us.i ]
+  %.idx.i = shl nuw nsw i64 %indvars.iv273.i, 4
+  %gep300.i = getelementptr inbounds nuw i8, ptr %invariant.gep299.i, i64 %.idx.i
+  %161 = getelementptr inbounds nuw i8, ptr %gep300.i, i64 8
+  %.idx293.i = shl nuw nsw i64 %indvars.iv273.i, 7
+  %invariant.gep297.i = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx293.i
+  br label %for_body_ax3_0.us.us.us.us.i
 
-for_body_ax3_0.us.us.i.us.us:                     ; preds = %for_body_ax3_0.us.us.i.us.us, %for_begin_n_1.preheader.us.i.us
-  %indvars.iv243.i.us.us = phi i64 [ %indvars.iv.next244.i.us.us, %for_body_ax3_0.us.us.i.us.us ], [ 0, %for_begin_n_1.preheader.us.i.us ]
-  %.idx32.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 11
-  %332 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx32.us.us
-  %333 = getelementptr inbounds nuw i8, ptr %332, i64 1984
-  %334 = load <16 x float>, ptr %333, align 4, !tbaa !5
-  %335 = load i64, ptr %322, align 8, !tbaa !5
-  %gep119.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %335
-  %gep115.us.us.7.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 224
-  %336 = load <16 x i16>, ptr %gep115.us.us.7.i.us.us, align 2, !tbaa !5
-  %337 = zext <16 x i16> %336 to <16 x i32>
-  %338 = shl nuw <16 x i32> %337, splat (i32 16)
-  %339 = bitcast <16 x i32> %338 to <16 x float>
-  %340 = getelementptr inbounds nuw i8, ptr %332, i64 1920
-  %341 = load <16 x float>, ptr %340, align 4, !tbaa !5
-  %gep115.us.us.6.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 192
-  %342 = load <16 x i16>, ptr %gep115.us.us.6.i.us.us, align 2, !tbaa !5
-  %343 = zext <16 x i16> %342 to <16 x i32>
-  %344 = shl nuw <16 x i32> %343, splat (i32 16)
-  %345 = bitcast <16 x i32> %344 to <16 x float>
-  %346 = getelementptr inbounds nuw i8, ptr %332, i64 1856
-  %347 = load <16 x float>, ptr %346, align 4, !tbaa !5
-  %gep115.us.us.5.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 160
-  %348 = load <16 x i16>, ptr %gep115.us.us.5.i.us.us, align 2, !tbaa !5
-  %349 = zext <16 x i16> %348 to <16 x i32>
-  %350 = shl nuw <16 x i32> %349, splat (i32 16)
-  %351 = bitcast <16 x i32> %350 to <16 x float>
-  %352 = getelementptr inbounds nuw i8, ptr %332, i64 1792
+for_body_ax3_0.us.us.us.us.i:                     ; preds = %for_body_ax3_0.us.us.us.us.i, %for_begin_ax3_0.preheader.us.us.i
+  %indvars.iv269.i = phi i64 [ %indvars.iv.next270.i, %for_body_ax3_0.us.us.us.us.i ], [ 0, %for_begin_ax3_0.preheader.us.us.i ]
+  %162 = load i64, ptr %gep300.i, align 8, !tbaa !5
+  %gep116.us.us.us.us.i = getelementptr i16, ptr %invariant.gep115.i, i64 %162
+  %163 = load i64, ptr %161, align 8, !tbaa !5
+  %gep118.us.us.us.us.i = getelementptr i16, ptr %invariant.gep115.i, i64 %163
+  %.idx31 = shl nuw nsw i64 %indvars.iv269.i, 11
+  %164 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx31
+  %165 = load <16 x float>, ptr %164, align 4, !tbaa !5
+  %166 = load <16 x i16>, ptr %gep116.us.us.us.us.i, align 2, !tbaa !5
+  %167 = zext <16 x i16> %166 to <16 x i32>
+  %168 = shl nuw <16 x i32> %167, splat (i32 16)
+  %169 = bitcast <16 x i32> %168 to <16 x float>
+  %170 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %169, <16 x float> zeroinitializer)
+  %171 = load <16 x i16>, ptr %gep118.us.us.us.us.i, align 2, !tbaa !5
+  %172 = zext <16 x i16> %171 to <16 x i32>
+  %173 = shl nuw <16 x i32> %172, splat (i32 16)
+  %174 = bitcast <16 x i32> %173 to <16 x float>
+  %175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %165, <16 x float> %174, <16 x float> zeroinitializer)
+  %176 = getelementptr inbounds nuw i8, ptr %164, i64 512
+  %177 = load <16 x float>, ptr %176, align 4, !tbaa !5
+  %178 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %177, <16 x float> %169, <16 x float> zeroinitializer)
+  %179 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %177, <16 x float> %174, <16 x float> zeroinitializer)
+  %180 = getelementptr inbounds nuw i8, ptr %164, i64 1024
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %181, <16 x float> %169, <16 x float> zeroinitializer)
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %181, <16 x float> %174, <16 x float> zeroinitializer)
+  %184 = getelementptr inbounds nuw i8, ptr %164, i64 1536
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %185, <16 x float> %169, <16 x float> zeroinitializer)
+  %187 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %185, <16 x float> %174, <16 x float> zeroinitializer)
+  %188 = getelementptr inbounds nuw i8, ptr %164, i64 64
+  %189 = load <16 x float>, ptr %188, align 4, !tbaa !5
+  %gep112.us.us.us.us.1.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 32
+  %190 = load <16 x i16>, ptr %gep112.us.us.us.us.1.i, align 2, !tbaa !5
+  %191 = zext <16 x i16> %190 to <16 x i32>
+  %192 = shl nuw <16 x i32> %191, splat (i32 16)
+  %193 = bitcast <16 x i32> %192 to <16 x float>
+  %194 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %193, <16 x float> %170)
+  %gep114.us.us.us.us.1.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 32
+  %195 = load <16 x i16>, ptr %gep114.us.us.us.us.1.i, align 2, !tbaa !5
+  %196 = zext <16 x i16> %195 to <16 x i32>
+  %197 = shl nuw <16 x i32> %196, splat (i32 16)
+  %198 = bitcast <16 x i32> %197 to <16 x float>
+  %199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %189, <16 x float> %198, <16 x float> %175)
+  %200 = getelementptr inbounds nuw i8, ptr %164, i64 576
+  %201 = load <16 x float>, ptr %200, align 4, !tbaa !5
+  %202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %201, <16 x float> %193, <16 x float> %178)
+  %203 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %201, <16 x float> %198, <16 x float> %179)
+  %204 = getelementptr inbounds nuw i8, ptr %164, i64 1088
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %193, <16 x float> %182)
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %205, <16 x float> %198, <16 x float> %183)
+  %208 = getelementptr inbounds nuw i8, ptr %164, i64 1600
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %193, <16 x float> %186)
+  %211 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %209, <16 x float> %198, <16 x float> %187)
+  %212 = getelementptr inbounds nuw i8, ptr %164, i64 128
+  %213 = load <16 x float>, ptr %212, align 4, !tbaa !5
+  %gep112.us.us.us.us.2.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 64
+  %214 = load <16 x i16>, ptr %gep112.us.us.us.us.2.i, align 2, !tbaa !5
+  %215 = zext <16 x i16> %214 to <16 x i32>
+  %216 = shl nuw <16 x i32> %215, splat (i32 16)
+  %217 = bitcast <16 x i32> %216 to <16 x float>
+  %218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %213, <16 x float> %217, <16 x float> %194)
+  %gep114.us.us.us.us.2.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 64
+  %219 = load <16 x i16>, ptr %gep114.us.us.us.us.2.i, align 2, !tbaa !5
+  %220 = zext <16 x i16> %219 to <16 x i32>
+  %221 = shl nuw <16 x i32> %220, splat (i32 16)
+  %222 = bitcast <16 x i32> %221 to <16 x float>
+  %223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %213, <16 x float> %222, <16 x float> %199)
+  %224 = getelementptr inbounds nuw i8, ptr %164, i64 640
+  %225 = load <16 x float>, ptr %224, align 4, !tbaa !5
+  %226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %217, <16 x float> %202)
+  %227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %225, <16 x float> %222, <16 x float> %203)
+  %228 = getelementptr inbounds nuw i8, ptr %164, i64 1152
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %217, <16 x float> %206)
+  %231 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %229, <16 x float> %222, <16 x float> %207)
+  %232 = getelementptr inbounds nuw i8, ptr %164, i64 1664
+  %233 = load <16 x float>, ptr %232, align 4, !tbaa !5
+  %234 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %233, <16 x float> %217, <16 x float> %210)
+  %235 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %233, <16 x float> %222, <16 x float> %211)
+  %236 = getelementptr inbounds nuw i8, ptr %164, i64 192
+  %237 = load <16 x float>, ptr %236, align 4, !tbaa !5
+  %gep112.us.us.us.us.3.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 96
+  %238 = load <16 x i16>, ptr %gep112.us.us.us.us.3.i, align 2, !tbaa !5
+  %239 = zext <16 x i16> %238 to <16 x i32>
+  %240 = shl nuw <16 x i32> %239, splat (i32 16)
+  %241 = bitcast <16 x i32> %240 to <16 x float>
+  %242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %237, <16 x float> %241, <16 x float> %218)
+  %gep114.us.us.us.us.3.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 96
+  %243 = load <16 x i16>, ptr %gep114.us.us.us.us.3.i, align 2, !tbaa !5
+  %244 = zext <16 x i16> %243 to <16 x i32>
+  %245 = shl nuw <16 x i32> %244, splat (i32 16)
+  %246 = bitcast <16 x i32> %245 to <16 x float>
+  %247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %237, <16 x float> %246, <16 x float> %223)
+  %248 = getelementptr inbounds nuw i8, ptr %164, i64 704
+  %249 = load <16 x float>, ptr %248, align 4, !tbaa !5
+  %250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %241, <16 x float> %226)
+  %251 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %249, <16 x float> %246, <16 x float> %227)
+  %252 = getelementptr inbounds nuw i8, ptr %164, i64 1216
+  %253 = load <16 x float>, ptr %252, align 4, !tbaa !5
+  %254 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %241, <16 x float> %230)
+  %255 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %253, <16 x float> %246, <16 x float> %231)
+  %256 = getelementptr inbounds nuw i8, ptr %164, i64 1728
+  %257 = load <16 x float>, ptr %256, align 4, !tbaa !5
+  %258 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %257, <16 x float> %241, <16 x float> %234)
+  %259 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %257, <16 x float> %246, <16 x float> %235)
+  %260 = getelementptr inbounds nuw i8, ptr %164, i64 256
+  %261 = load <16 x float>, ptr %260, align 4, !tbaa !5
+  %gep112.us.us.us.us.4.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 128
+  %262 = load <16 x i16>, ptr %gep112.us.us.us.us.4.i, align 2, !tbaa !5
+  %263 = zext <16 x i16> %262 to <16 x i32>
+  %264 = shl nuw <16 x i32> %263, splat (i32 16)
+  %265 = bitcast <16 x i32> %264 to <16 x float>
+  %266 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %261, <16 x float> %265, <16 x float> %242)
+  %gep114.us.us.us.us.4.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 128
+  %267 = load <16 x i16>, ptr %gep114.us.us.us.us.4.i, align 2, !tbaa !5
+  %268 = zext <16 x i16> %267 to <16 x i32>
+  %269 = shl nuw <16 x i32> %268, splat (i32 16)
+  %270 = bitcast <16 x i32> %269 to <16 x float>
+  %271 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %261, <16 x float> %270, <16 x float> %247)
+  %272 = getelementptr inbounds nuw i8, ptr %164, i64 768
+  %273 = load <16 x float>, ptr %272, align 4, !tbaa !5
+  %274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %273, <16 x float> %265, <16 x float> %250)
+  %275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %273, <16 x float> %270, <16 x float> %251)
+  %276 = getelementptr inbounds nuw i8, ptr %164, i64 1280
+  %277 = load <16 x float>, ptr %276, align 4, !tbaa !5
+  %278 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %265, <16 x float> %254)
+  %279 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %277, <16 x float> %270, <16 x float> %255)
+  %280 = getelementptr inbounds nuw i8, ptr %164, i64 1792
+  %281 = load <16 x float>, ptr %280, align 4, !tbaa !5
+  %282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %265, <16 x float> %258)
+  %283 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %281, <16 x float> %270, <16 x float> %259)
+  %284 = getelementptr inbounds nuw i8, ptr %164, i64 320
+  %285 = load <16 x float>, ptr %284, align 4, !tbaa !5
+  %gep112.us.us.us.us.5.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 160
+  %286 = load <16 x i16>, ptr %gep112.us.us.us.us.5.i, align 2, !tbaa !5
+  %287 = zext <16 x i16> %286 to <16 x i32>
+  %288 = shl nuw <16 x i32> %287, splat (i32 16)
+  %289 = bitcast <16 x i32> %288 to <16 x float>
+  %290 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %289, <16 x float> %266)
+  %gep114.us.us.us.us.5.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 160
+  %291 = load <16 x i16>, ptr %gep114.us.us.us.us.5.i, align 2, !tbaa !5
+  %292 = zext <16 x i16> %291 to <16 x i32>
+  %293 = shl nuw <16 x i32> %292, splat (i32 16)
+  %294 = bitcast <16 x i32> %293 to <16 x float>
+  %295 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %285, <16 x float> %294, <16 x float> %271)
+  %296 = getelementptr inbounds nuw i8, ptr %164, i64 832
+  %297 = load <16 x float>, ptr %296, align 4, !tbaa !5
+  %298 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %289, <16 x float> %274)
+  %299 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %297, <16 x float> %294, <16 x float> %275)
+  %300 = getelementptr inbounds nuw i8, ptr %164, i64 1344
+  %301 = load <16 x float>, ptr %300, align 4, !tbaa !5
+  %302 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> %289, <16 x float> %278)
+  %303 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %301, <16 x float> %294, <16 x float> %279)
+  %304 = getelementptr inbounds nuw i8, ptr %164, i64 1856
+  %305 = load <16 x float>, ptr %304, align 4, !tbaa !5
+  %306 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %289, <16 x float> %282)
+  %307 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %305, <16 x float> %294, <16 x float> %283)
+  %308 = getelementptr inbounds nuw i8, ptr %164, i64 384
+  %309 = load <16 x float>, ptr %308, align 4, !tbaa !5
+  %gep112.us.us.us.us.6.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 192
+  %310 = load <16 x i16>, ptr %gep112.us.us.us.us.6.i, align 2, !tbaa !5
+  %311 = zext <16 x i16> %310 to <16 x i32>
+  %312 = shl nuw <16 x i32> %311, splat (i32 16)
+  %313 = bitcast <16 x i32> %312 to <16 x float>
+  %314 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %309, <16 x float> %313, <16 x float> %290)
+  %gep114.us.us.us.us.6.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 192
+  %315 = load <16 x i16>, ptr %gep114.us.us.us.us.6.i, align 2, !tbaa !5
+  %316 = zext <16 x i16> %315 to <16 x i32>
+  %317 = shl nuw <16 x i32> %316, splat (i32 16)
+  %318 = bitcast <16 x i32> %317 to <16 x float>
+  %319 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %309, <16 x float> %318, <16 x float> %295)
+  %320 = getelementptr inbounds nuw i8, ptr %164, i64 896
+  %321 = load <16 x float>, ptr %320, align 4, !tbaa !5
+  %322 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %313, <16 x float> %298)
+  %323 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %321, <16 x float> %318, <16 x float> %299)
+  %324 = getelementptr inbounds nuw i8, ptr %164, i64 1408
+  %325 = load <16 x float>, ptr %324, align 4, !tbaa !5
+  %326 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %313, <16 x float> %302)
+  %327 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %325, <16 x float> %318, <16 x float> %303)
+  %328 = getelementptr inbounds nuw i8, ptr %164, i64 1920
+  %329 = load <16 x float>, ptr %328, align 4, !tbaa !5
+  %330 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %313, <16 x float> %306)
+  %331 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %329, <16 x float> %318, <16 x float> %307)
+  %332 = getelementptr inbounds nuw i8, ptr %164, i64 448
+  %333 = load <16 x float>, ptr %332, align 4, !tbaa !5
+  %gep112.us.us.us.us.7.i = getelementptr i8, ptr %gep116.us.us.us.us.i, i64 224
+  %334 = load <16 x i16>, ptr %gep112.us.us.us.us.7.i, align 2, !tbaa !5
+  %335 = zext <16 x i16> %334 to <16 x i32>
+  %336 = shl nuw <16 x i32> %335, splat (i32 16)
+  %337 = bitcast <16 x i32> %336 to <16 x float>
+  %338 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %337, <16 x float> %314)
+  %gep114.us.us.us.us.7.i = getelementptr i8, ptr %gep118.us.us.us.us.i, i64 224
+  %339 = load <16 x i16>, ptr %gep114.us.us.us.us.7.i, align 2, !tbaa !5
+  %340 = zext <16 x i16> %339 to <16 x i32>
+  %341 = shl nuw <16 x i32> %340, splat (i32 16)
+  %342 = bitcast <16 x i32> %341 to <16 x float>
+  %343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %333, <16 x float> %342, <16 x float> %319)
+  %344 = getelementptr inbounds nuw i8, ptr %164, i64 960
+  %345 = load <16 x float>, ptr %344, align 4, !tbaa !5
+  %346 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %337, <16 x float> %322)
+  %347 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %345, <16 x float> %342, <16 x float> %323)
+  %348 = getelementptr inbounds nuw i8, ptr %164, i64 1472
+  %349 = load <16 x float>, ptr %348, align 4, !tbaa !5
+  %350 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %349, <16 x float> %337, <16 x float> %326)
+  %351 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %349, <16 x float> %342, <16 x float> %327)
+  %352 = getelementptr inbounds nuw i8, ptr %164, i64 1984
   %353 = load <16 x float>, ptr %352, align 4, !tbaa !5
-  %gep115.us.us.4.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 128
-  %354 = load <16 x i16>, ptr %gep115.us.us.4.i.us.us, align 2, !tbaa !5
-  %355 = zext <16 x i16> %354 to <16 x i32>
-  %356 = shl nuw <16 x i32> %355, splat (i32 16)
-  %357 = bitcast <16 x i32> %356 to <16 x float>
-  %358 = getelementptr inbounds nuw i8, ptr %332, i64 1728
-  %359 = load <16 x float>, ptr %358, align 4, !tbaa !5
-  %gep115.us.us.3.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 96
-  %360 = load <16 x i16>, ptr %gep115.us.us.3.i.us.us, align 2, !tbaa !5
-  %361 = zext <16 x i16> %360 to <16 x i32>
-  %362 = shl nuw <16 x i32> %361, splat (i32 16)
-  %363 = bitcast <16 x i32> %362 to <16 x float>
-  %364 = getelementptr inbounds nuw i8, ptr %332, i64 1664
-  %365 = load <16 x float>, ptr %364, align 4, !tbaa !5
-  %gep115.us.us.2.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 64
-  %366 = load <16 x i16>, ptr %gep115.us.us.2.i.us.us, align 2, !tbaa !5
-  %367 = zext <16 x i16> %366 to <16 x i32>
-  %368 = shl nuw <16 x i32> %367, splat (i32 16)
-  %369 = bitcast <16 x i32> %368 to <16 x float>
-  %370 = getelementptr inbounds nuw i8, ptr %332, i64 1600
-  %371 = load <16 x float>, ptr %370, align 4, !tbaa !5
-  %gep115.us.us.1.i.us.us = getelementptr i8, ptr %gep119.us.us.i.us.us, i64 32
-  %372 = load <16 x i16>, ptr %gep115.us.us.1.i.us.us, align 2, !tbaa !5
-  %373 = zext <16 x i16> %372 to <16 x i32>
-  %374 = shl nuw <16 x i32> %373, splat (i32 16)
-  %375 = bitcast <16 x i32> %374 to <16 x float>
-  %376 = getelementptr inbounds nuw i8, ptr %332, i64 1536
-  %377 = load <16 x float>, ptr %376, align 4, !tbaa !5
-  %378 = load <16 x i16>, ptr %gep119.us.us.i.us.us, align 2, !tbaa !5
-  %379 = zext <16 x i16> %378 to <16 x i32>
-  %380 = shl nuw <16 x i32> %379, splat (i32 16)
-  %381 = bitcast <16 x i32> %380 to <16 x float>
-  %382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %381, <16 x float> zeroinitializer)
-  %383 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %375, <16 x float> %382)
-  %384 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %369, <16 x float> %383)
-  %385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %359, <16 x float> %363, <16 x float> %384)
-  %386 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %357, <16 x float> %385)
-  %387 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %351, <16 x float> %386)
-  %388 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %345, <16 x float> %387)
-  %389 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %339, <16 x float> %388)
-  %390 = load i64, ptr %gep.us, align 8, !tbaa !5
-  %gep117.us.us.i.us.us = getelementptr i16, ptr %invariant.gep116.i, i64 %390
-  %gep113.us.us.7.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 224
-  %391 = load <16 x i16>, ptr %gep113.us.us.7.i.us.us, align 2, !tbaa !5
-  %392 = zext <16 x i16> %391 to <16 x i32>
-  %393 = shl nuw <16 x i32> %392, splat (i32 16)
-  %394 = bitcast <16 x i32> %393 to <16 x float>
-  %gep113.us.us.6.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 192
-  %395 = load <16 x i16>, ptr %gep113.us.us.6.i.us.us, align 2, !tbaa !5
-  %396 = zext <16 x i16> %395 to <16 x i32>
-  %397 = shl nuw <16 x i32> %396, splat (i32 16)
-  %398 = bitcast <16 x i32> %397 to <16 x float>
-  %gep113.us.us.5.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 160
-  %399 = load <16 x i16>, ptr %gep113.us.us.5.i.us.us, align 2, !tbaa !5
-  %400 = zext <16 x i16> %399 to <16 x i32>
-  %401 = shl nuw <16 x i32> %400, splat (i32 16)
-  %402 = bitcast <16 x i32> %401 to <16 x float>
-  %gep113.us.us.4.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 128
-  %403 = load <16 x i16>, ptr %gep113.us.us.4.i.us.us, align 2, !tbaa !5
-  %404 = zext <16 x i16> %403 to <16 x i32>
-  %405 = shl nuw <16 x i32> %404, splat (i32 16)
-  %406 = bitcast <16 x i32> %405 to <16 x float>
-  %gep113.us.us.3.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 96
-  %407 = load <16 x i16>, ptr %gep113.us.us.3.i.us.us, align 2, !tbaa !5
-  %408 = zext <16 x i16> %407 to <16 x i32>
-  %409 = shl nuw <16 x i32> %408, splat (i32 16)
-  %410 = bitcast <16 x i32> %409 to <16 x float>
-  %gep113.us.us.2.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 64
-  %411 = load <16 x i16>, ptr %gep113.us.us.2.i.us.us, align 2, !tbaa !5
-  %412 = zext <16 x i16> %411 to <16 x i32>
-  %413 = shl nuw <16 x i32> %412, splat (i32 16)
-  %414 = bitcast <16 x i32> %413 to <16 x float>
-  %gep113.us.us.1.i.us.us = getelementptr i8, ptr %gep117.us.us.i.us.us, i64 32
-  %415 = load <16 x i16>, ptr %gep113.us.us.1.i.us.us, align 2, !tbaa !5
-  %416 = zext <16 x i16> %415 to <16 x i32>
-  %417 = shl nuw <16 x i32> %416, splat (i32 16)
-  %418 = bitcast <16 x i32> %417 to <16 x float>
-  %419 = load <16 x i16>, ptr %gep117.us.us.i.us.us, align 2, !tbaa !5
-  %420 = zext <16 x i16> %419 to <16 x i32>
-  %421 = shl nuw <16 x i32> %420, splat (i32 16)
-  %422 = bitcast <16 x i32> %421 to <16 x float>
-  %423 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %377, <16 x float> %422, <16 x float> zeroinitializer)
-  %424 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %371, <16 x float> %418, <16 x float> %423)
-  %425 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %365, <16 x float> %414, <16 x float> %424)
-  %426 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %359, <16 x float> %410, <16 x float> %425)
-  %427 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %406, <16 x float> %426)
-  %428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %347, <16 x float> %402, <16 x float> %427)
-  %429 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %341, <16 x float> %398, <16 x float> %428)
-  %430 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %334, <16 x float> %394, <16 x float> %429)
-  %431 = getelementptr inbounds nuw i8, ptr %332, i64 448
-  %432 = getelementptr inbounds nuw i8, ptr %332, i64 1472
-  %433 = load <16 x float>, ptr %432, align 4, !tbaa !5
-  %434 = getelementptr inbounds nuw i8, ptr %332, i64 1408
-  %435 = load <16 x float>, ptr %434, align 4, !tbaa !5
-  %436 = getelementptr inbounds nuw i8, ptr %332, i64 1344
-  %437 = load <16 x float>, ptr %436, align 4, !tbaa !5
-  %438 = getelementptr inbounds nuw i8, ptr %332, i64 1280
-  %439 = load <16 x float>, ptr %438, align 4, !tbaa !5
-  %440 = getelementptr inbounds nuw i8, ptr %332, i64 1216
-  %441 = load <16 x float>, ptr %440, align 4, !tbaa !5
-  %442 = getelementptr inbounds nuw i8, ptr %332, i64 1152
-  %443 = load <16 x float>, ptr %442, align 4, !tbaa !5
-  %444 = getelementptr inbounds nuw i8, ptr %332, i64 1088
-  %445 = load <16 x float>, ptr %444, align 4, !tbaa !5
-  %446 = getelementptr inbounds nuw i8, ptr %332, i64 1024
-  %447 = load <16 x float>, ptr %446, align 4, !tbaa !5
-  %448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %381, <16 x float> zeroinitializer)
-  %449 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %375, <16 x float> %448)
-  %450 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %369, <16 x float> %449)
-  %451 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %363, <16 x float> %450)
-  %452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %439, <16 x float> %357, <16 x float> %451)
-  %453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %351, <16 x float> %452)
-  %454 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %345, <16 x float> %453)
-  %455 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %433, <16 x float> %339, <16 x float> %454)
-  %456 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %447, <16 x float> %422, <16 x float> zeroinitializer)
-  %457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %445, <16 x float> %418, <16 x float> %456)
-  %458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %443, <16 x float> %414, <16 x float> %457)
-  %459 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %441, <16 x float> %410, <16 x float> %458)
-  %460 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %439, <16 x float> %406, <16 x float> %459)
-  %461 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %437, <16 x float> %402, <16 x float> %460)
-  %462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %435, <16 x float> %398, <16 x float> %461)
-  %463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %433, <16 x float> %394, <16 x float> %462)
-  %464 = getelementptr inbounds nuw i8, ptr %332, i64 960
-  %465 = load <16 x float>, ptr %464, align 4, !tbaa !5
-  %466 = getelementptr inbounds nuw i8, ptr %332, i64 896
-  %467 = load <16 x float>, ptr %466, align 4, !tbaa !5
-  %468 = getelementptr inbounds nuw i8, ptr %332, i64 832
-  %469 = load <16 x float>, ptr %468, align 4, !tbaa !5
-  %470 = getelementptr inbounds nuw i8, ptr %332, i64 768
-  %471 = load <16 x float>, ptr %470, align 4, !tbaa !5
-  %472 = getelementptr inbounds nuw i8, ptr %332, i64 704
-  %473 = load <16 x float>, ptr %472, align 4, !tbaa !5
-  %474 = getelementptr inbounds nuw i8, ptr %332, i64 640
-  %475 = load <16 x float>, ptr %474, align 4, !tbaa !5
-  %476 = getelementptr inbounds nuw i8, ptr %332, i64 576
-  %477 = load <16 x float>, ptr %476, align 4, !tbaa !5
-  %478 = getelementptr inbounds nuw i8, ptr %332, i64 512
-  %479 = load <16 x float>, ptr %478, align 4, !tbaa !5
-  %480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %381, <16 x float> zeroinitializer)
-  %481 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %477, <16 x float> %375, <16 x float> %480)
-  %482 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %369, <16 x float> %481)
-  %483 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %363, <16 x float> %482)
-  %484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %471, <16 x float> %357, <16 x float> %483)
-  %485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %351, <16 x float> %484)
-  %486 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %345, <16 x float> %485)
-  %487 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %339, <16 x float> %486)
-  %488 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %479, <16 x float> %422, <16 x float> zeroinitializer)
-  %489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %477, <16 x float> %418, <16 x float> %488)
-  %490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %475, <16 x float> %414, <16 x float> %489)
-  %491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %473, <16 x float> %410, <16 x float> %490)
-  %492 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %471, <16 x float> %406, <16 x float> %491)
-  %493 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %469, <16 x float> %402, <16 x float> %492)
-  %494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %467, <16 x float> %398, <16 x float> %493)
-  %495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %465, <16 x float> %394, <16 x float> %494)
-  %496 = load <16 x float>, ptr %431, align 4, !tbaa !5
-  %497 = getelementptr inbounds nuw i8, ptr %332, i64 384
-  %498 = load <16 x float>, ptr %497, align 4, !tbaa !5
-  %499 = getelementptr inbounds nuw i8, ptr %332, i64 320
-  %500 = load <16 x float>, ptr %499, align 4, !tbaa !5
-  %501 = getelementptr inbounds nuw i8, ptr %332, i64 256
-  %502 = load <16 x float>, ptr %501, align 4, !tbaa !5
-  %503 = getelementptr inbounds nuw i8, ptr %332, i64 192
-  %504 = load <16 x float>, ptr %503, align 4, !tbaa !5
-  %505 = getelementptr inbounds nuw i8, ptr %332, i64 128
-  %506 = load <16 x float>, ptr %505, align 4, !tbaa !5
-  %507 = getelementptr inbounds nuw i8, ptr %332, i64 64
-  %508 = load <16 x float>, ptr %507, align 4, !tbaa !5
-  %509 = load <16 x float>, ptr %332, align 4, !tbaa !5
-  %510 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %509, <16 x float> %381, <16 x float> zeroinitializer)
-  %511 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %375, <16 x float> %510)
-  %512 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %506, <16 x float> %369, <16 x float> %511)
-  %513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %363, <16 x float> %512)
-  %514 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %502, <16 x float> %357, <16 x float> %513)
-  %515 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %500, <16 x float> %351, <16 x float> %514)
-  %516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %498, <16 x float> %345, <16 x float> %515)
-  %517 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %496, <16 x float> %339, <16 x float> %516)
-  %518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %509, <16 x float> %422, <16 x float> zeroinitializer)
-  %519 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %508, <16 x float> %418, <16 x float> %518)
-  %520 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %506, <16 x float> %414, <16 x float> %519)
-  %521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %504, <16 x float> %410, <16 x float> %520)
-  %522 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %502, <16 x float> %406, <16 x float> %521)
-  %523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %500, <16 x float> %402, <16 x float> %522)
-  %524 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %498, <16 x float> %398, <16 x float> %523)
-  %525 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %496, <16 x float> %394, <16 x float> %524)
-  %.idx.i.us.us = shl nuw nsw i64 %indvars.iv243.i.us.us, 12
-  %gep271.i.us.us = getelementptr inbounds nuw i8, ptr %invariant.gep270.i.us, i64 %.idx.i.us.us
-  store <16 x float> %525, ptr %gep271.i.us.us, align 4, !tbaa !5
-  %526 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 64
-  store <16 x float> %517, ptr %526, align 4, !tbaa !5
-  %527 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1024
-  store <16 x float> %495, ptr %527, align 4, !tbaa !5
-  %528 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 1088
-  store <16 x float> %487, ptr %528, align 4, !tbaa !5
-  %529 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2048
-  store <16 x float> %463, ptr %529, align 4, !tbaa !5
-  %530 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 2112
-  store <16 x float> %455, ptr %530, align 4, !tbaa !5
-  %531 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3072
-  store <16 x float> %430, ptr %531, align 4, !tbaa !5
-  %532 = getelementptr inbounds nuw i8, ptr %gep271.i.us.us, i64 3136
-  store <16 x float> %389, ptr %532, align 4, !tbaa !5
-  %indvars.iv.next244.i.us.us = add nuw nsw i64 %indvars.iv243.i.us.us, 1
-  %exitcond246.not.i.us.us = icmp eq i64 %indvars.iv.next244.i.us.us, 4
-  br i1 %exitcond246.not.i.us.us, label %for_end_ax3_0.split.us.us.i.split.us.us, label %for_body_ax3_0.us.us.i.us.us, !prof !46
+  %354 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %337, <16 x float> %330)
+  %355 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %353, <16 x float> %342, <16 x float> %331)
+  %.idx292.i = shl nuw nsw i64 %indvars.iv269.i, 12
+  %gep298.i = getelementptr inbounds nuw i8, ptr %invariant.gep297.i, i64 %.idx292.i
+  store <16 x float> %338, ptr %gep298.i, align 4, !tbaa !5
+  %356 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 64
+  store <16 x float> %343, ptr %356, align 4, !tbaa !5
+  %357 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 1024
+  store <16 x float> %346, ptr %357, align 4, !tbaa !5
+  %358 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 1088
+  store <16 x float> %347, ptr %358, align 4, !tbaa !5
+  %359 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 2048
+  store <16 x float> %350, ptr %359, align 4, !tbaa !5
+  %360 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 2112
+  store <16 x float> %351, ptr %360, align 4, !tbaa !5
+  %361 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 3072
+  store <16 x float> %354, ptr %361, align 4, !tbaa !5
+  %362 = getelementptr inbounds nuw i8, ptr %gep298.i, i64 3136
+  store <16 x float> %355, ptr %362, align 4, !tbaa !5
+  %indvars.iv.next270.i = add nuw nsw i64 %indvars.iv269.i, 1
+  %exitcond272.not.i = icmp eq i64 %indvars.iv.next270.i, 4
+  br i1 %exitcond272.not.i, label %for_end_ax3_0.split.us.us.split.us.us.i, label %for_body_ax3_0.us.us.us.us.i, !prof !46
 
-for_end_ax3_0.split.us.us.i.split.us.us:          ; preds = %for_body_ax3_0.us.us.i.us.us
-  %indvars.iv.next248.i.us = add nuw nsw i64 %indvars.iv247.i.us, 1
-  %exitcond250.not.i.us = icmp eq i64 %indvars.iv.next248.i.us, 8
-  br i1 %exitcond250.not.i.us, label %for_begin_r57.preheader.i, label %for_begin_n_1.preheader.us.i.us, !prof !46
+for_end_ax3_0.split.us.us.split.us.us.i:          ; preds = %for_body_ax3_0.us.us.us.us.i
+  %indvars.iv.next274.i = add nuw nsw i64 %indvars.iv273.i, 1
+  %exitcond276.not.i = icmp eq i64 %indvars.iv.next274.i, 8
+  br i1 %exitcond276.not.i, label %for_begin_r57.preheader.i, label %for_begin_ax3_0.preheader.us.us.i, !prof !46
 
-for_end_to_m.i:                                   ; preds = %for_begin_to_m.i, %for_begin_to_m.preheader.i
-  %533 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %534 = tail call i32 %533(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not.i = icmp eq i32 %534, 0
+for_end_to.i:                                     ; preds = %for_begin_to.i, %for_begin_to.preheader.i
+  %363 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %364 = tail call i32 %363(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not.i = icmp eq i32 %364, 0
   br i1 %.not.i, label %if_end66.i, label %qk_matmul_compute_.exit, !prof !52
 
-for_begin_r57.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.i.split.us.us, %for_begin_n_1.preheader.us.i.preheader
-  %535 = add nuw nsw i64 %160, %135
-  %536 = and i64 %535, 4294967280
-  %537 = getelementptr inbounds nuw float, ptr %scores, i64 %536
+for_begin_r57.preheader.i:                        ; preds = %for_end_ax3_0.split.us.us.split.us.us.i, %for_begin_ax1_0.preheader.split.us.i
+  %365 = add nuw nsw i64 %160, %135
+  %366 = and i64 %365, 4294967280
+  %367 = getelementptr inbounds nuw float, ptr %scores, i64 %366
   br label %for_body_r58.i
 
 for_body_r58.i:                                   ; preds = %for_body_r58.i, %for_begin_r57.preheader.i
-  %indvars.iv251.i = phi i64 [ 0, %for_begin_r57.preheader.i ], [ %indvars.iv.next252.i, %for_body_r58.i ]
-  %.idx267.i = shl nuw nsw i64 %indvars.iv251.i, 9
-  %538 = getelementptr inbounds nuw i8, ptr %537, i64 %.idx267.i
-  store <16 x float> zeroinitializer, ptr %538, align 64, !tbaa !5
-  %.idx268.i = shl nuw nsw i64 %indvars.iv251.i, 10
-  %539 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx268.i
-  %sum_0.i = load <16 x float>, ptr %539, align 4, !tbaa !5
-  %540 = getelementptr inbounds nuw i8, ptr %539, i64 64
-  %sum_1.i = load <16 x float>, ptr %540, align 4, !tbaa !5
-  %541 = getelementptr inbounds nuw i8, ptr %539, i64 128
-  %sum_2.i = load <16 x float>, ptr %541, align 4, !tbaa !5
-  %542 = getelementptr inbounds nuw i8, ptr %539, i64 192
-  %sum_3.i = load <16 x float>, ptr %542, align 4, !tbaa !5
-  %543 = getelementptr inbounds nuw i8, ptr %539, i64 256
-  %sum_4.i = load <16 x float>, ptr %543, align 4, !tbaa !5
-  %544 = getelementptr inbounds nuw i8, ptr %539, i64 320
-  %sum_5.i = load <16 x float>, ptr %544, align 4, !tbaa !5
-  %545 = getelementptr inbounds nuw i8, ptr %539, i64 384
-  %sum_6.i = load <16 x float>, ptr %545, align 4, !tbaa !5
-  %546 = getelementptr inbounds nuw i8, ptr %539, i64 448
-  %sum_7.i = load <16 x float>, ptr %546, align 4, !tbaa !5
-  %547 = getelementptr inbounds nuw i8, ptr %539, i64 512
-  %sum_8.i = load <16 x float>, ptr %547, align 4, !tbaa !5
-  %548 = getelementptr inbounds nuw i8, ptr %539, i64 576
-  %sum_9.i = load <16 x float>, ptr %548, align 4, !tbaa !5
-  %549 = getelementptr inbounds nuw i8, ptr %539, i64 640
-  %sum_10.i = load <16 x float>, ptr %549, align 4, !tbaa !5
-  %550 = getelementptr inbounds nuw i8, ptr %539, i64 704
-  %sum_11.i = load <16 x float>, ptr %550, align 4, !tbaa !5
-  %551 = getelementptr inbounds nuw i8, ptr %539, i64 768
-  %sum_12.i = load <16 x float>, ptr %551, align 4, !tbaa !5
-  %552 = getelementptr inbounds nuw i8, ptr %539, i64 832
-  %sum_13.i = load <16 x float>, ptr %552, align 4, !tbaa !5
-  %553 = getelementptr inbounds nuw i8, ptr %539, i64 896
-  %sum_14.i = load <16 x float>, ptr %553, align 4, !tbaa !5
-  %554 = getelementptr inbounds nuw i8, ptr %539, i64 960
-  %sum_15.i = load <16 x float>, ptr %554, align 4, !tbaa !5
-  %555 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %556 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_16.i = fadd <16 x float> %556, %555
-  %557 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %558 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_17.i = fadd <16 x float> %558, %557
-  %559 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %560 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_18.i = fadd <16 x float> %560, %559
-  %561 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %562 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_19.i = fadd <16 x float> %562, %561
-  %563 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %564 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_20.i = fadd <16 x float> %564, %563
-  %565 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %566 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_21.i = fadd <16 x float> %566, %565
-  %567 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %568 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_22.i = fadd <16 x float> %568, %567
-  %569 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
-  %570 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
-  %sum_23.i = fadd <16 x float> %570, %569
-  %571 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %572 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_24.i = fadd <16 x float> %572, %571
-  %573 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %574 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_25.i = fadd <16 x float> %574, %573
-  %575 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %576 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_26.i = fadd <16 x float> %576, %575
-  %577 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
-  %578 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
-  %sum_27.i = fadd <16 x float> %578, %577
-  %579 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %580 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_28.i = fadd <16 x float> %580, %579
-  %581 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %582 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %sum_29.i = fadd <16 x float> %582, %581
-  %583 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
-  %584 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
-  %585 = fadd <16 x float> %584, %583
-  %586 = fadd <16 x float> %585, zeroinitializer
-  store <16 x float> %586, ptr %538, align 64, !tbaa !5
-  %indvars.iv.next252.i = add nuw nsw i64 %indvars.iv251.i, 1
-  %exitcond254.not.i = icmp eq i64 %indvars.iv.next252.i, 16
-  br i1 %exitcond254.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !46
+  %indvars.iv277.i = phi i64 [ 0, %for_begin_r57.preheader.i ], [ %indvars.iv.next278.i, %for_body_r58.i ]
+  %.idx294.i = shl nuw nsw i64 %indvars.iv277.i, 9
+  %368 = getelementptr inbounds nuw i8, ptr %367, i64 %.idx294.i
+  store <16 x float> zeroinitializer, ptr %368, align 64, !tbaa !5
+  %.idx295.i = shl nuw nsw i64 %indvars.iv277.i, 10
+  %369 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx295.i
+  %sum_0.i = load <16 x float>, ptr %369, align 4, !tbaa !5
+  %370 = getelementptr inbounds nuw i8, ptr %369, i64 64
+  %sum_1.i = load <16 x float>, ptr %370, align 4, !tbaa !5
+  %371 = getelementptr inbounds nuw i8, ptr %369, i64 128
+  %sum_2.i = load <16 x float>, ptr %371, align 4, !tbaa !5
+  %372 = getelementptr inbounds nuw i8, ptr %369, i64 192
+  %sum_3.i = load <16 x float>, ptr %372, align 4, !tbaa !5
+  %373 = getelementptr inbounds nuw i8, ptr %369, i64 256
+  %sum_4.i = load <16 x float>, ptr %373, align 4, !tbaa !5
+  %374 = getelementptr inbounds nuw i8, ptr %369, i64 320
+  %sum_5.i = load <16 x float>, ptr %374, align 4, !tbaa !5
+  %375 = getelementptr inbounds nuw i8, ptr %369, i64 384
+  %sum_6.i = load <16 x float>, ptr %375, align 4, !tbaa !5
+  %376 = getelementptr inbounds nuw i8, ptr %369, i64 448
+  %sum_7.i = load <16 x float>, ptr %376, align 4, !tbaa !5
+  %377 = getelementptr inbounds nuw i8, ptr %369, i64 512
+  %sum_8.i = load <16 x float>, ptr %377, align 4, !tbaa !5
+  %378 = getelementptr inbounds nuw i8, ptr %369, i64 576
+  %sum_9.i = load <16 x float>, ptr %378, align 4, !tbaa !5
+  %379 = getelementptr inbounds nuw i8, ptr %369, i64 640
+  %sum_10.i = load <16 x float>, ptr %379, align 4, !tbaa !5
+  %380 = getelementptr inbounds nuw i8, ptr %369, i64 704
+  %sum_11.i = load <16 x float>, ptr %380, align 4, !tbaa !5
+  %381 = getelementptr inbounds nuw i8, ptr %369, i64 768
+  %sum_12.i = load <16 x float>, ptr %381, align 4, !tbaa !5
+  %382 = getelementptr inbounds nuw i8, ptr %369, i64 832
+  %sum_13.i = load <16 x float>, ptr %382, align 4, !tbaa !5
+  %383 = getelementptr inbounds nuw i8, ptr %369, i64 896
+  %sum_14.i = load <16 x float>, ptr %383, align 4, !tbaa !5
+  %384 = getelementptr inbounds nuw i8, ptr %369, i64 960
+  %sum_15.i = load <16 x float>, ptr %384, align 4, !tbaa !5
+  %385 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %386 = shufflevector <16 x float> %sum_0.i, <16 x float> %sum_1.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_16.i = fadd <16 x float> %386, %385
+  %387 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %388 = shufflevector <16 x float> %sum_2.i, <16 x float> %sum_3.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_17.i = fadd <16 x float> %388, %387
+  %389 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %390 = shufflevector <16 x float> %sum_4.i, <16 x float> %sum_5.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_18.i = fadd <16 x float> %390, %389
+  %391 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %392 = shufflevector <16 x float> %sum_6.i, <16 x float> %sum_7.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_19.i = fadd <16 x float> %392, %391
+  %393 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %394 = shufflevector <16 x float> %sum_8.i, <16 x float> %sum_9.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_20.i = fadd <16 x float> %394, %393
+  %395 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %396 = shufflevector <16 x float> %sum_10.i, <16 x float> %sum_11.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_21.i = fadd <16 x float> %396, %395
+  %397 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %398 = shufflevector <16 x float> %sum_12.i, <16 x float> %sum_13.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_22.i = fadd <16 x float> %398, %397
+  %399 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 2, i32 18, i32 3, i32 19, i32 6, i32 22, i32 7, i32 23, i32 10, i32 26, i32 11, i32 27, i32 14, i32 30, i32 15, i32 31>
+  %400 = shufflevector <16 x float> %sum_14.i, <16 x float> %sum_15.i, <16 x i32> <i32 0, i32 16, i32 1, i32 17, i32 4, i32 20, i32 5, i32 21, i32 8, i32 24, i32 9, i32 25, i32 12, i32 28, i32 13, i32 29>
+  %sum_23.i = fadd <16 x float> %400, %399
+  %401 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %402 = shufflevector <16 x float> %sum_16.i, <16 x float> %sum_17.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_24.i = fadd <16 x float> %402, %401
+  %403 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %404 = shufflevector <16 x float> %sum_18.i, <16 x float> %sum_19.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_25.i = fadd <16 x float> %404, %403
+  %405 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %406 = shufflevector <16 x float> %sum_20.i, <16 x float> %sum_21.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_26.i = fadd <16 x float> %406, %405
+  %407 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 2, i32 3, i32 18, i32 19, i32 6, i32 7, i32 22, i32 23, i32 10, i32 11, i32 26, i32 27, i32 14, i32 15, i32 30, i32 31>
+  %408 = shufflevector <16 x float> %sum_22.i, <16 x float> %sum_23.i, <16 x i32> <i32 0, i32 1, i32 16, i32 17, i32 4, i32 5, i32 20, i32 21, i32 8, i32 9, i32 24, i32 25, i32 12, i32 13, i32 28, i32 29>
+  %sum_27.i = fadd <16 x float> %408, %407
+  %409 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %410 = shufflevector <16 x float> %sum_24.i, <16 x float> %sum_25.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_28.i = fadd <16 x float> %410, %409
+  %411 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %412 = shufflevector <16 x float> %sum_26.i, <16 x float> %sum_27.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %sum_29.i = fadd <16 x float> %412, %411
+  %413 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 4, i32 5, i32 6, i32 7, i32 12, i32 13, i32 14, i32 15, i32 20, i32 21, i32 22, i32 23, i32 28, i32 29, i32 30, i32 31>
+  %414 = shufflevector <16 x float> %sum_28.i, <16 x float> %sum_29.i, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 8, i32 9, i32 10, i32 11, i32 16, i32 17, i32 18, i32 19, i32 24, i32 25, i32 26, i32 27>
+  %415 = fadd <16 x float> %414, %413
+  %416 = fadd <16 x float> %415, zeroinitializer
+  store <16 x float> %416, ptr %368, align 64, !tbaa !5
+  %indvars.iv.next278.i = add nuw nsw i64 %indvars.iv277.i, 1
+  %exitcond280.not.i = icmp eq i64 %indvars.iv.next278.i, 16
+  br i1 %exitcond280.not.i, label %for_end_r59.i, label %for_body_r58.i, !prof !46
 
 for_end_r59.i:                                    ; preds = %for_body_r58.i
-  %587 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %588 = tail call i32 %587(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not73.i = icmp eq i32 %588, 0
-  br i1 %.not73.i, label %for_begin_to_m.i, label %qk_matmul_compute_.exit, !prof !52
+  %417 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %418 = tail call i32 %417(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
+  %.not73.i = icmp eq i32 %418, 0
+  br i1 %.not73.i, label %for_begin_to.i, label %qk_matmul_compute_.exit, !prof !52
 
-if_end66.i:                                       ; preds = %for_end_to_m.i
-  %589 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
-  %590 = tail call i32 %589(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not72.i = icmp eq i32 %590, 0
+if_end66.i:                                       ; preds = %for_end_to.i
+  %419 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !47
+  %420 = tail call i32 %419(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not72.i = icmp eq i32 %420, 0
   br i1 %.not72.i, label %for_begin_s.i, label %qk_matmul_compute_.exit, !prof !52
 
-qk_matmul_compute_.exit:                          ; preds = %if_end66.i, %for_end_r59.i, %for_end_to_m.i, %for_body_to_m.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
-  %common.ret.op.i = phi i32 [ -1, %for_body_to_m.i ], [ 0, %if_end21 ], [ -1, %for_end_r59.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end66.i ], [ -1, %if_end.i ]
+qk_matmul_compute_.exit:                          ; preds = %if_end66.i, %for_end_r59.i, %for_end_to.i, %for_body_to.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %for_body_to.i ], [ 0, %if_end21 ], [ -1, %for_end_r59.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %for_end_to.i ], [ -1, %if_end66.i ], [ -1, %if_end.i ]
   ret i32 %common.ret.op.i
 }
 
@@ -3913,14 +3645,11 @@ declare float @llvm.log.f32(float) #3
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
-
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
+define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
 b0:
   %v0 = bitcast float %a0 to i32
   %0 = tail call float @llvm.fabs.f32(float %a0)
@@ -4008,7 +3737,7 @@ b13:                                              ; preds = %b12, %b11, %b10, %b
 }
 
 ; Function Attrs: nofree nosync nounwind memory(none)
-define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
+define weak dso_local float @__extendhfsf2(half %a0) local_unnamed_addr #4 section ".text.tvm.fp16.conv" {
 b0:
   %0 = tail call half @llvm.fabs.f16(half %a0)
   %v1 = bitcast half %0 to i16
@@ -4086,29 +3815,28 @@ declare float @llvm.fabs.f32(float) #3
 declare half @llvm.fabs.f16(half) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #5
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #5
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
-declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
 ; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #8
+declare void @llvm.memcpy.p0.p0.i64(ptr noalias writeonly captures(none), ptr noalias readonly captures(none), i64, i1 immarg) #7
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
 attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
-attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
-attributes #8 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
+attributes #4 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
+attributes #5 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: readwrite) }
 
 !llvm.module.flags = !{!0, !1, !2}
 

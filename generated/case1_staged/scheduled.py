@@ -171,21 +171,20 @@ class Module:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                value_offsets = T.sblock_alloc_buffer((256,), "int64")
+                value_offsets = T.sblock_alloc_buffer((128,), "int64")
                 seq: T.let[T.int32] = batch_start + vs
-                tile_start: T.let[T.int32] = block_idx * 128
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
+                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - block_idx * 128, 128), 0)
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * v_head
                 num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
-                    T.writes(value_offsets[0:256])
+                    T.writes(value_offsets[0:128])
                     for t in range(num_offsets):
                         with T.sblock("offset"):
-                            vt = T.axis.spatial(256, t)
-                            T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
+                            vt = T.axis.spatial(128, t)
+                            T.reads(block_table[seq, T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
                             T.writes(value_offsets[vt])
-                            token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
+                            token: T.let[T.int32] = T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1)
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
@@ -194,7 +193,6 @@ class Module:
                     T.reads()
                     T.writes()
                     full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                    fetched = T.sblock_alloc_buffer((8, 16, 4), "int8")
                     for i_m, r_0_m, d_0_m in T.grid(1, 4, 4):
                         for r_1_init in T.unroll(4):
                             for d_1_init in T.unroll(2):
@@ -208,17 +206,6 @@ class Module:
                                             T.writes(full_acc[vi, vr, vd])
                                             full_acc[vi, vr, vd] = T.float32(0.0)
                         for to in range(num_full):
-                            for ax0, ax1, ax2 in T.grid(1, 1, 4):
-                                with T.sblock("prefetch_values"):
-                                    vo = T.axis.spatial(8, to + ax0)
-                                    vp = T.axis.spatial(16, r_0_m * 4 + d_0_m + ax1)
-                                    vn = T.axis.spatial(4, ax2)
-                                    T.where(to < 8)
-                                    T.reads(value_offsets[0:256])
-                                    T.writes(fetched[vo, vp, vn])
-                                    if T.EQ(0, 0) and vp < 16:
-                                        number: T.let[T.int32] = (vp * num_full + vo) * 4 + vn
-                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                             for ti in T.unroll(16):
                                 for r_1 in T.unroll(4):
                                     for d_1 in T.unroll(2):
@@ -229,7 +216,7 @@ class Module:
                                                     vi = T.axis.spatial(1, i_m)
                                                     vr = T.axis.spatial(16, r_0_m * 4 + r_1)
                                                     vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 16 + d_2 + d_3)
-                                                    T.reads(full_acc[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:4])
+                                                    T.reads(full_acc[vi, vr, vd], probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                     T.writes(full_acc[vi, vr, vd])
                                                     full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
                         for r_1_init in T.unroll(4):
@@ -243,7 +230,7 @@ class Module:
                                             T.reads()
                                             T.writes(tile_acc[vs, vr, vd])
                                             tile_acc[vs, vr, vd] = full_acc[vi, vr, vd]
-                        for ti in range(valid_len % 16):
+                        for ti in range(valid_len % 16 + 1 - 1):
                             for r_1 in T.unroll(4):
                                 for d_1 in T.unroll(2):
                                     for d_3 in T.unroll(1):
@@ -266,103 +253,93 @@ class Module:
                 T.reads()
                 T.writes()
                 q_tile = T.sblock_alloc_buffer((1, 16, 128))
-                key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                key_offsets = T.sblock_alloc_buffer((128,), "int64")
                 seq: T.let[T.int32] = batch_start + vs
-                tile_start: T.let[T.int32] = block_idx * 128
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
+                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - block_idx * 128, 128), 0)
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * k_head
-                num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("load_query"):
                     T.reads(query[seq, head_start:head_start + num_rows, 0:128])
                     T.writes(q_tile[0, 0:16, 0:128])
-                    for r, d_0, d_2 in T.grid(16, 8, 1):
+                    for r, d_0 in T.grid(16, 8):
                         for d_1 in T.vectorized(16):
                             with T.sblock("q_tile"):
                                 vr = T.axis.spatial(16, r)
-                                vd = T.axis.spatial(128, d_0 * 16 + d_1 + d_2)
+                                vd = T.axis.spatial(128, d_0 * 16 + d_1)
                                 T.reads(query[seq, head_start + vr, vd])
                                 T.writes(q_tile[0, vr, vd])
                                 q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
+                num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
-                    T.writes(key_offsets[0:256])
+                    T.writes(key_offsets[0:128])
                     for t in range(num_offsets):
                         with T.sblock("offset"):
-                            vt = T.axis.spatial(256, t)
-                            T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
+                            vt = T.axis.spatial(128, t)
+                            T.reads(block_table[seq, T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
                             T.writes(key_offsets[vt])
-                            token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
+                            token: T.let[T.int32] = T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1)
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                 with T.sblock("qk_matmul"):
-                    T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                    T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_offsets[0:128])
                     T.writes(scores[vs, 0:16, 0:128])
                     scores_rf = T.sblock_alloc_buffer((16, 16, 128, 16))
                     scores_rf_global = T.sblock_alloc_buffer((16, 16, 128, 16))
-                    for __m, to_m in T.grid(1, (valid_len + 16 - 1) // 16):
-                        for n_0_m in range(8):
-                            for n_1 in range(8):
-                                with T.sblock("prefetch_keys"):
-                                    vo = T.axis.spatial(8, to_m)
-                                    vn = T.axis.spatial(64, n_0_m * 8 + n_1)
-                                    T.reads(key_offsets[0:256])
-                                    T.writes()
-                                    first: T.let[T.int32] = vo * 16
-                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + head_offset + T.Cast("int64", vn % 4 * 32)]), 0, 2, 1)
-                            for ax3_0 in range(4):
-                                for ax2_init in range(1):
-                                    for ax3_1_init in T.unroll(4):
-                                        for ax1_1_init in T.unroll(2):
-                                            for ax0_init in T.vectorized(16):
-                                                with T.sblock("scores_rf_init"):
-                                                    vd_1 = T.axis.spatial(16, ax0_init)
-                                                    vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
-                                                    vi = T.axis.spatial(1, ax2_init)
-                                                    vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1_init)
-                                                    T.where(to_m < 8)
-                                                    T.reads()
+                    for i, to in T.grid(1, (valid_len + 16 - 1) // 16):
+                        for ax1_0, ax3_0 in T.grid(8, 4):
+                            for ax2_init in range(1):
+                                for ax3_1_init in T.unroll(4):
+                                    for ax1_1_init in T.unroll(2):
+                                        for ax0_init in T.vectorized(16):
+                                            with T.sblock("scores_rf_init"):
+                                                vd_1 = T.axis.spatial(16, ax0_init)
+                                                vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1_init)
+                                                vi = T.axis.spatial(1, ax2_init)
+                                                vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1_init)
+                                                T.where(to < 8)
+                                                T.reads()
+                                                T.writes(scores_rf_global[vs, vr, vt, vd_1])
+                                                scores_rf_global[vs, vr, vt, vd_1] = T.float32(0.0)
+                            for ax4, ax2 in T.grid(8, 1):
+                                for ax5 in T.unroll(1):
+                                    for ax3_1 in T.unroll(4):
+                                        for ax1_1 in T.unroll(2):
+                                            for ax0 in T.vectorized(16):
+                                                with T.sblock("scores_rf_update"):
+                                                    vd_1 = T.axis.spatial(16, ax0)
+                                                    vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1)
+                                                    vi = T.axis.spatial(1, ax2)
+                                                    vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1)
+                                                    vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
+                                                    T.where(to < 8)
+                                                    T.reads(scores_rf_global[vs, vr, vt, vd_1], q_tile[vi, vr, vd_0 * 16 + vd_1 + vd_2], key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)], key_offsets[vt])
                                                     T.writes(scores_rf_global[vs, vr, vt, vd_1])
-                                                    scores_rf_global[vs, vr, vt, vd_1] = T.float32(0.0)
-                                for ax4, ax2 in T.grid(8, 1):
-                                    for ax5 in T.unroll(1):
-                                        for ax3_1 in T.unroll(4):
-                                            for ax1_1 in T.unroll(2):
-                                                for ax0 in T.vectorized(16):
-                                                    with T.sblock("scores_rf_update"):
-                                                        vd_1 = T.axis.spatial(16, ax0)
-                                                        vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1)
-                                                        vi = T.axis.spatial(1, ax2)
-                                                        vr = T.axis.spatial(16, ax3_0 * 4 + ax3_1)
-                                                        vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
-                                                        T.where(to_m < 8)
-                                                        T.reads(scores_rf_global[vs, vr, vt, vd_1], q_tile[vi, vr, vd_0 * 16 + vd_1 + vd_2], key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)], key_offsets[vt])
-                                                        T.writes(scores_rf_global[vs, vr, vt, vd_1])
-                                                        scores_rf_global[vs, vr, vt, vd_1] = scores_rf_global[vs, vr, vt, vd_1] + q_tile[vi, vr, vd_0 * 16 + vd_1 + vd_2] * T.Cast("float32", key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)])
-                                for ax0 in range(1):
-                                    for ax1 in T.unroll(4):
-                                        for ax2 in T.unroll(2):
-                                            for ax3 in T.vectorized(16):
-                                                with T.sblock("scores.rf_global"):
-                                                    v0 = T.axis.spatial(16, vs + ax0)
-                                                    v1 = T.axis.spatial(16, ax3_0 * 4 + ax1)
-                                                    v2 = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax2)
-                                                    v3 = T.axis.spatial(16, ax3)
-                                                    T.where(0 <= vs and vs < 16 and to_m < 8)
-                                                    T.reads(scores_rf_global[v0, v1, v2, v3])
-                                                    T.writes(scores_rf[v0, v1, v2, v3])
-                                                    scores_rf[v0, v1, v2, v3] = scores_rf_global[v0, v1, v2, v3]
+                                                    scores_rf_global[vs, vr, vt, vd_1] = scores_rf_global[vs, vr, vt, vd_1] + q_tile[vi, vr, vd_0 * 16 + vd_1 + vd_2] * T.Cast("float32", key_cache[key_offsets[vt] + (head_offset + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd_0 * 16 + vd_1 + vd_2)])
+                            for ax0 in range(1):
+                                for ax1 in T.unroll(4):
+                                    for ax2 in T.unroll(2):
+                                        for ax3 in T.vectorized(16):
+                                            with T.sblock("scores.rf_global"):
+                                                v0 = T.axis.spatial(16, vs + ax0)
+                                                v1 = T.axis.spatial(16, ax3_0 * 4 + ax1)
+                                                v2 = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax2)
+                                                v3 = T.axis.spatial(16, ax3)
+                                                T.where(0 <= vs and vs < 16 and to < 8)
+                                                T.reads(scores_rf_global[v0, v1, v2, v3])
+                                                T.writes(scores_rf[v0, v1, v2, v3])
+                                                scores_rf[v0, v1, v2, v3] = scores_rf_global[v0, v1, v2, v3]
                         for r in range(16):
                             for ti_init in T.vectorized(16):
                                 with T.sblock("scores_init"):
-                                    vt = T.axis.spatial(128, to_m * 16 + ti_init)
-                                    vi, vr = T.axis.remap("SS", [__m, r])
+                                    vt = T.axis.spatial(128, to * 16 + ti_init)
+                                    vi, vr = T.axis.remap("SS", [i, r])
                                     T.reads()
                                     T.writes(scores[vs, vr, vt])
                                     scores[vs, vr, vt] = T.float32(0.0)
                             with T.sblock("scores_update_o"):
                                 vd_1_o = T.axis.reduce(1, 0)
-                                vt_o, vi_o, vr_o = T.axis.remap("SSS", [to_m, __m, r])
+                                vt_o, vi_o, vr_o = T.axis.remap("SSS", [to, i, r])
                                 T.reads(scores[vs, vr_o, vt_o * 16:vt_o * 16 + 16], scores_rf[vs, vr_o, vt_o * 16:vt_o * 16 + 16, 0:16])
                                 T.writes(scores[vs, vr_o, vt_o * 16:vt_o * 16 + 16])
                                 sums = T.match_buffer(scores[vs, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), offset_factor=1)

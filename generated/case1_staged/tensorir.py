@@ -163,21 +163,20 @@ class Module:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                value_offsets = T.sblock_alloc_buffer((256,), "int64")
+                value_offsets = T.sblock_alloc_buffer((128,), "int64")
                 seq: T.let[T.int32] = batch_start + vs
-                tile_start: T.let[T.int32] = block_idx * 128
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
+                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - block_idx * 128, 128), 0)
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * v_head
                 num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
-                    T.writes(value_offsets[0:256])
+                    T.writes(value_offsets[0:128])
                     for t in range(num_offsets):
                         with T.sblock("offset"):
-                            vt = T.axis.spatial(256, t)
-                            T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
+                            vt = T.axis.spatial(128, t)
+                            T.reads(block_table[seq, T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
                             T.writes(value_offsets[vt])
-                            token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
+                            token: T.let[T.int32] = T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1)
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
@@ -186,26 +185,16 @@ class Module:
                     T.reads()
                     T.writes()
                     full_acc = T.sblock_alloc_buffer((1, 16, 128))
-                    fetched = T.sblock_alloc_buffer((8, 16, 4), "int8")
-                    for to, pi, ni in T.grid(num_full, 16, 4):
-                        with T.sblock("prefetch_values"):
-                            vo = T.axis.spatial(8, to)
-                            vp, vn = T.axis.remap("SS", [pi, ni])
-                            T.reads(value_offsets[0:256])
-                            T.writes(fetched[vo, vp, vn])
-                            if T.EQ(0, 0) and vp < 16:
-                                number: T.let[T.int32] = (vp * num_full + vo) * 4 + vn
-                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[number // 4] + head_offset + T.Cast("int64", number % 4 * 32)]), 0, 2, 1)
                     for i, to, ti, r, d in T.grid(1, num_full, 16, 16, 128):
                         with T.sblock("full_groups"):
                             vt = T.axis.reduce(128, to * 16 + ti)
                             vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                            T.reads(probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:4])
+                            T.reads(probs[vs, vr, vt], value_cache[0:v_span], value_offsets[vt])
                             T.writes(full_acc[vi, vr, vd])
                             with T.init():
                                 full_acc[vi, vr, vd] = T.float32(0.0)
                             full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + probs[vs, vr, vt] * T.Cast("float32", value_cache[value_offsets[vt] + (head_offset + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)])
-                    for i, ti, r, d in T.grid(1, valid_len % 16, 16, 128):
+                    for i, ti, r, d in T.grid(1, valid_len % 16 + 1 - 1, 16, 128):
                         with T.sblock("tile_acc"):
                             vt = T.axis.reduce(128, num_full * 16 + ti)
                             vi, vr, vd = T.axis.remap("SSS", [i, r, d])
@@ -224,12 +213,10 @@ class Module:
                 T.reads()
                 T.writes()
                 q_tile = T.sblock_alloc_buffer((1, 16, 128))
-                key_offsets = T.sblock_alloc_buffer((256,), "int64")
+                key_offsets = T.sblock_alloc_buffer((128,), "int64")
                 seq: T.let[T.int32] = batch_start + vs
-                tile_start: T.let[T.int32] = block_idx * 128
-                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - tile_start, 128), 0)
+                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - block_idx * 128, 128), 0)
                 head_offset: T.let[T.int64] = T.Cast("int64", kv_head) * k_head
-                num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("load_query"):
                     T.reads(query[seq, head_start:head_start + num_rows, 0:128])
                     T.writes(q_tile[0, 0:16, 0:128])
@@ -239,29 +226,22 @@ class Module:
                             T.reads(query[seq, head_start + vr, vd])
                             T.writes(q_tile[0, vr, vd])
                             q_tile[0, vr, vd] = T.if_then_else(vr < num_rows, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
+                num_offsets: T.let[T.int32] = (valid_len + 16 - 1) // 16 * 16
                 with T.sblock("token_offsets"):
                     T.reads(block_table[seq, 0:max_blocks])
-                    T.writes(key_offsets[0:256])
+                    T.writes(key_offsets[0:128])
                     for t in range(num_offsets):
                         with T.sblock("offset"):
-                            vt = T.axis.spatial(256, t)
-                            T.reads(block_table[seq, T.min(tile_start + vt, tile_start + valid_len - 1) // 128])
+                            vt = T.axis.spatial(128, t)
+                            T.reads(block_table[seq, T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1) // 128])
                             T.writes(key_offsets[vt])
-                            token: T.let[T.int32] = T.min(tile_start + vt, tile_start + valid_len - 1)
+                            token: T.let[T.int32] = T.min(block_idx * 128 + vt, block_idx * 128 + valid_len - 1)
                             block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 128])
                             slot: T.let[T.int32] = token % 128
                             key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
                 with T.sblock("qk_matmul"):
-                    T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                    T.reads(q_tile[0, 0:16, 0:128], key_cache[0:k_span], key_offsets[0:128])
                     T.writes(scores[vs, 0:16, 0:128])
-                    for _, to, n in T.grid(1, (valid_len + 16 - 1) // 16, 64):
-                        with T.sblock("prefetch_keys"):
-                            vo = T.axis.spatial(8, to)
-                            vn = T.axis.spatial(64, n)
-                            T.reads(key_offsets[0:256])
-                            T.writes()
-                            first: T.let[T.int32] = vo * 16
-                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + head_offset + T.Cast("int64", vn % 4 * 32)]), 0, 2, 1)
                     for i, to, ti, r, d in T.grid(1, (valid_len + 16 - 1) // 16, 16, 16, 128):
                         with T.sblock("scores"):
                             vt = T.axis.spatial(128, to * 16 + ti)

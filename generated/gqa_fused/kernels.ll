@@ -251,8 +251,8 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %row_sum268.i = alloca [32 x float], align 16
-  %row_max269.i = alloca [32 x float], align 16
+  %row_sum273.i = alloca [32 x float], align 16
+  %row_max274.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -439,8 +439,8 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum268.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max269.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum273.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max274.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -483,17 +483,17 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %.not = icmp eq i64 %104, 0
   %105 = zext i32 %93 to i64
   %106 = and i64 %50, 4294967295
-  %wide.trip.count834.i = and i64 %44, 2147483647
+  %wide.trip.count839.i = and i64 %44, 2147483647
   %invariant.op.i = add i32 %93, -1
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end240.i
-  %indvars.iv.next830.i = add nuw nsw i64 %indvars.iv829.i, 1
-  %exitcond835.not.i = icmp eq i64 %indvars.iv.next830.i, %wide.trip.count834.i
-  br i1 %exitcond835.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
+for_begin_s.i:                                    ; preds = %if_end245.i
+  %indvars.iv.next835.i = add nuw nsw i64 %indvars.iv834.i, 1
+  %exitcond840.not.i = icmp eq i64 %indvars.iv.next835.i, %wide.trip.count839.i
+  br i1 %exitcond840.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !13
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv829.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next830.i, %for_begin_s.i ]
+  %indvars.iv834.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next835.i, %for_begin_s.i ]
   %107 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %q_tile.i = tail call ptr %107(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
   %108 = icmp eq ptr %q_tile.i, null
@@ -506,7 +506,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %110, label %fused_decode_compute_.exit, label %if_end2.i, !prof !8
 
 if_end2.i:                                        ; preds = %if_end.i
-  %111 = add nsw i64 %indvars.iv829.i, %97
+  %111 = add nsw i64 %indvars.iv834.i, %97
   %112 = getelementptr inbounds i32, ptr %context_lens, i64 %111
   %113 = load i32, ptr %112, align 4, !tbaa !5
   %114 = mul nsw i64 %111, %q_batch
@@ -514,9 +514,9 @@ if_end2.i:                                        ; preds = %if_end.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %if_end2.i
-  %indvars.iv682.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next683.i, %for_end_ax1.i ]
-  %116 = shl nuw nsw i64 %indvars.iv682.i, 2
-  %.idx59 = shl nuw nsw i64 %indvars.iv682.i, 11
+  %indvars.iv687.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next688.i, %for_end_ax1.i ]
+  %116 = shl nuw nsw i64 %indvars.iv687.i, 2
+  %.idx59 = shl nuw nsw i64 %indvars.iv687.i, 11
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx59
   br label %for_begin_ax2.preheader.i
 
@@ -535,7 +535,7 @@ for_end_tile.i:                                   ; preds = %for_end_ax1.i
   %126 = tail call i32 @llvm.umax.i32(i32 %125, i32 1)
   %.reass.i = add i32 %invariant.op.i, %range_len.i
   %127 = mul nsw i64 %111, %table_seq
-  %invariant.gep434.i = getelementptr i32, ptr %block_table, i64 %127
+  %invariant.gep439.i = getelementptr i32, ptr %block_table, i64 %127
   %128 = uitofp nneg i32 %places.i to float
   %129 = fsub float 0x4168000FE0000000, %128
   %130 = insertelement <16 x float> poison, float %129, i64 0
@@ -545,7 +545,7 @@ for_end_tile.i:                                   ; preds = %for_end_ax1.i
   %134 = shufflevector <16 x float> %133, <16 x float> poison, <16 x i32> zeroinitializer
   %135 = zext nneg i32 %125 to i64
   %136 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count792.i = zext nneg i32 %126 to i64
+  %wide.trip.count797.i = zext nneg i32 %126 to i64
   br label %for_begin_step.i
 
 for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax1.preheader.i
@@ -678,21 +678,21 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
-  %indvars.iv.next683.i = add nuw nsw i64 %indvars.iv682.i, 1
-  %exitcond685.not.i = icmp eq i64 %indvars.iv.next683.i, 8
-  br i1 %exitcond685.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
+  %indvars.iv.next688.i = add nuw nsw i64 %indvars.iv687.i, 1
+  %exitcond690.not.i = icmp eq i64 %indvars.iv.next688.i, 8
+  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
 
-for_begin_step.i:                                 ; preds = %if_end198.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end198.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv789.i = phi i64 [ %indvars.iv.next790.i, %if_end198.i ], [ 0, %for_end_tile.i ]
+for_begin_step.i:                                 ; preds = %if_end203.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end203.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv794.i = phi i64 [ %indvars.iv.next795.i, %if_end203.i ], [ 0, %for_end_tile.i ]
   %smin302 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %222 = and i32 %smin302, 15
   %223 = zext nneg i32 %222 to i64
-  %exitcond793.not.i = icmp eq i64 %indvars.iv789.i, %wide.trip.count792.i
-  br i1 %exitcond793.not.i, label %for_begin_tile203.preheader.i, label %for_body_step.i, !prof !17
+  %exitcond798.not.i = icmp eq i64 %indvars.iv794.i, %wide.trip.count797.i
+  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !17
 
-for_begin_tile203.preheader.i:                    ; preds = %for_begin_step.i
-  %224 = add nuw nsw i64 %indvars.iv829.i, %106
+for_begin_tile208.preheader.i:                    ; preds = %for_begin_step.i
+  %224 = add nuw nsw i64 %indvars.iv834.i, %106
   %225 = shl nuw nsw i64 %224, 5
   %.idx.i = shl nuw nsw i64 %224, 14
   %226 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
@@ -703,20 +703,20 @@ for_begin_tile203.preheader.i:                    ; preds = %for_begin_step.i
   %231 = shl nuw nsw i32 %121, 23
   %232 = add nuw i32 %231, 16777216
   %233 = bitcast i32 %232 to float
-  br i1 %.not, label %for_body_tile204.i, label %for_body_tile204.us.i
+  br i1 %.not, label %for_body_tile209.i, label %for_body_tile209.us.i
 
-for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %for_begin_tile203.preheader.i
-  %indvars.iv825.i = phi i64 [ %indvars.iv.next826.i, %if_end223.us.3.i ], [ 0, %for_begin_tile203.preheader.i ]
-  %234 = shl nuw nsw i64 %indvars.iv825.i, 2
-  %235 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %234
+for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %for_begin_tile208.preheader.i
+  %indvars.iv830.i = phi i64 [ %indvars.iv.next831.i, %if_end228.us.3.i ], [ 0, %for_begin_tile208.preheader.i ]
+  %234 = shl nuw nsw i64 %indvars.iv830.i, 2
+  %235 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %234
   %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !18
   %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
   %239 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> zeroinitializer
   %240 = mul nsw i64 %234, %out_head
-  %invariant.gep625.us.i = getelementptr i16, ptr %228, i64 %240
-  %.idx61 = shl nuw nsw i64 %indvars.iv825.i, 11
+  %invariant.gep630.us.i = getelementptr i16, ptr %228, i64 %240
+  %.idx61 = shl nuw nsw i64 %indvars.iv830.i, 11
   %241 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx61
   %242 = load <32 x float>, ptr %241, align 4, !tbaa !5
   %243 = fmul <32 x float> %242, %239
@@ -727,7 +727,7 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %248 = add nuw <32 x i32> %247, %246
   %249 = lshr <32 x i32> %248, splat (i32 16)
   %250 = trunc nuw <32 x i32> %249 to <32 x i16>
-  store <32 x i16> %250, ptr %invariant.gep625.us.i, align 2, !tbaa !5
+  store <32 x i16> %250, ptr %invariant.gep630.us.i, align 2, !tbaa !5
   %251 = getelementptr inbounds nuw i8, ptr %241, i64 128
   %252 = load <32 x float>, ptr %251, align 4, !tbaa !5
   %253 = fmul <32 x float> %252, %239
@@ -738,8 +738,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %258 = add nuw <32 x i32> %257, %256
   %259 = lshr <32 x i32> %258, splat (i32 16)
   %260 = trunc nuw <32 x i32> %259 to <32 x i16>
-  %gep626.us.1.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 64
-  store <32 x i16> %260, ptr %gep626.us.1.i, align 2, !tbaa !5
+  %gep631.us.1.i = getelementptr i8, ptr %invariant.gep630.us.i, i64 64
+  store <32 x i16> %260, ptr %gep631.us.1.i, align 2, !tbaa !5
   %261 = getelementptr inbounds nuw i8, ptr %241, i64 256
   %262 = load <32 x float>, ptr %261, align 4, !tbaa !5
   %263 = fmul <32 x float> %239, %262
@@ -750,8 +750,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %268 = add nuw <32 x i32> %267, %266
   %269 = lshr <32 x i32> %268, splat (i32 16)
   %270 = trunc nuw <32 x i32> %269 to <32 x i16>
-  %gep626.us.2.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 128
-  store <32 x i16> %270, ptr %gep626.us.2.i, align 2, !tbaa !5
+  %gep631.us.2.i = getelementptr i8, ptr %invariant.gep630.us.i, i64 128
+  store <32 x i16> %270, ptr %gep631.us.2.i, align 2, !tbaa !5
   %271 = getelementptr inbounds nuw i8, ptr %241, i64 384
   %272 = load <32 x float>, ptr %271, align 4, !tbaa !5
   %273 = fmul <32 x float> %239, %272
@@ -762,12 +762,12 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %278 = add nuw <32 x i32> %277, %276
   %279 = lshr <32 x i32> %278, splat (i32 16)
   %280 = trunc nuw <32 x i32> %279 to <32 x i16>
-  %gep626.us.3.i = getelementptr i8, ptr %invariant.gep625.us.i, i64 192
-  store <32 x i16> %280, ptr %gep626.us.3.i, align 2, !tbaa !5
+  %gep631.us.3.i = getelementptr i8, ptr %invariant.gep630.us.i, i64 192
+  store <32 x i16> %280, ptr %gep631.us.3.i, align 2, !tbaa !5
   %281 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %282 = or disjoint i64 %234, 1
   %283 = mul nsw i64 %282, %out_head
-  %invariant.gep625.us.1.i = getelementptr i16, ptr %228, i64 %283
+  %invariant.gep630.us.1.i = getelementptr i16, ptr %228, i64 %283
   %284 = getelementptr inbounds nuw i8, ptr %241, i64 512
   %285 = load <32 x float>, ptr %284, align 4, !tbaa !5
   %286 = fmul <32 x float> %281, %285
@@ -778,7 +778,7 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %291 = add nuw <32 x i32> %290, %289
   %292 = lshr <32 x i32> %291, splat (i32 16)
   %293 = trunc nuw <32 x i32> %292 to <32 x i16>
-  store <32 x i16> %293, ptr %invariant.gep625.us.1.i, align 2, !tbaa !5
+  store <32 x i16> %293, ptr %invariant.gep630.us.1.i, align 2, !tbaa !5
   %294 = getelementptr inbounds nuw i8, ptr %241, i64 640
   %295 = load <32 x float>, ptr %294, align 4, !tbaa !5
   %296 = fmul <32 x float> %281, %295
@@ -789,8 +789,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %301 = add nuw <32 x i32> %300, %299
   %302 = lshr <32 x i32> %301, splat (i32 16)
   %303 = trunc nuw <32 x i32> %302 to <32 x i16>
-  %gep626.us.1.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 64
-  store <32 x i16> %303, ptr %gep626.us.1.1.i, align 2, !tbaa !5
+  %gep631.us.1.1.i = getelementptr i8, ptr %invariant.gep630.us.1.i, i64 64
+  store <32 x i16> %303, ptr %gep631.us.1.1.i, align 2, !tbaa !5
   %304 = getelementptr inbounds nuw i8, ptr %241, i64 768
   %305 = load <32 x float>, ptr %304, align 4, !tbaa !5
   %306 = fmul <32 x float> %281, %305
@@ -801,8 +801,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %311 = add nuw <32 x i32> %310, %309
   %312 = lshr <32 x i32> %311, splat (i32 16)
   %313 = trunc nuw <32 x i32> %312 to <32 x i16>
-  %gep626.us.2.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 128
-  store <32 x i16> %313, ptr %gep626.us.2.1.i, align 2, !tbaa !5
+  %gep631.us.2.1.i = getelementptr i8, ptr %invariant.gep630.us.1.i, i64 128
+  store <32 x i16> %313, ptr %gep631.us.2.1.i, align 2, !tbaa !5
   %314 = getelementptr inbounds nuw i8, ptr %241, i64 896
   %315 = load <32 x float>, ptr %314, align 4, !tbaa !5
   %316 = fmul <32 x float> %281, %315
@@ -813,12 +813,12 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %321 = add nuw <32 x i32> %320, %319
   %322 = lshr <32 x i32> %321, splat (i32 16)
   %323 = trunc nuw <32 x i32> %322 to <32 x i16>
-  %gep626.us.3.1.i = getelementptr i8, ptr %invariant.gep625.us.1.i, i64 192
-  store <32 x i16> %323, ptr %gep626.us.3.1.i, align 2, !tbaa !5
+  %gep631.us.3.1.i = getelementptr i8, ptr %invariant.gep630.us.1.i, i64 192
+  store <32 x i16> %323, ptr %gep631.us.3.1.i, align 2, !tbaa !5
   %324 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %325 = or disjoint i64 %234, 2
   %326 = mul nsw i64 %325, %out_head
-  %invariant.gep625.us.2.i = getelementptr i16, ptr %228, i64 %326
+  %invariant.gep630.us.2.i = getelementptr i16, ptr %228, i64 %326
   %327 = getelementptr inbounds nuw i8, ptr %241, i64 1024
   %328 = load <32 x float>, ptr %327, align 4, !tbaa !5
   %329 = fmul <32 x float> %324, %328
@@ -829,7 +829,7 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %334 = add nuw <32 x i32> %333, %332
   %335 = lshr <32 x i32> %334, splat (i32 16)
   %336 = trunc nuw <32 x i32> %335 to <32 x i16>
-  store <32 x i16> %336, ptr %invariant.gep625.us.2.i, align 2, !tbaa !5
+  store <32 x i16> %336, ptr %invariant.gep630.us.2.i, align 2, !tbaa !5
   %337 = getelementptr inbounds nuw i8, ptr %241, i64 1152
   %338 = load <32 x float>, ptr %337, align 4, !tbaa !5
   %339 = fmul <32 x float> %324, %338
@@ -840,8 +840,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %344 = add nuw <32 x i32> %343, %342
   %345 = lshr <32 x i32> %344, splat (i32 16)
   %346 = trunc nuw <32 x i32> %345 to <32 x i16>
-  %gep626.us.1.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 64
-  store <32 x i16> %346, ptr %gep626.us.1.2.i, align 2, !tbaa !5
+  %gep631.us.1.2.i = getelementptr i8, ptr %invariant.gep630.us.2.i, i64 64
+  store <32 x i16> %346, ptr %gep631.us.1.2.i, align 2, !tbaa !5
   %347 = getelementptr inbounds nuw i8, ptr %241, i64 1280
   %348 = load <32 x float>, ptr %347, align 4, !tbaa !5
   %349 = fmul <32 x float> %324, %348
@@ -852,8 +852,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %354 = add nuw <32 x i32> %353, %352
   %355 = lshr <32 x i32> %354, splat (i32 16)
   %356 = trunc nuw <32 x i32> %355 to <32 x i16>
-  %gep626.us.2.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 128
-  store <32 x i16> %356, ptr %gep626.us.2.2.i, align 2, !tbaa !5
+  %gep631.us.2.2.i = getelementptr i8, ptr %invariant.gep630.us.2.i, i64 128
+  store <32 x i16> %356, ptr %gep631.us.2.2.i, align 2, !tbaa !5
   %357 = getelementptr inbounds nuw i8, ptr %241, i64 1408
   %358 = load <32 x float>, ptr %357, align 4, !tbaa !5
   %359 = fmul <32 x float> %324, %358
@@ -864,12 +864,12 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %364 = add nuw <32 x i32> %363, %362
   %365 = lshr <32 x i32> %364, splat (i32 16)
   %366 = trunc nuw <32 x i32> %365 to <32 x i16>
-  %gep626.us.3.2.i = getelementptr i8, ptr %invariant.gep625.us.2.i, i64 192
-  store <32 x i16> %366, ptr %gep626.us.3.2.i, align 2, !tbaa !5
+  %gep631.us.3.2.i = getelementptr i8, ptr %invariant.gep630.us.2.i, i64 192
+  store <32 x i16> %366, ptr %gep631.us.3.2.i, align 2, !tbaa !5
   %367 = shufflevector <4 x float> %238, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %368 = or disjoint i64 %234, 3
   %369 = mul nsw i64 %368, %out_head
-  %invariant.gep625.us.3.i = getelementptr i16, ptr %228, i64 %369
+  %invariant.gep630.us.3.i = getelementptr i16, ptr %228, i64 %369
   %370 = getelementptr inbounds nuw i8, ptr %241, i64 1536
   %371 = load <32 x float>, ptr %370, align 4, !tbaa !5
   %372 = fmul <32 x float> %367, %371
@@ -880,7 +880,7 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %377 = add nuw <32 x i32> %376, %375
   %378 = lshr <32 x i32> %377, splat (i32 16)
   %379 = trunc nuw <32 x i32> %378 to <32 x i16>
-  store <32 x i16> %379, ptr %invariant.gep625.us.3.i, align 2, !tbaa !5
+  store <32 x i16> %379, ptr %invariant.gep630.us.3.i, align 2, !tbaa !5
   %380 = getelementptr inbounds nuw i8, ptr %241, i64 1664
   %381 = load <32 x float>, ptr %380, align 4, !tbaa !5
   %382 = fmul <32 x float> %367, %381
@@ -891,8 +891,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %387 = add nuw <32 x i32> %386, %385
   %388 = lshr <32 x i32> %387, splat (i32 16)
   %389 = trunc nuw <32 x i32> %388 to <32 x i16>
-  %gep626.us.1.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 64
-  store <32 x i16> %389, ptr %gep626.us.1.3.i, align 2, !tbaa !5
+  %gep631.us.1.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 64
+  store <32 x i16> %389, ptr %gep631.us.1.3.i, align 2, !tbaa !5
   %390 = getelementptr inbounds nuw i8, ptr %241, i64 1792
   %391 = load <32 x float>, ptr %390, align 4, !tbaa !5
   %392 = fmul <32 x float> %367, %391
@@ -903,8 +903,8 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %397 = add nuw <32 x i32> %396, %395
   %398 = lshr <32 x i32> %397, splat (i32 16)
   %399 = trunc nuw <32 x i32> %398 to <32 x i16>
-  %gep626.us.2.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 128
-  store <32 x i16> %399, ptr %gep626.us.2.3.i, align 2, !tbaa !5
+  %gep631.us.2.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 128
+  store <32 x i16> %399, ptr %gep631.us.2.3.i, align 2, !tbaa !5
   %400 = getelementptr inbounds nuw i8, ptr %241, i64 1920
   %401 = load <32 x float>, ptr %400, align 4, !tbaa !5
   %402 = fmul <32 x float> %367, %401
@@ -915,78 +915,78 @@ for_body_tile204.us.i:                            ; preds = %if_end223.us.3.i, %
   %407 = add nuw <32 x i32> %406, %405
   %408 = lshr <32 x i32> %407, splat (i32 16)
   %409 = trunc nuw <32 x i32> %408 to <32 x i16>
-  %gep626.us.3.3.i = getelementptr i8, ptr %invariant.gep625.us.3.i, i64 192
-  store <32 x i16> %409, ptr %gep626.us.3.3.i, align 2, !tbaa !5
+  %gep631.us.3.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 192
+  store <32 x i16> %409, ptr %gep631.us.3.3.i, align 2, !tbaa !5
   %410 = getelementptr float, ptr %230, i64 %234
   %411 = load float, ptr %235, align 16, !tbaa !18
   %412 = fcmp oeq float %411, 0.000000e+00
-  br i1 %412, label %if_end223.us.i, label %if_else222.us.i
+  br i1 %412, label %if_end228.us.i, label %if_else227.us.i
 
-if_else222.us.i:                                  ; preds = %for_body_tile204.us.i
+if_else227.us.i:                                  ; preds = %for_body_tile209.us.i
   %413 = fmul float %411, %233
   %414 = tail call float @llvm.log.f32(float %413)
-  %415 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %234
+  %415 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %234
   %416 = load float, ptr %415, align 16, !tbaa !20
   %417 = fadd float %414, %416
-  br label %if_end223.us.i
+  br label %if_end228.us.i
 
-if_end223.us.i:                                   ; preds = %if_else222.us.i, %for_body_tile204.us.i
-  %418 = phi float [ %417, %if_else222.us.i ], [ 0xFFF0000000000000, %for_body_tile204.us.i ]
+if_end228.us.i:                                   ; preds = %if_else227.us.i, %for_body_tile209.us.i
+  %418 = phi float [ %417, %if_else227.us.i ], [ 0xFFF0000000000000, %for_body_tile209.us.i ]
   store float %418, ptr %410, align 4, !tbaa !5
-  %419 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %282
+  %419 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %282
   %420 = load float, ptr %419, align 4, !tbaa !18
   %421 = fcmp oeq float %420, 0.000000e+00
-  br i1 %421, label %if_end223.us.1.i, label %if_else222.us.1.i
+  br i1 %421, label %if_end228.us.1.i, label %if_else227.us.1.i
 
-if_else222.us.1.i:                                ; preds = %if_end223.us.i
+if_else227.us.1.i:                                ; preds = %if_end228.us.i
   %422 = fmul float %420, %233
   %423 = tail call float @llvm.log.f32(float %422)
-  %424 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %282
+  %424 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %282
   %425 = load float, ptr %424, align 4, !tbaa !20
   %426 = fadd float %423, %425
-  br label %if_end223.us.1.i
+  br label %if_end228.us.1.i
 
-if_end223.us.1.i:                                 ; preds = %if_else222.us.1.i, %if_end223.us.i
-  %427 = phi float [ %426, %if_else222.us.1.i ], [ 0xFFF0000000000000, %if_end223.us.i ]
+if_end228.us.1.i:                                 ; preds = %if_else227.us.1.i, %if_end228.us.i
+  %427 = phi float [ %426, %if_else227.us.1.i ], [ 0xFFF0000000000000, %if_end228.us.i ]
   %428 = getelementptr i8, ptr %410, i64 4
   store float %427, ptr %428, align 4, !tbaa !5
-  %429 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %325
+  %429 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %325
   %430 = load float, ptr %429, align 8, !tbaa !18
   %431 = fcmp oeq float %430, 0.000000e+00
-  br i1 %431, label %if_end223.us.2.i, label %if_else222.us.2.i
+  br i1 %431, label %if_end228.us.2.i, label %if_else227.us.2.i
 
-if_else222.us.2.i:                                ; preds = %if_end223.us.1.i
+if_else227.us.2.i:                                ; preds = %if_end228.us.1.i
   %432 = fmul float %430, %233
   %433 = tail call float @llvm.log.f32(float %432)
-  %434 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %325
+  %434 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %325
   %435 = load float, ptr %434, align 8, !tbaa !20
   %436 = fadd float %433, %435
-  br label %if_end223.us.2.i
+  br label %if_end228.us.2.i
 
-if_end223.us.2.i:                                 ; preds = %if_else222.us.2.i, %if_end223.us.1.i
-  %437 = phi float [ %436, %if_else222.us.2.i ], [ 0xFFF0000000000000, %if_end223.us.1.i ]
+if_end228.us.2.i:                                 ; preds = %if_else227.us.2.i, %if_end228.us.1.i
+  %437 = phi float [ %436, %if_else227.us.2.i ], [ 0xFFF0000000000000, %if_end228.us.1.i ]
   %438 = getelementptr i8, ptr %410, i64 8
   store float %437, ptr %438, align 4, !tbaa !5
-  %439 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %368
+  %439 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %368
   %440 = load float, ptr %439, align 4, !tbaa !18
   %441 = fcmp oeq float %440, 0.000000e+00
-  br i1 %441, label %if_end223.us.3.i, label %if_else222.us.3.i
+  br i1 %441, label %if_end228.us.3.i, label %if_else227.us.3.i
 
-if_else222.us.3.i:                                ; preds = %if_end223.us.2.i
+if_else227.us.3.i:                                ; preds = %if_end228.us.2.i
   %442 = fmul float %440, %233
   %443 = tail call float @llvm.log.f32(float %442)
-  %444 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %368
+  %444 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %368
   %445 = load float, ptr %444, align 4, !tbaa !20
   %446 = fadd float %443, %445
-  br label %if_end223.us.3.i
+  br label %if_end228.us.3.i
 
-if_end223.us.3.i:                                 ; preds = %if_else222.us.3.i, %if_end223.us.2.i
-  %447 = phi float [ %446, %if_else222.us.3.i ], [ 0xFFF0000000000000, %if_end223.us.2.i ]
+if_end228.us.3.i:                                 ; preds = %if_else227.us.3.i, %if_end228.us.2.i
+  %447 = phi float [ %446, %if_else227.us.3.i ], [ 0xFFF0000000000000, %if_end228.us.2.i ]
   %448 = getelementptr i8, ptr %410, i64 12
   store float %447, ptr %448, align 4, !tbaa !5
-  %indvars.iv.next826.i = add nuw nsw i64 %indvars.iv825.i, 1
-  %exitcond828.not.i = icmp eq i64 %indvars.iv.next826.i, 8
-  br i1 %exitcond828.not.i, label %for_end_tile205.i, label %for_body_tile204.us.i, !prof !16
+  %indvars.iv.next831.i = add nuw nsw i64 %indvars.iv830.i, 1
+  %exitcond833.not.i = icmp eq i64 %indvars.iv.next831.i, 8
+  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !16
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %449 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1001,15 +1001,15 @@ if_end15.i:                                       ; preds = %for_body_step.i
   br i1 %452, label %fused_decode_compute_.exit, label %if_end18.i, !prof !8
 
 if_end18.i:                                       ; preds = %if_end15.i
-  %453 = shl nsw i64 %indvars.iv789.i, 7
+  %453 = shl nsw i64 %indvars.iv794.i, 7
   %454 = sub nsw i64 %136, %453
+  %indvars.iv.next795.i = add nuw nsw i64 %indvars.iv794.i, 1
   %455 = trunc nsw i64 %454 to i32
   %456 = tail call i32 @llvm.smin.i32(i32 %455, i32 128)
   %457 = add nsw i32 %456, 15
-  %indvars.iv.next790.i = add nuw nsw i64 %indvars.iv789.i, 1
   %458 = ashr i32 %457, 4
   %459 = and i32 %457, -16
-  %460 = icmp samesign ult i64 %indvars.iv.next790.i, %135
+  %460 = icmp samesign ult i64 %indvars.iv.next795.i, %135
   %461 = select i1 %460, i32 256, i32 %459
   %462 = icmp sgt i32 %461, 0
   br i1 %462, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
@@ -1020,133 +1020,133 @@ for_body_t.lr.ph.i:                               ; preds = %if_end18.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv686.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next687.i.1, %for_body_t.i ]
-  %464 = add nuw nsw i64 %indvars.iv686.i, %463
+  %indvars.iv691.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next692.i.1, %for_body_t.i ]
+  %464 = add nuw nsw i64 %indvars.iv691.i, %463
   %465 = trunc i64 %464 to i32
   %466 = tail call i32 @llvm.smin.i32(i32 %465, i32 %.reass.i)
   %467 = sext i32 %466 to i64
   %468 = ashr i64 %467, 4
-  %gep435.i = getelementptr i32, ptr %invariant.gep434.i, i64 %468
-  %469 = load i32, ptr %gep435.i, align 4, !tbaa !5
+  %gep440.i = getelementptr i32, ptr %invariant.gep439.i, i64 %468
+  %469 = load i32, ptr %gep440.i, align 4, !tbaa !5
   %block.i = sext i32 %469 to i64
   %470 = and i64 %467, 15
   %471 = mul nsw i64 %470, %k_row
   %472 = mul nsw i64 %k_block, %block.i
   %473 = add nsw i64 %471, %472
-  %474 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv686.i
+  %474 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv691.i
   store i64 %473, ptr %474, align 8, !tbaa !5
-  %indvars.iv.next687.i = or disjoint i64 %indvars.iv686.i, 1
-  %475 = add nuw nsw i64 %indvars.iv.next687.i, %463
+  %indvars.iv.next692.i = or disjoint i64 %indvars.iv691.i, 1
+  %475 = add nuw nsw i64 %indvars.iv.next692.i, %463
   %476 = trunc i64 %475 to i32
   %477 = tail call i32 @llvm.smin.i32(i32 %476, i32 %.reass.i)
   %478 = sext i32 %477 to i64
   %479 = ashr i64 %478, 4
-  %gep435.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %479
-  %480 = load i32, ptr %gep435.i.1, align 4, !tbaa !5
+  %gep440.i.1 = getelementptr i32, ptr %invariant.gep439.i, i64 %479
+  %480 = load i32, ptr %gep440.i.1, align 4, !tbaa !5
   %block.i.1 = sext i32 %480 to i64
   %481 = and i64 %478, 15
   %482 = mul nsw i64 %481, %k_row
   %483 = mul nsw i64 %k_block, %block.i.1
   %484 = add nsw i64 %482, %483
-  %485 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next687.i
+  %485 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next692.i
   store i64 %484, ptr %485, align 8, !tbaa !5
-  %indvars.iv.next687.i.1 = add nuw nsw i64 %indvars.iv686.i, 2
-  %exitcond689.not.i.1 = icmp eq i64 %indvars.iv.next687.i.1, %wide.trip.count.i
-  br i1 %exitcond689.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
+  %indvars.iv.next692.i.1 = add nuw nsw i64 %indvars.iv691.i, 2
+  %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next692.i.1, %wide.trip.count.i
+  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %486 = icmp sgt i32 %458, 0
   %487 = icmp sgt i64 %454, 0
-  %488 = icmp eq i64 %indvars.iv789.i, 0
+  %488 = icmp eq i64 %indvars.iv794.i, 0
   %489 = insertelement <4 x i1> poison, i1 %488, i64 0
   %490 = shufflevector <4 x i1> %489, <4 x i1> poison, <4 x i32> zeroinitializer
   %491 = ashr i32 %456, 4
   %492 = icmp sgt i32 %491, 0
   %493 = and i32 %456, 15
-  %.not637.i = icmp eq i32 %493, 0
+  %.not642.i = icmp eq i32 %493, 0
   %494 = and i32 %456, -16
   %495 = sext i32 %494 to i64
   %496 = zext i32 %491 to i64
-  %wide.trip.count711.i = zext i32 %458 to i64
-  %497 = add nsw i64 %wide.trip.count711.i, -1
-  %xtraiter = and i64 %wide.trip.count711.i, 3
+  %wide.trip.count716.i = zext i32 %458 to i64
+  %497 = add nsw i64 %wide.trip.count716.i, -1
+  %xtraiter = and i64 %wide.trip.count716.i, 3
   %498 = icmp ult i32 %458, 4
-  %unroll_iter = and i64 %wide.trip.count711.i, 2147483644
+  %unroll_iter = and i64 %wide.trip.count716.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod203 = icmp ne i64 %xtraiter, 0
-  %xtraiter204 = and i64 %wide.trip.count711.i, 3
+  %xtraiter204 = and i64 %wide.trip.count716.i, 3
   %499 = icmp ult i32 %458, 4
-  %unroll_iter208 = and i64 %wide.trip.count711.i, 2147483644
+  %unroll_iter208 = and i64 %wide.trip.count716.i, 2147483644
   %lcmp.mod206.not = icmp eq i64 %xtraiter204, 0
   %lcmp.mod207 = icmp ne i64 %xtraiter204, 0
-  %xtraiter210 = and i64 %wide.trip.count711.i, 3
+  %xtraiter210 = and i64 %wide.trip.count716.i, 3
   %500 = icmp ult i32 %458, 4
-  %unroll_iter214 = and i64 %wide.trip.count711.i, 2147483644
+  %unroll_iter214 = and i64 %wide.trip.count716.i, 2147483644
   %lcmp.mod212.not = icmp eq i64 %xtraiter210, 0
   %lcmp.mod213 = icmp ne i64 %xtraiter210, 0
-  %xtraiter216 = and i64 %wide.trip.count711.i, 3
+  %xtraiter216 = and i64 %wide.trip.count716.i, 3
   %501 = icmp ult i32 %458, 4
-  %unroll_iter220 = and i64 %wide.trip.count711.i, 2147483644
+  %unroll_iter220 = and i64 %wide.trip.count716.i, 2147483644
   %lcmp.mod218.not = icmp eq i64 %xtraiter216, 0
   %lcmp.mod219 = icmp ne i64 %xtraiter216, 0
-  %xtraiter222 = and i64 %wide.trip.count711.i, 7
+  %xtraiter222 = and i64 %wide.trip.count716.i, 7
   %502 = icmp ult i32 %458, 8
-  %unroll_iter227 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter227 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod224.not = icmp eq i64 %xtraiter222, 0
   %lcmp.mod226 = icmp ne i64 %xtraiter222, 0
-  %xtraiter229 = and i64 %wide.trip.count711.i, 7
+  %xtraiter229 = and i64 %wide.trip.count716.i, 7
   %503 = icmp ult i32 %458, 8
-  %unroll_iter234 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter234 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod231.not = icmp eq i64 %xtraiter229, 0
   %lcmp.mod233 = icmp ne i64 %xtraiter229, 0
-  %xtraiter236 = and i64 %wide.trip.count711.i, 7
+  %xtraiter236 = and i64 %wide.trip.count716.i, 7
   %504 = icmp ult i32 %458, 8
-  %unroll_iter241 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter241 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod238.not = icmp eq i64 %xtraiter236, 0
   %lcmp.mod240 = icmp ne i64 %xtraiter236, 0
-  %xtraiter243 = and i64 %wide.trip.count711.i, 7
+  %xtraiter243 = and i64 %wide.trip.count716.i, 7
   %505 = icmp ult i32 %458, 8
-  %unroll_iter248 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter248 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod245.not = icmp eq i64 %xtraiter243, 0
   %lcmp.mod247 = icmp ne i64 %xtraiter243, 0
-  %xtraiter250 = and i64 %wide.trip.count711.i, 1
+  %xtraiter250 = and i64 %wide.trip.count716.i, 1
   %506 = icmp eq i64 %497, 0
-  %unroll_iter254 = and i64 %wide.trip.count711.i, 2147483646
+  %unroll_iter254 = and i64 %wide.trip.count716.i, 2147483646
   %lcmp.mod252.not = icmp eq i64 %xtraiter250, 0
   %lcmp.mod253 = icmp ne i64 %xtraiter250, 0
-  %xtraiter256 = and i64 %wide.trip.count711.i, 1
+  %xtraiter256 = and i64 %wide.trip.count716.i, 1
   %507 = icmp eq i64 %497, 0
-  %unroll_iter260 = and i64 %wide.trip.count711.i, 2147483646
+  %unroll_iter260 = and i64 %wide.trip.count716.i, 2147483646
   %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
   %lcmp.mod259 = icmp ne i64 %xtraiter256, 0
-  %xtraiter262 = and i64 %wide.trip.count711.i, 1
+  %xtraiter262 = and i64 %wide.trip.count716.i, 1
   %508 = icmp eq i64 %497, 0
-  %unroll_iter266 = and i64 %wide.trip.count711.i, 2147483646
+  %unroll_iter266 = and i64 %wide.trip.count716.i, 2147483646
   %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
   %lcmp.mod265 = icmp ne i64 %xtraiter262, 0
-  %xtraiter268 = and i64 %wide.trip.count711.i, 1
+  %xtraiter268 = and i64 %wide.trip.count716.i, 1
   %509 = icmp eq i64 %497, 0
-  %unroll_iter272 = and i64 %wide.trip.count711.i, 2147483646
+  %unroll_iter272 = and i64 %wide.trip.count716.i, 2147483646
   %lcmp.mod270.not = icmp eq i64 %xtraiter268, 0
   %lcmp.mod271 = icmp ne i64 %xtraiter268, 0
-  %xtraiter274 = and i64 %wide.trip.count711.i, 7
+  %xtraiter274 = and i64 %wide.trip.count716.i, 7
   %510 = icmp ult i32 %458, 8
-  %unroll_iter279 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter279 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod276.not = icmp eq i64 %xtraiter274, 0
   %lcmp.mod278 = icmp ne i64 %xtraiter274, 0
-  %xtraiter281 = and i64 %wide.trip.count711.i, 7
+  %xtraiter281 = and i64 %wide.trip.count716.i, 7
   %511 = icmp ult i32 %458, 8
-  %unroll_iter286 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter286 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod283.not = icmp eq i64 %xtraiter281, 0
   %lcmp.mod285 = icmp ne i64 %xtraiter281, 0
-  %xtraiter288 = and i64 %wide.trip.count711.i, 7
+  %xtraiter288 = and i64 %wide.trip.count716.i, 7
   %512 = icmp ult i32 %458, 8
-  %unroll_iter293 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter293 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod290.not = icmp eq i64 %xtraiter288, 0
   %lcmp.mod292 = icmp ne i64 %xtraiter288, 0
-  %xtraiter295 = and i64 %wide.trip.count711.i, 7
+  %xtraiter295 = and i64 %wide.trip.count716.i, 7
   %513 = icmp ult i32 %458, 8
-  %unroll_iter300 = and i64 %wide.trip.count711.i, 2147483640
+  %unroll_iter300 = and i64 %wide.trip.count716.i, 2147483640
   %lcmp.mod297.not = icmp eq i64 %xtraiter295, 0
   %lcmp.mod299 = icmp ne i64 %xtraiter295, 0
   %xtraiter303 = and i64 %223, 1
@@ -1157,50 +1157,50 @@ for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if
   br label %for_begin_kv_head.i
 
 for_body_t21.i:                                   ; preds = %for_body_t21.i, %for_body_t.i
-  %indvars.iv690.i = phi i64 [ %indvars.iv.next691.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
-  %515 = add nuw nsw i64 %indvars.iv690.i, %463
+  %indvars.iv695.i = phi i64 [ %indvars.iv.next696.i.1, %for_body_t21.i ], [ 0, %for_body_t.i ]
+  %515 = add nuw nsw i64 %indvars.iv695.i, %463
   %516 = trunc i64 %515 to i32
   %517 = tail call i32 @llvm.smin.i32(i32 %516, i32 %.reass.i)
   %518 = sext i32 %517 to i64
   %519 = ashr i64 %518, 4
-  %gep438.i = getelementptr i32, ptr %invariant.gep434.i, i64 %519
-  %520 = load i32, ptr %gep438.i, align 4, !tbaa !5
+  %gep443.i = getelementptr i32, ptr %invariant.gep439.i, i64 %519
+  %520 = load i32, ptr %gep443.i, align 4, !tbaa !5
   %block28.i = sext i32 %520 to i64
   %521 = and i64 %518, 15
   %522 = mul nsw i64 %521, %v_row
   %523 = mul nsw i64 %v_block, %block28.i
   %524 = add nsw i64 %522, %523
-  %525 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv690.i
+  %525 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv695.i
   store i64 %524, ptr %525, align 8, !tbaa !5
-  %indvars.iv.next691.i = or disjoint i64 %indvars.iv690.i, 1
-  %526 = add nuw nsw i64 %indvars.iv.next691.i, %463
+  %indvars.iv.next696.i = or disjoint i64 %indvars.iv695.i, 1
+  %526 = add nuw nsw i64 %indvars.iv.next696.i, %463
   %527 = trunc i64 %526 to i32
   %528 = tail call i32 @llvm.smin.i32(i32 %527, i32 %.reass.i)
   %529 = sext i32 %528 to i64
   %530 = ashr i64 %529, 4
-  %gep438.i.1 = getelementptr i32, ptr %invariant.gep434.i, i64 %530
-  %531 = load i32, ptr %gep438.i.1, align 4, !tbaa !5
+  %gep443.i.1 = getelementptr i32, ptr %invariant.gep439.i, i64 %530
+  %531 = load i32, ptr %gep443.i.1, align 4, !tbaa !5
   %block28.i.1 = sext i32 %531 to i64
   %532 = and i64 %529, 15
   %533 = mul nsw i64 %532, %v_row
   %534 = mul nsw i64 %v_block, %block28.i.1
   %535 = add nsw i64 %533, %534
-  %536 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next691.i
+  %536 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next696.i
   store i64 %535, ptr %536, align 8, !tbaa !5
-  %indvars.iv.next691.i.1 = add nuw nsw i64 %indvars.iv690.i, 2
-  %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next691.i.1, %wide.trip.count.i
-  br i1 %exitcond694.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
+  %indvars.iv.next696.i.1 = add nuw nsw i64 %indvars.iv695.i, 2
+  %exitcond699.not.i.1 = icmp eq i64 %indvars.iv.next696.i.1, %wide.trip.count.i
+  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
 
-for_begin_kv_head.i:                              ; preds = %if_end192.i, %for_begin_kv_head.preheader.i
-  %indvars.iv785.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next786.i, %if_end192.i ]
-  %exitcond788.not.i = icmp eq i64 %indvars.iv785.i, 8
-  br i1 %exitcond788.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
+for_begin_kv_head.i:                              ; preds = %if_end197.i, %for_begin_kv_head.preheader.i
+  %indvars.iv790.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next791.i, %if_end197.i ]
+  %exitcond793.not.i = icmp eq i64 %indvars.iv790.i, 8
+  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %537 = icmp eq i64 %indvars.iv785.i, 7
+  %537 = icmp eq i64 %indvars.iv790.i, 7
   %538 = and i1 %460, %537
-  %indvars.iv.next786.i = add nuw nsw i64 %indvars.iv785.i, 1
-  %539 = trunc nuw nsw i64 %indvars.iv.next786.i to i32
+  %indvars.iv.next791.i = add nuw nsw i64 %indvars.iv790.i, 1
+  %539 = trunc nuw nsw i64 %indvars.iv.next791.i to i32
   %540 = select i1 %537, i32 0, i32 %539
   %541 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.i = tail call ptr %541(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
@@ -1210,25 +1210,25 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %544 = tail call i32 %543(i32 1, i32 %dev_id, ptr %value_offsets.i)
-  %.not272.i = icmp eq i32 %544, 0
-  br i1 %.not272.i, label %if_end198.i, label %fused_decode_compute_.exit, !prof !17
+  %.not277.i = icmp eq i32 %544, 0
+  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !17
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
   %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %probs.i = tail call ptr %545(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %546 = icmp eq ptr %probs.i, null
-  br i1 %546, label %fused_decode_compute_.exit, label %for_begin_to_m.preheader.i, !prof !8
+  br i1 %546, label %fused_decode_compute_.exit, label %for_begin_to.preheader.i, !prof !8
 
-for_begin_to_m.preheader.i:                       ; preds = %if_end32.i
-  br i1 %486, label %for_body_to_m.lr.ph.i, label %for_end_to_m.thread.i, !prof !3
+for_begin_to.preheader.i:                         ; preds = %if_end32.i
+  br i1 %486, label %for_body_to.lr.ph.i, label %for_end_to.thread.i, !prof !3
 
-for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preheader.i
+for_body_to.lr.ph.i:                              ; preds = %for_begin_to.preheader.i
   %547 = zext nneg i32 %540 to i64
   %548 = mul nsw i64 %k_head, %547
-  %549 = mul nsw i64 %indvars.iv785.i, %k_head
-  %invariant.gep453.i = getelementptr i32, ptr %key_cache, i64 %549
+  %549 = mul nsw i64 %indvars.iv790.i, %k_head
+  %invariant.gep458.i = getelementptr i32, ptr %key_cache, i64 %549
   %550 = select i1 %538, i64 128, i64 0
-  %.idx60 = shl nuw nsw i64 %indvars.iv785.i, 11
+  %.idx60 = shl nuw nsw i64 %indvars.iv790.i, 11
   %551 = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx60
   %552 = getelementptr inbounds nuw i8, ptr %551, i64 512
   %553 = getelementptr inbounds nuw i8, ptr %551, i64 1024
@@ -1262,45 +1262,45 @@ for_body_to_m.lr.ph.i:                            ; preds = %for_begin_to_m.preh
   %581 = getelementptr inbounds nuw i8, ptr %551, i64 1472
   %582 = getelementptr inbounds nuw i8, ptr %551, i64 1984
   %invariant.gep147 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %550
-  br label %for_body_to_m.i
+  br label %for_body_to.i
 
-for_begin_to_m.i:                                 ; preds = %for_begin_r.preheader.i
-  %indvars.iv.next709.i = add nuw nsw i64 %indvars.iv708.i, 1
-  %exitcond712.not.i = icmp eq i64 %indvars.iv.next709.i, %wide.trip.count711.i
-  br i1 %exitcond712.not.i, label %for_end_to_m.i, label %for_body_to_m.i, !prof !13
+for_begin_to.i:                                   ; preds = %for_begin_r.preheader.i
+  %indvars.iv.next714.i = add nuw nsw i64 %indvars.iv713.i, 1
+  %exitcond717.not.i = icmp eq i64 %indvars.iv.next714.i, %wide.trip.count716.i
+  br i1 %exitcond717.not.i, label %for_end_to.i, label %for_body_to.i, !prof !13
 
-for_body_to_m.i:                                  ; preds = %for_begin_to_m.i, %for_body_to_m.lr.ph.i
-  %indvars.iv708.i = phi i64 [ 0, %for_body_to_m.lr.ph.i ], [ %indvars.iv.next709.i, %for_begin_to_m.i ]
+for_body_to.i:                                    ; preds = %for_begin_to.i, %for_body_to.lr.ph.i
+  %indvars.iv713.i = phi i64 [ 0, %for_body_to.lr.ph.i ], [ %indvars.iv.next714.i, %for_begin_to.i ]
   %583 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scores.rf.i = tail call ptr %583(i32 1, i32 %dev_id, i64 4096, i32 2, i32 32)
   %584 = icmp eq ptr %scores.rf.i, null
-  br i1 %584, label %fused_decode_compute_.exit, label %for_begin_n_0_m.preheader.i, !prof !8
+  br i1 %584, label %fused_decode_compute_.exit, label %for_begin_ax1_0.preheader.i, !prof !8
 
-for_begin_n_0_m.preheader.i:                      ; preds = %for_body_to_m.i
-  %585 = shl nsw i64 %indvars.iv708.i, 4
-  %invariant.gep952.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %585
+for_begin_ax1_0.preheader.i:                      ; preds = %for_body_to.i
+  %585 = shl nsw i64 %indvars.iv713.i, 4
+  %invariant.gep957.i = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %585
   %gep148 = getelementptr inbounds nuw i64, ptr %invariant.gep147, i64 %585
-  br label %for_begin_n_1.preheader.i
+  br label %for_begin_line.preheader.i
 
-for_end_to_m.i:                                   ; preds = %for_begin_to_m.i
+for_end_to.i:                                     ; preds = %for_begin_to.i
   %586 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
   %scaled.i = tail call ptr %586(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %587 = icmp eq ptr %scaled.i, null
-  br i1 %587, label %fused_decode_compute_.exit, label %for_body_to.us.i.preheader, !prof !8
+  br i1 %587, label %fused_decode_compute_.exit, label %for_body_to52.us.i.preheader, !prof !8
 
-for_body_to.us.i.preheader:                       ; preds = %for_end_to_m.i
-  br i1 %498, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !25
+for_body_to52.us.i.preheader:                     ; preds = %for_end_to.i
+  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !25
 
-for_end_to_m.thread.i:                            ; preds = %for_begin_to_m.preheader.i
+for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
-  %scaled917.i = tail call ptr %588(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
-  %589 = icmp eq ptr %scaled917.i, null
-  br i1 %589, label %fused_decode_compute_.exit, label %for_end_ax158.i, !prof !8
+  %scaled922.i = tail call ptr %588(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
+  %589 = icmp eq ptr %scaled922.i, null
+  br i1 %589, label %fused_decode_compute_.exit, label %for_end_ax163.i, !prof !8
 
-for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv713.i = phi i64 [ %indvars.iv.next714.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %590 = shl nsw i64 %indvars.iv713.i, 4
+for_body_to52.us.i:                               ; preds = %for_body_to52.us.i, %for_body_to52.us.i.preheader
+  %indvars.iv718.i = phi i64 [ %indvars.iv.next719.i.3, %for_body_to52.us.i ], [ 0, %for_body_to52.us.i.preheader ]
+  %niter = phi i64 [ %niter.next.3, %for_body_to52.us.i ], [ 0, %for_body_to52.us.i.preheader ]
+  %590 = shl nsw i64 %indvars.iv718.i, 4
   %591 = getelementptr inbounds nuw float, ptr %scores.i, i64 %590
   %592 = load <16 x float>, ptr %591, align 4, !tbaa !5
   %593 = fmul <16 x float> %103, %592
@@ -1312,8 +1312,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %599 = select <16 x i1> %598, <16 x float> %593, <16 x float> splat (float 0xFFF0000000000000)
   %600 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %590
   store <16 x float> %599, ptr %600, align 4, !tbaa !5
-  %indvars.iv.next714.i = shl i64 %indvars.iv713.i, 4
-  %601 = or disjoint i64 %indvars.iv.next714.i, 16
+  %indvars.iv.next719.i = shl i64 %indvars.iv718.i, 4
+  %601 = or disjoint i64 %indvars.iv.next719.i, 16
   %602 = getelementptr inbounds nuw float, ptr %scores.i, i64 %601
   %603 = load <16 x float>, ptr %602, align 4, !tbaa !5
   %604 = fmul <16 x float> %103, %603
@@ -1325,8 +1325,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %610 = select <16 x i1> %609, <16 x float> %604, <16 x float> splat (float 0xFFF0000000000000)
   %611 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %601
   store <16 x float> %610, ptr %611, align 4, !tbaa !5
-  %indvars.iv.next714.i.1 = shl i64 %indvars.iv713.i, 4
-  %612 = or disjoint i64 %indvars.iv.next714.i.1, 32
+  %indvars.iv.next719.i.1 = shl i64 %indvars.iv718.i, 4
+  %612 = or disjoint i64 %indvars.iv.next719.i.1, 32
   %613 = getelementptr inbounds nuw float, ptr %scores.i, i64 %612
   %614 = load <16 x float>, ptr %613, align 4, !tbaa !5
   %615 = fmul <16 x float> %103, %614
@@ -1338,8 +1338,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %621 = select <16 x i1> %620, <16 x float> %615, <16 x float> splat (float 0xFFF0000000000000)
   %622 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %612
   store <16 x float> %621, ptr %622, align 4, !tbaa !5
-  %indvars.iv.next714.i.2 = shl i64 %indvars.iv713.i, 4
-  %623 = or disjoint i64 %indvars.iv.next714.i.2, 48
+  %indvars.iv.next719.i.2 = shl i64 %indvars.iv718.i, 4
+  %623 = or disjoint i64 %indvars.iv.next719.i.2, 48
   %624 = getelementptr inbounds nuw float, ptr %scores.i, i64 %623
   %625 = load <16 x float>, ptr %624, align 4, !tbaa !5
   %626 = fmul <16 x float> %103, %625
@@ -1351,23 +1351,23 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %632 = select <16 x i1> %631, <16 x float> %626, <16 x float> splat (float 0xFFF0000000000000)
   %633 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %623
   store <16 x float> %632, ptr %633, align 4, !tbaa !5
-  %indvars.iv.next714.i.3 = add nuw nsw i64 %indvars.iv713.i, 4
+  %indvars.iv.next719.i.3 = add nuw nsw i64 %indvars.iv718.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !26, !llvm.loop !27
+  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !26, !llvm.loop !27
 
-for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !29
+for_body_to52.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.i
+  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !29
 
-for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv713.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next714.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+for_body_to52.us.i.epil.preheader:                ; preds = %for_body_to52.us.1.i.preheader.unr-lcssa, %for_body_to52.us.i.preheader
+  %indvars.iv718.i.epil.init = phi i64 [ 0, %for_body_to52.us.i.preheader ], [ %indvars.iv.next719.i.3, %for_body_to52.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod203)
-  br label %for_body_to.us.i.epil
+  br label %for_body_to52.us.i.epil
 
-for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv713.i.epil = phi i64 [ %indvars.iv.next714.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv713.i.epil.init, %for_body_to.us.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %634 = shl nsw i64 %indvars.iv713.i.epil, 4
+for_body_to52.us.i.epil:                          ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.i.epil.preheader
+  %indvars.iv718.i.epil = phi i64 [ %indvars.iv.next719.i.epil, %for_body_to52.us.i.epil ], [ %indvars.iv718.i.epil.init, %for_body_to52.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to52.us.i.epil ], [ 0, %for_body_to52.us.i.epil.preheader ]
+  %634 = shl nsw i64 %indvars.iv718.i.epil, 4
   %635 = getelementptr inbounds nuw float, ptr %scores.i, i64 %634
   %636 = load <16 x float>, ptr %635, align 4, !tbaa !5
   %637 = fmul <16 x float> %103, %636
@@ -1379,18 +1379,18 @@ for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.ep
   %643 = select <16 x i1> %642, <16 x float> %637, <16 x float> splat (float 0xFFF0000000000000)
   %644 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %634
   store <16 x float> %643, ptr %644, align 4, !tbaa !5
-  %indvars.iv.next714.i.epil = add nuw nsw i64 %indvars.iv713.i.epil, 1
+  %indvars.iv.next719.i.epil = add nuw nsw i64 %indvars.iv718.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !12, !llvm.loop !30
+  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !30
 
-for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %499, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !25
+for_body_to52.us.1.i.preheader:                   ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.1.i.preheader.unr-lcssa
+  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !25
 
-for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv713.1.i = phi i64 [ %indvars.iv.next714.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter209 = phi i64 [ %niter209.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %645 = shl nsw i64 %indvars.iv713.1.i, 4
+for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.i, %for_body_to52.us.1.i.preheader
+  %indvars.iv718.1.i = phi i64 [ %indvars.iv.next719.1.i.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
+  %niter209 = phi i64 [ %niter209.next.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
+  %645 = shl nsw i64 %indvars.iv718.1.i, 4
   %646 = add nuw nsw i64 %645, 128
   %647 = getelementptr inbounds nuw float, ptr %scores.i, i64 %646
   %648 = load <16 x float>, ptr %647, align 4, !tbaa !5
@@ -1403,12 +1403,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %655 = select <16 x i1> %654, <16 x float> %649, <16 x float> splat (float 0xFFF0000000000000)
   %656 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %646
   store <16 x float> %655, ptr %656, align 4, !tbaa !5
-  %indvars.iv.next714.1.i = shl i64 %indvars.iv713.1.i, 4
-  %657 = add nuw nsw i64 %indvars.iv.next714.1.i, 144
+  %indvars.iv.next719.1.i = shl i64 %indvars.iv718.1.i, 4
+  %657 = add nuw nsw i64 %indvars.iv.next719.1.i, 144
   %658 = getelementptr inbounds nuw float, ptr %scores.i, i64 %657
   %659 = load <16 x float>, ptr %658, align 4, !tbaa !5
   %660 = fmul <16 x float> %103, %659
-  %661 = trunc i64 %indvars.iv.next714.1.i to i32
+  %661 = trunc i64 %indvars.iv.next719.1.i to i32
   %662 = or disjoint i32 %661, 16
   %663 = sub i32 %456, %662
   %664 = insertelement <16 x i32> poison, i32 %663, i64 0
@@ -1417,12 +1417,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %667 = select <16 x i1> %666, <16 x float> %660, <16 x float> splat (float 0xFFF0000000000000)
   %668 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %657
   store <16 x float> %667, ptr %668, align 4, !tbaa !5
-  %indvars.iv.next714.1.i.1 = shl i64 %indvars.iv713.1.i, 4
-  %669 = add nuw nsw i64 %indvars.iv.next714.1.i.1, 160
+  %indvars.iv.next719.1.i.1 = shl i64 %indvars.iv718.1.i, 4
+  %669 = add nuw nsw i64 %indvars.iv.next719.1.i.1, 160
   %670 = getelementptr inbounds nuw float, ptr %scores.i, i64 %669
   %671 = load <16 x float>, ptr %670, align 4, !tbaa !5
   %672 = fmul <16 x float> %103, %671
-  %673 = trunc i64 %indvars.iv.next714.1.i.1 to i32
+  %673 = trunc i64 %indvars.iv.next719.1.i.1 to i32
   %674 = or disjoint i32 %673, 32
   %675 = sub i32 %456, %674
   %676 = insertelement <16 x i32> poison, i32 %675, i64 0
@@ -1431,12 +1431,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %679 = select <16 x i1> %678, <16 x float> %672, <16 x float> splat (float 0xFFF0000000000000)
   %680 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %669
   store <16 x float> %679, ptr %680, align 4, !tbaa !5
-  %indvars.iv.next714.1.i.2 = shl i64 %indvars.iv713.1.i, 4
-  %681 = add nuw nsw i64 %indvars.iv.next714.1.i.2, 176
+  %indvars.iv.next719.1.i.2 = shl i64 %indvars.iv718.1.i, 4
+  %681 = add nuw nsw i64 %indvars.iv.next719.1.i.2, 176
   %682 = getelementptr inbounds nuw float, ptr %scores.i, i64 %681
   %683 = load <16 x float>, ptr %682, align 4, !tbaa !5
   %684 = fmul <16 x float> %103, %683
-  %685 = trunc i64 %indvars.iv.next714.1.i.2 to i32
+  %685 = trunc i64 %indvars.iv.next719.1.i.2 to i32
   %686 = or disjoint i32 %685, 48
   %687 = sub i32 %456, %686
   %688 = insertelement <16 x i32> poison, i32 %687, i64 0
@@ -1445,23 +1445,23 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %691 = select <16 x i1> %690, <16 x float> %684, <16 x float> splat (float 0xFFF0000000000000)
   %692 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %681
   store <16 x float> %691, ptr %692, align 4, !tbaa !5
-  %indvars.iv.next714.1.i.3 = add nuw nsw i64 %indvars.iv713.1.i, 4
+  %indvars.iv.next719.1.i.3 = add nuw nsw i64 %indvars.iv718.1.i, 4
   %niter209.next.3 = add i64 %niter209, 4
   %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
-  br i1 %niter209.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !26, !llvm.loop !33
+  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !26, !llvm.loop !33
 
-for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod206.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !29
+for_body_to52.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.1.i
+  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !29
 
-for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv713.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next714.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+for_body_to52.us.1.i.epil.preheader:              ; preds = %for_body_to52.us.2.i.preheader.unr-lcssa, %for_body_to52.us.1.i.preheader
+  %indvars.iv718.1.i.epil.init = phi i64 [ 0, %for_body_to52.us.1.i.preheader ], [ %indvars.iv.next719.1.i.3, %for_body_to52.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod207)
-  br label %for_body_to.us.1.i.epil
+  br label %for_body_to52.us.1.i.epil
 
-for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv713.1.i.epil = phi i64 [ %indvars.iv.next714.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv713.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter205 = phi i64 [ %epil.iter205.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %693 = shl nsw i64 %indvars.iv713.1.i.epil, 4
+for_body_to52.us.1.i.epil:                        ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.1.i.epil.preheader
+  %indvars.iv718.1.i.epil = phi i64 [ %indvars.iv.next719.1.i.epil, %for_body_to52.us.1.i.epil ], [ %indvars.iv718.1.i.epil.init, %for_body_to52.us.1.i.epil.preheader ]
+  %epil.iter205 = phi i64 [ %epil.iter205.next, %for_body_to52.us.1.i.epil ], [ 0, %for_body_to52.us.1.i.epil.preheader ]
+  %693 = shl nsw i64 %indvars.iv718.1.i.epil, 4
   %694 = add nuw nsw i64 %693, 128
   %695 = getelementptr inbounds nuw float, ptr %scores.i, i64 %694
   %696 = load <16 x float>, ptr %695, align 4, !tbaa !5
@@ -1474,18 +1474,18 @@ for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.
   %703 = select <16 x i1> %702, <16 x float> %697, <16 x float> splat (float 0xFFF0000000000000)
   %704 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %694
   store <16 x float> %703, ptr %704, align 4, !tbaa !5
-  %indvars.iv.next714.1.i.epil = add nuw nsw i64 %indvars.iv713.1.i.epil, 1
+  %indvars.iv.next719.1.i.epil = add nuw nsw i64 %indvars.iv718.1.i.epil, 1
   %epil.iter205.next = add i64 %epil.iter205, 1
   %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
-  br i1 %epil.iter205.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !12, !llvm.loop !34
+  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !34
 
-for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %500, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !25
+for_body_to52.us.2.i.preheader:                   ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.2.i.preheader.unr-lcssa
+  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !25
 
-for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv713.2.i = phi i64 [ %indvars.iv.next714.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter215 = phi i64 [ %niter215.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %705 = shl nsw i64 %indvars.iv713.2.i, 4
+for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.i, %for_body_to52.us.2.i.preheader
+  %indvars.iv718.2.i = phi i64 [ %indvars.iv.next719.2.i.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
+  %niter215 = phi i64 [ %niter215.next.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
+  %705 = shl nsw i64 %indvars.iv718.2.i, 4
   %706 = add nuw nsw i64 %705, 256
   %707 = getelementptr inbounds nuw float, ptr %scores.i, i64 %706
   %708 = load <16 x float>, ptr %707, align 4, !tbaa !5
@@ -1498,12 +1498,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %715 = select <16 x i1> %714, <16 x float> %709, <16 x float> splat (float 0xFFF0000000000000)
   %716 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %706
   store <16 x float> %715, ptr %716, align 4, !tbaa !5
-  %indvars.iv.next714.2.i = shl i64 %indvars.iv713.2.i, 4
-  %717 = add nuw nsw i64 %indvars.iv.next714.2.i, 272
+  %indvars.iv.next719.2.i = shl i64 %indvars.iv718.2.i, 4
+  %717 = add nuw nsw i64 %indvars.iv.next719.2.i, 272
   %718 = getelementptr inbounds nuw float, ptr %scores.i, i64 %717
   %719 = load <16 x float>, ptr %718, align 4, !tbaa !5
   %720 = fmul <16 x float> %103, %719
-  %721 = trunc i64 %indvars.iv.next714.2.i to i32
+  %721 = trunc i64 %indvars.iv.next719.2.i to i32
   %722 = or disjoint i32 %721, 16
   %723 = sub i32 %456, %722
   %724 = insertelement <16 x i32> poison, i32 %723, i64 0
@@ -1512,12 +1512,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %727 = select <16 x i1> %726, <16 x float> %720, <16 x float> splat (float 0xFFF0000000000000)
   %728 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %717
   store <16 x float> %727, ptr %728, align 4, !tbaa !5
-  %indvars.iv.next714.2.i.1 = shl i64 %indvars.iv713.2.i, 4
-  %729 = add nuw nsw i64 %indvars.iv.next714.2.i.1, 288
+  %indvars.iv.next719.2.i.1 = shl i64 %indvars.iv718.2.i, 4
+  %729 = add nuw nsw i64 %indvars.iv.next719.2.i.1, 288
   %730 = getelementptr inbounds nuw float, ptr %scores.i, i64 %729
   %731 = load <16 x float>, ptr %730, align 4, !tbaa !5
   %732 = fmul <16 x float> %103, %731
-  %733 = trunc i64 %indvars.iv.next714.2.i.1 to i32
+  %733 = trunc i64 %indvars.iv.next719.2.i.1 to i32
   %734 = or disjoint i32 %733, 32
   %735 = sub i32 %456, %734
   %736 = insertelement <16 x i32> poison, i32 %735, i64 0
@@ -1526,12 +1526,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %739 = select <16 x i1> %738, <16 x float> %732, <16 x float> splat (float 0xFFF0000000000000)
   %740 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %729
   store <16 x float> %739, ptr %740, align 4, !tbaa !5
-  %indvars.iv.next714.2.i.2 = shl i64 %indvars.iv713.2.i, 4
-  %741 = add nuw nsw i64 %indvars.iv.next714.2.i.2, 304
+  %indvars.iv.next719.2.i.2 = shl i64 %indvars.iv718.2.i, 4
+  %741 = add nuw nsw i64 %indvars.iv.next719.2.i.2, 304
   %742 = getelementptr inbounds nuw float, ptr %scores.i, i64 %741
   %743 = load <16 x float>, ptr %742, align 4, !tbaa !5
   %744 = fmul <16 x float> %103, %743
-  %745 = trunc i64 %indvars.iv.next714.2.i.2 to i32
+  %745 = trunc i64 %indvars.iv.next719.2.i.2 to i32
   %746 = or disjoint i32 %745, 48
   %747 = sub i32 %456, %746
   %748 = insertelement <16 x i32> poison, i32 %747, i64 0
@@ -1540,23 +1540,23 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %751 = select <16 x i1> %750, <16 x float> %744, <16 x float> splat (float 0xFFF0000000000000)
   %752 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %741
   store <16 x float> %751, ptr %752, align 4, !tbaa !5
-  %indvars.iv.next714.2.i.3 = add nuw nsw i64 %indvars.iv713.2.i, 4
+  %indvars.iv.next719.2.i.3 = add nuw nsw i64 %indvars.iv718.2.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !26, !llvm.loop !35
+  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !26, !llvm.loop !35
 
-for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod212.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !29
+for_body_to52.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.2.i
+  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !29
 
-for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv713.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next714.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+for_body_to52.us.2.i.epil.preheader:              ; preds = %for_body_to52.us.3.i.preheader.unr-lcssa, %for_body_to52.us.2.i.preheader
+  %indvars.iv718.2.i.epil.init = phi i64 [ 0, %for_body_to52.us.2.i.preheader ], [ %indvars.iv.next719.2.i.3, %for_body_to52.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod213)
-  br label %for_body_to.us.2.i.epil
+  br label %for_body_to52.us.2.i.epil
 
-for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv713.2.i.epil = phi i64 [ %indvars.iv.next714.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv713.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %753 = shl nsw i64 %indvars.iv713.2.i.epil, 4
+for_body_to52.us.2.i.epil:                        ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.2.i.epil.preheader
+  %indvars.iv718.2.i.epil = phi i64 [ %indvars.iv.next719.2.i.epil, %for_body_to52.us.2.i.epil ], [ %indvars.iv718.2.i.epil.init, %for_body_to52.us.2.i.epil.preheader ]
+  %epil.iter211 = phi i64 [ %epil.iter211.next, %for_body_to52.us.2.i.epil ], [ 0, %for_body_to52.us.2.i.epil.preheader ]
+  %753 = shl nsw i64 %indvars.iv718.2.i.epil, 4
   %754 = add nuw nsw i64 %753, 256
   %755 = getelementptr inbounds nuw float, ptr %scores.i, i64 %754
   %756 = load <16 x float>, ptr %755, align 4, !tbaa !5
@@ -1569,18 +1569,18 @@ for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.
   %763 = select <16 x i1> %762, <16 x float> %757, <16 x float> splat (float 0xFFF0000000000000)
   %764 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %754
   store <16 x float> %763, ptr %764, align 4, !tbaa !5
-  %indvars.iv.next714.2.i.epil = add nuw nsw i64 %indvars.iv713.2.i.epil, 1
+  %indvars.iv.next719.2.i.epil = add nuw nsw i64 %indvars.iv718.2.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !12, !llvm.loop !36
+  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !36
 
-for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %501, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !25
+for_body_to52.us.3.i.preheader:                   ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.3.i.preheader.unr-lcssa
+  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !25
 
-for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv713.3.i = phi i64 [ %indvars.iv.next714.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter221 = phi i64 [ %niter221.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %765 = shl nsw i64 %indvars.iv713.3.i, 4
+for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.i, %for_body_to52.us.3.i.preheader
+  %indvars.iv718.3.i = phi i64 [ %indvars.iv.next719.3.i.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
+  %niter221 = phi i64 [ %niter221.next.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
+  %765 = shl nsw i64 %indvars.iv718.3.i, 4
   %766 = add nuw nsw i64 %765, 384
   %767 = getelementptr inbounds nuw float, ptr %scores.i, i64 %766
   %768 = load <16 x float>, ptr %767, align 4, !tbaa !5
@@ -1593,12 +1593,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %775 = select <16 x i1> %774, <16 x float> %769, <16 x float> splat (float 0xFFF0000000000000)
   %776 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %766
   store <16 x float> %775, ptr %776, align 4, !tbaa !5
-  %indvars.iv.next714.3.i = shl i64 %indvars.iv713.3.i, 4
-  %777 = add nuw nsw i64 %indvars.iv.next714.3.i, 400
+  %indvars.iv.next719.3.i = shl i64 %indvars.iv718.3.i, 4
+  %777 = add nuw nsw i64 %indvars.iv.next719.3.i, 400
   %778 = getelementptr inbounds nuw float, ptr %scores.i, i64 %777
   %779 = load <16 x float>, ptr %778, align 4, !tbaa !5
   %780 = fmul <16 x float> %103, %779
-  %781 = trunc i64 %indvars.iv.next714.3.i to i32
+  %781 = trunc i64 %indvars.iv.next719.3.i to i32
   %782 = or disjoint i32 %781, 16
   %783 = sub i32 %456, %782
   %784 = insertelement <16 x i32> poison, i32 %783, i64 0
@@ -1607,12 +1607,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %787 = select <16 x i1> %786, <16 x float> %780, <16 x float> splat (float 0xFFF0000000000000)
   %788 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %777
   store <16 x float> %787, ptr %788, align 4, !tbaa !5
-  %indvars.iv.next714.3.i.1 = shl i64 %indvars.iv713.3.i, 4
-  %789 = add nuw nsw i64 %indvars.iv.next714.3.i.1, 416
+  %indvars.iv.next719.3.i.1 = shl i64 %indvars.iv718.3.i, 4
+  %789 = add nuw nsw i64 %indvars.iv.next719.3.i.1, 416
   %790 = getelementptr inbounds nuw float, ptr %scores.i, i64 %789
   %791 = load <16 x float>, ptr %790, align 4, !tbaa !5
   %792 = fmul <16 x float> %103, %791
-  %793 = trunc i64 %indvars.iv.next714.3.i.1 to i32
+  %793 = trunc i64 %indvars.iv.next719.3.i.1 to i32
   %794 = or disjoint i32 %793, 32
   %795 = sub i32 %456, %794
   %796 = insertelement <16 x i32> poison, i32 %795, i64 0
@@ -1621,12 +1621,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %799 = select <16 x i1> %798, <16 x float> %792, <16 x float> splat (float 0xFFF0000000000000)
   %800 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %789
   store <16 x float> %799, ptr %800, align 4, !tbaa !5
-  %indvars.iv.next714.3.i.2 = shl i64 %indvars.iv713.3.i, 4
-  %801 = add nuw nsw i64 %indvars.iv.next714.3.i.2, 432
+  %indvars.iv.next719.3.i.2 = shl i64 %indvars.iv718.3.i, 4
+  %801 = add nuw nsw i64 %indvars.iv.next719.3.i.2, 432
   %802 = getelementptr inbounds nuw float, ptr %scores.i, i64 %801
   %803 = load <16 x float>, ptr %802, align 4, !tbaa !5
   %804 = fmul <16 x float> %103, %803
-  %805 = trunc i64 %indvars.iv.next714.3.i.2 to i32
+  %805 = trunc i64 %indvars.iv.next719.3.i.2 to i32
   %806 = or disjoint i32 %805, 48
   %807 = sub i32 %456, %806
   %808 = insertelement <16 x i32> poison, i32 %807, i64 0
@@ -1635,23 +1635,23 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %811 = select <16 x i1> %810, <16 x float> %804, <16 x float> splat (float 0xFFF0000000000000)
   %812 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %801
   store <16 x float> %811, ptr %812, align 4, !tbaa !5
-  %indvars.iv.next714.3.i.3 = add nuw nsw i64 %indvars.iv713.3.i, 4
+  %indvars.iv.next719.3.i.3 = add nuw nsw i64 %indvars.iv718.3.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_ax157.i.preheader.unr-lcssa, label %for_body_to.us.3.i, !prof !26, !llvm.loop !37
+  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !26, !llvm.loop !37
 
-for_body_ax157.i.preheader.unr-lcssa:             ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod218.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !29
+for_body_ax162.i.preheader.unr-lcssa:             ; preds = %for_body_to52.us.3.i
+  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !29
 
-for_body_to.us.3.i.epil.preheader:                ; preds = %for_body_ax157.i.preheader.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv713.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next714.3.i.3, %for_body_ax157.i.preheader.unr-lcssa ]
+for_body_to52.us.3.i.epil.preheader:              ; preds = %for_body_ax162.i.preheader.unr-lcssa, %for_body_to52.us.3.i.preheader
+  %indvars.iv718.3.i.epil.init = phi i64 [ 0, %for_body_to52.us.3.i.preheader ], [ %indvars.iv.next719.3.i.3, %for_body_ax162.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod219)
-  br label %for_body_to.us.3.i.epil
+  br label %for_body_to52.us.3.i.epil
 
-for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv713.3.i.epil = phi i64 [ %indvars.iv.next714.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv713.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter217 = phi i64 [ %epil.iter217.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %813 = shl nsw i64 %indvars.iv713.3.i.epil, 4
+for_body_to52.us.3.i.epil:                        ; preds = %for_body_to52.us.3.i.epil, %for_body_to52.us.3.i.epil.preheader
+  %indvars.iv718.3.i.epil = phi i64 [ %indvars.iv.next719.3.i.epil, %for_body_to52.us.3.i.epil ], [ %indvars.iv718.3.i.epil.init, %for_body_to52.us.3.i.epil.preheader ]
+  %epil.iter217 = phi i64 [ %epil.iter217.next, %for_body_to52.us.3.i.epil ], [ 0, %for_body_to52.us.3.i.epil.preheader ]
+  %813 = shl nsw i64 %indvars.iv718.3.i.epil, 4
   %814 = add nuw nsw i64 %813, 384
   %815 = getelementptr inbounds nuw float, ptr %scores.i, i64 %814
   %816 = load <16 x float>, ptr %815, align 4, !tbaa !5
@@ -1664,15 +1664,15 @@ for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.
   %823 = select <16 x i1> %822, <16 x float> %817, <16 x float> splat (float 0xFFF0000000000000)
   %824 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %814
   store <16 x float> %823, ptr %824, align 4, !tbaa !5
-  %indvars.iv.next714.3.i.epil = add nuw nsw i64 %indvars.iv713.3.i.epil, 1
+  %indvars.iv.next719.3.i.epil = add nuw nsw i64 %indvars.iv718.3.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_ax157.i.preheader, label %for_body_to.us.3.i.epil, !prof !12, !llvm.loop !38
+  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !38
 
-for_body_ax157.i.preheader:                       ; preds = %for_body_to.us.3.i.epil, %for_body_ax157.i.preheader.unr-lcssa
-  br i1 %502, label %for_body_ax157.i.epil.preheader, label %for_body_ax157.i, !prof !39
+for_body_ax162.i.preheader:                       ; preds = %for_body_to52.us.3.i.epil, %for_body_ax162.i.preheader.unr-lcssa
+  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !39
 
-for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.preheader.i
+for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
   store <16 x float> zeroinitializer, ptr %825, align 4, !tbaa !5
   %sum_0.i = load <16 x float>, ptr %scores.rf.i, align 4, !tbaa !5
@@ -1998,12 +1998,12 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_n_1.prehe
   store <16 x float> %1019, ptr %971, align 4, !tbaa !5
   %1020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1021 = tail call i32 %1020(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
-  %.not277.i = icmp eq i32 %1021, 0
-  br i1 %.not277.i, label %for_begin_to_m.i, label %fused_decode_compute_.exit, !prof !17
+  %.not282.i = icmp eq i32 %1021, 0
+  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !17
 
-for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.preheader.i, %for_begin_n_0_m.preheader.i
-  %indvars.iv700.i = phi i64 [ 0, %for_begin_n_0_m.preheader.i ], [ %indvars.iv.next701.i, %for_begin_n_1.preheader.i ]
-  %1022 = shl nuw nsw i64 %indvars.iv700.i, 1
+for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv705.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next706.i, %for_begin_line.preheader.i ]
+  %1022 = shl nuw nsw i64 %indvars.iv705.i, 1
   %1023 = getelementptr inbounds nuw i64, ptr %gep148, i64 %1022
   %1024 = load i64, ptr %1023, align 8, !tbaa !5
   %1025 = getelementptr i32, ptr %key_cache, i64 %1024
@@ -2032,18 +2032,18 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1041 = getelementptr i8, ptr %1035, i64 192
   %1042 = getelementptr i32, ptr %1041, i64 %548
   tail call void @llvm.prefetch.p0(ptr readonly %1042, i32 0, i32 2, i32 1)
-  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep952.i, i64 %1022
+  %gep.i = getelementptr inbounds nuw i64, ptr %invariant.gep957.i, i64 %1022
   %1043 = load i64, ptr %gep.i, align 8, !tbaa !5
-  %gep454.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1043
+  %gep459.i = getelementptr i32, ptr %invariant.gep458.i, i64 %1043
   %1044 = getelementptr inbounds nuw i8, ptr %gep.i, i64 8
   %1045 = load i64, ptr %1044, align 8, !tbaa !5
-  %gep456.i = getelementptr i32, ptr %invariant.gep453.i, i64 %1045
+  %gep461.i = getelementptr i32, ptr %invariant.gep458.i, i64 %1045
   %1046 = load <16 x float>, ptr %551, align 4, !tbaa !5
-  %1047 = load <16 x i32>, ptr %gep454.i, align 4, !tbaa !5
+  %1047 = load <16 x i32>, ptr %gep459.i, align 4, !tbaa !5
   %1048 = shl <16 x i32> %1047, splat (i32 16)
   %1049 = bitcast <16 x i32> %1048 to <16 x float>
   %1050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1046, <16 x float> %1049, <16 x float> zeroinitializer)
-  %1051 = load <16 x i32>, ptr %gep456.i, align 4, !tbaa !5
+  %1051 = load <16 x i32>, ptr %gep461.i, align 4, !tbaa !5
   %1052 = shl <16 x i32> %1051, splat (i32 16)
   %1053 = bitcast <16 x i32> %1052 to <16 x float>
   %1054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1046, <16 x float> %1053, <16 x float> zeroinitializer)
@@ -2073,13 +2073,13 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1078 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1066, <16 x float> %1062)
   %1079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1077, <16 x float> %1069, <16 x float> %1063)
   %1080 = load <16 x float>, ptr %559, align 4, !tbaa !5
-  %gep441.1.i = getelementptr i8, ptr %gep454.i, i64 64
-  %1081 = load <16 x i32>, ptr %gep441.1.i, align 4, !tbaa !5
+  %gep446.1.i = getelementptr i8, ptr %gep459.i, i64 64
+  %1081 = load <16 x i32>, ptr %gep446.1.i, align 4, !tbaa !5
   %1082 = shl <16 x i32> %1081, splat (i32 16)
   %1083 = bitcast <16 x i32> %1082 to <16 x float>
   %1084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1083, <16 x float> %1067)
-  %gep443.1.i = getelementptr i8, ptr %gep456.i, i64 64
-  %1085 = load <16 x i32>, ptr %gep443.1.i, align 4, !tbaa !5
+  %gep448.1.i = getelementptr i8, ptr %gep461.i, i64 64
+  %1085 = load <16 x i32>, ptr %gep448.1.i, align 4, !tbaa !5
   %1086 = shl <16 x i32> %1085, splat (i32 16)
   %1087 = bitcast <16 x i32> %1086 to <16 x float>
   %1088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1080, <16 x float> %1087, <16 x float> %1070)
@@ -2109,13 +2109,13 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1112 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1100, <16 x float> %1096)
   %1113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1111, <16 x float> %1103, <16 x float> %1097)
   %1114 = load <16 x float>, ptr %567, align 4, !tbaa !5
-  %gep441.2.i = getelementptr i8, ptr %gep454.i, i64 128
-  %1115 = load <16 x i32>, ptr %gep441.2.i, align 4, !tbaa !5
+  %gep446.2.i = getelementptr i8, ptr %gep459.i, i64 128
+  %1115 = load <16 x i32>, ptr %gep446.2.i, align 4, !tbaa !5
   %1116 = shl <16 x i32> %1115, splat (i32 16)
   %1117 = bitcast <16 x i32> %1116 to <16 x float>
   %1118 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1114, <16 x float> %1117, <16 x float> %1101)
-  %gep443.2.i = getelementptr i8, ptr %gep456.i, i64 128
-  %1119 = load <16 x i32>, ptr %gep443.2.i, align 4, !tbaa !5
+  %gep448.2.i = getelementptr i8, ptr %gep461.i, i64 128
+  %1119 = load <16 x i32>, ptr %gep448.2.i, align 4, !tbaa !5
   %1120 = shl <16 x i32> %1119, splat (i32 16)
   %1121 = bitcast <16 x i32> %1120 to <16 x float>
   %1122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1114, <16 x float> %1121, <16 x float> %1104)
@@ -2145,13 +2145,13 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1145, <16 x float> %1134, <16 x float> %1130)
   %1147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1145, <16 x float> %1137, <16 x float> %1131)
   %1148 = load <16 x float>, ptr %575, align 4, !tbaa !5
-  %gep441.3.i = getelementptr i8, ptr %gep454.i, i64 192
-  %1149 = load <16 x i32>, ptr %gep441.3.i, align 4, !tbaa !5
+  %gep446.3.i = getelementptr i8, ptr %gep459.i, i64 192
+  %1149 = load <16 x i32>, ptr %gep446.3.i, align 4, !tbaa !5
   %1150 = shl <16 x i32> %1149, splat (i32 16)
   %1151 = bitcast <16 x i32> %1150 to <16 x float>
   %1152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1148, <16 x float> %1151, <16 x float> %1135)
-  %gep443.3.i = getelementptr i8, ptr %gep456.i, i64 192
-  %1153 = load <16 x i32>, ptr %gep443.3.i, align 4, !tbaa !5
+  %gep448.3.i = getelementptr i8, ptr %gep461.i, i64 192
+  %1153 = load <16 x i32>, ptr %gep448.3.i, align 4, !tbaa !5
   %1154 = shl <16 x i32> %1153, splat (i32 16)
   %1155 = bitcast <16 x i32> %1154 to <16 x float>
   %1156 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1148, <16 x float> %1155, <16 x float> %1138)
@@ -2180,8 +2180,8 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   %1179 = load <16 x float>, ptr %582, align 4, !tbaa !5
   %1180 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1179, <16 x float> %1168, <16 x float> %1164)
   %1181 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1179, <16 x float> %1171, <16 x float> %1165)
-  %.idx908.i = shl nuw nsw i64 %indvars.iv700.i, 7
-  %1182 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx908.i
+  %.idx913.i = shl nuw nsw i64 %indvars.iv705.i, 7
+  %1182 = getelementptr inbounds nuw i8, ptr %scores.rf.i, i64 %.idx913.i
   store <16 x float> %1169, ptr %1182, align 4, !tbaa !5
   %1183 = getelementptr inbounds nuw i8, ptr %1182, i64 64
   store <16 x float> %1172, ptr %1183, align 4, !tbaa !5
@@ -2197,570 +2197,570 @@ for_begin_n_1.preheader.i:                        ; preds = %for_begin_n_1.prehe
   store <16 x float> %1180, ptr %1188, align 4, !tbaa !5
   %1189 = getelementptr inbounds nuw i8, ptr %1182, i64 3136
   store <16 x float> %1181, ptr %1189, align 4, !tbaa !5
-  %indvars.iv.next701.i = add nuw nsw i64 %indvars.iv700.i, 1
-  %exitcond703.not.i = icmp eq i64 %indvars.iv.next701.i, 8
-  br i1 %exitcond703.not.i, label %for_begin_r.preheader.i, label %for_begin_n_1.preheader.i, !prof !16
+  %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
+  %exitcond708.not.i = icmp eq i64 %indvars.iv.next706.i, 8
+  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !16
 
-for_body_r62.us.preheader.i:                      ; preds = %for_end_ax158.3.i
-  %peak.rf260.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 0
-  %1190 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
-  %1191 = select i1 %1190, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.3.i
-  %peak.rf260.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 1
-  %1192 = fcmp ogt float %1191, %peak.rf260.sroa.0.4.vec.extract.3.i
-  %1193 = select i1 %1192, float %1191, float %peak.rf260.sroa.0.4.vec.extract.3.i
-  %peak.rf260.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 2
-  %1194 = fcmp ogt float %1193, %peak.rf260.sroa.0.8.vec.extract.3.i
-  %1195 = select i1 %1194, float %1193, float %peak.rf260.sroa.0.8.vec.extract.3.i
-  %peak.rf260.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 3
-  %1196 = fcmp ogt float %1195, %peak.rf260.sroa.0.12.vec.extract.3.i
-  %1197 = select i1 %1196, float %1195, float %peak.rf260.sroa.0.12.vec.extract.3.i
-  %peak.rf260.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 4
-  %1198 = fcmp ogt float %1197, %peak.rf260.sroa.0.16.vec.extract.3.i
-  %1199 = select i1 %1198, float %1197, float %peak.rf260.sroa.0.16.vec.extract.3.i
-  %peak.rf260.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 5
-  %1200 = fcmp ogt float %1199, %peak.rf260.sroa.0.20.vec.extract.3.i
-  %1201 = select i1 %1200, float %1199, float %peak.rf260.sroa.0.20.vec.extract.3.i
-  %peak.rf260.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 6
-  %1202 = fcmp ogt float %1201, %peak.rf260.sroa.0.24.vec.extract.3.i
-  %1203 = select i1 %1202, float %1201, float %peak.rf260.sroa.0.24.vec.extract.3.i
-  %peak.rf260.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 7
-  %1204 = fcmp ogt float %1203, %peak.rf260.sroa.0.28.vec.extract.3.i
-  %1205 = select i1 %1204, float %1203, float %peak.rf260.sroa.0.28.vec.extract.3.i
-  %peak.rf260.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 8
-  %1206 = fcmp ogt float %1205, %peak.rf260.sroa.0.32.vec.extract.3.i
-  %1207 = select i1 %1206, float %1205, float %peak.rf260.sroa.0.32.vec.extract.3.i
-  %peak.rf260.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 9
-  %1208 = fcmp ogt float %1207, %peak.rf260.sroa.0.36.vec.extract.3.i
-  %1209 = select i1 %1208, float %1207, float %peak.rf260.sroa.0.36.vec.extract.3.i
-  %peak.rf260.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 10
-  %1210 = fcmp ogt float %1209, %peak.rf260.sroa.0.40.vec.extract.3.i
-  %1211 = select i1 %1210, float %1209, float %peak.rf260.sroa.0.40.vec.extract.3.i
-  %peak.rf260.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 11
-  %1212 = fcmp ogt float %1211, %peak.rf260.sroa.0.44.vec.extract.3.i
-  %1213 = select i1 %1212, float %1211, float %peak.rf260.sroa.0.44.vec.extract.3.i
-  %peak.rf260.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 12
-  %1214 = fcmp ogt float %1213, %peak.rf260.sroa.0.48.vec.extract.3.i
-  %1215 = select i1 %1214, float %1213, float %peak.rf260.sroa.0.48.vec.extract.3.i
-  %peak.rf260.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 13
-  %1216 = fcmp ogt float %1215, %peak.rf260.sroa.0.52.vec.extract.3.i
-  %1217 = select i1 %1216, float %1215, float %peak.rf260.sroa.0.52.vec.extract.3.i
-  %peak.rf260.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 14
-  %1218 = fcmp ogt float %1217, %peak.rf260.sroa.0.56.vec.extract.3.i
-  %1219 = select i1 %1218, float %1217, float %peak.rf260.sroa.0.56.vec.extract.3.i
-  %peak.rf260.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.3.i, i64 15
-  %1220 = fcmp ogt float %1219, %peak.rf260.sroa.0.60.vec.extract.3.i
-  %1221 = select i1 %1220, float %1219, float %peak.rf260.sroa.0.60.vec.extract.3.i
-  %peak261.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.8.vec.insert.i, float %1221, i64 3
-  br label %for_begin_r68.preheader.i
+for_body_r67.us.preheader.i:                      ; preds = %for_end_ax163.3.i
+  %peak.rf265.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 0
+  %1190 = fcmp olt float %peak.rf265.sroa.0.0.vec.extract.3.i, 0xC7EFFFFFE0000000
+  %1191 = select i1 %1190, float 0xC7EFFFFFE0000000, float %peak.rf265.sroa.0.0.vec.extract.3.i
+  %peak.rf265.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 1
+  %1192 = fcmp ogt float %1191, %peak.rf265.sroa.0.4.vec.extract.3.i
+  %1193 = select i1 %1192, float %1191, float %peak.rf265.sroa.0.4.vec.extract.3.i
+  %peak.rf265.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 2
+  %1194 = fcmp ogt float %1193, %peak.rf265.sroa.0.8.vec.extract.3.i
+  %1195 = select i1 %1194, float %1193, float %peak.rf265.sroa.0.8.vec.extract.3.i
+  %peak.rf265.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 3
+  %1196 = fcmp ogt float %1195, %peak.rf265.sroa.0.12.vec.extract.3.i
+  %1197 = select i1 %1196, float %1195, float %peak.rf265.sroa.0.12.vec.extract.3.i
+  %peak.rf265.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 4
+  %1198 = fcmp ogt float %1197, %peak.rf265.sroa.0.16.vec.extract.3.i
+  %1199 = select i1 %1198, float %1197, float %peak.rf265.sroa.0.16.vec.extract.3.i
+  %peak.rf265.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 5
+  %1200 = fcmp ogt float %1199, %peak.rf265.sroa.0.20.vec.extract.3.i
+  %1201 = select i1 %1200, float %1199, float %peak.rf265.sroa.0.20.vec.extract.3.i
+  %peak.rf265.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 6
+  %1202 = fcmp ogt float %1201, %peak.rf265.sroa.0.24.vec.extract.3.i
+  %1203 = select i1 %1202, float %1201, float %peak.rf265.sroa.0.24.vec.extract.3.i
+  %peak.rf265.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 7
+  %1204 = fcmp ogt float %1203, %peak.rf265.sroa.0.28.vec.extract.3.i
+  %1205 = select i1 %1204, float %1203, float %peak.rf265.sroa.0.28.vec.extract.3.i
+  %peak.rf265.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 8
+  %1206 = fcmp ogt float %1205, %peak.rf265.sroa.0.32.vec.extract.3.i
+  %1207 = select i1 %1206, float %1205, float %peak.rf265.sroa.0.32.vec.extract.3.i
+  %peak.rf265.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 9
+  %1208 = fcmp ogt float %1207, %peak.rf265.sroa.0.36.vec.extract.3.i
+  %1209 = select i1 %1208, float %1207, float %peak.rf265.sroa.0.36.vec.extract.3.i
+  %peak.rf265.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 10
+  %1210 = fcmp ogt float %1209, %peak.rf265.sroa.0.40.vec.extract.3.i
+  %1211 = select i1 %1210, float %1209, float %peak.rf265.sroa.0.40.vec.extract.3.i
+  %peak.rf265.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 11
+  %1212 = fcmp ogt float %1211, %peak.rf265.sroa.0.44.vec.extract.3.i
+  %1213 = select i1 %1212, float %1211, float %peak.rf265.sroa.0.44.vec.extract.3.i
+  %peak.rf265.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 12
+  %1214 = fcmp ogt float %1213, %peak.rf265.sroa.0.48.vec.extract.3.i
+  %1215 = select i1 %1214, float %1213, float %peak.rf265.sroa.0.48.vec.extract.3.i
+  %peak.rf265.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 13
+  %1216 = fcmp ogt float %1215, %peak.rf265.sroa.0.52.vec.extract.3.i
+  %1217 = select i1 %1216, float %1215, float %peak.rf265.sroa.0.52.vec.extract.3.i
+  %peak.rf265.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 14
+  %1218 = fcmp ogt float %1217, %peak.rf265.sroa.0.56.vec.extract.3.i
+  %1219 = select i1 %1218, float %1217, float %peak.rf265.sroa.0.56.vec.extract.3.i
+  %peak.rf265.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 15
+  %1220 = fcmp ogt float %1219, %peak.rf265.sroa.0.60.vec.extract.3.i
+  %1221 = select i1 %1220, float %1219, float %peak.rf265.sroa.0.60.vec.extract.3.i
+  %peak266.sroa.0.12.vec.insert.i = insertelement <4 x float> %peak266.sroa.0.8.vec.insert.i, float %1221, i64 3
+  br label %for_begin_r73.preheader.i
 
-for_body_ax157.i:                                 ; preds = %for_body_ax157.i, %for_body_ax157.i.preheader
-  %indvars.iv722.i = phi i64 [ %indvars.iv.next723.i.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.i = phi <16 x float> [ %1260, %for_body_ax157.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ]
-  %niter228 = phi i64 [ %niter228.next.7, %for_body_ax157.i ], [ 0, %for_body_ax157.i.preheader ]
-  %.idx909.i = shl nsw i64 %indvars.iv722.i, 6
-  %1222 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i
+for_body_ax162.i:                                 ; preds = %for_body_ax162.i, %for_body_ax162.i.preheader
+  %indvars.iv727.i = phi i64 [ %indvars.iv.next728.i.7, %for_body_ax162.i ], [ 0, %for_body_ax162.i.preheader ]
+  %peak.rf_global264.sroa.0.0467.i = phi <16 x float> [ %1260, %for_body_ax162.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.i.preheader ]
+  %niter228 = phi i64 [ %niter228.next.7, %for_body_ax162.i ], [ 0, %for_body_ax162.i.preheader ]
+  %.idx914.i = shl nsw i64 %indvars.iv727.i, 6
+  %1222 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx914.i
   %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !5
-  %1224 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i, %1223
-  %1225 = select <16 x i1> %1224, <16 x float> %peak.rf_global259.sroa.0.0462.i, <16 x float> %1223
-  %indvars.iv.next723.i = shl i64 %indvars.iv722.i, 6
-  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i
+  %1224 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.i, %1223
+  %1225 = select <16 x i1> %1224, <16 x float> %peak.rf_global264.sroa.0.0467.i, <16 x float> %1223
+  %indvars.iv.next728.i = shl i64 %indvars.iv727.i, 6
+  %1226 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i
   %1227 = getelementptr inbounds nuw i8, ptr %1226, i64 64
   %1228 = load <16 x float>, ptr %1227, align 4, !tbaa !5
   %1229 = fcmp ogt <16 x float> %1225, %1228
   %1230 = select <16 x i1> %1229, <16 x float> %1225, <16 x float> %1228
-  %indvars.iv.next723.i.1 = shl i64 %indvars.iv722.i, 6
-  %1231 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.1
+  %indvars.iv.next728.i.1 = shl i64 %indvars.iv727.i, 6
+  %1231 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i.1
   %1232 = getelementptr inbounds nuw i8, ptr %1231, i64 128
   %1233 = load <16 x float>, ptr %1232, align 4, !tbaa !5
   %1234 = fcmp ogt <16 x float> %1230, %1233
   %1235 = select <16 x i1> %1234, <16 x float> %1230, <16 x float> %1233
-  %indvars.iv.next723.i.2 = shl i64 %indvars.iv722.i, 6
-  %1236 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.2
+  %indvars.iv.next728.i.2 = shl i64 %indvars.iv727.i, 6
+  %1236 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i.2
   %1237 = getelementptr inbounds nuw i8, ptr %1236, i64 192
   %1238 = load <16 x float>, ptr %1237, align 4, !tbaa !5
   %1239 = fcmp ogt <16 x float> %1235, %1238
   %1240 = select <16 x i1> %1239, <16 x float> %1235, <16 x float> %1238
-  %indvars.iv.next723.i.3 = shl i64 %indvars.iv722.i, 6
-  %1241 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.3
+  %indvars.iv.next728.i.3 = shl i64 %indvars.iv727.i, 6
+  %1241 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i.3
   %1242 = getelementptr inbounds nuw i8, ptr %1241, i64 256
   %1243 = load <16 x float>, ptr %1242, align 4, !tbaa !5
   %1244 = fcmp ogt <16 x float> %1240, %1243
   %1245 = select <16 x i1> %1244, <16 x float> %1240, <16 x float> %1243
-  %indvars.iv.next723.i.4 = shl i64 %indvars.iv722.i, 6
-  %1246 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.4
+  %indvars.iv.next728.i.4 = shl i64 %indvars.iv727.i, 6
+  %1246 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i.4
   %1247 = getelementptr inbounds nuw i8, ptr %1246, i64 320
   %1248 = load <16 x float>, ptr %1247, align 4, !tbaa !5
   %1249 = fcmp ogt <16 x float> %1245, %1248
   %1250 = select <16 x i1> %1249, <16 x float> %1245, <16 x float> %1248
-  %indvars.iv.next723.i.5 = shl i64 %indvars.iv722.i, 6
-  %1251 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.5
+  %indvars.iv.next728.i.5 = shl i64 %indvars.iv727.i, 6
+  %1251 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i.5
   %1252 = getelementptr inbounds nuw i8, ptr %1251, i64 384
   %1253 = load <16 x float>, ptr %1252, align 4, !tbaa !5
   %1254 = fcmp ogt <16 x float> %1250, %1253
   %1255 = select <16 x i1> %1254, <16 x float> %1250, <16 x float> %1253
-  %indvars.iv.next723.i.6 = shl i64 %indvars.iv722.i, 6
-  %1256 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next723.i.6
+  %indvars.iv.next728.i.6 = shl i64 %indvars.iv727.i, 6
+  %1256 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %indvars.iv.next728.i.6
   %1257 = getelementptr inbounds nuw i8, ptr %1256, i64 448
   %1258 = load <16 x float>, ptr %1257, align 4, !tbaa !5
   %1259 = fcmp ogt <16 x float> %1255, %1258
   %1260 = select <16 x i1> %1259, <16 x float> %1255, <16 x float> %1258
-  %indvars.iv.next723.i.7 = add nuw nsw i64 %indvars.iv722.i, 8
+  %indvars.iv.next728.i.7 = add nuw nsw i64 %indvars.iv727.i, 8
   %niter228.next.7 = add i64 %niter228, 8
   %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
-  br i1 %niter228.ncmp.7, label %for_end_ax158.i.loopexit.unr-lcssa, label %for_body_ax157.i, !prof !40, !llvm.loop !41
+  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !40, !llvm.loop !41
 
-for_end_ax158.i.loopexit.unr-lcssa:               ; preds = %for_body_ax157.i
-  br i1 %lcmp.mod224.not, label %for_end_ax158.i, label %for_body_ax157.i.epil.preheader, !prof !43
+for_end_ax163.i.loopexit.unr-lcssa:               ; preds = %for_body_ax162.i
+  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !43
 
-for_body_ax157.i.epil.preheader:                  ; preds = %for_end_ax158.i.loopexit.unr-lcssa, %for_body_ax157.i.preheader
-  %indvars.iv722.i.epil.init = phi i64 [ 0, %for_body_ax157.i.preheader ], [ %indvars.iv.next723.i.7, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.i.preheader ], [ %1260, %for_end_ax158.i.loopexit.unr-lcssa ]
+for_body_ax162.i.epil.preheader:                  ; preds = %for_end_ax163.i.loopexit.unr-lcssa, %for_body_ax162.i.preheader
+  %indvars.iv727.i.epil.init = phi i64 [ 0, %for_body_ax162.i.preheader ], [ %indvars.iv.next728.i.7, %for_end_ax163.i.loopexit.unr-lcssa ]
+  %peak.rf_global264.sroa.0.0467.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.i.preheader ], [ %1260, %for_end_ax163.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod226)
-  br label %for_body_ax157.i.epil
+  br label %for_body_ax162.i.epil
 
-for_body_ax157.i.epil:                            ; preds = %for_body_ax157.i.epil, %for_body_ax157.i.epil.preheader
-  %indvars.iv722.i.epil = phi i64 [ %indvars.iv.next723.i.epil, %for_body_ax157.i.epil ], [ %indvars.iv722.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.i.epil = phi <16 x float> [ %1264, %for_body_ax157.i.epil ], [ %peak.rf_global259.sroa.0.0462.i.epil.init, %for_body_ax157.i.epil.preheader ]
-  %epil.iter223 = phi i64 [ %epil.iter223.next, %for_body_ax157.i.epil ], [ 0, %for_body_ax157.i.epil.preheader ]
-  %.idx909.i.epil = shl nsw i64 %indvars.iv722.i.epil, 6
-  %1261 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx909.i.epil
+for_body_ax162.i.epil:                            ; preds = %for_body_ax162.i.epil, %for_body_ax162.i.epil.preheader
+  %indvars.iv727.i.epil = phi i64 [ %indvars.iv.next728.i.epil, %for_body_ax162.i.epil ], [ %indvars.iv727.i.epil.init, %for_body_ax162.i.epil.preheader ]
+  %peak.rf_global264.sroa.0.0467.i.epil = phi <16 x float> [ %1264, %for_body_ax162.i.epil ], [ %peak.rf_global264.sroa.0.0467.i.epil.init, %for_body_ax162.i.epil.preheader ]
+  %epil.iter223 = phi i64 [ %epil.iter223.next, %for_body_ax162.i.epil ], [ 0, %for_body_ax162.i.epil.preheader ]
+  %.idx914.i.epil = shl nsw i64 %indvars.iv727.i.epil, 6
+  %1261 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx914.i.epil
   %1262 = load <16 x float>, ptr %1261, align 4, !tbaa !5
-  %1263 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, %1262
-  %1264 = select <16 x i1> %1263, <16 x float> %peak.rf_global259.sroa.0.0462.i.epil, <16 x float> %1262
-  %indvars.iv.next723.i.epil = add nuw nsw i64 %indvars.iv722.i.epil, 1
+  %1263 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.i.epil, %1262
+  %1264 = select <16 x i1> %1263, <16 x float> %peak.rf_global264.sroa.0.0467.i.epil, <16 x float> %1262
+  %indvars.iv.next728.i.epil = add nuw nsw i64 %indvars.iv727.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_end_ax158.i, label %for_body_ax157.i.epil, !prof !29, !llvm.loop !44
+  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !29, !llvm.loop !44
 
-for_end_ax158.i:                                  ; preds = %for_body_ax157.i.epil, %for_end_ax158.i.loopexit.unr-lcssa, %for_end_to_m.thread.i
-  %scaled918920923.i = phi ptr [ %scaled917.i, %for_end_to_m.thread.i ], [ %scaled.i, %for_body_ax157.i.epil ], [ %scaled.i, %for_end_ax158.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to_m.thread.i ], [ %1260, %for_end_ax158.i.loopexit.unr-lcssa ], [ %1264, %for_body_ax157.i.epil ]
-  %peak.rf260.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 0
-  %1265 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1266 = select i1 %1265, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.i
-  %peak.rf260.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 1
-  %1267 = fcmp ogt float %1266, %peak.rf260.sroa.0.4.vec.extract.i
-  %1268 = select i1 %1267, float %1266, float %peak.rf260.sroa.0.4.vec.extract.i
-  %peak.rf260.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 2
-  %1269 = fcmp ogt float %1268, %peak.rf260.sroa.0.8.vec.extract.i
-  %1270 = select i1 %1269, float %1268, float %peak.rf260.sroa.0.8.vec.extract.i
-  %peak.rf260.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 3
-  %1271 = fcmp ogt float %1270, %peak.rf260.sroa.0.12.vec.extract.i
-  %1272 = select i1 %1271, float %1270, float %peak.rf260.sroa.0.12.vec.extract.i
-  %peak.rf260.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 4
-  %1273 = fcmp ogt float %1272, %peak.rf260.sroa.0.16.vec.extract.i
-  %1274 = select i1 %1273, float %1272, float %peak.rf260.sroa.0.16.vec.extract.i
-  %peak.rf260.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 5
-  %1275 = fcmp ogt float %1274, %peak.rf260.sroa.0.20.vec.extract.i
-  %1276 = select i1 %1275, float %1274, float %peak.rf260.sroa.0.20.vec.extract.i
-  %peak.rf260.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 6
-  %1277 = fcmp ogt float %1276, %peak.rf260.sroa.0.24.vec.extract.i
-  %1278 = select i1 %1277, float %1276, float %peak.rf260.sroa.0.24.vec.extract.i
-  %peak.rf260.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 7
-  %1279 = fcmp ogt float %1278, %peak.rf260.sroa.0.28.vec.extract.i
-  %1280 = select i1 %1279, float %1278, float %peak.rf260.sroa.0.28.vec.extract.i
-  %peak.rf260.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 8
-  %1281 = fcmp ogt float %1280, %peak.rf260.sroa.0.32.vec.extract.i
-  %1282 = select i1 %1281, float %1280, float %peak.rf260.sroa.0.32.vec.extract.i
-  %peak.rf260.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 9
-  %1283 = fcmp ogt float %1282, %peak.rf260.sroa.0.36.vec.extract.i
-  %1284 = select i1 %1283, float %1282, float %peak.rf260.sroa.0.36.vec.extract.i
-  %peak.rf260.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 10
-  %1285 = fcmp ogt float %1284, %peak.rf260.sroa.0.40.vec.extract.i
-  %1286 = select i1 %1285, float %1284, float %peak.rf260.sroa.0.40.vec.extract.i
-  %peak.rf260.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 11
-  %1287 = fcmp ogt float %1286, %peak.rf260.sroa.0.44.vec.extract.i
-  %1288 = select i1 %1287, float %1286, float %peak.rf260.sroa.0.44.vec.extract.i
-  %peak.rf260.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 12
-  %1289 = fcmp ogt float %1288, %peak.rf260.sroa.0.48.vec.extract.i
-  %1290 = select i1 %1289, float %1288, float %peak.rf260.sroa.0.48.vec.extract.i
-  %peak.rf260.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 13
-  %1291 = fcmp ogt float %1290, %peak.rf260.sroa.0.52.vec.extract.i
-  %1292 = select i1 %1291, float %1290, float %peak.rf260.sroa.0.52.vec.extract.i
-  %peak.rf260.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 14
-  %1293 = fcmp ogt float %1292, %peak.rf260.sroa.0.56.vec.extract.i
-  %1294 = select i1 %1293, float %1292, float %peak.rf260.sroa.0.56.vec.extract.i
-  %peak.rf260.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.i, i64 15
-  %1295 = fcmp ogt float %1294, %peak.rf260.sroa.0.60.vec.extract.i
-  %1296 = select i1 %1295, float %1294, float %peak.rf260.sroa.0.60.vec.extract.i
-  %peak261.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1296, i64 0
-  br i1 %486, label %for_body_ax157.1.i.preheader, label %for_end_ax158.1.i, !prof !3
+for_end_ax163.i:                                  ; preds = %for_body_ax162.i.epil, %for_end_ax163.i.loopexit.unr-lcssa, %for_end_to.thread.i
+  %scaled923925928.i = phi ptr [ %scaled922.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax162.i.epil ], [ %scaled.i, %for_end_ax163.i.loopexit.unr-lcssa ]
+  %peak.rf_global264.sroa.0.0.lcssa.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_to.thread.i ], [ %1260, %for_end_ax163.i.loopexit.unr-lcssa ], [ %1264, %for_body_ax162.i.epil ]
+  %peak.rf265.sroa.0.0.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 0
+  %1265 = fcmp olt float %peak.rf265.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1266 = select i1 %1265, float 0xC7EFFFFFE0000000, float %peak.rf265.sroa.0.0.vec.extract.i
+  %peak.rf265.sroa.0.4.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 1
+  %1267 = fcmp ogt float %1266, %peak.rf265.sroa.0.4.vec.extract.i
+  %1268 = select i1 %1267, float %1266, float %peak.rf265.sroa.0.4.vec.extract.i
+  %peak.rf265.sroa.0.8.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 2
+  %1269 = fcmp ogt float %1268, %peak.rf265.sroa.0.8.vec.extract.i
+  %1270 = select i1 %1269, float %1268, float %peak.rf265.sroa.0.8.vec.extract.i
+  %peak.rf265.sroa.0.12.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 3
+  %1271 = fcmp ogt float %1270, %peak.rf265.sroa.0.12.vec.extract.i
+  %1272 = select i1 %1271, float %1270, float %peak.rf265.sroa.0.12.vec.extract.i
+  %peak.rf265.sroa.0.16.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 4
+  %1273 = fcmp ogt float %1272, %peak.rf265.sroa.0.16.vec.extract.i
+  %1274 = select i1 %1273, float %1272, float %peak.rf265.sroa.0.16.vec.extract.i
+  %peak.rf265.sroa.0.20.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 5
+  %1275 = fcmp ogt float %1274, %peak.rf265.sroa.0.20.vec.extract.i
+  %1276 = select i1 %1275, float %1274, float %peak.rf265.sroa.0.20.vec.extract.i
+  %peak.rf265.sroa.0.24.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 6
+  %1277 = fcmp ogt float %1276, %peak.rf265.sroa.0.24.vec.extract.i
+  %1278 = select i1 %1277, float %1276, float %peak.rf265.sroa.0.24.vec.extract.i
+  %peak.rf265.sroa.0.28.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 7
+  %1279 = fcmp ogt float %1278, %peak.rf265.sroa.0.28.vec.extract.i
+  %1280 = select i1 %1279, float %1278, float %peak.rf265.sroa.0.28.vec.extract.i
+  %peak.rf265.sroa.0.32.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 8
+  %1281 = fcmp ogt float %1280, %peak.rf265.sroa.0.32.vec.extract.i
+  %1282 = select i1 %1281, float %1280, float %peak.rf265.sroa.0.32.vec.extract.i
+  %peak.rf265.sroa.0.36.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 9
+  %1283 = fcmp ogt float %1282, %peak.rf265.sroa.0.36.vec.extract.i
+  %1284 = select i1 %1283, float %1282, float %peak.rf265.sroa.0.36.vec.extract.i
+  %peak.rf265.sroa.0.40.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 10
+  %1285 = fcmp ogt float %1284, %peak.rf265.sroa.0.40.vec.extract.i
+  %1286 = select i1 %1285, float %1284, float %peak.rf265.sroa.0.40.vec.extract.i
+  %peak.rf265.sroa.0.44.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 11
+  %1287 = fcmp ogt float %1286, %peak.rf265.sroa.0.44.vec.extract.i
+  %1288 = select i1 %1287, float %1286, float %peak.rf265.sroa.0.44.vec.extract.i
+  %peak.rf265.sroa.0.48.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 12
+  %1289 = fcmp ogt float %1288, %peak.rf265.sroa.0.48.vec.extract.i
+  %1290 = select i1 %1289, float %1288, float %peak.rf265.sroa.0.48.vec.extract.i
+  %peak.rf265.sroa.0.52.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 13
+  %1291 = fcmp ogt float %1290, %peak.rf265.sroa.0.52.vec.extract.i
+  %1292 = select i1 %1291, float %1290, float %peak.rf265.sroa.0.52.vec.extract.i
+  %peak.rf265.sroa.0.56.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 14
+  %1293 = fcmp ogt float %1292, %peak.rf265.sroa.0.56.vec.extract.i
+  %1294 = select i1 %1293, float %1292, float %peak.rf265.sroa.0.56.vec.extract.i
+  %peak.rf265.sroa.0.60.vec.extract.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.i, i64 15
+  %1295 = fcmp ogt float %1294, %peak.rf265.sroa.0.60.vec.extract.i
+  %1296 = select i1 %1295, float %1294, float %peak.rf265.sroa.0.60.vec.extract.i
+  %peak266.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1296, i64 0
+  br i1 %486, label %for_body_ax162.1.i.preheader, label %for_end_ax163.1.i, !prof !3
 
-for_body_ax157.1.i.preheader:                     ; preds = %for_end_ax158.i
-  br i1 %503, label %for_body_ax157.1.i.epil.preheader, label %for_body_ax157.1.i, !prof !39
+for_body_ax162.1.i.preheader:                     ; preds = %for_end_ax163.i
+  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !39
 
-for_body_ax157.1.i:                               ; preds = %for_body_ax157.1.i, %for_body_ax157.1.i.preheader
-  %indvars.iv722.1.i = phi i64 [ %indvars.iv.next723.1.i.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.1.i = phi <16 x float> [ %1336, %for_body_ax157.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ]
-  %niter235 = phi i64 [ %niter235.next.7, %for_body_ax157.1.i ], [ 0, %for_body_ax157.1.i.preheader ]
-  %.idx910.i = shl nsw i64 %indvars.iv722.1.i, 6
-  %1297 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i
+for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i, %for_body_ax162.1.i.preheader
+  %indvars.iv727.1.i = phi i64 [ %indvars.iv.next728.1.i.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
+  %peak.rf_global264.sroa.0.0467.1.i = phi <16 x float> [ %1336, %for_body_ax162.1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.1.i.preheader ]
+  %niter235 = phi i64 [ %niter235.next.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
+  %.idx915.i = shl nsw i64 %indvars.iv727.1.i, 6
+  %1297 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %.idx915.i
   %1298 = getelementptr inbounds nuw i8, ptr %1297, i64 512
   %1299 = load <16 x float>, ptr %1298, align 4, !tbaa !5
-  %1300 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i, %1299
-  %1301 = select <16 x i1> %1300, <16 x float> %peak.rf_global259.sroa.0.0462.1.i, <16 x float> %1299
-  %indvars.iv.next723.1.i = shl i64 %indvars.iv722.1.i, 6
-  %1302 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i
+  %1300 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.1.i, %1299
+  %1301 = select <16 x i1> %1300, <16 x float> %peak.rf_global264.sroa.0.0467.1.i, <16 x float> %1299
+  %indvars.iv.next728.1.i = shl i64 %indvars.iv727.1.i, 6
+  %1302 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i
   %1303 = getelementptr inbounds nuw i8, ptr %1302, i64 576
   %1304 = load <16 x float>, ptr %1303, align 4, !tbaa !5
   %1305 = fcmp ogt <16 x float> %1301, %1304
   %1306 = select <16 x i1> %1305, <16 x float> %1301, <16 x float> %1304
-  %indvars.iv.next723.1.i.1 = shl i64 %indvars.iv722.1.i, 6
-  %1307 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.1
+  %indvars.iv.next728.1.i.1 = shl i64 %indvars.iv727.1.i, 6
+  %1307 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i.1
   %1308 = getelementptr inbounds nuw i8, ptr %1307, i64 640
   %1309 = load <16 x float>, ptr %1308, align 4, !tbaa !5
   %1310 = fcmp ogt <16 x float> %1306, %1309
   %1311 = select <16 x i1> %1310, <16 x float> %1306, <16 x float> %1309
-  %indvars.iv.next723.1.i.2 = shl i64 %indvars.iv722.1.i, 6
-  %1312 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.2
+  %indvars.iv.next728.1.i.2 = shl i64 %indvars.iv727.1.i, 6
+  %1312 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i.2
   %1313 = getelementptr inbounds nuw i8, ptr %1312, i64 704
   %1314 = load <16 x float>, ptr %1313, align 4, !tbaa !5
   %1315 = fcmp ogt <16 x float> %1311, %1314
   %1316 = select <16 x i1> %1315, <16 x float> %1311, <16 x float> %1314
-  %indvars.iv.next723.1.i.3 = shl i64 %indvars.iv722.1.i, 6
-  %1317 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.3
+  %indvars.iv.next728.1.i.3 = shl i64 %indvars.iv727.1.i, 6
+  %1317 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i.3
   %1318 = getelementptr inbounds nuw i8, ptr %1317, i64 768
   %1319 = load <16 x float>, ptr %1318, align 4, !tbaa !5
   %1320 = fcmp ogt <16 x float> %1316, %1319
   %1321 = select <16 x i1> %1320, <16 x float> %1316, <16 x float> %1319
-  %indvars.iv.next723.1.i.4 = shl i64 %indvars.iv722.1.i, 6
-  %1322 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.4
+  %indvars.iv.next728.1.i.4 = shl i64 %indvars.iv727.1.i, 6
+  %1322 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i.4
   %1323 = getelementptr inbounds nuw i8, ptr %1322, i64 832
   %1324 = load <16 x float>, ptr %1323, align 4, !tbaa !5
   %1325 = fcmp ogt <16 x float> %1321, %1324
   %1326 = select <16 x i1> %1325, <16 x float> %1321, <16 x float> %1324
-  %indvars.iv.next723.1.i.5 = shl i64 %indvars.iv722.1.i, 6
-  %1327 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.5
+  %indvars.iv.next728.1.i.5 = shl i64 %indvars.iv727.1.i, 6
+  %1327 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i.5
   %1328 = getelementptr inbounds nuw i8, ptr %1327, i64 896
   %1329 = load <16 x float>, ptr %1328, align 4, !tbaa !5
   %1330 = fcmp ogt <16 x float> %1326, %1329
   %1331 = select <16 x i1> %1330, <16 x float> %1326, <16 x float> %1329
-  %indvars.iv.next723.1.i.6 = shl i64 %indvars.iv722.1.i, 6
-  %1332 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.1.i.6
+  %indvars.iv.next728.1.i.6 = shl i64 %indvars.iv727.1.i, 6
+  %1332 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.1.i.6
   %1333 = getelementptr inbounds nuw i8, ptr %1332, i64 960
   %1334 = load <16 x float>, ptr %1333, align 4, !tbaa !5
   %1335 = fcmp ogt <16 x float> %1331, %1334
   %1336 = select <16 x i1> %1335, <16 x float> %1331, <16 x float> %1334
-  %indvars.iv.next723.1.i.7 = add nuw nsw i64 %indvars.iv722.1.i, 8
+  %indvars.iv.next728.1.i.7 = add nuw nsw i64 %indvars.iv727.1.i, 8
   %niter235.next.7 = add i64 %niter235, 8
   %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
-  br i1 %niter235.ncmp.7, label %for_end_ax158.1.i.loopexit.unr-lcssa, label %for_body_ax157.1.i, !prof !40, !llvm.loop !45
+  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !40, !llvm.loop !45
 
-for_end_ax158.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.1.i
-  br i1 %lcmp.mod231.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil.preheader, !prof !43
+for_end_ax163.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.1.i
+  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !43
 
-for_body_ax157.1.i.epil.preheader:                ; preds = %for_end_ax158.1.i.loopexit.unr-lcssa, %for_body_ax157.1.i.preheader
-  %indvars.iv722.1.i.epil.init = phi i64 [ 0, %for_body_ax157.1.i.preheader ], [ %indvars.iv.next723.1.i.7, %for_end_ax158.1.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.1.i.preheader ], [ %1336, %for_end_ax158.1.i.loopexit.unr-lcssa ]
+for_body_ax162.1.i.epil.preheader:                ; preds = %for_end_ax163.1.i.loopexit.unr-lcssa, %for_body_ax162.1.i.preheader
+  %indvars.iv727.1.i.epil.init = phi i64 [ 0, %for_body_ax162.1.i.preheader ], [ %indvars.iv.next728.1.i.7, %for_end_ax163.1.i.loopexit.unr-lcssa ]
+  %peak.rf_global264.sroa.0.0467.1.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.1.i.preheader ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod233)
-  br label %for_body_ax157.1.i.epil
+  br label %for_body_ax162.1.i.epil
 
-for_body_ax157.1.i.epil:                          ; preds = %for_body_ax157.1.i.epil, %for_body_ax157.1.i.epil.preheader
-  %indvars.iv722.1.i.epil = phi i64 [ %indvars.iv.next723.1.i.epil, %for_body_ax157.1.i.epil ], [ %indvars.iv722.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.1.i.epil = phi <16 x float> [ %1341, %for_body_ax157.1.i.epil ], [ %peak.rf_global259.sroa.0.0462.1.i.epil.init, %for_body_ax157.1.i.epil.preheader ]
-  %epil.iter230 = phi i64 [ %epil.iter230.next, %for_body_ax157.1.i.epil ], [ 0, %for_body_ax157.1.i.epil.preheader ]
-  %.idx910.i.epil = shl nsw i64 %indvars.iv722.1.i.epil, 6
-  %1337 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx910.i.epil
+for_body_ax162.1.i.epil:                          ; preds = %for_body_ax162.1.i.epil, %for_body_ax162.1.i.epil.preheader
+  %indvars.iv727.1.i.epil = phi i64 [ %indvars.iv.next728.1.i.epil, %for_body_ax162.1.i.epil ], [ %indvars.iv727.1.i.epil.init, %for_body_ax162.1.i.epil.preheader ]
+  %peak.rf_global264.sroa.0.0467.1.i.epil = phi <16 x float> [ %1341, %for_body_ax162.1.i.epil ], [ %peak.rf_global264.sroa.0.0467.1.i.epil.init, %for_body_ax162.1.i.epil.preheader ]
+  %epil.iter230 = phi i64 [ %epil.iter230.next, %for_body_ax162.1.i.epil ], [ 0, %for_body_ax162.1.i.epil.preheader ]
+  %.idx915.i.epil = shl nsw i64 %indvars.iv727.1.i.epil, 6
+  %1337 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %.idx915.i.epil
   %1338 = getelementptr inbounds nuw i8, ptr %1337, i64 512
   %1339 = load <16 x float>, ptr %1338, align 4, !tbaa !5
-  %1340 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, %1339
-  %1341 = select <16 x i1> %1340, <16 x float> %peak.rf_global259.sroa.0.0462.1.i.epil, <16 x float> %1339
-  %indvars.iv.next723.1.i.epil = add nuw nsw i64 %indvars.iv722.1.i.epil, 1
+  %1340 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.1.i.epil, %1339
+  %1341 = select <16 x i1> %1340, <16 x float> %peak.rf_global264.sroa.0.0467.1.i.epil, <16 x float> %1339
+  %indvars.iv.next728.1.i.epil = add nuw nsw i64 %indvars.iv727.1.i.epil, 1
   %epil.iter230.next = add i64 %epil.iter230, 1
   %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
-  br i1 %epil.iter230.cmp.not, label %for_end_ax158.1.i, label %for_body_ax157.1.i.epil, !prof !29, !llvm.loop !46
+  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !29, !llvm.loop !46
 
-for_end_ax158.1.i:                                ; preds = %for_body_ax157.1.i.epil, %for_end_ax158.1.i.loopexit.unr-lcssa, %for_end_ax158.i
-  %peak.rf_global259.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.i ], [ %1336, %for_end_ax158.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax157.1.i.epil ]
-  %peak.rf260.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 0
-  %1342 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
-  %1343 = select i1 %1342, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.1.i
-  %peak.rf260.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 1
-  %1344 = fcmp ogt float %1343, %peak.rf260.sroa.0.4.vec.extract.1.i
-  %1345 = select i1 %1344, float %1343, float %peak.rf260.sroa.0.4.vec.extract.1.i
-  %peak.rf260.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 2
-  %1346 = fcmp ogt float %1345, %peak.rf260.sroa.0.8.vec.extract.1.i
-  %1347 = select i1 %1346, float %1345, float %peak.rf260.sroa.0.8.vec.extract.1.i
-  %peak.rf260.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 3
-  %1348 = fcmp ogt float %1347, %peak.rf260.sroa.0.12.vec.extract.1.i
-  %1349 = select i1 %1348, float %1347, float %peak.rf260.sroa.0.12.vec.extract.1.i
-  %peak.rf260.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 4
-  %1350 = fcmp ogt float %1349, %peak.rf260.sroa.0.16.vec.extract.1.i
-  %1351 = select i1 %1350, float %1349, float %peak.rf260.sroa.0.16.vec.extract.1.i
-  %peak.rf260.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 5
-  %1352 = fcmp ogt float %1351, %peak.rf260.sroa.0.20.vec.extract.1.i
-  %1353 = select i1 %1352, float %1351, float %peak.rf260.sroa.0.20.vec.extract.1.i
-  %peak.rf260.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 6
-  %1354 = fcmp ogt float %1353, %peak.rf260.sroa.0.24.vec.extract.1.i
-  %1355 = select i1 %1354, float %1353, float %peak.rf260.sroa.0.24.vec.extract.1.i
-  %peak.rf260.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 7
-  %1356 = fcmp ogt float %1355, %peak.rf260.sroa.0.28.vec.extract.1.i
-  %1357 = select i1 %1356, float %1355, float %peak.rf260.sroa.0.28.vec.extract.1.i
-  %peak.rf260.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 8
-  %1358 = fcmp ogt float %1357, %peak.rf260.sroa.0.32.vec.extract.1.i
-  %1359 = select i1 %1358, float %1357, float %peak.rf260.sroa.0.32.vec.extract.1.i
-  %peak.rf260.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 9
-  %1360 = fcmp ogt float %1359, %peak.rf260.sroa.0.36.vec.extract.1.i
-  %1361 = select i1 %1360, float %1359, float %peak.rf260.sroa.0.36.vec.extract.1.i
-  %peak.rf260.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 10
-  %1362 = fcmp ogt float %1361, %peak.rf260.sroa.0.40.vec.extract.1.i
-  %1363 = select i1 %1362, float %1361, float %peak.rf260.sroa.0.40.vec.extract.1.i
-  %peak.rf260.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 11
-  %1364 = fcmp ogt float %1363, %peak.rf260.sroa.0.44.vec.extract.1.i
-  %1365 = select i1 %1364, float %1363, float %peak.rf260.sroa.0.44.vec.extract.1.i
-  %peak.rf260.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 12
-  %1366 = fcmp ogt float %1365, %peak.rf260.sroa.0.48.vec.extract.1.i
-  %1367 = select i1 %1366, float %1365, float %peak.rf260.sroa.0.48.vec.extract.1.i
-  %peak.rf260.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 13
-  %1368 = fcmp ogt float %1367, %peak.rf260.sroa.0.52.vec.extract.1.i
-  %1369 = select i1 %1368, float %1367, float %peak.rf260.sroa.0.52.vec.extract.1.i
-  %peak.rf260.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 14
-  %1370 = fcmp ogt float %1369, %peak.rf260.sroa.0.56.vec.extract.1.i
-  %1371 = select i1 %1370, float %1369, float %peak.rf260.sroa.0.56.vec.extract.1.i
-  %peak.rf260.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.1.i, i64 15
-  %1372 = fcmp ogt float %1371, %peak.rf260.sroa.0.60.vec.extract.1.i
-  %1373 = select i1 %1372, float %1371, float %peak.rf260.sroa.0.60.vec.extract.1.i
-  %peak261.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.0.vec.insert.i, float %1373, i64 1
-  br i1 %486, label %for_body_ax157.2.i.preheader, label %for_end_ax158.2.i, !prof !3
+for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.epil, %for_end_ax163.1.i.loopexit.unr-lcssa, %for_end_ax163.i
+  %peak.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.i ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax162.1.i.epil ]
+  %peak.rf265.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 0
+  %1342 = fcmp olt float %peak.rf265.sroa.0.0.vec.extract.1.i, 0xC7EFFFFFE0000000
+  %1343 = select i1 %1342, float 0xC7EFFFFFE0000000, float %peak.rf265.sroa.0.0.vec.extract.1.i
+  %peak.rf265.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 1
+  %1344 = fcmp ogt float %1343, %peak.rf265.sroa.0.4.vec.extract.1.i
+  %1345 = select i1 %1344, float %1343, float %peak.rf265.sroa.0.4.vec.extract.1.i
+  %peak.rf265.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 2
+  %1346 = fcmp ogt float %1345, %peak.rf265.sroa.0.8.vec.extract.1.i
+  %1347 = select i1 %1346, float %1345, float %peak.rf265.sroa.0.8.vec.extract.1.i
+  %peak.rf265.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 3
+  %1348 = fcmp ogt float %1347, %peak.rf265.sroa.0.12.vec.extract.1.i
+  %1349 = select i1 %1348, float %1347, float %peak.rf265.sroa.0.12.vec.extract.1.i
+  %peak.rf265.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 4
+  %1350 = fcmp ogt float %1349, %peak.rf265.sroa.0.16.vec.extract.1.i
+  %1351 = select i1 %1350, float %1349, float %peak.rf265.sroa.0.16.vec.extract.1.i
+  %peak.rf265.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 5
+  %1352 = fcmp ogt float %1351, %peak.rf265.sroa.0.20.vec.extract.1.i
+  %1353 = select i1 %1352, float %1351, float %peak.rf265.sroa.0.20.vec.extract.1.i
+  %peak.rf265.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 6
+  %1354 = fcmp ogt float %1353, %peak.rf265.sroa.0.24.vec.extract.1.i
+  %1355 = select i1 %1354, float %1353, float %peak.rf265.sroa.0.24.vec.extract.1.i
+  %peak.rf265.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 7
+  %1356 = fcmp ogt float %1355, %peak.rf265.sroa.0.28.vec.extract.1.i
+  %1357 = select i1 %1356, float %1355, float %peak.rf265.sroa.0.28.vec.extract.1.i
+  %peak.rf265.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 8
+  %1358 = fcmp ogt float %1357, %peak.rf265.sroa.0.32.vec.extract.1.i
+  %1359 = select i1 %1358, float %1357, float %peak.rf265.sroa.0.32.vec.extract.1.i
+  %peak.rf265.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 9
+  %1360 = fcmp ogt float %1359, %peak.rf265.sroa.0.36.vec.extract.1.i
+  %1361 = select i1 %1360, float %1359, float %peak.rf265.sroa.0.36.vec.extract.1.i
+  %peak.rf265.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 10
+  %1362 = fcmp ogt float %1361, %peak.rf265.sroa.0.40.vec.extract.1.i
+  %1363 = select i1 %1362, float %1361, float %peak.rf265.sroa.0.40.vec.extract.1.i
+  %peak.rf265.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 11
+  %1364 = fcmp ogt float %1363, %peak.rf265.sroa.0.44.vec.extract.1.i
+  %1365 = select i1 %1364, float %1363, float %peak.rf265.sroa.0.44.vec.extract.1.i
+  %peak.rf265.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 12
+  %1366 = fcmp ogt float %1365, %peak.rf265.sroa.0.48.vec.extract.1.i
+  %1367 = select i1 %1366, float %1365, float %peak.rf265.sroa.0.48.vec.extract.1.i
+  %peak.rf265.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 13
+  %1368 = fcmp ogt float %1367, %peak.rf265.sroa.0.52.vec.extract.1.i
+  %1369 = select i1 %1368, float %1367, float %peak.rf265.sroa.0.52.vec.extract.1.i
+  %peak.rf265.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 14
+  %1370 = fcmp ogt float %1369, %peak.rf265.sroa.0.56.vec.extract.1.i
+  %1371 = select i1 %1370, float %1369, float %peak.rf265.sroa.0.56.vec.extract.1.i
+  %peak.rf265.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.1.i, i64 15
+  %1372 = fcmp ogt float %1371, %peak.rf265.sroa.0.60.vec.extract.1.i
+  %1373 = select i1 %1372, float %1371, float %peak.rf265.sroa.0.60.vec.extract.1.i
+  %peak266.sroa.0.4.vec.insert.i = insertelement <4 x float> %peak266.sroa.0.0.vec.insert.i, float %1373, i64 1
+  br i1 %486, label %for_body_ax162.2.i.preheader, label %for_end_ax163.2.i, !prof !3
 
-for_body_ax157.2.i.preheader:                     ; preds = %for_end_ax158.1.i
-  br i1 %504, label %for_body_ax157.2.i.epil.preheader, label %for_body_ax157.2.i, !prof !39
+for_body_ax162.2.i.preheader:                     ; preds = %for_end_ax163.1.i
+  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !39
 
-for_body_ax157.2.i:                               ; preds = %for_body_ax157.2.i, %for_body_ax157.2.i.preheader
-  %indvars.iv722.2.i = phi i64 [ %indvars.iv.next723.2.i.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.2.i = phi <16 x float> [ %1413, %for_body_ax157.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ]
-  %niter242 = phi i64 [ %niter242.next.7, %for_body_ax157.2.i ], [ 0, %for_body_ax157.2.i.preheader ]
-  %.idx911.i = shl nsw i64 %indvars.iv722.2.i, 6
-  %1374 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i
+for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i, %for_body_ax162.2.i.preheader
+  %indvars.iv727.2.i = phi i64 [ %indvars.iv.next728.2.i.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
+  %peak.rf_global264.sroa.0.0467.2.i = phi <16 x float> [ %1413, %for_body_ax162.2.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.2.i.preheader ]
+  %niter242 = phi i64 [ %niter242.next.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
+  %.idx916.i = shl nsw i64 %indvars.iv727.2.i, 6
+  %1374 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %.idx916.i
   %1375 = getelementptr inbounds nuw i8, ptr %1374, i64 1024
   %1376 = load <16 x float>, ptr %1375, align 4, !tbaa !5
-  %1377 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i, %1376
-  %1378 = select <16 x i1> %1377, <16 x float> %peak.rf_global259.sroa.0.0462.2.i, <16 x float> %1376
-  %indvars.iv.next723.2.i = shl i64 %indvars.iv722.2.i, 6
-  %1379 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i
+  %1377 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.2.i, %1376
+  %1378 = select <16 x i1> %1377, <16 x float> %peak.rf_global264.sroa.0.0467.2.i, <16 x float> %1376
+  %indvars.iv.next728.2.i = shl i64 %indvars.iv727.2.i, 6
+  %1379 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i
   %1380 = getelementptr inbounds nuw i8, ptr %1379, i64 1088
   %1381 = load <16 x float>, ptr %1380, align 4, !tbaa !5
   %1382 = fcmp ogt <16 x float> %1378, %1381
   %1383 = select <16 x i1> %1382, <16 x float> %1378, <16 x float> %1381
-  %indvars.iv.next723.2.i.1 = shl i64 %indvars.iv722.2.i, 6
-  %1384 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.1
+  %indvars.iv.next728.2.i.1 = shl i64 %indvars.iv727.2.i, 6
+  %1384 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i.1
   %1385 = getelementptr inbounds nuw i8, ptr %1384, i64 1152
   %1386 = load <16 x float>, ptr %1385, align 4, !tbaa !5
   %1387 = fcmp ogt <16 x float> %1383, %1386
   %1388 = select <16 x i1> %1387, <16 x float> %1383, <16 x float> %1386
-  %indvars.iv.next723.2.i.2 = shl i64 %indvars.iv722.2.i, 6
-  %1389 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.2
+  %indvars.iv.next728.2.i.2 = shl i64 %indvars.iv727.2.i, 6
+  %1389 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i.2
   %1390 = getelementptr inbounds nuw i8, ptr %1389, i64 1216
   %1391 = load <16 x float>, ptr %1390, align 4, !tbaa !5
   %1392 = fcmp ogt <16 x float> %1388, %1391
   %1393 = select <16 x i1> %1392, <16 x float> %1388, <16 x float> %1391
-  %indvars.iv.next723.2.i.3 = shl i64 %indvars.iv722.2.i, 6
-  %1394 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.3
+  %indvars.iv.next728.2.i.3 = shl i64 %indvars.iv727.2.i, 6
+  %1394 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i.3
   %1395 = getelementptr inbounds nuw i8, ptr %1394, i64 1280
   %1396 = load <16 x float>, ptr %1395, align 4, !tbaa !5
   %1397 = fcmp ogt <16 x float> %1393, %1396
   %1398 = select <16 x i1> %1397, <16 x float> %1393, <16 x float> %1396
-  %indvars.iv.next723.2.i.4 = shl i64 %indvars.iv722.2.i, 6
-  %1399 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.4
+  %indvars.iv.next728.2.i.4 = shl i64 %indvars.iv727.2.i, 6
+  %1399 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i.4
   %1400 = getelementptr inbounds nuw i8, ptr %1399, i64 1344
   %1401 = load <16 x float>, ptr %1400, align 4, !tbaa !5
   %1402 = fcmp ogt <16 x float> %1398, %1401
   %1403 = select <16 x i1> %1402, <16 x float> %1398, <16 x float> %1401
-  %indvars.iv.next723.2.i.5 = shl i64 %indvars.iv722.2.i, 6
-  %1404 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.5
+  %indvars.iv.next728.2.i.5 = shl i64 %indvars.iv727.2.i, 6
+  %1404 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i.5
   %1405 = getelementptr inbounds nuw i8, ptr %1404, i64 1408
   %1406 = load <16 x float>, ptr %1405, align 4, !tbaa !5
   %1407 = fcmp ogt <16 x float> %1403, %1406
   %1408 = select <16 x i1> %1407, <16 x float> %1403, <16 x float> %1406
-  %indvars.iv.next723.2.i.6 = shl i64 %indvars.iv722.2.i, 6
-  %1409 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.2.i.6
+  %indvars.iv.next728.2.i.6 = shl i64 %indvars.iv727.2.i, 6
+  %1409 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.2.i.6
   %1410 = getelementptr inbounds nuw i8, ptr %1409, i64 1472
   %1411 = load <16 x float>, ptr %1410, align 4, !tbaa !5
   %1412 = fcmp ogt <16 x float> %1408, %1411
   %1413 = select <16 x i1> %1412, <16 x float> %1408, <16 x float> %1411
-  %indvars.iv.next723.2.i.7 = add nuw nsw i64 %indvars.iv722.2.i, 8
+  %indvars.iv.next728.2.i.7 = add nuw nsw i64 %indvars.iv727.2.i, 8
   %niter242.next.7 = add i64 %niter242, 8
   %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
-  br i1 %niter242.ncmp.7, label %for_end_ax158.2.i.loopexit.unr-lcssa, label %for_body_ax157.2.i, !prof !40, !llvm.loop !47
+  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !40, !llvm.loop !47
 
-for_end_ax158.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.2.i
-  br i1 %lcmp.mod238.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil.preheader, !prof !43
+for_end_ax163.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.2.i
+  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !43
 
-for_body_ax157.2.i.epil.preheader:                ; preds = %for_end_ax158.2.i.loopexit.unr-lcssa, %for_body_ax157.2.i.preheader
-  %indvars.iv722.2.i.epil.init = phi i64 [ 0, %for_body_ax157.2.i.preheader ], [ %indvars.iv.next723.2.i.7, %for_end_ax158.2.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.2.i.preheader ], [ %1413, %for_end_ax158.2.i.loopexit.unr-lcssa ]
+for_body_ax162.2.i.epil.preheader:                ; preds = %for_end_ax163.2.i.loopexit.unr-lcssa, %for_body_ax162.2.i.preheader
+  %indvars.iv727.2.i.epil.init = phi i64 [ 0, %for_body_ax162.2.i.preheader ], [ %indvars.iv.next728.2.i.7, %for_end_ax163.2.i.loopexit.unr-lcssa ]
+  %peak.rf_global264.sroa.0.0467.2.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.2.i.preheader ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod240)
-  br label %for_body_ax157.2.i.epil
+  br label %for_body_ax162.2.i.epil
 
-for_body_ax157.2.i.epil:                          ; preds = %for_body_ax157.2.i.epil, %for_body_ax157.2.i.epil.preheader
-  %indvars.iv722.2.i.epil = phi i64 [ %indvars.iv.next723.2.i.epil, %for_body_ax157.2.i.epil ], [ %indvars.iv722.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.2.i.epil = phi <16 x float> [ %1418, %for_body_ax157.2.i.epil ], [ %peak.rf_global259.sroa.0.0462.2.i.epil.init, %for_body_ax157.2.i.epil.preheader ]
-  %epil.iter237 = phi i64 [ %epil.iter237.next, %for_body_ax157.2.i.epil ], [ 0, %for_body_ax157.2.i.epil.preheader ]
-  %.idx911.i.epil = shl nsw i64 %indvars.iv722.2.i.epil, 6
-  %1414 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx911.i.epil
+for_body_ax162.2.i.epil:                          ; preds = %for_body_ax162.2.i.epil, %for_body_ax162.2.i.epil.preheader
+  %indvars.iv727.2.i.epil = phi i64 [ %indvars.iv.next728.2.i.epil, %for_body_ax162.2.i.epil ], [ %indvars.iv727.2.i.epil.init, %for_body_ax162.2.i.epil.preheader ]
+  %peak.rf_global264.sroa.0.0467.2.i.epil = phi <16 x float> [ %1418, %for_body_ax162.2.i.epil ], [ %peak.rf_global264.sroa.0.0467.2.i.epil.init, %for_body_ax162.2.i.epil.preheader ]
+  %epil.iter237 = phi i64 [ %epil.iter237.next, %for_body_ax162.2.i.epil ], [ 0, %for_body_ax162.2.i.epil.preheader ]
+  %.idx916.i.epil = shl nsw i64 %indvars.iv727.2.i.epil, 6
+  %1414 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %.idx916.i.epil
   %1415 = getelementptr inbounds nuw i8, ptr %1414, i64 1024
   %1416 = load <16 x float>, ptr %1415, align 4, !tbaa !5
-  %1417 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, %1416
-  %1418 = select <16 x i1> %1417, <16 x float> %peak.rf_global259.sroa.0.0462.2.i.epil, <16 x float> %1416
-  %indvars.iv.next723.2.i.epil = add nuw nsw i64 %indvars.iv722.2.i.epil, 1
+  %1417 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.2.i.epil, %1416
+  %1418 = select <16 x i1> %1417, <16 x float> %peak.rf_global264.sroa.0.0467.2.i.epil, <16 x float> %1416
+  %indvars.iv.next728.2.i.epil = add nuw nsw i64 %indvars.iv727.2.i.epil, 1
   %epil.iter237.next = add i64 %epil.iter237, 1
   %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
-  br i1 %epil.iter237.cmp.not, label %for_end_ax158.2.i, label %for_body_ax157.2.i.epil, !prof !29, !llvm.loop !48
+  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !29, !llvm.loop !48
 
-for_end_ax158.2.i:                                ; preds = %for_body_ax157.2.i.epil, %for_end_ax158.2.i.loopexit.unr-lcssa, %for_end_ax158.1.i
-  %peak.rf_global259.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.1.i ], [ %1413, %for_end_ax158.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax157.2.i.epil ]
-  %peak.rf260.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 0
-  %1419 = fcmp olt float %peak.rf260.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
-  %1420 = select i1 %1419, float 0xC7EFFFFFE0000000, float %peak.rf260.sroa.0.0.vec.extract.2.i
-  %peak.rf260.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 1
-  %1421 = fcmp ogt float %1420, %peak.rf260.sroa.0.4.vec.extract.2.i
-  %1422 = select i1 %1421, float %1420, float %peak.rf260.sroa.0.4.vec.extract.2.i
-  %peak.rf260.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 2
-  %1423 = fcmp ogt float %1422, %peak.rf260.sroa.0.8.vec.extract.2.i
-  %1424 = select i1 %1423, float %1422, float %peak.rf260.sroa.0.8.vec.extract.2.i
-  %peak.rf260.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 3
-  %1425 = fcmp ogt float %1424, %peak.rf260.sroa.0.12.vec.extract.2.i
-  %1426 = select i1 %1425, float %1424, float %peak.rf260.sroa.0.12.vec.extract.2.i
-  %peak.rf260.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 4
-  %1427 = fcmp ogt float %1426, %peak.rf260.sroa.0.16.vec.extract.2.i
-  %1428 = select i1 %1427, float %1426, float %peak.rf260.sroa.0.16.vec.extract.2.i
-  %peak.rf260.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 5
-  %1429 = fcmp ogt float %1428, %peak.rf260.sroa.0.20.vec.extract.2.i
-  %1430 = select i1 %1429, float %1428, float %peak.rf260.sroa.0.20.vec.extract.2.i
-  %peak.rf260.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 6
-  %1431 = fcmp ogt float %1430, %peak.rf260.sroa.0.24.vec.extract.2.i
-  %1432 = select i1 %1431, float %1430, float %peak.rf260.sroa.0.24.vec.extract.2.i
-  %peak.rf260.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 7
-  %1433 = fcmp ogt float %1432, %peak.rf260.sroa.0.28.vec.extract.2.i
-  %1434 = select i1 %1433, float %1432, float %peak.rf260.sroa.0.28.vec.extract.2.i
-  %peak.rf260.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 8
-  %1435 = fcmp ogt float %1434, %peak.rf260.sroa.0.32.vec.extract.2.i
-  %1436 = select i1 %1435, float %1434, float %peak.rf260.sroa.0.32.vec.extract.2.i
-  %peak.rf260.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 9
-  %1437 = fcmp ogt float %1436, %peak.rf260.sroa.0.36.vec.extract.2.i
-  %1438 = select i1 %1437, float %1436, float %peak.rf260.sroa.0.36.vec.extract.2.i
-  %peak.rf260.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 10
-  %1439 = fcmp ogt float %1438, %peak.rf260.sroa.0.40.vec.extract.2.i
-  %1440 = select i1 %1439, float %1438, float %peak.rf260.sroa.0.40.vec.extract.2.i
-  %peak.rf260.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 11
-  %1441 = fcmp ogt float %1440, %peak.rf260.sroa.0.44.vec.extract.2.i
-  %1442 = select i1 %1441, float %1440, float %peak.rf260.sroa.0.44.vec.extract.2.i
-  %peak.rf260.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 12
-  %1443 = fcmp ogt float %1442, %peak.rf260.sroa.0.48.vec.extract.2.i
-  %1444 = select i1 %1443, float %1442, float %peak.rf260.sroa.0.48.vec.extract.2.i
-  %peak.rf260.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 13
-  %1445 = fcmp ogt float %1444, %peak.rf260.sroa.0.52.vec.extract.2.i
-  %1446 = select i1 %1445, float %1444, float %peak.rf260.sroa.0.52.vec.extract.2.i
-  %peak.rf260.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 14
-  %1447 = fcmp ogt float %1446, %peak.rf260.sroa.0.56.vec.extract.2.i
-  %1448 = select i1 %1447, float %1446, float %peak.rf260.sroa.0.56.vec.extract.2.i
-  %peak.rf260.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global259.sroa.0.0.lcssa.2.i, i64 15
-  %1449 = fcmp ogt float %1448, %peak.rf260.sroa.0.60.vec.extract.2.i
-  %1450 = select i1 %1449, float %1448, float %peak.rf260.sroa.0.60.vec.extract.2.i
-  %peak261.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak261.sroa.0.4.vec.insert.i, float %1450, i64 2
-  br i1 %486, label %for_body_ax157.3.i.preheader, label %for_end_ax158.3.i, !prof !3
+for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.epil, %for_end_ax163.2.i.loopexit.unr-lcssa, %for_end_ax163.1.i
+  %peak.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.1.i ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax162.2.i.epil ]
+  %peak.rf265.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 0
+  %1419 = fcmp olt float %peak.rf265.sroa.0.0.vec.extract.2.i, 0xC7EFFFFFE0000000
+  %1420 = select i1 %1419, float 0xC7EFFFFFE0000000, float %peak.rf265.sroa.0.0.vec.extract.2.i
+  %peak.rf265.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 1
+  %1421 = fcmp ogt float %1420, %peak.rf265.sroa.0.4.vec.extract.2.i
+  %1422 = select i1 %1421, float %1420, float %peak.rf265.sroa.0.4.vec.extract.2.i
+  %peak.rf265.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 2
+  %1423 = fcmp ogt float %1422, %peak.rf265.sroa.0.8.vec.extract.2.i
+  %1424 = select i1 %1423, float %1422, float %peak.rf265.sroa.0.8.vec.extract.2.i
+  %peak.rf265.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 3
+  %1425 = fcmp ogt float %1424, %peak.rf265.sroa.0.12.vec.extract.2.i
+  %1426 = select i1 %1425, float %1424, float %peak.rf265.sroa.0.12.vec.extract.2.i
+  %peak.rf265.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 4
+  %1427 = fcmp ogt float %1426, %peak.rf265.sroa.0.16.vec.extract.2.i
+  %1428 = select i1 %1427, float %1426, float %peak.rf265.sroa.0.16.vec.extract.2.i
+  %peak.rf265.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 5
+  %1429 = fcmp ogt float %1428, %peak.rf265.sroa.0.20.vec.extract.2.i
+  %1430 = select i1 %1429, float %1428, float %peak.rf265.sroa.0.20.vec.extract.2.i
+  %peak.rf265.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 6
+  %1431 = fcmp ogt float %1430, %peak.rf265.sroa.0.24.vec.extract.2.i
+  %1432 = select i1 %1431, float %1430, float %peak.rf265.sroa.0.24.vec.extract.2.i
+  %peak.rf265.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 7
+  %1433 = fcmp ogt float %1432, %peak.rf265.sroa.0.28.vec.extract.2.i
+  %1434 = select i1 %1433, float %1432, float %peak.rf265.sroa.0.28.vec.extract.2.i
+  %peak.rf265.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 8
+  %1435 = fcmp ogt float %1434, %peak.rf265.sroa.0.32.vec.extract.2.i
+  %1436 = select i1 %1435, float %1434, float %peak.rf265.sroa.0.32.vec.extract.2.i
+  %peak.rf265.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 9
+  %1437 = fcmp ogt float %1436, %peak.rf265.sroa.0.36.vec.extract.2.i
+  %1438 = select i1 %1437, float %1436, float %peak.rf265.sroa.0.36.vec.extract.2.i
+  %peak.rf265.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 10
+  %1439 = fcmp ogt float %1438, %peak.rf265.sroa.0.40.vec.extract.2.i
+  %1440 = select i1 %1439, float %1438, float %peak.rf265.sroa.0.40.vec.extract.2.i
+  %peak.rf265.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 11
+  %1441 = fcmp ogt float %1440, %peak.rf265.sroa.0.44.vec.extract.2.i
+  %1442 = select i1 %1441, float %1440, float %peak.rf265.sroa.0.44.vec.extract.2.i
+  %peak.rf265.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 12
+  %1443 = fcmp ogt float %1442, %peak.rf265.sroa.0.48.vec.extract.2.i
+  %1444 = select i1 %1443, float %1442, float %peak.rf265.sroa.0.48.vec.extract.2.i
+  %peak.rf265.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 13
+  %1445 = fcmp ogt float %1444, %peak.rf265.sroa.0.52.vec.extract.2.i
+  %1446 = select i1 %1445, float %1444, float %peak.rf265.sroa.0.52.vec.extract.2.i
+  %peak.rf265.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 14
+  %1447 = fcmp ogt float %1446, %peak.rf265.sroa.0.56.vec.extract.2.i
+  %1448 = select i1 %1447, float %1446, float %peak.rf265.sroa.0.56.vec.extract.2.i
+  %peak.rf265.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.2.i, i64 15
+  %1449 = fcmp ogt float %1448, %peak.rf265.sroa.0.60.vec.extract.2.i
+  %1450 = select i1 %1449, float %1448, float %peak.rf265.sroa.0.60.vec.extract.2.i
+  %peak266.sroa.0.8.vec.insert.i = insertelement <4 x float> %peak266.sroa.0.4.vec.insert.i, float %1450, i64 2
+  br i1 %486, label %for_body_ax162.3.i.preheader, label %for_end_ax163.3.i, !prof !3
 
-for_body_ax157.3.i.preheader:                     ; preds = %for_end_ax158.2.i
-  br i1 %505, label %for_body_ax157.3.i.epil.preheader, label %for_body_ax157.3.i, !prof !39
+for_body_ax162.3.i.preheader:                     ; preds = %for_end_ax163.2.i
+  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !39
 
-for_body_ax157.3.i:                               ; preds = %for_body_ax157.3.i, %for_body_ax157.3.i.preheader
-  %indvars.iv722.3.i = phi i64 [ %indvars.iv.next723.3.i.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %peak.rf_global259.sroa.0.0462.3.i = phi <16 x float> [ %1490, %for_body_ax157.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ]
-  %niter249 = phi i64 [ %niter249.next.7, %for_body_ax157.3.i ], [ 0, %for_body_ax157.3.i.preheader ]
-  %.idx912.i = shl nsw i64 %indvars.iv722.3.i, 6
-  %1451 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i
+for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i, %for_body_ax162.3.i.preheader
+  %indvars.iv727.3.i = phi i64 [ %indvars.iv.next728.3.i.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
+  %peak.rf_global264.sroa.0.0467.3.i = phi <16 x float> [ %1490, %for_body_ax162.3.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.3.i.preheader ]
+  %niter249 = phi i64 [ %niter249.next.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
+  %.idx917.i = shl nsw i64 %indvars.iv727.3.i, 6
+  %1451 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %.idx917.i
   %1452 = getelementptr inbounds nuw i8, ptr %1451, i64 1536
   %1453 = load <16 x float>, ptr %1452, align 4, !tbaa !5
-  %1454 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i, %1453
-  %1455 = select <16 x i1> %1454, <16 x float> %peak.rf_global259.sroa.0.0462.3.i, <16 x float> %1453
-  %indvars.iv.next723.3.i = shl i64 %indvars.iv722.3.i, 6
-  %1456 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i
+  %1454 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.3.i, %1453
+  %1455 = select <16 x i1> %1454, <16 x float> %peak.rf_global264.sroa.0.0467.3.i, <16 x float> %1453
+  %indvars.iv.next728.3.i = shl i64 %indvars.iv727.3.i, 6
+  %1456 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i
   %1457 = getelementptr inbounds nuw i8, ptr %1456, i64 1600
   %1458 = load <16 x float>, ptr %1457, align 4, !tbaa !5
   %1459 = fcmp ogt <16 x float> %1455, %1458
   %1460 = select <16 x i1> %1459, <16 x float> %1455, <16 x float> %1458
-  %indvars.iv.next723.3.i.1 = shl i64 %indvars.iv722.3.i, 6
-  %1461 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.1
+  %indvars.iv.next728.3.i.1 = shl i64 %indvars.iv727.3.i, 6
+  %1461 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i.1
   %1462 = getelementptr inbounds nuw i8, ptr %1461, i64 1664
   %1463 = load <16 x float>, ptr %1462, align 4, !tbaa !5
   %1464 = fcmp ogt <16 x float> %1460, %1463
   %1465 = select <16 x i1> %1464, <16 x float> %1460, <16 x float> %1463
-  %indvars.iv.next723.3.i.2 = shl i64 %indvars.iv722.3.i, 6
-  %1466 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.2
+  %indvars.iv.next728.3.i.2 = shl i64 %indvars.iv727.3.i, 6
+  %1466 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i.2
   %1467 = getelementptr inbounds nuw i8, ptr %1466, i64 1728
   %1468 = load <16 x float>, ptr %1467, align 4, !tbaa !5
   %1469 = fcmp ogt <16 x float> %1465, %1468
   %1470 = select <16 x i1> %1469, <16 x float> %1465, <16 x float> %1468
-  %indvars.iv.next723.3.i.3 = shl i64 %indvars.iv722.3.i, 6
-  %1471 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.3
+  %indvars.iv.next728.3.i.3 = shl i64 %indvars.iv727.3.i, 6
+  %1471 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i.3
   %1472 = getelementptr inbounds nuw i8, ptr %1471, i64 1792
   %1473 = load <16 x float>, ptr %1472, align 4, !tbaa !5
   %1474 = fcmp ogt <16 x float> %1470, %1473
   %1475 = select <16 x i1> %1474, <16 x float> %1470, <16 x float> %1473
-  %indvars.iv.next723.3.i.4 = shl i64 %indvars.iv722.3.i, 6
-  %1476 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.4
+  %indvars.iv.next728.3.i.4 = shl i64 %indvars.iv727.3.i, 6
+  %1476 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i.4
   %1477 = getelementptr inbounds nuw i8, ptr %1476, i64 1856
   %1478 = load <16 x float>, ptr %1477, align 4, !tbaa !5
   %1479 = fcmp ogt <16 x float> %1475, %1478
   %1480 = select <16 x i1> %1479, <16 x float> %1475, <16 x float> %1478
-  %indvars.iv.next723.3.i.5 = shl i64 %indvars.iv722.3.i, 6
-  %1481 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.5
+  %indvars.iv.next728.3.i.5 = shl i64 %indvars.iv727.3.i, 6
+  %1481 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i.5
   %1482 = getelementptr inbounds nuw i8, ptr %1481, i64 1920
   %1483 = load <16 x float>, ptr %1482, align 4, !tbaa !5
   %1484 = fcmp ogt <16 x float> %1480, %1483
   %1485 = select <16 x i1> %1484, <16 x float> %1480, <16 x float> %1483
-  %indvars.iv.next723.3.i.6 = shl i64 %indvars.iv722.3.i, 6
-  %1486 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %indvars.iv.next723.3.i.6
+  %indvars.iv.next728.3.i.6 = shl i64 %indvars.iv727.3.i, 6
+  %1486 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %indvars.iv.next728.3.i.6
   %1487 = getelementptr inbounds nuw i8, ptr %1486, i64 1984
   %1488 = load <16 x float>, ptr %1487, align 4, !tbaa !5
   %1489 = fcmp ogt <16 x float> %1485, %1488
   %1490 = select <16 x i1> %1489, <16 x float> %1485, <16 x float> %1488
-  %indvars.iv.next723.3.i.7 = add nuw nsw i64 %indvars.iv722.3.i, 8
+  %indvars.iv.next728.3.i.7 = add nuw nsw i64 %indvars.iv727.3.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax158.3.i.loopexit.unr-lcssa, label %for_body_ax157.3.i, !prof !40, !llvm.loop !49
+  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !40, !llvm.loop !49
 
-for_end_ax158.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax157.3.i
-  br i1 %lcmp.mod245.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil.preheader, !prof !43
+for_end_ax163.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.3.i
+  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !43
 
-for_body_ax157.3.i.epil.preheader:                ; preds = %for_end_ax158.3.i.loopexit.unr-lcssa, %for_body_ax157.3.i.preheader
-  %indvars.iv722.3.i.epil.init = phi i64 [ 0, %for_body_ax157.3.i.preheader ], [ %indvars.iv.next723.3.i.7, %for_end_ax158.3.i.loopexit.unr-lcssa ]
-  %peak.rf_global259.sroa.0.0462.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax157.3.i.preheader ], [ %1490, %for_end_ax158.3.i.loopexit.unr-lcssa ]
+for_body_ax162.3.i.epil.preheader:                ; preds = %for_end_ax163.3.i.loopexit.unr-lcssa, %for_body_ax162.3.i.preheader
+  %indvars.iv727.3.i.epil.init = phi i64 [ 0, %for_body_ax162.3.i.preheader ], [ %indvars.iv.next728.3.i.7, %for_end_ax163.3.i.loopexit.unr-lcssa ]
+  %peak.rf_global264.sroa.0.0467.3.i.epil.init = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax162.3.i.preheader ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod247)
-  br label %for_body_ax157.3.i.epil
+  br label %for_body_ax162.3.i.epil
 
-for_body_ax157.3.i.epil:                          ; preds = %for_body_ax157.3.i.epil, %for_body_ax157.3.i.epil.preheader
-  %indvars.iv722.3.i.epil = phi i64 [ %indvars.iv.next723.3.i.epil, %for_body_ax157.3.i.epil ], [ %indvars.iv722.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %peak.rf_global259.sroa.0.0462.3.i.epil = phi <16 x float> [ %1495, %for_body_ax157.3.i.epil ], [ %peak.rf_global259.sroa.0.0462.3.i.epil.init, %for_body_ax157.3.i.epil.preheader ]
-  %epil.iter244 = phi i64 [ %epil.iter244.next, %for_body_ax157.3.i.epil ], [ 0, %for_body_ax157.3.i.epil.preheader ]
-  %.idx912.i.epil = shl nsw i64 %indvars.iv722.3.i.epil, 6
-  %1491 = getelementptr inbounds nuw i8, ptr %scaled918920923.i, i64 %.idx912.i.epil
+for_body_ax162.3.i.epil:                          ; preds = %for_body_ax162.3.i.epil, %for_body_ax162.3.i.epil.preheader
+  %indvars.iv727.3.i.epil = phi i64 [ %indvars.iv.next728.3.i.epil, %for_body_ax162.3.i.epil ], [ %indvars.iv727.3.i.epil.init, %for_body_ax162.3.i.epil.preheader ]
+  %peak.rf_global264.sroa.0.0467.3.i.epil = phi <16 x float> [ %1495, %for_body_ax162.3.i.epil ], [ %peak.rf_global264.sroa.0.0467.3.i.epil.init, %for_body_ax162.3.i.epil.preheader ]
+  %epil.iter244 = phi i64 [ %epil.iter244.next, %for_body_ax162.3.i.epil ], [ 0, %for_body_ax162.3.i.epil.preheader ]
+  %.idx917.i.epil = shl nsw i64 %indvars.iv727.3.i.epil, 6
+  %1491 = getelementptr inbounds nuw i8, ptr %scaled923925928.i, i64 %.idx917.i.epil
   %1492 = getelementptr inbounds nuw i8, ptr %1491, i64 1536
   %1493 = load <16 x float>, ptr %1492, align 4, !tbaa !5
-  %1494 = fcmp ogt <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, %1493
-  %1495 = select <16 x i1> %1494, <16 x float> %peak.rf_global259.sroa.0.0462.3.i.epil, <16 x float> %1493
-  %indvars.iv.next723.3.i.epil = add nuw nsw i64 %indvars.iv722.3.i.epil, 1
+  %1494 = fcmp ogt <16 x float> %peak.rf_global264.sroa.0.0467.3.i.epil, %1493
+  %1495 = select <16 x i1> %1494, <16 x float> %peak.rf_global264.sroa.0.0467.3.i.epil, <16 x float> %1493
+  %indvars.iv.next728.3.i.epil = add nuw nsw i64 %indvars.iv727.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax158.3.i, label %for_body_ax157.3.i.epil, !prof !29, !llvm.loop !50
+  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !29, !llvm.loop !50
 
-for_end_ax158.3.i:                                ; preds = %for_body_ax157.3.i.epil, %for_end_ax158.3.i.loopexit.unr-lcssa, %for_end_ax158.2.i
-  %peak.rf_global259.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax158.2.i ], [ %1490, %for_end_ax158.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax157.3.i.epil ]
-  br i1 %487, label %for_body_r62.us.preheader.i, label %for_begin_r68.preheader.i
+for_end_ax163.3.i:                                ; preds = %for_body_ax162.3.i.epil, %for_end_ax163.3.i.loopexit.unr-lcssa, %for_end_ax163.2.i
+  %peak.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.2.i ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax162.3.i.epil ]
+  br i1 %487, label %for_body_r67.us.preheader.i, label %for_begin_r73.preheader.i
 
-for_begin_r68.preheader.i:                        ; preds = %for_end_ax158.3.i, %for_body_r62.us.preheader.i
-  %tile_max263.sroa.0.3.i = phi <4 x float> [ %peak261.sroa.0.12.vec.insert.i, %for_body_r62.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax158.3.i ]
-  br i1 %486, label %for_begin_to73.preheader.us.preheader.i, label %for_end_ax185.i, !prof !3
+for_begin_r73.preheader.i:                        ; preds = %for_end_ax163.3.i, %for_body_r67.us.preheader.i
+  %tile_max268.sroa.0.3.i = phi <4 x float> [ %peak266.sroa.0.12.vec.insert.i, %for_body_r67.us.preheader.i ], [ splat (float 0xC6293E5940000000), %for_end_ax163.3.i ]
+  br i1 %486, label %for_begin_to78.preheader.us.preheader.i, label %for_end_ax190.i, !prof !3
 
-for_begin_to73.preheader.us.preheader.i:          ; preds = %for_begin_r68.preheader.i
-  %1496 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
-  br i1 %506, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !4
+for_begin_to78.preheader.us.preheader.i:          ; preds = %for_begin_r73.preheader.i
+  %1496 = shufflevector <4 x float> %tile_max268.sroa.0.3.i, <4 x float> poison, <16 x i32> zeroinitializer
+  br i1 %506, label %for_body_to79.us.i.epil.preheader, label %for_body_to79.us.i, !prof !4
 
-for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_begin_to73.preheader.us.preheader.i
-  %indvars.iv738.i = phi i64 [ %indvars.iv.next739.i.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
-  %niter255 = phi i64 [ %niter255.next.1, %for_body_to74.us.i ], [ 0, %for_begin_to73.preheader.us.preheader.i ]
-  %1497 = shl nsw i64 %indvars.iv738.i, 4
-  %1498 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1497
+for_body_to79.us.i:                               ; preds = %for_body_to79.us.i, %for_begin_to78.preheader.us.preheader.i
+  %indvars.iv743.i = phi i64 [ %indvars.iv.next744.i.1, %for_body_to79.us.i ], [ 0, %for_begin_to78.preheader.us.preheader.i ]
+  %niter255 = phi i64 [ %niter255.next.1, %for_body_to79.us.i ], [ 0, %for_begin_to78.preheader.us.preheader.i ]
+  %1497 = shl nsw i64 %indvars.iv743.i, 4
+  %1498 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1497
   %1499 = load <16 x float>, ptr %1498, align 4, !tbaa !5
   %arg.us.i = fsub <16 x float> %1499, %1496
   %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2784,9 +2784,9 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %1518 = select <16 x i1> %1517, <16 x float> zeroinitializer, <16 x float> %1516
   %1519 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1497
   store <16 x float> %1518, ptr %1519, align 4, !tbaa !5
-  %indvars.iv.next739.i = shl i64 %indvars.iv738.i, 4
-  %1520 = or disjoint i64 %indvars.iv.next739.i, 16
-  %1521 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1520
+  %indvars.iv.next744.i = shl i64 %indvars.iv743.i, 4
+  %1520 = or disjoint i64 %indvars.iv.next744.i, 16
+  %1521 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1520
   %1522 = load <16 x float>, ptr %1521, align 4, !tbaa !5
   %arg.us.i.1 = fsub <16 x float> %1522, %1496
   %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2810,19 +2810,19 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %1541 = select <16 x i1> %1540, <16 x float> zeroinitializer, <16 x float> %1539
   %1542 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1520
   store <16 x float> %1541, ptr %1542, align 4, !tbaa !5
-  %indvars.iv.next739.i.1 = add nuw nsw i64 %indvars.iv738.i, 2
+  %indvars.iv.next744.i.1 = add nuw nsw i64 %indvars.iv743.i, 2
   %niter255.next.1 = add i64 %niter255, 2
   %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
-  br i1 %niter255.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, label %for_body_to74.us.i, !prof !9, !llvm.loop !51
+  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !51
 
-for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to74.us.i
-  br i1 %lcmp.mod252.not, label %for_begin_to73.for_end_to75_crit_edge.us.i, label %for_body_to74.us.i.epil.preheader, !prof !12
+for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to79.us.i
+  br i1 %lcmp.mod252.not, label %for_begin_to78.for_end_to80_crit_edge.us.i, label %for_body_to79.us.i.epil.preheader, !prof !12
 
-for_body_to74.us.i.epil.preheader:                ; preds = %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa, %for_begin_to73.preheader.us.preheader.i
-  %indvars.iv738.i.epil.init = phi i64 [ 0, %for_begin_to73.preheader.us.preheader.i ], [ %indvars.iv.next739.i.1, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa ]
+for_body_to79.us.i.epil.preheader:                ; preds = %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, %for_begin_to78.preheader.us.preheader.i
+  %indvars.iv743.i.epil.init = phi i64 [ 0, %for_begin_to78.preheader.us.preheader.i ], [ %indvars.iv.next744.i.1, %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod253)
-  %1543 = shl nsw i64 %indvars.iv738.i.epil.init, 4
-  %1544 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1543
+  %1543 = shl nsw i64 %indvars.iv743.i.epil.init, 4
+  %1544 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1543
   %1545 = load <16 x float>, ptr %1544, align 4, !tbaa !5
   %arg.us.i.epil = fsub <16 x float> %1545, %1496
   %1546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2846,18 +2846,18 @@ for_body_to74.us.i.epil.preheader:                ; preds = %for_begin_to73.for_
   %1564 = select <16 x i1> %1563, <16 x float> zeroinitializer, <16 x float> %1562
   %1565 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1543
   store <16 x float> %1564, ptr %1565, align 4, !tbaa !5
-  br label %for_begin_to73.for_end_to75_crit_edge.us.i
+  br label %for_begin_to78.for_end_to80_crit_edge.us.i
 
-for_begin_to73.for_end_to75_crit_edge.us.i:       ; preds = %for_body_to74.us.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.i.unr-lcssa
-  %1566 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br i1 %507, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !4
+for_begin_to78.for_end_to80_crit_edge.us.i:       ; preds = %for_body_to79.us.i.epil.preheader, %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa
+  %1566 = shufflevector <4 x float> %tile_max268.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  br i1 %507, label %for_body_to79.us.1.i.epil.preheader, label %for_body_to79.us.1.i, !prof !4
 
-for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_begin_to73.for_end_to75_crit_edge.us.i
-  %indvars.iv738.1.i = phi i64 [ %indvars.iv.next739.1.i.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
-  %niter261 = phi i64 [ %niter261.next.1, %for_body_to74.us.1.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ]
-  %1567 = shl nsw i64 %indvars.iv738.1.i, 4
+for_body_to79.us.1.i:                             ; preds = %for_body_to79.us.1.i, %for_begin_to78.for_end_to80_crit_edge.us.i
+  %indvars.iv743.1.i = phi i64 [ %indvars.iv.next744.1.i.1, %for_body_to79.us.1.i ], [ 0, %for_begin_to78.for_end_to80_crit_edge.us.i ]
+  %niter261 = phi i64 [ %niter261.next.1, %for_body_to79.us.1.i ], [ 0, %for_begin_to78.for_end_to80_crit_edge.us.i ]
+  %1567 = shl nsw i64 %indvars.iv743.1.i, 4
   %1568 = add nuw nsw i64 %1567, 128
-  %1569 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1568
+  %1569 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1568
   %1570 = load <16 x float>, ptr %1569, align 4, !tbaa !5
   %arg.us.1.i = fsub <16 x float> %1570, %1566
   %1571 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2881,9 +2881,9 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %1589 = select <16 x i1> %1588, <16 x float> zeroinitializer, <16 x float> %1587
   %1590 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1568
   store <16 x float> %1589, ptr %1590, align 4, !tbaa !5
-  %indvars.iv.next739.1.i = shl i64 %indvars.iv738.1.i, 4
-  %1591 = add nuw nsw i64 %indvars.iv.next739.1.i, 144
-  %1592 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1591
+  %indvars.iv.next744.1.i = shl i64 %indvars.iv743.1.i, 4
+  %1591 = add nuw nsw i64 %indvars.iv.next744.1.i, 144
+  %1592 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1591
   %1593 = load <16 x float>, ptr %1592, align 4, !tbaa !5
   %arg.us.1.i.1 = fsub <16 x float> %1593, %1566
   %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2907,20 +2907,20 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %1612 = select <16 x i1> %1611, <16 x float> zeroinitializer, <16 x float> %1610
   %1613 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1591
   store <16 x float> %1612, ptr %1613, align 4, !tbaa !5
-  %indvars.iv.next739.1.i.1 = add nuw nsw i64 %indvars.iv738.1.i, 2
+  %indvars.iv.next744.1.i.1 = add nuw nsw i64 %indvars.iv743.1.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, label %for_body_to74.us.1.i, !prof !9, !llvm.loop !52
+  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !52
 
-for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to74.us.1.i
-  br i1 %lcmp.mod258.not, label %for_begin_to73.for_end_to75_crit_edge.us.1.i, label %for_body_to74.us.1.i.epil.preheader, !prof !12
+for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to79.us.1.i
+  br i1 %lcmp.mod258.not, label %for_begin_to78.for_end_to80_crit_edge.us.1.i, label %for_body_to79.us.1.i.epil.preheader, !prof !12
 
-for_body_to74.us.1.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.i
-  %indvars.iv738.1.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.i ], [ %indvars.iv.next739.1.i.1, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa ]
+for_body_to79.us.1.i.epil.preheader:              ; preds = %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, %for_begin_to78.for_end_to80_crit_edge.us.i
+  %indvars.iv743.1.i.epil.init = phi i64 [ 0, %for_begin_to78.for_end_to80_crit_edge.us.i ], [ %indvars.iv.next744.1.i.1, %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod259)
-  %1614 = shl nsw i64 %indvars.iv738.1.i.epil.init, 4
+  %1614 = shl nsw i64 %indvars.iv743.1.i.epil.init, 4
   %1615 = add nuw nsw i64 %1614, 128
-  %1616 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1615
+  %1616 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1615
   %1617 = load <16 x float>, ptr %1616, align 4, !tbaa !5
   %arg.us.1.i.epil = fsub <16 x float> %1617, %1566
   %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.1.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2944,18 +2944,18 @@ for_body_to74.us.1.i.epil.preheader:              ; preds = %for_begin_to73.for_
   %1636 = select <16 x i1> %1635, <16 x float> zeroinitializer, <16 x float> %1634
   %1637 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1615
   store <16 x float> %1636, ptr %1637, align 4, !tbaa !5
-  br label %for_begin_to73.for_end_to75_crit_edge.us.1.i
+  br label %for_begin_to78.for_end_to80_crit_edge.us.1.i
 
-for_begin_to73.for_end_to75_crit_edge.us.1.i:     ; preds = %for_body_to74.us.1.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.1.i.unr-lcssa
-  %1638 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br i1 %508, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !4
+for_begin_to78.for_end_to80_crit_edge.us.1.i:     ; preds = %for_body_to79.us.1.i.epil.preheader, %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa
+  %1638 = shufflevector <4 x float> %tile_max268.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
+  br i1 %508, label %for_body_to79.us.2.i.epil.preheader, label %for_body_to79.us.2.i, !prof !4
 
-for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_begin_to73.for_end_to75_crit_edge.us.1.i
-  %indvars.iv738.2.i = phi i64 [ %indvars.iv.next739.2.i.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
-  %niter267 = phi i64 [ %niter267.next.1, %for_body_to74.us.2.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ]
-  %1639 = shl nsw i64 %indvars.iv738.2.i, 4
+for_body_to79.us.2.i:                             ; preds = %for_body_to79.us.2.i, %for_begin_to78.for_end_to80_crit_edge.us.1.i
+  %indvars.iv743.2.i = phi i64 [ %indvars.iv.next744.2.i.1, %for_body_to79.us.2.i ], [ 0, %for_begin_to78.for_end_to80_crit_edge.us.1.i ]
+  %niter267 = phi i64 [ %niter267.next.1, %for_body_to79.us.2.i ], [ 0, %for_begin_to78.for_end_to80_crit_edge.us.1.i ]
+  %1639 = shl nsw i64 %indvars.iv743.2.i, 4
   %1640 = add nuw nsw i64 %1639, 256
-  %1641 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1640
+  %1641 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1640
   %1642 = load <16 x float>, ptr %1641, align 4, !tbaa !5
   %arg.us.2.i = fsub <16 x float> %1642, %1638
   %1643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -2979,9 +2979,9 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %1661 = select <16 x i1> %1660, <16 x float> zeroinitializer, <16 x float> %1659
   %1662 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1640
   store <16 x float> %1661, ptr %1662, align 4, !tbaa !5
-  %indvars.iv.next739.2.i = shl i64 %indvars.iv738.2.i, 4
-  %1663 = add nuw nsw i64 %indvars.iv.next739.2.i, 272
-  %1664 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1663
+  %indvars.iv.next744.2.i = shl i64 %indvars.iv743.2.i, 4
+  %1663 = add nuw nsw i64 %indvars.iv.next744.2.i, 272
+  %1664 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1663
   %1665 = load <16 x float>, ptr %1664, align 4, !tbaa !5
   %arg.us.2.i.1 = fsub <16 x float> %1665, %1638
   %1666 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -3005,20 +3005,20 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %1684 = select <16 x i1> %1683, <16 x float> zeroinitializer, <16 x float> %1682
   %1685 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1663
   store <16 x float> %1684, ptr %1685, align 4, !tbaa !5
-  %indvars.iv.next739.2.i.1 = add nuw nsw i64 %indvars.iv738.2.i, 2
+  %indvars.iv.next744.2.i.1 = add nuw nsw i64 %indvars.iv743.2.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, label %for_body_to74.us.2.i, !prof !9, !llvm.loop !53
+  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !53
 
-for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to74.us.2.i
-  br i1 %lcmp.mod264.not, label %for_begin_to73.for_end_to75_crit_edge.us.2.i, label %for_body_to74.us.2.i.epil.preheader, !prof !12
+for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to79.us.2.i
+  br i1 %lcmp.mod264.not, label %for_begin_to78.for_end_to80_crit_edge.us.2.i, label %for_body_to79.us.2.i.epil.preheader, !prof !12
 
-for_body_to74.us.2.i.epil.preheader:              ; preds = %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.1.i
-  %indvars.iv738.2.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.1.i ], [ %indvars.iv.next739.2.i.1, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa ]
+for_body_to79.us.2.i.epil.preheader:              ; preds = %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, %for_begin_to78.for_end_to80_crit_edge.us.1.i
+  %indvars.iv743.2.i.epil.init = phi i64 [ 0, %for_begin_to78.for_end_to80_crit_edge.us.1.i ], [ %indvars.iv.next744.2.i.1, %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod265)
-  %1686 = shl nsw i64 %indvars.iv738.2.i.epil.init, 4
+  %1686 = shl nsw i64 %indvars.iv743.2.i.epil.init, 4
   %1687 = add nuw nsw i64 %1686, 256
-  %1688 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1687
+  %1688 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1687
   %1689 = load <16 x float>, ptr %1688, align 4, !tbaa !5
   %arg.us.2.i.epil = fsub <16 x float> %1689, %1638
   %1690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.2.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -3042,18 +3042,18 @@ for_body_to74.us.2.i.epil.preheader:              ; preds = %for_begin_to73.for_
   %1708 = select <16 x i1> %1707, <16 x float> zeroinitializer, <16 x float> %1706
   %1709 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1687
   store <16 x float> %1708, ptr %1709, align 4, !tbaa !5
-  br label %for_begin_to73.for_end_to75_crit_edge.us.2.i
+  br label %for_begin_to78.for_end_to80_crit_edge.us.2.i
 
-for_begin_to73.for_end_to75_crit_edge.us.2.i:     ; preds = %for_body_to74.us.2.i.epil.preheader, %for_begin_to73.for_end_to75_crit_edge.us.2.i.unr-lcssa
-  %1710 = shufflevector <4 x float> %tile_max263.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br i1 %509, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !4
+for_begin_to78.for_end_to80_crit_edge.us.2.i:     ; preds = %for_body_to79.us.2.i.epil.preheader, %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa
+  %1710 = shufflevector <4 x float> %tile_max268.sroa.0.3.i, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
+  br i1 %509, label %for_body_to79.us.3.i.epil.preheader, label %for_body_to79.us.3.i, !prof !4
 
-for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_begin_to73.for_end_to75_crit_edge.us.2.i
-  %indvars.iv738.3.i = phi i64 [ %indvars.iv.next739.3.i.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
-  %niter273 = phi i64 [ %niter273.next.1, %for_body_to74.us.3.i ], [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ]
-  %1711 = shl nsw i64 %indvars.iv738.3.i, 4
+for_body_to79.us.3.i:                             ; preds = %for_body_to79.us.3.i, %for_begin_to78.for_end_to80_crit_edge.us.2.i
+  %indvars.iv743.3.i = phi i64 [ %indvars.iv.next744.3.i.1, %for_body_to79.us.3.i ], [ 0, %for_begin_to78.for_end_to80_crit_edge.us.2.i ]
+  %niter273 = phi i64 [ %niter273.next.1, %for_body_to79.us.3.i ], [ 0, %for_begin_to78.for_end_to80_crit_edge.us.2.i ]
+  %1711 = shl nsw i64 %indvars.iv743.3.i, 4
   %1712 = add nuw nsw i64 %1711, 384
-  %1713 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1712
+  %1713 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1712
   %1714 = load <16 x float>, ptr %1713, align 4, !tbaa !5
   %arg.us.3.i = fsub <16 x float> %1714, %1710
   %1715 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -3077,9 +3077,9 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %1733 = select <16 x i1> %1732, <16 x float> zeroinitializer, <16 x float> %1731
   %1734 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1712
   store <16 x float> %1733, ptr %1734, align 4, !tbaa !5
-  %indvars.iv.next739.3.i = shl i64 %indvars.iv738.3.i, 4
-  %1735 = add nuw nsw i64 %indvars.iv.next739.3.i, 400
-  %1736 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1735
+  %indvars.iv.next744.3.i = shl i64 %indvars.iv743.3.i, 4
+  %1735 = add nuw nsw i64 %indvars.iv.next744.3.i, 400
+  %1736 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1735
   %1737 = load <16 x float>, ptr %1736, align 4, !tbaa !5
   %arg.us.3.i.1 = fsub <16 x float> %1737, %1710
   %1738 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.1, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -3103,20 +3103,20 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %1756 = select <16 x i1> %1755, <16 x float> zeroinitializer, <16 x float> %1754
   %1757 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1735
   store <16 x float> %1756, ptr %1757, align 4, !tbaa !5
-  %indvars.iv.next739.3.i.1 = add nuw nsw i64 %indvars.iv738.3.i, 2
+  %indvars.iv.next744.3.i.1 = add nuw nsw i64 %indvars.iv743.3.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_body_ax184.i.preheader.unr-lcssa, label %for_body_to74.us.3.i, !prof !9, !llvm.loop !54
+  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !54
 
-for_body_ax184.i.preheader.unr-lcssa:             ; preds = %for_body_to74.us.3.i
-  br i1 %lcmp.mod270.not, label %for_body_ax184.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !12
+for_body_ax189.i.preheader.unr-lcssa:             ; preds = %for_body_to79.us.3.i
+  br i1 %lcmp.mod270.not, label %for_body_ax189.i.preheader, label %for_body_to79.us.3.i.epil.preheader, !prof !12
 
-for_body_to74.us.3.i.epil.preheader:              ; preds = %for_body_ax184.i.preheader.unr-lcssa, %for_begin_to73.for_end_to75_crit_edge.us.2.i
-  %indvars.iv738.3.i.epil.init = phi i64 [ 0, %for_begin_to73.for_end_to75_crit_edge.us.2.i ], [ %indvars.iv.next739.3.i.1, %for_body_ax184.i.preheader.unr-lcssa ]
+for_body_to79.us.3.i.epil.preheader:              ; preds = %for_body_ax189.i.preheader.unr-lcssa, %for_begin_to78.for_end_to80_crit_edge.us.2.i
+  %indvars.iv743.3.i.epil.init = phi i64 [ 0, %for_begin_to78.for_end_to80_crit_edge.us.2.i ], [ %indvars.iv.next744.3.i.1, %for_body_ax189.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod271)
-  %1758 = shl nsw i64 %indvars.iv738.3.i.epil.init, 4
+  %1758 = shl nsw i64 %indvars.iv743.3.i.epil.init, 4
   %1759 = add nuw nsw i64 %1758, 384
-  %1760 = getelementptr inbounds nuw float, ptr %scaled918920923.i, i64 %1759
+  %1760 = getelementptr inbounds nuw float, ptr %scaled923925928.i, i64 %1759
   %1761 = load <16 x float>, ptr %1760, align 4, !tbaa !5
   %arg.us.3.i.epil = fsub <16 x float> %1761, %1710
   %1762 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.us.3.i.epil, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %131)
@@ -3140,465 +3140,465 @@ for_body_to74.us.3.i.epil.preheader:              ; preds = %for_body_ax184.i.pr
   %1780 = select <16 x i1> %1779, <16 x float> zeroinitializer, <16 x float> %1778
   %1781 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1759
   store <16 x float> %1780, ptr %1781, align 4, !tbaa !5
-  br label %for_body_ax184.i.preheader
+  br label %for_body_ax189.i.preheader
 
-for_body_ax184.i.preheader:                       ; preds = %for_body_to74.us.3.i.epil.preheader, %for_body_ax184.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !39
+for_body_ax189.i.preheader:                       ; preds = %for_body_to79.us.3.i.epil.preheader, %for_body_ax189.i.preheader.unr-lcssa
+  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !39
 
-for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.i.preheader
-  %indvars.iv747.i = phi i64 [ %indvars.iv.next748.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.i = phi <16 x float> [ %1812, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.i.preheader ]
-  %niter280 = phi i64 [ %niter280.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.i.preheader ]
-  %.idx913.i = shl nsw i64 %indvars.iv747.i, 6
-  %1782 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i
+for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %for_body_ax189.i.preheader
+  %indvars.iv752.i = phi i64 [ %indvars.iv.next753.i.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.i = phi <16 x float> [ %1812, %for_body_ax189.i ], [ zeroinitializer, %for_body_ax189.i.preheader ]
+  %niter280 = phi i64 [ %niter280.next.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
+  %.idx918.i = shl nsw i64 %indvars.iv752.i, 6
+  %1782 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx918.i
   %1783 = load <16 x float>, ptr %1782, align 4, !tbaa !5
-  %1784 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i, %1783
-  %indvars.iv.next748.i = shl i64 %indvars.iv747.i, 6
-  %1785 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i
+  %1784 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.i, %1783
+  %indvars.iv.next753.i = shl i64 %indvars.iv752.i, 6
+  %1785 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i
   %1786 = getelementptr inbounds nuw i8, ptr %1785, i64 64
   %1787 = load <16 x float>, ptr %1786, align 4, !tbaa !5
   %1788 = fadd <16 x float> %1784, %1787
-  %indvars.iv.next748.i.1 = shl i64 %indvars.iv747.i, 6
-  %1789 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.1
+  %indvars.iv.next753.i.1 = shl i64 %indvars.iv752.i, 6
+  %1789 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i.1
   %1790 = getelementptr inbounds nuw i8, ptr %1789, i64 128
   %1791 = load <16 x float>, ptr %1790, align 4, !tbaa !5
   %1792 = fadd <16 x float> %1788, %1791
-  %indvars.iv.next748.i.2 = shl i64 %indvars.iv747.i, 6
-  %1793 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.2
+  %indvars.iv.next753.i.2 = shl i64 %indvars.iv752.i, 6
+  %1793 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i.2
   %1794 = getelementptr inbounds nuw i8, ptr %1793, i64 192
   %1795 = load <16 x float>, ptr %1794, align 4, !tbaa !5
   %1796 = fadd <16 x float> %1792, %1795
-  %indvars.iv.next748.i.3 = shl i64 %indvars.iv747.i, 6
-  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.3
+  %indvars.iv.next753.i.3 = shl i64 %indvars.iv752.i, 6
+  %1797 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i.3
   %1798 = getelementptr inbounds nuw i8, ptr %1797, i64 256
   %1799 = load <16 x float>, ptr %1798, align 4, !tbaa !5
   %1800 = fadd <16 x float> %1796, %1799
-  %indvars.iv.next748.i.4 = shl i64 %indvars.iv747.i, 6
-  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.4
+  %indvars.iv.next753.i.4 = shl i64 %indvars.iv752.i, 6
+  %1801 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i.4
   %1802 = getelementptr inbounds nuw i8, ptr %1801, i64 320
   %1803 = load <16 x float>, ptr %1802, align 4, !tbaa !5
   %1804 = fadd <16 x float> %1800, %1803
-  %indvars.iv.next748.i.5 = shl i64 %indvars.iv747.i, 6
-  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.5
+  %indvars.iv.next753.i.5 = shl i64 %indvars.iv752.i, 6
+  %1805 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i.5
   %1806 = getelementptr inbounds nuw i8, ptr %1805, i64 384
   %1807 = load <16 x float>, ptr %1806, align 4, !tbaa !5
   %1808 = fadd <16 x float> %1804, %1807
-  %indvars.iv.next748.i.6 = shl i64 %indvars.iv747.i, 6
-  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.i.6
+  %indvars.iv.next753.i.6 = shl i64 %indvars.iv752.i, 6
+  %1809 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.i.6
   %1810 = getelementptr inbounds nuw i8, ptr %1809, i64 448
   %1811 = load <16 x float>, ptr %1810, align 4, !tbaa !5
   %1812 = fadd <16 x float> %1808, %1811
-  %indvars.iv.next748.i.7 = add nuw nsw i64 %indvars.iv747.i, 8
+  %indvars.iv.next753.i.7 = add nuw nsw i64 %indvars.iv752.i, 8
   %niter280.next.7 = add i64 %niter280, 8
   %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
-  br i1 %niter280.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !40, !llvm.loop !55
+  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !40, !llvm.loop !55
 
-for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod276.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !43
+for_end_ax190.i.loopexit.unr-lcssa:               ; preds = %for_body_ax189.i
+  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !43
 
-for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.i.preheader
-  %indvars.iv747.i.epil.init = phi i64 [ 0, %for_body_ax184.i.preheader ], [ %indvars.iv.next748.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.i.preheader ], [ %1812, %for_end_ax185.i.loopexit.unr-lcssa ]
+for_body_ax189.i.epil.preheader:                  ; preds = %for_end_ax190.i.loopexit.unr-lcssa, %for_body_ax189.i.preheader
+  %indvars.iv752.i.epil.init = phi i64 [ 0, %for_body_ax189.i.preheader ], [ %indvars.iv.next753.i.7, %for_end_ax190.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global262.sroa.0.0474.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax189.i.preheader ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod278)
-  br label %for_body_ax184.i.epil
+  br label %for_body_ax189.i.epil
 
-for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
-  %indvars.iv747.i.epil = phi i64 [ %indvars.iv.next748.i.epil, %for_body_ax184.i.epil ], [ %indvars.iv747.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.i.epil = phi <16 x float> [ %1815, %for_body_ax184.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.i.epil.init, %for_body_ax184.i.epil.preheader ]
-  %epil.iter275 = phi i64 [ %epil.iter275.next, %for_body_ax184.i.epil ], [ 0, %for_body_ax184.i.epil.preheader ]
-  %.idx913.i.epil = shl nsw i64 %indvars.iv747.i.epil, 6
-  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx913.i.epil
+for_body_ax189.i.epil:                            ; preds = %for_body_ax189.i.epil, %for_body_ax189.i.epil.preheader
+  %indvars.iv752.i.epil = phi i64 [ %indvars.iv.next753.i.epil, %for_body_ax189.i.epil ], [ %indvars.iv752.i.epil.init, %for_body_ax189.i.epil.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.i.epil = phi <16 x float> [ %1815, %for_body_ax189.i.epil ], [ %tile_sum.rf_global262.sroa.0.0474.i.epil.init, %for_body_ax189.i.epil.preheader ]
+  %epil.iter275 = phi i64 [ %epil.iter275.next, %for_body_ax189.i.epil ], [ 0, %for_body_ax189.i.epil.preheader ]
+  %.idx918.i.epil = shl nsw i64 %indvars.iv752.i.epil, 6
+  %1813 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx918.i.epil
   %1814 = load <16 x float>, ptr %1813, align 4, !tbaa !5
-  %1815 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.i.epil, %1814
-  %indvars.iv.next748.i.epil = add nuw nsw i64 %indvars.iv747.i.epil, 1
+  %1815 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.i.epil, %1814
+  %indvars.iv.next753.i.epil = add nuw nsw i64 %indvars.iv752.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !29, !llvm.loop !56
+  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !29, !llvm.loop !56
 
-for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_r68.preheader.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r68.preheader.i ], [ %1812, %for_end_ax185.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax184.i.epil ]
-  %tile_sum.rf258.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 0
-  %1816 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf258.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 1
-  %1817 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.i, %1816
-  %tile_sum.rf258.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 2
-  %1818 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.i, %1817
-  %tile_sum.rf258.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 3
-  %1819 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.i, %1818
-  %tile_sum.rf258.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 4
-  %1820 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.i, %1819
-  %tile_sum.rf258.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 5
-  %1821 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.i, %1820
-  %tile_sum.rf258.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 6
-  %1822 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.i, %1821
-  %tile_sum.rf258.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 7
-  %1823 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.i, %1822
-  %tile_sum.rf258.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 8
-  %1824 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.i, %1823
-  %tile_sum.rf258.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 9
-  %1825 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.i, %1824
-  %tile_sum.rf258.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 10
-  %1826 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.i, %1825
-  %tile_sum.rf258.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 11
-  %1827 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.i, %1826
-  %tile_sum.rf258.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 12
-  %1828 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.i, %1827
-  %tile_sum.rf258.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 13
-  %1829 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.i, %1828
-  %tile_sum.rf258.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 14
-  %1830 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.i, %1829
-  %tile_sum.rf258.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.i, i64 15
-  %1831 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.i, %1830
-  %tile_sum262.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1831, i64 0
-  br i1 %486, label %for_body_ax184.1.i.preheader, label %for_end_ax185.1.i, !prof !3
+for_end_ax190.i:                                  ; preds = %for_body_ax189.i.epil, %for_end_ax190.i.loopexit.unr-lcssa, %for_begin_r73.preheader.i
+  %tile_sum.rf_global262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r73.preheader.i ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax189.i.epil ]
+  %tile_sum.rf263.sroa.0.0.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 0
+  %1816 = fadd float %tile_sum.rf263.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf263.sroa.0.4.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 1
+  %1817 = fadd float %tile_sum.rf263.sroa.0.4.vec.extract.i, %1816
+  %tile_sum.rf263.sroa.0.8.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 2
+  %1818 = fadd float %tile_sum.rf263.sroa.0.8.vec.extract.i, %1817
+  %tile_sum.rf263.sroa.0.12.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 3
+  %1819 = fadd float %tile_sum.rf263.sroa.0.12.vec.extract.i, %1818
+  %tile_sum.rf263.sroa.0.16.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 4
+  %1820 = fadd float %tile_sum.rf263.sroa.0.16.vec.extract.i, %1819
+  %tile_sum.rf263.sroa.0.20.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 5
+  %1821 = fadd float %tile_sum.rf263.sroa.0.20.vec.extract.i, %1820
+  %tile_sum.rf263.sroa.0.24.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 6
+  %1822 = fadd float %tile_sum.rf263.sroa.0.24.vec.extract.i, %1821
+  %tile_sum.rf263.sroa.0.28.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 7
+  %1823 = fadd float %tile_sum.rf263.sroa.0.28.vec.extract.i, %1822
+  %tile_sum.rf263.sroa.0.32.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 8
+  %1824 = fadd float %tile_sum.rf263.sroa.0.32.vec.extract.i, %1823
+  %tile_sum.rf263.sroa.0.36.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 9
+  %1825 = fadd float %tile_sum.rf263.sroa.0.36.vec.extract.i, %1824
+  %tile_sum.rf263.sroa.0.40.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 10
+  %1826 = fadd float %tile_sum.rf263.sroa.0.40.vec.extract.i, %1825
+  %tile_sum.rf263.sroa.0.44.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 11
+  %1827 = fadd float %tile_sum.rf263.sroa.0.44.vec.extract.i, %1826
+  %tile_sum.rf263.sroa.0.48.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 12
+  %1828 = fadd float %tile_sum.rf263.sroa.0.48.vec.extract.i, %1827
+  %tile_sum.rf263.sroa.0.52.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 13
+  %1829 = fadd float %tile_sum.rf263.sroa.0.52.vec.extract.i, %1828
+  %tile_sum.rf263.sroa.0.56.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 14
+  %1830 = fadd float %tile_sum.rf263.sroa.0.56.vec.extract.i, %1829
+  %tile_sum.rf263.sroa.0.60.vec.extract.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.i, i64 15
+  %1831 = fadd float %tile_sum.rf263.sroa.0.60.vec.extract.i, %1830
+  %tile_sum267.sroa.0.0.vec.insert.i = insertelement <4 x float> poison, float %1831, i64 0
+  br i1 %486, label %for_body_ax189.1.i.preheader, label %for_end_ax190.1.i, !prof !3
 
-for_body_ax184.1.i.preheader:                     ; preds = %for_end_ax185.i
-  br i1 %511, label %for_body_ax184.1.i.epil.preheader, label %for_body_ax184.1.i, !prof !39
+for_body_ax189.1.i.preheader:                     ; preds = %for_end_ax190.i
+  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !39
 
-for_body_ax184.1.i:                               ; preds = %for_body_ax184.1.i, %for_body_ax184.1.i.preheader
-  %indvars.iv747.1.i = phi i64 [ %indvars.iv.next748.1.i.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.1.i = phi <16 x float> [ %1863, %for_body_ax184.1.i ], [ zeroinitializer, %for_body_ax184.1.i.preheader ]
-  %niter287 = phi i64 [ %niter287.next.7, %for_body_ax184.1.i ], [ 0, %for_body_ax184.1.i.preheader ]
-  %.idx914.i = shl nsw i64 %indvars.iv747.1.i, 6
-  %1832 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i
+for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i, %for_body_ax189.1.i.preheader
+  %indvars.iv752.1.i = phi i64 [ %indvars.iv.next753.1.i.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.1.i = phi <16 x float> [ %1863, %for_body_ax189.1.i ], [ zeroinitializer, %for_body_ax189.1.i.preheader ]
+  %niter287 = phi i64 [ %niter287.next.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
+  %.idx919.i = shl nsw i64 %indvars.iv752.1.i, 6
+  %1832 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx919.i
   %1833 = getelementptr inbounds nuw i8, ptr %1832, i64 512
   %1834 = load <16 x float>, ptr %1833, align 4, !tbaa !5
-  %1835 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i, %1834
-  %indvars.iv.next748.1.i = shl i64 %indvars.iv747.1.i, 6
-  %1836 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i
+  %1835 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.1.i, %1834
+  %indvars.iv.next753.1.i = shl i64 %indvars.iv752.1.i, 6
+  %1836 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i
   %1837 = getelementptr inbounds nuw i8, ptr %1836, i64 576
   %1838 = load <16 x float>, ptr %1837, align 4, !tbaa !5
   %1839 = fadd <16 x float> %1835, %1838
-  %indvars.iv.next748.1.i.1 = shl i64 %indvars.iv747.1.i, 6
-  %1840 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.1
+  %indvars.iv.next753.1.i.1 = shl i64 %indvars.iv752.1.i, 6
+  %1840 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i.1
   %1841 = getelementptr inbounds nuw i8, ptr %1840, i64 640
   %1842 = load <16 x float>, ptr %1841, align 4, !tbaa !5
   %1843 = fadd <16 x float> %1839, %1842
-  %indvars.iv.next748.1.i.2 = shl i64 %indvars.iv747.1.i, 6
-  %1844 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.2
+  %indvars.iv.next753.1.i.2 = shl i64 %indvars.iv752.1.i, 6
+  %1844 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i.2
   %1845 = getelementptr inbounds nuw i8, ptr %1844, i64 704
   %1846 = load <16 x float>, ptr %1845, align 4, !tbaa !5
   %1847 = fadd <16 x float> %1843, %1846
-  %indvars.iv.next748.1.i.3 = shl i64 %indvars.iv747.1.i, 6
-  %1848 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.3
+  %indvars.iv.next753.1.i.3 = shl i64 %indvars.iv752.1.i, 6
+  %1848 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i.3
   %1849 = getelementptr inbounds nuw i8, ptr %1848, i64 768
   %1850 = load <16 x float>, ptr %1849, align 4, !tbaa !5
   %1851 = fadd <16 x float> %1847, %1850
-  %indvars.iv.next748.1.i.4 = shl i64 %indvars.iv747.1.i, 6
-  %1852 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.4
+  %indvars.iv.next753.1.i.4 = shl i64 %indvars.iv752.1.i, 6
+  %1852 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i.4
   %1853 = getelementptr inbounds nuw i8, ptr %1852, i64 832
   %1854 = load <16 x float>, ptr %1853, align 4, !tbaa !5
   %1855 = fadd <16 x float> %1851, %1854
-  %indvars.iv.next748.1.i.5 = shl i64 %indvars.iv747.1.i, 6
-  %1856 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.5
+  %indvars.iv.next753.1.i.5 = shl i64 %indvars.iv752.1.i, 6
+  %1856 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i.5
   %1857 = getelementptr inbounds nuw i8, ptr %1856, i64 896
   %1858 = load <16 x float>, ptr %1857, align 4, !tbaa !5
   %1859 = fadd <16 x float> %1855, %1858
-  %indvars.iv.next748.1.i.6 = shl i64 %indvars.iv747.1.i, 6
-  %1860 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.1.i.6
+  %indvars.iv.next753.1.i.6 = shl i64 %indvars.iv752.1.i, 6
+  %1860 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.1.i.6
   %1861 = getelementptr inbounds nuw i8, ptr %1860, i64 960
   %1862 = load <16 x float>, ptr %1861, align 4, !tbaa !5
   %1863 = fadd <16 x float> %1859, %1862
-  %indvars.iv.next748.1.i.7 = add nuw nsw i64 %indvars.iv747.1.i, 8
+  %indvars.iv.next753.1.i.7 = add nuw nsw i64 %indvars.iv752.1.i, 8
   %niter287.next.7 = add i64 %niter287, 8
   %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
-  br i1 %niter287.ncmp.7, label %for_end_ax185.1.i.loopexit.unr-lcssa, label %for_body_ax184.1.i, !prof !40, !llvm.loop !57
+  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !40, !llvm.loop !57
 
-for_end_ax185.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.1.i
-  br i1 %lcmp.mod283.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil.preheader, !prof !43
+for_end_ax190.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.1.i
+  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !43
 
-for_body_ax184.1.i.epil.preheader:                ; preds = %for_end_ax185.1.i.loopexit.unr-lcssa, %for_body_ax184.1.i.preheader
-  %indvars.iv747.1.i.epil.init = phi i64 [ 0, %for_body_ax184.1.i.preheader ], [ %indvars.iv.next748.1.i.7, %for_end_ax185.1.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.1.i.preheader ], [ %1863, %for_end_ax185.1.i.loopexit.unr-lcssa ]
+for_body_ax189.1.i.epil.preheader:                ; preds = %for_end_ax190.1.i.loopexit.unr-lcssa, %for_body_ax189.1.i.preheader
+  %indvars.iv752.1.i.epil.init = phi i64 [ 0, %for_body_ax189.1.i.preheader ], [ %indvars.iv.next753.1.i.7, %for_end_ax190.1.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global262.sroa.0.0474.1.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax189.1.i.preheader ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod285)
-  br label %for_body_ax184.1.i.epil
+  br label %for_body_ax189.1.i.epil
 
-for_body_ax184.1.i.epil:                          ; preds = %for_body_ax184.1.i.epil, %for_body_ax184.1.i.epil.preheader
-  %indvars.iv747.1.i.epil = phi i64 [ %indvars.iv.next748.1.i.epil, %for_body_ax184.1.i.epil ], [ %indvars.iv747.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.1.i.epil = phi <16 x float> [ %1867, %for_body_ax184.1.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.1.i.epil.init, %for_body_ax184.1.i.epil.preheader ]
-  %epil.iter282 = phi i64 [ %epil.iter282.next, %for_body_ax184.1.i.epil ], [ 0, %for_body_ax184.1.i.epil.preheader ]
-  %.idx914.i.epil = shl nsw i64 %indvars.iv747.1.i.epil, 6
-  %1864 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx914.i.epil
+for_body_ax189.1.i.epil:                          ; preds = %for_body_ax189.1.i.epil, %for_body_ax189.1.i.epil.preheader
+  %indvars.iv752.1.i.epil = phi i64 [ %indvars.iv.next753.1.i.epil, %for_body_ax189.1.i.epil ], [ %indvars.iv752.1.i.epil.init, %for_body_ax189.1.i.epil.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.1.i.epil = phi <16 x float> [ %1867, %for_body_ax189.1.i.epil ], [ %tile_sum.rf_global262.sroa.0.0474.1.i.epil.init, %for_body_ax189.1.i.epil.preheader ]
+  %epil.iter282 = phi i64 [ %epil.iter282.next, %for_body_ax189.1.i.epil ], [ 0, %for_body_ax189.1.i.epil.preheader ]
+  %.idx919.i.epil = shl nsw i64 %indvars.iv752.1.i.epil, 6
+  %1864 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx919.i.epil
   %1865 = getelementptr inbounds nuw i8, ptr %1864, i64 512
   %1866 = load <16 x float>, ptr %1865, align 4, !tbaa !5
-  %1867 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.1.i.epil, %1866
-  %indvars.iv.next748.1.i.epil = add nuw nsw i64 %indvars.iv747.1.i.epil, 1
+  %1867 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.1.i.epil, %1866
+  %indvars.iv.next753.1.i.epil = add nuw nsw i64 %indvars.iv752.1.i.epil, 1
   %epil.iter282.next = add i64 %epil.iter282, 1
   %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
-  br i1 %epil.iter282.cmp.not, label %for_end_ax185.1.i, label %for_body_ax184.1.i.epil, !prof !29, !llvm.loop !58
+  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !29, !llvm.loop !58
 
-for_end_ax185.1.i:                                ; preds = %for_body_ax184.1.i.epil, %for_end_ax185.1.i.loopexit.unr-lcssa, %for_end_ax185.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.i ], [ %1863, %for_end_ax185.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax184.1.i.epil ]
-  %tile_sum.rf258.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 0
-  %1868 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.1.i, 0.000000e+00
-  %tile_sum.rf258.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 1
-  %1869 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.1.i, %1868
-  %tile_sum.rf258.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 2
-  %1870 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.1.i, %1869
-  %tile_sum.rf258.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 3
-  %1871 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.1.i, %1870
-  %tile_sum.rf258.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 4
-  %1872 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.1.i, %1871
-  %tile_sum.rf258.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 5
-  %1873 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.1.i, %1872
-  %tile_sum.rf258.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 6
-  %1874 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.1.i, %1873
-  %tile_sum.rf258.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 7
-  %1875 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.1.i, %1874
-  %tile_sum.rf258.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 8
-  %1876 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.1.i, %1875
-  %tile_sum.rf258.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 9
-  %1877 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.1.i, %1876
-  %tile_sum.rf258.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 10
-  %1878 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.1.i, %1877
-  %tile_sum.rf258.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 11
-  %1879 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.1.i, %1878
-  %tile_sum.rf258.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 12
-  %1880 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.1.i, %1879
-  %tile_sum.rf258.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 13
-  %1881 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.1.i, %1880
-  %tile_sum.rf258.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 14
-  %1882 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.1.i, %1881
-  %tile_sum.rf258.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.1.i, i64 15
-  %1883 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.1.i, %1882
-  %tile_sum262.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.0.vec.insert.i, float %1883, i64 1
-  br i1 %486, label %for_body_ax184.2.i.preheader, label %for_end_ax185.2.i, !prof !3
+for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.epil, %for_end_ax190.1.i.loopexit.unr-lcssa, %for_end_ax190.i
+  %tile_sum.rf_global262.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.i ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax189.1.i.epil ]
+  %tile_sum.rf263.sroa.0.0.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 0
+  %1868 = fadd float %tile_sum.rf263.sroa.0.0.vec.extract.1.i, 0.000000e+00
+  %tile_sum.rf263.sroa.0.4.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 1
+  %1869 = fadd float %tile_sum.rf263.sroa.0.4.vec.extract.1.i, %1868
+  %tile_sum.rf263.sroa.0.8.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 2
+  %1870 = fadd float %tile_sum.rf263.sroa.0.8.vec.extract.1.i, %1869
+  %tile_sum.rf263.sroa.0.12.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 3
+  %1871 = fadd float %tile_sum.rf263.sroa.0.12.vec.extract.1.i, %1870
+  %tile_sum.rf263.sroa.0.16.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 4
+  %1872 = fadd float %tile_sum.rf263.sroa.0.16.vec.extract.1.i, %1871
+  %tile_sum.rf263.sroa.0.20.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 5
+  %1873 = fadd float %tile_sum.rf263.sroa.0.20.vec.extract.1.i, %1872
+  %tile_sum.rf263.sroa.0.24.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 6
+  %1874 = fadd float %tile_sum.rf263.sroa.0.24.vec.extract.1.i, %1873
+  %tile_sum.rf263.sroa.0.28.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 7
+  %1875 = fadd float %tile_sum.rf263.sroa.0.28.vec.extract.1.i, %1874
+  %tile_sum.rf263.sroa.0.32.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 8
+  %1876 = fadd float %tile_sum.rf263.sroa.0.32.vec.extract.1.i, %1875
+  %tile_sum.rf263.sroa.0.36.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 9
+  %1877 = fadd float %tile_sum.rf263.sroa.0.36.vec.extract.1.i, %1876
+  %tile_sum.rf263.sroa.0.40.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 10
+  %1878 = fadd float %tile_sum.rf263.sroa.0.40.vec.extract.1.i, %1877
+  %tile_sum.rf263.sroa.0.44.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 11
+  %1879 = fadd float %tile_sum.rf263.sroa.0.44.vec.extract.1.i, %1878
+  %tile_sum.rf263.sroa.0.48.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 12
+  %1880 = fadd float %tile_sum.rf263.sroa.0.48.vec.extract.1.i, %1879
+  %tile_sum.rf263.sroa.0.52.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 13
+  %1881 = fadd float %tile_sum.rf263.sroa.0.52.vec.extract.1.i, %1880
+  %tile_sum.rf263.sroa.0.56.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 14
+  %1882 = fadd float %tile_sum.rf263.sroa.0.56.vec.extract.1.i, %1881
+  %tile_sum.rf263.sroa.0.60.vec.extract.1.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.1.i, i64 15
+  %1883 = fadd float %tile_sum.rf263.sroa.0.60.vec.extract.1.i, %1882
+  %tile_sum267.sroa.0.4.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.0.vec.insert.i, float %1883, i64 1
+  br i1 %486, label %for_body_ax189.2.i.preheader, label %for_end_ax190.2.i, !prof !3
 
-for_body_ax184.2.i.preheader:                     ; preds = %for_end_ax185.1.i
-  br i1 %512, label %for_body_ax184.2.i.epil.preheader, label %for_body_ax184.2.i, !prof !39
+for_body_ax189.2.i.preheader:                     ; preds = %for_end_ax190.1.i
+  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !39
 
-for_body_ax184.2.i:                               ; preds = %for_body_ax184.2.i, %for_body_ax184.2.i.preheader
-  %indvars.iv747.2.i = phi i64 [ %indvars.iv.next748.2.i.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.2.i = phi <16 x float> [ %1915, %for_body_ax184.2.i ], [ zeroinitializer, %for_body_ax184.2.i.preheader ]
-  %niter294 = phi i64 [ %niter294.next.7, %for_body_ax184.2.i ], [ 0, %for_body_ax184.2.i.preheader ]
-  %.idx915.i = shl nsw i64 %indvars.iv747.2.i, 6
-  %1884 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i
+for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i, %for_body_ax189.2.i.preheader
+  %indvars.iv752.2.i = phi i64 [ %indvars.iv.next753.2.i.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.2.i = phi <16 x float> [ %1915, %for_body_ax189.2.i ], [ zeroinitializer, %for_body_ax189.2.i.preheader ]
+  %niter294 = phi i64 [ %niter294.next.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
+  %.idx920.i = shl nsw i64 %indvars.iv752.2.i, 6
+  %1884 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx920.i
   %1885 = getelementptr inbounds nuw i8, ptr %1884, i64 1024
   %1886 = load <16 x float>, ptr %1885, align 4, !tbaa !5
-  %1887 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i, %1886
-  %indvars.iv.next748.2.i = shl i64 %indvars.iv747.2.i, 6
-  %1888 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i
+  %1887 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.2.i, %1886
+  %indvars.iv.next753.2.i = shl i64 %indvars.iv752.2.i, 6
+  %1888 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i
   %1889 = getelementptr inbounds nuw i8, ptr %1888, i64 1088
   %1890 = load <16 x float>, ptr %1889, align 4, !tbaa !5
   %1891 = fadd <16 x float> %1887, %1890
-  %indvars.iv.next748.2.i.1 = shl i64 %indvars.iv747.2.i, 6
-  %1892 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.1
+  %indvars.iv.next753.2.i.1 = shl i64 %indvars.iv752.2.i, 6
+  %1892 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i.1
   %1893 = getelementptr inbounds nuw i8, ptr %1892, i64 1152
   %1894 = load <16 x float>, ptr %1893, align 4, !tbaa !5
   %1895 = fadd <16 x float> %1891, %1894
-  %indvars.iv.next748.2.i.2 = shl i64 %indvars.iv747.2.i, 6
-  %1896 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.2
+  %indvars.iv.next753.2.i.2 = shl i64 %indvars.iv752.2.i, 6
+  %1896 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i.2
   %1897 = getelementptr inbounds nuw i8, ptr %1896, i64 1216
   %1898 = load <16 x float>, ptr %1897, align 4, !tbaa !5
   %1899 = fadd <16 x float> %1895, %1898
-  %indvars.iv.next748.2.i.3 = shl i64 %indvars.iv747.2.i, 6
-  %1900 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.3
+  %indvars.iv.next753.2.i.3 = shl i64 %indvars.iv752.2.i, 6
+  %1900 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i.3
   %1901 = getelementptr inbounds nuw i8, ptr %1900, i64 1280
   %1902 = load <16 x float>, ptr %1901, align 4, !tbaa !5
   %1903 = fadd <16 x float> %1899, %1902
-  %indvars.iv.next748.2.i.4 = shl i64 %indvars.iv747.2.i, 6
-  %1904 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.4
+  %indvars.iv.next753.2.i.4 = shl i64 %indvars.iv752.2.i, 6
+  %1904 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i.4
   %1905 = getelementptr inbounds nuw i8, ptr %1904, i64 1344
   %1906 = load <16 x float>, ptr %1905, align 4, !tbaa !5
   %1907 = fadd <16 x float> %1903, %1906
-  %indvars.iv.next748.2.i.5 = shl i64 %indvars.iv747.2.i, 6
-  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.5
+  %indvars.iv.next753.2.i.5 = shl i64 %indvars.iv752.2.i, 6
+  %1908 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i.5
   %1909 = getelementptr inbounds nuw i8, ptr %1908, i64 1408
   %1910 = load <16 x float>, ptr %1909, align 4, !tbaa !5
   %1911 = fadd <16 x float> %1907, %1910
-  %indvars.iv.next748.2.i.6 = shl i64 %indvars.iv747.2.i, 6
-  %1912 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.2.i.6
+  %indvars.iv.next753.2.i.6 = shl i64 %indvars.iv752.2.i, 6
+  %1912 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.2.i.6
   %1913 = getelementptr inbounds nuw i8, ptr %1912, i64 1472
   %1914 = load <16 x float>, ptr %1913, align 4, !tbaa !5
   %1915 = fadd <16 x float> %1911, %1914
-  %indvars.iv.next748.2.i.7 = add nuw nsw i64 %indvars.iv747.2.i, 8
+  %indvars.iv.next753.2.i.7 = add nuw nsw i64 %indvars.iv752.2.i, 8
   %niter294.next.7 = add i64 %niter294, 8
   %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
-  br i1 %niter294.ncmp.7, label %for_end_ax185.2.i.loopexit.unr-lcssa, label %for_body_ax184.2.i, !prof !40, !llvm.loop !59
+  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !40, !llvm.loop !59
 
-for_end_ax185.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.2.i
-  br i1 %lcmp.mod290.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil.preheader, !prof !43
+for_end_ax190.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.2.i
+  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !43
 
-for_body_ax184.2.i.epil.preheader:                ; preds = %for_end_ax185.2.i.loopexit.unr-lcssa, %for_body_ax184.2.i.preheader
-  %indvars.iv747.2.i.epil.init = phi i64 [ 0, %for_body_ax184.2.i.preheader ], [ %indvars.iv.next748.2.i.7, %for_end_ax185.2.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.2.i.preheader ], [ %1915, %for_end_ax185.2.i.loopexit.unr-lcssa ]
+for_body_ax189.2.i.epil.preheader:                ; preds = %for_end_ax190.2.i.loopexit.unr-lcssa, %for_body_ax189.2.i.preheader
+  %indvars.iv752.2.i.epil.init = phi i64 [ 0, %for_body_ax189.2.i.preheader ], [ %indvars.iv.next753.2.i.7, %for_end_ax190.2.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global262.sroa.0.0474.2.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax189.2.i.preheader ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod292)
-  br label %for_body_ax184.2.i.epil
+  br label %for_body_ax189.2.i.epil
 
-for_body_ax184.2.i.epil:                          ; preds = %for_body_ax184.2.i.epil, %for_body_ax184.2.i.epil.preheader
-  %indvars.iv747.2.i.epil = phi i64 [ %indvars.iv.next748.2.i.epil, %for_body_ax184.2.i.epil ], [ %indvars.iv747.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.2.i.epil = phi <16 x float> [ %1919, %for_body_ax184.2.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.2.i.epil.init, %for_body_ax184.2.i.epil.preheader ]
-  %epil.iter289 = phi i64 [ %epil.iter289.next, %for_body_ax184.2.i.epil ], [ 0, %for_body_ax184.2.i.epil.preheader ]
-  %.idx915.i.epil = shl nsw i64 %indvars.iv747.2.i.epil, 6
-  %1916 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx915.i.epil
+for_body_ax189.2.i.epil:                          ; preds = %for_body_ax189.2.i.epil, %for_body_ax189.2.i.epil.preheader
+  %indvars.iv752.2.i.epil = phi i64 [ %indvars.iv.next753.2.i.epil, %for_body_ax189.2.i.epil ], [ %indvars.iv752.2.i.epil.init, %for_body_ax189.2.i.epil.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.2.i.epil = phi <16 x float> [ %1919, %for_body_ax189.2.i.epil ], [ %tile_sum.rf_global262.sroa.0.0474.2.i.epil.init, %for_body_ax189.2.i.epil.preheader ]
+  %epil.iter289 = phi i64 [ %epil.iter289.next, %for_body_ax189.2.i.epil ], [ 0, %for_body_ax189.2.i.epil.preheader ]
+  %.idx920.i.epil = shl nsw i64 %indvars.iv752.2.i.epil, 6
+  %1916 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx920.i.epil
   %1917 = getelementptr inbounds nuw i8, ptr %1916, i64 1024
   %1918 = load <16 x float>, ptr %1917, align 4, !tbaa !5
-  %1919 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.2.i.epil, %1918
-  %indvars.iv.next748.2.i.epil = add nuw nsw i64 %indvars.iv747.2.i.epil, 1
+  %1919 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.2.i.epil, %1918
+  %indvars.iv.next753.2.i.epil = add nuw nsw i64 %indvars.iv752.2.i.epil, 1
   %epil.iter289.next = add i64 %epil.iter289, 1
   %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
-  br i1 %epil.iter289.cmp.not, label %for_end_ax185.2.i, label %for_body_ax184.2.i.epil, !prof !29, !llvm.loop !60
+  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !29, !llvm.loop !60
 
-for_end_ax185.2.i:                                ; preds = %for_body_ax184.2.i.epil, %for_end_ax185.2.i.loopexit.unr-lcssa, %for_end_ax185.1.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.1.i ], [ %1915, %for_end_ax185.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax184.2.i.epil ]
-  %tile_sum.rf258.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 0
-  %1920 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.2.i, 0.000000e+00
-  %tile_sum.rf258.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 1
-  %1921 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.2.i, %1920
-  %tile_sum.rf258.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 2
-  %1922 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.2.i, %1921
-  %tile_sum.rf258.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 3
-  %1923 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.2.i, %1922
-  %tile_sum.rf258.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 4
-  %1924 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.2.i, %1923
-  %tile_sum.rf258.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 5
-  %1925 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.2.i, %1924
-  %tile_sum.rf258.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 6
-  %1926 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.2.i, %1925
-  %tile_sum.rf258.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 7
-  %1927 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.2.i, %1926
-  %tile_sum.rf258.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 8
-  %1928 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.2.i, %1927
-  %tile_sum.rf258.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 9
-  %1929 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.2.i, %1928
-  %tile_sum.rf258.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 10
-  %1930 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.2.i, %1929
-  %tile_sum.rf258.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 11
-  %1931 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.2.i, %1930
-  %tile_sum.rf258.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 12
-  %1932 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.2.i, %1931
-  %tile_sum.rf258.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 13
-  %1933 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.2.i, %1932
-  %tile_sum.rf258.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 14
-  %1934 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.2.i, %1933
-  %tile_sum.rf258.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.2.i, i64 15
-  %1935 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.2.i, %1934
-  %tile_sum262.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.4.vec.insert.i, float %1935, i64 2
-  br i1 %486, label %for_body_ax184.3.i.preheader, label %for_end_ax185.3.i, !prof !3
+for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.epil, %for_end_ax190.2.i.loopexit.unr-lcssa, %for_end_ax190.1.i
+  %tile_sum.rf_global262.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.1.i ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax189.2.i.epil ]
+  %tile_sum.rf263.sroa.0.0.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 0
+  %1920 = fadd float %tile_sum.rf263.sroa.0.0.vec.extract.2.i, 0.000000e+00
+  %tile_sum.rf263.sroa.0.4.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 1
+  %1921 = fadd float %tile_sum.rf263.sroa.0.4.vec.extract.2.i, %1920
+  %tile_sum.rf263.sroa.0.8.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 2
+  %1922 = fadd float %tile_sum.rf263.sroa.0.8.vec.extract.2.i, %1921
+  %tile_sum.rf263.sroa.0.12.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 3
+  %1923 = fadd float %tile_sum.rf263.sroa.0.12.vec.extract.2.i, %1922
+  %tile_sum.rf263.sroa.0.16.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 4
+  %1924 = fadd float %tile_sum.rf263.sroa.0.16.vec.extract.2.i, %1923
+  %tile_sum.rf263.sroa.0.20.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 5
+  %1925 = fadd float %tile_sum.rf263.sroa.0.20.vec.extract.2.i, %1924
+  %tile_sum.rf263.sroa.0.24.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 6
+  %1926 = fadd float %tile_sum.rf263.sroa.0.24.vec.extract.2.i, %1925
+  %tile_sum.rf263.sroa.0.28.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 7
+  %1927 = fadd float %tile_sum.rf263.sroa.0.28.vec.extract.2.i, %1926
+  %tile_sum.rf263.sroa.0.32.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 8
+  %1928 = fadd float %tile_sum.rf263.sroa.0.32.vec.extract.2.i, %1927
+  %tile_sum.rf263.sroa.0.36.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 9
+  %1929 = fadd float %tile_sum.rf263.sroa.0.36.vec.extract.2.i, %1928
+  %tile_sum.rf263.sroa.0.40.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 10
+  %1930 = fadd float %tile_sum.rf263.sroa.0.40.vec.extract.2.i, %1929
+  %tile_sum.rf263.sroa.0.44.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 11
+  %1931 = fadd float %tile_sum.rf263.sroa.0.44.vec.extract.2.i, %1930
+  %tile_sum.rf263.sroa.0.48.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 12
+  %1932 = fadd float %tile_sum.rf263.sroa.0.48.vec.extract.2.i, %1931
+  %tile_sum.rf263.sroa.0.52.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 13
+  %1933 = fadd float %tile_sum.rf263.sroa.0.52.vec.extract.2.i, %1932
+  %tile_sum.rf263.sroa.0.56.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 14
+  %1934 = fadd float %tile_sum.rf263.sroa.0.56.vec.extract.2.i, %1933
+  %tile_sum.rf263.sroa.0.60.vec.extract.2.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.2.i, i64 15
+  %1935 = fadd float %tile_sum.rf263.sroa.0.60.vec.extract.2.i, %1934
+  %tile_sum267.sroa.0.8.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.4.vec.insert.i, float %1935, i64 2
+  br i1 %486, label %for_body_ax189.3.i.preheader, label %for_end_ax190.3.i, !prof !3
 
-for_body_ax184.3.i.preheader:                     ; preds = %for_end_ax185.2.i
-  br i1 %513, label %for_body_ax184.3.i.epil.preheader, label %for_body_ax184.3.i, !prof !39
+for_body_ax189.3.i.preheader:                     ; preds = %for_end_ax190.2.i
+  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !39
 
-for_body_ax184.3.i:                               ; preds = %for_body_ax184.3.i, %for_body_ax184.3.i.preheader
-  %indvars.iv747.3.i = phi i64 [ %indvars.iv.next748.3.i.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.3.i = phi <16 x float> [ %1967, %for_body_ax184.3.i ], [ zeroinitializer, %for_body_ax184.3.i.preheader ]
-  %niter301 = phi i64 [ %niter301.next.7, %for_body_ax184.3.i ], [ 0, %for_body_ax184.3.i.preheader ]
-  %.idx916.i = shl nsw i64 %indvars.iv747.3.i, 6
-  %1936 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i
+for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i, %for_body_ax189.3.i.preheader
+  %indvars.iv752.3.i = phi i64 [ %indvars.iv.next753.3.i.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.3.i = phi <16 x float> [ %1967, %for_body_ax189.3.i ], [ zeroinitializer, %for_body_ax189.3.i.preheader ]
+  %niter301 = phi i64 [ %niter301.next.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
+  %.idx921.i = shl nsw i64 %indvars.iv752.3.i, 6
+  %1936 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx921.i
   %1937 = getelementptr inbounds nuw i8, ptr %1936, i64 1536
   %1938 = load <16 x float>, ptr %1937, align 4, !tbaa !5
-  %1939 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i, %1938
-  %indvars.iv.next748.3.i = shl i64 %indvars.iv747.3.i, 6
-  %1940 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i
+  %1939 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.3.i, %1938
+  %indvars.iv.next753.3.i = shl i64 %indvars.iv752.3.i, 6
+  %1940 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i
   %1941 = getelementptr inbounds nuw i8, ptr %1940, i64 1600
   %1942 = load <16 x float>, ptr %1941, align 4, !tbaa !5
   %1943 = fadd <16 x float> %1939, %1942
-  %indvars.iv.next748.3.i.1 = shl i64 %indvars.iv747.3.i, 6
-  %1944 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.1
+  %indvars.iv.next753.3.i.1 = shl i64 %indvars.iv752.3.i, 6
+  %1944 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i.1
   %1945 = getelementptr inbounds nuw i8, ptr %1944, i64 1664
   %1946 = load <16 x float>, ptr %1945, align 4, !tbaa !5
   %1947 = fadd <16 x float> %1943, %1946
-  %indvars.iv.next748.3.i.2 = shl i64 %indvars.iv747.3.i, 6
-  %1948 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.2
+  %indvars.iv.next753.3.i.2 = shl i64 %indvars.iv752.3.i, 6
+  %1948 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i.2
   %1949 = getelementptr inbounds nuw i8, ptr %1948, i64 1728
   %1950 = load <16 x float>, ptr %1949, align 4, !tbaa !5
   %1951 = fadd <16 x float> %1947, %1950
-  %indvars.iv.next748.3.i.3 = shl i64 %indvars.iv747.3.i, 6
-  %1952 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.3
+  %indvars.iv.next753.3.i.3 = shl i64 %indvars.iv752.3.i, 6
+  %1952 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i.3
   %1953 = getelementptr inbounds nuw i8, ptr %1952, i64 1792
   %1954 = load <16 x float>, ptr %1953, align 4, !tbaa !5
   %1955 = fadd <16 x float> %1951, %1954
-  %indvars.iv.next748.3.i.4 = shl i64 %indvars.iv747.3.i, 6
-  %1956 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.4
+  %indvars.iv.next753.3.i.4 = shl i64 %indvars.iv752.3.i, 6
+  %1956 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i.4
   %1957 = getelementptr inbounds nuw i8, ptr %1956, i64 1856
   %1958 = load <16 x float>, ptr %1957, align 4, !tbaa !5
   %1959 = fadd <16 x float> %1955, %1958
-  %indvars.iv.next748.3.i.5 = shl i64 %indvars.iv747.3.i, 6
-  %1960 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.5
+  %indvars.iv.next753.3.i.5 = shl i64 %indvars.iv752.3.i, 6
+  %1960 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i.5
   %1961 = getelementptr inbounds nuw i8, ptr %1960, i64 1920
   %1962 = load <16 x float>, ptr %1961, align 4, !tbaa !5
   %1963 = fadd <16 x float> %1959, %1962
-  %indvars.iv.next748.3.i.6 = shl i64 %indvars.iv747.3.i, 6
-  %1964 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next748.3.i.6
+  %indvars.iv.next753.3.i.6 = shl i64 %indvars.iv752.3.i, 6
+  %1964 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next753.3.i.6
   %1965 = getelementptr inbounds nuw i8, ptr %1964, i64 1984
   %1966 = load <16 x float>, ptr %1965, align 4, !tbaa !5
   %1967 = fadd <16 x float> %1963, %1966
-  %indvars.iv.next748.3.i.7 = add nuw nsw i64 %indvars.iv747.3.i, 8
+  %indvars.iv.next753.3.i.7 = add nuw nsw i64 %indvars.iv752.3.i, 8
   %niter301.next.7 = add i64 %niter301, 8
   %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
-  br i1 %niter301.ncmp.7, label %for_end_ax185.3.i.loopexit.unr-lcssa, label %for_body_ax184.3.i, !prof !40, !llvm.loop !61
+  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !40, !llvm.loop !61
 
-for_end_ax185.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax184.3.i
-  br i1 %lcmp.mod297.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil.preheader, !prof !43
+for_end_ax190.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.3.i
+  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !43
 
-for_body_ax184.3.i.epil.preheader:                ; preds = %for_end_ax185.3.i.loopexit.unr-lcssa, %for_body_ax184.3.i.preheader
-  %indvars.iv747.3.i.epil.init = phi i64 [ 0, %for_body_ax184.3.i.preheader ], [ %indvars.iv.next748.3.i.7, %for_end_ax185.3.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax184.3.i.preheader ], [ %1967, %for_end_ax185.3.i.loopexit.unr-lcssa ]
+for_body_ax189.3.i.epil.preheader:                ; preds = %for_end_ax190.3.i.loopexit.unr-lcssa, %for_body_ax189.3.i.preheader
+  %indvars.iv752.3.i.epil.init = phi i64 [ 0, %for_body_ax189.3.i.preheader ], [ %indvars.iv.next753.3.i.7, %for_end_ax190.3.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global262.sroa.0.0474.3.i.epil.init = phi <16 x float> [ zeroinitializer, %for_body_ax189.3.i.preheader ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod299)
-  br label %for_body_ax184.3.i.epil
+  br label %for_body_ax189.3.i.epil
 
-for_body_ax184.3.i.epil:                          ; preds = %for_body_ax184.3.i.epil, %for_body_ax184.3.i.epil.preheader
-  %indvars.iv747.3.i.epil = phi i64 [ %indvars.iv.next748.3.i.epil, %for_body_ax184.3.i.epil ], [ %indvars.iv747.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %tile_sum.rf_global257.sroa.0.0469.3.i.epil = phi <16 x float> [ %1971, %for_body_ax184.3.i.epil ], [ %tile_sum.rf_global257.sroa.0.0469.3.i.epil.init, %for_body_ax184.3.i.epil.preheader ]
-  %epil.iter296 = phi i64 [ %epil.iter296.next, %for_body_ax184.3.i.epil ], [ 0, %for_body_ax184.3.i.epil.preheader ]
-  %.idx916.i.epil = shl nsw i64 %indvars.iv747.3.i.epil, 6
-  %1968 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx916.i.epil
+for_body_ax189.3.i.epil:                          ; preds = %for_body_ax189.3.i.epil, %for_body_ax189.3.i.epil.preheader
+  %indvars.iv752.3.i.epil = phi i64 [ %indvars.iv.next753.3.i.epil, %for_body_ax189.3.i.epil ], [ %indvars.iv752.3.i.epil.init, %for_body_ax189.3.i.epil.preheader ]
+  %tile_sum.rf_global262.sroa.0.0474.3.i.epil = phi <16 x float> [ %1971, %for_body_ax189.3.i.epil ], [ %tile_sum.rf_global262.sroa.0.0474.3.i.epil.init, %for_body_ax189.3.i.epil.preheader ]
+  %epil.iter296 = phi i64 [ %epil.iter296.next, %for_body_ax189.3.i.epil ], [ 0, %for_body_ax189.3.i.epil.preheader ]
+  %.idx921.i.epil = shl nsw i64 %indvars.iv752.3.i.epil, 6
+  %1968 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx921.i.epil
   %1969 = getelementptr inbounds nuw i8, ptr %1968, i64 1536
   %1970 = load <16 x float>, ptr %1969, align 4, !tbaa !5
-  %1971 = fadd <16 x float> %tile_sum.rf_global257.sroa.0.0469.3.i.epil, %1970
-  %indvars.iv.next748.3.i.epil = add nuw nsw i64 %indvars.iv747.3.i.epil, 1
+  %1971 = fadd <16 x float> %tile_sum.rf_global262.sroa.0.0474.3.i.epil, %1970
+  %indvars.iv.next753.3.i.epil = add nuw nsw i64 %indvars.iv752.3.i.epil, 1
   %epil.iter296.next = add i64 %epil.iter296, 1
   %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
-  br i1 %epil.iter296.cmp.not, label %for_end_ax185.3.i, label %for_body_ax184.3.i.epil, !prof !29, !llvm.loop !62
+  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !29, !llvm.loop !62
 
-for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.epil, %for_end_ax185.3.i.loopexit.unr-lcssa, %for_end_ax185.2.i
-  %tile_sum.rf_global257.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax185.2.i ], [ %1967, %for_end_ax185.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax184.3.i.epil ]
-  %tile_sum.rf258.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 0
-  %1972 = fadd float %tile_sum.rf258.sroa.0.0.vec.extract.3.i, 0.000000e+00
-  %tile_sum.rf258.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 1
-  %1973 = fadd float %tile_sum.rf258.sroa.0.4.vec.extract.3.i, %1972
-  %tile_sum.rf258.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 2
-  %1974 = fadd float %tile_sum.rf258.sroa.0.8.vec.extract.3.i, %1973
-  %tile_sum.rf258.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 3
-  %1975 = fadd float %tile_sum.rf258.sroa.0.12.vec.extract.3.i, %1974
-  %tile_sum.rf258.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 4
-  %1976 = fadd float %tile_sum.rf258.sroa.0.16.vec.extract.3.i, %1975
-  %tile_sum.rf258.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 5
-  %1977 = fadd float %tile_sum.rf258.sroa.0.20.vec.extract.3.i, %1976
-  %tile_sum.rf258.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 6
-  %1978 = fadd float %tile_sum.rf258.sroa.0.24.vec.extract.3.i, %1977
-  %tile_sum.rf258.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 7
-  %1979 = fadd float %tile_sum.rf258.sroa.0.28.vec.extract.3.i, %1978
-  %tile_sum.rf258.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 8
-  %1980 = fadd float %tile_sum.rf258.sroa.0.32.vec.extract.3.i, %1979
-  %tile_sum.rf258.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 9
-  %1981 = fadd float %tile_sum.rf258.sroa.0.36.vec.extract.3.i, %1980
-  %tile_sum.rf258.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 10
-  %1982 = fadd float %tile_sum.rf258.sroa.0.40.vec.extract.3.i, %1981
-  %tile_sum.rf258.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 11
-  %1983 = fadd float %tile_sum.rf258.sroa.0.44.vec.extract.3.i, %1982
-  %tile_sum.rf258.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 12
-  %1984 = fadd float %tile_sum.rf258.sroa.0.48.vec.extract.3.i, %1983
-  %tile_sum.rf258.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 13
-  %1985 = fadd float %tile_sum.rf258.sroa.0.52.vec.extract.3.i, %1984
-  %tile_sum.rf258.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 14
-  %1986 = fadd float %tile_sum.rf258.sroa.0.56.vec.extract.3.i, %1985
-  %tile_sum.rf258.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global257.sroa.0.0.lcssa.3.i, i64 15
-  %1987 = fadd float %tile_sum.rf258.sroa.0.60.vec.extract.3.i, %1986
-  %tile_sum262.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum262.sroa.0.8.vec.insert.i, float %1987, i64 3
-  %1988 = shl nuw nsw i64 %indvars.iv785.i, 2
-  %1989 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %1988
+for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.epil, %for_end_ax190.3.i.loopexit.unr-lcssa, %for_end_ax190.2.i
+  %tile_sum.rf_global262.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.2.i ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax189.3.i.epil ]
+  %tile_sum.rf263.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 0
+  %1972 = fadd float %tile_sum.rf263.sroa.0.0.vec.extract.3.i, 0.000000e+00
+  %tile_sum.rf263.sroa.0.4.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 1
+  %1973 = fadd float %tile_sum.rf263.sroa.0.4.vec.extract.3.i, %1972
+  %tile_sum.rf263.sroa.0.8.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 2
+  %1974 = fadd float %tile_sum.rf263.sroa.0.8.vec.extract.3.i, %1973
+  %tile_sum.rf263.sroa.0.12.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 3
+  %1975 = fadd float %tile_sum.rf263.sroa.0.12.vec.extract.3.i, %1974
+  %tile_sum.rf263.sroa.0.16.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 4
+  %1976 = fadd float %tile_sum.rf263.sroa.0.16.vec.extract.3.i, %1975
+  %tile_sum.rf263.sroa.0.20.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 5
+  %1977 = fadd float %tile_sum.rf263.sroa.0.20.vec.extract.3.i, %1976
+  %tile_sum.rf263.sroa.0.24.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 6
+  %1978 = fadd float %tile_sum.rf263.sroa.0.24.vec.extract.3.i, %1977
+  %tile_sum.rf263.sroa.0.28.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 7
+  %1979 = fadd float %tile_sum.rf263.sroa.0.28.vec.extract.3.i, %1978
+  %tile_sum.rf263.sroa.0.32.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 8
+  %1980 = fadd float %tile_sum.rf263.sroa.0.32.vec.extract.3.i, %1979
+  %tile_sum.rf263.sroa.0.36.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 9
+  %1981 = fadd float %tile_sum.rf263.sroa.0.36.vec.extract.3.i, %1980
+  %tile_sum.rf263.sroa.0.40.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 10
+  %1982 = fadd float %tile_sum.rf263.sroa.0.40.vec.extract.3.i, %1981
+  %tile_sum.rf263.sroa.0.44.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 11
+  %1983 = fadd float %tile_sum.rf263.sroa.0.44.vec.extract.3.i, %1982
+  %tile_sum.rf263.sroa.0.48.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 12
+  %1984 = fadd float %tile_sum.rf263.sroa.0.48.vec.extract.3.i, %1983
+  %tile_sum.rf263.sroa.0.52.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 13
+  %1985 = fadd float %tile_sum.rf263.sroa.0.52.vec.extract.3.i, %1984
+  %tile_sum.rf263.sroa.0.56.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 14
+  %1986 = fadd float %tile_sum.rf263.sroa.0.56.vec.extract.3.i, %1985
+  %tile_sum.rf263.sroa.0.60.vec.extract.3.i = extractelement <16 x float> %tile_sum.rf_global262.sroa.0.0.lcssa.3.i, i64 15
+  %1987 = fadd float %tile_sum.rf263.sroa.0.60.vec.extract.3.i, %1986
+  %tile_sum267.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.8.vec.insert.i, float %1987, i64 3
+  %1988 = shl nuw nsw i64 %indvars.iv790.i, 2
+  %1989 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %1988
   %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !20
   %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
-  %1991 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %1988
+  %1991 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %1988
   %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !18
   %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
-  %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max263.sroa.0.3.i
-  %1994 = fcmp oeq <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
+  %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max268.sroa.0.3.i
+  %1994 = fcmp oeq <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
   %1995 = select <4 x i1> %1994, <4 x i1> splat (i1 true), <4 x i1> %1993
-  %old_or_both.i = select <4 x i1> %1995, <4 x float> %old_max.i, <4 x float> %tile_max263.sroa.0.3.i
+  %old_or_both.i = select <4 x i1> %1995, <4 x float> %old_max.i, <4 x float> %tile_max268.sroa.0.3.i
   %1996 = fcmp oeq <4 x float> %old_sum.i, zeroinitializer
-  %m.i = select <4 x i1> %1996, <4 x float> %tile_max263.sroa.0.3.i, <4 x float> %old_or_both.i
+  %m.i = select <4 x i1> %1996, <4 x float> %tile_max268.sroa.0.3.i, <4 x float> %old_or_both.i
   %1997 = fsub <4 x float> %old_max.i, %m.i
   %1998 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %1997, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
   %1999 = bitcast <4 x float> %1998 to <4 x i32>
@@ -3621,13 +3621,13 @@ for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.
   %2016 = select <4 x i1> %2015, <4 x float> zeroinitializer, <4 x float> %2014
   %2017 = fcmp one <4 x float> %old_sum.i, zeroinitializer
   %2018 = select <4 x i1> %2017, <4 x float> %2016, <4 x float> zeroinitializer
-  %arg105.i = fsub <4 x float> %tile_max263.sroa.0.3.i, %m.i
-  %2019 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg105.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %arg110.i = fsub <4 x float> %tile_max268.sroa.0.3.i, %m.i
+  %2019 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
   %2020 = bitcast <4 x float> %2019 to <4 x i32>
   %2021 = fadd <4 x float> %2019, splat (float 0xC168000FE0000000)
   %2022 = fmul <4 x float> %2021, splat (float 0x3F2BD01060000000)
   %2023 = fmul <4 x float> %2021, splat (float 0x3FE6300000000000)
-  %2024 = fsub <4 x float> %arg105.i, %2023
+  %2024 = fsub <4 x float> %arg110.i, %2023
   %2025 = fadd <4 x float> %2022, %2024
   %2026 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2025, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
   %2027 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2026, <4 x float> %2025, <4 x float> splat (float 0x3FA5558F20000000))
@@ -3639,16 +3639,16 @@ for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.
   %2033 = bitcast <4 x i32> %2032 to <4 x float>
   %2034 = fadd <4 x float> %2031, splat (float 1.000000e+00)
   %2035 = fmul <4 x float> %2034, %2033
-  %2036 = fcmp olt <4 x float> %arg105.i, splat (float -8.700000e+01)
+  %2036 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
   %2037 = select <4 x i1> %2036, <4 x float> zeroinitializer, <4 x float> %2035
-  %2038 = fcmp one <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, zeroinitializer
+  %2038 = fcmp one <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
   %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
   %2040 = fmul <4 x float> %old_sum.i, %2018
-  %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum262.sroa.0.12.vec.insert.i, <4 x float> %2040)
+  %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, <4 x float> %2040)
   store <4 x float> %m.i, ptr %1989, align 16, !tbaa !20
   store <4 x float> %2041, ptr %1991, align 16, !tbaa !18
   %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
-  %2043 = shl nuw nsw i64 %indvars.iv785.i, 9
+  %2043 = shl nuw nsw i64 %indvars.iv790.i, 9
   %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
   %2045 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %2046 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
@@ -3659,37 +3659,37 @@ for_end_ax185.3.i:                                ; preds = %for_body_ax184.3.i.
   %2051 = zext nneg i32 %540 to i64
   %2052 = mul nsw i64 %v_head, %2051
   %2053 = select i1 %538, i32 128, i32 0
-  %2054 = mul nsw i64 %indvars.iv785.i, %v_head
-  %invariant.gep588.i = getelementptr i32, ptr %value_cache, i64 %2054
+  %2054 = mul nsw i64 %indvars.iv790.i, %v_head
+  %invariant.gep593.i = getelementptr i32, ptr %value_cache, i64 %2054
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end187.i, %for_end_ax185.3.i
-  %indvars.iv781.i = phi i64 [ 0, %for_end_ax185.3.i ], [ %indvars.iv.next782.i, %if_end187.i ]
-  br i1 %492, label %for_begin_ax2125.preheader.lr.ph.i, label %for_end_to122.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end192.i, %for_end_ax190.3.i
+  %indvars.iv786.i = phi i64 [ 0, %for_end_ax190.3.i ], [ %indvars.iv.next787.i, %if_end192.i ]
+  br i1 %492, label %for_begin_line130.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
 
-for_begin_ax2125.preheader.lr.ph.i:               ; preds = %for_body_d_0_m.i
-  %2055 = mul nuw nsw i64 %indvars.iv781.i, %496
-  %gep589.idx.i = shl i64 %indvars.iv781.i, 6
-  %gep589.i = getelementptr i8, ptr %invariant.gep588.i, i64 %gep589.idx.i
-  br label %for_begin_ax2125.preheader.i
+for_begin_line130.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2055 = mul nuw nsw i64 %indvars.iv786.i, %496
+  %gep594.idx.i = shl i64 %indvars.iv786.i, 6
+  %gep594.i = getelementptr i8, ptr %invariant.gep593.i, i64 %gep594.idx.i
+  br label %for_begin_line130.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end187.i
+for_end_d_0_m.i:                                  ; preds = %if_end192.i
   %2056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
-  %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled918920923.i)
-  %.not274.i = icmp eq i32 %2057, 0
-  br i1 %.not274.i, label %if_end189.i, label %fused_decode_compute_.exit, !prof !17
+  %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled923925928.i)
+  %.not279.i = icmp eq i32 %2057, 0
+  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !17
 
-for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.preheader.i, %for_begin_ax2125.preheader.lr.ph.i
-  %indvars.iv757.i = phi i64 [ 0, %for_begin_ax2125.preheader.lr.ph.i ], [ %indvars.iv.next758.i, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.238.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2614, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.204.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2613, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.170.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2608, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.136.0478.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2607, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.102.0477.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2602, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.0.0476.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2593, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.34.0475.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2596, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.68.0474.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2125.preheader.lr.ph.i ], [ %2601, %for_begin_ax2125.preheader.i ]
-  %2058 = add nuw nsw i64 %indvars.iv757.i, %2055
+for_begin_line130.preheader.i:                    ; preds = %for_begin_line130.preheader.i, %for_begin_line130.preheader.lr.ph.i
+  %indvars.iv762.i = phi i64 [ 0, %for_begin_line130.preheader.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.238.0486.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2614, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.204.0485.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2613, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.170.0484.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2608, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.136.0483.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2607, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.102.0482.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2602, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.0.0481.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2593, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.34.0480.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2596, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.68.0479.i = phi <16 x float> [ zeroinitializer, %for_begin_line130.preheader.lr.ph.i ], [ %2601, %for_begin_line130.preheader.i ]
+  %2058 = add nuw nsw i64 %indvars.iv762.i, %2055
   %2059 = trunc i64 %2058 to i32
   %2060 = shl i32 %2059, 2
   %2061 = add i32 %2060, %2053
@@ -3750,39 +3750,39 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2101 = getelementptr i8, ptr %2095, i64 192
   %2102 = getelementptr i32, ptr %2101, i64 %2052
   tail call void @llvm.prefetch.p0(ptr readonly %2102, i32 0, i32 2, i32 1)
-  %2103 = shl nsw i64 %indvars.iv757.i, 4
+  %2103 = shl nsw i64 %indvars.iv762.i, 4
   %2104 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2103
   %2105 = load float, ptr %2104, align 4, !tbaa !5
   %2106 = insertelement <16 x float> poison, float %2105, i64 0
   %2107 = shufflevector <16 x float> %2106, <16 x float> poison, <16 x i32> zeroinitializer
   %2108 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2103
   %2109 = load i64, ptr %2108, align 8, !tbaa !5
-  %gep494.i = getelementptr i32, ptr %gep589.i, i64 %2109
-  %2110 = load <16 x i32>, ptr %gep494.i, align 4, !tbaa !5
+  %gep499.i = getelementptr i32, ptr %gep594.i, i64 %2109
+  %2110 = load <16 x i32>, ptr %gep499.i, align 4, !tbaa !5
   %2111 = shl <16 x i32> %2110, splat (i32 16)
   %2112 = bitcast <16 x i32> %2111 to <16 x float>
-  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2112, <16 x float> %full_acc253.sroa.0.0476.i)
+  %2113 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2112, <16 x float> %full_acc258.sroa.0.0481.i)
   %2114 = and <16 x i32> %2110, %101
   %2115 = bitcast <16 x i32> %2114 to <16 x float>
-  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2115, <16 x float> %full_acc253.sroa.34.0475.i)
+  %2116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2107, <16 x float> %2115, <16 x float> %full_acc258.sroa.34.0480.i)
   %2117 = getelementptr inbounds nuw i8, ptr %2104, i64 512
   %2118 = load float, ptr %2117, align 4, !tbaa !5
   %2119 = insertelement <16 x float> poison, float %2118, i64 0
   %2120 = shufflevector <16 x float> %2119, <16 x float> poison, <16 x i32> zeroinitializer
-  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2112, <16 x float> %full_acc253.sroa.68.0474.i)
-  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2115, <16 x float> %full_acc253.sroa.102.0477.i)
+  %2121 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2112, <16 x float> %full_acc258.sroa.68.0479.i)
+  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2120, <16 x float> %2115, <16 x float> %full_acc258.sroa.102.0482.i)
   %2123 = getelementptr inbounds nuw i8, ptr %2104, i64 1024
   %2124 = load float, ptr %2123, align 4, !tbaa !5
   %2125 = insertelement <16 x float> poison, float %2124, i64 0
   %2126 = shufflevector <16 x float> %2125, <16 x float> poison, <16 x i32> zeroinitializer
-  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2112, <16 x float> %full_acc253.sroa.136.0478.i)
-  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2115, <16 x float> %full_acc253.sroa.170.0479.i)
+  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2112, <16 x float> %full_acc258.sroa.136.0483.i)
+  %2128 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2126, <16 x float> %2115, <16 x float> %full_acc258.sroa.170.0484.i)
   %2129 = getelementptr inbounds nuw i8, ptr %2104, i64 1536
   %2130 = load float, ptr %2129, align 4, !tbaa !5
   %2131 = insertelement <16 x float> poison, float %2130, i64 0
   %2132 = shufflevector <16 x float> %2131, <16 x float> poison, <16 x i32> zeroinitializer
-  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2112, <16 x float> %full_acc253.sroa.204.0480.i)
-  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2115, <16 x float> %full_acc253.sroa.238.0481.i)
+  %2133 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2112, <16 x float> %full_acc258.sroa.204.0485.i)
+  %2134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2132, <16 x float> %2115, <16 x float> %full_acc258.sroa.238.0486.i)
   %2135 = or disjoint i64 %2103, 1
   %2136 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2135
   %2137 = load float, ptr %2136, align 4, !tbaa !5
@@ -3790,8 +3790,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2139 = shufflevector <16 x float> %2138, <16 x float> poison, <16 x i32> zeroinitializer
   %2140 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2135
   %2141 = load i64, ptr %2140, align 8, !tbaa !5
-  %gep498.i = getelementptr i32, ptr %gep589.i, i64 %2141
-  %2142 = load <16 x i32>, ptr %gep498.i, align 4, !tbaa !5
+  %gep503.i = getelementptr i32, ptr %gep594.i, i64 %2141
+  %2142 = load <16 x i32>, ptr %gep503.i, align 4, !tbaa !5
   %2143 = shl <16 x i32> %2142, splat (i32 16)
   %2144 = bitcast <16 x i32> %2143 to <16 x float>
   %2145 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2139, <16 x float> %2144, <16 x float> %2113)
@@ -3823,8 +3823,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2171 = shufflevector <16 x float> %2170, <16 x float> poison, <16 x i32> zeroinitializer
   %2172 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2167
   %2173 = load i64, ptr %2172, align 8, !tbaa !5
-  %gep502.i = getelementptr i32, ptr %gep589.i, i64 %2173
-  %2174 = load <16 x i32>, ptr %gep502.i, align 4, !tbaa !5
+  %gep507.i = getelementptr i32, ptr %gep594.i, i64 %2173
+  %2174 = load <16 x i32>, ptr %gep507.i, align 4, !tbaa !5
   %2175 = shl <16 x i32> %2174, splat (i32 16)
   %2176 = bitcast <16 x i32> %2175 to <16 x float>
   %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2171, <16 x float> %2176, <16 x float> %2145)
@@ -3856,8 +3856,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2203 = shufflevector <16 x float> %2202, <16 x float> poison, <16 x i32> zeroinitializer
   %2204 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2199
   %2205 = load i64, ptr %2204, align 8, !tbaa !5
-  %gep506.i = getelementptr i32, ptr %gep589.i, i64 %2205
-  %2206 = load <16 x i32>, ptr %gep506.i, align 4, !tbaa !5
+  %gep511.i = getelementptr i32, ptr %gep594.i, i64 %2205
+  %2206 = load <16 x i32>, ptr %gep511.i, align 4, !tbaa !5
   %2207 = shl <16 x i32> %2206, splat (i32 16)
   %2208 = bitcast <16 x i32> %2207 to <16 x float>
   %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> %2208, <16 x float> %2177)
@@ -3889,8 +3889,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2235 = shufflevector <16 x float> %2234, <16 x float> poison, <16 x i32> zeroinitializer
   %2236 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2231
   %2237 = load i64, ptr %2236, align 8, !tbaa !5
-  %gep510.i = getelementptr i32, ptr %gep589.i, i64 %2237
-  %2238 = load <16 x i32>, ptr %gep510.i, align 4, !tbaa !5
+  %gep515.i = getelementptr i32, ptr %gep594.i, i64 %2237
+  %2238 = load <16 x i32>, ptr %gep515.i, align 4, !tbaa !5
   %2239 = shl <16 x i32> %2238, splat (i32 16)
   %2240 = bitcast <16 x i32> %2239 to <16 x float>
   %2241 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2235, <16 x float> %2240, <16 x float> %2209)
@@ -3922,8 +3922,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2267 = shufflevector <16 x float> %2266, <16 x float> poison, <16 x i32> zeroinitializer
   %2268 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2263
   %2269 = load i64, ptr %2268, align 8, !tbaa !5
-  %gep514.i = getelementptr i32, ptr %gep589.i, i64 %2269
-  %2270 = load <16 x i32>, ptr %gep514.i, align 4, !tbaa !5
+  %gep519.i = getelementptr i32, ptr %gep594.i, i64 %2269
+  %2270 = load <16 x i32>, ptr %gep519.i, align 4, !tbaa !5
   %2271 = shl <16 x i32> %2270, splat (i32 16)
   %2272 = bitcast <16 x i32> %2271 to <16 x float>
   %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2267, <16 x float> %2272, <16 x float> %2241)
@@ -3955,8 +3955,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2299 = shufflevector <16 x float> %2298, <16 x float> poison, <16 x i32> zeroinitializer
   %2300 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2295
   %2301 = load i64, ptr %2300, align 8, !tbaa !5
-  %gep518.i = getelementptr i32, ptr %gep589.i, i64 %2301
-  %2302 = load <16 x i32>, ptr %gep518.i, align 4, !tbaa !5
+  %gep523.i = getelementptr i32, ptr %gep594.i, i64 %2301
+  %2302 = load <16 x i32>, ptr %gep523.i, align 4, !tbaa !5
   %2303 = shl <16 x i32> %2302, splat (i32 16)
   %2304 = bitcast <16 x i32> %2303 to <16 x float>
   %2305 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2299, <16 x float> %2304, <16 x float> %2273)
@@ -3988,8 +3988,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2331 = shufflevector <16 x float> %2330, <16 x float> poison, <16 x i32> zeroinitializer
   %2332 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2327
   %2333 = load i64, ptr %2332, align 8, !tbaa !5
-  %gep522.i = getelementptr i32, ptr %gep589.i, i64 %2333
-  %2334 = load <16 x i32>, ptr %gep522.i, align 4, !tbaa !5
+  %gep527.i = getelementptr i32, ptr %gep594.i, i64 %2333
+  %2334 = load <16 x i32>, ptr %gep527.i, align 4, !tbaa !5
   %2335 = shl <16 x i32> %2334, splat (i32 16)
   %2336 = bitcast <16 x i32> %2335 to <16 x float>
   %2337 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2331, <16 x float> %2336, <16 x float> %2305)
@@ -4021,8 +4021,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2363 = shufflevector <16 x float> %2362, <16 x float> poison, <16 x i32> zeroinitializer
   %2364 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2359
   %2365 = load i64, ptr %2364, align 8, !tbaa !5
-  %gep526.i = getelementptr i32, ptr %gep589.i, i64 %2365
-  %2366 = load <16 x i32>, ptr %gep526.i, align 4, !tbaa !5
+  %gep531.i = getelementptr i32, ptr %gep594.i, i64 %2365
+  %2366 = load <16 x i32>, ptr %gep531.i, align 4, !tbaa !5
   %2367 = shl <16 x i32> %2366, splat (i32 16)
   %2368 = bitcast <16 x i32> %2367 to <16 x float>
   %2369 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2363, <16 x float> %2368, <16 x float> %2337)
@@ -4054,8 +4054,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2395 = shufflevector <16 x float> %2394, <16 x float> poison, <16 x i32> zeroinitializer
   %2396 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2391
   %2397 = load i64, ptr %2396, align 8, !tbaa !5
-  %gep530.i = getelementptr i32, ptr %gep589.i, i64 %2397
-  %2398 = load <16 x i32>, ptr %gep530.i, align 4, !tbaa !5
+  %gep535.i = getelementptr i32, ptr %gep594.i, i64 %2397
+  %2398 = load <16 x i32>, ptr %gep535.i, align 4, !tbaa !5
   %2399 = shl <16 x i32> %2398, splat (i32 16)
   %2400 = bitcast <16 x i32> %2399 to <16 x float>
   %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2395, <16 x float> %2400, <16 x float> %2369)
@@ -4087,8 +4087,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2427 = shufflevector <16 x float> %2426, <16 x float> poison, <16 x i32> zeroinitializer
   %2428 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2423
   %2429 = load i64, ptr %2428, align 8, !tbaa !5
-  %gep534.i = getelementptr i32, ptr %gep589.i, i64 %2429
-  %2430 = load <16 x i32>, ptr %gep534.i, align 4, !tbaa !5
+  %gep539.i = getelementptr i32, ptr %gep594.i, i64 %2429
+  %2430 = load <16 x i32>, ptr %gep539.i, align 4, !tbaa !5
   %2431 = shl <16 x i32> %2430, splat (i32 16)
   %2432 = bitcast <16 x i32> %2431 to <16 x float>
   %2433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2427, <16 x float> %2432, <16 x float> %2401)
@@ -4120,8 +4120,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2459 = shufflevector <16 x float> %2458, <16 x float> poison, <16 x i32> zeroinitializer
   %2460 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2455
   %2461 = load i64, ptr %2460, align 8, !tbaa !5
-  %gep538.i = getelementptr i32, ptr %gep589.i, i64 %2461
-  %2462 = load <16 x i32>, ptr %gep538.i, align 4, !tbaa !5
+  %gep543.i = getelementptr i32, ptr %gep594.i, i64 %2461
+  %2462 = load <16 x i32>, ptr %gep543.i, align 4, !tbaa !5
   %2463 = shl <16 x i32> %2462, splat (i32 16)
   %2464 = bitcast <16 x i32> %2463 to <16 x float>
   %2465 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2459, <16 x float> %2464, <16 x float> %2433)
@@ -4153,8 +4153,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2491 = shufflevector <16 x float> %2490, <16 x float> poison, <16 x i32> zeroinitializer
   %2492 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2487
   %2493 = load i64, ptr %2492, align 8, !tbaa !5
-  %gep542.i = getelementptr i32, ptr %gep589.i, i64 %2493
-  %2494 = load <16 x i32>, ptr %gep542.i, align 4, !tbaa !5
+  %gep547.i = getelementptr i32, ptr %gep594.i, i64 %2493
+  %2494 = load <16 x i32>, ptr %gep547.i, align 4, !tbaa !5
   %2495 = shl <16 x i32> %2494, splat (i32 16)
   %2496 = bitcast <16 x i32> %2495 to <16 x float>
   %2497 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2491, <16 x float> %2496, <16 x float> %2465)
@@ -4186,8 +4186,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2523 = shufflevector <16 x float> %2522, <16 x float> poison, <16 x i32> zeroinitializer
   %2524 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2519
   %2525 = load i64, ptr %2524, align 8, !tbaa !5
-  %gep546.i = getelementptr i32, ptr %gep589.i, i64 %2525
-  %2526 = load <16 x i32>, ptr %gep546.i, align 4, !tbaa !5
+  %gep551.i = getelementptr i32, ptr %gep594.i, i64 %2525
+  %2526 = load <16 x i32>, ptr %gep551.i, align 4, !tbaa !5
   %2527 = shl <16 x i32> %2526, splat (i32 16)
   %2528 = bitcast <16 x i32> %2527 to <16 x float>
   %2529 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2523, <16 x float> %2528, <16 x float> %2497)
@@ -4219,8 +4219,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2555 = shufflevector <16 x float> %2554, <16 x float> poison, <16 x i32> zeroinitializer
   %2556 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2551
   %2557 = load i64, ptr %2556, align 8, !tbaa !5
-  %gep550.i = getelementptr i32, ptr %gep589.i, i64 %2557
-  %2558 = load <16 x i32>, ptr %gep550.i, align 4, !tbaa !5
+  %gep555.i = getelementptr i32, ptr %gep594.i, i64 %2557
+  %2558 = load <16 x i32>, ptr %gep555.i, align 4, !tbaa !5
   %2559 = shl <16 x i32> %2558, splat (i32 16)
   %2560 = bitcast <16 x i32> %2559 to <16 x float>
   %2561 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2555, <16 x float> %2560, <16 x float> %2529)
@@ -4252,8 +4252,8 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
   %2588 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %2583
   %2589 = load i64, ptr %2588, align 8, !tbaa !5
-  %gep554.i = getelementptr i32, ptr %gep589.i, i64 %2589
-  %2590 = load <16 x i32>, ptr %gep554.i, align 4, !tbaa !5
+  %gep559.i = getelementptr i32, ptr %gep594.i, i64 %2589
+  %2590 = load <16 x i32>, ptr %gep559.i, align 4, !tbaa !5
   %2591 = shl <16 x i32> %2590, splat (i32 16)
   %2592 = bitcast <16 x i32> %2591 to <16 x float>
   %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2587, <16 x float> %2592, <16 x float> %2561)
@@ -4278,49 +4278,49 @@ for_begin_ax2125.preheader.i:                     ; preds = %for_begin_ax2125.pr
   %2612 = shufflevector <16 x float> %2611, <16 x float> poison, <16 x i32> zeroinitializer
   %2613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2592, <16 x float> %2581)
   %2614 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2612, <16 x float> %2595, <16 x float> %2582)
-  %indvars.iv.next758.i = add nuw nsw i64 %indvars.iv757.i, 1
-  %exitcond761.not.i = icmp eq i64 %indvars.iv.next758.i, %496
-  br i1 %exitcond761.not.i, label %for_end_to122.i, label %for_begin_ax2125.preheader.i, !prof !13
+  %indvars.iv.next763.i = add nuw nsw i64 %indvars.iv762.i, 1
+  %exitcond766.not.i = icmp eq i64 %indvars.iv.next763.i, %496
+  br i1 %exitcond766.not.i, label %for_end_to127.i, label %for_begin_line130.preheader.i, !prof !13
 
-for_end_to122.i:                                  ; preds = %for_begin_ax2125.preheader.i, %for_body_d_0_m.i
-  %full_acc253.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2601, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2596, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2593, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2602, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2607, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2608, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2613, %for_begin_ax2125.preheader.i ]
-  %full_acc253.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2614, %for_begin_ax2125.preheader.i ]
-  br i1 %.not637.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
+for_end_to127.i:                                  ; preds = %for_begin_line130.preheader.i, %for_body_d_0_m.i
+  %full_acc258.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2601, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2596, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2593, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2602, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2607, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2608, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2613, %for_begin_line130.preheader.i ]
+  %full_acc258.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2614, %for_begin_line130.preheader.i ]
+  br i1 %.not642.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
 
-for_body_ti.lr.ph.i:                              ; preds = %for_end_to122.i
-  %gep621.idx.i = shl i64 %indvars.iv781.i, 6
-  %gep621.i = getelementptr i8, ptr %invariant.gep588.i, i64 %gep621.idx.i
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
+  %gep626.idx.i = shl i64 %indvars.iv786.i, 6
+  %gep626.i = getelementptr i8, ptr %invariant.gep593.i, i64 %gep626.idx.i
   br i1 %514, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !4
 
 for_begin_ax4_0.preheader.i.loopexit.unr-lcssa:   ; preds = %for_body_ti.i
   br i1 %lcmp.mod319.not, label %for_begin_ax4_0.preheader.i, label %for_body_ti.i.epil.preheader, !prof !12
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv762.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next763.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2700, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init306 = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2703, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init308 = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2708, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init310 = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2709, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init312 = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init314 = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2715, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init316 = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
-  %.epil.init318 = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2721, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %indvars.iv767.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next768.i.1, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init = phi <16 x float> [ %full_acc258.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2700, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init306 = phi <16 x float> [ %full_acc258.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2703, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init308 = phi <16 x float> [ %full_acc258.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2708, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init310 = phi <16 x float> [ %full_acc258.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2709, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init312 = phi <16 x float> [ %full_acc258.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init314 = phi <16 x float> [ %full_acc258.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2715, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init316 = phi <16 x float> [ %full_acc258.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
+  %.epil.init318 = phi <16 x float> [ %full_acc258.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %2721, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod328)
-  %2615 = add nuw nsw i64 %indvars.iv762.i.epil.init, %495
+  %2615 = add nuw nsw i64 %indvars.iv767.i.epil.init, %495
   %2616 = getelementptr inbounds float, ptr %probs.i, i64 %2615
   %2617 = load float, ptr %2616, align 4, !tbaa !5
   %2618 = insertelement <16 x float> poison, float %2617, i64 0
   %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
   %2620 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2615
   %2621 = load i64, ptr %2620, align 8, !tbaa !5
-  %gep580.i.epil = getelementptr i32, ptr %gep621.i, i64 %2621
-  %2622 = load <16 x i32>, ptr %gep580.i.epil, align 4, !tbaa !5
+  %gep585.i.epil = getelementptr i32, ptr %gep626.i, i64 %2621
+  %2622 = load <16 x i32>, ptr %gep585.i.epil, align 4, !tbaa !5
   %2623 = shl <16 x i32> %2622, splat (i32 16)
   %2624 = bitcast <16 x i32> %2623 to <16 x float>
   %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2619, <16 x float> %2624, <16 x float> %.epil.init)
@@ -4347,45 +4347,45 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_begin_ax4_0.pre
   %2646 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2644, <16 x float> %2627, <16 x float> %.epil.init318)
   br label %for_begin_ax4_0.preheader.i
 
-for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to122.i
-  %.lcssa567.i = phi <16 x float> [ %full_acc253.sroa.238.0.lcssa.i, %for_end_to122.i ], [ %2721, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2646, %for_body_ti.i.epil.preheader ]
-  %.lcssa565.i = phi <16 x float> [ %full_acc253.sroa.204.0.lcssa.i, %for_end_to122.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2645, %for_body_ti.i.epil.preheader ]
-  %.lcssa563.i = phi <16 x float> [ %full_acc253.sroa.170.0.lcssa.i, %for_end_to122.i ], [ %2715, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2640, %for_body_ti.i.epil.preheader ]
-  %.lcssa561.i = phi <16 x float> [ %full_acc253.sroa.136.0.lcssa.i, %for_end_to122.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2639, %for_body_ti.i.epil.preheader ]
-  %.lcssa559.i = phi <16 x float> [ %full_acc253.sroa.102.0.lcssa.i, %for_end_to122.i ], [ %2709, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2634, %for_body_ti.i.epil.preheader ]
-  %.lcssa557.i = phi <16 x float> [ %full_acc253.sroa.68.0.lcssa.i, %for_end_to122.i ], [ %2708, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2633, %for_body_ti.i.epil.preheader ]
-  %.lcssa555.i = phi <16 x float> [ %full_acc253.sroa.34.0.lcssa.i, %for_end_to122.i ], [ %2703, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2628, %for_body_ti.i.epil.preheader ]
-  %.lcssa.i = phi <16 x float> [ %full_acc253.sroa.0.0.lcssa.i, %for_end_to122.i ], [ %2700, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2625, %for_body_ti.i.epil.preheader ]
-  %2647 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa555.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  %2648 = shl nuw nsw i64 %indvars.iv781.i, 5
+for_begin_ax4_0.preheader.i:                      ; preds = %for_body_ti.i.epil.preheader, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, %for_end_to127.i
+  %.lcssa572.i = phi <16 x float> [ %full_acc258.sroa.238.0.lcssa.i, %for_end_to127.i ], [ %2721, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2646, %for_body_ti.i.epil.preheader ]
+  %.lcssa570.i = phi <16 x float> [ %full_acc258.sroa.204.0.lcssa.i, %for_end_to127.i ], [ %2720, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2645, %for_body_ti.i.epil.preheader ]
+  %.lcssa568.i = phi <16 x float> [ %full_acc258.sroa.170.0.lcssa.i, %for_end_to127.i ], [ %2715, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2640, %for_body_ti.i.epil.preheader ]
+  %.lcssa566.i = phi <16 x float> [ %full_acc258.sroa.136.0.lcssa.i, %for_end_to127.i ], [ %2714, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2639, %for_body_ti.i.epil.preheader ]
+  %.lcssa564.i = phi <16 x float> [ %full_acc258.sroa.102.0.lcssa.i, %for_end_to127.i ], [ %2709, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2634, %for_body_ti.i.epil.preheader ]
+  %.lcssa562.i = phi <16 x float> [ %full_acc258.sroa.68.0.lcssa.i, %for_end_to127.i ], [ %2708, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2633, %for_body_ti.i.epil.preheader ]
+  %.lcssa560.i = phi <16 x float> [ %full_acc258.sroa.34.0.lcssa.i, %for_end_to127.i ], [ %2703, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2628, %for_body_ti.i.epil.preheader ]
+  %.lcssa.i = phi <16 x float> [ %full_acc258.sroa.0.0.lcssa.i, %for_end_to127.i ], [ %2700, %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa ], [ %2625, %for_body_ti.i.epil.preheader ]
+  %2647 = shufflevector <16 x float> %.lcssa.i, <16 x float> %.lcssa560.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  %2648 = shl nuw nsw i64 %indvars.iv786.i, 5
   %2649 = add nuw nsw i64 %2648, %2043
-  br i1 %488, label %if_end139.i, label %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, !prof !8
+  br i1 %488, label %if_end144.i, label %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, !prof !8
 
-for_begin_ax4_0.preheader.i.if_end139.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
+for_begin_ax4_0.preheader.i.if_end144.i_crit_edge: ; preds = %for_begin_ax4_0.preheader.i
   %.phi.trans.insert = getelementptr inbounds nuw float, ptr %acc.i, i64 %2649
   %.pre = load <32 x float>, ptr %.phi.trans.insert, align 4, !tbaa !5
-  br label %if_end139.i
+  br label %if_end144.i
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv762.i = phi i64 [ %indvars.iv.next763.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2650 = phi <16 x float> [ %2700, %for_body_ti.i ], [ %full_acc253.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2651 = phi <16 x float> [ %2703, %for_body_ti.i ], [ %full_acc253.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2652 = phi <16 x float> [ %2708, %for_body_ti.i ], [ %full_acc253.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2653 = phi <16 x float> [ %2709, %for_body_ti.i ], [ %full_acc253.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2654 = phi <16 x float> [ %2714, %for_body_ti.i ], [ %full_acc253.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2655 = phi <16 x float> [ %2715, %for_body_ti.i ], [ %full_acc253.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2656 = phi <16 x float> [ %2720, %for_body_ti.i ], [ %full_acc253.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %2657 = phi <16 x float> [ %2721, %for_body_ti.i ], [ %full_acc253.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %indvars.iv767.i = phi i64 [ %indvars.iv.next768.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %2650 = phi <16 x float> [ %2700, %for_body_ti.i ], [ %full_acc258.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2651 = phi <16 x float> [ %2703, %for_body_ti.i ], [ %full_acc258.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2652 = phi <16 x float> [ %2708, %for_body_ti.i ], [ %full_acc258.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2653 = phi <16 x float> [ %2709, %for_body_ti.i ], [ %full_acc258.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2654 = phi <16 x float> [ %2714, %for_body_ti.i ], [ %full_acc258.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2655 = phi <16 x float> [ %2715, %for_body_ti.i ], [ %full_acc258.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2656 = phi <16 x float> [ %2720, %for_body_ti.i ], [ %full_acc258.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %2657 = phi <16 x float> [ %2721, %for_body_ti.i ], [ %full_acc258.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %niter330 = phi i64 [ %niter330.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %2658 = add nuw nsw i64 %indvars.iv762.i, %495
+  %2658 = add nuw nsw i64 %indvars.iv767.i, %495
   %2659 = getelementptr inbounds float, ptr %probs.i, i64 %2658
   %2660 = load float, ptr %2659, align 4, !tbaa !5
   %2661 = insertelement <16 x float> poison, float %2660, i64 0
   %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
   %2663 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2658
   %2664 = load i64, ptr %2663, align 8, !tbaa !5
-  %gep580.i = getelementptr i32, ptr %gep621.i, i64 %2664
-  %2665 = load <16 x i32>, ptr %gep580.i, align 4, !tbaa !5
+  %gep585.i = getelementptr i32, ptr %gep626.i, i64 %2664
+  %2665 = load <16 x i32>, ptr %gep585.i, align 4, !tbaa !5
   %2666 = shl <16 x i32> %2665, splat (i32 16)
   %2667 = bitcast <16 x i32> %2666 to <16 x float>
   %2668 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2662, <16 x float> %2667, <16 x float> %2650)
@@ -4410,16 +4410,16 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2687 = shufflevector <16 x float> %2686, <16 x float> poison, <16 x i32> zeroinitializer
   %2688 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2667, <16 x float> %2656)
   %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2687, <16 x float> %2670, <16 x float> %2657)
-  %indvars.iv.next763.i = or disjoint i64 %indvars.iv762.i, 1
-  %2690 = add nuw nsw i64 %indvars.iv.next763.i, %495
+  %indvars.iv.next768.i = or disjoint i64 %indvars.iv767.i, 1
+  %2690 = add nuw nsw i64 %indvars.iv.next768.i, %495
   %2691 = getelementptr inbounds float, ptr %probs.i, i64 %2690
   %2692 = load float, ptr %2691, align 4, !tbaa !5
   %2693 = insertelement <16 x float> poison, float %2692, i64 0
   %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
   %2695 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2690
   %2696 = load i64, ptr %2695, align 8, !tbaa !5
-  %gep580.i.1 = getelementptr i32, ptr %gep621.i, i64 %2696
-  %2697 = load <16 x i32>, ptr %gep580.i.1, align 4, !tbaa !5
+  %gep585.i.1 = getelementptr i32, ptr %gep626.i, i64 %2696
+  %2697 = load <16 x i32>, ptr %gep585.i.1, align 4, !tbaa !5
   %2698 = shl <16 x i32> %2697, splat (i32 16)
   %2699 = bitcast <16 x i32> %2698 to <16 x float>
   %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2694, <16 x float> %2699, <16 x float> %2668)
@@ -4444,125 +4444,125 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2719 = shufflevector <16 x float> %2718, <16 x float> poison, <16 x i32> zeroinitializer
   %2720 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2719, <16 x float> %2699, <16 x float> %2688)
   %2721 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2719, <16 x float> %2702, <16 x float> %2689)
-  %indvars.iv.next763.i.1 = add nuw nsw i64 %indvars.iv762.i, 2
+  %indvars.iv.next768.i.1 = add nuw nsw i64 %indvars.iv767.i, 2
   %niter330.next.1 = add i64 %niter330, 2
   %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
   br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
 
-if_end139.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge, %for_begin_ax4_0.preheader.i
-  %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end139.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
+if_end144.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, %for_begin_ax4_0.preheader.i
+  %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
   %2723 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2649
   %2724 = fmul <32 x float> %2044, %2722
   %2725 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2042, <32 x float> %2647, <32 x float> %2724)
   store <32 x float> %2725, ptr %2723, align 4, !tbaa !5
-  %2726 = shufflevector <16 x float> %.lcssa557.i, <16 x float> %.lcssa559.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %488, label %if_end155.i, label %if_end139.if_end155_crit_edge.i, !prof !8
+  %2726 = shufflevector <16 x float> %.lcssa562.i, <16 x float> %.lcssa564.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %488, label %if_end160.i, label %if_end144.if_end160_crit_edge.i, !prof !8
 
-if_end139.if_end155_crit_edge.i:                  ; preds = %if_end139.i
+if_end144.if_end160_crit_edge.i:                  ; preds = %if_end144.i
   %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2723, i64 512
   %.pre.i = load <32 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
-  br label %if_end155.i
+  br label %if_end160.i
 
-if_end155.i:                                      ; preds = %if_end139.if_end155_crit_edge.i, %if_end139.i
-  %2727 = phi <32 x float> [ %.pre.i, %if_end139.if_end155_crit_edge.i ], [ zeroinitializer, %if_end139.i ]
+if_end160.i:                                      ; preds = %if_end144.if_end160_crit_edge.i, %if_end144.i
+  %2727 = phi <32 x float> [ %.pre.i, %if_end144.if_end160_crit_edge.i ], [ zeroinitializer, %if_end144.i ]
   %2728 = getelementptr inbounds nuw i8, ptr %2723, i64 512
   %2729 = fmul <32 x float> %2046, %2727
   %2730 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2045, <32 x float> %2726, <32 x float> %2729)
   store <32 x float> %2730, ptr %2728, align 4, !tbaa !5
-  %2731 = shufflevector <16 x float> %.lcssa561.i, <16 x float> %.lcssa563.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %488, label %if_end171.i, label %if_end155.if_end171_crit_edge.i, !prof !8
+  %2731 = shufflevector <16 x float> %.lcssa566.i, <16 x float> %.lcssa568.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %488, label %if_end176.i, label %if_end160.if_end176_crit_edge.i, !prof !8
 
-if_end155.if_end171_crit_edge.i:                  ; preds = %if_end155.i
-  %.phi.trans.insert894.i = getelementptr inbounds nuw i8, ptr %2723, i64 1024
-  %.pre895.i = load <32 x float>, ptr %.phi.trans.insert894.i, align 4, !tbaa !5
-  br label %if_end171.i
+if_end160.if_end176_crit_edge.i:                  ; preds = %if_end160.i
+  %.phi.trans.insert899.i = getelementptr inbounds nuw i8, ptr %2723, i64 1024
+  %.pre900.i = load <32 x float>, ptr %.phi.trans.insert899.i, align 4, !tbaa !5
+  br label %if_end176.i
 
-if_end171.i:                                      ; preds = %if_end155.if_end171_crit_edge.i, %if_end155.i
-  %2732 = phi <32 x float> [ %.pre895.i, %if_end155.if_end171_crit_edge.i ], [ zeroinitializer, %if_end155.i ]
+if_end176.i:                                      ; preds = %if_end160.if_end176_crit_edge.i, %if_end160.i
+  %2732 = phi <32 x float> [ %.pre900.i, %if_end160.if_end176_crit_edge.i ], [ zeroinitializer, %if_end160.i ]
   %2733 = getelementptr inbounds nuw i8, ptr %2723, i64 1024
   %2734 = fmul <32 x float> %2048, %2732
   %2735 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2047, <32 x float> %2731, <32 x float> %2734)
   store <32 x float> %2735, ptr %2733, align 4, !tbaa !5
-  %2736 = shufflevector <16 x float> %.lcssa565.i, <16 x float> %.lcssa567.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
-  br i1 %488, label %if_end187.i, label %if_end171.if_end187_crit_edge.i, !prof !8
+  %2736 = shufflevector <16 x float> %.lcssa570.i, <16 x float> %.lcssa572.i, <32 x i32> <i32 0, i32 16, i32 1, i32 17, i32 2, i32 18, i32 3, i32 19, i32 4, i32 20, i32 5, i32 21, i32 6, i32 22, i32 7, i32 23, i32 8, i32 24, i32 9, i32 25, i32 10, i32 26, i32 11, i32 27, i32 12, i32 28, i32 13, i32 29, i32 14, i32 30, i32 15, i32 31>
+  br i1 %488, label %if_end192.i, label %if_end176.if_end192_crit_edge.i, !prof !8
 
-if_end171.if_end187_crit_edge.i:                  ; preds = %if_end171.i
-  %.phi.trans.insert896.i = getelementptr inbounds nuw i8, ptr %2723, i64 1536
-  %.pre897.i = load <32 x float>, ptr %.phi.trans.insert896.i, align 4, !tbaa !5
-  br label %if_end187.i
+if_end176.if_end192_crit_edge.i:                  ; preds = %if_end176.i
+  %.phi.trans.insert901.i = getelementptr inbounds nuw i8, ptr %2723, i64 1536
+  %.pre902.i = load <32 x float>, ptr %.phi.trans.insert901.i, align 4, !tbaa !5
+  br label %if_end192.i
 
-if_end187.i:                                      ; preds = %if_end171.if_end187_crit_edge.i, %if_end171.i
-  %2737 = phi <32 x float> [ %.pre897.i, %if_end171.if_end187_crit_edge.i ], [ zeroinitializer, %if_end171.i ]
+if_end192.i:                                      ; preds = %if_end176.if_end192_crit_edge.i, %if_end176.i
+  %2737 = phi <32 x float> [ %.pre902.i, %if_end176.if_end192_crit_edge.i ], [ zeroinitializer, %if_end176.i ]
   %2738 = getelementptr inbounds nuw i8, ptr %2723, i64 1536
   %2739 = fmul <32 x float> %2050, %2737
   %2740 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2049, <32 x float> %2736, <32 x float> %2739)
   store <32 x float> %2740, ptr %2738, align 4, !tbaa !5
-  %indvars.iv.next782.i = add nuw nsw i64 %indvars.iv781.i, 1
-  %exitcond784.not.i = icmp eq i64 %indvars.iv.next782.i, 4
-  br i1 %exitcond784.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  %indvars.iv.next787.i = add nuw nsw i64 %indvars.iv786.i, 1
+  %exitcond789.not.i = icmp eq i64 %indvars.iv.next787.i, 4
+  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
 
-if_end189.i:                                      ; preds = %for_end_d_0_m.i
+if_end194.i:                                      ; preds = %for_end_d_0_m.i
   %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr %probs.i)
-  %.not275.i = icmp eq i32 %2742, 0
-  br i1 %.not275.i, label %if_end192.i, label %fused_decode_compute_.exit, !prof !17
+  %.not280.i = icmp eq i32 %2742, 0
+  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end192.i:                                      ; preds = %if_end189.i
+if_end197.i:                                      ; preds = %if_end194.i
   %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not276.i = icmp eq i32 %2744, 0
-  br i1 %.not276.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
+  %.not281.i = icmp eq i32 %2744, 0
+  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end198.i:                                      ; preds = %for_end_kv_head.i
+if_end203.i:                                      ; preds = %for_end_kv_head.i
   %2745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2746 = tail call i32 %2745(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not273.i = icmp eq i32 %2746, 0
+  %.not278.i = icmp eq i32 %2746, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not273.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
 
-for_body_tile204.i:                               ; preds = %for_body_tile204.i, %for_begin_tile203.preheader.i
-  %indvars.iv809.i = phi i64 [ %indvars.iv.next810.i, %for_body_tile204.i ], [ 0, %for_begin_tile203.preheader.i ]
-  %2747 = shl nuw nsw i64 %indvars.iv809.i, 2
+for_body_tile209.i:                               ; preds = %for_body_tile209.i, %for_begin_tile208.preheader.i
+  %indvars.iv814.i = phi i64 [ %indvars.iv.next815.i, %for_body_tile209.i ], [ 0, %for_begin_tile208.preheader.i ]
+  %2747 = shl nuw nsw i64 %indvars.iv814.i, 2
   %2748 = add nuw nsw i64 %2747, %225
-  %2749 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2747
+  %2749 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2747
   %2750 = load float, ptr %2749, align 16, !tbaa !20
   %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
   store float %2750, ptr %2751, align 4, !tbaa !5
-  %2752 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2747
+  %2752 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2747
   %2753 = load float, ptr %2752, align 16, !tbaa !18
   %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
   store float %2753, ptr %2754, align 4, !tbaa !5
   %2755 = or disjoint i64 %2747, 1
-  %2756 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2755
+  %2756 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2755
   %2757 = load float, ptr %2756, align 4, !tbaa !20
   %2758 = or disjoint i64 %2748, 1
   %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
   store float %2757, ptr %2759, align 4, !tbaa !5
-  %2760 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2755
+  %2760 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2755
   %2761 = load float, ptr %2760, align 4, !tbaa !18
   %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = or disjoint i64 %2747, 2
-  %2764 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2763
+  %2764 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2763
   %2765 = load float, ptr %2764, align 8, !tbaa !20
   %2766 = or disjoint i64 %2748, 2
   %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
   store float %2765, ptr %2767, align 4, !tbaa !5
-  %2768 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2763
+  %2768 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2763
   %2769 = load float, ptr %2768, align 8, !tbaa !18
   %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
   store float %2769, ptr %2770, align 4, !tbaa !5
   %2771 = or disjoint i64 %2747, 3
-  %2772 = getelementptr inbounds nuw float, ptr %row_max269.i, i64 %2771
+  %2772 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2771
   %2773 = load float, ptr %2772, align 4, !tbaa !20
   %2774 = or disjoint i64 %2748, 3
   %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
   store float %2773, ptr %2775, align 4, !tbaa !5
-  %2776 = getelementptr inbounds nuw float, ptr %row_sum268.i, i64 %2771
+  %2776 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2771
   %2777 = load float, ptr %2776, align 4, !tbaa !18
   %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
   store float %2777, ptr %2778, align 4, !tbaa !5
-  %2779 = shl nuw nsw i64 %indvars.iv809.i, 9
+  %2779 = shl nuw nsw i64 %indvars.iv814.i, 9
   %2780 = getelementptr inbounds nuw float, ptr %226, i64 %2779
   %2781 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2779
   %2782 = load <32 x float>, ptr %2781, align 4, !tbaa !5
@@ -4627,26 +4627,26 @@ for_body_tile204.i:                               ; preds = %for_body_tile204.i,
   %2826 = load <32 x float>, ptr %2825, align 4, !tbaa !5
   %2827 = getelementptr inbounds nuw i8, ptr %2780, i64 1920
   store <32 x float> %2826, ptr %2827, align 4, !tbaa !5
-  %indvars.iv.next810.i = add nuw nsw i64 %indvars.iv809.i, 1
-  %exitcond812.not.i = icmp eq i64 %indvars.iv.next810.i, 8
-  br i1 %exitcond812.not.i, label %for_end_tile205.i, label %for_body_tile204.i, !prof !16
+  %indvars.iv.next815.i = add nuw nsw i64 %indvars.iv814.i, 1
+  %exitcond817.not.i = icmp eq i64 %indvars.iv.next815.i, 8
+  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !16
 
-for_end_tile205.i:                                ; preds = %for_body_tile204.i, %if_end223.us.3.i
+for_end_tile210.i:                                ; preds = %for_body_tile209.i, %if_end228.us.3.i
   %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2829, 0
-  br i1 %.not.i, label %if_end240.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !17
 
-if_end240.i:                                      ; preds = %for_end_tile205.i
+if_end245.i:                                      ; preds = %for_end_tile210.i
   %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not270.i = icmp eq i32 %2831, 0
-  br i1 %.not270.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
+  %.not275.i = icmp eq i32 %2831, 0
+  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
 
-fused_decode_compute_.exit:                       ; preds = %if_end240.i, %for_end_tile205.i, %if_end198.i, %if_end192.i, %if_end189.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to_m.thread.i, %for_end_to_m.i, %for_body_to_m.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to_m.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end192.i ], [ -1, %if_end189.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to_m.thread.i ], [ -1, %for_end_to_m.i ], [ -1, %if_end32.i ], [ -1, %if_end198.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile205.i ], [ -1, %if_end240.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum268.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max269.i)
+fused_decode_compute_.exit:                       ; preds = %if_end245.i, %for_end_tile210.i, %if_end203.i, %if_end197.i, %if_end194.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end32.i ], [ -1, %if_end203.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile210.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum273.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max274.i)
   ret i32 %common.ret.op.i
 }
 

@@ -71,10 +71,8 @@ class Module:
                         vtile = T.axis.spatial(8, tile)
                         T.reads()
                         T.writes()
-                        row_start: T.let[T.int32] = 0
-                        head_start: T.let[T.int32] = vtile * 4 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + 4, 0:128])
+                            T.reads(query[seq, vtile * 4:vtile * 4 + 4, 0:128])
                             T.writes(q_tile[vtile, 0:4, 0:4, 0:2, 0:16])
                             q_tile_global = T.sblock_alloc_buffer((1, 4, 64, 2))
                             for ax0, ax1, ax2 in T.grid(1, 4, 4):
@@ -83,9 +81,9 @@ class Module:
                                         with T.sblock("q_tile"):
                                             vr = T.axis.spatial(4, ax1 + ax0_1)
                                             vd = T.axis.spatial(128, ax2 * 32 + ax1_1)
-                                            T.reads(query[seq, head_start + vr, vd])
+                                            T.reads(query[seq, vtile * 4 + vr, vd])
                                             T.writes(q_tile_global[0, vr, vd // 2, vd % 2])
-                                            q_tile_global[0, vr, vd // 2, vd % 2] = T.if_then_else(vr < 4, T.Cast("float32", query[seq, head_start + vr, vd]) * query_scale, T.float32(0.0))
+                                            q_tile_global[0, vr, vd // 2, vd % 2] = T.if_then_else(vr < 4, T.Cast("float32", query[seq, vtile * 4 + vr, vd]) * query_scale, T.float32(0.0))
                                 for ax3_0, ax4_0 in T.grid(4, 1):
                                     with T.sblock("q_tile_global_o"):
                                         v0_o, v1_o, v2_o, v3_o, v4_o = T.axis.remap("SSSSS", [ax0, ax1, ax2, ax3_0, ax4_0])
@@ -110,19 +108,18 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
-                        last_token: T.let[T.int32] = range_begin + range_len - 1
-                        num_groups: T.let[T.int32] = (valid_len + 16 - 1) // 16
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_groups * 16)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 16 - 1) // 16 * 16)
+                        last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
                             T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot) * k_row
@@ -132,9 +129,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot) * v_row
@@ -143,13 +140,11 @@ class Module:
                                 vkv = T.axis.spatial(8, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((1, 1))
-                                v_tile = T.sblock_alloc_buffer((1, 1))
                                 is_last: T.let[T.bool] = vkv == 7
-                                ahead_t: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
-                                ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
-                                k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
-                                v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
+                                key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
+                                value_head: T.let[T.int64] = T.Cast("int64", vkv) * v_head
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
@@ -161,22 +156,16 @@ class Module:
                                         tile_sum = T.sblock_alloc_buffer((1, 4))
                                         alpha = T.sblock_alloc_buffer((1, 4))
                                         beta = T.sblock_alloc_buffer((1, 4))
-                                        first_tile: T.let[T.int32] = vkv + vgt
+                                        first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first_tile, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[first, 0:4, 0:4, 0:2, 0:16], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
                                             scores_rf = T.sblock_alloc_buffer((1, 4, 128, 16))
                                             scores_rf_global = T.sblock_alloc_buffer((1, 4, 128, 16))
-                                            for __m, to_m in T.grid(1, (valid_len + 16 - 1) // 16):
-                                                for n_0_m in range(8):
-                                                    for n_1 in range(8):
-                                                        with T.sblock("prefetch_keys"):
-                                                            vo = T.axis.spatial(8, to_m)
-                                                            vn = T.axis.spatial(64, n_0_m * 8 + n_1)
-                                                            T.reads(key_offsets[0:256])
-                                                            T.writes()
-                                                            first: T.let[T.int32] = ahead_t + vo * 16
-                                                            T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 4] + ahead_head * k_head + T.Cast("int64", vn % 4 * 16)]), 0, 2, 1)
+                                            for i, to in T.grid(1, (valid_len + 16 - 1) // 16):
+                                                for ax1_0 in range(8):
+                                                    for line in range(8):
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[next_tile + to * 16 + (ax1_0 * 8 + line) // 4] + next_head * k_head + T.Cast("int64", (ax1_0 * 8 + line) % 4 * 16)]), 0, 2, 1)
                                                     for ax3_0 in range(1):
                                                         for ax2_init in range(1):
                                                             for ax3_1_init in T.unroll(4):
@@ -184,10 +173,10 @@ class Module:
                                                                     for ax0_init in T.vectorized(16):
                                                                         with T.sblock("scores_rf_init"):
                                                                             vd_1 = T.axis.spatial(16, ax0_init)
-                                                                            vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1_init)
+                                                                            vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1_init)
                                                                             vi = T.axis.spatial(1, ax2_init)
                                                                             vr = T.axis.spatial(4, ax3_0 * 4 + ax3_1_init)
-                                                                            T.where(to_m < 8)
+                                                                            T.where(to < 8)
                                                                             T.reads()
                                                                             T.writes(scores_rf_global[0, vr, vt, vd_1])
                                                                             scores_rf_global[0, vr, vt, vd_1] = T.float32(0.0)
@@ -198,37 +187,37 @@ class Module:
                                                                         for ax0 in T.vectorized(16):
                                                                             with T.sblock("scores_rf_update"):
                                                                                 vd_1 = T.axis.spatial(16, ax0)
-                                                                                vt = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax1_1)
+                                                                                vt = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax1_1)
                                                                                 vi = T.axis.spatial(1, ax2)
                                                                                 vr = T.axis.spatial(4, ax3_0 * 4 + ax3_1)
                                                                                 vd_0, vd_2 = T.axis.remap("RR", [ax4, ax5])
-                                                                                T.where(to_m < 8)
-                                                                                T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + k_now + T.Cast("int64", vi) * k_head], key_offsets[vt])
+                                                                                T.where(to < 8)
+                                                                                T.reads(scores_rf_global[0, vr, vt, vd_1], q_tile[first, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2], key_cache[T.Cast("int64", vd_0 * 32 + vd_1 * 2 + vd_2) // T.int64(2) + key_offsets[vt] + key_head + T.Cast("int64", vi) * k_head], key_offsets[vt])
                                                                                 T.writes(scores_rf_global[0, vr, vt, vd_1])
-                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first_tile, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                                                scores_rf_global[0, vr, vt, vd_1] = scores_rf_global[0, vr, vt, vd_1] + q_tile[first, vr, (vd_0 * 32 + vd_1 * 2 + vd_2) // 32, (vd_0 * 32 + vd_1 * 2 + vd_2) % 2, (vd_0 * 32 + vd_1 * 2 + vd_2) % 32 // 2] * T.reinterpret("float32", T.Select((vd_0 * 32 + vd_1 * 2 + vd_2) % 2 == 0, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] << 16, key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi) * k_head) + T.Cast("int64", (vd_0 * 32 + vd_1 * 2 + vd_2) // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                                         for ax0 in range(1):
                                                             for ax1 in T.unroll(4):
                                                                 for ax2 in T.unroll(2):
                                                                     for ax3 in T.vectorized(16):
                                                                         with T.sblock("scores.rf_global"):
                                                                             v0, v1 = T.axis.remap("SS", [ax0, ax1])
-                                                                            v2 = T.axis.spatial(128, to_m * 16 + n_0_m * 2 + ax2)
+                                                                            v2 = T.axis.spatial(128, to * 16 + ax1_0 * 2 + ax2)
                                                                             v3 = T.axis.spatial(16, ax3)
-                                                                            T.where(to_m < 8)
+                                                                            T.where(to < 8)
                                                                             T.reads(scores_rf_global[v0, v1, v2, v3])
                                                                             T.writes(scores_rf[v0, v1, v2, v3])
                                                                             scores_rf[v0, v1, v2, v3] = scores_rf_global[v0, v1, v2, v3]
                                                 for r in range(4):
                                                     for ti_init in T.vectorized(16):
                                                         with T.sblock("scores_init"):
-                                                            vt = T.axis.spatial(128, to_m * 16 + ti_init)
-                                                            vi, vr = T.axis.remap("SS", [__m, r])
+                                                            vt = T.axis.spatial(128, to * 16 + ti_init)
+                                                            vi, vr = T.axis.remap("SS", [i, r])
                                                             T.reads()
                                                             T.writes(scores[0, vr, vt])
                                                             scores[0, vr, vt] = T.float32(0.0)
                                                     with T.sblock("scores_update_o"):
                                                         vd_1_o = T.axis.reduce(1, 0)
-                                                        vt_o, vi_o, vr_o = T.axis.remap("SSS", [to_m, __m, r])
+                                                        vt_o, vi_o, vr_o = T.axis.remap("SSS", [to, i, r])
                                                         T.reads(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16], scores_rf[0, vr_o, vt_o * 16:vt_o * 16 + 16, 0:16])
                                                         T.writes(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16])
                                                         sums = T.match_buffer(scores[0, vr_o, vt_o * 16:vt_o * 16 + 16], (16,), offset_factor=1)
@@ -264,28 +253,28 @@ class Module:
                                                         sum_28 = T.float32x16()
                                                         sum_29 = T.float32x16()
                                                         sums[0:16] = sums[T.Ramp(0, 1, 16)] + T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Shuffle([sum_28, sum_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_28, sum_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]), where={sum_29: T.Shuffle([sum_26, sum_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_26, sum_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_28: T.Shuffle([sum_24, sum_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_24, sum_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_27: T.Shuffle([sum_22, sum_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_22, sum_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_26: T.Shuffle([sum_20, sum_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_20, sum_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_25: T.Shuffle([sum_18, sum_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_18, sum_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_24: T.Shuffle([sum_16, sum_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_16, sum_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_23: T.Shuffle([sum_14, sum_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_14, sum_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_22: T.Shuffle([sum_12, sum_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_12, sum_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_21: T.Shuffle([sum_10, sum_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_10, sum_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_20: T.Shuffle([sum_8, sum_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_8, sum_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_19: T.Shuffle([sum_6, sum_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_6, sum_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_18: T.Shuffle([sum_4, sum_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_4, sum_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_17: T.Shuffle([sum_2, sum_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_2, sum_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_16: T.Shuffle([sum_0, sum_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_0, sum_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_15: parts[15, T.Ramp(0, 1, 16)]}), where={sum_14: parts[14, T.Ramp(0, 1, 16)]}), where={sum_13: parts[13, T.Ramp(0, 1, 16)]}), where={sum_12: parts[12, T.Ramp(0, 1, 16)]}), where={sum_11: parts[11, T.Ramp(0, 1, 16)]}), where={sum_10: parts[10, T.Ramp(0, 1, 16)]}), where={sum_9: parts[9, T.Ramp(0, 1, 16)]}), where={sum_8: parts[8, T.Ramp(0, 1, 16)]}), where={sum_7: parts[7, T.Ramp(0, 1, 16)]}), where={sum_6: parts[6, T.Ramp(0, 1, 16)]}), where={sum_5: parts[5, T.Ramp(0, 1, 16)]}), where={sum_4: parts[4, T.Ramp(0, 1, 16)]}), where={sum_3: parts[3, T.Ramp(0, 1, 16)]}), where={sum_2: parts[2, T.Ramp(0, 1, 16)]}), where={sum_1: parts[1, T.Ramp(0, 1, 16)]}), where={sum_0: parts[0, T.Ramp(0, 1, 16)]})
-                                        for tile in range(1):
+                                        for i in range(1):
                                             with T.sblock("softmax"):
-                                                vslot = T.axis.spatial(1, tile)
+                                                vi = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:4, 0:128])
-                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    T.reads(scores[vi, 0:4, 0:128])
+                                                    T.writes(probs[vi, 0:4, 0:128], tile_max[vi, 0:4], tile_sum[vi, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     peak_rf = T.sblock_alloc_buffer((4, 16))
                                                     peak_rf_global = T.sblock_alloc_buffer((4, 16))
                                                     tile_sum_rf = T.sblock_alloc_buffer((1, 4, 16))
                                                     tile_sum_rf_global = T.sblock_alloc_buffer((1, 4, 16))
-                                                    for r, to in T.grid(4, num_groups):
+                                                    for r, to in T.grid(4, (valid_len + 16 - 1) // 16):
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("scaled"):
                                                                 vo = T.axis.spatial(8, to)
-                                                                vi, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vslot, vr, vo * 16 + vi])
-                                                                T.writes(scaled[vr, vo * 16 + vi])
-                                                                scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
+                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vi, vr, vo * 16 + vi_1])
+                                                                T.writes(scaled[vr, vo * 16 + vi_1])
+                                                                scaled[vr, vo * 16 + vi_1] = T.Select(vi_1 < valid_len - vo * 16, scores[vi, vr, vo * 16 + vi_1] * score_scale, T.float32("-inf"))
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
                                                             for ax2_init in range(1):
@@ -295,11 +284,12 @@ class Module:
                                                                     T.reads()
                                                                     T.writes(peak_rf_global[vr, vti])
                                                                     peak_rf_global[vr, vti] = T.float32(-340282346638528859811704183484516925440.0)
-                                                        for ax1 in range(num_groups):
+                                                        for ax1 in range((valid_len + 15) // 16):
                                                             for ax0 in T.vectorized(16):
                                                                 for ax2 in range(1):
                                                                     with T.sblock("peak_rf_update"):
-                                                                        vti, vto = T.axis.remap("SR", [ax0, ax1])
+                                                                        vti = T.axis.spatial(16, ax0)
+                                                                        vto = T.axis.reduce((valid_len + 16 - 1) // 16, ax1)
                                                                         vr = T.axis.spatial(4, r + ax2)
                                                                         T.reads(peak_rf_global[vr, vti], scaled[vr, vto * 16 + vti])
                                                                         T.writes(peak_rf_global[vr, vti])
@@ -327,16 +317,16 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vslot, vr])
-                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to in T.grid(4, num_groups):
+                                                            T.writes(tile_max[vi, vr])
+                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                    for r, to in T.grid(4, (valid_len + 16 - 1) // 16):
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("probs"):
                                                                 vt = T.axis.spatial(128, to * 16 + ti)
                                                                 vr = T.axis.spatial(4, r)
-                                                                T.reads(scaled[vr, vt], tile_max[vslot, vr])
-                                                                T.writes(probs[vslot, vr, vt])
-                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
+                                                                T.reads(scaled[vr, vt], tile_max[vi, vr])
+                                                                T.writes(probs[vi, vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                                 n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -344,7 +334,7 @@ class Module:
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[vslot, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                                probs[vi, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
                                                             for ax2_init in range(1):
@@ -352,21 +342,22 @@ class Module:
                                                                     vti = T.axis.spatial(16, ax0_init)
                                                                     vr = T.axis.spatial(4, r + ax2_init)
                                                                     T.reads()
-                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti])
-                                                                    tile_sum_rf_global[vslot, vr, vti] = T.float32(0.0)
-                                                        for ax1 in range(num_groups):
+                                                                    T.writes(tile_sum_rf_global[vi, vr, vti])
+                                                                    tile_sum_rf_global[vi, vr, vti] = T.float32(0.0)
+                                                        for ax1 in range((valid_len + 15) // 16):
                                                             for ax0 in T.vectorized(16):
                                                                 for ax2 in range(1):
                                                                     with T.sblock("tile_sum_rf_update"):
-                                                                        vti, vto = T.axis.remap("SR", [ax0, ax1])
+                                                                        vti = T.axis.spatial(16, ax0)
+                                                                        vto = T.axis.reduce((valid_len + 16 - 1) // 16, ax1)
                                                                         vr = T.axis.spatial(4, r + ax2)
-                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti], probs[vslot, vr, vto * 16 + vti])
-                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti])
-                                                                        tile_sum_rf_global[vslot, vr, vti] = tile_sum_rf_global[vslot, vr, vti] + probs[vslot, vr, vto * 16 + vti]
+                                                                        T.reads(tile_sum_rf_global[vi, vr, vti], probs[vi, vr, vto * 16 + vti])
+                                                                        T.writes(tile_sum_rf_global[vi, vr, vti])
+                                                                        tile_sum_rf_global[vi, vr, vti] = tile_sum_rf_global[vi, vr, vti] + probs[vi, vr, vto * 16 + vti]
                                                         for ax0, ax1 in T.grid(1, 1):
                                                             for ax2 in T.vectorized(16):
                                                                 with T.sblock("tile_sum.rf_global"):
-                                                                    v0 = T.axis.spatial(1, vslot + ax0)
+                                                                    v0 = T.axis.spatial(1, vi + ax0)
                                                                     v1 = T.axis.spatial(4, r + ax1)
                                                                     v2 = T.axis.spatial(16, ax2)
                                                                     T.reads(tile_sum_rf_global[v0, v1, v2])
@@ -375,29 +366,29 @@ class Module:
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(tile_sum[vslot, vr])
-                                                            tile_sum[vslot, vr] = T.float32(0.0)
+                                                            T.writes(tile_sum[vi, vr])
+                                                            tile_sum[vi, vr] = T.float32(0.0)
                                                         for ti in T.unroll(16):
                                                             with T.sblock("tile_sum_update"):
                                                                 vti, vr = T.axis.remap("RS", [ti, r])
-                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti])
-                                                                T.writes(tile_sum[vslot, vr])
-                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti]
+                                                                T.reads(tile_sum[vi, vr], tile_sum_rf[vi, vr, vti])
+                                                                T.writes(tile_sum[vi, vr])
+                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + tile_sum_rf[vi, vr, vti]
                                                 with T.sblock("rescale"):
-                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
-                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], alpha[vslot, 0:4], beta[vslot, 0:4])
+                                                    T.reads(tile_max[vi, 0:4], tile_sum[vi, 0:4], row_max[first + vi, 0:4], row_sum[first + vi, 0:4])
+                                                    T.writes(row_max[first + vi, 0:4], row_sum[first + vi, 0:4], alpha[vi, 0:4], beta[vi, 0:4])
                                                     new_max = T.sblock_alloc_buffer((4,))
                                                     new_sum = T.sblock_alloc_buffer((4,))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("factors"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
-                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
+                                                            T.reads(row_max[first + vi, vr], row_sum[first + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.writes(new_max[vr], alpha[vi, vr], beta[vi, vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vi, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
@@ -407,8 +398,8 @@ class Module:
                                                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
+                                                            alpha[vi, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
                                                             n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
@@ -416,28 +407,27 @@ class Module:
                                                             p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
                                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vi, vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
+                                                            T.reads(row_sum[first + vi, vr], alpha[vi, vr], beta[vi, vr], tile_sum[vi, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
+                                                            new_sum[vr] = alpha[vi, vr] * previous + beta[vi, vr] * tile_sum[vi, vr]
                                                     for r in T.vectorized(4):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
-                                                            row_max[first_tile + vslot, vr] = new_max[vr]
-                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                                            T.writes(row_max[first + vi, vr], row_sum[first + vi, vr])
+                                                            row_max[first + vi, vr] = new_max[vr]
+                                                            row_sum[first + vi, vr] = new_sum[vr]
                                         num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
                                             full_acc = T.sblock_alloc_buffer((1, 4, 4, 2, 16))
-                                            fetched = T.sblock_alloc_buffer((8, 4, 16), "int8")
                                             tile_acc_global = T.sblock_alloc_buffer((1, 4, 64, 2))
                                             for i_m, r_0_m, d_0_m in T.grid(1, 1, 4):
                                                 for r_1_init in T.unroll(4):
@@ -452,17 +442,8 @@ class Module:
                                                                     T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                                     full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = T.float32(0.0)
                                                 for to in range(num_full):
-                                                    for ax0, ax1, ax2 in T.grid(1, 1, 16):
-                                                        with T.sblock("prefetch_values"):
-                                                            vo = T.axis.spatial(8, to + ax0)
-                                                            vp = T.axis.spatial(4, d_0_m + ax1)
-                                                            vn = T.axis.spatial(16, ax2)
-                                                            T.where(to < 8)
-                                                            T.reads(value_offsets[0:256])
-                                                            T.writes(fetched[vo, vp, vn])
-                                                            if T.EQ(0, 0) and vp < 4:
-                                                                number: T.let[T.int32] = (vp * num_full + vo) * 16 + vn
-                                                                T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", number % 4 * 16)]), 0, 2, 1)
+                                                    for line in range(16):
+                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[next_tile + (((r_0_m * 4 + d_0_m) * num_full + to) * 16 + line) // 4] + next_head * v_head + T.Cast("int64", (((r_0_m * 4 + d_0_m) * num_full + to) * 16 + line) % 4 * 16)]), 0, 2, 1)
                                                     for ti in T.unroll(16):
                                                         for r_1 in T.unroll(4):
                                                             for d_1 in T.unroll(1):
@@ -473,9 +454,9 @@ class Module:
                                                                             vi = T.axis.spatial(1, i_m)
                                                                             vr = T.axis.spatial(4, r_0_m * 4 + r_1)
                                                                             vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
-                                                                            T.reads(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:16])
+                                                                            T.reads(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                                             T.writes(full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                                            full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                                            full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                                 for r_1_init in T.unroll(4):
                                                     for d_1_init in T.unroll(1):
                                                         for d_3_init in T.unroll(2):
@@ -487,7 +468,7 @@ class Module:
                                                                     T.reads()
                                                                     T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
                                                                     tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2]
-                                                for ti in range(valid_len % 16):
+                                                for ti in range(valid_len % 16 + 1 - 1):
                                                     for r_1 in T.unroll(4):
                                                         for d_1 in T.unroll(1):
                                                             for d_3 in T.unroll(2):
@@ -499,7 +480,7 @@ class Module:
                                                                         vd = T.axis.spatial(128, d_0_m * 32 + d_1 * 32 + d_2 * 2 + d_3)
                                                                         T.reads(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2], full_acc[vi, vr, vd // 32, vd % 2, vd % 32 // 2], probs[0, vr, vt], value_cache[0:v_span], value_offsets[vt])
                                                                         T.writes(tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2])
-                                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
+                                                                        tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] = tile_acc[0, vr, vd // 32, vd % 2, vd % 32 // 2] + probs[0, vr, vt] * T.reinterpret("float32", T.Select(vd % 2 == 0, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] << 16, value_cache[value_offsets[vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd // 2)] & T.reinterpret("int32", T.call_llvm_pure_intrin("float32", "llvm.arithmetic.fence", T.reinterpret("float32", -65536)))))
                                                 for r_1 in T.unroll(4):
                                                     for d_1_0 in T.unroll(1):
                                                         for ax0, ax1, ax2, ax3_0, ax4_0 in T.grid(1, 1, 1, 1, 4):
@@ -525,21 +506,19 @@ class Module:
                                                                 vd = T.axis.spatial(128, d_0_m * 32 + d_1_0 * 32 + d_1_1)
                                                                 vstep_1 = T.axis.reduce(num_steps, vstep)
                                                                 T.reads(alpha[vi, vr], beta[vi, vr], tile_acc_global[vi, vr, vd // 2, vd % 2])
-                                                                T.writes(acc[first_tile + vi, vr, vd])
+                                                                T.writes(acc[first + vi, vr, vd])
                                                                 with T.init():
-                                                                    acc[first_tile + vi, vr, vd] = T.float32(0.0)
-                                                                acc[first_tile + vi, vr, vd] = alpha[vi, vr] * acc[first_tile + vi, vr, vd] + beta[vi, vr] * tile_acc_global[vi, vr, vd // 2, vd % 2]
+                                                                    acc[first + vi, vr, vd] = T.float32(0.0)
+                                                                acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc_global[vi, vr, vd // 2, vd % 2]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
                         T.reads()
                         T.writes()
-                        first_row: T.let[T.int32] = 0
-                        first_head: T.let[T.int32] = vtile * 4 + first_row
                         if partial_start < 0:
                             with T.sblock("normalize"):
                                 T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
-                                T.writes(out[seq, first_head:first_head + 4, 0:128], lse[seq, first_head:first_head + 4])
+                                T.writes(out[seq, vtile * 4:vtile * 4 + 4, 0:128], lse[seq, vtile * 4:vtile * 4 + 4])
                                 factor = T.sblock_alloc_buffer((4,))
                                 for r in T.vectorized(4):
                                     with T.sblock("factor"):
@@ -554,33 +533,33 @@ class Module:
                                             vr = T.axis.spatial(4, r)
                                             vd = T.axis.spatial(128, d_0 * 32 + d_1)
                                             T.reads(acc[vtile, vr, vd], factor[vr])
-                                            T.writes(out[seq, first_head + vr, vd])
-                                            out[seq, first_head + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
+                                            T.writes(out[seq, vtile * 4 + vr, vd])
+                                            out[seq, vtile * 4 + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
                                 for r in range(4):
                                     with T.sblock("lse"):
                                         vr = T.axis.spatial(4, r)
                                         T.reads(row_sum[vtile, vr], row_max[vtile, vr])
-                                        T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
+                                        T.writes(lse[seq, vtile * 4 + vr])
+                                        lse[seq, vtile * 4 + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
                                 T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
-                                T.writes(partial_max[partial_start + vs, first_head:first_head + 4], partial_sum[partial_start + vs, first_head:first_head + 4], partial_acc[partial_start + vs, first_head:first_head + 4, 0:128])
+                                T.writes(partial_max[partial_start + vs, vtile * 4:vtile * 4 + 4], partial_sum[partial_start + vs, vtile * 4:vtile * 4 + 4], partial_acc[partial_start + vs, vtile * 4:vtile * 4 + 4, 0:128])
                                 for r in range(4):
                                     with T.sblock("store_row"):
                                         vr = T.axis.spatial(4, r)
                                         T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                                        T.writes(partial_max[partial_start + vs, vtile * 4 + vr], partial_sum[partial_start + vs, vtile * 4 + vr])
+                                        partial_max[partial_start + vs, vtile * 4 + vr] = row_max[vtile, vr]
+                                        partial_sum[partial_start + vs, vtile * 4 + vr] = row_sum[vtile, vr]
                                 for r, d_0 in T.grid(4, 4):
                                     for d_1 in T.vectorized(32):
                                         with T.sblock("store_acc"):
                                             vr = T.axis.spatial(4, r)
                                             vd = T.axis.spatial(128, d_0 * 32 + d_1)
                                             T.reads(acc[vtile, vr, vd])
-                                            T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                            partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
+                                            T.writes(partial_acc[partial_start + vs, vtile * 4 + vr, vd])
+                                            partial_acc[partial_start + vs, vtile * 4 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):

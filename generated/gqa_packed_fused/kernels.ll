@@ -1135,10 +1135,10 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
 
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
-  %peak220.i = alloca [4 x float], align 16
-  %tile_sum221.i = alloca [4 x float], align 16
-  %row_sum226.i = alloca [32 x float], align 16
-  %row_max227.i = alloca [32 x float], align 16
+  %peak235.i = alloca [4 x float], align 16
+  %tile_sum236.i = alloca [4 x float], align 16
+  %row_sum241.i = alloca [32 x float], align 16
+  %row_max242.i = alloca [32 x float], align 16
   %query.type_index = load i32, ptr %args, align 4
   %0 = icmp eq i32 %query.type_index, 70
   %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
@@ -1330,10 +1330,10 @@ if_end45:                                         ; preds = %if_then43, %if_end4
   call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
   %lse = load ptr, ptr %lse.handle, align 8
   call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
-  call void @llvm.lifetime.start.p0(ptr nonnull %peak220.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum221.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum226.i)
-  call void @llvm.lifetime.start.p0(ptr nonnull %row_max227.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak235.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum236.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum241.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max242.i)
   call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
   call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
@@ -1365,7 +1365,7 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %.not = icmp eq i64 %98, 0
   %99 = zext i32 %93 to i64
   %100 = and i64 %50, 4294967295
-  %wide.trip.count1232.i = and i64 %44, 2147483647
+  %wide.trip.count1247.i = and i64 %44, 2147483647
   %invariant.op.i = add i32 %93, -1
   %101 = getelementptr i8, ptr %value_cache, i64 64
   %102 = getelementptr i8, ptr %value_cache, i64 128
@@ -1430,23 +1430,23 @@ for_body_s.lr.ph.i:                               ; preds = %if_end45
   %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
   br label %for_body_s.i
 
-for_begin_s.i:                                    ; preds = %if_end204.i
-  %indvars.iv.next1228.i = add nuw nsw i64 %indvars.iv1227.i, 1
-  %exitcond1233.not.i = icmp eq i64 %indvars.iv.next1228.i, %wide.trip.count1232.i
-  br i1 %exitcond1233.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
+for_begin_s.i:                                    ; preds = %if_end219.i
+  %indvars.iv.next1243.i = add nuw nsw i64 %indvars.iv1242.i, 1
+  %exitcond1248.not.i = icmp eq i64 %indvars.iv.next1243.i, %wide.trip.count1247.i
+  br i1 %exitcond1248.not.i, label %fused_decode_compute_.exit, label %for_body_s.i, !prof !8
 
 for_body_s.i:                                     ; preds = %for_begin_s.i, %for_body_s.lr.ph.i
-  %indvars.iv1227.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1228.i, %for_begin_s.i ]
-  %146 = mul i64 %126, %indvars.iv1227.i
+  %indvars.iv1242.i = phi i64 [ 0, %for_body_s.lr.ph.i ], [ %indvars.iv.next1243.i, %for_begin_s.i ]
+  %146 = mul i64 %126, %indvars.iv1242.i
   %scevgep156 = getelementptr i8, ptr %128, i64 %146
   %scevgep157 = getelementptr i8, ptr %131, i64 %146
-  %147 = mul i64 %122, %indvars.iv1227.i
+  %147 = mul i64 %122, %indvars.iv1242.i
   %scevgep128 = getelementptr i8, ptr %132, i64 %147
   %scevgep129 = getelementptr i8, ptr %135, i64 %147
-  %148 = mul i64 %116, %indvars.iv1227.i
+  %148 = mul i64 %116, %indvars.iv1242.i
   %scevgep99 = getelementptr i8, ptr %137, i64 %148
   %scevgep100 = getelementptr i8, ptr %140, i64 %148
-  %149 = mul i64 %111, %indvars.iv1227.i
+  %149 = mul i64 %111, %indvars.iv1242.i
   %scevgep84 = getelementptr i8, ptr %142, i64 %149
   %scevgep85 = getelementptr i8, ptr %145, i64 %149
   %150 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -1461,7 +1461,7 @@ if_end.i:                                         ; preds = %for_body_s.i
   br i1 %153, label %fused_decode_compute_.exit, label %if_end2.i, !prof !7
 
 if_end2.i:                                        ; preds = %if_end.i
-  %154 = add nsw i64 %indvars.iv1227.i, %95
+  %154 = add nsw i64 %indvars.iv1242.i, %95
   %155 = getelementptr inbounds i32, ptr %context_lens, i64 %154
   %156 = load i32, ptr %155, align 4, !tbaa !4
   %157 = mul nsw i64 %154, %q_batch
@@ -1492,12 +1492,12 @@ if_end2.i:                                        ; preds = %if_end.i
   br label %for_begin_r.preheader.i
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d.3.i, %if_end2.i
-  %indvars.iv1080.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1081.i, %for_end_d.3.i ]
-  %163 = shl nuw nsw i64 %indvars.iv1080.i, 2
+  %indvars.iv1095.i = phi i64 [ 0, %if_end2.i ], [ %indvars.iv.next1096.i, %for_end_d.3.i ]
+  %163 = shl nuw nsw i64 %indvars.iv1095.i, 2
   %164 = mul nsw i64 %163, %q_head
   %invariant.gep.i = getelementptr i16, ptr %158, i64 %164
-  %invariant.gep1292.i.idx = shl nuw nsw i64 %indvars.iv1080.i, 10
-  %invariant.gep1292.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1292.i.idx
+  %invariant.gep1307.i.idx = shl nuw nsw i64 %indvars.iv1095.i, 10
+  %invariant.gep1307.i = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %invariant.gep1307.i.idx
   br i1 %159, label %for_body_d.i, label %vector.body166, !prof !11
 
 vector.body166:                                   ; preds = %for_begin_r.preheader.i
@@ -1564,10 +1564,10 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %213 = or <8 x i32> %209, %185
   %214 = or <8 x i32> %210, %186
   %215 = or <8 x i32> %211, %187
-  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 32
-  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 64
-  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 96
-  store <8 x i32> %212, ptr %invariant.gep1292.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 32
+  %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 64
+  %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 96
+  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !15, !noalias !12
@@ -1635,10 +1635,10 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %268 = or <8 x i32> %264, %240
   %269 = or <8 x i32> %265, %241
   %270 = or <8 x i32> %266, %242
-  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 128
-  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 160
-  %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 192
-  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 224
+  %271 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 128
+  %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 160
+  %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 192
+  %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 224
   store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !15, !noalias !12
   store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !15, !noalias !12
@@ -1670,7 +1670,7 @@ for_end_tile.i:                                   ; preds = %for_end_d.3.i
   %293 = shufflevector <32 x float> %292, <32 x float> poison, <32 x i32> zeroinitializer
   %294 = zext nneg i32 %283 to i64
   %295 = zext nneg i32 %range_len.i to i64
-  %wide.trip.count1190.i = zext nneg i32 %284 to i64
+  %wide.trip.count1205.i = zext nneg i32 %284 to i64
   br label %for_begin_step.i
 
 for_body_d.i:                                     ; preds = %for_body_d.i, %for_begin_r.preheader.i
@@ -1692,8 +1692,8 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %308 = bitcast float %307 to i32
   %309 = lshr i32 %308, 16
   %310 = or i32 %309, %302
-  %gep1293.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.i
-  store i32 %310, ptr %gep1293.i, align 4, !tbaa !4
+  %gep1308.i = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.i
+  store i32 %310, ptr %gep1308.i, align 4, !tbaa !4
   %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
   %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
   %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
@@ -1712,8 +1712,8 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %323 = bitcast float %322 to i32
   %324 = lshr i32 %323, 16
   %325 = or i32 %324, %317
-  %gep1293.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.i
-  store i32 %325, ptr %gep1293.i.1, align 4, !tbaa !4
+  %gep1308.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.i
+  store i32 %325, ptr %gep1308.i.1, align 4, !tbaa !4
   %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
   %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
   %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
@@ -1732,8 +1732,8 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %338 = bitcast float %337 to i32
   %339 = lshr i32 %338, 16
   %340 = or i32 %339, %332
-  %gep1293.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.i.1
-  store i32 %340, ptr %gep1293.i.2, align 4, !tbaa !4
+  %gep1308.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.i.1
+  store i32 %340, ptr %gep1308.i.2, align 4, !tbaa !4
   %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
   %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
   %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
@@ -1752,8 +1752,8 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   %353 = bitcast float %352 to i32
   %354 = lshr i32 %353, 16
   %355 = or i32 %354, %347
-  %gep1293.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.i.2
-  store i32 %355, ptr %gep1293.i.3, align 4, !tbaa !4
+  %gep1308.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.i.2
+  store i32 %355, ptr %gep1308.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
   br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
@@ -1828,10 +1828,10 @@ vector.body138:                                   ; preds = %for_end_d.i
   %406 = or <8 x i32> %402, %378
   %407 = or <8 x i32> %403, %379
   %408 = or <8 x i32> %404, %380
-  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 256
-  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 288
-  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 320
-  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 352
+  %409 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 256
+  %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 288
+  %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 320
+  %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 352
   store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !24, !noalias !21
@@ -1900,10 +1900,10 @@ vector.body138:                                   ; preds = %for_end_d.i
   %462 = or <8 x i32> %458, %434
   %463 = or <8 x i32> %459, %435
   %464 = or <8 x i32> %460, %436
-  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 384
-  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 416
-  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 448
-  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 480
+  %465 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 384
+  %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 416
+  %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 448
+  %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 480
   store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !24, !noalias !21
   store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !24, !noalias !21
@@ -1929,8 +1929,8 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %481 = bitcast float %480 to i32
   %482 = lshr i32 %481, 16
   %483 = or i32 %482, %475
-  %gep1295.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.1.i
-  %484 = getelementptr inbounds nuw i8, ptr %gep1295.i, i64 256
+  %gep1310.i = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.1.i
+  %484 = getelementptr inbounds nuw i8, ptr %gep1310.i, i64 256
   store i32 %483, ptr %484, align 4, !tbaa !4
   %indvars.iv.next.1.i = or disjoint i64 %indvars.iv.1.i, 1
   %gep.1.idx.i.1 = shl i64 %indvars.iv.next.1.i, 2
@@ -1950,8 +1950,8 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %497 = bitcast float %496 to i32
   %498 = lshr i32 %497, 16
   %499 = or i32 %498, %491
-  %gep1295.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.1.i
-  %500 = getelementptr inbounds nuw i8, ptr %gep1295.i.1, i64 256
+  %gep1310.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.1.i
+  %500 = getelementptr inbounds nuw i8, ptr %gep1310.i.1, i64 256
   store i32 %499, ptr %500, align 4, !tbaa !4
   %indvars.iv.next.1.i.1 = or disjoint i64 %indvars.iv.1.i, 2
   %gep.1.idx.i.2 = shl i64 %indvars.iv.next.1.i.1, 2
@@ -1971,8 +1971,8 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %513 = bitcast float %512 to i32
   %514 = lshr i32 %513, 16
   %515 = or i32 %514, %507
-  %gep1295.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.1.i.1
-  %516 = getelementptr inbounds nuw i8, ptr %gep1295.i.2, i64 256
+  %gep1310.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.1.i.1
+  %516 = getelementptr inbounds nuw i8, ptr %gep1310.i.2, i64 256
   store i32 %515, ptr %516, align 4, !tbaa !4
   %indvars.iv.next.1.i.2 = or disjoint i64 %indvars.iv.1.i, 3
   %gep.1.idx.i.3 = shl i64 %indvars.iv.next.1.i.2, 2
@@ -1992,8 +1992,8 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   %529 = bitcast float %528 to i32
   %530 = lshr i32 %529, 16
   %531 = or i32 %530, %523
-  %gep1295.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.1.i.2
-  %532 = getelementptr inbounds nuw i8, ptr %gep1295.i.3, i64 256
+  %gep1310.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.1.i.2
+  %532 = getelementptr inbounds nuw i8, ptr %gep1310.i.3, i64 256
   store i32 %531, ptr %532, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
@@ -2069,10 +2069,10 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %583 = or <8 x i32> %579, %555
   %584 = or <8 x i32> %580, %556
   %585 = or <8 x i32> %581, %557
-  %586 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 512
-  %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 544
-  %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 576
-  %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 608
+  %586 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 512
+  %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 544
+  %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 576
+  %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 608
   store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !30, !noalias !27
   store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !30, !noalias !27
   store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !30, !noalias !27
@@ -2141,10 +2141,10 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %639 = or <8 x i32> %635, %611
   %640 = or <8 x i32> %636, %612
   %641 = or <8 x i32> %637, %613
-  %642 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 640
-  %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 672
-  %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 704
-  %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 736
+  %642 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 640
+  %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 672
+  %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 704
+  %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 736
   store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !30, !noalias !27
   store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !30, !noalias !27
   store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !30, !noalias !27
@@ -2170,8 +2170,8 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %658 = bitcast float %657 to i32
   %659 = lshr i32 %658, 16
   %660 = or i32 %659, %652
-  %gep1297.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.2.i
-  %661 = getelementptr inbounds nuw i8, ptr %gep1297.i, i64 512
+  %gep1312.i = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.2.i
+  %661 = getelementptr inbounds nuw i8, ptr %gep1312.i, i64 512
   store i32 %660, ptr %661, align 4, !tbaa !4
   %indvars.iv.next.2.i = or disjoint i64 %indvars.iv.2.i, 1
   %gep.2.idx.i.1 = shl i64 %indvars.iv.next.2.i, 2
@@ -2191,8 +2191,8 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %674 = bitcast float %673 to i32
   %675 = lshr i32 %674, 16
   %676 = or i32 %675, %668
-  %gep1297.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.2.i
-  %677 = getelementptr inbounds nuw i8, ptr %gep1297.i.1, i64 512
+  %gep1312.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.2.i
+  %677 = getelementptr inbounds nuw i8, ptr %gep1312.i.1, i64 512
   store i32 %676, ptr %677, align 4, !tbaa !4
   %indvars.iv.next.2.i.1 = or disjoint i64 %indvars.iv.2.i, 2
   %gep.2.idx.i.2 = shl i64 %indvars.iv.next.2.i.1, 2
@@ -2212,8 +2212,8 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %690 = bitcast float %689 to i32
   %691 = lshr i32 %690, 16
   %692 = or i32 %691, %684
-  %gep1297.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.2.i.1
-  %693 = getelementptr inbounds nuw i8, ptr %gep1297.i.2, i64 512
+  %gep1312.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.2.i.1
+  %693 = getelementptr inbounds nuw i8, ptr %gep1312.i.2, i64 512
   store i32 %692, ptr %693, align 4, !tbaa !4
   %indvars.iv.next.2.i.2 = or disjoint i64 %indvars.iv.2.i, 3
   %gep.2.idx.i.3 = shl i64 %indvars.iv.next.2.i.2, 2
@@ -2233,8 +2233,8 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   %706 = bitcast float %705 to i32
   %707 = lshr i32 %706, 16
   %708 = or i32 %707, %700
-  %gep1297.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.2.i.2
-  %709 = getelementptr inbounds nuw i8, ptr %gep1297.i.3, i64 512
+  %gep1312.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.2.i.2
+  %709 = getelementptr inbounds nuw i8, ptr %gep1312.i.3, i64 512
   store i32 %708, ptr %709, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
@@ -2310,10 +2310,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %760 = or <8 x i32> %756, %732
   %761 = or <8 x i32> %757, %733
   %762 = or <8 x i32> %758, %734
-  %763 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 768
-  %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 800
-  %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 832
-  %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 864
+  %763 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 768
+  %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 800
+  %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 832
+  %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 864
   store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !36, !noalias !33
   store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !36, !noalias !33
   store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !36, !noalias !33
@@ -2382,10 +2382,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %816 = or <8 x i32> %812, %788
   %817 = or <8 x i32> %813, %789
   %818 = or <8 x i32> %814, %790
-  %819 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 896
-  %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 928
-  %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 960
-  %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1292.i, i64 992
+  %819 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 896
+  %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 928
+  %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 960
+  %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 992
   store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !36, !noalias !33
   store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !36, !noalias !33
   store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !36, !noalias !33
@@ -2411,8 +2411,8 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %835 = bitcast float %834 to i32
   %836 = lshr i32 %835, 16
   %837 = or i32 %836, %829
-  %gep1299.i = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.3.i
-  %838 = getelementptr inbounds nuw i8, ptr %gep1299.i, i64 768
+  %gep1314.i = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.3.i
+  %838 = getelementptr inbounds nuw i8, ptr %gep1314.i, i64 768
   store i32 %837, ptr %838, align 4, !tbaa !4
   %indvars.iv.next.3.i = or disjoint i64 %indvars.iv.3.i, 1
   %gep.3.idx.i.1 = shl i64 %indvars.iv.next.3.i, 2
@@ -2432,8 +2432,8 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %851 = bitcast float %850 to i32
   %852 = lshr i32 %851, 16
   %853 = or i32 %852, %845
-  %gep1299.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.3.i
-  %854 = getelementptr inbounds nuw i8, ptr %gep1299.i.1, i64 768
+  %gep1314.i.1 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.3.i
+  %854 = getelementptr inbounds nuw i8, ptr %gep1314.i.1, i64 768
   store i32 %853, ptr %854, align 4, !tbaa !4
   %indvars.iv.next.3.i.1 = or disjoint i64 %indvars.iv.3.i, 2
   %gep.3.idx.i.2 = shl i64 %indvars.iv.next.3.i.1, 2
@@ -2453,8 +2453,8 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %867 = bitcast float %866 to i32
   %868 = lshr i32 %867, 16
   %869 = or i32 %868, %861
-  %gep1299.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.3.i.1
-  %870 = getelementptr inbounds nuw i8, ptr %gep1299.i.2, i64 768
+  %gep1314.i.2 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.3.i.1
+  %870 = getelementptr inbounds nuw i8, ptr %gep1314.i.2, i64 768
   store i32 %869, ptr %870, align 4, !tbaa !4
   %indvars.iv.next.3.i.2 = or disjoint i64 %indvars.iv.3.i, 3
   %gep.3.idx.i.3 = shl i64 %indvars.iv.next.3.i.2, 2
@@ -2474,31 +2474,31 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   %883 = bitcast float %882 to i32
   %884 = lshr i32 %883, 16
   %885 = or i32 %884, %877
-  %gep1299.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1292.i, i64 %indvars.iv.next.3.i.2
-  %886 = getelementptr inbounds nuw i8, ptr %gep1299.i.3, i64 768
+  %gep1314.i.3 = getelementptr inbounds nuw i32, ptr %invariant.gep1307.i, i64 %indvars.iv.next.3.i.2
+  %886 = getelementptr inbounds nuw i8, ptr %gep1314.i.3, i64 768
   store i32 %885, ptr %886, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
   br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !38
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
-  %indvars.iv.next1081.i = add nuw nsw i64 %indvars.iv1080.i, 1
-  %exitcond1083.not.i = icmp eq i64 %indvars.iv.next1081.i, 8
-  br i1 %exitcond1083.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
+  %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
+  %exitcond1098.not.i = icmp eq i64 %indvars.iv.next1096.i, 8
+  br i1 %exitcond1098.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
 
-for_begin_step.i:                                 ; preds = %if_end162.i, %for_end_tile.i
-  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end162.i ], [ %range_len.i, %for_end_tile.i ]
-  %indvars.iv1187.i = phi i64 [ %indvars.iv.next1188.i, %if_end162.i ], [ 0, %for_end_tile.i ]
+for_begin_step.i:                                 ; preds = %if_end172.i, %for_end_tile.i
+  %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_end_tile.i ]
+  %indvars.iv1202.i = phi i64 [ %indvars.iv.next1203.i, %if_end172.i ], [ 0, %for_end_tile.i ]
   %smin274 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
   %887 = and i32 %smin274, 31
   %narrow = add nuw nsw i32 %887, 1
   %888 = lshr i32 %narrow, 1
   %889 = zext nneg i32 %888 to i64
-  %exitcond1191.not.i = icmp eq i64 %indvars.iv1187.i, %wide.trip.count1190.i
-  br i1 %exitcond1191.not.i, label %for_begin_tile167.preheader.i, label %for_body_step.i, !prof !40
+  %exitcond1206.not.i = icmp eq i64 %indvars.iv1202.i, %wide.trip.count1205.i
+  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !40
 
-for_begin_tile167.preheader.i:                    ; preds = %for_begin_step.i
-  %890 = add nuw nsw i64 %indvars.iv1227.i, %100
+for_begin_tile177.preheader.i:                    ; preds = %for_begin_step.i
+  %890 = add nuw nsw i64 %indvars.iv1242.i, %100
   %891 = shl nuw nsw i64 %890, 5
   %.idx.i = shl nuw nsw i64 %890, 14
   %892 = getelementptr inbounds nuw i8, ptr %partial_acc, i64 %.idx.i
@@ -2509,21 +2509,21 @@ for_begin_tile167.preheader.i:                    ; preds = %for_begin_step.i
   %897 = shl nuw nsw i32 %279, 23
   %898 = add nuw i32 %897, 16777216
   %899 = bitcast i32 %898 to float
-  br i1 %.not, label %for_body_tile168.i, label %for_body_tile168.us.i
+  br i1 %.not, label %for_body_tile178.i, label %for_body_tile178.us.i
 
-for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %for_begin_tile167.preheader.i
-  %indvars.iv1223.i = phi i64 [ %indvars.iv.next1224.i, %if_end187.us.3.i ], [ 0, %for_begin_tile167.preheader.i ]
-  %900 = shl nuw nsw i64 %indvars.iv1223.i, 2
-  %901 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %900
+for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %for_begin_tile177.preheader.i
+  %indvars.iv1238.i = phi i64 [ %indvars.iv.next1239.i, %if_end202.us.3.i ], [ 0, %for_begin_tile177.preheader.i ]
+  %900 = shl nuw nsw i64 %indvars.iv1238.i, 2
+  %901 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %900
   %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !41
   %902 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %903 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %904 = select <4 x i1> %903, <4 x float> zeroinitializer, <4 x float> %902
-  %.idx60 = shl nuw nsw i64 %indvars.iv1223.i, 11
+  %.idx60 = shl nuw nsw i64 %indvars.iv1238.i, 11
   %invariant.gep65 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx60
   %905 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> zeroinitializer
   %906 = mul nsw i64 %900, %out_head
-  %invariant.gep1055.us.i = getelementptr i16, ptr %894, i64 %906
+  %invariant.gep1070.us.i = getelementptr i16, ptr %894, i64 %906
   %907 = load <16 x float>, ptr %invariant.gep65, align 4, !tbaa !4
   %908 = fmul <16 x float> %907, %905
   %909 = bitcast <16 x float> %908 to <16 x i32>
@@ -2533,7 +2533,7 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %913 = add nuw <16 x i32> %912, %911
   %914 = lshr <16 x i32> %913, splat (i32 16)
   %915 = trunc nuw <16 x i32> %914 to <16 x i16>
-  store <16 x i16> %915, ptr %invariant.gep1055.us.i, align 2, !tbaa !4
+  store <16 x i16> %915, ptr %invariant.gep1070.us.i, align 2, !tbaa !4
   %916 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 64
   %917 = load <16 x float>, ptr %916, align 4, !tbaa !4
   %918 = fmul <16 x float> %905, %917
@@ -2544,8 +2544,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %923 = add nuw <16 x i32> %922, %921
   %924 = lshr <16 x i32> %923, splat (i32 16)
   %925 = trunc nuw <16 x i32> %924 to <16 x i16>
-  %gep1056.us.1.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 32
-  store <16 x i16> %925, ptr %gep1056.us.1.i, align 2, !tbaa !4
+  %gep1071.us.1.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 32
+  store <16 x i16> %925, ptr %gep1071.us.1.i, align 2, !tbaa !4
   %926 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 128
   %927 = load <16 x float>, ptr %926, align 4, !tbaa !4
   %928 = fmul <16 x float> %905, %927
@@ -2556,8 +2556,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %933 = add nuw <16 x i32> %932, %931
   %934 = lshr <16 x i32> %933, splat (i32 16)
   %935 = trunc nuw <16 x i32> %934 to <16 x i16>
-  %gep1056.us.2.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 64
-  store <16 x i16> %935, ptr %gep1056.us.2.i, align 2, !tbaa !4
+  %gep1071.us.2.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 64
+  store <16 x i16> %935, ptr %gep1071.us.2.i, align 2, !tbaa !4
   %936 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 192
   %937 = load <16 x float>, ptr %936, align 4, !tbaa !4
   %938 = fmul <16 x float> %905, %937
@@ -2568,8 +2568,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %943 = add nuw <16 x i32> %942, %941
   %944 = lshr <16 x i32> %943, splat (i32 16)
   %945 = trunc nuw <16 x i32> %944 to <16 x i16>
-  %gep1056.us.3.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 96
-  store <16 x i16> %945, ptr %gep1056.us.3.i, align 2, !tbaa !4
+  %gep1071.us.3.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 96
+  store <16 x i16> %945, ptr %gep1071.us.3.i, align 2, !tbaa !4
   %946 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 256
   %947 = load <16 x float>, ptr %946, align 4, !tbaa !4
   %948 = fmul <16 x float> %905, %947
@@ -2580,8 +2580,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %953 = add nuw <16 x i32> %952, %951
   %954 = lshr <16 x i32> %953, splat (i32 16)
   %955 = trunc nuw <16 x i32> %954 to <16 x i16>
-  %gep1056.us.4.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 128
-  store <16 x i16> %955, ptr %gep1056.us.4.i, align 2, !tbaa !4
+  %gep1071.us.4.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 128
+  store <16 x i16> %955, ptr %gep1071.us.4.i, align 2, !tbaa !4
   %956 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 320
   %957 = load <16 x float>, ptr %956, align 4, !tbaa !4
   %958 = fmul <16 x float> %905, %957
@@ -2592,8 +2592,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %963 = add nuw <16 x i32> %962, %961
   %964 = lshr <16 x i32> %963, splat (i32 16)
   %965 = trunc nuw <16 x i32> %964 to <16 x i16>
-  %gep1056.us.5.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 160
-  store <16 x i16> %965, ptr %gep1056.us.5.i, align 2, !tbaa !4
+  %gep1071.us.5.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 160
+  store <16 x i16> %965, ptr %gep1071.us.5.i, align 2, !tbaa !4
   %966 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 384
   %967 = load <16 x float>, ptr %966, align 4, !tbaa !4
   %968 = fmul <16 x float> %905, %967
@@ -2604,8 +2604,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %973 = add nuw <16 x i32> %972, %971
   %974 = lshr <16 x i32> %973, splat (i32 16)
   %975 = trunc nuw <16 x i32> %974 to <16 x i16>
-  %gep1056.us.6.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 192
-  store <16 x i16> %975, ptr %gep1056.us.6.i, align 2, !tbaa !4
+  %gep1071.us.6.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 192
+  store <16 x i16> %975, ptr %gep1071.us.6.i, align 2, !tbaa !4
   %976 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 448
   %977 = load <16 x float>, ptr %976, align 4, !tbaa !4
   %978 = fmul <16 x float> %905, %977
@@ -2616,12 +2616,12 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %983 = add nuw <16 x i32> %982, %981
   %984 = lshr <16 x i32> %983, splat (i32 16)
   %985 = trunc nuw <16 x i32> %984 to <16 x i16>
-  %gep1056.us.7.i = getelementptr i8, ptr %invariant.gep1055.us.i, i64 224
-  store <16 x i16> %985, ptr %gep1056.us.7.i, align 2, !tbaa !4
+  %gep1071.us.7.i = getelementptr i8, ptr %invariant.gep1070.us.i, i64 224
+  store <16 x i16> %985, ptr %gep1071.us.7.i, align 2, !tbaa !4
   %986 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %987 = or disjoint i64 %900, 1
   %988 = mul nsw i64 %987, %out_head
-  %invariant.gep1055.us.i.1 = getelementptr i16, ptr %894, i64 %988
+  %invariant.gep1070.us.i.1 = getelementptr i16, ptr %894, i64 %988
   %gep66.1 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 512
   %989 = load <16 x float>, ptr %gep66.1, align 4, !tbaa !4
   %990 = fmul <16 x float> %989, %986
@@ -2632,7 +2632,7 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %995 = add nuw <16 x i32> %994, %993
   %996 = lshr <16 x i32> %995, splat (i32 16)
   %997 = trunc nuw <16 x i32> %996 to <16 x i16>
-  store <16 x i16> %997, ptr %invariant.gep1055.us.i.1, align 2, !tbaa !4
+  store <16 x i16> %997, ptr %invariant.gep1070.us.i.1, align 2, !tbaa !4
   %998 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 576
   %999 = load <16 x float>, ptr %998, align 4, !tbaa !4
   %1000 = fmul <16 x float> %986, %999
@@ -2643,8 +2643,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1005 = add nuw <16 x i32> %1004, %1003
   %1006 = lshr <16 x i32> %1005, splat (i32 16)
   %1007 = trunc nuw <16 x i32> %1006 to <16 x i16>
-  %gep1056.us.1.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 32
-  store <16 x i16> %1007, ptr %gep1056.us.1.i.1, align 2, !tbaa !4
+  %gep1071.us.1.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 32
+  store <16 x i16> %1007, ptr %gep1071.us.1.i.1, align 2, !tbaa !4
   %1008 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 640
   %1009 = load <16 x float>, ptr %1008, align 4, !tbaa !4
   %1010 = fmul <16 x float> %986, %1009
@@ -2655,8 +2655,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1015 = add nuw <16 x i32> %1014, %1013
   %1016 = lshr <16 x i32> %1015, splat (i32 16)
   %1017 = trunc nuw <16 x i32> %1016 to <16 x i16>
-  %gep1056.us.2.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 64
-  store <16 x i16> %1017, ptr %gep1056.us.2.i.1, align 2, !tbaa !4
+  %gep1071.us.2.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 64
+  store <16 x i16> %1017, ptr %gep1071.us.2.i.1, align 2, !tbaa !4
   %1018 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 704
   %1019 = load <16 x float>, ptr %1018, align 4, !tbaa !4
   %1020 = fmul <16 x float> %986, %1019
@@ -2667,8 +2667,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1025 = add nuw <16 x i32> %1024, %1023
   %1026 = lshr <16 x i32> %1025, splat (i32 16)
   %1027 = trunc nuw <16 x i32> %1026 to <16 x i16>
-  %gep1056.us.3.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 96
-  store <16 x i16> %1027, ptr %gep1056.us.3.i.1, align 2, !tbaa !4
+  %gep1071.us.3.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 96
+  store <16 x i16> %1027, ptr %gep1071.us.3.i.1, align 2, !tbaa !4
   %1028 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 768
   %1029 = load <16 x float>, ptr %1028, align 4, !tbaa !4
   %1030 = fmul <16 x float> %986, %1029
@@ -2679,8 +2679,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1035 = add nuw <16 x i32> %1034, %1033
   %1036 = lshr <16 x i32> %1035, splat (i32 16)
   %1037 = trunc nuw <16 x i32> %1036 to <16 x i16>
-  %gep1056.us.4.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 128
-  store <16 x i16> %1037, ptr %gep1056.us.4.i.1, align 2, !tbaa !4
+  %gep1071.us.4.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 128
+  store <16 x i16> %1037, ptr %gep1071.us.4.i.1, align 2, !tbaa !4
   %1038 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 832
   %1039 = load <16 x float>, ptr %1038, align 4, !tbaa !4
   %1040 = fmul <16 x float> %986, %1039
@@ -2691,8 +2691,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1045 = add nuw <16 x i32> %1044, %1043
   %1046 = lshr <16 x i32> %1045, splat (i32 16)
   %1047 = trunc nuw <16 x i32> %1046 to <16 x i16>
-  %gep1056.us.5.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 160
-  store <16 x i16> %1047, ptr %gep1056.us.5.i.1, align 2, !tbaa !4
+  %gep1071.us.5.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 160
+  store <16 x i16> %1047, ptr %gep1071.us.5.i.1, align 2, !tbaa !4
   %1048 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 896
   %1049 = load <16 x float>, ptr %1048, align 4, !tbaa !4
   %1050 = fmul <16 x float> %986, %1049
@@ -2703,8 +2703,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1055 = add nuw <16 x i32> %1054, %1053
   %1056 = lshr <16 x i32> %1055, splat (i32 16)
   %1057 = trunc nuw <16 x i32> %1056 to <16 x i16>
-  %gep1056.us.6.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 192
-  store <16 x i16> %1057, ptr %gep1056.us.6.i.1, align 2, !tbaa !4
+  %gep1071.us.6.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 192
+  store <16 x i16> %1057, ptr %gep1071.us.6.i.1, align 2, !tbaa !4
   %1058 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 960
   %1059 = load <16 x float>, ptr %1058, align 4, !tbaa !4
   %1060 = fmul <16 x float> %986, %1059
@@ -2715,12 +2715,12 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1065 = add nuw <16 x i32> %1064, %1063
   %1066 = lshr <16 x i32> %1065, splat (i32 16)
   %1067 = trunc nuw <16 x i32> %1066 to <16 x i16>
-  %gep1056.us.7.i.1 = getelementptr i8, ptr %invariant.gep1055.us.i.1, i64 224
-  store <16 x i16> %1067, ptr %gep1056.us.7.i.1, align 2, !tbaa !4
+  %gep1071.us.7.i.1 = getelementptr i8, ptr %invariant.gep1070.us.i.1, i64 224
+  store <16 x i16> %1067, ptr %gep1071.us.7.i.1, align 2, !tbaa !4
   %1068 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %1069 = or disjoint i64 %900, 2
   %1070 = mul nsw i64 %1069, %out_head
-  %invariant.gep1055.us.i.2 = getelementptr i16, ptr %894, i64 %1070
+  %invariant.gep1070.us.i.2 = getelementptr i16, ptr %894, i64 %1070
   %gep66.2 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1024
   %1071 = load <16 x float>, ptr %gep66.2, align 4, !tbaa !4
   %1072 = fmul <16 x float> %1071, %1068
@@ -2731,7 +2731,7 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1077 = add nuw <16 x i32> %1076, %1075
   %1078 = lshr <16 x i32> %1077, splat (i32 16)
   %1079 = trunc nuw <16 x i32> %1078 to <16 x i16>
-  store <16 x i16> %1079, ptr %invariant.gep1055.us.i.2, align 2, !tbaa !4
+  store <16 x i16> %1079, ptr %invariant.gep1070.us.i.2, align 2, !tbaa !4
   %1080 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1088
   %1081 = load <16 x float>, ptr %1080, align 4, !tbaa !4
   %1082 = fmul <16 x float> %1068, %1081
@@ -2742,8 +2742,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1087 = add nuw <16 x i32> %1086, %1085
   %1088 = lshr <16 x i32> %1087, splat (i32 16)
   %1089 = trunc nuw <16 x i32> %1088 to <16 x i16>
-  %gep1056.us.1.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 32
-  store <16 x i16> %1089, ptr %gep1056.us.1.i.2, align 2, !tbaa !4
+  %gep1071.us.1.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 32
+  store <16 x i16> %1089, ptr %gep1071.us.1.i.2, align 2, !tbaa !4
   %1090 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1152
   %1091 = load <16 x float>, ptr %1090, align 4, !tbaa !4
   %1092 = fmul <16 x float> %1068, %1091
@@ -2754,8 +2754,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1097 = add nuw <16 x i32> %1096, %1095
   %1098 = lshr <16 x i32> %1097, splat (i32 16)
   %1099 = trunc nuw <16 x i32> %1098 to <16 x i16>
-  %gep1056.us.2.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 64
-  store <16 x i16> %1099, ptr %gep1056.us.2.i.2, align 2, !tbaa !4
+  %gep1071.us.2.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 64
+  store <16 x i16> %1099, ptr %gep1071.us.2.i.2, align 2, !tbaa !4
   %1100 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1216
   %1101 = load <16 x float>, ptr %1100, align 4, !tbaa !4
   %1102 = fmul <16 x float> %1068, %1101
@@ -2766,8 +2766,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1107 = add nuw <16 x i32> %1106, %1105
   %1108 = lshr <16 x i32> %1107, splat (i32 16)
   %1109 = trunc nuw <16 x i32> %1108 to <16 x i16>
-  %gep1056.us.3.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 96
-  store <16 x i16> %1109, ptr %gep1056.us.3.i.2, align 2, !tbaa !4
+  %gep1071.us.3.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 96
+  store <16 x i16> %1109, ptr %gep1071.us.3.i.2, align 2, !tbaa !4
   %1110 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1280
   %1111 = load <16 x float>, ptr %1110, align 4, !tbaa !4
   %1112 = fmul <16 x float> %1068, %1111
@@ -2778,8 +2778,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1117 = add nuw <16 x i32> %1116, %1115
   %1118 = lshr <16 x i32> %1117, splat (i32 16)
   %1119 = trunc nuw <16 x i32> %1118 to <16 x i16>
-  %gep1056.us.4.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 128
-  store <16 x i16> %1119, ptr %gep1056.us.4.i.2, align 2, !tbaa !4
+  %gep1071.us.4.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 128
+  store <16 x i16> %1119, ptr %gep1071.us.4.i.2, align 2, !tbaa !4
   %1120 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1344
   %1121 = load <16 x float>, ptr %1120, align 4, !tbaa !4
   %1122 = fmul <16 x float> %1068, %1121
@@ -2790,8 +2790,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1127 = add nuw <16 x i32> %1126, %1125
   %1128 = lshr <16 x i32> %1127, splat (i32 16)
   %1129 = trunc nuw <16 x i32> %1128 to <16 x i16>
-  %gep1056.us.5.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 160
-  store <16 x i16> %1129, ptr %gep1056.us.5.i.2, align 2, !tbaa !4
+  %gep1071.us.5.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 160
+  store <16 x i16> %1129, ptr %gep1071.us.5.i.2, align 2, !tbaa !4
   %1130 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1408
   %1131 = load <16 x float>, ptr %1130, align 4, !tbaa !4
   %1132 = fmul <16 x float> %1068, %1131
@@ -2802,8 +2802,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1137 = add nuw <16 x i32> %1136, %1135
   %1138 = lshr <16 x i32> %1137, splat (i32 16)
   %1139 = trunc nuw <16 x i32> %1138 to <16 x i16>
-  %gep1056.us.6.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 192
-  store <16 x i16> %1139, ptr %gep1056.us.6.i.2, align 2, !tbaa !4
+  %gep1071.us.6.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 192
+  store <16 x i16> %1139, ptr %gep1071.us.6.i.2, align 2, !tbaa !4
   %1140 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1472
   %1141 = load <16 x float>, ptr %1140, align 4, !tbaa !4
   %1142 = fmul <16 x float> %1068, %1141
@@ -2814,12 +2814,12 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1147 = add nuw <16 x i32> %1146, %1145
   %1148 = lshr <16 x i32> %1147, splat (i32 16)
   %1149 = trunc nuw <16 x i32> %1148 to <16 x i16>
-  %gep1056.us.7.i.2 = getelementptr i8, ptr %invariant.gep1055.us.i.2, i64 224
-  store <16 x i16> %1149, ptr %gep1056.us.7.i.2, align 2, !tbaa !4
+  %gep1071.us.7.i.2 = getelementptr i8, ptr %invariant.gep1070.us.i.2, i64 224
+  store <16 x i16> %1149, ptr %gep1071.us.7.i.2, align 2, !tbaa !4
   %1150 = shufflevector <4 x float> %904, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %1151 = or disjoint i64 %900, 3
   %1152 = mul nsw i64 %1151, %out_head
-  %invariant.gep1055.us.i.3 = getelementptr i16, ptr %894, i64 %1152
+  %invariant.gep1070.us.i.3 = getelementptr i16, ptr %894, i64 %1152
   %gep66.3 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1536
   %1153 = load <16 x float>, ptr %gep66.3, align 4, !tbaa !4
   %1154 = fmul <16 x float> %1153, %1150
@@ -2830,7 +2830,7 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1159 = add nuw <16 x i32> %1158, %1157
   %1160 = lshr <16 x i32> %1159, splat (i32 16)
   %1161 = trunc nuw <16 x i32> %1160 to <16 x i16>
-  store <16 x i16> %1161, ptr %invariant.gep1055.us.i.3, align 2, !tbaa !4
+  store <16 x i16> %1161, ptr %invariant.gep1070.us.i.3, align 2, !tbaa !4
   %1162 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1600
   %1163 = load <16 x float>, ptr %1162, align 4, !tbaa !4
   %1164 = fmul <16 x float> %1150, %1163
@@ -2841,8 +2841,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1169 = add nuw <16 x i32> %1168, %1167
   %1170 = lshr <16 x i32> %1169, splat (i32 16)
   %1171 = trunc nuw <16 x i32> %1170 to <16 x i16>
-  %gep1056.us.1.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 32
-  store <16 x i16> %1171, ptr %gep1056.us.1.i.3, align 2, !tbaa !4
+  %gep1071.us.1.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 32
+  store <16 x i16> %1171, ptr %gep1071.us.1.i.3, align 2, !tbaa !4
   %1172 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1664
   %1173 = load <16 x float>, ptr %1172, align 4, !tbaa !4
   %1174 = fmul <16 x float> %1150, %1173
@@ -2853,8 +2853,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1179 = add nuw <16 x i32> %1178, %1177
   %1180 = lshr <16 x i32> %1179, splat (i32 16)
   %1181 = trunc nuw <16 x i32> %1180 to <16 x i16>
-  %gep1056.us.2.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 64
-  store <16 x i16> %1181, ptr %gep1056.us.2.i.3, align 2, !tbaa !4
+  %gep1071.us.2.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 64
+  store <16 x i16> %1181, ptr %gep1071.us.2.i.3, align 2, !tbaa !4
   %1182 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1728
   %1183 = load <16 x float>, ptr %1182, align 4, !tbaa !4
   %1184 = fmul <16 x float> %1150, %1183
@@ -2865,8 +2865,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1189 = add nuw <16 x i32> %1188, %1187
   %1190 = lshr <16 x i32> %1189, splat (i32 16)
   %1191 = trunc nuw <16 x i32> %1190 to <16 x i16>
-  %gep1056.us.3.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 96
-  store <16 x i16> %1191, ptr %gep1056.us.3.i.3, align 2, !tbaa !4
+  %gep1071.us.3.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 96
+  store <16 x i16> %1191, ptr %gep1071.us.3.i.3, align 2, !tbaa !4
   %1192 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1792
   %1193 = load <16 x float>, ptr %1192, align 4, !tbaa !4
   %1194 = fmul <16 x float> %1150, %1193
@@ -2877,8 +2877,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1199 = add nuw <16 x i32> %1198, %1197
   %1200 = lshr <16 x i32> %1199, splat (i32 16)
   %1201 = trunc nuw <16 x i32> %1200 to <16 x i16>
-  %gep1056.us.4.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 128
-  store <16 x i16> %1201, ptr %gep1056.us.4.i.3, align 2, !tbaa !4
+  %gep1071.us.4.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 128
+  store <16 x i16> %1201, ptr %gep1071.us.4.i.3, align 2, !tbaa !4
   %1202 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1856
   %1203 = load <16 x float>, ptr %1202, align 4, !tbaa !4
   %1204 = fmul <16 x float> %1150, %1203
@@ -2889,8 +2889,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1209 = add nuw <16 x i32> %1208, %1207
   %1210 = lshr <16 x i32> %1209, splat (i32 16)
   %1211 = trunc nuw <16 x i32> %1210 to <16 x i16>
-  %gep1056.us.5.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 160
-  store <16 x i16> %1211, ptr %gep1056.us.5.i.3, align 2, !tbaa !4
+  %gep1071.us.5.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 160
+  store <16 x i16> %1211, ptr %gep1071.us.5.i.3, align 2, !tbaa !4
   %1212 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1920
   %1213 = load <16 x float>, ptr %1212, align 4, !tbaa !4
   %1214 = fmul <16 x float> %1150, %1213
@@ -2901,8 +2901,8 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1219 = add nuw <16 x i32> %1218, %1217
   %1220 = lshr <16 x i32> %1219, splat (i32 16)
   %1221 = trunc nuw <16 x i32> %1220 to <16 x i16>
-  %gep1056.us.6.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 192
-  store <16 x i16> %1221, ptr %gep1056.us.6.i.3, align 2, !tbaa !4
+  %gep1071.us.6.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 192
+  store <16 x i16> %1221, ptr %gep1071.us.6.i.3, align 2, !tbaa !4
   %1222 = getelementptr inbounds nuw i8, ptr %invariant.gep65, i64 1984
   %1223 = load <16 x float>, ptr %1222, align 4, !tbaa !4
   %1224 = fmul <16 x float> %1150, %1223
@@ -2913,81 +2913,81 @@ for_body_tile168.us.i:                            ; preds = %if_end187.us.3.i, %
   %1229 = add nuw <16 x i32> %1228, %1227
   %1230 = lshr <16 x i32> %1229, splat (i32 16)
   %1231 = trunc nuw <16 x i32> %1230 to <16 x i16>
-  %gep1056.us.7.i.3 = getelementptr i8, ptr %invariant.gep1055.us.i.3, i64 224
-  store <16 x i16> %1231, ptr %gep1056.us.7.i.3, align 2, !tbaa !4
+  %gep1071.us.7.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 224
+  store <16 x i16> %1231, ptr %gep1071.us.7.i.3, align 2, !tbaa !4
   %1232 = getelementptr float, ptr %896, i64 %900
   %1233 = load float, ptr %901, align 16, !tbaa !41
   %1234 = fcmp oeq float %1233, 0.000000e+00
-  br i1 %1234, label %if_end187.us.i, label %if_else186.us.i
+  br i1 %1234, label %if_end202.us.i, label %if_else201.us.i
 
-if_else186.us.i:                                  ; preds = %for_body_tile168.us.i
+if_else201.us.i:                                  ; preds = %for_body_tile178.us.i
   %1235 = fmul float %1233, %899
   %1236 = tail call float @llvm.log.f32(float %1235)
-  %1237 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %900
+  %1237 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %900
   %1238 = load float, ptr %1237, align 16, !tbaa !43
   %1239 = fadd float %1236, %1238
-  br label %if_end187.us.i
+  br label %if_end202.us.i
 
-if_end187.us.i:                                   ; preds = %if_else186.us.i, %for_body_tile168.us.i
-  %1240 = phi float [ %1239, %if_else186.us.i ], [ 0xFFF0000000000000, %for_body_tile168.us.i ]
+if_end202.us.i:                                   ; preds = %if_else201.us.i, %for_body_tile178.us.i
+  %1240 = phi float [ %1239, %if_else201.us.i ], [ 0xFFF0000000000000, %for_body_tile178.us.i ]
   store float %1240, ptr %1232, align 4, !tbaa !4
   %1241 = or disjoint i64 %900, 1
-  %1242 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %1241
+  %1242 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1241
   %1243 = load float, ptr %1242, align 4, !tbaa !41
   %1244 = fcmp oeq float %1243, 0.000000e+00
-  br i1 %1244, label %if_end187.us.1.i, label %if_else186.us.1.i
+  br i1 %1244, label %if_end202.us.1.i, label %if_else201.us.1.i
 
-if_else186.us.1.i:                                ; preds = %if_end187.us.i
+if_else201.us.1.i:                                ; preds = %if_end202.us.i
   %1245 = fmul float %1243, %899
   %1246 = tail call float @llvm.log.f32(float %1245)
-  %1247 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %1241
+  %1247 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1241
   %1248 = load float, ptr %1247, align 4, !tbaa !43
   %1249 = fadd float %1246, %1248
-  br label %if_end187.us.1.i
+  br label %if_end202.us.1.i
 
-if_end187.us.1.i:                                 ; preds = %if_else186.us.1.i, %if_end187.us.i
-  %1250 = phi float [ %1249, %if_else186.us.1.i ], [ 0xFFF0000000000000, %if_end187.us.i ]
+if_end202.us.1.i:                                 ; preds = %if_else201.us.1.i, %if_end202.us.i
+  %1250 = phi float [ %1249, %if_else201.us.1.i ], [ 0xFFF0000000000000, %if_end202.us.i ]
   %1251 = getelementptr i8, ptr %1232, i64 4
   store float %1250, ptr %1251, align 4, !tbaa !4
   %1252 = or disjoint i64 %900, 2
-  %1253 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %1252
+  %1253 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1252
   %1254 = load float, ptr %1253, align 8, !tbaa !41
   %1255 = fcmp oeq float %1254, 0.000000e+00
-  br i1 %1255, label %if_end187.us.2.i, label %if_else186.us.2.i
+  br i1 %1255, label %if_end202.us.2.i, label %if_else201.us.2.i
 
-if_else186.us.2.i:                                ; preds = %if_end187.us.1.i
+if_else201.us.2.i:                                ; preds = %if_end202.us.1.i
   %1256 = fmul float %1254, %899
   %1257 = tail call float @llvm.log.f32(float %1256)
-  %1258 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %1252
+  %1258 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1252
   %1259 = load float, ptr %1258, align 8, !tbaa !43
   %1260 = fadd float %1257, %1259
-  br label %if_end187.us.2.i
+  br label %if_end202.us.2.i
 
-if_end187.us.2.i:                                 ; preds = %if_else186.us.2.i, %if_end187.us.1.i
-  %1261 = phi float [ %1260, %if_else186.us.2.i ], [ 0xFFF0000000000000, %if_end187.us.1.i ]
+if_end202.us.2.i:                                 ; preds = %if_else201.us.2.i, %if_end202.us.1.i
+  %1261 = phi float [ %1260, %if_else201.us.2.i ], [ 0xFFF0000000000000, %if_end202.us.1.i ]
   %1262 = getelementptr i8, ptr %1232, i64 8
   store float %1261, ptr %1262, align 4, !tbaa !4
   %1263 = or disjoint i64 %900, 3
-  %1264 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %1263
+  %1264 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1263
   %1265 = load float, ptr %1264, align 4, !tbaa !41
   %1266 = fcmp oeq float %1265, 0.000000e+00
-  br i1 %1266, label %if_end187.us.3.i, label %if_else186.us.3.i
+  br i1 %1266, label %if_end202.us.3.i, label %if_else201.us.3.i
 
-if_else186.us.3.i:                                ; preds = %if_end187.us.2.i
+if_else201.us.3.i:                                ; preds = %if_end202.us.2.i
   %1267 = fmul float %1265, %899
   %1268 = tail call float @llvm.log.f32(float %1267)
-  %1269 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %1263
+  %1269 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1263
   %1270 = load float, ptr %1269, align 4, !tbaa !43
   %1271 = fadd float %1268, %1270
-  br label %if_end187.us.3.i
+  br label %if_end202.us.3.i
 
-if_end187.us.3.i:                                 ; preds = %if_else186.us.3.i, %if_end187.us.2.i
-  %1272 = phi float [ %1271, %if_else186.us.3.i ], [ 0xFFF0000000000000, %if_end187.us.2.i ]
+if_end202.us.3.i:                                 ; preds = %if_else201.us.3.i, %if_end202.us.2.i
+  %1272 = phi float [ %1271, %if_else201.us.3.i ], [ 0xFFF0000000000000, %if_end202.us.2.i ]
   %1273 = getelementptr i8, ptr %1232, i64 12
   store float %1272, ptr %1273, align 4, !tbaa !4
-  %indvars.iv.next1224.i = add nuw nsw i64 %indvars.iv1223.i, 1
-  %exitcond1226.not.i = icmp eq i64 %indvars.iv.next1224.i, 8
-  br i1 %exitcond1226.not.i, label %for_end_tile169.i, label %for_body_tile168.us.i, !prof !39
+  %indvars.iv.next1239.i = add nuw nsw i64 %indvars.iv1238.i, 1
+  %exitcond1241.not.i = icmp eq i64 %indvars.iv.next1239.i, 8
+  br i1 %exitcond1241.not.i, label %for_end_tile179.i, label %for_body_tile178.us.i, !prof !39
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %1274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -3002,15 +3002,15 @@ if_end5.i:                                        ; preds = %for_body_step.i
   br i1 %1277, label %fused_decode_compute_.exit, label %if_end8.i, !prof !7
 
 if_end8.i:                                        ; preds = %if_end5.i
-  %1278 = shl nsw i64 %indvars.iv1187.i, 7
+  %1278 = shl nsw i64 %indvars.iv1202.i, 7
   %1279 = sub nsw i64 %295, %1278
+  %indvars.iv.next1203.i = add nuw nsw i64 %indvars.iv1202.i, 1
   %1280 = trunc nsw i64 %1279 to i32
   %1281 = tail call i32 @llvm.smin.i32(i32 %1280, i32 128)
   %1282 = add nsw i32 %1281, 31
-  %indvars.iv.next1188.i = add nuw nsw i64 %indvars.iv1187.i, 1
   %1283 = ashr i32 %1282, 5
   %1284 = and i32 %1282, -32
-  %1285 = icmp samesign ult i64 %indvars.iv.next1188.i, %294
+  %1285 = icmp samesign ult i64 %indvars.iv.next1203.i, %294
   %1286 = select i1 %1285, i32 256, i32 %1284
   %1287 = icmp sgt i32 %1286, 0
   br i1 %1287, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
@@ -3021,8 +3021,8 @@ for_body_t.lr.ph.i:                               ; preds = %if_end8.i
   br label %for_body_t.i
 
 for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i
-  %indvars.iv1084.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1085.i.3, %for_body_t.i ]
-  %1289 = add nuw nsw i64 %indvars.iv1084.i, %1288
+  %indvars.iv1099.i = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1100.i.3, %for_body_t.i ]
+  %1289 = add nuw nsw i64 %indvars.iv1099.i, %1288
   %1290 = trunc i64 %1289 to i32
   %1291 = tail call i32 @llvm.smin.i32(i32 %1290, i32 %.reass.i)
   %1292 = ashr i32 %1291, 4
@@ -3031,10 +3031,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1295 = load i32, ptr %1294, align 4, !tbaa !4
   %block.i = sext i32 %1295 to i64
   %1296 = mul nsw i64 %k_block, %block.i
-  %1297 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1084.i
+  %1297 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1099.i
   store i64 %1296, ptr %1297, align 8, !tbaa !4
-  %indvars.iv.next1085.i = or disjoint i64 %indvars.iv1084.i, 1
-  %1298 = add nuw nsw i64 %indvars.iv.next1085.i, %1288
+  %indvars.iv.next1100.i = or disjoint i64 %indvars.iv1099.i, 1
+  %1298 = add nuw nsw i64 %indvars.iv.next1100.i, %1288
   %1299 = trunc i64 %1298 to i32
   %1300 = tail call i32 @llvm.smin.i32(i32 %1299, i32 %.reass.i)
   %1301 = ashr i32 %1300, 4
@@ -3043,10 +3043,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1304 = load i32, ptr %1303, align 4, !tbaa !4
   %block.i.1 = sext i32 %1304 to i64
   %1305 = mul nsw i64 %k_block, %block.i.1
-  %1306 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1085.i
+  %1306 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1100.i
   store i64 %1305, ptr %1306, align 8, !tbaa !4
-  %indvars.iv.next1085.i.1 = or disjoint i64 %indvars.iv1084.i, 2
-  %1307 = add nuw nsw i64 %indvars.iv.next1085.i.1, %1288
+  %indvars.iv.next1100.i.1 = or disjoint i64 %indvars.iv1099.i, 2
+  %1307 = add nuw nsw i64 %indvars.iv.next1100.i.1, %1288
   %1308 = trunc i64 %1307 to i32
   %1309 = tail call i32 @llvm.smin.i32(i32 %1308, i32 %.reass.i)
   %1310 = ashr i32 %1309, 4
@@ -3055,10 +3055,10 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1313 = load i32, ptr %1312, align 4, !tbaa !4
   %block.i.2 = sext i32 %1313 to i64
   %1314 = mul nsw i64 %k_block, %block.i.2
-  %1315 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1085.i.1
+  %1315 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1100.i.1
   store i64 %1314, ptr %1315, align 8, !tbaa !4
-  %indvars.iv.next1085.i.2 = or disjoint i64 %indvars.iv1084.i, 3
-  %1316 = add nuw nsw i64 %indvars.iv.next1085.i.2, %1288
+  %indvars.iv.next1100.i.2 = or disjoint i64 %indvars.iv1099.i, 3
+  %1316 = add nuw nsw i64 %indvars.iv.next1100.i.2, %1288
   %1317 = trunc i64 %1316 to i32
   %1318 = tail call i32 @llvm.smin.i32(i32 %1317, i32 %.reass.i)
   %1319 = ashr i32 %1318, 4
@@ -3067,96 +3067,96 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   %1322 = load i32, ptr %1321, align 4, !tbaa !4
   %block.i.3 = sext i32 %1322 to i64
   %1323 = mul nsw i64 %k_block, %block.i.3
-  %1324 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1085.i.2
+  %1324 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1100.i.2
   store i64 %1323, ptr %1324, align 8, !tbaa !4
-  %indvars.iv.next1085.i.3 = add nuw nsw i64 %indvars.iv1084.i, 4
-  %exitcond1087.not.i.3 = icmp eq i64 %indvars.iv.next1085.i.3, %wide.trip.count.i
-  br i1 %exitcond1087.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !45
+  %indvars.iv.next1100.i.3 = add nuw nsw i64 %indvars.iv1099.i, 4
+  %exitcond1102.not.i.3 = icmp eq i64 %indvars.iv.next1100.i.3, %wide.trip.count.i
+  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !45
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %1325 = icmp sgt i32 %1283, 0
   %1326 = icmp sgt i64 %1279, 0
-  %1327 = icmp eq i64 %indvars.iv1187.i, 0
+  %1327 = icmp eq i64 %indvars.iv1202.i, 0
   %1328 = insertelement <4 x i1> poison, i1 %1327, i64 0
   %1329 = shufflevector <4 x i1> %1328, <4 x i1> poison, <4 x i32> zeroinitializer
   %1330 = ashr i32 %1281, 5
   %1331 = icmp sgt i32 %1330, 0
   %1332 = and i32 %1281, 31
-  %.not1067.i = icmp eq i32 %1332, 0
+  %.not1082.i = icmp eq i32 %1332, 0
   %1333 = shl nsw i32 %1330, 4
   %1334 = and i32 %1281, -32
   %1335 = sext i32 %1334 to i64
   %1336 = sext i32 %1333 to i64
   %1337 = zext i32 %1330 to i64
-  %wide.trip.count1107.i = zext i32 %1283 to i64
-  %xtraiter = and i64 %wide.trip.count1107.i, 3
+  %wide.trip.count1122.i = zext i32 %1283 to i64
+  %xtraiter = and i64 %wide.trip.count1122.i, 3
   %1338 = icmp ult i32 %1283, 4
-  %unroll_iter = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
   %lcmp.mod193 = icmp ne i64 %xtraiter, 0
-  %xtraiter194 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter194 = and i64 %wide.trip.count1122.i, 3
   %1339 = icmp ult i32 %1283, 4
-  %unroll_iter198 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter198 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod196.not = icmp eq i64 %xtraiter194, 0
   %lcmp.mod197 = icmp ne i64 %xtraiter194, 0
-  %xtraiter200 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter200 = and i64 %wide.trip.count1122.i, 3
   %1340 = icmp ult i32 %1283, 4
-  %unroll_iter204 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter204 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod202.not = icmp eq i64 %xtraiter200, 0
   %lcmp.mod203 = icmp ne i64 %xtraiter200, 0
-  %xtraiter206 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter206 = and i64 %wide.trip.count1122.i, 3
   %1341 = icmp ult i32 %1283, 4
-  %unroll_iter210 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter210 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod208.not = icmp eq i64 %xtraiter206, 0
   %lcmp.mod209 = icmp ne i64 %xtraiter206, 0
-  %xtraiter212 = and i64 %wide.trip.count1107.i, 7
+  %xtraiter212 = and i64 %wide.trip.count1122.i, 7
   %1342 = icmp ult i32 %1283, 8
-  %unroll_iter217 = and i64 %wide.trip.count1107.i, 2147483640
+  %unroll_iter217 = and i64 %wide.trip.count1122.i, 2147483640
   %lcmp.mod214.not = icmp eq i64 %xtraiter212, 0
   %lcmp.mod216 = icmp ne i64 %xtraiter212, 0
-  %xtraiter219 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter219 = and i64 %wide.trip.count1122.i, 3
   %1343 = icmp ult i32 %1283, 4
-  %unroll_iter223 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter223 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod221.not = icmp eq i64 %xtraiter219, 0
   %lcmp.mod222 = icmp ne i64 %xtraiter219, 0
-  %xtraiter225 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter225 = and i64 %wide.trip.count1122.i, 3
   %1344 = icmp ult i32 %1283, 4
-  %unroll_iter229 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter229 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod227.not = icmp eq i64 %xtraiter225, 0
   %lcmp.mod228 = icmp ne i64 %xtraiter225, 0
-  %xtraiter231 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter231 = and i64 %wide.trip.count1122.i, 3
   %1345 = icmp ult i32 %1283, 4
-  %unroll_iter235 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter235 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod233.not = icmp eq i64 %xtraiter231, 0
   %lcmp.mod234 = icmp ne i64 %xtraiter231, 0
-  %xtraiter237 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter237 = and i64 %wide.trip.count1122.i, 3
   %1346 = icmp ult i32 %1283, 4
-  %unroll_iter241 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter241 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod239.not = icmp eq i64 %xtraiter237, 0
   %lcmp.mod240 = icmp ne i64 %xtraiter237, 0
-  %xtraiter243 = and i64 %wide.trip.count1107.i, 7
+  %xtraiter243 = and i64 %wide.trip.count1122.i, 7
   %1347 = icmp ult i32 %1283, 8
-  %unroll_iter248 = and i64 %wide.trip.count1107.i, 2147483640
+  %unroll_iter248 = and i64 %wide.trip.count1122.i, 2147483640
   %lcmp.mod245.not = icmp eq i64 %xtraiter243, 0
   %lcmp.mod247 = icmp ne i64 %xtraiter243, 0
-  %xtraiter250 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter250 = and i64 %wide.trip.count1122.i, 3
   %1348 = icmp ult i32 %1283, 4
-  %unroll_iter254 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter254 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod252.not = icmp eq i64 %xtraiter250, 0
   %lcmp.mod253 = icmp ne i64 %xtraiter250, 0
-  %xtraiter256 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter256 = and i64 %wide.trip.count1122.i, 3
   %1349 = icmp ult i32 %1283, 4
-  %unroll_iter260 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter260 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod258.not = icmp eq i64 %xtraiter256, 0
   %lcmp.mod259 = icmp ne i64 %xtraiter256, 0
-  %xtraiter262 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter262 = and i64 %wide.trip.count1122.i, 3
   %1350 = icmp ult i32 %1283, 4
-  %unroll_iter266 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter266 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod264.not = icmp eq i64 %xtraiter262, 0
   %lcmp.mod265 = icmp ne i64 %xtraiter262, 0
-  %xtraiter268 = and i64 %wide.trip.count1107.i, 3
+  %xtraiter268 = and i64 %wide.trip.count1122.i, 3
   %1351 = icmp ult i32 %1283, 4
-  %unroll_iter272 = and i64 %wide.trip.count1107.i, 2147483644
+  %unroll_iter272 = and i64 %wide.trip.count1122.i, 2147483644
   %lcmp.mod270.not = icmp eq i64 %xtraiter268, 0
   %lcmp.mod271 = icmp ne i64 %xtraiter268, 0
   %xtraiter275 = and i64 %889, 1
@@ -3167,83 +3167,83 @@ for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if
   br label %for_begin_kv_head.i
 
 for_body_t11.i:                                   ; preds = %for_body_t11.i, %for_body_t.i
-  %indvars.iv1088.i = phi i64 [ %indvars.iv.next1089.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
-  %1353 = add nuw nsw i64 %indvars.iv1088.i, %1288
+  %indvars.iv1103.i = phi i64 [ %indvars.iv.next1104.i.3, %for_body_t11.i ], [ 0, %for_body_t.i ]
+  %1353 = add nuw nsw i64 %indvars.iv1103.i, %1288
   %1354 = trunc i64 %1353 to i32
   %1355 = tail call i32 @llvm.smin.i32(i32 %1354, i32 %.reass.i)
   %1356 = sext i32 %1355 to i64
   %1357 = ashr i64 %1356, 4
-  %gep870.i = getelementptr i32, ptr %286, i64 %1357
-  %1358 = load i32, ptr %gep870.i, align 4, !tbaa !4
+  %gep885.i = getelementptr i32, ptr %286, i64 %1357
+  %1358 = load i32, ptr %gep885.i, align 4, !tbaa !4
   %block18.i = sext i32 %1358 to i64
   %1359 = lshr i64 %1356, 1
   %1360 = and i64 %1359, 7
   %1361 = mul nsw i64 %1360, %v_row
   %1362 = mul nsw i64 %v_block, %block18.i
   %1363 = add nsw i64 %1361, %1362
-  %1364 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1088.i
+  %1364 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1103.i
   store i64 %1363, ptr %1364, align 8, !tbaa !4
-  %indvars.iv.next1089.i = or disjoint i64 %indvars.iv1088.i, 1
-  %1365 = add nuw nsw i64 %indvars.iv.next1089.i, %1288
+  %indvars.iv.next1104.i = or disjoint i64 %indvars.iv1103.i, 1
+  %1365 = add nuw nsw i64 %indvars.iv.next1104.i, %1288
   %1366 = trunc i64 %1365 to i32
   %1367 = tail call i32 @llvm.smin.i32(i32 %1366, i32 %.reass.i)
   %1368 = sext i32 %1367 to i64
   %1369 = ashr i64 %1368, 4
-  %gep870.i.1 = getelementptr i32, ptr %286, i64 %1369
-  %1370 = load i32, ptr %gep870.i.1, align 4, !tbaa !4
+  %gep885.i.1 = getelementptr i32, ptr %286, i64 %1369
+  %1370 = load i32, ptr %gep885.i.1, align 4, !tbaa !4
   %block18.i.1 = sext i32 %1370 to i64
   %1371 = lshr i64 %1368, 1
   %1372 = and i64 %1371, 7
   %1373 = mul nsw i64 %1372, %v_row
   %1374 = mul nsw i64 %v_block, %block18.i.1
   %1375 = add nsw i64 %1373, %1374
-  %1376 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1089.i
+  %1376 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1104.i
   store i64 %1375, ptr %1376, align 8, !tbaa !4
-  %indvars.iv.next1089.i.1 = or disjoint i64 %indvars.iv1088.i, 2
-  %1377 = add nuw nsw i64 %indvars.iv.next1089.i.1, %1288
+  %indvars.iv.next1104.i.1 = or disjoint i64 %indvars.iv1103.i, 2
+  %1377 = add nuw nsw i64 %indvars.iv.next1104.i.1, %1288
   %1378 = trunc i64 %1377 to i32
   %1379 = tail call i32 @llvm.smin.i32(i32 %1378, i32 %.reass.i)
   %1380 = sext i32 %1379 to i64
   %1381 = ashr i64 %1380, 4
-  %gep870.i.2 = getelementptr i32, ptr %286, i64 %1381
-  %1382 = load i32, ptr %gep870.i.2, align 4, !tbaa !4
+  %gep885.i.2 = getelementptr i32, ptr %286, i64 %1381
+  %1382 = load i32, ptr %gep885.i.2, align 4, !tbaa !4
   %block18.i.2 = sext i32 %1382 to i64
   %1383 = lshr i64 %1380, 1
   %1384 = and i64 %1383, 7
   %1385 = mul nsw i64 %1384, %v_row
   %1386 = mul nsw i64 %v_block, %block18.i.2
   %1387 = add nsw i64 %1385, %1386
-  %1388 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1089.i.1
+  %1388 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1104.i.1
   store i64 %1387, ptr %1388, align 8, !tbaa !4
-  %indvars.iv.next1089.i.2 = or disjoint i64 %indvars.iv1088.i, 3
-  %1389 = add nuw nsw i64 %indvars.iv.next1089.i.2, %1288
+  %indvars.iv.next1104.i.2 = or disjoint i64 %indvars.iv1103.i, 3
+  %1389 = add nuw nsw i64 %indvars.iv.next1104.i.2, %1288
   %1390 = trunc i64 %1389 to i32
   %1391 = tail call i32 @llvm.smin.i32(i32 %1390, i32 %.reass.i)
   %1392 = sext i32 %1391 to i64
   %1393 = ashr i64 %1392, 4
-  %gep870.i.3 = getelementptr i32, ptr %286, i64 %1393
-  %1394 = load i32, ptr %gep870.i.3, align 4, !tbaa !4
+  %gep885.i.3 = getelementptr i32, ptr %286, i64 %1393
+  %1394 = load i32, ptr %gep885.i.3, align 4, !tbaa !4
   %block18.i.3 = sext i32 %1394 to i64
   %1395 = lshr i64 %1392, 1
   %1396 = and i64 %1395, 7
   %1397 = mul nsw i64 %1396, %v_row
   %1398 = mul nsw i64 %v_block, %block18.i.3
   %1399 = add nsw i64 %1397, %1398
-  %1400 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1089.i.2
+  %1400 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1104.i.2
   store i64 %1399, ptr %1400, align 8, !tbaa !4
-  %indvars.iv.next1089.i.3 = add nuw nsw i64 %indvars.iv1088.i, 4
-  %exitcond1092.not.i.3 = icmp eq i64 %indvars.iv.next1089.i.3, %wide.trip.count.i
-  br i1 %exitcond1092.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !47
+  %indvars.iv.next1104.i.3 = add nuw nsw i64 %indvars.iv1103.i, 4
+  %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1104.i.3, %wide.trip.count.i
+  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !47
 
-for_begin_kv_head.i:                              ; preds = %if_end156.i, %for_begin_kv_head.preheader.i
-  %indvars.iv1183.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1184.i, %if_end156.i ]
-  %exitcond1186.not.i = icmp eq i64 %indvars.iv1183.i, 8
-  br i1 %exitcond1186.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
+for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
+  %indvars.iv1198.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1199.i, %if_end166.i ]
+  %exitcond1201.not.i = icmp eq i64 %indvars.iv1198.i, 8
+  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
-  %1401 = icmp eq i64 %indvars.iv1183.i, 7
+  %1401 = icmp eq i64 %indvars.iv1198.i, 7
   %1402 = and i1 %1285, %1401
-  %indvars.iv.next1184.i = add nuw nsw i64 %indvars.iv1183.i, 1
+  %indvars.iv.next1199.i = add nuw nsw i64 %indvars.iv1198.i, 1
   %1403 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %scores.i = tail call ptr %1403(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1404 = icmp eq ptr %scores.i, null
@@ -3252,261 +3252,261 @@ for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
 for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %1405 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1406 = tail call i32 %1405(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
-  %.not230.i = icmp eq i32 %1406, 0
-  br i1 %.not230.i, label %if_end162.i, label %fused_decode_compute_.exit, !prof !40
+  %.not245.i = icmp eq i32 %1406, 0
+  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
   %1407 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %prob_pairs.i = tail call ptr %1407(i32 1, i32 %dev_id, i64 1024, i32 0, i32 32)
   %1408 = icmp eq ptr %prob_pairs.i, null
-  br i1 %1408, label %fused_decode_compute_.exit, label %for_begin___m.preheader.i, !prof !7
+  br i1 %1408, label %fused_decode_compute_.exit, label %for_begin_i.preheader.i, !prof !7
 
-for_begin___m.preheader.i:                        ; preds = %if_end22.i
-  %1409 = select i1 %1402, i32 128, i32 0
-  %1410 = select i1 %1401, i64 0, i64 %indvars.iv.next1184.i
-  %1411 = mul nsw i64 %1410, %k_head
-  %invariant.gep881.i = getelementptr i32, ptr %key_cache, i64 %1411
-  %1412 = mul nsw i64 %indvars.iv1183.i, %k_head
-  %invariant.gep893.i = getelementptr i32, ptr %key_cache, i64 %1412
-  br i1 %1325, label %for_begin_n_1_m.preheader.us.i.preheader, label %for_end___m.i, !prof !3
+for_begin_i.preheader.i:                          ; preds = %if_end22.i
+  %1409 = select i1 %1401, i64 0, i64 %indvars.iv.next1199.i
+  %1410 = mul nsw i64 %1409, %k_head
+  %1411 = select i1 %1402, i32 128, i32 0
+  %invariant.gep896.i = getelementptr i32, ptr %key_cache, i64 %1410
+  %1412 = mul nsw i64 %indvars.iv1198.i, %k_head
+  %invariant.gep908.i = getelementptr i32, ptr %key_cache, i64 %1412
+  br i1 %1325, label %for_begin_d_0.preheader.us.i.preheader, label %for_end_i.i, !prof !3
 
-for_begin_n_1_m.preheader.us.i.preheader:         ; preds = %for_begin___m.preheader.i
-  %.idx = shl nuw nsw i64 %indvars.iv1183.i, 10
+for_begin_d_0.preheader.us.i.preheader:           ; preds = %for_begin_i.preheader.i
+  %.idx = shl nuw nsw i64 %indvars.iv1198.i, 10
   %invariant.gep = getelementptr inbounds nuw i8, ptr %q_tile.i, i64 %.idx
-  br label %for_begin_n_1_m.preheader.us.i
+  br label %for_begin_d_0.preheader.us.i
 
-for_end_n_1_m.us.i:                               ; preds = %for_begin_n_2.preheader.us.i
+for_end_d_0.us.i:                                 ; preds = %for_begin_line.preheader.us.i
   %1413 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1539
-  store <16 x float> %r.i260.us.1.i, ptr %1413, align 4, !tbaa !4
+  store <16 x float> %r.i275.us.1.i, ptr %1413, align 4, !tbaa !4
   %1414 = getelementptr inbounds nuw i8, ptr %1413, i64 64
-  store <16 x float> %r.i263.us.1.i, ptr %1414, align 4, !tbaa !4
+  store <16 x float> %r.i278.us.1.i, ptr %1414, align 4, !tbaa !4
   %1415 = getelementptr inbounds nuw i8, ptr %1413, i64 512
-  store <16 x float> %r.i266.us.1.i, ptr %1415, align 4, !tbaa !4
+  store <16 x float> %r.i281.us.1.i, ptr %1415, align 4, !tbaa !4
   %1416 = getelementptr inbounds nuw i8, ptr %1413, i64 576
-  store <16 x float> %r.i269.us.1.i, ptr %1416, align 4, !tbaa !4
+  store <16 x float> %r.i284.us.1.i, ptr %1416, align 4, !tbaa !4
   %1417 = getelementptr inbounds nuw i8, ptr %1413, i64 1024
-  store <16 x float> %r.i272.us.1.i, ptr %1417, align 4, !tbaa !4
+  store <16 x float> %r.i287.us.1.i, ptr %1417, align 4, !tbaa !4
   %1418 = getelementptr inbounds nuw i8, ptr %1413, i64 1088
-  store <16 x float> %r.i275.us.1.i, ptr %1418, align 4, !tbaa !4
+  store <16 x float> %r.i290.us.1.i, ptr %1418, align 4, !tbaa !4
   %1419 = getelementptr inbounds nuw i8, ptr %1413, i64 1536
-  store <16 x float> %r.i278.us.1.i, ptr %1419, align 4, !tbaa !4
+  store <16 x float> %r.i293.us.1.i, ptr %1419, align 4, !tbaa !4
   %1420 = getelementptr inbounds nuw i8, ptr %1413, i64 1600
-  store <16 x float> %r.i281.us.1.i, ptr %1420, align 4, !tbaa !4
-  %indvars.iv.next1105.i = add nuw nsw i64 %indvars.iv1104.i, 1
-  %exitcond1108.not.i = icmp eq i64 %indvars.iv.next1105.i, %wide.trip.count1107.i
-  br i1 %exitcond1108.not.i, label %for_end___m.i, label %for_begin_n_1_m.preheader.us.i, !prof !8
+  store <16 x float> %r.i296.us.1.i, ptr %1420, align 4, !tbaa !4
+  %indvars.iv.next1120.i = add nuw nsw i64 %indvars.iv1119.i, 1
+  %exitcond1123.not.i = icmp eq i64 %indvars.iv.next1120.i, %wide.trip.count1122.i
+  br i1 %exitcond1123.not.i, label %for_end_i.i, label %for_begin_d_0.preheader.us.i, !prof !8
 
-for_begin_n_2.preheader.us.i:                     ; preds = %for_begin_n_1_m.preheader.us.i, %for_begin_n_2.preheader.us.i
-  %indvars.iv1100.i = phi i64 [ 0, %for_begin_n_1_m.preheader.us.i ], [ %indvars.iv.next1101.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.0.0890.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i260.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.6.0889.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i263.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.12.0888.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i266.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.18.0887.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i269.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.24.0886.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i272.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.30.0885.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i275.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.36.0884.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i278.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %scores_global223.sroa.42.0883.us.i = phi <16 x float> [ zeroinitializer, %for_begin_n_1_m.preheader.us.i ], [ %r.i281.us.1.i, %for_begin_n_2.preheader.us.i ]
-  %1421 = shl i64 %indvars.iv1100.i, 3
+for_begin_line.preheader.us.i:                    ; preds = %for_begin_d_0.preheader.us.i, %for_begin_line.preheader.us.i
+  %indvars.iv1115.i = phi i64 [ 0, %for_begin_d_0.preheader.us.i ], [ %indvars.iv.next1116.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.0.0905.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i275.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.6.0904.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i278.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.12.0903.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i281.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.18.0902.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i284.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.24.0901.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i287.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.30.0900.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i290.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.36.0899.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i293.us.1.i, %for_begin_line.preheader.us.i ]
+  %scores_global238.sroa.42.0898.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.us.i ], [ %r.i296.us.1.i, %for_begin_line.preheader.us.i ]
+  %1421 = shl i64 %indvars.iv1115.i, 3
   %1422 = and i64 %1421, 56
-  %indvars.iv1100.tr1259.i = trunc i64 %indvars.iv1100.i to i32
-  %1423 = shl i32 %indvars.iv1100.tr1259.i, 1
+  %indvars.iv1115.tr1274.i = trunc i64 %indvars.iv1115.i to i32
+  %1423 = shl i32 %indvars.iv1115.tr1274.i, 1
   %1424 = and i32 %1423, 16
   %1425 = or disjoint i32 %1424, %1545
   %1426 = zext nneg i32 %1425 to i64
   %1427 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1426
   %1428 = load i64, ptr %1427, align 8, !tbaa !4
-  %gep882.us.i = getelementptr i32, ptr %invariant.gep881.i, i64 %1428
+  %gep897.us.i = getelementptr i32, ptr %invariant.gep896.i, i64 %1428
   %1429 = mul nsw i64 %1422, %k_row
-  %1430 = getelementptr i32, ptr %gep882.us.i, i64 %1429
+  %1430 = getelementptr i32, ptr %gep897.us.i, i64 %1429
   tail call void @llvm.prefetch.p0(ptr readonly %1430, i32 0, i32 2, i32 1)
   %1431 = or disjoint i64 %1422, 1
   %1432 = mul nsw i64 %1431, %k_row
-  %1433 = getelementptr i32, ptr %gep882.us.i, i64 %1432
+  %1433 = getelementptr i32, ptr %gep897.us.i, i64 %1432
   tail call void @llvm.prefetch.p0(ptr readonly %1433, i32 0, i32 2, i32 1)
   %1434 = or disjoint i64 %1422, 2
   %1435 = mul nsw i64 %1434, %k_row
-  %1436 = getelementptr i32, ptr %gep882.us.i, i64 %1435
+  %1436 = getelementptr i32, ptr %gep897.us.i, i64 %1435
   tail call void @llvm.prefetch.p0(ptr readonly %1436, i32 0, i32 2, i32 1)
   %1437 = or disjoint i64 %1422, 3
   %1438 = mul nsw i64 %1437, %k_row
-  %1439 = getelementptr i32, ptr %gep882.us.i, i64 %1438
+  %1439 = getelementptr i32, ptr %gep897.us.i, i64 %1438
   tail call void @llvm.prefetch.p0(ptr readonly %1439, i32 0, i32 2, i32 1)
   %1440 = or disjoint i64 %1422, 4
   %1441 = mul nsw i64 %1440, %k_row
-  %1442 = getelementptr i32, ptr %gep882.us.i, i64 %1441
+  %1442 = getelementptr i32, ptr %gep897.us.i, i64 %1441
   tail call void @llvm.prefetch.p0(ptr readonly %1442, i32 0, i32 2, i32 1)
   %1443 = or disjoint i64 %1422, 5
   %1444 = mul nsw i64 %1443, %k_row
-  %1445 = getelementptr i32, ptr %gep882.us.i, i64 %1444
+  %1445 = getelementptr i32, ptr %gep897.us.i, i64 %1444
   tail call void @llvm.prefetch.p0(ptr readonly %1445, i32 0, i32 2, i32 1)
   %1446 = or disjoint i64 %1422, 6
   %1447 = mul nsw i64 %1446, %k_row
-  %1448 = getelementptr i32, ptr %gep882.us.i, i64 %1447
+  %1448 = getelementptr i32, ptr %gep897.us.i, i64 %1447
   tail call void @llvm.prefetch.p0(ptr readonly %1448, i32 0, i32 2, i32 1)
   %1449 = or disjoint i64 %1422, 7
   %1450 = mul nsw i64 %1449, %k_row
-  %1451 = getelementptr i32, ptr %gep882.us.i, i64 %1450
+  %1451 = getelementptr i32, ptr %gep897.us.i, i64 %1450
   tail call void @llvm.prefetch.p0(ptr readonly %1451, i32 0, i32 2, i32 1)
-  %1452 = shl nuw nsw i64 %indvars.iv1100.i, 2
+  %1452 = shl nuw nsw i64 %indvars.iv1115.i, 2
   %gep = getelementptr inbounds nuw i32, ptr %invariant.gep, i64 %1452
   %1453 = load i32, ptr %gep, align 4, !tbaa !4
   %1454 = insertelement <16 x i32> poison, i32 %1453, i64 0
   %1455 = shufflevector <16 x i32> %1454, <16 x i32> poison, <16 x i32> zeroinitializer
   %1456 = mul nsw i64 %1452, %k_row
-  %1457 = getelementptr i32, ptr %gep894.us.i, i64 %1456
+  %1457 = getelementptr i32, ptr %gep909.us.i, i64 %1456
   %1458 = load <32 x bfloat>, ptr %1457, align 4, !tbaa !4
   %x.i.us.i = bitcast <16 x i32> %1455 to <32 x bfloat>
-  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.0.0890.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1458)
-  %1459 = getelementptr i32, ptr %gep896.us.i, i64 %1456
+  %r.i.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.0.0905.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1458)
+  %1459 = getelementptr i32, ptr %gep911.us.i, i64 %1456
   %1460 = load <32 x bfloat>, ptr %1459, align 4, !tbaa !4
-  %r.i239.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.6.0889.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1460)
+  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.6.0904.us.i, <32 x bfloat> %x.i.us.i, <32 x bfloat> %1460)
   %1461 = getelementptr inbounds nuw i8, ptr %gep, i64 256
   %1462 = load i32, ptr %1461, align 4, !tbaa !4
   %1463 = insertelement <16 x i32> poison, i32 %1462, i64 0
   %1464 = shufflevector <16 x i32> %1463, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i240.us.i = bitcast <16 x i32> %1464 to <32 x bfloat>
-  %r.i242.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.12.0888.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1458)
-  %r.i245.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.18.0887.us.i, <32 x bfloat> %x.i240.us.i, <32 x bfloat> %1460)
+  %x.i255.us.i = bitcast <16 x i32> %1464 to <32 x bfloat>
+  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.12.0903.us.i, <32 x bfloat> %x.i255.us.i, <32 x bfloat> %1458)
+  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.18.0902.us.i, <32 x bfloat> %x.i255.us.i, <32 x bfloat> %1460)
   %1465 = getelementptr inbounds nuw i8, ptr %gep, i64 512
   %1466 = load i32, ptr %1465, align 4, !tbaa !4
   %1467 = insertelement <16 x i32> poison, i32 %1466, i64 0
   %1468 = shufflevector <16 x i32> %1467, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i246.us.i = bitcast <16 x i32> %1468 to <32 x bfloat>
-  %r.i248.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.24.0886.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1458)
-  %r.i251.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.30.0885.us.i, <32 x bfloat> %x.i246.us.i, <32 x bfloat> %1460)
+  %x.i261.us.i = bitcast <16 x i32> %1468 to <32 x bfloat>
+  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.24.0901.us.i, <32 x bfloat> %x.i261.us.i, <32 x bfloat> %1458)
+  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.30.0900.us.i, <32 x bfloat> %x.i261.us.i, <32 x bfloat> %1460)
   %1469 = getelementptr inbounds nuw i8, ptr %gep, i64 768
   %1470 = load i32, ptr %1469, align 4, !tbaa !4
   %1471 = insertelement <16 x i32> poison, i32 %1470, i64 0
   %1472 = shufflevector <16 x i32> %1471, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i252.us.i = bitcast <16 x i32> %1472 to <32 x bfloat>
-  %r.i254.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.36.0884.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1458)
-  %r.i257.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global223.sroa.42.0883.us.i, <32 x bfloat> %x.i252.us.i, <32 x bfloat> %1460)
+  %x.i267.us.i = bitcast <16 x i32> %1472 to <32 x bfloat>
+  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.36.0899.us.i, <32 x bfloat> %x.i267.us.i, <32 x bfloat> %1458)
+  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global238.sroa.42.0898.us.i, <32 x bfloat> %x.i267.us.i, <32 x bfloat> %1460)
   %1473 = getelementptr inbounds nuw i8, ptr %gep, i64 4
   %1474 = load i32, ptr %1473, align 4, !tbaa !4
   %1475 = insertelement <16 x i32> poison, i32 %1474, i64 0
   %1476 = shufflevector <16 x i32> %1475, <16 x i32> poison, <16 x i32> zeroinitializer
   %1477 = or disjoint i64 %1452, 1
   %1478 = mul nsw i64 %1477, %k_row
-  %1479 = getelementptr i32, ptr %gep894.us.i, i64 %1478
+  %1479 = getelementptr i32, ptr %gep909.us.i, i64 %1478
   %1480 = load <32 x bfloat>, ptr %1479, align 4, !tbaa !4
-  %x.i258.us.i = bitcast <16 x i32> %1476 to <32 x bfloat>
-  %r.i260.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1480)
-  %1481 = getelementptr i32, ptr %gep896.us.i, i64 %1478
+  %x.i273.us.i = bitcast <16 x i32> %1476 to <32 x bfloat>
+  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.i, <32 x bfloat> %x.i273.us.i, <32 x bfloat> %1480)
+  %1481 = getelementptr i32, ptr %gep911.us.i, i64 %1478
   %1482 = load <32 x bfloat>, ptr %1481, align 4, !tbaa !4
-  %r.i263.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.i, <32 x bfloat> %x.i258.us.i, <32 x bfloat> %1482)
+  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i273.us.i, <32 x bfloat> %1482)
   %1483 = getelementptr inbounds nuw i8, ptr %gep, i64 260
   %1484 = load i32, ptr %1483, align 4, !tbaa !4
   %1485 = insertelement <16 x i32> poison, i32 %1484, i64 0
   %1486 = shufflevector <16 x i32> %1485, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i264.us.i = bitcast <16 x i32> %1486 to <32 x bfloat>
-  %r.i266.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1480)
-  %r.i269.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.i, <32 x bfloat> %x.i264.us.i, <32 x bfloat> %1482)
+  %x.i279.us.i = bitcast <16 x i32> %1486 to <32 x bfloat>
+  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i279.us.i, <32 x bfloat> %1480)
+  %r.i284.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i279.us.i, <32 x bfloat> %1482)
   %1487 = getelementptr inbounds nuw i8, ptr %gep, i64 516
   %1488 = load i32, ptr %1487, align 4, !tbaa !4
   %1489 = insertelement <16 x i32> poison, i32 %1488, i64 0
   %1490 = shufflevector <16 x i32> %1489, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i270.us.i = bitcast <16 x i32> %1490 to <32 x bfloat>
-  %r.i272.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1480)
-  %r.i275.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.i, <32 x bfloat> %x.i270.us.i, <32 x bfloat> %1482)
+  %x.i285.us.i = bitcast <16 x i32> %1490 to <32 x bfloat>
+  %r.i287.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i285.us.i, <32 x bfloat> %1480)
+  %r.i290.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i285.us.i, <32 x bfloat> %1482)
   %1491 = getelementptr inbounds nuw i8, ptr %gep, i64 772
   %1492 = load i32, ptr %1491, align 4, !tbaa !4
   %1493 = insertelement <16 x i32> poison, i32 %1492, i64 0
   %1494 = shufflevector <16 x i32> %1493, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i276.us.i = bitcast <16 x i32> %1494 to <32 x bfloat>
-  %r.i278.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1480)
-  %r.i281.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.i, <32 x bfloat> %x.i276.us.i, <32 x bfloat> %1482)
+  %x.i291.us.i = bitcast <16 x i32> %1494 to <32 x bfloat>
+  %r.i293.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i291.us.i, <32 x bfloat> %1480)
+  %r.i296.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i291.us.i, <32 x bfloat> %1482)
   %1495 = getelementptr inbounds nuw i8, ptr %gep, i64 8
   %1496 = load i32, ptr %1495, align 4, !tbaa !4
   %1497 = insertelement <16 x i32> poison, i32 %1496, i64 0
   %1498 = shufflevector <16 x i32> %1497, <16 x i32> poison, <16 x i32> zeroinitializer
   %1499 = or disjoint i64 %1452, 2
   %1500 = mul nsw i64 %1499, %k_row
-  %1501 = getelementptr i32, ptr %gep894.us.i, i64 %1500
+  %1501 = getelementptr i32, ptr %gep909.us.i, i64 %1500
   %1502 = load <32 x bfloat>, ptr %1501, align 4, !tbaa !4
   %x.i.us.1.i = bitcast <16 x i32> %1498 to <32 x bfloat>
-  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1502)
-  %1503 = getelementptr i32, ptr %gep896.us.i, i64 %1500
+  %r.i.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1502)
+  %1503 = getelementptr i32, ptr %gep911.us.i, i64 %1500
   %1504 = load <32 x bfloat>, ptr %1503, align 4, !tbaa !4
-  %r.i239.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1504)
+  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i.us.1.i, <32 x bfloat> %1504)
   %1505 = getelementptr inbounds nuw i8, ptr %gep, i64 264
   %1506 = load i32, ptr %1505, align 4, !tbaa !4
   %1507 = insertelement <16 x i32> poison, i32 %1506, i64 0
   %1508 = shufflevector <16 x i32> %1507, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i240.us.1.i = bitcast <16 x i32> %1508 to <32 x bfloat>
-  %r.i242.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1502)
-  %r.i245.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.i, <32 x bfloat> %x.i240.us.1.i, <32 x bfloat> %1504)
+  %x.i255.us.1.i = bitcast <16 x i32> %1508 to <32 x bfloat>
+  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i255.us.1.i, <32 x bfloat> %1502)
+  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.us.i, <32 x bfloat> %x.i255.us.1.i, <32 x bfloat> %1504)
   %1509 = getelementptr inbounds nuw i8, ptr %gep, i64 520
   %1510 = load i32, ptr %1509, align 4, !tbaa !4
   %1511 = insertelement <16 x i32> poison, i32 %1510, i64 0
   %1512 = shufflevector <16 x i32> %1511, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i246.us.1.i = bitcast <16 x i32> %1512 to <32 x bfloat>
-  %r.i248.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1502)
-  %r.i251.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i275.us.i, <32 x bfloat> %x.i246.us.1.i, <32 x bfloat> %1504)
+  %x.i261.us.1.i = bitcast <16 x i32> %1512 to <32 x bfloat>
+  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.us.i, <32 x bfloat> %x.i261.us.1.i, <32 x bfloat> %1502)
+  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.us.i, <32 x bfloat> %x.i261.us.1.i, <32 x bfloat> %1504)
   %1513 = getelementptr inbounds nuw i8, ptr %gep, i64 776
   %1514 = load i32, ptr %1513, align 4, !tbaa !4
   %1515 = insertelement <16 x i32> poison, i32 %1514, i64 0
   %1516 = shufflevector <16 x i32> %1515, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i252.us.1.i = bitcast <16 x i32> %1516 to <32 x bfloat>
-  %r.i254.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i278.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1502)
-  %r.i257.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i281.us.i, <32 x bfloat> %x.i252.us.1.i, <32 x bfloat> %1504)
+  %x.i267.us.1.i = bitcast <16 x i32> %1516 to <32 x bfloat>
+  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.us.i, <32 x bfloat> %x.i267.us.1.i, <32 x bfloat> %1502)
+  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.us.i, <32 x bfloat> %x.i267.us.1.i, <32 x bfloat> %1504)
   %1517 = getelementptr inbounds nuw i8, ptr %gep, i64 12
   %1518 = load i32, ptr %1517, align 4, !tbaa !4
   %1519 = insertelement <16 x i32> poison, i32 %1518, i64 0
   %1520 = shufflevector <16 x i32> %1519, <16 x i32> poison, <16 x i32> zeroinitializer
   %1521 = or disjoint i64 %1452, 3
   %1522 = mul nsw i64 %1521, %k_row
-  %1523 = getelementptr i32, ptr %gep894.us.i, i64 %1522
+  %1523 = getelementptr i32, ptr %gep909.us.i, i64 %1522
   %1524 = load <32 x bfloat>, ptr %1523, align 4, !tbaa !4
-  %x.i258.us.1.i = bitcast <16 x i32> %1520 to <32 x bfloat>
-  %r.i260.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1524)
-  %1525 = getelementptr i32, ptr %gep896.us.i, i64 %1522
+  %x.i273.us.1.i = bitcast <16 x i32> %1520 to <32 x bfloat>
+  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.1.i, <32 x bfloat> %x.i273.us.1.i, <32 x bfloat> %1524)
+  %1525 = getelementptr i32, ptr %gep911.us.i, i64 %1522
   %1526 = load <32 x bfloat>, ptr %1525, align 4, !tbaa !4
-  %r.i263.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i239.us.1.i, <32 x bfloat> %x.i258.us.1.i, <32 x bfloat> %1526)
+  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i273.us.1.i, <32 x bfloat> %1526)
   %1527 = getelementptr inbounds nuw i8, ptr %gep, i64 268
   %1528 = load i32, ptr %1527, align 4, !tbaa !4
   %1529 = insertelement <16 x i32> poison, i32 %1528, i64 0
   %1530 = shufflevector <16 x i32> %1529, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i264.us.1.i = bitcast <16 x i32> %1530 to <32 x bfloat>
-  %r.i266.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i242.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1524)
-  %r.i269.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i245.us.1.i, <32 x bfloat> %x.i264.us.1.i, <32 x bfloat> %1526)
+  %x.i279.us.1.i = bitcast <16 x i32> %1530 to <32 x bfloat>
+  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i279.us.1.i, <32 x bfloat> %1524)
+  %r.i284.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i260.us.1.i, <32 x bfloat> %x.i279.us.1.i, <32 x bfloat> %1526)
   %1531 = getelementptr inbounds nuw i8, ptr %gep, i64 524
   %1532 = load i32, ptr %1531, align 4, !tbaa !4
   %1533 = insertelement <16 x i32> poison, i32 %1532, i64 0
   %1534 = shufflevector <16 x i32> %1533, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i270.us.1.i = bitcast <16 x i32> %1534 to <32 x bfloat>
-  %r.i272.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i248.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1524)
-  %r.i275.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i251.us.1.i, <32 x bfloat> %x.i270.us.1.i, <32 x bfloat> %1526)
+  %x.i285.us.1.i = bitcast <16 x i32> %1534 to <32 x bfloat>
+  %r.i287.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i263.us.1.i, <32 x bfloat> %x.i285.us.1.i, <32 x bfloat> %1524)
+  %r.i290.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i266.us.1.i, <32 x bfloat> %x.i285.us.1.i, <32 x bfloat> %1526)
   %1535 = getelementptr inbounds nuw i8, ptr %gep, i64 780
   %1536 = load i32, ptr %1535, align 4, !tbaa !4
   %1537 = insertelement <16 x i32> poison, i32 %1536, i64 0
   %1538 = shufflevector <16 x i32> %1537, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i276.us.1.i = bitcast <16 x i32> %1538 to <32 x bfloat>
-  %r.i278.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i254.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1524)
-  %r.i281.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i257.us.1.i, <32 x bfloat> %x.i276.us.1.i, <32 x bfloat> %1526)
-  %indvars.iv.next1101.i = add nuw nsw i64 %indvars.iv1100.i, 1
-  %exitcond1103.not.i = icmp eq i64 %indvars.iv.next1101.i, 16
-  br i1 %exitcond1103.not.i, label %for_end_n_1_m.us.i, label %for_begin_n_2.preheader.us.i, !prof !39
+  %x.i291.us.1.i = bitcast <16 x i32> %1538 to <32 x bfloat>
+  %r.i293.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i269.us.1.i, <32 x bfloat> %x.i291.us.1.i, <32 x bfloat> %1524)
+  %r.i296.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.1.i, <32 x bfloat> %x.i291.us.1.i, <32 x bfloat> %1526)
+  %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
+  %exitcond1118.not.i = icmp eq i64 %indvars.iv.next1116.i, 16
+  br i1 %exitcond1118.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !39
 
-for_begin_n_1_m.preheader.us.i:                   ; preds = %for_end_n_1_m.us.i, %for_begin_n_1_m.preheader.us.i.preheader
-  %indvars.iv1104.i = phi i64 [ %indvars.iv.next1105.i, %for_end_n_1_m.us.i ], [ 0, %for_begin_n_1_m.preheader.us.i.preheader ]
-  %1539 = shl nsw i64 %indvars.iv1104.i, 5
+for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.us.i, %for_begin_d_0.preheader.us.i.preheader
+  %indvars.iv1119.i = phi i64 [ %indvars.iv.next1120.i, %for_end_d_0.us.i ], [ 0, %for_begin_d_0.preheader.us.i.preheader ]
+  %1539 = shl nsw i64 %indvars.iv1119.i, 5
   %1540 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %1539
   %1541 = load i64, ptr %1540, align 8, !tbaa !4
-  %gep894.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1541
+  %gep909.us.i = getelementptr i32, ptr %invariant.gep908.i, i64 %1541
   %1542 = getelementptr inbounds nuw i8, ptr %1540, i64 128
   %1543 = load i64, ptr %1542, align 8, !tbaa !4
-  %gep896.us.i = getelementptr i32, ptr %invariant.gep893.i, i64 %1543
+  %gep911.us.i = getelementptr i32, ptr %invariant.gep908.i, i64 %1543
   %1544 = trunc i64 %1539 to i32
-  %1545 = add i32 %1409, %1544
-  br label %for_begin_n_2.preheader.us.i
+  %1545 = add i32 %1411, %1544
+  br label %for_begin_line.preheader.us.i
 
-for_end___m.i:                                    ; preds = %for_end_n_1_m.us.i, %for_begin___m.preheader.i
+for_end_i.i:                                      ; preds = %for_end_d_0.us.i, %for_begin_i.preheader.i
   %1546 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %probs.i = tail call ptr %1546(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1547 = icmp eq ptr %probs.i, null
   br i1 %1547, label %fused_decode_compute_.exit, label %if_end28.i, !prof !7
 
-if_end28.i:                                       ; preds = %for_end___m.i
+if_end28.i:                                       ; preds = %for_end_i.i
   %1548 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
   %scaled.i = tail call ptr %1548(i32 1, i32 %dev_id, i64 2048, i32 2, i32 32)
   %1549 = icmp eq ptr %scaled.i, null
@@ -3519,15 +3519,15 @@ if_end31.i:                                       ; preds = %if_end28.i
   br i1 %1551, label %fused_decode_compute_.exit, label %for_begin_r36.preheader.i, !prof !7
 
 for_begin_r36.preheader.i:                        ; preds = %if_end31.i
-  br i1 %1325, label %for_body_to.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
+  br i1 %1325, label %for_body_to42.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
-for_body_to.us.i.preheader:                       ; preds = %for_begin_r36.preheader.i
-  br i1 %1338, label %for_body_to.us.i.epil.preheader, label %for_body_to.us.i, !prof !48
+for_body_to42.us.i.preheader:                     ; preds = %for_begin_r36.preheader.i
+  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !48
 
-for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %for_body_to.us.i.preheader
-  %indvars.iv1109.i = phi i64 [ %indvars.iv.next1110.i.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %niter = phi i64 [ %niter.next.3, %for_body_to.us.i ], [ 0, %for_body_to.us.i.preheader ]
-  %1552 = shl nsw i64 %indvars.iv1109.i, 5
+for_body_to42.us.i:                               ; preds = %for_body_to42.us.i, %for_body_to42.us.i.preheader
+  %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i.3, %for_body_to42.us.i ], [ 0, %for_body_to42.us.i.preheader ]
+  %niter = phi i64 [ %niter.next.3, %for_body_to42.us.i ], [ 0, %for_body_to42.us.i.preheader ]
+  %1552 = shl nsw i64 %indvars.iv1124.i, 5
   %1553 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1552
   %1554 = load <32 x float>, ptr %1553, align 4, !tbaa !4
   %1555 = fmul <32 x float> %97, %1554
@@ -3539,8 +3539,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1561 = select <32 x i1> %1560, <32 x float> %1555, <32 x float> splat (float 0xFFF0000000000000)
   %1562 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1552
   store <32 x float> %1561, ptr %1562, align 4, !tbaa !4
-  %indvars.iv.next1110.i = shl i64 %indvars.iv1109.i, 5
-  %1563 = or disjoint i64 %indvars.iv.next1110.i, 32
+  %indvars.iv.next1125.i = shl i64 %indvars.iv1124.i, 5
+  %1563 = or disjoint i64 %indvars.iv.next1125.i, 32
   %1564 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1563
   %1565 = load <32 x float>, ptr %1564, align 4, !tbaa !4
   %1566 = fmul <32 x float> %97, %1565
@@ -3552,8 +3552,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1572 = select <32 x i1> %1571, <32 x float> %1566, <32 x float> splat (float 0xFFF0000000000000)
   %1573 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1563
   store <32 x float> %1572, ptr %1573, align 4, !tbaa !4
-  %indvars.iv.next1110.i.1 = shl i64 %indvars.iv1109.i, 5
-  %1574 = or disjoint i64 %indvars.iv.next1110.i.1, 64
+  %indvars.iv.next1125.i.1 = shl i64 %indvars.iv1124.i, 5
+  %1574 = or disjoint i64 %indvars.iv.next1125.i.1, 64
   %1575 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1574
   %1576 = load <32 x float>, ptr %1575, align 4, !tbaa !4
   %1577 = fmul <32 x float> %97, %1576
@@ -3565,8 +3565,8 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1583 = select <32 x i1> %1582, <32 x float> %1577, <32 x float> splat (float 0xFFF0000000000000)
   %1584 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1574
   store <32 x float> %1583, ptr %1584, align 4, !tbaa !4
-  %indvars.iv.next1110.i.2 = shl i64 %indvars.iv1109.i, 5
-  %1585 = or disjoint i64 %indvars.iv.next1110.i.2, 96
+  %indvars.iv.next1125.i.2 = shl i64 %indvars.iv1124.i, 5
+  %1585 = or disjoint i64 %indvars.iv.next1125.i.2, 96
   %1586 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1585
   %1587 = load <32 x float>, ptr %1586, align 4, !tbaa !4
   %1588 = fmul <32 x float> %97, %1587
@@ -3578,23 +3578,23 @@ for_body_to.us.i:                                 ; preds = %for_body_to.us.i, %
   %1594 = select <32 x i1> %1593, <32 x float> %1588, <32 x float> splat (float 0xFFF0000000000000)
   %1595 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1585
   store <32 x float> %1594, ptr %1595, align 4, !tbaa !4
-  %indvars.iv.next1110.i.3 = add nuw nsw i64 %indvars.iv1109.i, 4
+  %indvars.iv.next1125.i.3 = add nuw nsw i64 %indvars.iv1124.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to.us.1.i.preheader.unr-lcssa, label %for_body_to.us.i, !prof !49, !llvm.loop !50
+  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !49, !llvm.loop !50
 
-for_body_to.us.1.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.i
-  br i1 %lcmp.mod.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil.preheader, !prof !52
+for_body_to42.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.i
+  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !52
 
-for_body_to.us.i.epil.preheader:                  ; preds = %for_body_to.us.1.i.preheader.unr-lcssa, %for_body_to.us.i.preheader
-  %indvars.iv1109.i.epil.init = phi i64 [ 0, %for_body_to.us.i.preheader ], [ %indvars.iv.next1110.i.3, %for_body_to.us.1.i.preheader.unr-lcssa ]
+for_body_to42.us.i.epil.preheader:                ; preds = %for_body_to42.us.1.i.preheader.unr-lcssa, %for_body_to42.us.i.preheader
+  %indvars.iv1124.i.epil.init = phi i64 [ 0, %for_body_to42.us.i.preheader ], [ %indvars.iv.next1125.i.3, %for_body_to42.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod193)
-  br label %for_body_to.us.i.epil
+  br label %for_body_to42.us.i.epil
 
-for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.epil, %for_body_to.us.i.epil.preheader
-  %indvars.iv1109.i.epil = phi i64 [ %indvars.iv.next1110.i.epil, %for_body_to.us.i.epil ], [ %indvars.iv1109.i.epil.init, %for_body_to.us.i.epil.preheader ]
-  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to.us.i.epil ], [ 0, %for_body_to.us.i.epil.preheader ]
-  %1596 = shl nsw i64 %indvars.iv1109.i.epil, 5
+for_body_to42.us.i.epil:                          ; preds = %for_body_to42.us.i.epil, %for_body_to42.us.i.epil.preheader
+  %indvars.iv1124.i.epil = phi i64 [ %indvars.iv.next1125.i.epil, %for_body_to42.us.i.epil ], [ %indvars.iv1124.i.epil.init, %for_body_to42.us.i.epil.preheader ]
+  %epil.iter = phi i64 [ %epil.iter.next, %for_body_to42.us.i.epil ], [ 0, %for_body_to42.us.i.epil.preheader ]
+  %1596 = shl nsw i64 %indvars.iv1124.i.epil, 5
   %1597 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1596
   %1598 = load <32 x float>, ptr %1597, align 4, !tbaa !4
   %1599 = fmul <32 x float> %97, %1598
@@ -3606,18 +3606,18 @@ for_body_to.us.i.epil:                            ; preds = %for_body_to.us.i.ep
   %1605 = select <32 x i1> %1604, <32 x float> %1599, <32 x float> splat (float 0xFFF0000000000000)
   %1606 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1596
   store <32 x float> %1605, ptr %1606, align 4, !tbaa !4
-  %indvars.iv.next1110.i.epil = add nuw nsw i64 %indvars.iv1109.i.epil, 1
+  %indvars.iv.next1125.i.epil = add nuw nsw i64 %indvars.iv1124.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to.us.1.i.preheader, label %for_body_to.us.i.epil, !prof !53, !llvm.loop !54
+  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !53, !llvm.loop !54
 
-for_body_to.us.1.i.preheader:                     ; preds = %for_body_to.us.i.epil, %for_body_to.us.1.i.preheader.unr-lcssa
-  br i1 %1339, label %for_body_to.us.1.i.epil.preheader, label %for_body_to.us.1.i, !prof !48
+for_body_to42.us.1.i.preheader:                   ; preds = %for_body_to42.us.i.epil, %for_body_to42.us.1.i.preheader.unr-lcssa
+  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !48
 
-for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i, %for_body_to.us.1.i.preheader
-  %indvars.iv1109.1.i = phi i64 [ %indvars.iv.next1110.1.i.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %niter199 = phi i64 [ %niter199.next.3, %for_body_to.us.1.i ], [ 0, %for_body_to.us.1.i.preheader ]
-  %1607 = shl nsw i64 %indvars.iv1109.1.i, 5
+for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.i, %for_body_to42.us.1.i.preheader
+  %indvars.iv1124.1.i = phi i64 [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.1.i ], [ 0, %for_body_to42.us.1.i.preheader ]
+  %niter199 = phi i64 [ %niter199.next.3, %for_body_to42.us.1.i ], [ 0, %for_body_to42.us.1.i.preheader ]
+  %1607 = shl nsw i64 %indvars.iv1124.1.i, 5
   %1608 = add nuw nsw i64 %1607, 128
   %1609 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1608
   %1610 = load <32 x float>, ptr %1609, align 4, !tbaa !4
@@ -3630,12 +3630,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1617 = select <32 x i1> %1616, <32 x float> %1611, <32 x float> splat (float 0xFFF0000000000000)
   %1618 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1608
   store <32 x float> %1617, ptr %1618, align 4, !tbaa !4
-  %indvars.iv.next1110.1.i = shl i64 %indvars.iv1109.1.i, 5
-  %1619 = add nuw nsw i64 %indvars.iv.next1110.1.i, 160
+  %indvars.iv.next1125.1.i = shl i64 %indvars.iv1124.1.i, 5
+  %1619 = add nuw nsw i64 %indvars.iv.next1125.1.i, 160
   %1620 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1619
   %1621 = load <32 x float>, ptr %1620, align 4, !tbaa !4
   %1622 = fmul <32 x float> %97, %1621
-  %1623 = trunc i64 %indvars.iv.next1110.1.i to i32
+  %1623 = trunc i64 %indvars.iv.next1125.1.i to i32
   %1624 = or disjoint i32 %1623, 32
   %1625 = sub i32 %1281, %1624
   %1626 = insertelement <32 x i32> poison, i32 %1625, i64 0
@@ -3644,12 +3644,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1629 = select <32 x i1> %1628, <32 x float> %1622, <32 x float> splat (float 0xFFF0000000000000)
   %1630 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1619
   store <32 x float> %1629, ptr %1630, align 4, !tbaa !4
-  %indvars.iv.next1110.1.i.1 = shl i64 %indvars.iv1109.1.i, 5
-  %1631 = add nuw nsw i64 %indvars.iv.next1110.1.i.1, 192
+  %indvars.iv.next1125.1.i.1 = shl i64 %indvars.iv1124.1.i, 5
+  %1631 = add nuw nsw i64 %indvars.iv.next1125.1.i.1, 192
   %1632 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1631
   %1633 = load <32 x float>, ptr %1632, align 4, !tbaa !4
   %1634 = fmul <32 x float> %97, %1633
-  %1635 = trunc i64 %indvars.iv.next1110.1.i.1 to i32
+  %1635 = trunc i64 %indvars.iv.next1125.1.i.1 to i32
   %1636 = or disjoint i32 %1635, 64
   %1637 = sub i32 %1281, %1636
   %1638 = insertelement <32 x i32> poison, i32 %1637, i64 0
@@ -3658,12 +3658,12 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1641 = select <32 x i1> %1640, <32 x float> %1634, <32 x float> splat (float 0xFFF0000000000000)
   %1642 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1631
   store <32 x float> %1641, ptr %1642, align 4, !tbaa !4
-  %indvars.iv.next1110.1.i.2 = shl i64 %indvars.iv1109.1.i, 5
-  %1643 = add nuw nsw i64 %indvars.iv.next1110.1.i.2, 224
+  %indvars.iv.next1125.1.i.2 = shl i64 %indvars.iv1124.1.i, 5
+  %1643 = add nuw nsw i64 %indvars.iv.next1125.1.i.2, 224
   %1644 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1643
   %1645 = load <32 x float>, ptr %1644, align 4, !tbaa !4
   %1646 = fmul <32 x float> %97, %1645
-  %1647 = trunc i64 %indvars.iv.next1110.1.i.2 to i32
+  %1647 = trunc i64 %indvars.iv.next1125.1.i.2 to i32
   %1648 = or disjoint i32 %1647, 96
   %1649 = sub i32 %1281, %1648
   %1650 = insertelement <32 x i32> poison, i32 %1649, i64 0
@@ -3672,23 +3672,23 @@ for_body_to.us.1.i:                               ; preds = %for_body_to.us.1.i,
   %1653 = select <32 x i1> %1652, <32 x float> %1646, <32 x float> splat (float 0xFFF0000000000000)
   %1654 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1643
   store <32 x float> %1653, ptr %1654, align 4, !tbaa !4
-  %indvars.iv.next1110.1.i.3 = add nuw nsw i64 %indvars.iv1109.1.i, 4
+  %indvars.iv.next1125.1.i.3 = add nuw nsw i64 %indvars.iv1124.1.i, 4
   %niter199.next.3 = add i64 %niter199, 4
   %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
-  br i1 %niter199.ncmp.3, label %for_body_to.us.2.i.preheader.unr-lcssa, label %for_body_to.us.1.i, !prof !49, !llvm.loop !57
+  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !49, !llvm.loop !57
 
-for_body_to.us.2.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.1.i
-  br i1 %lcmp.mod196.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil.preheader, !prof !52
+for_body_to42.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.1.i
+  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !52
 
-for_body_to.us.1.i.epil.preheader:                ; preds = %for_body_to.us.2.i.preheader.unr-lcssa, %for_body_to.us.1.i.preheader
-  %indvars.iv1109.1.i.epil.init = phi i64 [ 0, %for_body_to.us.1.i.preheader ], [ %indvars.iv.next1110.1.i.3, %for_body_to.us.2.i.preheader.unr-lcssa ]
+for_body_to42.us.1.i.epil.preheader:              ; preds = %for_body_to42.us.2.i.preheader.unr-lcssa, %for_body_to42.us.1.i.preheader
+  %indvars.iv1124.1.i.epil.init = phi i64 [ 0, %for_body_to42.us.1.i.preheader ], [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod197)
-  br label %for_body_to.us.1.i.epil
+  br label %for_body_to42.us.1.i.epil
 
-for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.1.i.epil.preheader
-  %indvars.iv1109.1.i.epil = phi i64 [ %indvars.iv.next1110.1.i.epil, %for_body_to.us.1.i.epil ], [ %indvars.iv1109.1.i.epil.init, %for_body_to.us.1.i.epil.preheader ]
-  %epil.iter195 = phi i64 [ %epil.iter195.next, %for_body_to.us.1.i.epil ], [ 0, %for_body_to.us.1.i.epil.preheader ]
-  %1655 = shl nsw i64 %indvars.iv1109.1.i.epil, 5
+for_body_to42.us.1.i.epil:                        ; preds = %for_body_to42.us.1.i.epil, %for_body_to42.us.1.i.epil.preheader
+  %indvars.iv1124.1.i.epil = phi i64 [ %indvars.iv.next1125.1.i.epil, %for_body_to42.us.1.i.epil ], [ %indvars.iv1124.1.i.epil.init, %for_body_to42.us.1.i.epil.preheader ]
+  %epil.iter195 = phi i64 [ %epil.iter195.next, %for_body_to42.us.1.i.epil ], [ 0, %for_body_to42.us.1.i.epil.preheader ]
+  %1655 = shl nsw i64 %indvars.iv1124.1.i.epil, 5
   %1656 = add nuw nsw i64 %1655, 128
   %1657 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1656
   %1658 = load <32 x float>, ptr %1657, align 4, !tbaa !4
@@ -3701,18 +3701,18 @@ for_body_to.us.1.i.epil:                          ; preds = %for_body_to.us.1.i.
   %1665 = select <32 x i1> %1664, <32 x float> %1659, <32 x float> splat (float 0xFFF0000000000000)
   %1666 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1656
   store <32 x float> %1665, ptr %1666, align 4, !tbaa !4
-  %indvars.iv.next1110.1.i.epil = add nuw nsw i64 %indvars.iv1109.1.i.epil, 1
+  %indvars.iv.next1125.1.i.epil = add nuw nsw i64 %indvars.iv1124.1.i.epil, 1
   %epil.iter195.next = add i64 %epil.iter195, 1
   %epil.iter195.cmp.not = icmp eq i64 %epil.iter195.next, %xtraiter194
-  br i1 %epil.iter195.cmp.not, label %for_body_to.us.2.i.preheader, label %for_body_to.us.1.i.epil, !prof !53, !llvm.loop !58
+  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !53, !llvm.loop !58
 
-for_body_to.us.2.i.preheader:                     ; preds = %for_body_to.us.1.i.epil, %for_body_to.us.2.i.preheader.unr-lcssa
-  br i1 %1340, label %for_body_to.us.2.i.epil.preheader, label %for_body_to.us.2.i, !prof !48
+for_body_to42.us.2.i.preheader:                   ; preds = %for_body_to42.us.1.i.epil, %for_body_to42.us.2.i.preheader.unr-lcssa
+  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !48
 
-for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i, %for_body_to.us.2.i.preheader
-  %indvars.iv1109.2.i = phi i64 [ %indvars.iv.next1110.2.i.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %niter205 = phi i64 [ %niter205.next.3, %for_body_to.us.2.i ], [ 0, %for_body_to.us.2.i.preheader ]
-  %1667 = shl nsw i64 %indvars.iv1109.2.i, 5
+for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.i, %for_body_to42.us.2.i.preheader
+  %indvars.iv1124.2.i = phi i64 [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.2.i ], [ 0, %for_body_to42.us.2.i.preheader ]
+  %niter205 = phi i64 [ %niter205.next.3, %for_body_to42.us.2.i ], [ 0, %for_body_to42.us.2.i.preheader ]
+  %1667 = shl nsw i64 %indvars.iv1124.2.i, 5
   %1668 = add nuw nsw i64 %1667, 256
   %1669 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1668
   %1670 = load <32 x float>, ptr %1669, align 4, !tbaa !4
@@ -3725,12 +3725,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1677 = select <32 x i1> %1676, <32 x float> %1671, <32 x float> splat (float 0xFFF0000000000000)
   %1678 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1668
   store <32 x float> %1677, ptr %1678, align 4, !tbaa !4
-  %indvars.iv.next1110.2.i = shl i64 %indvars.iv1109.2.i, 5
-  %1679 = add nuw nsw i64 %indvars.iv.next1110.2.i, 288
+  %indvars.iv.next1125.2.i = shl i64 %indvars.iv1124.2.i, 5
+  %1679 = add nuw nsw i64 %indvars.iv.next1125.2.i, 288
   %1680 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1679
   %1681 = load <32 x float>, ptr %1680, align 4, !tbaa !4
   %1682 = fmul <32 x float> %97, %1681
-  %1683 = trunc i64 %indvars.iv.next1110.2.i to i32
+  %1683 = trunc i64 %indvars.iv.next1125.2.i to i32
   %1684 = or disjoint i32 %1683, 32
   %1685 = sub i32 %1281, %1684
   %1686 = insertelement <32 x i32> poison, i32 %1685, i64 0
@@ -3739,12 +3739,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1689 = select <32 x i1> %1688, <32 x float> %1682, <32 x float> splat (float 0xFFF0000000000000)
   %1690 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1679
   store <32 x float> %1689, ptr %1690, align 4, !tbaa !4
-  %indvars.iv.next1110.2.i.1 = shl i64 %indvars.iv1109.2.i, 5
-  %1691 = add nuw nsw i64 %indvars.iv.next1110.2.i.1, 320
+  %indvars.iv.next1125.2.i.1 = shl i64 %indvars.iv1124.2.i, 5
+  %1691 = add nuw nsw i64 %indvars.iv.next1125.2.i.1, 320
   %1692 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1691
   %1693 = load <32 x float>, ptr %1692, align 4, !tbaa !4
   %1694 = fmul <32 x float> %97, %1693
-  %1695 = trunc i64 %indvars.iv.next1110.2.i.1 to i32
+  %1695 = trunc i64 %indvars.iv.next1125.2.i.1 to i32
   %1696 = or disjoint i32 %1695, 64
   %1697 = sub i32 %1281, %1696
   %1698 = insertelement <32 x i32> poison, i32 %1697, i64 0
@@ -3753,12 +3753,12 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1701 = select <32 x i1> %1700, <32 x float> %1694, <32 x float> splat (float 0xFFF0000000000000)
   %1702 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1691
   store <32 x float> %1701, ptr %1702, align 4, !tbaa !4
-  %indvars.iv.next1110.2.i.2 = shl i64 %indvars.iv1109.2.i, 5
-  %1703 = add nuw nsw i64 %indvars.iv.next1110.2.i.2, 352
+  %indvars.iv.next1125.2.i.2 = shl i64 %indvars.iv1124.2.i, 5
+  %1703 = add nuw nsw i64 %indvars.iv.next1125.2.i.2, 352
   %1704 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1703
   %1705 = load <32 x float>, ptr %1704, align 4, !tbaa !4
   %1706 = fmul <32 x float> %97, %1705
-  %1707 = trunc i64 %indvars.iv.next1110.2.i.2 to i32
+  %1707 = trunc i64 %indvars.iv.next1125.2.i.2 to i32
   %1708 = or disjoint i32 %1707, 96
   %1709 = sub i32 %1281, %1708
   %1710 = insertelement <32 x i32> poison, i32 %1709, i64 0
@@ -3767,23 +3767,23 @@ for_body_to.us.2.i:                               ; preds = %for_body_to.us.2.i,
   %1713 = select <32 x i1> %1712, <32 x float> %1706, <32 x float> splat (float 0xFFF0000000000000)
   %1714 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1703
   store <32 x float> %1713, ptr %1714, align 4, !tbaa !4
-  %indvars.iv.next1110.2.i.3 = add nuw nsw i64 %indvars.iv1109.2.i, 4
+  %indvars.iv.next1125.2.i.3 = add nuw nsw i64 %indvars.iv1124.2.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to.us.3.i.preheader.unr-lcssa, label %for_body_to.us.2.i, !prof !49, !llvm.loop !59
+  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !49, !llvm.loop !59
 
-for_body_to.us.3.i.preheader.unr-lcssa:           ; preds = %for_body_to.us.2.i
-  br i1 %lcmp.mod202.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil.preheader, !prof !52
+for_body_to42.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.2.i
+  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !52
 
-for_body_to.us.2.i.epil.preheader:                ; preds = %for_body_to.us.3.i.preheader.unr-lcssa, %for_body_to.us.2.i.preheader
-  %indvars.iv1109.2.i.epil.init = phi i64 [ 0, %for_body_to.us.2.i.preheader ], [ %indvars.iv.next1110.2.i.3, %for_body_to.us.3.i.preheader.unr-lcssa ]
+for_body_to42.us.2.i.epil.preheader:              ; preds = %for_body_to42.us.3.i.preheader.unr-lcssa, %for_body_to42.us.2.i.preheader
+  %indvars.iv1124.2.i.epil.init = phi i64 [ 0, %for_body_to42.us.2.i.preheader ], [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod203)
-  br label %for_body_to.us.2.i.epil
+  br label %for_body_to42.us.2.i.epil
 
-for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.2.i.epil.preheader
-  %indvars.iv1109.2.i.epil = phi i64 [ %indvars.iv.next1110.2.i.epil, %for_body_to.us.2.i.epil ], [ %indvars.iv1109.2.i.epil.init, %for_body_to.us.2.i.epil.preheader ]
-  %epil.iter201 = phi i64 [ %epil.iter201.next, %for_body_to.us.2.i.epil ], [ 0, %for_body_to.us.2.i.epil.preheader ]
-  %1715 = shl nsw i64 %indvars.iv1109.2.i.epil, 5
+for_body_to42.us.2.i.epil:                        ; preds = %for_body_to42.us.2.i.epil, %for_body_to42.us.2.i.epil.preheader
+  %indvars.iv1124.2.i.epil = phi i64 [ %indvars.iv.next1125.2.i.epil, %for_body_to42.us.2.i.epil ], [ %indvars.iv1124.2.i.epil.init, %for_body_to42.us.2.i.epil.preheader ]
+  %epil.iter201 = phi i64 [ %epil.iter201.next, %for_body_to42.us.2.i.epil ], [ 0, %for_body_to42.us.2.i.epil.preheader ]
+  %1715 = shl nsw i64 %indvars.iv1124.2.i.epil, 5
   %1716 = add nuw nsw i64 %1715, 256
   %1717 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1716
   %1718 = load <32 x float>, ptr %1717, align 4, !tbaa !4
@@ -3796,18 +3796,18 @@ for_body_to.us.2.i.epil:                          ; preds = %for_body_to.us.2.i.
   %1725 = select <32 x i1> %1724, <32 x float> %1719, <32 x float> splat (float 0xFFF0000000000000)
   %1726 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1716
   store <32 x float> %1725, ptr %1726, align 4, !tbaa !4
-  %indvars.iv.next1110.2.i.epil = add nuw nsw i64 %indvars.iv1109.2.i.epil, 1
+  %indvars.iv.next1125.2.i.epil = add nuw nsw i64 %indvars.iv1124.2.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to.us.3.i.preheader, label %for_body_to.us.2.i.epil, !prof !53, !llvm.loop !60
+  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !53, !llvm.loop !60
 
-for_body_to.us.3.i.preheader:                     ; preds = %for_body_to.us.2.i.epil, %for_body_to.us.3.i.preheader.unr-lcssa
-  br i1 %1341, label %for_body_to.us.3.i.epil.preheader, label %for_body_to.us.3.i, !prof !48
+for_body_to42.us.3.i.preheader:                   ; preds = %for_body_to42.us.2.i.epil, %for_body_to42.us.3.i.preheader.unr-lcssa
+  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !48
 
-for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i, %for_body_to.us.3.i.preheader
-  %indvars.iv1109.3.i = phi i64 [ %indvars.iv.next1110.3.i.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %niter211 = phi i64 [ %niter211.next.3, %for_body_to.us.3.i ], [ 0, %for_body_to.us.3.i.preheader ]
-  %1727 = shl nsw i64 %indvars.iv1109.3.i, 5
+for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.i, %for_body_to42.us.3.i.preheader
+  %indvars.iv1124.3.i = phi i64 [ %indvars.iv.next1125.3.i.3, %for_body_to42.us.3.i ], [ 0, %for_body_to42.us.3.i.preheader ]
+  %niter211 = phi i64 [ %niter211.next.3, %for_body_to42.us.3.i ], [ 0, %for_body_to42.us.3.i.preheader ]
+  %1727 = shl nsw i64 %indvars.iv1124.3.i, 5
   %1728 = add nuw nsw i64 %1727, 384
   %1729 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1728
   %1730 = load <32 x float>, ptr %1729, align 4, !tbaa !4
@@ -3820,12 +3820,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1737 = select <32 x i1> %1736, <32 x float> %1731, <32 x float> splat (float 0xFFF0000000000000)
   %1738 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1728
   store <32 x float> %1737, ptr %1738, align 4, !tbaa !4
-  %indvars.iv.next1110.3.i = shl i64 %indvars.iv1109.3.i, 5
-  %1739 = add nuw nsw i64 %indvars.iv.next1110.3.i, 416
+  %indvars.iv.next1125.3.i = shl i64 %indvars.iv1124.3.i, 5
+  %1739 = add nuw nsw i64 %indvars.iv.next1125.3.i, 416
   %1740 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1739
   %1741 = load <32 x float>, ptr %1740, align 4, !tbaa !4
   %1742 = fmul <32 x float> %97, %1741
-  %1743 = trunc i64 %indvars.iv.next1110.3.i to i32
+  %1743 = trunc i64 %indvars.iv.next1125.3.i to i32
   %1744 = or disjoint i32 %1743, 32
   %1745 = sub i32 %1281, %1744
   %1746 = insertelement <32 x i32> poison, i32 %1745, i64 0
@@ -3834,12 +3834,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1749 = select <32 x i1> %1748, <32 x float> %1742, <32 x float> splat (float 0xFFF0000000000000)
   %1750 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1739
   store <32 x float> %1749, ptr %1750, align 4, !tbaa !4
-  %indvars.iv.next1110.3.i.1 = shl i64 %indvars.iv1109.3.i, 5
-  %1751 = add nuw nsw i64 %indvars.iv.next1110.3.i.1, 448
+  %indvars.iv.next1125.3.i.1 = shl i64 %indvars.iv1124.3.i, 5
+  %1751 = add nuw nsw i64 %indvars.iv.next1125.3.i.1, 448
   %1752 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1751
   %1753 = load <32 x float>, ptr %1752, align 4, !tbaa !4
   %1754 = fmul <32 x float> %97, %1753
-  %1755 = trunc i64 %indvars.iv.next1110.3.i.1 to i32
+  %1755 = trunc i64 %indvars.iv.next1125.3.i.1 to i32
   %1756 = or disjoint i32 %1755, 64
   %1757 = sub i32 %1281, %1756
   %1758 = insertelement <32 x i32> poison, i32 %1757, i64 0
@@ -3848,12 +3848,12 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1761 = select <32 x i1> %1760, <32 x float> %1754, <32 x float> splat (float 0xFFF0000000000000)
   %1762 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1751
   store <32 x float> %1761, ptr %1762, align 4, !tbaa !4
-  %indvars.iv.next1110.3.i.2 = shl i64 %indvars.iv1109.3.i, 5
-  %1763 = add nuw nsw i64 %indvars.iv.next1110.3.i.2, 480
+  %indvars.iv.next1125.3.i.2 = shl i64 %indvars.iv1124.3.i, 5
+  %1763 = add nuw nsw i64 %indvars.iv.next1125.3.i.2, 480
   %1764 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1763
   %1765 = load <32 x float>, ptr %1764, align 4, !tbaa !4
   %1766 = fmul <32 x float> %97, %1765
-  %1767 = trunc i64 %indvars.iv.next1110.3.i.2 to i32
+  %1767 = trunc i64 %indvars.iv.next1125.3.i.2 to i32
   %1768 = or disjoint i32 %1767, 96
   %1769 = sub i32 %1281, %1768
   %1770 = insertelement <32 x i32> poison, i32 %1769, i64 0
@@ -3862,23 +3862,23 @@ for_body_to.us.3.i:                               ; preds = %for_body_to.us.3.i,
   %1773 = select <32 x i1> %1772, <32 x float> %1766, <32 x float> splat (float 0xFFF0000000000000)
   %1774 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1763
   store <32 x float> %1773, ptr %1774, align 4, !tbaa !4
-  %indvars.iv.next1110.3.i.3 = add nuw nsw i64 %indvars.iv1109.3.i, 4
+  %indvars.iv.next1125.3.i.3 = add nuw nsw i64 %indvars.iv1124.3.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to.us.3.i, !prof !49, !llvm.loop !61
+  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !49, !llvm.loop !61
 
-for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to.us.3.i
-  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil.preheader, !prof !52
+for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to42.us.3.i
+  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !52
 
-for_body_to.us.3.i.epil.preheader:                ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to.us.3.i.preheader
-  %indvars.iv1109.3.i.epil.init = phi i64 [ 0, %for_body_to.us.3.i.preheader ], [ %indvars.iv.next1110.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
+for_body_to42.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to42.us.3.i.preheader
+  %indvars.iv1124.3.i.epil.init = phi i64 [ 0, %for_body_to42.us.3.i.preheader ], [ %indvars.iv.next1125.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod209)
-  br label %for_body_to.us.3.i.epil
+  br label %for_body_to42.us.3.i.epil
 
-for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.epil, %for_body_to.us.3.i.epil.preheader
-  %indvars.iv1109.3.i.epil = phi i64 [ %indvars.iv.next1110.3.i.epil, %for_body_to.us.3.i.epil ], [ %indvars.iv1109.3.i.epil.init, %for_body_to.us.3.i.epil.preheader ]
-  %epil.iter207 = phi i64 [ %epil.iter207.next, %for_body_to.us.3.i.epil ], [ 0, %for_body_to.us.3.i.epil.preheader ]
-  %1775 = shl nsw i64 %indvars.iv1109.3.i.epil, 5
+for_body_to42.us.3.i.epil:                        ; preds = %for_body_to42.us.3.i.epil, %for_body_to42.us.3.i.epil.preheader
+  %indvars.iv1124.3.i.epil = phi i64 [ %indvars.iv.next1125.3.i.epil, %for_body_to42.us.3.i.epil ], [ %indvars.iv1124.3.i.epil.init, %for_body_to42.us.3.i.epil.preheader ]
+  %epil.iter207 = phi i64 [ %epil.iter207.next, %for_body_to42.us.3.i.epil ], [ 0, %for_body_to42.us.3.i.epil.preheader ]
+  %1775 = shl nsw i64 %indvars.iv1124.3.i.epil, 5
   %1776 = add nuw nsw i64 %1775, 384
   %1777 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1776
   %1778 = load <32 x float>, ptr %1777, align 4, !tbaa !4
@@ -3891,75 +3891,75 @@ for_body_to.us.3.i.epil:                          ; preds = %for_body_to.us.3.i.
   %1785 = select <32 x i1> %1784, <32 x float> %1779, <32 x float> splat (float 0xFFF0000000000000)
   %1786 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1776
   store <32 x float> %1785, ptr %1786, align 4, !tbaa !4
-  %indvars.iv.next1110.3.i.epil = add nuw nsw i64 %indvars.iv1109.3.i.epil, 1
+  %indvars.iv.next1125.3.i.epil = add nuw nsw i64 %indvars.iv1124.3.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to.us.3.i.epil, !prof !53, !llvm.loop !62
+  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !53, !llvm.loop !62
 
-for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
+for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to42.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
 
 for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for_begin_ax1.preheader.i.preheader
-  %indvars.iv1123.i = phi i64 [ %indvars.iv.next1124.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
+  %indvars.iv1138.i = phi i64 [ %indvars.iv.next1139.i, %for_end_ax1.i ], [ 0, %for_begin_ax1.preheader.i.preheader ]
   br i1 %1325, label %for_body_ax1.lr.ph.i, label %for_end_ax1.i, !prof !3
 
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
-  %.idx1261.i = shl nuw nsw i64 %indvars.iv1123.i, 9
-  %invariant.gep1300.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1261.i
+  %.idx1276.i = shl nuw nsw i64 %indvars.iv1138.i, 9
+  %invariant.gep1315.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1276.i
   br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !63
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
-  %indvars.iv1118.i = phi i64 [ %indvars.iv.next1119.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %peak.rf_global218.sroa.0.0899.i = phi <32 x float> [ %1817, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
+  %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
+  %peak.rf_global233.sroa.0.0914.i = phi <32 x float> [ %1817, %for_body_ax1.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ]
   %niter218 = phi i64 [ %niter218.next.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
-  %.idx1260.i = shl nsw i64 %indvars.iv1118.i, 7
-  %gep1301.i = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %.idx1260.i
-  %1787 = load <32 x float>, ptr %gep1301.i, align 4, !tbaa !4
-  %1788 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i, %1787
-  %1789 = select <32 x i1> %1788, <32 x float> %peak.rf_global218.sroa.0.0899.i, <32 x float> %1787
-  %indvars.iv.next1119.i = shl i64 %indvars.iv1118.i, 7
-  %1790 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i
-  %gep1301.i.1 = getelementptr inbounds nuw i8, ptr %1790, i64 128
-  %1791 = load <32 x float>, ptr %gep1301.i.1, align 4, !tbaa !4
+  %.idx1275.i = shl nsw i64 %indvars.iv1133.i, 7
+  %gep1316.i = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %.idx1275.i
+  %1787 = load <32 x float>, ptr %gep1316.i, align 4, !tbaa !4
+  %1788 = fcmp ogt <32 x float> %peak.rf_global233.sroa.0.0914.i, %1787
+  %1789 = select <32 x i1> %1788, <32 x float> %peak.rf_global233.sroa.0.0914.i, <32 x float> %1787
+  %indvars.iv.next1134.i = shl i64 %indvars.iv1133.i, 7
+  %1790 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i
+  %gep1316.i.1 = getelementptr inbounds nuw i8, ptr %1790, i64 128
+  %1791 = load <32 x float>, ptr %gep1316.i.1, align 4, !tbaa !4
   %1792 = fcmp ogt <32 x float> %1789, %1791
   %1793 = select <32 x i1> %1792, <32 x float> %1789, <32 x float> %1791
-  %indvars.iv.next1119.i.1 = shl i64 %indvars.iv1118.i, 7
-  %1794 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.1
-  %gep1301.i.2 = getelementptr inbounds nuw i8, ptr %1794, i64 256
-  %1795 = load <32 x float>, ptr %gep1301.i.2, align 4, !tbaa !4
+  %indvars.iv.next1134.i.1 = shl i64 %indvars.iv1133.i, 7
+  %1794 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i.1
+  %gep1316.i.2 = getelementptr inbounds nuw i8, ptr %1794, i64 256
+  %1795 = load <32 x float>, ptr %gep1316.i.2, align 4, !tbaa !4
   %1796 = fcmp ogt <32 x float> %1793, %1795
   %1797 = select <32 x i1> %1796, <32 x float> %1793, <32 x float> %1795
-  %indvars.iv.next1119.i.2 = shl i64 %indvars.iv1118.i, 7
-  %1798 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.2
-  %gep1301.i.3 = getelementptr inbounds nuw i8, ptr %1798, i64 384
-  %1799 = load <32 x float>, ptr %gep1301.i.3, align 4, !tbaa !4
+  %indvars.iv.next1134.i.2 = shl i64 %indvars.iv1133.i, 7
+  %1798 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i.2
+  %gep1316.i.3 = getelementptr inbounds nuw i8, ptr %1798, i64 384
+  %1799 = load <32 x float>, ptr %gep1316.i.3, align 4, !tbaa !4
   %1800 = fcmp ogt <32 x float> %1797, %1799
   %1801 = select <32 x i1> %1800, <32 x float> %1797, <32 x float> %1799
-  %indvars.iv.next1119.i.3 = shl i64 %indvars.iv1118.i, 7
-  %1802 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.3
-  %gep1301.i.4 = getelementptr inbounds nuw i8, ptr %1802, i64 512
-  %1803 = load <32 x float>, ptr %gep1301.i.4, align 4, !tbaa !4
+  %indvars.iv.next1134.i.3 = shl i64 %indvars.iv1133.i, 7
+  %1802 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i.3
+  %gep1316.i.4 = getelementptr inbounds nuw i8, ptr %1802, i64 512
+  %1803 = load <32 x float>, ptr %gep1316.i.4, align 4, !tbaa !4
   %1804 = fcmp ogt <32 x float> %1801, %1803
   %1805 = select <32 x i1> %1804, <32 x float> %1801, <32 x float> %1803
-  %indvars.iv.next1119.i.4 = shl i64 %indvars.iv1118.i, 7
-  %1806 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.4
-  %gep1301.i.5 = getelementptr inbounds nuw i8, ptr %1806, i64 640
-  %1807 = load <32 x float>, ptr %gep1301.i.5, align 4, !tbaa !4
+  %indvars.iv.next1134.i.4 = shl i64 %indvars.iv1133.i, 7
+  %1806 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i.4
+  %gep1316.i.5 = getelementptr inbounds nuw i8, ptr %1806, i64 640
+  %1807 = load <32 x float>, ptr %gep1316.i.5, align 4, !tbaa !4
   %1808 = fcmp ogt <32 x float> %1805, %1807
   %1809 = select <32 x i1> %1808, <32 x float> %1805, <32 x float> %1807
-  %indvars.iv.next1119.i.5 = shl i64 %indvars.iv1118.i, 7
-  %1810 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.5
-  %gep1301.i.6 = getelementptr inbounds nuw i8, ptr %1810, i64 768
-  %1811 = load <32 x float>, ptr %gep1301.i.6, align 4, !tbaa !4
+  %indvars.iv.next1134.i.5 = shl i64 %indvars.iv1133.i, 7
+  %1810 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i.5
+  %gep1316.i.6 = getelementptr inbounds nuw i8, ptr %1810, i64 768
+  %1811 = load <32 x float>, ptr %gep1316.i.6, align 4, !tbaa !4
   %1812 = fcmp ogt <32 x float> %1809, %1811
   %1813 = select <32 x i1> %1812, <32 x float> %1809, <32 x float> %1811
-  %indvars.iv.next1119.i.6 = shl i64 %indvars.iv1118.i, 7
-  %1814 = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %indvars.iv.next1119.i.6
-  %gep1301.i.7 = getelementptr inbounds nuw i8, ptr %1814, i64 896
-  %1815 = load <32 x float>, ptr %gep1301.i.7, align 4, !tbaa !4
+  %indvars.iv.next1134.i.6 = shl i64 %indvars.iv1133.i, 7
+  %1814 = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %indvars.iv.next1134.i.6
+  %gep1316.i.7 = getelementptr inbounds nuw i8, ptr %1814, i64 896
+  %1815 = load <32 x float>, ptr %gep1316.i.7, align 4, !tbaa !4
   %1816 = fcmp ogt <32 x float> %1813, %1815
   %1817 = select <32 x i1> %1816, <32 x float> %1813, <32 x float> %1815
-  %indvars.iv.next1119.i.7 = add nuw nsw i64 %indvars.iv1118.i, 8
+  %indvars.iv.next1134.i.7 = add nuw nsw i64 %indvars.iv1133.i, 8
   %niter218.next.7 = add i64 %niter218, 8
   %niter218.ncmp.7 = icmp eq i64 %niter218.next.7, %unroll_iter217
   br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !64, !llvm.loop !65
@@ -3968,143 +3968,143 @@ for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
   br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !67
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
-  %indvars.iv1118.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1119.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
-  %peak.rf_global218.sroa.0.0899.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %indvars.iv1133.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1134.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
+  %peak.rf_global233.sroa.0.0914.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod216)
   br label %for_body_ax1.i.epil
 
 for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil, %for_body_ax1.i.epil.preheader
-  %indvars.iv1118.i.epil = phi i64 [ %indvars.iv1118.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1119.i.epil, %for_body_ax1.i.epil ]
-  %peak.rf_global218.sroa.0.0899.i.epil = phi <32 x float> [ %peak.rf_global218.sroa.0.0899.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1820, %for_body_ax1.i.epil ]
+  %indvars.iv1133.i.epil = phi i64 [ %indvars.iv1133.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %indvars.iv.next1134.i.epil, %for_body_ax1.i.epil ]
+  %peak.rf_global233.sroa.0.0914.i.epil = phi <32 x float> [ %peak.rf_global233.sroa.0.0914.i.epil.init, %for_body_ax1.i.epil.preheader ], [ %1820, %for_body_ax1.i.epil ]
   %epil.iter213 = phi i64 [ 0, %for_body_ax1.i.epil.preheader ], [ %epil.iter213.next, %for_body_ax1.i.epil ]
-  %.idx1260.i.epil = shl nsw i64 %indvars.iv1118.i.epil, 7
-  %gep1301.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1300.i, i64 %.idx1260.i.epil
-  %1818 = load <32 x float>, ptr %gep1301.i.epil, align 4, !tbaa !4
-  %1819 = fcmp ogt <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, %1818
-  %1820 = select <32 x i1> %1819, <32 x float> %peak.rf_global218.sroa.0.0899.i.epil, <32 x float> %1818
-  %indvars.iv.next1119.i.epil = add nuw nsw i64 %indvars.iv1118.i.epil, 1
+  %.idx1275.i.epil = shl nsw i64 %indvars.iv1133.i.epil, 7
+  %gep1316.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1315.i, i64 %.idx1275.i.epil
+  %1818 = load <32 x float>, ptr %gep1316.i.epil, align 4, !tbaa !4
+  %1819 = fcmp ogt <32 x float> %peak.rf_global233.sroa.0.0914.i.epil, %1818
+  %1820 = select <32 x i1> %1819, <32 x float> %peak.rf_global233.sroa.0.0914.i.epil, <32 x float> %1818
+  %indvars.iv.next1134.i.epil = add nuw nsw i64 %indvars.iv1133.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
   br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !52, !llvm.loop !68
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
-  %peak.rf_global218.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
-  %1821 = getelementptr inbounds nuw float, ptr %peak220.i, i64 %indvars.iv1123.i
-  %peak.rf219.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 0
-  %1822 = fcmp olt float %peak.rf219.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
-  %1823 = select i1 %1822, float 0xC7EFFFFFE0000000, float %peak.rf219.sroa.0.0.vec.extract.i
-  %peak.rf219.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 1
-  %1824 = fcmp ogt float %1823, %peak.rf219.sroa.0.4.vec.extract.i
-  %1825 = select i1 %1824, float %1823, float %peak.rf219.sroa.0.4.vec.extract.i
-  %peak.rf219.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 2
-  %1826 = fcmp ogt float %1825, %peak.rf219.sroa.0.8.vec.extract.i
-  %1827 = select i1 %1826, float %1825, float %peak.rf219.sroa.0.8.vec.extract.i
-  %peak.rf219.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 3
-  %1828 = fcmp ogt float %1827, %peak.rf219.sroa.0.12.vec.extract.i
-  %1829 = select i1 %1828, float %1827, float %peak.rf219.sroa.0.12.vec.extract.i
-  %peak.rf219.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 4
-  %1830 = fcmp ogt float %1829, %peak.rf219.sroa.0.16.vec.extract.i
-  %1831 = select i1 %1830, float %1829, float %peak.rf219.sroa.0.16.vec.extract.i
-  %peak.rf219.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 5
-  %1832 = fcmp ogt float %1831, %peak.rf219.sroa.0.20.vec.extract.i
-  %1833 = select i1 %1832, float %1831, float %peak.rf219.sroa.0.20.vec.extract.i
-  %peak.rf219.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 6
-  %1834 = fcmp ogt float %1833, %peak.rf219.sroa.0.24.vec.extract.i
-  %1835 = select i1 %1834, float %1833, float %peak.rf219.sroa.0.24.vec.extract.i
-  %peak.rf219.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 7
-  %1836 = fcmp ogt float %1835, %peak.rf219.sroa.0.28.vec.extract.i
-  %1837 = select i1 %1836, float %1835, float %peak.rf219.sroa.0.28.vec.extract.i
-  %peak.rf219.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 8
-  %1838 = fcmp ogt float %1837, %peak.rf219.sroa.0.32.vec.extract.i
-  %1839 = select i1 %1838, float %1837, float %peak.rf219.sroa.0.32.vec.extract.i
-  %peak.rf219.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 9
-  %1840 = fcmp ogt float %1839, %peak.rf219.sroa.0.36.vec.extract.i
-  %1841 = select i1 %1840, float %1839, float %peak.rf219.sroa.0.36.vec.extract.i
-  %peak.rf219.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 10
-  %1842 = fcmp ogt float %1841, %peak.rf219.sroa.0.40.vec.extract.i
-  %1843 = select i1 %1842, float %1841, float %peak.rf219.sroa.0.40.vec.extract.i
-  %peak.rf219.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 11
-  %1844 = fcmp ogt float %1843, %peak.rf219.sroa.0.44.vec.extract.i
-  %1845 = select i1 %1844, float %1843, float %peak.rf219.sroa.0.44.vec.extract.i
-  %peak.rf219.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 12
-  %1846 = fcmp ogt float %1845, %peak.rf219.sroa.0.48.vec.extract.i
-  %1847 = select i1 %1846, float %1845, float %peak.rf219.sroa.0.48.vec.extract.i
-  %peak.rf219.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 13
-  %1848 = fcmp ogt float %1847, %peak.rf219.sroa.0.52.vec.extract.i
-  %1849 = select i1 %1848, float %1847, float %peak.rf219.sroa.0.52.vec.extract.i
-  %peak.rf219.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 14
-  %1850 = fcmp ogt float %1849, %peak.rf219.sroa.0.56.vec.extract.i
-  %1851 = select i1 %1850, float %1849, float %peak.rf219.sroa.0.56.vec.extract.i
-  %peak.rf219.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 15
-  %1852 = fcmp ogt float %1851, %peak.rf219.sroa.0.60.vec.extract.i
-  %1853 = select i1 %1852, float %1851, float %peak.rf219.sroa.0.60.vec.extract.i
-  %peak.rf219.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 16
-  %1854 = fcmp ogt float %1853, %peak.rf219.sroa.0.64.vec.extract.i
-  %1855 = select i1 %1854, float %1853, float %peak.rf219.sroa.0.64.vec.extract.i
-  %peak.rf219.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 17
-  %1856 = fcmp ogt float %1855, %peak.rf219.sroa.0.68.vec.extract.i
-  %1857 = select i1 %1856, float %1855, float %peak.rf219.sroa.0.68.vec.extract.i
-  %peak.rf219.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 18
-  %1858 = fcmp ogt float %1857, %peak.rf219.sroa.0.72.vec.extract.i
-  %1859 = select i1 %1858, float %1857, float %peak.rf219.sroa.0.72.vec.extract.i
-  %peak.rf219.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 19
-  %1860 = fcmp ogt float %1859, %peak.rf219.sroa.0.76.vec.extract.i
-  %1861 = select i1 %1860, float %1859, float %peak.rf219.sroa.0.76.vec.extract.i
-  %peak.rf219.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 20
-  %1862 = fcmp ogt float %1861, %peak.rf219.sroa.0.80.vec.extract.i
-  %1863 = select i1 %1862, float %1861, float %peak.rf219.sroa.0.80.vec.extract.i
-  %peak.rf219.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 21
-  %1864 = fcmp ogt float %1863, %peak.rf219.sroa.0.84.vec.extract.i
-  %1865 = select i1 %1864, float %1863, float %peak.rf219.sroa.0.84.vec.extract.i
-  %peak.rf219.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 22
-  %1866 = fcmp ogt float %1865, %peak.rf219.sroa.0.88.vec.extract.i
-  %1867 = select i1 %1866, float %1865, float %peak.rf219.sroa.0.88.vec.extract.i
-  %peak.rf219.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 23
-  %1868 = fcmp ogt float %1867, %peak.rf219.sroa.0.92.vec.extract.i
-  %1869 = select i1 %1868, float %1867, float %peak.rf219.sroa.0.92.vec.extract.i
-  %peak.rf219.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 24
-  %1870 = fcmp ogt float %1869, %peak.rf219.sroa.0.96.vec.extract.i
-  %1871 = select i1 %1870, float %1869, float %peak.rf219.sroa.0.96.vec.extract.i
-  %peak.rf219.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 25
-  %1872 = fcmp ogt float %1871, %peak.rf219.sroa.0.100.vec.extract.i
-  %1873 = select i1 %1872, float %1871, float %peak.rf219.sroa.0.100.vec.extract.i
-  %peak.rf219.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 26
-  %1874 = fcmp ogt float %1873, %peak.rf219.sroa.0.104.vec.extract.i
-  %1875 = select i1 %1874, float %1873, float %peak.rf219.sroa.0.104.vec.extract.i
-  %peak.rf219.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 27
-  %1876 = fcmp ogt float %1875, %peak.rf219.sroa.0.108.vec.extract.i
-  %1877 = select i1 %1876, float %1875, float %peak.rf219.sroa.0.108.vec.extract.i
-  %peak.rf219.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 28
-  %1878 = fcmp ogt float %1877, %peak.rf219.sroa.0.112.vec.extract.i
-  %1879 = select i1 %1878, float %1877, float %peak.rf219.sroa.0.112.vec.extract.i
-  %peak.rf219.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 29
-  %1880 = fcmp ogt float %1879, %peak.rf219.sroa.0.116.vec.extract.i
-  %1881 = select i1 %1880, float %1879, float %peak.rf219.sroa.0.116.vec.extract.i
-  %peak.rf219.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 30
-  %1882 = fcmp ogt float %1881, %peak.rf219.sroa.0.120.vec.extract.i
-  %1883 = select i1 %1882, float %1881, float %peak.rf219.sroa.0.120.vec.extract.i
-  %peak.rf219.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global218.sroa.0.0.lcssa.i, i64 31
-  %1884 = fcmp ogt float %1883, %peak.rf219.sroa.0.124.vec.extract.i
-  %1885 = select i1 %1884, float %1883, float %peak.rf219.sroa.0.124.vec.extract.i
+  %peak.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
+  %1821 = getelementptr inbounds nuw float, ptr %peak235.i, i64 %indvars.iv1138.i
+  %peak.rf234.sroa.0.0.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 0
+  %1822 = fcmp olt float %peak.rf234.sroa.0.0.vec.extract.i, 0xC7EFFFFFE0000000
+  %1823 = select i1 %1822, float 0xC7EFFFFFE0000000, float %peak.rf234.sroa.0.0.vec.extract.i
+  %peak.rf234.sroa.0.4.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 1
+  %1824 = fcmp ogt float %1823, %peak.rf234.sroa.0.4.vec.extract.i
+  %1825 = select i1 %1824, float %1823, float %peak.rf234.sroa.0.4.vec.extract.i
+  %peak.rf234.sroa.0.8.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 2
+  %1826 = fcmp ogt float %1825, %peak.rf234.sroa.0.8.vec.extract.i
+  %1827 = select i1 %1826, float %1825, float %peak.rf234.sroa.0.8.vec.extract.i
+  %peak.rf234.sroa.0.12.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 3
+  %1828 = fcmp ogt float %1827, %peak.rf234.sroa.0.12.vec.extract.i
+  %1829 = select i1 %1828, float %1827, float %peak.rf234.sroa.0.12.vec.extract.i
+  %peak.rf234.sroa.0.16.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 4
+  %1830 = fcmp ogt float %1829, %peak.rf234.sroa.0.16.vec.extract.i
+  %1831 = select i1 %1830, float %1829, float %peak.rf234.sroa.0.16.vec.extract.i
+  %peak.rf234.sroa.0.20.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 5
+  %1832 = fcmp ogt float %1831, %peak.rf234.sroa.0.20.vec.extract.i
+  %1833 = select i1 %1832, float %1831, float %peak.rf234.sroa.0.20.vec.extract.i
+  %peak.rf234.sroa.0.24.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 6
+  %1834 = fcmp ogt float %1833, %peak.rf234.sroa.0.24.vec.extract.i
+  %1835 = select i1 %1834, float %1833, float %peak.rf234.sroa.0.24.vec.extract.i
+  %peak.rf234.sroa.0.28.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 7
+  %1836 = fcmp ogt float %1835, %peak.rf234.sroa.0.28.vec.extract.i
+  %1837 = select i1 %1836, float %1835, float %peak.rf234.sroa.0.28.vec.extract.i
+  %peak.rf234.sroa.0.32.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 8
+  %1838 = fcmp ogt float %1837, %peak.rf234.sroa.0.32.vec.extract.i
+  %1839 = select i1 %1838, float %1837, float %peak.rf234.sroa.0.32.vec.extract.i
+  %peak.rf234.sroa.0.36.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 9
+  %1840 = fcmp ogt float %1839, %peak.rf234.sroa.0.36.vec.extract.i
+  %1841 = select i1 %1840, float %1839, float %peak.rf234.sroa.0.36.vec.extract.i
+  %peak.rf234.sroa.0.40.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 10
+  %1842 = fcmp ogt float %1841, %peak.rf234.sroa.0.40.vec.extract.i
+  %1843 = select i1 %1842, float %1841, float %peak.rf234.sroa.0.40.vec.extract.i
+  %peak.rf234.sroa.0.44.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 11
+  %1844 = fcmp ogt float %1843, %peak.rf234.sroa.0.44.vec.extract.i
+  %1845 = select i1 %1844, float %1843, float %peak.rf234.sroa.0.44.vec.extract.i
+  %peak.rf234.sroa.0.48.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 12
+  %1846 = fcmp ogt float %1845, %peak.rf234.sroa.0.48.vec.extract.i
+  %1847 = select i1 %1846, float %1845, float %peak.rf234.sroa.0.48.vec.extract.i
+  %peak.rf234.sroa.0.52.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 13
+  %1848 = fcmp ogt float %1847, %peak.rf234.sroa.0.52.vec.extract.i
+  %1849 = select i1 %1848, float %1847, float %peak.rf234.sroa.0.52.vec.extract.i
+  %peak.rf234.sroa.0.56.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 14
+  %1850 = fcmp ogt float %1849, %peak.rf234.sroa.0.56.vec.extract.i
+  %1851 = select i1 %1850, float %1849, float %peak.rf234.sroa.0.56.vec.extract.i
+  %peak.rf234.sroa.0.60.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 15
+  %1852 = fcmp ogt float %1851, %peak.rf234.sroa.0.60.vec.extract.i
+  %1853 = select i1 %1852, float %1851, float %peak.rf234.sroa.0.60.vec.extract.i
+  %peak.rf234.sroa.0.64.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 16
+  %1854 = fcmp ogt float %1853, %peak.rf234.sroa.0.64.vec.extract.i
+  %1855 = select i1 %1854, float %1853, float %peak.rf234.sroa.0.64.vec.extract.i
+  %peak.rf234.sroa.0.68.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 17
+  %1856 = fcmp ogt float %1855, %peak.rf234.sroa.0.68.vec.extract.i
+  %1857 = select i1 %1856, float %1855, float %peak.rf234.sroa.0.68.vec.extract.i
+  %peak.rf234.sroa.0.72.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 18
+  %1858 = fcmp ogt float %1857, %peak.rf234.sroa.0.72.vec.extract.i
+  %1859 = select i1 %1858, float %1857, float %peak.rf234.sroa.0.72.vec.extract.i
+  %peak.rf234.sroa.0.76.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 19
+  %1860 = fcmp ogt float %1859, %peak.rf234.sroa.0.76.vec.extract.i
+  %1861 = select i1 %1860, float %1859, float %peak.rf234.sroa.0.76.vec.extract.i
+  %peak.rf234.sroa.0.80.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 20
+  %1862 = fcmp ogt float %1861, %peak.rf234.sroa.0.80.vec.extract.i
+  %1863 = select i1 %1862, float %1861, float %peak.rf234.sroa.0.80.vec.extract.i
+  %peak.rf234.sroa.0.84.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 21
+  %1864 = fcmp ogt float %1863, %peak.rf234.sroa.0.84.vec.extract.i
+  %1865 = select i1 %1864, float %1863, float %peak.rf234.sroa.0.84.vec.extract.i
+  %peak.rf234.sroa.0.88.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 22
+  %1866 = fcmp ogt float %1865, %peak.rf234.sroa.0.88.vec.extract.i
+  %1867 = select i1 %1866, float %1865, float %peak.rf234.sroa.0.88.vec.extract.i
+  %peak.rf234.sroa.0.92.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 23
+  %1868 = fcmp ogt float %1867, %peak.rf234.sroa.0.92.vec.extract.i
+  %1869 = select i1 %1868, float %1867, float %peak.rf234.sroa.0.92.vec.extract.i
+  %peak.rf234.sroa.0.96.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 24
+  %1870 = fcmp ogt float %1869, %peak.rf234.sroa.0.96.vec.extract.i
+  %1871 = select i1 %1870, float %1869, float %peak.rf234.sroa.0.96.vec.extract.i
+  %peak.rf234.sroa.0.100.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 25
+  %1872 = fcmp ogt float %1871, %peak.rf234.sroa.0.100.vec.extract.i
+  %1873 = select i1 %1872, float %1871, float %peak.rf234.sroa.0.100.vec.extract.i
+  %peak.rf234.sroa.0.104.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 26
+  %1874 = fcmp ogt float %1873, %peak.rf234.sroa.0.104.vec.extract.i
+  %1875 = select i1 %1874, float %1873, float %peak.rf234.sroa.0.104.vec.extract.i
+  %peak.rf234.sroa.0.108.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 27
+  %1876 = fcmp ogt float %1875, %peak.rf234.sroa.0.108.vec.extract.i
+  %1877 = select i1 %1876, float %1875, float %peak.rf234.sroa.0.108.vec.extract.i
+  %peak.rf234.sroa.0.112.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 28
+  %1878 = fcmp ogt float %1877, %peak.rf234.sroa.0.112.vec.extract.i
+  %1879 = select i1 %1878, float %1877, float %peak.rf234.sroa.0.112.vec.extract.i
+  %peak.rf234.sroa.0.116.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 29
+  %1880 = fcmp ogt float %1879, %peak.rf234.sroa.0.116.vec.extract.i
+  %1881 = select i1 %1880, float %1879, float %peak.rf234.sroa.0.116.vec.extract.i
+  %peak.rf234.sroa.0.120.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 30
+  %1882 = fcmp ogt float %1881, %peak.rf234.sroa.0.120.vec.extract.i
+  %1883 = select i1 %1882, float %1881, float %peak.rf234.sroa.0.120.vec.extract.i
+  %peak.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 31
+  %1884 = fcmp ogt float %1883, %peak.rf234.sroa.0.124.vec.extract.i
+  %1885 = select i1 %1884, float %1883, float %peak.rf234.sroa.0.124.vec.extract.i
   store float %1885, ptr %1821, align 4, !tbaa !69
-  %indvars.iv.next1124.i = add nuw nsw i64 %indvars.iv1123.i, 1
-  %exitcond1126.not.i = icmp eq i64 %indvars.iv.next1124.i, 4
-  br i1 %exitcond1126.not.i, label %for_body_r47.preheader.i, label %for_begin_ax1.preheader.i, !prof !39
+  %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
+  %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1139.i, 4
+  br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !39
 
-for_body_r47.preheader.i:                         ; preds = %for_end_ax1.i
-  %1886 = load <4 x float>, ptr %peak220.i, align 16
+for_body_r52.preheader.i:                         ; preds = %for_end_ax1.i
+  %1886 = load <4 x float>, ptr %peak235.i, align 16
   %spec.select = select i1 %1326, <4 x float> %1886, <4 x float> <float 0xC6293E5940000000, float 0xC6293E5940000000, float 0xC6293E5940000000, float poison>
   %spec.select293 = select i1 %1326, <4 x float> %1886, <4 x float> splat (float 0xC6293E5940000000)
   %1887 = shufflevector <4 x float> %spec.select, <4 x float> %spec.select293, <4 x i32> <i32 0, i32 1, i32 2, i32 7>
-  br i1 %1325, label %for_begin_to58.preheader.us.preheader.i, label %for_begin_ax178.preheader.i.preheader, !prof !3
+  br i1 %1325, label %for_begin_to63.preheader.us.preheader.i, label %for_begin_ax183.preheader.i.preheader, !prof !3
 
-for_begin_to58.preheader.us.preheader.i:          ; preds = %for_body_r47.preheader.i
+for_begin_to63.preheader.us.preheader.i:          ; preds = %for_body_r52.preheader.i
   %1888 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> zeroinitializer
-  br label %for_body_to59.us.i
+  br label %for_body_to64.us.i
 
-for_body_to59.us.i:                               ; preds = %for_body_to59.us.i, %for_begin_to58.preheader.us.preheader.i
-  %indvars.iv1131.i = phi i64 [ 0, %for_begin_to58.preheader.us.preheader.i ], [ %indvars.iv.next1132.i, %for_body_to59.us.i ]
-  %1889 = shl nsw i64 %indvars.iv1131.i, 5
+for_body_to64.us.i:                               ; preds = %for_body_to64.us.i, %for_begin_to63.preheader.us.preheader.i
+  %indvars.iv1146.i = phi i64 [ 0, %for_begin_to63.preheader.us.preheader.i ], [ %indvars.iv.next1147.i, %for_body_to64.us.i ]
+  %1889 = shl nsw i64 %indvars.iv1146.i, 5
   %1890 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1889
   %1891 = load <32 x float>, ptr %1890, align 4, !tbaa !4
   %arg.us.i = fsub <32 x float> %1891, %1888
@@ -4129,17 +4129,17 @@ for_body_to59.us.i:                               ; preds = %for_body_to59.us.i,
   %1910 = select <32 x i1> %1909, <32 x float> zeroinitializer, <32 x float> %1908
   %1911 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1889
   store <32 x float> %1910, ptr %1911, align 4, !tbaa !4
-  %indvars.iv.next1132.i = add nuw nsw i64 %indvars.iv1131.i, 1
-  %exitcond1135.not.i = icmp eq i64 %indvars.iv.next1132.i, %wide.trip.count1107.i
-  br i1 %exitcond1135.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.i, label %for_body_to59.us.i, !prof !8
+  %indvars.iv.next1147.i = add nuw nsw i64 %indvars.iv1146.i, 1
+  %exitcond1150.not.i = icmp eq i64 %indvars.iv.next1147.i, %wide.trip.count1122.i
+  br i1 %exitcond1150.not.i, label %for_begin_to63.for_end_to65_crit_edge.us.i, label %for_body_to64.us.i, !prof !8
 
-for_begin_to58.for_end_to60_crit_edge.us.i:       ; preds = %for_body_to59.us.i
+for_begin_to63.for_end_to65_crit_edge.us.i:       ; preds = %for_body_to64.us.i
   %1912 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
-  br label %for_body_to59.us.1.i
+  br label %for_body_to64.us.1.i
 
-for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.i, %for_begin_to58.for_end_to60_crit_edge.us.i
-  %indvars.iv1131.1.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.i ], [ %indvars.iv.next1132.1.i, %for_body_to59.us.1.i ]
-  %1913 = shl nsw i64 %indvars.iv1131.1.i, 5
+for_body_to64.us.1.i:                             ; preds = %for_body_to64.us.1.i, %for_begin_to63.for_end_to65_crit_edge.us.i
+  %indvars.iv1146.1.i = phi i64 [ 0, %for_begin_to63.for_end_to65_crit_edge.us.i ], [ %indvars.iv.next1147.1.i, %for_body_to64.us.1.i ]
+  %1913 = shl nsw i64 %indvars.iv1146.1.i, 5
   %1914 = add nuw nsw i64 %1913, 128
   %1915 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1914
   %1916 = load <32 x float>, ptr %1915, align 4, !tbaa !4
@@ -4165,17 +4165,17 @@ for_body_to59.us.1.i:                             ; preds = %for_body_to59.us.1.
   %1935 = select <32 x i1> %1934, <32 x float> zeroinitializer, <32 x float> %1933
   %1936 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1914
   store <32 x float> %1935, ptr %1936, align 4, !tbaa !4
-  %indvars.iv.next1132.1.i = add nuw nsw i64 %indvars.iv1131.1.i, 1
-  %exitcond1135.1.not.i = icmp eq i64 %indvars.iv.next1132.1.i, %wide.trip.count1107.i
-  br i1 %exitcond1135.1.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.1.i, label %for_body_to59.us.1.i, !prof !8
+  %indvars.iv.next1147.1.i = add nuw nsw i64 %indvars.iv1146.1.i, 1
+  %exitcond1150.1.not.i = icmp eq i64 %indvars.iv.next1147.1.i, %wide.trip.count1122.i
+  br i1 %exitcond1150.1.not.i, label %for_begin_to63.for_end_to65_crit_edge.us.1.i, label %for_body_to64.us.1.i, !prof !8
 
-for_begin_to58.for_end_to60_crit_edge.us.1.i:     ; preds = %for_body_to59.us.1.i
+for_begin_to63.for_end_to65_crit_edge.us.1.i:     ; preds = %for_body_to64.us.1.i
   %1937 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
-  br label %for_body_to59.us.2.i
+  br label %for_body_to64.us.2.i
 
-for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.i, %for_begin_to58.for_end_to60_crit_edge.us.1.i
-  %indvars.iv1131.2.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.1.i ], [ %indvars.iv.next1132.2.i, %for_body_to59.us.2.i ]
-  %1938 = shl nsw i64 %indvars.iv1131.2.i, 5
+for_body_to64.us.2.i:                             ; preds = %for_body_to64.us.2.i, %for_begin_to63.for_end_to65_crit_edge.us.1.i
+  %indvars.iv1146.2.i = phi i64 [ 0, %for_begin_to63.for_end_to65_crit_edge.us.1.i ], [ %indvars.iv.next1147.2.i, %for_body_to64.us.2.i ]
+  %1938 = shl nsw i64 %indvars.iv1146.2.i, 5
   %1939 = add nuw nsw i64 %1938, 256
   %1940 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1939
   %1941 = load <32 x float>, ptr %1940, align 4, !tbaa !4
@@ -4201,17 +4201,17 @@ for_body_to59.us.2.i:                             ; preds = %for_body_to59.us.2.
   %1960 = select <32 x i1> %1959, <32 x float> zeroinitializer, <32 x float> %1958
   %1961 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1939
   store <32 x float> %1960, ptr %1961, align 4, !tbaa !4
-  %indvars.iv.next1132.2.i = add nuw nsw i64 %indvars.iv1131.2.i, 1
-  %exitcond1135.2.not.i = icmp eq i64 %indvars.iv.next1132.2.i, %wide.trip.count1107.i
-  br i1 %exitcond1135.2.not.i, label %for_begin_to58.for_end_to60_crit_edge.us.2.i, label %for_body_to59.us.2.i, !prof !8
+  %indvars.iv.next1147.2.i = add nuw nsw i64 %indvars.iv1146.2.i, 1
+  %exitcond1150.2.not.i = icmp eq i64 %indvars.iv.next1147.2.i, %wide.trip.count1122.i
+  br i1 %exitcond1150.2.not.i, label %for_begin_to63.for_end_to65_crit_edge.us.2.i, label %for_body_to64.us.2.i, !prof !8
 
-for_begin_to58.for_end_to60_crit_edge.us.2.i:     ; preds = %for_body_to59.us.2.i
+for_begin_to63.for_end_to65_crit_edge.us.2.i:     ; preds = %for_body_to64.us.2.i
   %1962 = shufflevector <4 x float> %spec.select293, <4 x float> poison, <32 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  br label %for_body_to59.us.3.i
+  br label %for_body_to64.us.3.i
 
-for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.i, %for_begin_to58.for_end_to60_crit_edge.us.2.i
-  %indvars.iv1131.3.i = phi i64 [ 0, %for_begin_to58.for_end_to60_crit_edge.us.2.i ], [ %indvars.iv.next1132.3.i, %for_body_to59.us.3.i ]
-  %1963 = shl nsw i64 %indvars.iv1131.3.i, 5
+for_body_to64.us.3.i:                             ; preds = %for_body_to64.us.3.i, %for_begin_to63.for_end_to65_crit_edge.us.2.i
+  %indvars.iv1146.3.i = phi i64 [ 0, %for_begin_to63.for_end_to65_crit_edge.us.2.i ], [ %indvars.iv.next1147.3.i, %for_body_to64.us.3.i ]
+  %1963 = shl nsw i64 %indvars.iv1146.3.i, 5
   %1964 = add nuw nsw i64 %1963, 384
   %1965 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1964
   %1966 = load <32 x float>, ptr %1965, align 4, !tbaa !4
@@ -4237,17 +4237,17 @@ for_body_to59.us.3.i:                             ; preds = %for_body_to59.us.3.
   %1985 = select <32 x i1> %1984, <32 x float> zeroinitializer, <32 x float> %1983
   %1986 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1964
   store <32 x float> %1985, ptr %1986, align 4, !tbaa !4
-  %indvars.iv.next1132.3.i = add nuw nsw i64 %indvars.iv1131.3.i, 1
-  %exitcond1135.3.not.i = icmp eq i64 %indvars.iv.next1132.3.i, %wide.trip.count1107.i
-  br i1 %exitcond1135.3.not.i, label %for_body_to69.us.i.preheader, label %for_body_to59.us.3.i, !prof !8
+  %indvars.iv.next1147.3.i = add nuw nsw i64 %indvars.iv1146.3.i, 1
+  %exitcond1150.3.not.i = icmp eq i64 %indvars.iv.next1147.3.i, %wide.trip.count1122.i
+  br i1 %exitcond1150.3.not.i, label %for_body_to74.us.i.preheader, label %for_body_to64.us.3.i, !prof !8
 
-for_body_to69.us.i.preheader:                     ; preds = %for_body_to59.us.3.i
-  br i1 %1343, label %for_body_to69.us.i.epil.preheader, label %for_body_to69.us.i, !prof !48
+for_body_to74.us.i.preheader:                     ; preds = %for_body_to64.us.3.i
+  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !48
 
-for_body_to69.us.i:                               ; preds = %for_body_to69.us.i, %for_body_to69.us.i.preheader
-  %indvars.iv1140.i = phi i64 [ %indvars.iv.next1141.i.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
-  %niter224 = phi i64 [ %niter224.next.3, %for_body_to69.us.i ], [ 0, %for_body_to69.us.i.preheader ]
-  %1987 = shl nsw i64 %indvars.iv1140.i, 5
+for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_body_to74.us.i.preheader
+  %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.3, %for_body_to74.us.i ], [ 0, %for_body_to74.us.i.preheader ]
+  %niter224 = phi i64 [ %niter224.next.3, %for_body_to74.us.i ], [ 0, %for_body_to74.us.i.preheader ]
+  %1987 = shl nsw i64 %indvars.iv1155.i, 5
   %1988 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1987
   %1989 = load <32 x i32>, ptr %1988, align 4, !tbaa !4
   %1990 = lshr <32 x i32> %1989, splat (i32 16)
@@ -4257,8 +4257,8 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %1994 = and <32 x i32> %1993, splat (i32 -65536)
   %1995 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1987
   store <32 x i32> %1994, ptr %1995, align 4, !tbaa !4
-  %indvars.iv.next1141.i = shl i64 %indvars.iv1140.i, 5
-  %1996 = or disjoint i64 %indvars.iv.next1141.i, 32
+  %indvars.iv.next1156.i = shl i64 %indvars.iv1155.i, 5
+  %1996 = or disjoint i64 %indvars.iv.next1156.i, 32
   %1997 = getelementptr inbounds nuw float, ptr %exact.i, i64 %1996
   %1998 = load <32 x i32>, ptr %1997, align 4, !tbaa !4
   %1999 = lshr <32 x i32> %1998, splat (i32 16)
@@ -4268,8 +4268,8 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %2003 = and <32 x i32> %2002, splat (i32 -65536)
   %2004 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1996
   store <32 x i32> %2003, ptr %2004, align 4, !tbaa !4
-  %indvars.iv.next1141.i.1 = shl i64 %indvars.iv1140.i, 5
-  %2005 = or disjoint i64 %indvars.iv.next1141.i.1, 64
+  %indvars.iv.next1156.i.1 = shl i64 %indvars.iv1155.i, 5
+  %2005 = or disjoint i64 %indvars.iv.next1156.i.1, 64
   %2006 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2005
   %2007 = load <32 x i32>, ptr %2006, align 4, !tbaa !4
   %2008 = lshr <32 x i32> %2007, splat (i32 16)
@@ -4279,8 +4279,8 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %2012 = and <32 x i32> %2011, splat (i32 -65536)
   %2013 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2005
   store <32 x i32> %2012, ptr %2013, align 4, !tbaa !4
-  %indvars.iv.next1141.i.2 = shl i64 %indvars.iv1140.i, 5
-  %2014 = or disjoint i64 %indvars.iv.next1141.i.2, 96
+  %indvars.iv.next1156.i.2 = shl i64 %indvars.iv1155.i, 5
+  %2014 = or disjoint i64 %indvars.iv.next1156.i.2, 96
   %2015 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2014
   %2016 = load <32 x i32>, ptr %2015, align 4, !tbaa !4
   %2017 = lshr <32 x i32> %2016, splat (i32 16)
@@ -4290,23 +4290,23 @@ for_body_to69.us.i:                               ; preds = %for_body_to69.us.i,
   %2021 = and <32 x i32> %2020, splat (i32 -65536)
   %2022 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2014
   store <32 x i32> %2021, ptr %2022, align 4, !tbaa !4
-  %indvars.iv.next1141.i.3 = add nuw nsw i64 %indvars.iv1140.i, 4
+  %indvars.iv.next1156.i.3 = add nuw nsw i64 %indvars.iv1155.i, 4
   %niter224.next.3 = add i64 %niter224, 4
   %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
-  br i1 %niter224.ncmp.3, label %for_body_to69.us.1.i.preheader.unr-lcssa, label %for_body_to69.us.i, !prof !49, !llvm.loop !71
+  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !49, !llvm.loop !71
 
-for_body_to69.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.i
-  br i1 %lcmp.mod221.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil.preheader, !prof !52
+for_body_to74.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.i
+  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !52
 
-for_body_to69.us.i.epil.preheader:                ; preds = %for_body_to69.us.1.i.preheader.unr-lcssa, %for_body_to69.us.i.preheader
-  %indvars.iv1140.i.epil.init = phi i64 [ 0, %for_body_to69.us.i.preheader ], [ %indvars.iv.next1141.i.3, %for_body_to69.us.1.i.preheader.unr-lcssa ]
+for_body_to74.us.i.epil.preheader:                ; preds = %for_body_to74.us.1.i.preheader.unr-lcssa, %for_body_to74.us.i.preheader
+  %indvars.iv1155.i.epil.init = phi i64 [ 0, %for_body_to74.us.i.preheader ], [ %indvars.iv.next1156.i.3, %for_body_to74.us.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod222)
-  br label %for_body_to69.us.i.epil
+  br label %for_body_to74.us.i.epil
 
-for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.i.epil.preheader
-  %indvars.iv1140.i.epil = phi i64 [ %indvars.iv.next1141.i.epil, %for_body_to69.us.i.epil ], [ %indvars.iv1140.i.epil.init, %for_body_to69.us.i.epil.preheader ]
-  %epil.iter220 = phi i64 [ %epil.iter220.next, %for_body_to69.us.i.epil ], [ 0, %for_body_to69.us.i.epil.preheader ]
-  %2023 = shl nsw i64 %indvars.iv1140.i.epil, 5
+for_body_to74.us.i.epil:                          ; preds = %for_body_to74.us.i.epil, %for_body_to74.us.i.epil.preheader
+  %indvars.iv1155.i.epil = phi i64 [ %indvars.iv.next1156.i.epil, %for_body_to74.us.i.epil ], [ %indvars.iv1155.i.epil.init, %for_body_to74.us.i.epil.preheader ]
+  %epil.iter220 = phi i64 [ %epil.iter220.next, %for_body_to74.us.i.epil ], [ 0, %for_body_to74.us.i.epil.preheader ]
+  %2023 = shl nsw i64 %indvars.iv1155.i.epil, 5
   %2024 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2023
   %2025 = load <32 x i32>, ptr %2024, align 4, !tbaa !4
   %2026 = lshr <32 x i32> %2025, splat (i32 16)
@@ -4316,18 +4316,18 @@ for_body_to69.us.i.epil:                          ; preds = %for_body_to69.us.i.
   %2030 = and <32 x i32> %2029, splat (i32 -65536)
   %2031 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2023
   store <32 x i32> %2030, ptr %2031, align 4, !tbaa !4
-  %indvars.iv.next1141.i.epil = add nuw nsw i64 %indvars.iv1140.i.epil, 1
+  %indvars.iv.next1156.i.epil = add nuw nsw i64 %indvars.iv1155.i.epil, 1
   %epil.iter220.next = add i64 %epil.iter220, 1
   %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
-  br i1 %epil.iter220.cmp.not, label %for_body_to69.us.1.i.preheader, label %for_body_to69.us.i.epil, !prof !53, !llvm.loop !72
+  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !53, !llvm.loop !72
 
-for_body_to69.us.1.i.preheader:                   ; preds = %for_body_to69.us.i.epil, %for_body_to69.us.1.i.preheader.unr-lcssa
-  br i1 %1344, label %for_body_to69.us.1.i.epil.preheader, label %for_body_to69.us.1.i, !prof !48
+for_body_to74.us.1.i.preheader:                   ; preds = %for_body_to74.us.i.epil, %for_body_to74.us.1.i.preheader.unr-lcssa
+  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !48
 
-for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.i, %for_body_to69.us.1.i.preheader
-  %indvars.iv1140.1.i = phi i64 [ %indvars.iv.next1141.1.i.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
-  %niter230 = phi i64 [ %niter230.next.3, %for_body_to69.us.1.i ], [ 0, %for_body_to69.us.1.i.preheader ]
-  %2032 = shl nsw i64 %indvars.iv1140.1.i, 5
+for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_body_to74.us.1.i.preheader
+  %indvars.iv1155.1.i = phi i64 [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.1.i ], [ 0, %for_body_to74.us.1.i.preheader ]
+  %niter230 = phi i64 [ %niter230.next.3, %for_body_to74.us.1.i ], [ 0, %for_body_to74.us.1.i.preheader ]
+  %2032 = shl nsw i64 %indvars.iv1155.1.i, 5
   %2033 = add nuw nsw i64 %2032, 128
   %2034 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2033
   %2035 = load <32 x i32>, ptr %2034, align 4, !tbaa !4
@@ -4338,8 +4338,8 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %2040 = and <32 x i32> %2039, splat (i32 -65536)
   %2041 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2033
   store <32 x i32> %2040, ptr %2041, align 4, !tbaa !4
-  %indvars.iv.next1141.1.i = shl i64 %indvars.iv1140.1.i, 5
-  %2042 = add nuw nsw i64 %indvars.iv.next1141.1.i, 160
+  %indvars.iv.next1156.1.i = shl i64 %indvars.iv1155.1.i, 5
+  %2042 = add nuw nsw i64 %indvars.iv.next1156.1.i, 160
   %2043 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2042
   %2044 = load <32 x i32>, ptr %2043, align 4, !tbaa !4
   %2045 = lshr <32 x i32> %2044, splat (i32 16)
@@ -4349,8 +4349,8 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %2049 = and <32 x i32> %2048, splat (i32 -65536)
   %2050 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2042
   store <32 x i32> %2049, ptr %2050, align 4, !tbaa !4
-  %indvars.iv.next1141.1.i.1 = shl i64 %indvars.iv1140.1.i, 5
-  %2051 = add nuw nsw i64 %indvars.iv.next1141.1.i.1, 192
+  %indvars.iv.next1156.1.i.1 = shl i64 %indvars.iv1155.1.i, 5
+  %2051 = add nuw nsw i64 %indvars.iv.next1156.1.i.1, 192
   %2052 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2051
   %2053 = load <32 x i32>, ptr %2052, align 4, !tbaa !4
   %2054 = lshr <32 x i32> %2053, splat (i32 16)
@@ -4360,8 +4360,8 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %2058 = and <32 x i32> %2057, splat (i32 -65536)
   %2059 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2051
   store <32 x i32> %2058, ptr %2059, align 4, !tbaa !4
-  %indvars.iv.next1141.1.i.2 = shl i64 %indvars.iv1140.1.i, 5
-  %2060 = add nuw nsw i64 %indvars.iv.next1141.1.i.2, 224
+  %indvars.iv.next1156.1.i.2 = shl i64 %indvars.iv1155.1.i, 5
+  %2060 = add nuw nsw i64 %indvars.iv.next1156.1.i.2, 224
   %2061 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2060
   %2062 = load <32 x i32>, ptr %2061, align 4, !tbaa !4
   %2063 = lshr <32 x i32> %2062, splat (i32 16)
@@ -4371,23 +4371,23 @@ for_body_to69.us.1.i:                             ; preds = %for_body_to69.us.1.
   %2067 = and <32 x i32> %2066, splat (i32 -65536)
   %2068 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2060
   store <32 x i32> %2067, ptr %2068, align 4, !tbaa !4
-  %indvars.iv.next1141.1.i.3 = add nuw nsw i64 %indvars.iv1140.1.i, 4
+  %indvars.iv.next1156.1.i.3 = add nuw nsw i64 %indvars.iv1155.1.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to69.us.2.i.preheader.unr-lcssa, label %for_body_to69.us.1.i, !prof !49, !llvm.loop !73
+  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !49, !llvm.loop !73
 
-for_body_to69.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.1.i
-  br i1 %lcmp.mod227.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil.preheader, !prof !52
+for_body_to74.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.1.i
+  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !52
 
-for_body_to69.us.1.i.epil.preheader:              ; preds = %for_body_to69.us.2.i.preheader.unr-lcssa, %for_body_to69.us.1.i.preheader
-  %indvars.iv1140.1.i.epil.init = phi i64 [ 0, %for_body_to69.us.1.i.preheader ], [ %indvars.iv.next1141.1.i.3, %for_body_to69.us.2.i.preheader.unr-lcssa ]
+for_body_to74.us.1.i.epil.preheader:              ; preds = %for_body_to74.us.2.i.preheader.unr-lcssa, %for_body_to74.us.1.i.preheader
+  %indvars.iv1155.1.i.epil.init = phi i64 [ 0, %for_body_to74.us.1.i.preheader ], [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod228)
-  br label %for_body_to69.us.1.i.epil
+  br label %for_body_to74.us.1.i.epil
 
-for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.1.i.epil.preheader
-  %indvars.iv1140.1.i.epil = phi i64 [ %indvars.iv.next1141.1.i.epil, %for_body_to69.us.1.i.epil ], [ %indvars.iv1140.1.i.epil.init, %for_body_to69.us.1.i.epil.preheader ]
-  %epil.iter226 = phi i64 [ %epil.iter226.next, %for_body_to69.us.1.i.epil ], [ 0, %for_body_to69.us.1.i.epil.preheader ]
-  %2069 = shl nsw i64 %indvars.iv1140.1.i.epil, 5
+for_body_to74.us.1.i.epil:                        ; preds = %for_body_to74.us.1.i.epil, %for_body_to74.us.1.i.epil.preheader
+  %indvars.iv1155.1.i.epil = phi i64 [ %indvars.iv.next1156.1.i.epil, %for_body_to74.us.1.i.epil ], [ %indvars.iv1155.1.i.epil.init, %for_body_to74.us.1.i.epil.preheader ]
+  %epil.iter226 = phi i64 [ %epil.iter226.next, %for_body_to74.us.1.i.epil ], [ 0, %for_body_to74.us.1.i.epil.preheader ]
+  %2069 = shl nsw i64 %indvars.iv1155.1.i.epil, 5
   %2070 = add nuw nsw i64 %2069, 128
   %2071 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2070
   %2072 = load <32 x i32>, ptr %2071, align 4, !tbaa !4
@@ -4398,18 +4398,18 @@ for_body_to69.us.1.i.epil:                        ; preds = %for_body_to69.us.1.
   %2077 = and <32 x i32> %2076, splat (i32 -65536)
   %2078 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2070
   store <32 x i32> %2077, ptr %2078, align 4, !tbaa !4
-  %indvars.iv.next1141.1.i.epil = add nuw nsw i64 %indvars.iv1140.1.i.epil, 1
+  %indvars.iv.next1156.1.i.epil = add nuw nsw i64 %indvars.iv1155.1.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to69.us.2.i.preheader, label %for_body_to69.us.1.i.epil, !prof !53, !llvm.loop !74
+  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !53, !llvm.loop !74
 
-for_body_to69.us.2.i.preheader:                   ; preds = %for_body_to69.us.1.i.epil, %for_body_to69.us.2.i.preheader.unr-lcssa
-  br i1 %1345, label %for_body_to69.us.2.i.epil.preheader, label %for_body_to69.us.2.i, !prof !48
+for_body_to74.us.2.i.preheader:                   ; preds = %for_body_to74.us.1.i.epil, %for_body_to74.us.2.i.preheader.unr-lcssa
+  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !48
 
-for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.i, %for_body_to69.us.2.i.preheader
-  %indvars.iv1140.2.i = phi i64 [ %indvars.iv.next1141.2.i.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
-  %niter236 = phi i64 [ %niter236.next.3, %for_body_to69.us.2.i ], [ 0, %for_body_to69.us.2.i.preheader ]
-  %2079 = shl nsw i64 %indvars.iv1140.2.i, 5
+for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_body_to74.us.2.i.preheader
+  %indvars.iv1155.2.i = phi i64 [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.2.i ], [ 0, %for_body_to74.us.2.i.preheader ]
+  %niter236 = phi i64 [ %niter236.next.3, %for_body_to74.us.2.i ], [ 0, %for_body_to74.us.2.i.preheader ]
+  %2079 = shl nsw i64 %indvars.iv1155.2.i, 5
   %2080 = add nuw nsw i64 %2079, 256
   %2081 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2080
   %2082 = load <32 x i32>, ptr %2081, align 4, !tbaa !4
@@ -4420,8 +4420,8 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %2087 = and <32 x i32> %2086, splat (i32 -65536)
   %2088 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2080
   store <32 x i32> %2087, ptr %2088, align 4, !tbaa !4
-  %indvars.iv.next1141.2.i = shl i64 %indvars.iv1140.2.i, 5
-  %2089 = add nuw nsw i64 %indvars.iv.next1141.2.i, 288
+  %indvars.iv.next1156.2.i = shl i64 %indvars.iv1155.2.i, 5
+  %2089 = add nuw nsw i64 %indvars.iv.next1156.2.i, 288
   %2090 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2089
   %2091 = load <32 x i32>, ptr %2090, align 4, !tbaa !4
   %2092 = lshr <32 x i32> %2091, splat (i32 16)
@@ -4431,8 +4431,8 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %2096 = and <32 x i32> %2095, splat (i32 -65536)
   %2097 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2089
   store <32 x i32> %2096, ptr %2097, align 4, !tbaa !4
-  %indvars.iv.next1141.2.i.1 = shl i64 %indvars.iv1140.2.i, 5
-  %2098 = add nuw nsw i64 %indvars.iv.next1141.2.i.1, 320
+  %indvars.iv.next1156.2.i.1 = shl i64 %indvars.iv1155.2.i, 5
+  %2098 = add nuw nsw i64 %indvars.iv.next1156.2.i.1, 320
   %2099 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2098
   %2100 = load <32 x i32>, ptr %2099, align 4, !tbaa !4
   %2101 = lshr <32 x i32> %2100, splat (i32 16)
@@ -4442,8 +4442,8 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %2105 = and <32 x i32> %2104, splat (i32 -65536)
   %2106 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2098
   store <32 x i32> %2105, ptr %2106, align 4, !tbaa !4
-  %indvars.iv.next1141.2.i.2 = shl i64 %indvars.iv1140.2.i, 5
-  %2107 = add nuw nsw i64 %indvars.iv.next1141.2.i.2, 352
+  %indvars.iv.next1156.2.i.2 = shl i64 %indvars.iv1155.2.i, 5
+  %2107 = add nuw nsw i64 %indvars.iv.next1156.2.i.2, 352
   %2108 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2107
   %2109 = load <32 x i32>, ptr %2108, align 4, !tbaa !4
   %2110 = lshr <32 x i32> %2109, splat (i32 16)
@@ -4453,23 +4453,23 @@ for_body_to69.us.2.i:                             ; preds = %for_body_to69.us.2.
   %2114 = and <32 x i32> %2113, splat (i32 -65536)
   %2115 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2107
   store <32 x i32> %2114, ptr %2115, align 4, !tbaa !4
-  %indvars.iv.next1141.2.i.3 = add nuw nsw i64 %indvars.iv1140.2.i, 4
+  %indvars.iv.next1156.2.i.3 = add nuw nsw i64 %indvars.iv1155.2.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to69.us.3.i.preheader.unr-lcssa, label %for_body_to69.us.2.i, !prof !49, !llvm.loop !75
+  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !49, !llvm.loop !75
 
-for_body_to69.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to69.us.2.i
-  br i1 %lcmp.mod233.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil.preheader, !prof !52
+for_body_to74.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.2.i
+  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !52
 
-for_body_to69.us.2.i.epil.preheader:              ; preds = %for_body_to69.us.3.i.preheader.unr-lcssa, %for_body_to69.us.2.i.preheader
-  %indvars.iv1140.2.i.epil.init = phi i64 [ 0, %for_body_to69.us.2.i.preheader ], [ %indvars.iv.next1141.2.i.3, %for_body_to69.us.3.i.preheader.unr-lcssa ]
+for_body_to74.us.2.i.epil.preheader:              ; preds = %for_body_to74.us.3.i.preheader.unr-lcssa, %for_body_to74.us.2.i.preheader
+  %indvars.iv1155.2.i.epil.init = phi i64 [ 0, %for_body_to74.us.2.i.preheader ], [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod234)
-  br label %for_body_to69.us.2.i.epil
+  br label %for_body_to74.us.2.i.epil
 
-for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.2.i.epil.preheader
-  %indvars.iv1140.2.i.epil = phi i64 [ %indvars.iv.next1141.2.i.epil, %for_body_to69.us.2.i.epil ], [ %indvars.iv1140.2.i.epil.init, %for_body_to69.us.2.i.epil.preheader ]
-  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_to69.us.2.i.epil ], [ 0, %for_body_to69.us.2.i.epil.preheader ]
-  %2116 = shl nsw i64 %indvars.iv1140.2.i.epil, 5
+for_body_to74.us.2.i.epil:                        ; preds = %for_body_to74.us.2.i.epil, %for_body_to74.us.2.i.epil.preheader
+  %indvars.iv1155.2.i.epil = phi i64 [ %indvars.iv.next1156.2.i.epil, %for_body_to74.us.2.i.epil ], [ %indvars.iv1155.2.i.epil.init, %for_body_to74.us.2.i.epil.preheader ]
+  %epil.iter232 = phi i64 [ %epil.iter232.next, %for_body_to74.us.2.i.epil ], [ 0, %for_body_to74.us.2.i.epil.preheader ]
+  %2116 = shl nsw i64 %indvars.iv1155.2.i.epil, 5
   %2117 = add nuw nsw i64 %2116, 256
   %2118 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2117
   %2119 = load <32 x i32>, ptr %2118, align 4, !tbaa !4
@@ -4480,18 +4480,18 @@ for_body_to69.us.2.i.epil:                        ; preds = %for_body_to69.us.2.
   %2124 = and <32 x i32> %2123, splat (i32 -65536)
   %2125 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2117
   store <32 x i32> %2124, ptr %2125, align 4, !tbaa !4
-  %indvars.iv.next1141.2.i.epil = add nuw nsw i64 %indvars.iv1140.2.i.epil, 1
+  %indvars.iv.next1156.2.i.epil = add nuw nsw i64 %indvars.iv1155.2.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to69.us.3.i.preheader, label %for_body_to69.us.2.i.epil, !prof !53, !llvm.loop !76
+  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !53, !llvm.loop !76
 
-for_body_to69.us.3.i.preheader:                   ; preds = %for_body_to69.us.2.i.epil, %for_body_to69.us.3.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to69.us.3.i.epil.preheader, label %for_body_to69.us.3.i, !prof !48
+for_body_to74.us.3.i.preheader:                   ; preds = %for_body_to74.us.2.i.epil, %for_body_to74.us.3.i.preheader.unr-lcssa
+  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !48
 
-for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.i, %for_body_to69.us.3.i.preheader
-  %indvars.iv1140.3.i = phi i64 [ %indvars.iv.next1141.3.i.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
-  %niter242 = phi i64 [ %niter242.next.3, %for_body_to69.us.3.i ], [ 0, %for_body_to69.us.3.i.preheader ]
-  %2126 = shl nsw i64 %indvars.iv1140.3.i, 5
+for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_body_to74.us.3.i.preheader
+  %indvars.iv1155.3.i = phi i64 [ %indvars.iv.next1156.3.i.3, %for_body_to74.us.3.i ], [ 0, %for_body_to74.us.3.i.preheader ]
+  %niter242 = phi i64 [ %niter242.next.3, %for_body_to74.us.3.i ], [ 0, %for_body_to74.us.3.i.preheader ]
+  %2126 = shl nsw i64 %indvars.iv1155.3.i, 5
   %2127 = add nuw nsw i64 %2126, 384
   %2128 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2127
   %2129 = load <32 x i32>, ptr %2128, align 4, !tbaa !4
@@ -4502,8 +4502,8 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %2134 = and <32 x i32> %2133, splat (i32 -65536)
   %2135 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2127
   store <32 x i32> %2134, ptr %2135, align 4, !tbaa !4
-  %indvars.iv.next1141.3.i = shl i64 %indvars.iv1140.3.i, 5
-  %2136 = add nuw nsw i64 %indvars.iv.next1141.3.i, 416
+  %indvars.iv.next1156.3.i = shl i64 %indvars.iv1155.3.i, 5
+  %2136 = add nuw nsw i64 %indvars.iv.next1156.3.i, 416
   %2137 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2136
   %2138 = load <32 x i32>, ptr %2137, align 4, !tbaa !4
   %2139 = lshr <32 x i32> %2138, splat (i32 16)
@@ -4513,8 +4513,8 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %2143 = and <32 x i32> %2142, splat (i32 -65536)
   %2144 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
   store <32 x i32> %2143, ptr %2144, align 4, !tbaa !4
-  %indvars.iv.next1141.3.i.1 = shl i64 %indvars.iv1140.3.i, 5
-  %2145 = add nuw nsw i64 %indvars.iv.next1141.3.i.1, 448
+  %indvars.iv.next1156.3.i.1 = shl i64 %indvars.iv1155.3.i, 5
+  %2145 = add nuw nsw i64 %indvars.iv.next1156.3.i.1, 448
   %2146 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2145
   %2147 = load <32 x i32>, ptr %2146, align 4, !tbaa !4
   %2148 = lshr <32 x i32> %2147, splat (i32 16)
@@ -4524,8 +4524,8 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %2152 = and <32 x i32> %2151, splat (i32 -65536)
   %2153 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2145
   store <32 x i32> %2152, ptr %2153, align 4, !tbaa !4
-  %indvars.iv.next1141.3.i.2 = shl i64 %indvars.iv1140.3.i, 5
-  %2154 = add nuw nsw i64 %indvars.iv.next1141.3.i.2, 480
+  %indvars.iv.next1156.3.i.2 = shl i64 %indvars.iv1155.3.i, 5
+  %2154 = add nuw nsw i64 %indvars.iv.next1156.3.i.2, 480
   %2155 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2154
   %2156 = load <32 x i32>, ptr %2155, align 4, !tbaa !4
   %2157 = lshr <32 x i32> %2156, splat (i32 16)
@@ -4535,23 +4535,23 @@ for_body_to69.us.3.i:                             ; preds = %for_body_to69.us.3.
   %2161 = and <32 x i32> %2160, splat (i32 -65536)
   %2162 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2154
   store <32 x i32> %2161, ptr %2162, align 4, !tbaa !4
-  %indvars.iv.next1141.3.i.3 = add nuw nsw i64 %indvars.iv1140.3.i, 4
+  %indvars.iv.next1156.3.i.3 = add nuw nsw i64 %indvars.iv1155.3.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to69.us.3.i, !prof !49, !llvm.loop !77
+  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !49, !llvm.loop !77
 
-for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to69.us.3.i
-  br i1 %lcmp.mod239.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil.preheader, !prof !52
+for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to74.us.3.i
+  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !52
 
-for_body_to69.us.3.i.epil.preheader:              ; preds = %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to69.us.3.i.preheader
-  %indvars.iv1140.3.i.epil.init = phi i64 [ 0, %for_body_to69.us.3.i.preheader ], [ %indvars.iv.next1141.3.i.3, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa ]
+for_body_to74.us.3.i.epil.preheader:              ; preds = %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to74.us.3.i.preheader
+  %indvars.iv1155.3.i.epil.init = phi i64 [ 0, %for_body_to74.us.3.i.preheader ], [ %indvars.iv.next1156.3.i.3, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod240)
-  br label %for_body_to69.us.3.i.epil
+  br label %for_body_to74.us.3.i.epil
 
-for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.i.epil, %for_body_to69.us.3.i.epil.preheader
-  %indvars.iv1140.3.i.epil = phi i64 [ %indvars.iv.next1141.3.i.epil, %for_body_to69.us.3.i.epil ], [ %indvars.iv1140.3.i.epil.init, %for_body_to69.us.3.i.epil.preheader ]
-  %epil.iter238 = phi i64 [ %epil.iter238.next, %for_body_to69.us.3.i.epil ], [ 0, %for_body_to69.us.3.i.epil.preheader ]
-  %2163 = shl nsw i64 %indvars.iv1140.3.i.epil, 5
+for_body_to74.us.3.i.epil:                        ; preds = %for_body_to74.us.3.i.epil, %for_body_to74.us.3.i.epil.preheader
+  %indvars.iv1155.3.i.epil = phi i64 [ %indvars.iv.next1156.3.i.epil, %for_body_to74.us.3.i.epil ], [ %indvars.iv1155.3.i.epil.init, %for_body_to74.us.3.i.epil.preheader ]
+  %epil.iter238 = phi i64 [ %epil.iter238.next, %for_body_to74.us.3.i.epil ], [ 0, %for_body_to74.us.3.i.epil.preheader ]
+  %2163 = shl nsw i64 %indvars.iv1155.3.i.epil, 5
   %2164 = add nuw nsw i64 %2163, 384
   %2165 = getelementptr inbounds nuw float, ptr %exact.i, i64 %2164
   %2166 = load <32 x i32>, ptr %2165, align 4, !tbaa !4
@@ -4562,176 +4562,176 @@ for_body_to69.us.3.i.epil:                        ; preds = %for_body_to69.us.3.
   %2171 = and <32 x i32> %2170, splat (i32 -65536)
   %2172 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2164
   store <32 x i32> %2171, ptr %2172, align 4, !tbaa !4
-  %indvars.iv.next1141.3.i.epil = add nuw nsw i64 %indvars.iv1140.3.i.epil, 1
+  %indvars.iv.next1156.3.i.epil = add nuw nsw i64 %indvars.iv1155.3.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_begin_ax178.preheader.i.preheader, label %for_body_to69.us.3.i.epil, !prof !53, !llvm.loop !78
+  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !53, !llvm.loop !78
 
-for_begin_ax178.preheader.i.preheader:            ; preds = %for_body_to69.us.3.i.epil, %for_begin_ax178.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r47.preheader.i
-  br label %for_begin_ax178.preheader.i
+for_begin_ax183.preheader.i.preheader:            ; preds = %for_body_to74.us.3.i.epil, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r52.preheader.i
+  br label %for_begin_ax183.preheader.i
 
-for_begin_ax178.preheader.i:                      ; preds = %for_end_ax180.i, %for_begin_ax178.preheader.i.preheader
-  %indvars.iv1154.i = phi i64 [ %indvars.iv.next1155.i, %for_end_ax180.i ], [ 0, %for_begin_ax178.preheader.i.preheader ]
-  br i1 %1325, label %for_body_ax179.lr.ph.i, label %for_end_ax180.i, !prof !3
+for_begin_ax183.preheader.i:                      ; preds = %for_end_ax185.i, %for_begin_ax183.preheader.i.preheader
+  %indvars.iv1169.i = phi i64 [ %indvars.iv.next1170.i, %for_end_ax185.i ], [ 0, %for_begin_ax183.preheader.i.preheader ]
+  br i1 %1325, label %for_body_ax184.lr.ph.i, label %for_end_ax185.i, !prof !3
 
-for_body_ax179.lr.ph.i:                           ; preds = %for_begin_ax178.preheader.i
-  %.idx1263.i = shl nuw nsw i64 %indvars.iv1154.i, 9
-  %invariant.gep1302.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1263.i
-  br i1 %1347, label %for_body_ax179.i.epil.preheader, label %for_body_ax179.i, !prof !63
+for_body_ax184.lr.ph.i:                           ; preds = %for_begin_ax183.preheader.i
+  %.idx1278.i = shl nuw nsw i64 %indvars.iv1169.i, 9
+  %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1278.i
+  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !63
 
-for_body_ax179.i:                                 ; preds = %for_body_ax179.i, %for_body_ax179.lr.ph.i
-  %indvars.iv1149.i = phi i64 [ %indvars.iv.next1150.i.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %tile_sum.rf_global216.sroa.0.0908.i = phi <32 x float> [ %2195, %for_body_ax179.i ], [ zeroinitializer, %for_body_ax179.lr.ph.i ]
-  %niter249 = phi i64 [ %niter249.next.7, %for_body_ax179.i ], [ 0, %for_body_ax179.lr.ph.i ]
-  %.idx1262.i = shl nsw i64 %indvars.iv1149.i, 7
-  %gep1303.i = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %.idx1262.i
-  %2173 = load <32 x float>, ptr %gep1303.i, align 4, !tbaa !4
-  %2174 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i, %2173
-  %indvars.iv.next1150.i = shl i64 %indvars.iv1149.i, 7
-  %2175 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i
-  %gep1303.i.1 = getelementptr inbounds nuw i8, ptr %2175, i64 128
-  %2176 = load <32 x float>, ptr %gep1303.i.1, align 4, !tbaa !4
+for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.lr.ph.i
+  %indvars.iv1164.i = phi i64 [ %indvars.iv.next1165.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.lr.ph.i ]
+  %tile_sum.rf_global231.sroa.0.0923.i = phi <32 x float> [ %2195, %for_body_ax184.i ], [ zeroinitializer, %for_body_ax184.lr.ph.i ]
+  %niter249 = phi i64 [ %niter249.next.7, %for_body_ax184.i ], [ 0, %for_body_ax184.lr.ph.i ]
+  %.idx1277.i = shl nsw i64 %indvars.iv1164.i, 7
+  %gep1318.i = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i
+  %2173 = load <32 x float>, ptr %gep1318.i, align 4, !tbaa !4
+  %2174 = fadd <32 x float> %tile_sum.rf_global231.sroa.0.0923.i, %2173
+  %indvars.iv.next1165.i = shl i64 %indvars.iv1164.i, 7
+  %2175 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i
+  %gep1318.i.1 = getelementptr inbounds nuw i8, ptr %2175, i64 128
+  %2176 = load <32 x float>, ptr %gep1318.i.1, align 4, !tbaa !4
   %2177 = fadd <32 x float> %2174, %2176
-  %indvars.iv.next1150.i.1 = shl i64 %indvars.iv1149.i, 7
-  %2178 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.1
-  %gep1303.i.2 = getelementptr inbounds nuw i8, ptr %2178, i64 256
-  %2179 = load <32 x float>, ptr %gep1303.i.2, align 4, !tbaa !4
+  %indvars.iv.next1165.i.1 = shl i64 %indvars.iv1164.i, 7
+  %2178 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i.1
+  %gep1318.i.2 = getelementptr inbounds nuw i8, ptr %2178, i64 256
+  %2179 = load <32 x float>, ptr %gep1318.i.2, align 4, !tbaa !4
   %2180 = fadd <32 x float> %2177, %2179
-  %indvars.iv.next1150.i.2 = shl i64 %indvars.iv1149.i, 7
-  %2181 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.2
-  %gep1303.i.3 = getelementptr inbounds nuw i8, ptr %2181, i64 384
-  %2182 = load <32 x float>, ptr %gep1303.i.3, align 4, !tbaa !4
+  %indvars.iv.next1165.i.2 = shl i64 %indvars.iv1164.i, 7
+  %2181 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i.2
+  %gep1318.i.3 = getelementptr inbounds nuw i8, ptr %2181, i64 384
+  %2182 = load <32 x float>, ptr %gep1318.i.3, align 4, !tbaa !4
   %2183 = fadd <32 x float> %2180, %2182
-  %indvars.iv.next1150.i.3 = shl i64 %indvars.iv1149.i, 7
-  %2184 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.3
-  %gep1303.i.4 = getelementptr inbounds nuw i8, ptr %2184, i64 512
-  %2185 = load <32 x float>, ptr %gep1303.i.4, align 4, !tbaa !4
+  %indvars.iv.next1165.i.3 = shl i64 %indvars.iv1164.i, 7
+  %2184 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i.3
+  %gep1318.i.4 = getelementptr inbounds nuw i8, ptr %2184, i64 512
+  %2185 = load <32 x float>, ptr %gep1318.i.4, align 4, !tbaa !4
   %2186 = fadd <32 x float> %2183, %2185
-  %indvars.iv.next1150.i.4 = shl i64 %indvars.iv1149.i, 7
-  %2187 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.4
-  %gep1303.i.5 = getelementptr inbounds nuw i8, ptr %2187, i64 640
-  %2188 = load <32 x float>, ptr %gep1303.i.5, align 4, !tbaa !4
+  %indvars.iv.next1165.i.4 = shl i64 %indvars.iv1164.i, 7
+  %2187 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i.4
+  %gep1318.i.5 = getelementptr inbounds nuw i8, ptr %2187, i64 640
+  %2188 = load <32 x float>, ptr %gep1318.i.5, align 4, !tbaa !4
   %2189 = fadd <32 x float> %2186, %2188
-  %indvars.iv.next1150.i.5 = shl i64 %indvars.iv1149.i, 7
-  %2190 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.5
-  %gep1303.i.6 = getelementptr inbounds nuw i8, ptr %2190, i64 768
-  %2191 = load <32 x float>, ptr %gep1303.i.6, align 4, !tbaa !4
+  %indvars.iv.next1165.i.5 = shl i64 %indvars.iv1164.i, 7
+  %2190 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i.5
+  %gep1318.i.6 = getelementptr inbounds nuw i8, ptr %2190, i64 768
+  %2191 = load <32 x float>, ptr %gep1318.i.6, align 4, !tbaa !4
   %2192 = fadd <32 x float> %2189, %2191
-  %indvars.iv.next1150.i.6 = shl i64 %indvars.iv1149.i, 7
-  %2193 = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %indvars.iv.next1150.i.6
-  %gep1303.i.7 = getelementptr inbounds nuw i8, ptr %2193, i64 896
-  %2194 = load <32 x float>, ptr %gep1303.i.7, align 4, !tbaa !4
+  %indvars.iv.next1165.i.6 = shl i64 %indvars.iv1164.i, 7
+  %2193 = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %indvars.iv.next1165.i.6
+  %gep1318.i.7 = getelementptr inbounds nuw i8, ptr %2193, i64 896
+  %2194 = load <32 x float>, ptr %gep1318.i.7, align 4, !tbaa !4
   %2195 = fadd <32 x float> %2192, %2194
-  %indvars.iv.next1150.i.7 = add nuw nsw i64 %indvars.iv1149.i, 8
+  %indvars.iv.next1165.i.7 = add nuw nsw i64 %indvars.iv1164.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax180.i.loopexit.unr-lcssa, label %for_body_ax179.i, !prof !64, !llvm.loop !79
+  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !64, !llvm.loop !79
 
-for_end_ax180.i.loopexit.unr-lcssa:               ; preds = %for_body_ax179.i
-  br i1 %lcmp.mod245.not, label %for_end_ax180.i, label %for_body_ax179.i.epil.preheader, !prof !67
+for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
+  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !67
 
-for_body_ax179.i.epil.preheader:                  ; preds = %for_end_ax180.i.loopexit.unr-lcssa, %for_body_ax179.lr.ph.i
-  %indvars.iv1149.i.epil.init = phi i64 [ 0, %for_body_ax179.lr.ph.i ], [ %indvars.iv.next1150.i.7, %for_end_ax180.i.loopexit.unr-lcssa ]
-  %tile_sum.rf_global216.sroa.0.0908.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax179.lr.ph.i ], [ %2195, %for_end_ax180.i.loopexit.unr-lcssa ]
+for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.lr.ph.i
+  %indvars.iv1164.i.epil.init = phi i64 [ 0, %for_body_ax184.lr.ph.i ], [ %indvars.iv.next1165.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global231.sroa.0.0923.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax184.lr.ph.i ], [ %2195, %for_end_ax185.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod247)
-  br label %for_body_ax179.i.epil
+  br label %for_body_ax184.i.epil
 
-for_body_ax179.i.epil:                            ; preds = %for_body_ax179.i.epil, %for_body_ax179.i.epil.preheader
-  %indvars.iv1149.i.epil = phi i64 [ %indvars.iv1149.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %indvars.iv.next1150.i.epil, %for_body_ax179.i.epil ]
-  %tile_sum.rf_global216.sroa.0.0908.i.epil = phi <32 x float> [ %tile_sum.rf_global216.sroa.0.0908.i.epil.init, %for_body_ax179.i.epil.preheader ], [ %2197, %for_body_ax179.i.epil ]
-  %epil.iter244 = phi i64 [ 0, %for_body_ax179.i.epil.preheader ], [ %epil.iter244.next, %for_body_ax179.i.epil ]
-  %.idx1262.i.epil = shl nsw i64 %indvars.iv1149.i.epil, 7
-  %gep1303.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1302.i, i64 %.idx1262.i.epil
-  %2196 = load <32 x float>, ptr %gep1303.i.epil, align 4, !tbaa !4
-  %2197 = fadd <32 x float> %tile_sum.rf_global216.sroa.0.0908.i.epil, %2196
-  %indvars.iv.next1150.i.epil = add nuw nsw i64 %indvars.iv1149.i.epil, 1
+for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.epil, %for_body_ax184.i.epil.preheader
+  %indvars.iv1164.i.epil = phi i64 [ %indvars.iv1164.i.epil.init, %for_body_ax184.i.epil.preheader ], [ %indvars.iv.next1165.i.epil, %for_body_ax184.i.epil ]
+  %tile_sum.rf_global231.sroa.0.0923.i.epil = phi <32 x float> [ %tile_sum.rf_global231.sroa.0.0923.i.epil.init, %for_body_ax184.i.epil.preheader ], [ %2197, %for_body_ax184.i.epil ]
+  %epil.iter244 = phi i64 [ 0, %for_body_ax184.i.epil.preheader ], [ %epil.iter244.next, %for_body_ax184.i.epil ]
+  %.idx1277.i.epil = shl nsw i64 %indvars.iv1164.i.epil, 7
+  %gep1318.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1317.i, i64 %.idx1277.i.epil
+  %2196 = load <32 x float>, ptr %gep1318.i.epil, align 4, !tbaa !4
+  %2197 = fadd <32 x float> %tile_sum.rf_global231.sroa.0.0923.i.epil, %2196
+  %indvars.iv.next1165.i.epil = add nuw nsw i64 %indvars.iv1164.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax180.i, label %for_body_ax179.i.epil, !prof !52, !llvm.loop !80
+  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !52, !llvm.loop !80
 
-for_end_ax180.i:                                  ; preds = %for_body_ax179.i.epil, %for_end_ax180.i.loopexit.unr-lcssa, %for_begin_ax178.preheader.i
-  %tile_sum.rf_global216.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax178.preheader.i ], [ %2195, %for_end_ax180.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax179.i.epil ]
-  %2198 = getelementptr inbounds nuw float, ptr %tile_sum221.i, i64 %indvars.iv1154.i
-  %tile_sum.rf217.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 0
-  %2199 = fadd float %tile_sum.rf217.sroa.0.0.vec.extract.i, 0.000000e+00
-  %tile_sum.rf217.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 1
-  %2200 = fadd float %tile_sum.rf217.sroa.0.4.vec.extract.i, %2199
-  %tile_sum.rf217.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 2
-  %2201 = fadd float %tile_sum.rf217.sroa.0.8.vec.extract.i, %2200
-  %tile_sum.rf217.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 3
-  %2202 = fadd float %tile_sum.rf217.sroa.0.12.vec.extract.i, %2201
-  %tile_sum.rf217.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 4
-  %2203 = fadd float %tile_sum.rf217.sroa.0.16.vec.extract.i, %2202
-  %tile_sum.rf217.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 5
-  %2204 = fadd float %tile_sum.rf217.sroa.0.20.vec.extract.i, %2203
-  %tile_sum.rf217.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 6
-  %2205 = fadd float %tile_sum.rf217.sroa.0.24.vec.extract.i, %2204
-  %tile_sum.rf217.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 7
-  %2206 = fadd float %tile_sum.rf217.sroa.0.28.vec.extract.i, %2205
-  %tile_sum.rf217.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 8
-  %2207 = fadd float %tile_sum.rf217.sroa.0.32.vec.extract.i, %2206
-  %tile_sum.rf217.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 9
-  %2208 = fadd float %tile_sum.rf217.sroa.0.36.vec.extract.i, %2207
-  %tile_sum.rf217.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 10
-  %2209 = fadd float %tile_sum.rf217.sroa.0.40.vec.extract.i, %2208
-  %tile_sum.rf217.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 11
-  %2210 = fadd float %tile_sum.rf217.sroa.0.44.vec.extract.i, %2209
-  %tile_sum.rf217.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 12
-  %2211 = fadd float %tile_sum.rf217.sroa.0.48.vec.extract.i, %2210
-  %tile_sum.rf217.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 13
-  %2212 = fadd float %tile_sum.rf217.sroa.0.52.vec.extract.i, %2211
-  %tile_sum.rf217.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 14
-  %2213 = fadd float %tile_sum.rf217.sroa.0.56.vec.extract.i, %2212
-  %tile_sum.rf217.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 15
-  %2214 = fadd float %tile_sum.rf217.sroa.0.60.vec.extract.i, %2213
-  %tile_sum.rf217.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 16
-  %2215 = fadd float %tile_sum.rf217.sroa.0.64.vec.extract.i, %2214
-  %tile_sum.rf217.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 17
-  %2216 = fadd float %tile_sum.rf217.sroa.0.68.vec.extract.i, %2215
-  %tile_sum.rf217.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 18
-  %2217 = fadd float %tile_sum.rf217.sroa.0.72.vec.extract.i, %2216
-  %tile_sum.rf217.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 19
-  %2218 = fadd float %tile_sum.rf217.sroa.0.76.vec.extract.i, %2217
-  %tile_sum.rf217.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 20
-  %2219 = fadd float %tile_sum.rf217.sroa.0.80.vec.extract.i, %2218
-  %tile_sum.rf217.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 21
-  %2220 = fadd float %tile_sum.rf217.sroa.0.84.vec.extract.i, %2219
-  %tile_sum.rf217.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 22
-  %2221 = fadd float %tile_sum.rf217.sroa.0.88.vec.extract.i, %2220
-  %tile_sum.rf217.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 23
-  %2222 = fadd float %tile_sum.rf217.sroa.0.92.vec.extract.i, %2221
-  %tile_sum.rf217.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 24
-  %2223 = fadd float %tile_sum.rf217.sroa.0.96.vec.extract.i, %2222
-  %tile_sum.rf217.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 25
-  %2224 = fadd float %tile_sum.rf217.sroa.0.100.vec.extract.i, %2223
-  %tile_sum.rf217.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 26
-  %2225 = fadd float %tile_sum.rf217.sroa.0.104.vec.extract.i, %2224
-  %tile_sum.rf217.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 27
-  %2226 = fadd float %tile_sum.rf217.sroa.0.108.vec.extract.i, %2225
-  %tile_sum.rf217.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 28
-  %2227 = fadd float %tile_sum.rf217.sroa.0.112.vec.extract.i, %2226
-  %tile_sum.rf217.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 29
-  %2228 = fadd float %tile_sum.rf217.sroa.0.116.vec.extract.i, %2227
-  %tile_sum.rf217.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 30
-  %2229 = fadd float %tile_sum.rf217.sroa.0.120.vec.extract.i, %2228
-  %tile_sum.rf217.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global216.sroa.0.0.lcssa.i, i64 31
-  %2230 = fadd float %tile_sum.rf217.sroa.0.124.vec.extract.i, %2229
+for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_ax183.preheader.i
+  %tile_sum.rf_global231.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax183.preheader.i ], [ %2195, %for_end_ax185.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax184.i.epil ]
+  %2198 = getelementptr inbounds nuw float, ptr %tile_sum236.i, i64 %indvars.iv1169.i
+  %tile_sum.rf232.sroa.0.0.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 0
+  %2199 = fadd float %tile_sum.rf232.sroa.0.0.vec.extract.i, 0.000000e+00
+  %tile_sum.rf232.sroa.0.4.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 1
+  %2200 = fadd float %tile_sum.rf232.sroa.0.4.vec.extract.i, %2199
+  %tile_sum.rf232.sroa.0.8.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 2
+  %2201 = fadd float %tile_sum.rf232.sroa.0.8.vec.extract.i, %2200
+  %tile_sum.rf232.sroa.0.12.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 3
+  %2202 = fadd float %tile_sum.rf232.sroa.0.12.vec.extract.i, %2201
+  %tile_sum.rf232.sroa.0.16.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 4
+  %2203 = fadd float %tile_sum.rf232.sroa.0.16.vec.extract.i, %2202
+  %tile_sum.rf232.sroa.0.20.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 5
+  %2204 = fadd float %tile_sum.rf232.sroa.0.20.vec.extract.i, %2203
+  %tile_sum.rf232.sroa.0.24.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 6
+  %2205 = fadd float %tile_sum.rf232.sroa.0.24.vec.extract.i, %2204
+  %tile_sum.rf232.sroa.0.28.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 7
+  %2206 = fadd float %tile_sum.rf232.sroa.0.28.vec.extract.i, %2205
+  %tile_sum.rf232.sroa.0.32.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 8
+  %2207 = fadd float %tile_sum.rf232.sroa.0.32.vec.extract.i, %2206
+  %tile_sum.rf232.sroa.0.36.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 9
+  %2208 = fadd float %tile_sum.rf232.sroa.0.36.vec.extract.i, %2207
+  %tile_sum.rf232.sroa.0.40.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 10
+  %2209 = fadd float %tile_sum.rf232.sroa.0.40.vec.extract.i, %2208
+  %tile_sum.rf232.sroa.0.44.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 11
+  %2210 = fadd float %tile_sum.rf232.sroa.0.44.vec.extract.i, %2209
+  %tile_sum.rf232.sroa.0.48.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 12
+  %2211 = fadd float %tile_sum.rf232.sroa.0.48.vec.extract.i, %2210
+  %tile_sum.rf232.sroa.0.52.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 13
+  %2212 = fadd float %tile_sum.rf232.sroa.0.52.vec.extract.i, %2211
+  %tile_sum.rf232.sroa.0.56.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 14
+  %2213 = fadd float %tile_sum.rf232.sroa.0.56.vec.extract.i, %2212
+  %tile_sum.rf232.sroa.0.60.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 15
+  %2214 = fadd float %tile_sum.rf232.sroa.0.60.vec.extract.i, %2213
+  %tile_sum.rf232.sroa.0.64.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 16
+  %2215 = fadd float %tile_sum.rf232.sroa.0.64.vec.extract.i, %2214
+  %tile_sum.rf232.sroa.0.68.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 17
+  %2216 = fadd float %tile_sum.rf232.sroa.0.68.vec.extract.i, %2215
+  %tile_sum.rf232.sroa.0.72.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 18
+  %2217 = fadd float %tile_sum.rf232.sroa.0.72.vec.extract.i, %2216
+  %tile_sum.rf232.sroa.0.76.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 19
+  %2218 = fadd float %tile_sum.rf232.sroa.0.76.vec.extract.i, %2217
+  %tile_sum.rf232.sroa.0.80.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 20
+  %2219 = fadd float %tile_sum.rf232.sroa.0.80.vec.extract.i, %2218
+  %tile_sum.rf232.sroa.0.84.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 21
+  %2220 = fadd float %tile_sum.rf232.sroa.0.84.vec.extract.i, %2219
+  %tile_sum.rf232.sroa.0.88.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 22
+  %2221 = fadd float %tile_sum.rf232.sroa.0.88.vec.extract.i, %2220
+  %tile_sum.rf232.sroa.0.92.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 23
+  %2222 = fadd float %tile_sum.rf232.sroa.0.92.vec.extract.i, %2221
+  %tile_sum.rf232.sroa.0.96.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 24
+  %2223 = fadd float %tile_sum.rf232.sroa.0.96.vec.extract.i, %2222
+  %tile_sum.rf232.sroa.0.100.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 25
+  %2224 = fadd float %tile_sum.rf232.sroa.0.100.vec.extract.i, %2223
+  %tile_sum.rf232.sroa.0.104.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 26
+  %2225 = fadd float %tile_sum.rf232.sroa.0.104.vec.extract.i, %2224
+  %tile_sum.rf232.sroa.0.108.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 27
+  %2226 = fadd float %tile_sum.rf232.sroa.0.108.vec.extract.i, %2225
+  %tile_sum.rf232.sroa.0.112.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 28
+  %2227 = fadd float %tile_sum.rf232.sroa.0.112.vec.extract.i, %2226
+  %tile_sum.rf232.sroa.0.116.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 29
+  %2228 = fadd float %tile_sum.rf232.sroa.0.116.vec.extract.i, %2227
+  %tile_sum.rf232.sroa.0.120.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 30
+  %2229 = fadd float %tile_sum.rf232.sroa.0.120.vec.extract.i, %2228
+  %tile_sum.rf232.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 31
+  %2230 = fadd float %tile_sum.rf232.sroa.0.124.vec.extract.i, %2229
   store float %2230, ptr %2198, align 4, !tbaa !81
-  %indvars.iv.next1155.i = add nuw nsw i64 %indvars.iv1154.i, 1
-  %exitcond1157.not.i = icmp eq i64 %indvars.iv.next1155.i, 4
-  br i1 %exitcond1157.not.i, label %for_begin_to88.preheader.preheader.i, label %for_begin_ax178.preheader.i, !prof !39
+  %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
+  %exitcond1172.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
+  br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !39
 
-for_begin_to88.preheader.preheader.i:             ; preds = %for_end_ax180.i
-  br i1 %1325, label %for_body_to89.i.preheader, label %for_end_to90.3.i, !prof !3
+for_begin_to93.preheader.preheader.i:             ; preds = %for_end_ax185.i
+  br i1 %1325, label %for_body_to94.i.preheader, label %for_end_to95.3.i, !prof !3
 
-for_body_to89.i.preheader:                        ; preds = %for_begin_to88.preheader.preheader.i
-  br i1 %1348, label %for_body_to89.i.epil.preheader, label %for_body_to89.i, !prof !48
+for_body_to94.i.preheader:                        ; preds = %for_begin_to93.preheader.preheader.i
+  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !48
 
-for_body_to89.i:                                  ; preds = %for_body_to89.i, %for_body_to89.i.preheader
-  %indvars.iv1158.i = phi i64 [ %indvars.iv.next1159.i.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
-  %niter255 = phi i64 [ %niter255.next.3, %for_body_to89.i ], [ 0, %for_body_to89.i.preheader ]
-  %.idx1264.i = shl nsw i64 %indvars.iv1158.i, 7
-  %2231 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i
+for_body_to94.i:                                  ; preds = %for_body_to94.i, %for_body_to94.i.preheader
+  %indvars.iv1173.i = phi i64 [ %indvars.iv.next1174.i.3, %for_body_to94.i ], [ 0, %for_body_to94.i.preheader ]
+  %niter255 = phi i64 [ %niter255.next.3, %for_body_to94.i ], [ 0, %for_body_to94.i.preheader ]
+  %.idx1279.i = shl nsw i64 %indvars.iv1173.i, 7
+  %2231 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1279.i
   %2232 = load <32 x float>, ptr %2231, align 4, !tbaa !4
   %2233 = bitcast <32 x float> %2232 to <32 x i32>
   %2234 = shufflevector <32 x i32> %2233, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4739,12 +4739,12 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %2236 = bitcast <32 x float> %2232 to <32 x i32>
   %2237 = shufflevector <32 x i32> %2236, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2238 = or <16 x i32> %2235, %2237
-  %.idx1265.i = shl nsw i64 %indvars.iv1158.i, 6
-  %2239 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i
+  %.idx1280.i = shl nsw i64 %indvars.iv1173.i, 6
+  %2239 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1280.i
   store <16 x i32> %2238, ptr %2239, align 4, !tbaa !4
-  %indvars.iv.next1159.i = or disjoint i64 %indvars.iv1158.i, 1
-  %.idx1264.i.1 = shl nsw i64 %indvars.iv.next1159.i, 7
-  %2240 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.1
+  %indvars.iv.next1174.i = or disjoint i64 %indvars.iv1173.i, 1
+  %.idx1279.i.1 = shl nsw i64 %indvars.iv.next1174.i, 7
+  %2240 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1279.i.1
   %2241 = load <32 x float>, ptr %2240, align 4, !tbaa !4
   %2242 = bitcast <32 x float> %2241 to <32 x i32>
   %2243 = shufflevector <32 x i32> %2242, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4752,12 +4752,12 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %2245 = bitcast <32 x float> %2241 to <32 x i32>
   %2246 = shufflevector <32 x i32> %2245, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2247 = or <16 x i32> %2244, %2246
-  %.idx1265.i.1 = shl nsw i64 %indvars.iv.next1159.i, 6
-  %2248 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.1
+  %.idx1280.i.1 = shl nsw i64 %indvars.iv.next1174.i, 6
+  %2248 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1280.i.1
   store <16 x i32> %2247, ptr %2248, align 4, !tbaa !4
-  %indvars.iv.next1159.i.1 = or disjoint i64 %indvars.iv1158.i, 2
-  %.idx1264.i.2 = shl nsw i64 %indvars.iv.next1159.i.1, 7
-  %2249 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.2
+  %indvars.iv.next1174.i.1 = or disjoint i64 %indvars.iv1173.i, 2
+  %.idx1279.i.2 = shl nsw i64 %indvars.iv.next1174.i.1, 7
+  %2249 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1279.i.2
   %2250 = load <32 x float>, ptr %2249, align 4, !tbaa !4
   %2251 = bitcast <32 x float> %2250 to <32 x i32>
   %2252 = shufflevector <32 x i32> %2251, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4765,12 +4765,12 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %2254 = bitcast <32 x float> %2250 to <32 x i32>
   %2255 = shufflevector <32 x i32> %2254, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2256 = or <16 x i32> %2253, %2255
-  %.idx1265.i.2 = shl nsw i64 %indvars.iv.next1159.i.1, 6
-  %2257 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.2
+  %.idx1280.i.2 = shl nsw i64 %indvars.iv.next1174.i.1, 6
+  %2257 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1280.i.2
   store <16 x i32> %2256, ptr %2257, align 4, !tbaa !4
-  %indvars.iv.next1159.i.2 = or disjoint i64 %indvars.iv1158.i, 3
-  %.idx1264.i.3 = shl nsw i64 %indvars.iv.next1159.i.2, 7
-  %2258 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.3
+  %indvars.iv.next1174.i.2 = or disjoint i64 %indvars.iv1173.i, 3
+  %.idx1279.i.3 = shl nsw i64 %indvars.iv.next1174.i.2, 7
+  %2258 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1279.i.3
   %2259 = load <32 x float>, ptr %2258, align 4, !tbaa !4
   %2260 = bitcast <32 x float> %2259 to <32 x i32>
   %2261 = shufflevector <32 x i32> %2260, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4778,27 +4778,27 @@ for_body_to89.i:                                  ; preds = %for_body_to89.i, %f
   %2263 = bitcast <32 x float> %2259 to <32 x i32>
   %2264 = shufflevector <32 x i32> %2263, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2265 = or <16 x i32> %2262, %2264
-  %.idx1265.i.3 = shl nsw i64 %indvars.iv.next1159.i.2, 6
-  %2266 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.3
+  %.idx1280.i.3 = shl nsw i64 %indvars.iv.next1174.i.2, 6
+  %2266 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1280.i.3
   store <16 x i32> %2265, ptr %2266, align 4, !tbaa !4
-  %indvars.iv.next1159.i.3 = add nuw nsw i64 %indvars.iv1158.i, 4
+  %indvars.iv.next1174.i.3 = add nuw nsw i64 %indvars.iv1173.i, 4
   %niter255.next.3 = add i64 %niter255, 4
   %niter255.ncmp.3 = icmp eq i64 %niter255.next.3, %unroll_iter254
-  br i1 %niter255.ncmp.3, label %for_body_to89.1.i.preheader.unr-lcssa, label %for_body_to89.i, !prof !49, !llvm.loop !83
+  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !49, !llvm.loop !83
 
-for_body_to89.1.i.preheader.unr-lcssa:            ; preds = %for_body_to89.i
-  br i1 %lcmp.mod252.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil.preheader, !prof !52
+for_body_to94.1.i.preheader.unr-lcssa:            ; preds = %for_body_to94.i
+  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !52
 
-for_body_to89.i.epil.preheader:                   ; preds = %for_body_to89.1.i.preheader.unr-lcssa, %for_body_to89.i.preheader
-  %indvars.iv1158.i.epil.init = phi i64 [ 0, %for_body_to89.i.preheader ], [ %indvars.iv.next1159.i.3, %for_body_to89.1.i.preheader.unr-lcssa ]
+for_body_to94.i.epil.preheader:                   ; preds = %for_body_to94.1.i.preheader.unr-lcssa, %for_body_to94.i.preheader
+  %indvars.iv1173.i.epil.init = phi i64 [ 0, %for_body_to94.i.preheader ], [ %indvars.iv.next1174.i.3, %for_body_to94.1.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod253)
-  br label %for_body_to89.i.epil
+  br label %for_body_to94.i.epil
 
-for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epil, %for_body_to89.i.epil.preheader
-  %indvars.iv1158.i.epil = phi i64 [ %indvars.iv.next1159.i.epil, %for_body_to89.i.epil ], [ %indvars.iv1158.i.epil.init, %for_body_to89.i.epil.preheader ]
-  %epil.iter251 = phi i64 [ %epil.iter251.next, %for_body_to89.i.epil ], [ 0, %for_body_to89.i.epil.preheader ]
-  %.idx1264.i.epil = shl nsw i64 %indvars.iv1158.i.epil, 7
-  %2267 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1264.i.epil
+for_body_to94.i.epil:                             ; preds = %for_body_to94.i.epil, %for_body_to94.i.epil.preheader
+  %indvars.iv1173.i.epil = phi i64 [ %indvars.iv.next1174.i.epil, %for_body_to94.i.epil ], [ %indvars.iv1173.i.epil.init, %for_body_to94.i.epil.preheader ]
+  %epil.iter251 = phi i64 [ %epil.iter251.next, %for_body_to94.i.epil ], [ 0, %for_body_to94.i.epil.preheader ]
+  %.idx1279.i.epil = shl nsw i64 %indvars.iv1173.i.epil, 7
+  %2267 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1279.i.epil
   %2268 = load <32 x float>, ptr %2267, align 4, !tbaa !4
   %2269 = bitcast <32 x float> %2268 to <32 x i32>
   %2270 = shufflevector <32 x i32> %2269, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
@@ -4806,22 +4806,22 @@ for_body_to89.i.epil:                             ; preds = %for_body_to89.i.epi
   %2272 = bitcast <32 x float> %2268 to <32 x i32>
   %2273 = shufflevector <32 x i32> %2272, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2274 = or <16 x i32> %2271, %2273
-  %.idx1265.i.epil = shl nsw i64 %indvars.iv1158.i.epil, 6
-  %2275 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1265.i.epil
+  %.idx1280.i.epil = shl nsw i64 %indvars.iv1173.i.epil, 6
+  %2275 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1280.i.epil
   store <16 x i32> %2274, ptr %2275, align 4, !tbaa !4
-  %indvars.iv.next1159.i.epil = add nuw nsw i64 %indvars.iv1158.i.epil, 1
+  %indvars.iv.next1174.i.epil = add nuw nsw i64 %indvars.iv1173.i.epil, 1
   %epil.iter251.next = add i64 %epil.iter251, 1
   %epil.iter251.cmp.not = icmp eq i64 %epil.iter251.next, %xtraiter250
-  br i1 %epil.iter251.cmp.not, label %for_body_to89.1.i.preheader, label %for_body_to89.i.epil, !prof !53, !llvm.loop !84
+  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !53, !llvm.loop !84
 
-for_body_to89.1.i.preheader:                      ; preds = %for_body_to89.i.epil, %for_body_to89.1.i.preheader.unr-lcssa
-  br i1 %1349, label %for_body_to89.1.i.epil.preheader, label %for_body_to89.1.i, !prof !48
+for_body_to94.1.i.preheader:                      ; preds = %for_body_to94.i.epil, %for_body_to94.1.i.preheader.unr-lcssa
+  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !48
 
-for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, %for_body_to89.1.i.preheader
-  %indvars.iv1158.1.i = phi i64 [ %indvars.iv.next1159.1.i.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
-  %niter261 = phi i64 [ %niter261.next.3, %for_body_to89.1.i ], [ 0, %for_body_to89.1.i.preheader ]
-  %.idx1266.i = shl nsw i64 %indvars.iv1158.1.i, 7
-  %2276 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i
+for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, %for_body_to94.1.i.preheader
+  %indvars.iv1173.1.i = phi i64 [ %indvars.iv.next1174.1.i.3, %for_body_to94.1.i ], [ 0, %for_body_to94.1.i.preheader ]
+  %niter261 = phi i64 [ %niter261.next.3, %for_body_to94.1.i ], [ 0, %for_body_to94.1.i.preheader ]
+  %.idx1281.i = shl nsw i64 %indvars.iv1173.1.i, 7
+  %2276 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i
   %2277 = getelementptr inbounds nuw i8, ptr %2276, i64 512
   %2278 = load <32 x float>, ptr %2277, align 4, !tbaa !4
   %2279 = bitcast <32 x float> %2278 to <32 x i32>
@@ -4830,13 +4830,13 @@ for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, 
   %2282 = bitcast <32 x float> %2278 to <32 x i32>
   %2283 = shufflevector <32 x i32> %2282, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2284 = or <16 x i32> %2281, %2283
-  %.idx1267.i = shl nsw i64 %indvars.iv1158.1.i, 6
-  %2285 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i
+  %.idx1282.i = shl nsw i64 %indvars.iv1173.1.i, 6
+  %2285 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i
   %2286 = getelementptr inbounds nuw i8, ptr %2285, i64 256
   store <16 x i32> %2284, ptr %2286, align 4, !tbaa !4
-  %indvars.iv.next1159.1.i = or disjoint i64 %indvars.iv1158.1.i, 1
-  %.idx1266.i.1 = shl nsw i64 %indvars.iv.next1159.1.i, 7
-  %2287 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.1
+  %indvars.iv.next1174.1.i = or disjoint i64 %indvars.iv1173.1.i, 1
+  %.idx1281.i.1 = shl nsw i64 %indvars.iv.next1174.1.i, 7
+  %2287 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.1
   %2288 = getelementptr inbounds nuw i8, ptr %2287, i64 512
   %2289 = load <32 x float>, ptr %2288, align 4, !tbaa !4
   %2290 = bitcast <32 x float> %2289 to <32 x i32>
@@ -4845,13 +4845,13 @@ for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, 
   %2293 = bitcast <32 x float> %2289 to <32 x i32>
   %2294 = shufflevector <32 x i32> %2293, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2295 = or <16 x i32> %2292, %2294
-  %.idx1267.i.1 = shl nsw i64 %indvars.iv.next1159.1.i, 6
-  %2296 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.1
+  %.idx1282.i.1 = shl nsw i64 %indvars.iv.next1174.1.i, 6
+  %2296 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.1
   %2297 = getelementptr inbounds nuw i8, ptr %2296, i64 256
   store <16 x i32> %2295, ptr %2297, align 4, !tbaa !4
-  %indvars.iv.next1159.1.i.1 = or disjoint i64 %indvars.iv1158.1.i, 2
-  %.idx1266.i.2 = shl nsw i64 %indvars.iv.next1159.1.i.1, 7
-  %2298 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.2
+  %indvars.iv.next1174.1.i.1 = or disjoint i64 %indvars.iv1173.1.i, 2
+  %.idx1281.i.2 = shl nsw i64 %indvars.iv.next1174.1.i.1, 7
+  %2298 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.2
   %2299 = getelementptr inbounds nuw i8, ptr %2298, i64 512
   %2300 = load <32 x float>, ptr %2299, align 4, !tbaa !4
   %2301 = bitcast <32 x float> %2300 to <32 x i32>
@@ -4860,13 +4860,13 @@ for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, 
   %2304 = bitcast <32 x float> %2300 to <32 x i32>
   %2305 = shufflevector <32 x i32> %2304, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2306 = or <16 x i32> %2303, %2305
-  %.idx1267.i.2 = shl nsw i64 %indvars.iv.next1159.1.i.1, 6
-  %2307 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.2
+  %.idx1282.i.2 = shl nsw i64 %indvars.iv.next1174.1.i.1, 6
+  %2307 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.2
   %2308 = getelementptr inbounds nuw i8, ptr %2307, i64 256
   store <16 x i32> %2306, ptr %2308, align 4, !tbaa !4
-  %indvars.iv.next1159.1.i.2 = or disjoint i64 %indvars.iv1158.1.i, 3
-  %.idx1266.i.3 = shl nsw i64 %indvars.iv.next1159.1.i.2, 7
-  %2309 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.3
+  %indvars.iv.next1174.1.i.2 = or disjoint i64 %indvars.iv1173.1.i, 3
+  %.idx1281.i.3 = shl nsw i64 %indvars.iv.next1174.1.i.2, 7
+  %2309 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.3
   %2310 = getelementptr inbounds nuw i8, ptr %2309, i64 512
   %2311 = load <32 x float>, ptr %2310, align 4, !tbaa !4
   %2312 = bitcast <32 x float> %2311 to <32 x i32>
@@ -4875,28 +4875,28 @@ for_body_to89.1.i:                                ; preds = %for_body_to89.1.i, 
   %2315 = bitcast <32 x float> %2311 to <32 x i32>
   %2316 = shufflevector <32 x i32> %2315, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2317 = or <16 x i32> %2314, %2316
-  %.idx1267.i.3 = shl nsw i64 %indvars.iv.next1159.1.i.2, 6
-  %2318 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.3
+  %.idx1282.i.3 = shl nsw i64 %indvars.iv.next1174.1.i.2, 6
+  %2318 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.3
   %2319 = getelementptr inbounds nuw i8, ptr %2318, i64 256
   store <16 x i32> %2317, ptr %2319, align 4, !tbaa !4
-  %indvars.iv.next1159.1.i.3 = add nuw nsw i64 %indvars.iv1158.1.i, 4
+  %indvars.iv.next1174.1.i.3 = add nuw nsw i64 %indvars.iv1173.1.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to89.2.i.preheader.unr-lcssa, label %for_body_to89.1.i, !prof !49, !llvm.loop !85
+  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !49, !llvm.loop !85
 
-for_body_to89.2.i.preheader.unr-lcssa:            ; preds = %for_body_to89.1.i
-  br i1 %lcmp.mod258.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil.preheader, !prof !52
+for_body_to94.2.i.preheader.unr-lcssa:            ; preds = %for_body_to94.1.i
+  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !52
 
-for_body_to89.1.i.epil.preheader:                 ; preds = %for_body_to89.2.i.preheader.unr-lcssa, %for_body_to89.1.i.preheader
-  %indvars.iv1158.1.i.epil.init = phi i64 [ 0, %for_body_to89.1.i.preheader ], [ %indvars.iv.next1159.1.i.3, %for_body_to89.2.i.preheader.unr-lcssa ]
+for_body_to94.1.i.epil.preheader:                 ; preds = %for_body_to94.2.i.preheader.unr-lcssa, %for_body_to94.1.i.preheader
+  %indvars.iv1173.1.i.epil.init = phi i64 [ 0, %for_body_to94.1.i.preheader ], [ %indvars.iv.next1174.1.i.3, %for_body_to94.2.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod259)
-  br label %for_body_to89.1.i.epil
+  br label %for_body_to94.1.i.epil
 
-for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.epil, %for_body_to89.1.i.epil.preheader
-  %indvars.iv1158.1.i.epil = phi i64 [ %indvars.iv.next1159.1.i.epil, %for_body_to89.1.i.epil ], [ %indvars.iv1158.1.i.epil.init, %for_body_to89.1.i.epil.preheader ]
-  %epil.iter257 = phi i64 [ %epil.iter257.next, %for_body_to89.1.i.epil ], [ 0, %for_body_to89.1.i.epil.preheader ]
-  %.idx1266.i.epil = shl nsw i64 %indvars.iv1158.1.i.epil, 7
-  %2320 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1266.i.epil
+for_body_to94.1.i.epil:                           ; preds = %for_body_to94.1.i.epil, %for_body_to94.1.i.epil.preheader
+  %indvars.iv1173.1.i.epil = phi i64 [ %indvars.iv.next1174.1.i.epil, %for_body_to94.1.i.epil ], [ %indvars.iv1173.1.i.epil.init, %for_body_to94.1.i.epil.preheader ]
+  %epil.iter257 = phi i64 [ %epil.iter257.next, %for_body_to94.1.i.epil ], [ 0, %for_body_to94.1.i.epil.preheader ]
+  %.idx1281.i.epil = shl nsw i64 %indvars.iv1173.1.i.epil, 7
+  %2320 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1281.i.epil
   %2321 = getelementptr inbounds nuw i8, ptr %2320, i64 512
   %2322 = load <32 x float>, ptr %2321, align 4, !tbaa !4
   %2323 = bitcast <32 x float> %2322 to <32 x i32>
@@ -4905,23 +4905,23 @@ for_body_to89.1.i.epil:                           ; preds = %for_body_to89.1.i.e
   %2326 = bitcast <32 x float> %2322 to <32 x i32>
   %2327 = shufflevector <32 x i32> %2326, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2328 = or <16 x i32> %2325, %2327
-  %.idx1267.i.epil = shl nsw i64 %indvars.iv1158.1.i.epil, 6
-  %2329 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1267.i.epil
+  %.idx1282.i.epil = shl nsw i64 %indvars.iv1173.1.i.epil, 6
+  %2329 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1282.i.epil
   %2330 = getelementptr inbounds nuw i8, ptr %2329, i64 256
   store <16 x i32> %2328, ptr %2330, align 4, !tbaa !4
-  %indvars.iv.next1159.1.i.epil = add nuw nsw i64 %indvars.iv1158.1.i.epil, 1
+  %indvars.iv.next1174.1.i.epil = add nuw nsw i64 %indvars.iv1173.1.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to89.2.i.preheader, label %for_body_to89.1.i.epil, !prof !53, !llvm.loop !86
+  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !53, !llvm.loop !86
 
-for_body_to89.2.i.preheader:                      ; preds = %for_body_to89.1.i.epil, %for_body_to89.2.i.preheader.unr-lcssa
-  br i1 %1350, label %for_body_to89.2.i.epil.preheader, label %for_body_to89.2.i, !prof !48
+for_body_to94.2.i.preheader:                      ; preds = %for_body_to94.1.i.epil, %for_body_to94.2.i.preheader.unr-lcssa
+  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !48
 
-for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, %for_body_to89.2.i.preheader
-  %indvars.iv1158.2.i = phi i64 [ %indvars.iv.next1159.2.i.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
-  %niter267 = phi i64 [ %niter267.next.3, %for_body_to89.2.i ], [ 0, %for_body_to89.2.i.preheader ]
-  %.idx1268.i = shl nsw i64 %indvars.iv1158.2.i, 7
-  %2331 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i
+for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, %for_body_to94.2.i.preheader
+  %indvars.iv1173.2.i = phi i64 [ %indvars.iv.next1174.2.i.3, %for_body_to94.2.i ], [ 0, %for_body_to94.2.i.preheader ]
+  %niter267 = phi i64 [ %niter267.next.3, %for_body_to94.2.i ], [ 0, %for_body_to94.2.i.preheader ]
+  %.idx1283.i = shl nsw i64 %indvars.iv1173.2.i, 7
+  %2331 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i
   %2332 = getelementptr inbounds nuw i8, ptr %2331, i64 1024
   %2333 = load <32 x float>, ptr %2332, align 4, !tbaa !4
   %2334 = bitcast <32 x float> %2333 to <32 x i32>
@@ -4930,13 +4930,13 @@ for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, 
   %2337 = bitcast <32 x float> %2333 to <32 x i32>
   %2338 = shufflevector <32 x i32> %2337, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2339 = or <16 x i32> %2336, %2338
-  %.idx1269.i = shl nsw i64 %indvars.iv1158.2.i, 6
-  %2340 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i
+  %.idx1284.i = shl nsw i64 %indvars.iv1173.2.i, 6
+  %2340 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i
   %2341 = getelementptr inbounds nuw i8, ptr %2340, i64 512
   store <16 x i32> %2339, ptr %2341, align 4, !tbaa !4
-  %indvars.iv.next1159.2.i = or disjoint i64 %indvars.iv1158.2.i, 1
-  %.idx1268.i.1 = shl nsw i64 %indvars.iv.next1159.2.i, 7
-  %2342 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.1
+  %indvars.iv.next1174.2.i = or disjoint i64 %indvars.iv1173.2.i, 1
+  %.idx1283.i.1 = shl nsw i64 %indvars.iv.next1174.2.i, 7
+  %2342 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.1
   %2343 = getelementptr inbounds nuw i8, ptr %2342, i64 1024
   %2344 = load <32 x float>, ptr %2343, align 4, !tbaa !4
   %2345 = bitcast <32 x float> %2344 to <32 x i32>
@@ -4945,13 +4945,13 @@ for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, 
   %2348 = bitcast <32 x float> %2344 to <32 x i32>
   %2349 = shufflevector <32 x i32> %2348, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2350 = or <16 x i32> %2347, %2349
-  %.idx1269.i.1 = shl nsw i64 %indvars.iv.next1159.2.i, 6
-  %2351 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.1
+  %.idx1284.i.1 = shl nsw i64 %indvars.iv.next1174.2.i, 6
+  %2351 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.1
   %2352 = getelementptr inbounds nuw i8, ptr %2351, i64 512
   store <16 x i32> %2350, ptr %2352, align 4, !tbaa !4
-  %indvars.iv.next1159.2.i.1 = or disjoint i64 %indvars.iv1158.2.i, 2
-  %.idx1268.i.2 = shl nsw i64 %indvars.iv.next1159.2.i.1, 7
-  %2353 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.2
+  %indvars.iv.next1174.2.i.1 = or disjoint i64 %indvars.iv1173.2.i, 2
+  %.idx1283.i.2 = shl nsw i64 %indvars.iv.next1174.2.i.1, 7
+  %2353 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.2
   %2354 = getelementptr inbounds nuw i8, ptr %2353, i64 1024
   %2355 = load <32 x float>, ptr %2354, align 4, !tbaa !4
   %2356 = bitcast <32 x float> %2355 to <32 x i32>
@@ -4960,13 +4960,13 @@ for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, 
   %2359 = bitcast <32 x float> %2355 to <32 x i32>
   %2360 = shufflevector <32 x i32> %2359, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2361 = or <16 x i32> %2358, %2360
-  %.idx1269.i.2 = shl nsw i64 %indvars.iv.next1159.2.i.1, 6
-  %2362 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.2
+  %.idx1284.i.2 = shl nsw i64 %indvars.iv.next1174.2.i.1, 6
+  %2362 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.2
   %2363 = getelementptr inbounds nuw i8, ptr %2362, i64 512
   store <16 x i32> %2361, ptr %2363, align 4, !tbaa !4
-  %indvars.iv.next1159.2.i.2 = or disjoint i64 %indvars.iv1158.2.i, 3
-  %.idx1268.i.3 = shl nsw i64 %indvars.iv.next1159.2.i.2, 7
-  %2364 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.3
+  %indvars.iv.next1174.2.i.2 = or disjoint i64 %indvars.iv1173.2.i, 3
+  %.idx1283.i.3 = shl nsw i64 %indvars.iv.next1174.2.i.2, 7
+  %2364 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.3
   %2365 = getelementptr inbounds nuw i8, ptr %2364, i64 1024
   %2366 = load <32 x float>, ptr %2365, align 4, !tbaa !4
   %2367 = bitcast <32 x float> %2366 to <32 x i32>
@@ -4975,28 +4975,28 @@ for_body_to89.2.i:                                ; preds = %for_body_to89.2.i, 
   %2370 = bitcast <32 x float> %2366 to <32 x i32>
   %2371 = shufflevector <32 x i32> %2370, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2372 = or <16 x i32> %2369, %2371
-  %.idx1269.i.3 = shl nsw i64 %indvars.iv.next1159.2.i.2, 6
-  %2373 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.3
+  %.idx1284.i.3 = shl nsw i64 %indvars.iv.next1174.2.i.2, 6
+  %2373 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.3
   %2374 = getelementptr inbounds nuw i8, ptr %2373, i64 512
   store <16 x i32> %2372, ptr %2374, align 4, !tbaa !4
-  %indvars.iv.next1159.2.i.3 = add nuw nsw i64 %indvars.iv1158.2.i, 4
+  %indvars.iv.next1174.2.i.3 = add nuw nsw i64 %indvars.iv1173.2.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to89.3.i.preheader.unr-lcssa, label %for_body_to89.2.i, !prof !49, !llvm.loop !87
+  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !49, !llvm.loop !87
 
-for_body_to89.3.i.preheader.unr-lcssa:            ; preds = %for_body_to89.2.i
-  br i1 %lcmp.mod264.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil.preheader, !prof !52
+for_body_to94.3.i.preheader.unr-lcssa:            ; preds = %for_body_to94.2.i
+  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !52
 
-for_body_to89.2.i.epil.preheader:                 ; preds = %for_body_to89.3.i.preheader.unr-lcssa, %for_body_to89.2.i.preheader
-  %indvars.iv1158.2.i.epil.init = phi i64 [ 0, %for_body_to89.2.i.preheader ], [ %indvars.iv.next1159.2.i.3, %for_body_to89.3.i.preheader.unr-lcssa ]
+for_body_to94.2.i.epil.preheader:                 ; preds = %for_body_to94.3.i.preheader.unr-lcssa, %for_body_to94.2.i.preheader
+  %indvars.iv1173.2.i.epil.init = phi i64 [ 0, %for_body_to94.2.i.preheader ], [ %indvars.iv.next1174.2.i.3, %for_body_to94.3.i.preheader.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod265)
-  br label %for_body_to89.2.i.epil
+  br label %for_body_to94.2.i.epil
 
-for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.epil, %for_body_to89.2.i.epil.preheader
-  %indvars.iv1158.2.i.epil = phi i64 [ %indvars.iv.next1159.2.i.epil, %for_body_to89.2.i.epil ], [ %indvars.iv1158.2.i.epil.init, %for_body_to89.2.i.epil.preheader ]
-  %epil.iter263 = phi i64 [ %epil.iter263.next, %for_body_to89.2.i.epil ], [ 0, %for_body_to89.2.i.epil.preheader ]
-  %.idx1268.i.epil = shl nsw i64 %indvars.iv1158.2.i.epil, 7
-  %2375 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1268.i.epil
+for_body_to94.2.i.epil:                           ; preds = %for_body_to94.2.i.epil, %for_body_to94.2.i.epil.preheader
+  %indvars.iv1173.2.i.epil = phi i64 [ %indvars.iv.next1174.2.i.epil, %for_body_to94.2.i.epil ], [ %indvars.iv1173.2.i.epil.init, %for_body_to94.2.i.epil.preheader ]
+  %epil.iter263 = phi i64 [ %epil.iter263.next, %for_body_to94.2.i.epil ], [ 0, %for_body_to94.2.i.epil.preheader ]
+  %.idx1283.i.epil = shl nsw i64 %indvars.iv1173.2.i.epil, 7
+  %2375 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1283.i.epil
   %2376 = getelementptr inbounds nuw i8, ptr %2375, i64 1024
   %2377 = load <32 x float>, ptr %2376, align 4, !tbaa !4
   %2378 = bitcast <32 x float> %2377 to <32 x i32>
@@ -5005,23 +5005,23 @@ for_body_to89.2.i.epil:                           ; preds = %for_body_to89.2.i.e
   %2381 = bitcast <32 x float> %2377 to <32 x i32>
   %2382 = shufflevector <32 x i32> %2381, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2383 = or <16 x i32> %2380, %2382
-  %.idx1269.i.epil = shl nsw i64 %indvars.iv1158.2.i.epil, 6
-  %2384 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1269.i.epil
+  %.idx1284.i.epil = shl nsw i64 %indvars.iv1173.2.i.epil, 6
+  %2384 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1284.i.epil
   %2385 = getelementptr inbounds nuw i8, ptr %2384, i64 512
   store <16 x i32> %2383, ptr %2385, align 4, !tbaa !4
-  %indvars.iv.next1159.2.i.epil = add nuw nsw i64 %indvars.iv1158.2.i.epil, 1
+  %indvars.iv.next1174.2.i.epil = add nuw nsw i64 %indvars.iv1173.2.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to89.3.i.preheader, label %for_body_to89.2.i.epil, !prof !53, !llvm.loop !88
+  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !53, !llvm.loop !88
 
-for_body_to89.3.i.preheader:                      ; preds = %for_body_to89.2.i.epil, %for_body_to89.3.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to89.3.i.epil.preheader, label %for_body_to89.3.i, !prof !48
+for_body_to94.3.i.preheader:                      ; preds = %for_body_to94.2.i.epil, %for_body_to94.3.i.preheader.unr-lcssa
+  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !48
 
-for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, %for_body_to89.3.i.preheader
-  %indvars.iv1158.3.i = phi i64 [ %indvars.iv.next1159.3.i.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
-  %niter273 = phi i64 [ %niter273.next.3, %for_body_to89.3.i ], [ 0, %for_body_to89.3.i.preheader ]
-  %.idx1270.i = shl nsw i64 %indvars.iv1158.3.i, 7
-  %2386 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i
+for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, %for_body_to94.3.i.preheader
+  %indvars.iv1173.3.i = phi i64 [ %indvars.iv.next1174.3.i.3, %for_body_to94.3.i ], [ 0, %for_body_to94.3.i.preheader ]
+  %niter273 = phi i64 [ %niter273.next.3, %for_body_to94.3.i ], [ 0, %for_body_to94.3.i.preheader ]
+  %.idx1285.i = shl nsw i64 %indvars.iv1173.3.i, 7
+  %2386 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i
   %2387 = getelementptr inbounds nuw i8, ptr %2386, i64 1536
   %2388 = load <32 x float>, ptr %2387, align 4, !tbaa !4
   %2389 = bitcast <32 x float> %2388 to <32 x i32>
@@ -5030,13 +5030,13 @@ for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, 
   %2392 = bitcast <32 x float> %2388 to <32 x i32>
   %2393 = shufflevector <32 x i32> %2392, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2394 = or <16 x i32> %2391, %2393
-  %.idx1271.i = shl nsw i64 %indvars.iv1158.3.i, 6
-  %2395 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i
+  %.idx1286.i = shl nsw i64 %indvars.iv1173.3.i, 6
+  %2395 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i
   %2396 = getelementptr inbounds nuw i8, ptr %2395, i64 768
   store <16 x i32> %2394, ptr %2396, align 4, !tbaa !4
-  %indvars.iv.next1159.3.i = or disjoint i64 %indvars.iv1158.3.i, 1
-  %.idx1270.i.1 = shl nsw i64 %indvars.iv.next1159.3.i, 7
-  %2397 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.1
+  %indvars.iv.next1174.3.i = or disjoint i64 %indvars.iv1173.3.i, 1
+  %.idx1285.i.1 = shl nsw i64 %indvars.iv.next1174.3.i, 7
+  %2397 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.1
   %2398 = getelementptr inbounds nuw i8, ptr %2397, i64 1536
   %2399 = load <32 x float>, ptr %2398, align 4, !tbaa !4
   %2400 = bitcast <32 x float> %2399 to <32 x i32>
@@ -5045,13 +5045,13 @@ for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, 
   %2403 = bitcast <32 x float> %2399 to <32 x i32>
   %2404 = shufflevector <32 x i32> %2403, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2405 = or <16 x i32> %2402, %2404
-  %.idx1271.i.1 = shl nsw i64 %indvars.iv.next1159.3.i, 6
-  %2406 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.1
+  %.idx1286.i.1 = shl nsw i64 %indvars.iv.next1174.3.i, 6
+  %2406 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.1
   %2407 = getelementptr inbounds nuw i8, ptr %2406, i64 768
   store <16 x i32> %2405, ptr %2407, align 4, !tbaa !4
-  %indvars.iv.next1159.3.i.1 = or disjoint i64 %indvars.iv1158.3.i, 2
-  %.idx1270.i.2 = shl nsw i64 %indvars.iv.next1159.3.i.1, 7
-  %2408 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.2
+  %indvars.iv.next1174.3.i.1 = or disjoint i64 %indvars.iv1173.3.i, 2
+  %.idx1285.i.2 = shl nsw i64 %indvars.iv.next1174.3.i.1, 7
+  %2408 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.2
   %2409 = getelementptr inbounds nuw i8, ptr %2408, i64 1536
   %2410 = load <32 x float>, ptr %2409, align 4, !tbaa !4
   %2411 = bitcast <32 x float> %2410 to <32 x i32>
@@ -5060,13 +5060,13 @@ for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, 
   %2414 = bitcast <32 x float> %2410 to <32 x i32>
   %2415 = shufflevector <32 x i32> %2414, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2416 = or <16 x i32> %2413, %2415
-  %.idx1271.i.2 = shl nsw i64 %indvars.iv.next1159.3.i.1, 6
-  %2417 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.2
+  %.idx1286.i.2 = shl nsw i64 %indvars.iv.next1174.3.i.1, 6
+  %2417 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.2
   %2418 = getelementptr inbounds nuw i8, ptr %2417, i64 768
   store <16 x i32> %2416, ptr %2418, align 4, !tbaa !4
-  %indvars.iv.next1159.3.i.2 = or disjoint i64 %indvars.iv1158.3.i, 3
-  %.idx1270.i.3 = shl nsw i64 %indvars.iv.next1159.3.i.2, 7
-  %2419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.3
+  %indvars.iv.next1174.3.i.2 = or disjoint i64 %indvars.iv1173.3.i, 3
+  %.idx1285.i.3 = shl nsw i64 %indvars.iv.next1174.3.i.2, 7
+  %2419 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.3
   %2420 = getelementptr inbounds nuw i8, ptr %2419, i64 1536
   %2421 = load <32 x float>, ptr %2420, align 4, !tbaa !4
   %2422 = bitcast <32 x float> %2421 to <32 x i32>
@@ -5075,28 +5075,28 @@ for_body_to89.3.i:                                ; preds = %for_body_to89.3.i, 
   %2425 = bitcast <32 x float> %2421 to <32 x i32>
   %2426 = shufflevector <32 x i32> %2425, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2427 = or <16 x i32> %2424, %2426
-  %.idx1271.i.3 = shl nsw i64 %indvars.iv.next1159.3.i.2, 6
-  %2428 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.3
+  %.idx1286.i.3 = shl nsw i64 %indvars.iv.next1174.3.i.2, 6
+  %2428 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.3
   %2429 = getelementptr inbounds nuw i8, ptr %2428, i64 768
   store <16 x i32> %2427, ptr %2429, align 4, !tbaa !4
-  %indvars.iv.next1159.3.i.3 = add nuw nsw i64 %indvars.iv1158.3.i, 4
+  %indvars.iv.next1174.3.i.3 = add nuw nsw i64 %indvars.iv1173.3.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_end_to90.3.i.loopexit.unr-lcssa, label %for_body_to89.3.i, !prof !49, !llvm.loop !89
+  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !49, !llvm.loop !89
 
-for_end_to90.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to89.3.i
-  br i1 %lcmp.mod270.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil.preheader, !prof !52
+for_end_to95.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to94.3.i
+  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !52
 
-for_body_to89.3.i.epil.preheader:                 ; preds = %for_end_to90.3.i.loopexit.unr-lcssa, %for_body_to89.3.i.preheader
-  %indvars.iv1158.3.i.epil.init = phi i64 [ 0, %for_body_to89.3.i.preheader ], [ %indvars.iv.next1159.3.i.3, %for_end_to90.3.i.loopexit.unr-lcssa ]
+for_body_to94.3.i.epil.preheader:                 ; preds = %for_end_to95.3.i.loopexit.unr-lcssa, %for_body_to94.3.i.preheader
+  %indvars.iv1173.3.i.epil.init = phi i64 [ 0, %for_body_to94.3.i.preheader ], [ %indvars.iv.next1174.3.i.3, %for_end_to95.3.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod271)
-  br label %for_body_to89.3.i.epil
+  br label %for_body_to94.3.i.epil
 
-for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.epil, %for_body_to89.3.i.epil.preheader
-  %indvars.iv1158.3.i.epil = phi i64 [ %indvars.iv.next1159.3.i.epil, %for_body_to89.3.i.epil ], [ %indvars.iv1158.3.i.epil.init, %for_body_to89.3.i.epil.preheader ]
-  %epil.iter269 = phi i64 [ %epil.iter269.next, %for_body_to89.3.i.epil ], [ 0, %for_body_to89.3.i.epil.preheader ]
-  %.idx1270.i.epil = shl nsw i64 %indvars.iv1158.3.i.epil, 7
-  %2430 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1270.i.epil
+for_body_to94.3.i.epil:                           ; preds = %for_body_to94.3.i.epil, %for_body_to94.3.i.epil.preheader
+  %indvars.iv1173.3.i.epil = phi i64 [ %indvars.iv.next1174.3.i.epil, %for_body_to94.3.i.epil ], [ %indvars.iv1173.3.i.epil.init, %for_body_to94.3.i.epil.preheader ]
+  %epil.iter269 = phi i64 [ %epil.iter269.next, %for_body_to94.3.i.epil ], [ 0, %for_body_to94.3.i.epil.preheader ]
+  %.idx1285.i.epil = shl nsw i64 %indvars.iv1173.3.i.epil, 7
+  %2430 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1285.i.epil
   %2431 = getelementptr inbounds nuw i8, ptr %2430, i64 1536
   %2432 = load <32 x float>, ptr %2431, align 4, !tbaa !4
   %2433 = bitcast <32 x float> %2432 to <32 x i32>
@@ -5105,25 +5105,25 @@ for_body_to89.3.i.epil:                           ; preds = %for_body_to89.3.i.e
   %2436 = bitcast <32 x float> %2432 to <32 x i32>
   %2437 = shufflevector <32 x i32> %2436, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
   %2438 = or <16 x i32> %2435, %2437
-  %.idx1271.i.epil = shl nsw i64 %indvars.iv1158.3.i.epil, 6
-  %2439 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1271.i.epil
+  %.idx1286.i.epil = shl nsw i64 %indvars.iv1173.3.i.epil, 6
+  %2439 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1286.i.epil
   %2440 = getelementptr inbounds nuw i8, ptr %2439, i64 768
   store <16 x i32> %2438, ptr %2440, align 4, !tbaa !4
-  %indvars.iv.next1159.3.i.epil = add nuw nsw i64 %indvars.iv1158.3.i.epil, 1
+  %indvars.iv.next1174.3.i.epil = add nuw nsw i64 %indvars.iv1173.3.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_end_to90.3.i, label %for_body_to89.3.i.epil, !prof !53, !llvm.loop !90
+  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !53, !llvm.loop !90
 
-for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.epil, %for_end_to90.3.i.loopexit.unr-lcssa, %for_begin_to88.preheader.preheader.i
-  %2441 = shl nuw nsw i64 %indvars.iv1183.i, 2
-  %2442 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %2441
+for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.epil, %for_end_to95.3.i.loopexit.unr-lcssa, %for_begin_to93.preheader.preheader.i
+  %2441 = shl nuw nsw i64 %indvars.iv1198.i, 2
+  %2442 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %2441
   %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !43
   %old_max.i = select <4 x i1> %1329, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2443
-  %2444 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %2441
+  %2444 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %2441
   %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !41
   %old_sum.i = select <4 x i1> %1329, <4 x float> zeroinitializer, <4 x float> %2445
   %2446 = fcmp ogt <4 x float> %old_max.i, %1887
-  %2447 = load <4 x float>, ptr %tile_sum221.i, align 16, !tbaa !91
+  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !91
   %2448 = fcmp oeq <4 x float> %2447, zeroinitializer
   %2449 = select <4 x i1> %2448, <4 x i1> splat (i1 true), <4 x i1> %2446
   %old_or_both.i = select <4 x i1> %2449, <4 x float> %old_max.i, <4 x float> %1887
@@ -5151,13 +5151,13 @@ for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.e
   %2470 = select <4 x i1> %2469, <4 x float> zeroinitializer, <4 x float> %2468
   %2471 = fcmp one <4 x float> %old_sum.i, zeroinitializer
   %2472 = select <4 x i1> %2471, <4 x float> %2470, <4 x float> zeroinitializer
-  %arg110.i = fsub <4 x float> %1887, %m.i
-  %2473 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg110.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
+  %arg115.i = fsub <4 x float> %1887, %m.i
+  %2473 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %arg115.i, <4 x float> splat (float 0x3FF7154760000000), <4 x float> splat (float 0x4168000FE0000000))
   %2474 = bitcast <4 x float> %2473 to <4 x i32>
   %2475 = fadd <4 x float> %2473, splat (float 0xC168000FE0000000)
   %2476 = fmul <4 x float> %2475, splat (float 0x3F2BD01060000000)
   %2477 = fmul <4 x float> %2475, splat (float 0x3FE6300000000000)
-  %2478 = fsub <4 x float> %arg110.i, %2477
+  %2478 = fsub <4 x float> %arg115.i, %2477
   %2479 = fadd <4 x float> %2476, %2478
   %2480 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2479, <4 x float> splat (float 0x3F56A243A0000000), <4 x float> splat (float 0x3F81239E00000000))
   %2481 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2480, <4 x float> %2479, <4 x float> splat (float 0x3FA5558F20000000))
@@ -5169,7 +5169,7 @@ for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.e
   %2487 = bitcast <4 x i32> %2486 to <4 x float>
   %2488 = fadd <4 x float> %2485, splat (float 1.000000e+00)
   %2489 = fmul <4 x float> %2488, %2487
-  %2490 = fcmp olt <4 x float> %arg110.i, splat (float -8.700000e+01)
+  %2490 = fcmp olt <4 x float> %arg115.i, splat (float -8.700000e+01)
   %2491 = select <4 x i1> %2490, <4 x float> zeroinitializer, <4 x float> %2489
   %2492 = fcmp one <4 x float> %2447, zeroinitializer
   %2493 = select <4 x i1> %2492, <4 x float> %2491, <4 x float> zeroinitializer
@@ -5178,7 +5178,7 @@ for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.e
   store <4 x float> %m.i, ptr %2442, align 16, !tbaa !43
   store <4 x float> %2495, ptr %2444, align 16, !tbaa !41
   %2496 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> zeroinitializer
-  %2497 = shl nuw nsw i64 %indvars.iv1183.i, 9
+  %2497 = shl nuw nsw i64 %indvars.iv1198.i, 9
   %2498 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> zeroinitializer
   %2499 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
   %2500 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
@@ -5186,717 +5186,717 @@ for_end_to90.3.i:                                 ; preds = %for_body_to89.3.i.e
   %2502 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> <i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2, i32 2>
   %2503 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
   %2504 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> <i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3, i32 3>
-  %2505 = mul nsw i64 %1410, %v_head
-  %2506 = mul nsw i64 %indvars.iv1183.i, %v_head
-  %invariant.gep1018.i = getelementptr i32, ptr %value_cache, i64 %2506
+  %2505 = mul nsw i64 %1409, %v_head
+  %2506 = mul nsw i64 %indvars.iv1198.i, %v_head
+  %invariant.gep1033.i = getelementptr i32, ptr %value_cache, i64 %2506
   %2507 = fmul <16 x float> %2498, zeroinitializer
   %2508 = fmul <16 x float> %2500, zeroinitializer
   %2509 = fmul <16 x float> %2502, zeroinitializer
-  %invariant.gep1304.i = getelementptr i32, ptr %value_cache, i64 %2505
-  %invariant.gep1306.i = getelementptr i32, ptr %101, i64 %2505
-  %invariant.gep1308.i = getelementptr i32, ptr %102, i64 %2505
-  %invariant.gep1310.i = getelementptr i32, ptr %103, i64 %2505
-  %invariant.gep1312.i = getelementptr i32, ptr %104, i64 %2505
-  %invariant.gep1314.i = getelementptr i32, ptr %105, i64 %2505
-  %invariant.gep1316.i = getelementptr i32, ptr %106, i64 %2505
-  %invariant.gep1318.i = getelementptr i32, ptr %107, i64 %2505
-  %invariant.gep1368.i = getelementptr i32, ptr %prob_pairs.i, i64 %1336
+  %invariant.gep1319.i = getelementptr i32, ptr %value_cache, i64 %2505
+  %invariant.gep1321.i = getelementptr i32, ptr %101, i64 %2505
+  %invariant.gep1323.i = getelementptr i32, ptr %102, i64 %2505
+  %invariant.gep1325.i = getelementptr i32, ptr %103, i64 %2505
+  %invariant.gep1327.i = getelementptr i32, ptr %104, i64 %2505
+  %invariant.gep1329.i = getelementptr i32, ptr %105, i64 %2505
+  %invariant.gep1331.i = getelementptr i32, ptr %106, i64 %2505
+  %invariant.gep1333.i = getelementptr i32, ptr %107, i64 %2505
+  %invariant.gep1383.i = getelementptr i32, ptr %prob_pairs.i, i64 %1336
   %2510 = fmul <16 x float> %2504, zeroinitializer
   br label %for_body_d_0_m.i
 
-for_body_d_0_m.i:                                 ; preds = %if_end145.i, %for_end_to90.3.i
-  %indvars.iv1179.i = phi i64 [ 0, %for_end_to90.3.i ], [ %indvars.iv.next1180.i, %if_end145.i ]
-  br i1 %1331, label %for_begin_ax2.preheader.lr.ph.i, label %for_end_to127.i, !prof !3
+for_body_d_0_m.i:                                 ; preds = %if_end155.i, %for_end_to95.3.i
+  %indvars.iv1194.i = phi i64 [ 0, %for_end_to95.3.i ], [ %indvars.iv.next1195.i, %if_end155.i ]
+  br i1 %1331, label %for_begin_line135.preheader.lr.ph.i, label %for_end_to132.i, !prof !3
 
-for_begin_ax2.preheader.lr.ph.i:                  ; preds = %for_body_d_0_m.i
-  %2511 = mul nuw nsw i64 %indvars.iv1179.i, %1337
-  %gep1019.idx.i = shl i64 %indvars.iv1179.i, 7
-  %gep1019.i = getelementptr i8, ptr %invariant.gep1018.i, i64 %gep1019.idx.i
-  br label %for_begin_ax2.preheader.i
+for_begin_line135.preheader.lr.ph.i:              ; preds = %for_body_d_0_m.i
+  %2511 = mul nuw nsw i64 %indvars.iv1194.i, %1337
+  %gep1034.idx.i = shl i64 %indvars.iv1194.i, 7
+  %gep1034.i = getelementptr i8, ptr %invariant.gep1033.i, i64 %gep1034.idx.i
+  br label %for_begin_line135.preheader.i
 
-for_end_d_0_m.i:                                  ; preds = %if_end145.i
+for_end_d_0_m.i:                                  ; preds = %if_end155.i
   %2512 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2513 = tail call i32 %2512(i32 1, i32 %dev_id, ptr nonnull %exact.i)
-  %.not232.i = icmp eq i32 %2513, 0
-  br i1 %.not232.i, label %if_end147.i, label %fused_decode_compute_.exit, !prof !40
+  %.not247.i = icmp eq i32 %2513, 0
+  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !40
 
-for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.preheader.i, %for_begin_ax2.preheader.lr.ph.i
-  %indvars.iv1171.i = phi i64 [ 0, %for_begin_ax2.preheader.lr.ph.i ], [ %indvars.iv.next1172.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.238.0922.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.204.0921.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.170.0920.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.136.0919.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.102.0918.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.0.0917.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i644.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.34.0916.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.68.0915.i = phi <16 x float> [ zeroinitializer, %for_begin_ax2.preheader.lr.ph.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
-  %2514 = add nuw nsw i64 %indvars.iv1171.i, %2511
+for_begin_line135.preheader.i:                    ; preds = %for_begin_line135.preheader.i, %for_begin_line135.preheader.lr.ph.i
+  %indvars.iv1186.i = phi i64 [ 0, %for_begin_line135.preheader.lr.ph.i ], [ %indvars.iv.next1187.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.238.0937.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i680.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.204.0936.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i677.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.170.0935.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i674.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.136.0934.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i671.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.102.0933.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i668.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.0.0932.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i659.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.34.0931.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i662.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.68.0930.i = phi <16 x float> [ zeroinitializer, %for_begin_line135.preheader.lr.ph.i ], [ %r.i665.i, %for_begin_line135.preheader.i ]
+  %2514 = add nuw nsw i64 %indvars.iv1186.i, %2511
   %2515 = trunc i64 %2514 to i32
   %2516 = shl i32 %2515, 3
-  %2517 = add i32 %2516, %1409
+  %2517 = add i32 %2516, %1411
   %2518 = sext i32 %2517 to i64
   %2519 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2518
   %2520 = load i64, ptr %2519, align 8, !tbaa !4
-  %gep1305.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2520
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1305.i, i32 0, i32 2, i32 1)
-  %gep1307.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2520
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1307.i, i32 0, i32 2, i32 1)
-  %gep1309.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2520
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1309.i, i32 0, i32 2, i32 1)
-  %gep1311.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2520
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1311.i, i32 0, i32 2, i32 1)
+  %gep1320.i = getelementptr i32, ptr %invariant.gep1319.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1320.i, i32 0, i32 2, i32 1)
+  %gep1322.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1322.i, i32 0, i32 2, i32 1)
+  %gep1324.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1324.i, i32 0, i32 2, i32 1)
+  %gep1326.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2520
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1326.i, i32 0, i32 2, i32 1)
   %2521 = getelementptr i8, ptr %2519, i64 8
   %2522 = load i64, ptr %2521, align 8, !tbaa !4
-  %gep1313.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2522
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1313.i, i32 0, i32 2, i32 1)
-  %gep1315.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2522
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1315.i, i32 0, i32 2, i32 1)
-  %gep1317.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2522
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1317.i, i32 0, i32 2, i32 1)
-  %gep1319.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2522
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1319.i, i32 0, i32 2, i32 1)
+  %gep1328.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1328.i, i32 0, i32 2, i32 1)
+  %gep1330.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1330.i, i32 0, i32 2, i32 1)
+  %gep1332.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1332.i, i32 0, i32 2, i32 1)
+  %gep1334.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2522
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1334.i, i32 0, i32 2, i32 1)
   %2523 = getelementptr i8, ptr %2519, i64 16
   %2524 = load i64, ptr %2523, align 8, !tbaa !4
-  %gep1321.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2524
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1321.i, i32 0, i32 2, i32 1)
-  %gep1323.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2524
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1323.i, i32 0, i32 2, i32 1)
-  %gep1325.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2524
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1325.i, i32 0, i32 2, i32 1)
-  %gep1327.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2524
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1327.i, i32 0, i32 2, i32 1)
+  %gep1336.i = getelementptr i32, ptr %invariant.gep1319.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1336.i, i32 0, i32 2, i32 1)
+  %gep1338.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1338.i, i32 0, i32 2, i32 1)
+  %gep1340.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1340.i, i32 0, i32 2, i32 1)
+  %gep1342.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2524
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1342.i, i32 0, i32 2, i32 1)
   %2525 = getelementptr i8, ptr %2519, i64 24
   %2526 = load i64, ptr %2525, align 8, !tbaa !4
-  %gep1329.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2526
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1329.i, i32 0, i32 2, i32 1)
-  %gep1331.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2526
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1331.i, i32 0, i32 2, i32 1)
-  %gep1333.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2526
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1333.i, i32 0, i32 2, i32 1)
-  %gep1335.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2526
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1335.i, i32 0, i32 2, i32 1)
+  %gep1344.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1344.i, i32 0, i32 2, i32 1)
+  %gep1346.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1346.i, i32 0, i32 2, i32 1)
+  %gep1348.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1348.i, i32 0, i32 2, i32 1)
+  %gep1350.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2526
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1350.i, i32 0, i32 2, i32 1)
   %2527 = getelementptr i8, ptr %2519, i64 32
   %2528 = load i64, ptr %2527, align 8, !tbaa !4
-  %gep1337.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2528
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1337.i, i32 0, i32 2, i32 1)
-  %gep1339.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2528
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1339.i, i32 0, i32 2, i32 1)
-  %gep1341.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2528
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1341.i, i32 0, i32 2, i32 1)
-  %gep1343.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2528
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1343.i, i32 0, i32 2, i32 1)
+  %gep1352.i = getelementptr i32, ptr %invariant.gep1319.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1352.i, i32 0, i32 2, i32 1)
+  %gep1354.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1354.i, i32 0, i32 2, i32 1)
+  %gep1356.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1356.i, i32 0, i32 2, i32 1)
+  %gep1358.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2528
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1358.i, i32 0, i32 2, i32 1)
   %2529 = getelementptr i8, ptr %2519, i64 40
   %2530 = load i64, ptr %2529, align 8, !tbaa !4
-  %gep1345.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2530
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1345.i, i32 0, i32 2, i32 1)
-  %gep1347.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2530
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1347.i, i32 0, i32 2, i32 1)
-  %gep1349.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2530
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1349.i, i32 0, i32 2, i32 1)
-  %gep1351.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2530
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1351.i, i32 0, i32 2, i32 1)
+  %gep1360.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1360.i, i32 0, i32 2, i32 1)
+  %gep1362.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1362.i, i32 0, i32 2, i32 1)
+  %gep1364.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1364.i, i32 0, i32 2, i32 1)
+  %gep1366.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2530
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1366.i, i32 0, i32 2, i32 1)
   %2531 = getelementptr i8, ptr %2519, i64 48
   %2532 = load i64, ptr %2531, align 8, !tbaa !4
-  %gep1353.i = getelementptr i32, ptr %invariant.gep1304.i, i64 %2532
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1353.i, i32 0, i32 2, i32 1)
-  %gep1355.i = getelementptr i32, ptr %invariant.gep1306.i, i64 %2532
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1355.i, i32 0, i32 2, i32 1)
-  %gep1357.i = getelementptr i32, ptr %invariant.gep1308.i, i64 %2532
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1357.i, i32 0, i32 2, i32 1)
-  %gep1359.i = getelementptr i32, ptr %invariant.gep1310.i, i64 %2532
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1359.i, i32 0, i32 2, i32 1)
+  %gep1368.i = getelementptr i32, ptr %invariant.gep1319.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1368.i, i32 0, i32 2, i32 1)
+  %gep1370.i = getelementptr i32, ptr %invariant.gep1321.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1370.i, i32 0, i32 2, i32 1)
+  %gep1372.i = getelementptr i32, ptr %invariant.gep1323.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1372.i, i32 0, i32 2, i32 1)
+  %gep1374.i = getelementptr i32, ptr %invariant.gep1325.i, i64 %2532
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1374.i, i32 0, i32 2, i32 1)
   %2533 = getelementptr i8, ptr %2519, i64 56
   %2534 = load i64, ptr %2533, align 8, !tbaa !4
-  %gep1361.i = getelementptr i32, ptr %invariant.gep1312.i, i64 %2534
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1361.i, i32 0, i32 2, i32 1)
-  %gep1363.i = getelementptr i32, ptr %invariant.gep1314.i, i64 %2534
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1363.i, i32 0, i32 2, i32 1)
-  %gep1365.i = getelementptr i32, ptr %invariant.gep1316.i, i64 %2534
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1365.i, i32 0, i32 2, i32 1)
-  %gep1367.i = getelementptr i32, ptr %invariant.gep1318.i, i64 %2534
-  tail call void @llvm.prefetch.p0(ptr readonly %gep1367.i, i32 0, i32 2, i32 1)
-  %.idx1272.i = shl nsw i64 %indvars.iv1171.i, 6
-  %2535 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1272.i
+  %gep1376.i = getelementptr i32, ptr %invariant.gep1327.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1376.i, i32 0, i32 2, i32 1)
+  %gep1378.i = getelementptr i32, ptr %invariant.gep1329.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1378.i, i32 0, i32 2, i32 1)
+  %gep1380.i = getelementptr i32, ptr %invariant.gep1331.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1380.i, i32 0, i32 2, i32 1)
+  %gep1382.i = getelementptr i32, ptr %invariant.gep1333.i, i64 %2534
+  tail call void @llvm.prefetch.p0(ptr readonly %gep1382.i, i32 0, i32 2, i32 1)
+  %.idx1287.i = shl nsw i64 %indvars.iv1186.i, 6
+  %2535 = getelementptr inbounds nuw i8, ptr %prob_pairs.i, i64 %.idx1287.i
   %2536 = load i32, ptr %2535, align 4, !tbaa !4
   %2537 = insertelement <16 x i32> poison, i32 %2536, i64 0
   %2538 = shufflevector <16 x i32> %2537, <16 x i32> poison, <16 x i32> zeroinitializer
-  %.idx1273.i = shl nsw i64 %indvars.iv1171.i, 8
-  %2539 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1273.i
+  %.idx1288.i = shl nsw i64 %indvars.iv1186.i, 8
+  %2539 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1288.i
   %2540 = load i64, ptr %2539, align 8, !tbaa !4
-  %gep935.i = getelementptr i32, ptr %gep1019.i, i64 %2540
-  %2541 = load <32 x bfloat>, ptr %gep935.i, align 4, !tbaa !4
-  %x.i282.i = bitcast <16 x i32> %2538 to <32 x bfloat>
-  %r.i284.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.0.0917.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2541)
-  %2542 = getelementptr i8, ptr %gep935.i, i64 64
+  %gep950.i = getelementptr i32, ptr %gep1034.i, i64 %2540
+  %2541 = load <32 x bfloat>, ptr %gep950.i, align 4, !tbaa !4
+  %x.i297.i = bitcast <16 x i32> %2538 to <32 x bfloat>
+  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.0.0932.i, <32 x bfloat> %x.i297.i, <32 x bfloat> %2541)
+  %2542 = getelementptr i8, ptr %gep950.i, i64 64
   %2543 = load <32 x bfloat>, ptr %2542, align 4, !tbaa !4
-  %r.i287.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.34.0916.i, <32 x bfloat> %x.i282.i, <32 x bfloat> %2543)
+  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.34.0931.i, <32 x bfloat> %x.i297.i, <32 x bfloat> %2543)
   %2544 = getelementptr inbounds nuw i8, ptr %2535, i64 256
   %2545 = load i32, ptr %2544, align 4, !tbaa !4
   %2546 = insertelement <16 x i32> poison, i32 %2545, i64 0
   %2547 = shufflevector <16 x i32> %2546, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i288.i = bitcast <16 x i32> %2547 to <32 x bfloat>
-  %r.i290.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.68.0915.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2541)
-  %r.i293.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.102.0918.i, <32 x bfloat> %x.i288.i, <32 x bfloat> %2543)
+  %x.i303.i = bitcast <16 x i32> %2547 to <32 x bfloat>
+  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.68.0930.i, <32 x bfloat> %x.i303.i, <32 x bfloat> %2541)
+  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.102.0933.i, <32 x bfloat> %x.i303.i, <32 x bfloat> %2543)
   %2548 = getelementptr inbounds nuw i8, ptr %2535, i64 512
   %2549 = load i32, ptr %2548, align 4, !tbaa !4
   %2550 = insertelement <16 x i32> poison, i32 %2549, i64 0
   %2551 = shufflevector <16 x i32> %2550, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i294.i = bitcast <16 x i32> %2551 to <32 x bfloat>
-  %r.i296.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.136.0919.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2541)
-  %r.i299.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.170.0920.i, <32 x bfloat> %x.i294.i, <32 x bfloat> %2543)
+  %x.i309.i = bitcast <16 x i32> %2551 to <32 x bfloat>
+  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.136.0934.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %2541)
+  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.170.0935.i, <32 x bfloat> %x.i309.i, <32 x bfloat> %2543)
   %2552 = getelementptr inbounds nuw i8, ptr %2535, i64 768
   %2553 = load i32, ptr %2552, align 4, !tbaa !4
   %2554 = insertelement <16 x i32> poison, i32 %2553, i64 0
   %2555 = shufflevector <16 x i32> %2554, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i300.i = bitcast <16 x i32> %2555 to <32 x bfloat>
-  %r.i302.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.204.0921.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2541)
-  %r.i305.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc212.sroa.238.0922.i, <32 x bfloat> %x.i300.i, <32 x bfloat> %2543)
+  %x.i315.i = bitcast <16 x i32> %2555 to <32 x bfloat>
+  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.204.0936.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %2541)
+  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc227.sroa.238.0937.i, <32 x bfloat> %x.i315.i, <32 x bfloat> %2543)
   %2556 = getelementptr inbounds nuw i8, ptr %2535, i64 4
   %2557 = load i32, ptr %2556, align 4, !tbaa !4
   %2558 = insertelement <16 x i32> poison, i32 %2557, i64 0
   %2559 = shufflevector <16 x i32> %2558, <16 x i32> poison, <16 x i32> zeroinitializer
   %2560 = getelementptr inbounds nuw i8, ptr %2539, i64 16
   %2561 = load i64, ptr %2560, align 8, !tbaa !4
-  %gep939.i = getelementptr i32, ptr %gep1019.i, i64 %2561
-  %2562 = load <32 x bfloat>, ptr %gep939.i, align 4, !tbaa !4
-  %x.i306.i = bitcast <16 x i32> %2559 to <32 x bfloat>
-  %r.i308.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i284.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2562)
-  %2563 = getelementptr i8, ptr %gep939.i, i64 64
+  %gep954.i = getelementptr i32, ptr %gep1034.i, i64 %2561
+  %2562 = load <32 x bfloat>, ptr %gep954.i, align 4, !tbaa !4
+  %x.i321.i = bitcast <16 x i32> %2559 to <32 x bfloat>
+  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i321.i, <32 x bfloat> %2562)
+  %2563 = getelementptr i8, ptr %gep954.i, i64 64
   %2564 = load <32 x bfloat>, ptr %2563, align 4, !tbaa !4
-  %r.i311.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i287.i, <32 x bfloat> %x.i306.i, <32 x bfloat> %2564)
+  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i321.i, <32 x bfloat> %2564)
   %2565 = getelementptr inbounds nuw i8, ptr %2535, i64 260
   %2566 = load i32, ptr %2565, align 4, !tbaa !4
   %2567 = insertelement <16 x i32> poison, i32 %2566, i64 0
   %2568 = shufflevector <16 x i32> %2567, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i312.i = bitcast <16 x i32> %2568 to <32 x bfloat>
-  %r.i314.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i290.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2562)
-  %r.i317.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i293.i, <32 x bfloat> %x.i312.i, <32 x bfloat> %2564)
+  %x.i327.i = bitcast <16 x i32> %2568 to <32 x bfloat>
+  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i327.i, <32 x bfloat> %2562)
+  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i327.i, <32 x bfloat> %2564)
   %2569 = getelementptr inbounds nuw i8, ptr %2535, i64 516
   %2570 = load i32, ptr %2569, align 4, !tbaa !4
   %2571 = insertelement <16 x i32> poison, i32 %2570, i64 0
   %2572 = shufflevector <16 x i32> %2571, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i318.i = bitcast <16 x i32> %2572 to <32 x bfloat>
-  %r.i320.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i296.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2562)
-  %r.i323.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i299.i, <32 x bfloat> %x.i318.i, <32 x bfloat> %2564)
+  %x.i333.i = bitcast <16 x i32> %2572 to <32 x bfloat>
+  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %2562)
+  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i333.i, <32 x bfloat> %2564)
   %2573 = getelementptr inbounds nuw i8, ptr %2535, i64 772
   %2574 = load i32, ptr %2573, align 4, !tbaa !4
   %2575 = insertelement <16 x i32> poison, i32 %2574, i64 0
   %2576 = shufflevector <16 x i32> %2575, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i324.i = bitcast <16 x i32> %2576 to <32 x bfloat>
-  %r.i326.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i302.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2562)
-  %r.i329.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i305.i, <32 x bfloat> %x.i324.i, <32 x bfloat> %2564)
+  %x.i339.i = bitcast <16 x i32> %2576 to <32 x bfloat>
+  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %2562)
+  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i339.i, <32 x bfloat> %2564)
   %2577 = getelementptr inbounds nuw i8, ptr %2535, i64 8
   %2578 = load i32, ptr %2577, align 4, !tbaa !4
   %2579 = insertelement <16 x i32> poison, i32 %2578, i64 0
   %2580 = shufflevector <16 x i32> %2579, <16 x i32> poison, <16 x i32> zeroinitializer
   %2581 = getelementptr inbounds nuw i8, ptr %2539, i64 32
   %2582 = load i64, ptr %2581, align 8, !tbaa !4
-  %gep943.i = getelementptr i32, ptr %gep1019.i, i64 %2582
-  %2583 = load <32 x bfloat>, ptr %gep943.i, align 4, !tbaa !4
-  %x.i330.i = bitcast <16 x i32> %2580 to <32 x bfloat>
-  %r.i332.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i308.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2583)
-  %2584 = getelementptr i8, ptr %gep943.i, i64 64
+  %gep958.i = getelementptr i32, ptr %gep1034.i, i64 %2582
+  %2583 = load <32 x bfloat>, ptr %gep958.i, align 4, !tbaa !4
+  %x.i345.i = bitcast <16 x i32> %2580 to <32 x bfloat>
+  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i345.i, <32 x bfloat> %2583)
+  %2584 = getelementptr i8, ptr %gep958.i, i64 64
   %2585 = load <32 x bfloat>, ptr %2584, align 4, !tbaa !4
-  %r.i335.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i311.i, <32 x bfloat> %x.i330.i, <32 x bfloat> %2585)
+  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i345.i, <32 x bfloat> %2585)
   %2586 = getelementptr inbounds nuw i8, ptr %2535, i64 264
   %2587 = load i32, ptr %2586, align 4, !tbaa !4
   %2588 = insertelement <16 x i32> poison, i32 %2587, i64 0
   %2589 = shufflevector <16 x i32> %2588, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i336.i = bitcast <16 x i32> %2589 to <32 x bfloat>
-  %r.i338.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i314.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2583)
-  %r.i341.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i317.i, <32 x bfloat> %x.i336.i, <32 x bfloat> %2585)
+  %x.i351.i = bitcast <16 x i32> %2589 to <32 x bfloat>
+  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i351.i, <32 x bfloat> %2583)
+  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i351.i, <32 x bfloat> %2585)
   %2590 = getelementptr inbounds nuw i8, ptr %2535, i64 520
   %2591 = load i32, ptr %2590, align 4, !tbaa !4
   %2592 = insertelement <16 x i32> poison, i32 %2591, i64 0
   %2593 = shufflevector <16 x i32> %2592, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i342.i = bitcast <16 x i32> %2593 to <32 x bfloat>
-  %r.i344.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i320.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2583)
-  %r.i347.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i323.i, <32 x bfloat> %x.i342.i, <32 x bfloat> %2585)
+  %x.i357.i = bitcast <16 x i32> %2593 to <32 x bfloat>
+  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %2583)
+  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i357.i, <32 x bfloat> %2585)
   %2594 = getelementptr inbounds nuw i8, ptr %2535, i64 776
   %2595 = load i32, ptr %2594, align 4, !tbaa !4
   %2596 = insertelement <16 x i32> poison, i32 %2595, i64 0
   %2597 = shufflevector <16 x i32> %2596, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i348.i = bitcast <16 x i32> %2597 to <32 x bfloat>
-  %r.i350.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i326.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2583)
-  %r.i353.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i329.i, <32 x bfloat> %x.i348.i, <32 x bfloat> %2585)
+  %x.i363.i = bitcast <16 x i32> %2597 to <32 x bfloat>
+  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %2583)
+  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i363.i, <32 x bfloat> %2585)
   %2598 = getelementptr inbounds nuw i8, ptr %2535, i64 12
   %2599 = load i32, ptr %2598, align 4, !tbaa !4
   %2600 = insertelement <16 x i32> poison, i32 %2599, i64 0
   %2601 = shufflevector <16 x i32> %2600, <16 x i32> poison, <16 x i32> zeroinitializer
   %2602 = getelementptr inbounds nuw i8, ptr %2539, i64 48
   %2603 = load i64, ptr %2602, align 8, !tbaa !4
-  %gep947.i = getelementptr i32, ptr %gep1019.i, i64 %2603
-  %2604 = load <32 x bfloat>, ptr %gep947.i, align 4, !tbaa !4
-  %x.i354.i = bitcast <16 x i32> %2601 to <32 x bfloat>
-  %r.i356.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i332.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2604)
-  %2605 = getelementptr i8, ptr %gep947.i, i64 64
+  %gep962.i = getelementptr i32, ptr %gep1034.i, i64 %2603
+  %2604 = load <32 x bfloat>, ptr %gep962.i, align 4, !tbaa !4
+  %x.i369.i = bitcast <16 x i32> %2601 to <32 x bfloat>
+  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i369.i, <32 x bfloat> %2604)
+  %2605 = getelementptr i8, ptr %gep962.i, i64 64
   %2606 = load <32 x bfloat>, ptr %2605, align 4, !tbaa !4
-  %r.i359.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i335.i, <32 x bfloat> %x.i354.i, <32 x bfloat> %2606)
+  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i369.i, <32 x bfloat> %2606)
   %2607 = getelementptr inbounds nuw i8, ptr %2535, i64 268
   %2608 = load i32, ptr %2607, align 4, !tbaa !4
   %2609 = insertelement <16 x i32> poison, i32 %2608, i64 0
   %2610 = shufflevector <16 x i32> %2609, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i360.i = bitcast <16 x i32> %2610 to <32 x bfloat>
-  %r.i362.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i338.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2604)
-  %r.i365.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i341.i, <32 x bfloat> %x.i360.i, <32 x bfloat> %2606)
+  %x.i375.i = bitcast <16 x i32> %2610 to <32 x bfloat>
+  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i375.i, <32 x bfloat> %2604)
+  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i375.i, <32 x bfloat> %2606)
   %2611 = getelementptr inbounds nuw i8, ptr %2535, i64 524
   %2612 = load i32, ptr %2611, align 4, !tbaa !4
   %2613 = insertelement <16 x i32> poison, i32 %2612, i64 0
   %2614 = shufflevector <16 x i32> %2613, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i366.i = bitcast <16 x i32> %2614 to <32 x bfloat>
-  %r.i368.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i344.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2604)
-  %r.i371.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i347.i, <32 x bfloat> %x.i366.i, <32 x bfloat> %2606)
+  %x.i381.i = bitcast <16 x i32> %2614 to <32 x bfloat>
+  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %2604)
+  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i381.i, <32 x bfloat> %2606)
   %2615 = getelementptr inbounds nuw i8, ptr %2535, i64 780
   %2616 = load i32, ptr %2615, align 4, !tbaa !4
   %2617 = insertelement <16 x i32> poison, i32 %2616, i64 0
   %2618 = shufflevector <16 x i32> %2617, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i372.i = bitcast <16 x i32> %2618 to <32 x bfloat>
-  %r.i374.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i350.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2604)
-  %r.i377.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i353.i, <32 x bfloat> %x.i372.i, <32 x bfloat> %2606)
+  %x.i387.i = bitcast <16 x i32> %2618 to <32 x bfloat>
+  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %2604)
+  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i387.i, <32 x bfloat> %2606)
   %2619 = getelementptr inbounds nuw i8, ptr %2535, i64 16
   %2620 = load i32, ptr %2619, align 4, !tbaa !4
   %2621 = insertelement <16 x i32> poison, i32 %2620, i64 0
   %2622 = shufflevector <16 x i32> %2621, <16 x i32> poison, <16 x i32> zeroinitializer
   %2623 = getelementptr inbounds nuw i8, ptr %2539, i64 64
   %2624 = load i64, ptr %2623, align 8, !tbaa !4
-  %gep951.i = getelementptr i32, ptr %gep1019.i, i64 %2624
-  %2625 = load <32 x bfloat>, ptr %gep951.i, align 4, !tbaa !4
-  %x.i378.i = bitcast <16 x i32> %2622 to <32 x bfloat>
-  %r.i380.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i356.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2625)
-  %2626 = getelementptr i8, ptr %gep951.i, i64 64
+  %gep966.i = getelementptr i32, ptr %gep1034.i, i64 %2624
+  %2625 = load <32 x bfloat>, ptr %gep966.i, align 4, !tbaa !4
+  %x.i393.i = bitcast <16 x i32> %2622 to <32 x bfloat>
+  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i393.i, <32 x bfloat> %2625)
+  %2626 = getelementptr i8, ptr %gep966.i, i64 64
   %2627 = load <32 x bfloat>, ptr %2626, align 4, !tbaa !4
-  %r.i383.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i359.i, <32 x bfloat> %x.i378.i, <32 x bfloat> %2627)
+  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i393.i, <32 x bfloat> %2627)
   %2628 = getelementptr inbounds nuw i8, ptr %2535, i64 272
   %2629 = load i32, ptr %2628, align 4, !tbaa !4
   %2630 = insertelement <16 x i32> poison, i32 %2629, i64 0
   %2631 = shufflevector <16 x i32> %2630, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i384.i = bitcast <16 x i32> %2631 to <32 x bfloat>
-  %r.i386.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i362.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2625)
-  %r.i389.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i365.i, <32 x bfloat> %x.i384.i, <32 x bfloat> %2627)
+  %x.i399.i = bitcast <16 x i32> %2631 to <32 x bfloat>
+  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i399.i, <32 x bfloat> %2625)
+  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i399.i, <32 x bfloat> %2627)
   %2632 = getelementptr inbounds nuw i8, ptr %2535, i64 528
   %2633 = load i32, ptr %2632, align 4, !tbaa !4
   %2634 = insertelement <16 x i32> poison, i32 %2633, i64 0
   %2635 = shufflevector <16 x i32> %2634, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i390.i = bitcast <16 x i32> %2635 to <32 x bfloat>
-  %r.i392.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i368.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2625)
-  %r.i395.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i371.i, <32 x bfloat> %x.i390.i, <32 x bfloat> %2627)
+  %x.i405.i = bitcast <16 x i32> %2635 to <32 x bfloat>
+  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %2625)
+  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i405.i, <32 x bfloat> %2627)
   %2636 = getelementptr inbounds nuw i8, ptr %2535, i64 784
   %2637 = load i32, ptr %2636, align 4, !tbaa !4
   %2638 = insertelement <16 x i32> poison, i32 %2637, i64 0
   %2639 = shufflevector <16 x i32> %2638, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i396.i = bitcast <16 x i32> %2639 to <32 x bfloat>
-  %r.i398.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i374.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2625)
-  %r.i401.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i377.i, <32 x bfloat> %x.i396.i, <32 x bfloat> %2627)
+  %x.i411.i = bitcast <16 x i32> %2639 to <32 x bfloat>
+  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %2625)
+  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i411.i, <32 x bfloat> %2627)
   %2640 = getelementptr inbounds nuw i8, ptr %2535, i64 20
   %2641 = load i32, ptr %2640, align 4, !tbaa !4
   %2642 = insertelement <16 x i32> poison, i32 %2641, i64 0
   %2643 = shufflevector <16 x i32> %2642, <16 x i32> poison, <16 x i32> zeroinitializer
   %2644 = getelementptr inbounds nuw i8, ptr %2539, i64 80
   %2645 = load i64, ptr %2644, align 8, !tbaa !4
-  %gep955.i = getelementptr i32, ptr %gep1019.i, i64 %2645
-  %2646 = load <32 x bfloat>, ptr %gep955.i, align 4, !tbaa !4
-  %x.i402.i = bitcast <16 x i32> %2643 to <32 x bfloat>
-  %r.i404.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i380.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2646)
-  %2647 = getelementptr i8, ptr %gep955.i, i64 64
+  %gep970.i = getelementptr i32, ptr %gep1034.i, i64 %2645
+  %2646 = load <32 x bfloat>, ptr %gep970.i, align 4, !tbaa !4
+  %x.i417.i = bitcast <16 x i32> %2643 to <32 x bfloat>
+  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i417.i, <32 x bfloat> %2646)
+  %2647 = getelementptr i8, ptr %gep970.i, i64 64
   %2648 = load <32 x bfloat>, ptr %2647, align 4, !tbaa !4
-  %r.i407.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i383.i, <32 x bfloat> %x.i402.i, <32 x bfloat> %2648)
+  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i417.i, <32 x bfloat> %2648)
   %2649 = getelementptr inbounds nuw i8, ptr %2535, i64 276
   %2650 = load i32, ptr %2649, align 4, !tbaa !4
   %2651 = insertelement <16 x i32> poison, i32 %2650, i64 0
   %2652 = shufflevector <16 x i32> %2651, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i408.i = bitcast <16 x i32> %2652 to <32 x bfloat>
-  %r.i410.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i386.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2646)
-  %r.i413.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i389.i, <32 x bfloat> %x.i408.i, <32 x bfloat> %2648)
+  %x.i423.i = bitcast <16 x i32> %2652 to <32 x bfloat>
+  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i423.i, <32 x bfloat> %2646)
+  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i423.i, <32 x bfloat> %2648)
   %2653 = getelementptr inbounds nuw i8, ptr %2535, i64 532
   %2654 = load i32, ptr %2653, align 4, !tbaa !4
   %2655 = insertelement <16 x i32> poison, i32 %2654, i64 0
   %2656 = shufflevector <16 x i32> %2655, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i414.i = bitcast <16 x i32> %2656 to <32 x bfloat>
-  %r.i416.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i392.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2646)
-  %r.i419.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i395.i, <32 x bfloat> %x.i414.i, <32 x bfloat> %2648)
+  %x.i429.i = bitcast <16 x i32> %2656 to <32 x bfloat>
+  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %2646)
+  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i429.i, <32 x bfloat> %2648)
   %2657 = getelementptr inbounds nuw i8, ptr %2535, i64 788
   %2658 = load i32, ptr %2657, align 4, !tbaa !4
   %2659 = insertelement <16 x i32> poison, i32 %2658, i64 0
   %2660 = shufflevector <16 x i32> %2659, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i420.i = bitcast <16 x i32> %2660 to <32 x bfloat>
-  %r.i422.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i398.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2646)
-  %r.i425.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i401.i, <32 x bfloat> %x.i420.i, <32 x bfloat> %2648)
+  %x.i435.i = bitcast <16 x i32> %2660 to <32 x bfloat>
+  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %2646)
+  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i435.i, <32 x bfloat> %2648)
   %2661 = getelementptr inbounds nuw i8, ptr %2535, i64 24
   %2662 = load i32, ptr %2661, align 4, !tbaa !4
   %2663 = insertelement <16 x i32> poison, i32 %2662, i64 0
   %2664 = shufflevector <16 x i32> %2663, <16 x i32> poison, <16 x i32> zeroinitializer
   %2665 = getelementptr inbounds nuw i8, ptr %2539, i64 96
   %2666 = load i64, ptr %2665, align 8, !tbaa !4
-  %gep959.i = getelementptr i32, ptr %gep1019.i, i64 %2666
-  %2667 = load <32 x bfloat>, ptr %gep959.i, align 4, !tbaa !4
-  %x.i426.i = bitcast <16 x i32> %2664 to <32 x bfloat>
-  %r.i428.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i404.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2667)
-  %2668 = getelementptr i8, ptr %gep959.i, i64 64
+  %gep974.i = getelementptr i32, ptr %gep1034.i, i64 %2666
+  %2667 = load <32 x bfloat>, ptr %gep974.i, align 4, !tbaa !4
+  %x.i441.i = bitcast <16 x i32> %2664 to <32 x bfloat>
+  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i441.i, <32 x bfloat> %2667)
+  %2668 = getelementptr i8, ptr %gep974.i, i64 64
   %2669 = load <32 x bfloat>, ptr %2668, align 4, !tbaa !4
-  %r.i431.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i407.i, <32 x bfloat> %x.i426.i, <32 x bfloat> %2669)
+  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i441.i, <32 x bfloat> %2669)
   %2670 = getelementptr inbounds nuw i8, ptr %2535, i64 280
   %2671 = load i32, ptr %2670, align 4, !tbaa !4
   %2672 = insertelement <16 x i32> poison, i32 %2671, i64 0
   %2673 = shufflevector <16 x i32> %2672, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i432.i = bitcast <16 x i32> %2673 to <32 x bfloat>
-  %r.i434.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i410.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2667)
-  %r.i437.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i413.i, <32 x bfloat> %x.i432.i, <32 x bfloat> %2669)
+  %x.i447.i = bitcast <16 x i32> %2673 to <32 x bfloat>
+  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i447.i, <32 x bfloat> %2667)
+  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i447.i, <32 x bfloat> %2669)
   %2674 = getelementptr inbounds nuw i8, ptr %2535, i64 536
   %2675 = load i32, ptr %2674, align 4, !tbaa !4
   %2676 = insertelement <16 x i32> poison, i32 %2675, i64 0
   %2677 = shufflevector <16 x i32> %2676, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i438.i = bitcast <16 x i32> %2677 to <32 x bfloat>
-  %r.i440.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i416.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2667)
-  %r.i443.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i419.i, <32 x bfloat> %x.i438.i, <32 x bfloat> %2669)
+  %x.i453.i = bitcast <16 x i32> %2677 to <32 x bfloat>
+  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %2667)
+  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i453.i, <32 x bfloat> %2669)
   %2678 = getelementptr inbounds nuw i8, ptr %2535, i64 792
   %2679 = load i32, ptr %2678, align 4, !tbaa !4
   %2680 = insertelement <16 x i32> poison, i32 %2679, i64 0
   %2681 = shufflevector <16 x i32> %2680, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i444.i = bitcast <16 x i32> %2681 to <32 x bfloat>
-  %r.i446.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i422.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2667)
-  %r.i449.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i425.i, <32 x bfloat> %x.i444.i, <32 x bfloat> %2669)
+  %x.i459.i = bitcast <16 x i32> %2681 to <32 x bfloat>
+  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %2667)
+  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i459.i, <32 x bfloat> %2669)
   %2682 = getelementptr inbounds nuw i8, ptr %2535, i64 28
   %2683 = load i32, ptr %2682, align 4, !tbaa !4
   %2684 = insertelement <16 x i32> poison, i32 %2683, i64 0
   %2685 = shufflevector <16 x i32> %2684, <16 x i32> poison, <16 x i32> zeroinitializer
   %2686 = getelementptr inbounds nuw i8, ptr %2539, i64 112
   %2687 = load i64, ptr %2686, align 8, !tbaa !4
-  %gep963.i = getelementptr i32, ptr %gep1019.i, i64 %2687
-  %2688 = load <32 x bfloat>, ptr %gep963.i, align 4, !tbaa !4
-  %x.i450.i = bitcast <16 x i32> %2685 to <32 x bfloat>
-  %r.i452.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i428.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2688)
-  %2689 = getelementptr i8, ptr %gep963.i, i64 64
+  %gep978.i = getelementptr i32, ptr %gep1034.i, i64 %2687
+  %2688 = load <32 x bfloat>, ptr %gep978.i, align 4, !tbaa !4
+  %x.i465.i = bitcast <16 x i32> %2685 to <32 x bfloat>
+  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i465.i, <32 x bfloat> %2688)
+  %2689 = getelementptr i8, ptr %gep978.i, i64 64
   %2690 = load <32 x bfloat>, ptr %2689, align 4, !tbaa !4
-  %r.i455.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i431.i, <32 x bfloat> %x.i450.i, <32 x bfloat> %2690)
+  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i465.i, <32 x bfloat> %2690)
   %2691 = getelementptr inbounds nuw i8, ptr %2535, i64 284
   %2692 = load i32, ptr %2691, align 4, !tbaa !4
   %2693 = insertelement <16 x i32> poison, i32 %2692, i64 0
   %2694 = shufflevector <16 x i32> %2693, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i456.i = bitcast <16 x i32> %2694 to <32 x bfloat>
-  %r.i458.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i434.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2688)
-  %r.i461.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i437.i, <32 x bfloat> %x.i456.i, <32 x bfloat> %2690)
+  %x.i471.i = bitcast <16 x i32> %2694 to <32 x bfloat>
+  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i471.i, <32 x bfloat> %2688)
+  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i471.i, <32 x bfloat> %2690)
   %2695 = getelementptr inbounds nuw i8, ptr %2535, i64 540
   %2696 = load i32, ptr %2695, align 4, !tbaa !4
   %2697 = insertelement <16 x i32> poison, i32 %2696, i64 0
   %2698 = shufflevector <16 x i32> %2697, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i462.i = bitcast <16 x i32> %2698 to <32 x bfloat>
-  %r.i464.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i440.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2688)
-  %r.i467.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i443.i, <32 x bfloat> %x.i462.i, <32 x bfloat> %2690)
+  %x.i477.i = bitcast <16 x i32> %2698 to <32 x bfloat>
+  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %2688)
+  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i477.i, <32 x bfloat> %2690)
   %2699 = getelementptr inbounds nuw i8, ptr %2535, i64 796
   %2700 = load i32, ptr %2699, align 4, !tbaa !4
   %2701 = insertelement <16 x i32> poison, i32 %2700, i64 0
   %2702 = shufflevector <16 x i32> %2701, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i468.i = bitcast <16 x i32> %2702 to <32 x bfloat>
-  %r.i470.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i446.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2688)
-  %r.i473.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i449.i, <32 x bfloat> %x.i468.i, <32 x bfloat> %2690)
+  %x.i483.i = bitcast <16 x i32> %2702 to <32 x bfloat>
+  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %2688)
+  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i483.i, <32 x bfloat> %2690)
   %2703 = getelementptr inbounds nuw i8, ptr %2535, i64 32
   %2704 = load i32, ptr %2703, align 4, !tbaa !4
   %2705 = insertelement <16 x i32> poison, i32 %2704, i64 0
   %2706 = shufflevector <16 x i32> %2705, <16 x i32> poison, <16 x i32> zeroinitializer
   %2707 = getelementptr inbounds nuw i8, ptr %2539, i64 128
   %2708 = load i64, ptr %2707, align 8, !tbaa !4
-  %gep967.i = getelementptr i32, ptr %gep1019.i, i64 %2708
-  %2709 = load <32 x bfloat>, ptr %gep967.i, align 4, !tbaa !4
-  %x.i474.i = bitcast <16 x i32> %2706 to <32 x bfloat>
-  %r.i476.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i452.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2709)
-  %2710 = getelementptr i8, ptr %gep967.i, i64 64
+  %gep982.i = getelementptr i32, ptr %gep1034.i, i64 %2708
+  %2709 = load <32 x bfloat>, ptr %gep982.i, align 4, !tbaa !4
+  %x.i489.i = bitcast <16 x i32> %2706 to <32 x bfloat>
+  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i489.i, <32 x bfloat> %2709)
+  %2710 = getelementptr i8, ptr %gep982.i, i64 64
   %2711 = load <32 x bfloat>, ptr %2710, align 4, !tbaa !4
-  %r.i479.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i455.i, <32 x bfloat> %x.i474.i, <32 x bfloat> %2711)
+  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i489.i, <32 x bfloat> %2711)
   %2712 = getelementptr inbounds nuw i8, ptr %2535, i64 288
   %2713 = load i32, ptr %2712, align 4, !tbaa !4
   %2714 = insertelement <16 x i32> poison, i32 %2713, i64 0
   %2715 = shufflevector <16 x i32> %2714, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i480.i = bitcast <16 x i32> %2715 to <32 x bfloat>
-  %r.i482.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i458.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2709)
-  %r.i485.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i461.i, <32 x bfloat> %x.i480.i, <32 x bfloat> %2711)
+  %x.i495.i = bitcast <16 x i32> %2715 to <32 x bfloat>
+  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i495.i, <32 x bfloat> %2709)
+  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i495.i, <32 x bfloat> %2711)
   %2716 = getelementptr inbounds nuw i8, ptr %2535, i64 544
   %2717 = load i32, ptr %2716, align 4, !tbaa !4
   %2718 = insertelement <16 x i32> poison, i32 %2717, i64 0
   %2719 = shufflevector <16 x i32> %2718, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i486.i = bitcast <16 x i32> %2719 to <32 x bfloat>
-  %r.i488.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i464.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2709)
-  %r.i491.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i467.i, <32 x bfloat> %x.i486.i, <32 x bfloat> %2711)
+  %x.i501.i = bitcast <16 x i32> %2719 to <32 x bfloat>
+  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %2709)
+  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i501.i, <32 x bfloat> %2711)
   %2720 = getelementptr inbounds nuw i8, ptr %2535, i64 800
   %2721 = load i32, ptr %2720, align 4, !tbaa !4
   %2722 = insertelement <16 x i32> poison, i32 %2721, i64 0
   %2723 = shufflevector <16 x i32> %2722, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i492.i = bitcast <16 x i32> %2723 to <32 x bfloat>
-  %r.i494.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i470.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2709)
-  %r.i497.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i473.i, <32 x bfloat> %x.i492.i, <32 x bfloat> %2711)
+  %x.i507.i = bitcast <16 x i32> %2723 to <32 x bfloat>
+  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %2709)
+  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i507.i, <32 x bfloat> %2711)
   %2724 = getelementptr inbounds nuw i8, ptr %2535, i64 36
   %2725 = load i32, ptr %2724, align 4, !tbaa !4
   %2726 = insertelement <16 x i32> poison, i32 %2725, i64 0
   %2727 = shufflevector <16 x i32> %2726, <16 x i32> poison, <16 x i32> zeroinitializer
   %2728 = getelementptr inbounds nuw i8, ptr %2539, i64 144
   %2729 = load i64, ptr %2728, align 8, !tbaa !4
-  %gep971.i = getelementptr i32, ptr %gep1019.i, i64 %2729
-  %2730 = load <32 x bfloat>, ptr %gep971.i, align 4, !tbaa !4
-  %x.i498.i = bitcast <16 x i32> %2727 to <32 x bfloat>
-  %r.i500.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i476.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2730)
-  %2731 = getelementptr i8, ptr %gep971.i, i64 64
+  %gep986.i = getelementptr i32, ptr %gep1034.i, i64 %2729
+  %2730 = load <32 x bfloat>, ptr %gep986.i, align 4, !tbaa !4
+  %x.i513.i = bitcast <16 x i32> %2727 to <32 x bfloat>
+  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i513.i, <32 x bfloat> %2730)
+  %2731 = getelementptr i8, ptr %gep986.i, i64 64
   %2732 = load <32 x bfloat>, ptr %2731, align 4, !tbaa !4
-  %r.i503.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i479.i, <32 x bfloat> %x.i498.i, <32 x bfloat> %2732)
+  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i513.i, <32 x bfloat> %2732)
   %2733 = getelementptr inbounds nuw i8, ptr %2535, i64 292
   %2734 = load i32, ptr %2733, align 4, !tbaa !4
   %2735 = insertelement <16 x i32> poison, i32 %2734, i64 0
   %2736 = shufflevector <16 x i32> %2735, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i504.i = bitcast <16 x i32> %2736 to <32 x bfloat>
-  %r.i506.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i482.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2730)
-  %r.i509.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i485.i, <32 x bfloat> %x.i504.i, <32 x bfloat> %2732)
+  %x.i519.i = bitcast <16 x i32> %2736 to <32 x bfloat>
+  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i519.i, <32 x bfloat> %2730)
+  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i519.i, <32 x bfloat> %2732)
   %2737 = getelementptr inbounds nuw i8, ptr %2535, i64 548
   %2738 = load i32, ptr %2737, align 4, !tbaa !4
   %2739 = insertelement <16 x i32> poison, i32 %2738, i64 0
   %2740 = shufflevector <16 x i32> %2739, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i510.i = bitcast <16 x i32> %2740 to <32 x bfloat>
-  %r.i512.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i488.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2730)
-  %r.i515.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i491.i, <32 x bfloat> %x.i510.i, <32 x bfloat> %2732)
+  %x.i525.i = bitcast <16 x i32> %2740 to <32 x bfloat>
+  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %2730)
+  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i525.i, <32 x bfloat> %2732)
   %2741 = getelementptr inbounds nuw i8, ptr %2535, i64 804
   %2742 = load i32, ptr %2741, align 4, !tbaa !4
   %2743 = insertelement <16 x i32> poison, i32 %2742, i64 0
   %2744 = shufflevector <16 x i32> %2743, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i516.i = bitcast <16 x i32> %2744 to <32 x bfloat>
-  %r.i518.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i494.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2730)
-  %r.i521.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i497.i, <32 x bfloat> %x.i516.i, <32 x bfloat> %2732)
+  %x.i531.i = bitcast <16 x i32> %2744 to <32 x bfloat>
+  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %2730)
+  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i531.i, <32 x bfloat> %2732)
   %2745 = getelementptr inbounds nuw i8, ptr %2535, i64 40
   %2746 = load i32, ptr %2745, align 4, !tbaa !4
   %2747 = insertelement <16 x i32> poison, i32 %2746, i64 0
   %2748 = shufflevector <16 x i32> %2747, <16 x i32> poison, <16 x i32> zeroinitializer
   %2749 = getelementptr inbounds nuw i8, ptr %2539, i64 160
   %2750 = load i64, ptr %2749, align 8, !tbaa !4
-  %gep975.i = getelementptr i32, ptr %gep1019.i, i64 %2750
-  %2751 = load <32 x bfloat>, ptr %gep975.i, align 4, !tbaa !4
-  %x.i522.i = bitcast <16 x i32> %2748 to <32 x bfloat>
-  %r.i524.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i500.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2751)
-  %2752 = getelementptr i8, ptr %gep975.i, i64 64
+  %gep990.i = getelementptr i32, ptr %gep1034.i, i64 %2750
+  %2751 = load <32 x bfloat>, ptr %gep990.i, align 4, !tbaa !4
+  %x.i537.i = bitcast <16 x i32> %2748 to <32 x bfloat>
+  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i537.i, <32 x bfloat> %2751)
+  %2752 = getelementptr i8, ptr %gep990.i, i64 64
   %2753 = load <32 x bfloat>, ptr %2752, align 4, !tbaa !4
-  %r.i527.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i503.i, <32 x bfloat> %x.i522.i, <32 x bfloat> %2753)
+  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i537.i, <32 x bfloat> %2753)
   %2754 = getelementptr inbounds nuw i8, ptr %2535, i64 296
   %2755 = load i32, ptr %2754, align 4, !tbaa !4
   %2756 = insertelement <16 x i32> poison, i32 %2755, i64 0
   %2757 = shufflevector <16 x i32> %2756, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i528.i = bitcast <16 x i32> %2757 to <32 x bfloat>
-  %r.i530.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i506.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2751)
-  %r.i533.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i509.i, <32 x bfloat> %x.i528.i, <32 x bfloat> %2753)
+  %x.i543.i = bitcast <16 x i32> %2757 to <32 x bfloat>
+  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i543.i, <32 x bfloat> %2751)
+  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i543.i, <32 x bfloat> %2753)
   %2758 = getelementptr inbounds nuw i8, ptr %2535, i64 552
   %2759 = load i32, ptr %2758, align 4, !tbaa !4
   %2760 = insertelement <16 x i32> poison, i32 %2759, i64 0
   %2761 = shufflevector <16 x i32> %2760, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i534.i = bitcast <16 x i32> %2761 to <32 x bfloat>
-  %r.i536.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i512.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2751)
-  %r.i539.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i515.i, <32 x bfloat> %x.i534.i, <32 x bfloat> %2753)
+  %x.i549.i = bitcast <16 x i32> %2761 to <32 x bfloat>
+  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2751)
+  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i549.i, <32 x bfloat> %2753)
   %2762 = getelementptr inbounds nuw i8, ptr %2535, i64 808
   %2763 = load i32, ptr %2762, align 4, !tbaa !4
   %2764 = insertelement <16 x i32> poison, i32 %2763, i64 0
   %2765 = shufflevector <16 x i32> %2764, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i540.i = bitcast <16 x i32> %2765 to <32 x bfloat>
-  %r.i542.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i518.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2751)
-  %r.i545.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i521.i, <32 x bfloat> %x.i540.i, <32 x bfloat> %2753)
+  %x.i555.i = bitcast <16 x i32> %2765 to <32 x bfloat>
+  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2751)
+  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i555.i, <32 x bfloat> %2753)
   %2766 = getelementptr inbounds nuw i8, ptr %2535, i64 44
   %2767 = load i32, ptr %2766, align 4, !tbaa !4
   %2768 = insertelement <16 x i32> poison, i32 %2767, i64 0
   %2769 = shufflevector <16 x i32> %2768, <16 x i32> poison, <16 x i32> zeroinitializer
   %2770 = getelementptr inbounds nuw i8, ptr %2539, i64 176
   %2771 = load i64, ptr %2770, align 8, !tbaa !4
-  %gep979.i = getelementptr i32, ptr %gep1019.i, i64 %2771
-  %2772 = load <32 x bfloat>, ptr %gep979.i, align 4, !tbaa !4
-  %x.i546.i = bitcast <16 x i32> %2769 to <32 x bfloat>
-  %r.i548.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i524.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2772)
-  %2773 = getelementptr i8, ptr %gep979.i, i64 64
+  %gep994.i = getelementptr i32, ptr %gep1034.i, i64 %2771
+  %2772 = load <32 x bfloat>, ptr %gep994.i, align 4, !tbaa !4
+  %x.i561.i = bitcast <16 x i32> %2769 to <32 x bfloat>
+  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i561.i, <32 x bfloat> %2772)
+  %2773 = getelementptr i8, ptr %gep994.i, i64 64
   %2774 = load <32 x bfloat>, ptr %2773, align 4, !tbaa !4
-  %r.i551.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i527.i, <32 x bfloat> %x.i546.i, <32 x bfloat> %2774)
+  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i561.i, <32 x bfloat> %2774)
   %2775 = getelementptr inbounds nuw i8, ptr %2535, i64 300
   %2776 = load i32, ptr %2775, align 4, !tbaa !4
   %2777 = insertelement <16 x i32> poison, i32 %2776, i64 0
   %2778 = shufflevector <16 x i32> %2777, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i552.i = bitcast <16 x i32> %2778 to <32 x bfloat>
-  %r.i554.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2772)
-  %r.i557.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.i, <32 x bfloat> %x.i552.i, <32 x bfloat> %2774)
+  %x.i567.i = bitcast <16 x i32> %2778 to <32 x bfloat>
+  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i567.i, <32 x bfloat> %2772)
+  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i567.i, <32 x bfloat> %2774)
   %2779 = getelementptr inbounds nuw i8, ptr %2535, i64 556
   %2780 = load i32, ptr %2779, align 4, !tbaa !4
   %2781 = insertelement <16 x i32> poison, i32 %2780, i64 0
   %2782 = shufflevector <16 x i32> %2781, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i558.i = bitcast <16 x i32> %2782 to <32 x bfloat>
-  %r.i560.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2772)
-  %r.i563.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.i, <32 x bfloat> %x.i558.i, <32 x bfloat> %2774)
+  %x.i573.i = bitcast <16 x i32> %2782 to <32 x bfloat>
+  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2772)
+  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i573.i, <32 x bfloat> %2774)
   %2783 = getelementptr inbounds nuw i8, ptr %2535, i64 812
   %2784 = load i32, ptr %2783, align 4, !tbaa !4
   %2785 = insertelement <16 x i32> poison, i32 %2784, i64 0
   %2786 = shufflevector <16 x i32> %2785, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i564.i = bitcast <16 x i32> %2786 to <32 x bfloat>
-  %r.i566.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2772)
-  %r.i569.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.i, <32 x bfloat> %x.i564.i, <32 x bfloat> %2774)
+  %x.i579.i = bitcast <16 x i32> %2786 to <32 x bfloat>
+  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2772)
+  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i579.i, <32 x bfloat> %2774)
   %2787 = getelementptr inbounds nuw i8, ptr %2535, i64 48
   %2788 = load i32, ptr %2787, align 4, !tbaa !4
   %2789 = insertelement <16 x i32> poison, i32 %2788, i64 0
   %2790 = shufflevector <16 x i32> %2789, <16 x i32> poison, <16 x i32> zeroinitializer
   %2791 = getelementptr inbounds nuw i8, ptr %2539, i64 192
   %2792 = load i64, ptr %2791, align 8, !tbaa !4
-  %gep983.i = getelementptr i32, ptr %gep1019.i, i64 %2792
-  %2793 = load <32 x bfloat>, ptr %gep983.i, align 4, !tbaa !4
-  %x.i570.i = bitcast <16 x i32> %2790 to <32 x bfloat>
-  %r.i572.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2793)
-  %2794 = getelementptr i8, ptr %gep983.i, i64 64
+  %gep998.i = getelementptr i32, ptr %gep1034.i, i64 %2792
+  %2793 = load <32 x bfloat>, ptr %gep998.i, align 4, !tbaa !4
+  %x.i585.i = bitcast <16 x i32> %2790 to <32 x bfloat>
+  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i585.i, <32 x bfloat> %2793)
+  %2794 = getelementptr i8, ptr %gep998.i, i64 64
   %2795 = load <32 x bfloat>, ptr %2794, align 4, !tbaa !4
-  %r.i575.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.i, <32 x bfloat> %x.i570.i, <32 x bfloat> %2795)
+  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i585.i, <32 x bfloat> %2795)
   %2796 = getelementptr inbounds nuw i8, ptr %2535, i64 304
   %2797 = load i32, ptr %2796, align 4, !tbaa !4
   %2798 = insertelement <16 x i32> poison, i32 %2797, i64 0
   %2799 = shufflevector <16 x i32> %2798, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i576.i = bitcast <16 x i32> %2799 to <32 x bfloat>
-  %r.i578.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2793)
-  %r.i581.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.i, <32 x bfloat> %x.i576.i, <32 x bfloat> %2795)
+  %x.i591.i = bitcast <16 x i32> %2799 to <32 x bfloat>
+  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i591.i, <32 x bfloat> %2793)
+  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i591.i, <32 x bfloat> %2795)
   %2800 = getelementptr inbounds nuw i8, ptr %2535, i64 560
   %2801 = load i32, ptr %2800, align 4, !tbaa !4
   %2802 = insertelement <16 x i32> poison, i32 %2801, i64 0
   %2803 = shufflevector <16 x i32> %2802, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i582.i = bitcast <16 x i32> %2803 to <32 x bfloat>
-  %r.i584.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2793)
-  %r.i587.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.i, <32 x bfloat> %x.i582.i, <32 x bfloat> %2795)
+  %x.i597.i = bitcast <16 x i32> %2803 to <32 x bfloat>
+  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2793)
+  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i597.i, <32 x bfloat> %2795)
   %2804 = getelementptr inbounds nuw i8, ptr %2535, i64 816
   %2805 = load i32, ptr %2804, align 4, !tbaa !4
   %2806 = insertelement <16 x i32> poison, i32 %2805, i64 0
   %2807 = shufflevector <16 x i32> %2806, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i588.i = bitcast <16 x i32> %2807 to <32 x bfloat>
-  %r.i590.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2793)
-  %r.i593.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.i, <32 x bfloat> %x.i588.i, <32 x bfloat> %2795)
+  %x.i603.i = bitcast <16 x i32> %2807 to <32 x bfloat>
+  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2793)
+  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i603.i, <32 x bfloat> %2795)
   %2808 = getelementptr inbounds nuw i8, ptr %2535, i64 52
   %2809 = load i32, ptr %2808, align 4, !tbaa !4
   %2810 = insertelement <16 x i32> poison, i32 %2809, i64 0
   %2811 = shufflevector <16 x i32> %2810, <16 x i32> poison, <16 x i32> zeroinitializer
   %2812 = getelementptr inbounds nuw i8, ptr %2539, i64 208
   %2813 = load i64, ptr %2812, align 8, !tbaa !4
-  %gep987.i = getelementptr i32, ptr %gep1019.i, i64 %2813
-  %2814 = load <32 x bfloat>, ptr %gep987.i, align 4, !tbaa !4
-  %x.i594.i = bitcast <16 x i32> %2811 to <32 x bfloat>
-  %r.i596.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2814)
-  %2815 = getelementptr i8, ptr %gep987.i, i64 64
+  %gep1002.i = getelementptr i32, ptr %gep1034.i, i64 %2813
+  %2814 = load <32 x bfloat>, ptr %gep1002.i, align 4, !tbaa !4
+  %x.i609.i = bitcast <16 x i32> %2811 to <32 x bfloat>
+  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i609.i, <32 x bfloat> %2814)
+  %2815 = getelementptr i8, ptr %gep1002.i, i64 64
   %2816 = load <32 x bfloat>, ptr %2815, align 4, !tbaa !4
-  %r.i599.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.i, <32 x bfloat> %x.i594.i, <32 x bfloat> %2816)
+  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i609.i, <32 x bfloat> %2816)
   %2817 = getelementptr inbounds nuw i8, ptr %2535, i64 308
   %2818 = load i32, ptr %2817, align 4, !tbaa !4
   %2819 = insertelement <16 x i32> poison, i32 %2818, i64 0
   %2820 = shufflevector <16 x i32> %2819, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i600.i = bitcast <16 x i32> %2820 to <32 x bfloat>
-  %r.i602.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2814)
-  %r.i605.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.i, <32 x bfloat> %x.i600.i, <32 x bfloat> %2816)
+  %x.i615.i = bitcast <16 x i32> %2820 to <32 x bfloat>
+  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i615.i, <32 x bfloat> %2814)
+  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i615.i, <32 x bfloat> %2816)
   %2821 = getelementptr inbounds nuw i8, ptr %2535, i64 564
   %2822 = load i32, ptr %2821, align 4, !tbaa !4
   %2823 = insertelement <16 x i32> poison, i32 %2822, i64 0
   %2824 = shufflevector <16 x i32> %2823, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i606.i = bitcast <16 x i32> %2824 to <32 x bfloat>
-  %r.i608.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2814)
-  %r.i611.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.i, <32 x bfloat> %x.i606.i, <32 x bfloat> %2816)
+  %x.i621.i = bitcast <16 x i32> %2824 to <32 x bfloat>
+  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2814)
+  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i621.i, <32 x bfloat> %2816)
   %2825 = getelementptr inbounds nuw i8, ptr %2535, i64 820
   %2826 = load i32, ptr %2825, align 4, !tbaa !4
   %2827 = insertelement <16 x i32> poison, i32 %2826, i64 0
   %2828 = shufflevector <16 x i32> %2827, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i612.i = bitcast <16 x i32> %2828 to <32 x bfloat>
-  %r.i614.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2814)
-  %r.i617.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.i, <32 x bfloat> %x.i612.i, <32 x bfloat> %2816)
+  %x.i627.i = bitcast <16 x i32> %2828 to <32 x bfloat>
+  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2814)
+  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i627.i, <32 x bfloat> %2816)
   %2829 = getelementptr inbounds nuw i8, ptr %2535, i64 56
   %2830 = load i32, ptr %2829, align 4, !tbaa !4
   %2831 = insertelement <16 x i32> poison, i32 %2830, i64 0
   %2832 = shufflevector <16 x i32> %2831, <16 x i32> poison, <16 x i32> zeroinitializer
   %2833 = getelementptr inbounds nuw i8, ptr %2539, i64 224
   %2834 = load i64, ptr %2833, align 8, !tbaa !4
-  %gep991.i = getelementptr i32, ptr %gep1019.i, i64 %2834
-  %2835 = load <32 x bfloat>, ptr %gep991.i, align 4, !tbaa !4
-  %x.i618.i = bitcast <16 x i32> %2832 to <32 x bfloat>
-  %r.i620.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2835)
-  %2836 = getelementptr i8, ptr %gep991.i, i64 64
+  %gep1006.i = getelementptr i32, ptr %gep1034.i, i64 %2834
+  %2835 = load <32 x bfloat>, ptr %gep1006.i, align 4, !tbaa !4
+  %x.i633.i = bitcast <16 x i32> %2832 to <32 x bfloat>
+  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i633.i, <32 x bfloat> %2835)
+  %2836 = getelementptr i8, ptr %gep1006.i, i64 64
   %2837 = load <32 x bfloat>, ptr %2836, align 4, !tbaa !4
-  %r.i623.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.i, <32 x bfloat> %x.i618.i, <32 x bfloat> %2837)
+  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i633.i, <32 x bfloat> %2837)
   %2838 = getelementptr inbounds nuw i8, ptr %2535, i64 312
   %2839 = load i32, ptr %2838, align 4, !tbaa !4
   %2840 = insertelement <16 x i32> poison, i32 %2839, i64 0
   %2841 = shufflevector <16 x i32> %2840, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i624.i = bitcast <16 x i32> %2841 to <32 x bfloat>
-  %r.i626.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2835)
-  %r.i629.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.i, <32 x bfloat> %x.i624.i, <32 x bfloat> %2837)
+  %x.i639.i = bitcast <16 x i32> %2841 to <32 x bfloat>
+  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i639.i, <32 x bfloat> %2835)
+  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i639.i, <32 x bfloat> %2837)
   %2842 = getelementptr inbounds nuw i8, ptr %2535, i64 568
   %2843 = load i32, ptr %2842, align 4, !tbaa !4
   %2844 = insertelement <16 x i32> poison, i32 %2843, i64 0
   %2845 = shufflevector <16 x i32> %2844, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i630.i = bitcast <16 x i32> %2845 to <32 x bfloat>
-  %r.i632.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2835)
-  %r.i635.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.i, <32 x bfloat> %x.i630.i, <32 x bfloat> %2837)
+  %x.i645.i = bitcast <16 x i32> %2845 to <32 x bfloat>
+  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2835)
+  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i645.i, <32 x bfloat> %2837)
   %2846 = getelementptr inbounds nuw i8, ptr %2535, i64 824
   %2847 = load i32, ptr %2846, align 4, !tbaa !4
   %2848 = insertelement <16 x i32> poison, i32 %2847, i64 0
   %2849 = shufflevector <16 x i32> %2848, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i636.i = bitcast <16 x i32> %2849 to <32 x bfloat>
-  %r.i638.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2835)
-  %r.i641.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.i, <32 x bfloat> %x.i636.i, <32 x bfloat> %2837)
+  %x.i651.i = bitcast <16 x i32> %2849 to <32 x bfloat>
+  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2835)
+  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i651.i, <32 x bfloat> %2837)
   %2850 = getelementptr inbounds nuw i8, ptr %2535, i64 60
   %2851 = load i32, ptr %2850, align 4, !tbaa !4
   %2852 = insertelement <16 x i32> poison, i32 %2851, i64 0
   %2853 = shufflevector <16 x i32> %2852, <16 x i32> poison, <16 x i32> zeroinitializer
   %2854 = getelementptr inbounds nuw i8, ptr %2539, i64 240
   %2855 = load i64, ptr %2854, align 8, !tbaa !4
-  %gep995.i = getelementptr i32, ptr %gep1019.i, i64 %2855
-  %2856 = load <32 x bfloat>, ptr %gep995.i, align 4, !tbaa !4
-  %x.i642.i = bitcast <16 x i32> %2853 to <32 x bfloat>
-  %r.i644.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2856)
-  %2857 = getelementptr i8, ptr %gep995.i, i64 64
+  %gep1010.i = getelementptr i32, ptr %gep1034.i, i64 %2855
+  %2856 = load <32 x bfloat>, ptr %gep1010.i, align 4, !tbaa !4
+  %x.i657.i = bitcast <16 x i32> %2853 to <32 x bfloat>
+  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i657.i, <32 x bfloat> %2856)
+  %2857 = getelementptr i8, ptr %gep1010.i, i64 64
   %2858 = load <32 x bfloat>, ptr %2857, align 4, !tbaa !4
-  %r.i647.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.i, <32 x bfloat> %x.i642.i, <32 x bfloat> %2858)
+  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i657.i, <32 x bfloat> %2858)
   %2859 = getelementptr inbounds nuw i8, ptr %2535, i64 316
   %2860 = load i32, ptr %2859, align 4, !tbaa !4
   %2861 = insertelement <16 x i32> poison, i32 %2860, i64 0
   %2862 = shufflevector <16 x i32> %2861, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i648.i = bitcast <16 x i32> %2862 to <32 x bfloat>
-  %r.i650.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2856)
-  %r.i653.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.i, <32 x bfloat> %x.i648.i, <32 x bfloat> %2858)
+  %x.i663.i = bitcast <16 x i32> %2862 to <32 x bfloat>
+  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i663.i, <32 x bfloat> %2856)
+  %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.i, <32 x bfloat> %x.i663.i, <32 x bfloat> %2858)
   %2863 = getelementptr inbounds nuw i8, ptr %2535, i64 572
   %2864 = load i32, ptr %2863, align 4, !tbaa !4
   %2865 = insertelement <16 x i32> poison, i32 %2864, i64 0
   %2866 = shufflevector <16 x i32> %2865, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i654.i = bitcast <16 x i32> %2866 to <32 x bfloat>
-  %r.i656.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2856)
-  %r.i659.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.i, <32 x bfloat> %x.i654.i, <32 x bfloat> %2858)
+  %x.i669.i = bitcast <16 x i32> %2866 to <32 x bfloat>
+  %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i647.i, <32 x bfloat> %x.i669.i, <32 x bfloat> %2856)
+  %r.i674.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i650.i, <32 x bfloat> %x.i669.i, <32 x bfloat> %2858)
   %2867 = getelementptr inbounds nuw i8, ptr %2535, i64 828
   %2868 = load i32, ptr %2867, align 4, !tbaa !4
   %2869 = insertelement <16 x i32> poison, i32 %2868, i64 0
   %2870 = shufflevector <16 x i32> %2869, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i660.i = bitcast <16 x i32> %2870 to <32 x bfloat>
-  %r.i662.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2856)
-  %r.i665.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.i, <32 x bfloat> %x.i660.i, <32 x bfloat> %2858)
-  %indvars.iv.next1172.i = add nuw nsw i64 %indvars.iv1171.i, 1
-  %exitcond1175.not.i = icmp eq i64 %indvars.iv.next1172.i, %1337
-  br i1 %exitcond1175.not.i, label %for_end_to127.i, label %for_begin_ax2.preheader.i, !prof !8
+  %x.i675.i = bitcast <16 x i32> %2870 to <32 x bfloat>
+  %r.i677.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i653.i, <32 x bfloat> %x.i675.i, <32 x bfloat> %2856)
+  %r.i680.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i656.i, <32 x bfloat> %x.i675.i, <32 x bfloat> %2858)
+  %indvars.iv.next1187.i = add nuw nsw i64 %indvars.iv1186.i, 1
+  %exitcond1190.not.i = icmp eq i64 %indvars.iv.next1187.i, %1337
+  br i1 %exitcond1190.not.i, label %for_end_to132.i, label %for_begin_line135.preheader.i, !prof !8
 
-for_end_to127.i:                                  ; preds = %for_begin_ax2.preheader.i, %for_body_d_0_m.i
-  %full_acc212.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i650.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i647.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i644.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i653.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i656.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i659.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i662.i, %for_begin_ax2.preheader.i ]
-  %full_acc212.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i665.i, %for_begin_ax2.preheader.i ]
-  br i1 %.not1067.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
+for_end_to132.i:                                  ; preds = %for_begin_line135.preheader.i, %for_body_d_0_m.i
+  %full_acc227.sroa.68.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i665.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.34.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i662.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i659.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.102.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i668.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.136.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i671.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i674.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i677.i, %for_begin_line135.preheader.i ]
+  %full_acc227.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %r.i680.i, %for_begin_line135.preheader.i ]
+  br i1 %.not1082.i, label %for_end_ti.i, label %for_body_ti.lr.ph.i, !prof !11
 
-for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
-  %gep1051.idx.i = shl i64 %indvars.iv1179.i, 7
-  %gep1051.i = getelementptr i8, ptr %invariant.gep1018.i, i64 %gep1051.idx.i
+for_body_ti.lr.ph.i:                              ; preds = %for_end_to132.i
+  %gep1066.idx.i = shl i64 %indvars.iv1194.i, 7
+  %gep1066.i = getelementptr i8, ptr %invariant.gep1033.i, i64 %gep1066.idx.i
   br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !99
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
-  %indvars.iv1176.i = phi i64 [ %indvars.iv.next1177.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.0.01003.i = phi <16 x float> [ %r.i668.i.1, %for_body_ti.i ], [ %full_acc212.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.4.01002.i = phi <16 x float> [ %r.i671.i.1, %for_body_ti.i ], [ %full_acc212.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.8.01001.i = phi <16 x float> [ %r.i674.i.1, %for_body_ti.i ], [ %full_acc212.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.12.01000.i = phi <16 x float> [ %r.i677.i.1, %for_body_ti.i ], [ %full_acc212.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.16.0999.i = phi <16 x float> [ %r.i680.i.1, %for_body_ti.i ], [ %full_acc212.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.20.0998.i = phi <16 x float> [ %r.i683.i.1, %for_body_ti.i ], [ %full_acc212.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.24.0997.i = phi <16 x float> [ %r.i686.i.1, %for_body_ti.i ], [ %full_acc212.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
-  %tile_acc213.sroa.28.0996.i = phi <16 x float> [ %r.i689.i.1, %for_body_ti.i ], [ %full_acc212.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %indvars.iv1191.i = phi i64 [ %indvars.iv.next1192.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.0.01018.i = phi <16 x float> [ %r.i683.i.1, %for_body_ti.i ], [ %full_acc227.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.4.01017.i = phi <16 x float> [ %r.i686.i.1, %for_body_ti.i ], [ %full_acc227.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.8.01016.i = phi <16 x float> [ %r.i689.i.1, %for_body_ti.i ], [ %full_acc227.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.12.01015.i = phi <16 x float> [ %r.i692.i.1, %for_body_ti.i ], [ %full_acc227.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.16.01014.i = phi <16 x float> [ %r.i695.i.1, %for_body_ti.i ], [ %full_acc227.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.20.01013.i = phi <16 x float> [ %r.i698.i.1, %for_body_ti.i ], [ %full_acc227.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.24.01012.i = phi <16 x float> [ %r.i701.i.1, %for_body_ti.i ], [ %full_acc227.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ]
+  %tile_acc228.sroa.28.01011.i = phi <16 x float> [ %r.i704.i.1, %for_body_ti.i ], [ %full_acc227.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ]
   %niter288 = phi i64 [ %niter288.next.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
-  %gep1369.i = getelementptr i32, ptr %invariant.gep1368.i, i64 %indvars.iv1176.i
-  %2871 = load i32, ptr %gep1369.i, align 4, !tbaa !4
+  %gep1384.i = getelementptr i32, ptr %invariant.gep1383.i, i64 %indvars.iv1191.i
+  %2871 = load i32, ptr %gep1384.i, align 4, !tbaa !4
   %2872 = insertelement <16 x i32> poison, i32 %2871, i64 0
   %2873 = shufflevector <16 x i32> %2872, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2874 = shl nuw nsw i64 %indvars.iv1176.i, 1
+  %2874 = shl nuw nsw i64 %indvars.iv1191.i, 1
   %2875 = add nuw nsw i64 %2874, %1335
   %2876 = icmp slt i64 %2875, 127
   %2877 = or disjoint i64 %2875, 1
@@ -5907,44 +5907,44 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2882 = shufflevector <16 x i32> %2881, <16 x i32> poison, <16 x i32> zeroinitializer
   %2883 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2875
   %2884 = load i64, ptr %2883, align 8, !tbaa !4
-  %gep1016.i = getelementptr i32, ptr %gep1051.i, i64 %2884
-  %2885 = load <16 x i32>, ptr %gep1016.i, align 4, !tbaa !4
+  %gep1031.i = getelementptr i32, ptr %gep1066.i, i64 %2884
+  %2885 = load <16 x i32>, ptr %gep1031.i, align 4, !tbaa !4
   %2886 = and <16 x i32> %2885, %2882
-  %x.i666.i = bitcast <16 x i32> %2873 to <32 x bfloat>
-  %y.i667.i = bitcast <16 x i32> %2886 to <32 x bfloat>
-  %r.i668.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.0.01003.i, <32 x bfloat> %x.i666.i, <32 x bfloat> %y.i667.i)
-  %2887 = getelementptr i8, ptr %gep1016.i, i64 64
+  %x.i681.i = bitcast <16 x i32> %2873 to <32 x bfloat>
+  %y.i682.i = bitcast <16 x i32> %2886 to <32 x bfloat>
+  %r.i683.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.0.01018.i, <32 x bfloat> %x.i681.i, <32 x bfloat> %y.i682.i)
+  %2887 = getelementptr i8, ptr %gep1031.i, i64 64
   %2888 = load <16 x i32>, ptr %2887, align 4, !tbaa !4
   %2889 = and <16 x i32> %2888, %2882
-  %y.i670.i = bitcast <16 x i32> %2889 to <32 x bfloat>
-  %r.i671.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.4.01002.i, <32 x bfloat> %x.i666.i, <32 x bfloat> %y.i670.i)
-  %2890 = getelementptr i8, ptr %gep1369.i, i64 256
+  %y.i685.i = bitcast <16 x i32> %2889 to <32 x bfloat>
+  %r.i686.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.4.01017.i, <32 x bfloat> %x.i681.i, <32 x bfloat> %y.i685.i)
+  %2890 = getelementptr i8, ptr %gep1384.i, i64 256
   %2891 = load i32, ptr %2890, align 4, !tbaa !4
   %2892 = insertelement <16 x i32> poison, i32 %2891, i64 0
   %2893 = shufflevector <16 x i32> %2892, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i672.i = bitcast <16 x i32> %2893 to <32 x bfloat>
-  %r.i674.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.8.01001.i, <32 x bfloat> %x.i672.i, <32 x bfloat> %y.i667.i)
-  %r.i677.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.12.01000.i, <32 x bfloat> %x.i672.i, <32 x bfloat> %y.i670.i)
-  %2894 = getelementptr i8, ptr %gep1369.i, i64 512
+  %x.i687.i = bitcast <16 x i32> %2893 to <32 x bfloat>
+  %r.i689.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.8.01016.i, <32 x bfloat> %x.i687.i, <32 x bfloat> %y.i682.i)
+  %r.i692.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.12.01015.i, <32 x bfloat> %x.i687.i, <32 x bfloat> %y.i685.i)
+  %2894 = getelementptr i8, ptr %gep1384.i, i64 512
   %2895 = load i32, ptr %2894, align 4, !tbaa !4
   %2896 = insertelement <16 x i32> poison, i32 %2895, i64 0
   %2897 = shufflevector <16 x i32> %2896, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i678.i = bitcast <16 x i32> %2897 to <32 x bfloat>
-  %r.i680.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.16.0999.i, <32 x bfloat> %x.i678.i, <32 x bfloat> %y.i667.i)
-  %r.i683.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.20.0998.i, <32 x bfloat> %x.i678.i, <32 x bfloat> %y.i670.i)
-  %2898 = getelementptr i8, ptr %gep1369.i, i64 768
+  %x.i693.i = bitcast <16 x i32> %2897 to <32 x bfloat>
+  %r.i695.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.16.01014.i, <32 x bfloat> %x.i693.i, <32 x bfloat> %y.i682.i)
+  %r.i698.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.20.01013.i, <32 x bfloat> %x.i693.i, <32 x bfloat> %y.i685.i)
+  %2898 = getelementptr i8, ptr %gep1384.i, i64 768
   %2899 = load i32, ptr %2898, align 4, !tbaa !4
   %2900 = insertelement <16 x i32> poison, i32 %2899, i64 0
   %2901 = shufflevector <16 x i32> %2900, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i684.i = bitcast <16 x i32> %2901 to <32 x bfloat>
-  %r.i686.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.24.0997.i, <32 x bfloat> %x.i684.i, <32 x bfloat> %y.i667.i)
-  %r.i689.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.28.0996.i, <32 x bfloat> %x.i684.i, <32 x bfloat> %y.i670.i)
-  %indvars.iv.next1177.i = or disjoint i64 %indvars.iv1176.i, 1
-  %gep1369.i.1 = getelementptr i32, ptr %invariant.gep1368.i, i64 %indvars.iv.next1177.i
-  %2902 = load i32, ptr %gep1369.i.1, align 4, !tbaa !4
+  %x.i699.i = bitcast <16 x i32> %2901 to <32 x bfloat>
+  %r.i701.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.24.01012.i, <32 x bfloat> %x.i699.i, <32 x bfloat> %y.i682.i)
+  %r.i704.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.28.01011.i, <32 x bfloat> %x.i699.i, <32 x bfloat> %y.i685.i)
+  %indvars.iv.next1192.i = or disjoint i64 %indvars.iv1191.i, 1
+  %gep1384.i.1 = getelementptr i32, ptr %invariant.gep1383.i, i64 %indvars.iv.next1192.i
+  %2902 = load i32, ptr %gep1384.i.1, align 4, !tbaa !4
   %2903 = insertelement <16 x i32> poison, i32 %2902, i64 0
   %2904 = shufflevector <16 x i32> %2903, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2905 = shl nuw nsw i64 %indvars.iv.next1177.i, 1
+  %2905 = shl nuw nsw i64 %indvars.iv.next1192.i, 1
   %2906 = add nuw nsw i64 %2905, %1335
   %2907 = icmp slt i64 %2906, 127
   %2908 = or disjoint i64 %2906, 1
@@ -5955,39 +5955,39 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %2913 = shufflevector <16 x i32> %2912, <16 x i32> poison, <16 x i32> zeroinitializer
   %2914 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2906
   %2915 = load i64, ptr %2914, align 8, !tbaa !4
-  %gep1016.i.1 = getelementptr i32, ptr %gep1051.i, i64 %2915
-  %2916 = load <16 x i32>, ptr %gep1016.i.1, align 4, !tbaa !4
+  %gep1031.i.1 = getelementptr i32, ptr %gep1066.i, i64 %2915
+  %2916 = load <16 x i32>, ptr %gep1031.i.1, align 4, !tbaa !4
   %2917 = and <16 x i32> %2916, %2913
-  %x.i666.i.1 = bitcast <16 x i32> %2904 to <32 x bfloat>
-  %y.i667.i.1 = bitcast <16 x i32> %2917 to <32 x bfloat>
-  %r.i668.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.i, <32 x bfloat> %x.i666.i.1, <32 x bfloat> %y.i667.i.1)
-  %2918 = getelementptr i8, ptr %gep1016.i.1, i64 64
+  %x.i681.i.1 = bitcast <16 x i32> %2904 to <32 x bfloat>
+  %y.i682.i.1 = bitcast <16 x i32> %2917 to <32 x bfloat>
+  %r.i683.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.i, <32 x bfloat> %x.i681.i.1, <32 x bfloat> %y.i682.i.1)
+  %2918 = getelementptr i8, ptr %gep1031.i.1, i64 64
   %2919 = load <16 x i32>, ptr %2918, align 4, !tbaa !4
   %2920 = and <16 x i32> %2919, %2913
-  %y.i670.i.1 = bitcast <16 x i32> %2920 to <32 x bfloat>
-  %r.i671.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.i, <32 x bfloat> %x.i666.i.1, <32 x bfloat> %y.i670.i.1)
-  %2921 = getelementptr i8, ptr %gep1369.i.1, i64 256
+  %y.i685.i.1 = bitcast <16 x i32> %2920 to <32 x bfloat>
+  %r.i686.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.i, <32 x bfloat> %x.i681.i.1, <32 x bfloat> %y.i685.i.1)
+  %2921 = getelementptr i8, ptr %gep1384.i.1, i64 256
   %2922 = load i32, ptr %2921, align 4, !tbaa !4
   %2923 = insertelement <16 x i32> poison, i32 %2922, i64 0
   %2924 = shufflevector <16 x i32> %2923, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i672.i.1 = bitcast <16 x i32> %2924 to <32 x bfloat>
-  %r.i674.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.i, <32 x bfloat> %x.i672.i.1, <32 x bfloat> %y.i667.i.1)
-  %r.i677.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.i, <32 x bfloat> %x.i672.i.1, <32 x bfloat> %y.i670.i.1)
-  %2925 = getelementptr i8, ptr %gep1369.i.1, i64 512
+  %x.i687.i.1 = bitcast <16 x i32> %2924 to <32 x bfloat>
+  %r.i689.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.i, <32 x bfloat> %x.i687.i.1, <32 x bfloat> %y.i682.i.1)
+  %r.i692.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.i, <32 x bfloat> %x.i687.i.1, <32 x bfloat> %y.i685.i.1)
+  %2925 = getelementptr i8, ptr %gep1384.i.1, i64 512
   %2926 = load i32, ptr %2925, align 4, !tbaa !4
   %2927 = insertelement <16 x i32> poison, i32 %2926, i64 0
   %2928 = shufflevector <16 x i32> %2927, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i678.i.1 = bitcast <16 x i32> %2928 to <32 x bfloat>
-  %r.i680.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.i, <32 x bfloat> %x.i678.i.1, <32 x bfloat> %y.i667.i.1)
-  %r.i683.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.i, <32 x bfloat> %x.i678.i.1, <32 x bfloat> %y.i670.i.1)
-  %2929 = getelementptr i8, ptr %gep1369.i.1, i64 768
+  %x.i693.i.1 = bitcast <16 x i32> %2928 to <32 x bfloat>
+  %r.i695.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i695.i, <32 x bfloat> %x.i693.i.1, <32 x bfloat> %y.i682.i.1)
+  %r.i698.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i698.i, <32 x bfloat> %x.i693.i.1, <32 x bfloat> %y.i685.i.1)
+  %2929 = getelementptr i8, ptr %gep1384.i.1, i64 768
   %2930 = load i32, ptr %2929, align 4, !tbaa !4
   %2931 = insertelement <16 x i32> poison, i32 %2930, i64 0
   %2932 = shufflevector <16 x i32> %2931, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i684.i.1 = bitcast <16 x i32> %2932 to <32 x bfloat>
-  %r.i686.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.i, <32 x bfloat> %x.i684.i.1, <32 x bfloat> %y.i667.i.1)
-  %r.i689.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.i, <32 x bfloat> %x.i684.i.1, <32 x bfloat> %y.i670.i.1)
-  %indvars.iv.next1177.i.1 = add nuw nsw i64 %indvars.iv1176.i, 2
+  %x.i699.i.1 = bitcast <16 x i32> %2932 to <32 x bfloat>
+  %r.i701.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i701.i, <32 x bfloat> %x.i699.i.1, <32 x bfloat> %y.i682.i.1)
+  %r.i704.i.1 = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i704.i, <32 x bfloat> %x.i699.i.1, <32 x bfloat> %y.i685.i.1)
+  %indvars.iv.next1192.i.1 = add nuw nsw i64 %indvars.iv1191.i, 2
   %niter288.next.1 = add nuw i64 %niter288, 2
   %niter288.ncmp.1 = icmp eq i64 %niter288.next.1, %unroll_iter287
   br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !100, !llvm.loop !101
@@ -5996,21 +5996,21 @@ for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
   br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !53
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
-  %indvars.iv1176.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1177.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.0.01003.i.epil.init = phi <16 x float> [ %full_acc212.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i668.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.4.01002.i.epil.init = phi <16 x float> [ %full_acc212.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.8.01001.i.epil.init = phi <16 x float> [ %full_acc212.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.12.01000.i.epil.init = phi <16 x float> [ %full_acc212.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.16.0999.i.epil.init = phi <16 x float> [ %full_acc212.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.20.0998.i.epil.init = phi <16 x float> [ %full_acc212.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.24.0997.i.epil.init = phi <16 x float> [ %full_acc212.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
-  %tile_acc213.sroa.28.0996.i.epil.init = phi <16 x float> [ %full_acc212.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %indvars.iv1191.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1192.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.0.01018.i.epil.init = phi <16 x float> [ %full_acc227.sroa.0.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.4.01017.i.epil.init = phi <16 x float> [ %full_acc227.sroa.34.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.8.01016.i.epil.init = phi <16 x float> [ %full_acc227.sroa.68.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.12.01015.i.epil.init = phi <16 x float> [ %full_acc227.sroa.102.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i692.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.16.01014.i.epil.init = phi <16 x float> [ %full_acc227.sroa.136.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i695.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.20.01013.i.epil.init = phi <16 x float> [ %full_acc227.sroa.170.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i698.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.24.01012.i.epil.init = phi <16 x float> [ %full_acc227.sroa.204.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i701.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
+  %tile_acc228.sroa.28.01011.i.epil.init = phi <16 x float> [ %full_acc227.sroa.238.0.lcssa.i, %for_body_ti.lr.ph.i ], [ %r.i704.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
   tail call void @llvm.assume(i1 %lcmp.mod286)
-  %gep1369.i.epil = getelementptr i32, ptr %invariant.gep1368.i, i64 %indvars.iv1176.i.epil.init
-  %2933 = load i32, ptr %gep1369.i.epil, align 4, !tbaa !4
+  %gep1384.i.epil = getelementptr i32, ptr %invariant.gep1383.i, i64 %indvars.iv1191.i.epil.init
+  %2933 = load i32, ptr %gep1384.i.epil, align 4, !tbaa !4
   %2934 = insertelement <16 x i32> poison, i32 %2933, i64 0
   %2935 = shufflevector <16 x i32> %2934, <16 x i32> poison, <16 x i32> zeroinitializer
-  %2936 = shl nuw nsw i64 %indvars.iv1176.i.epil.init, 1
+  %2936 = shl nuw nsw i64 %indvars.iv1191.i.epil.init, 1
   %2937 = add nuw nsw i64 %2936, %1335
   %2938 = icmp slt i64 %2937, 127
   %2939 = or disjoint i64 %2937, 1
@@ -6021,201 +6021,201 @@ for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopex
   %2944 = shufflevector <16 x i32> %2943, <16 x i32> poison, <16 x i32> zeroinitializer
   %2945 = getelementptr inbounds i64, ptr %value_offsets.i, i64 %2937
   %2946 = load i64, ptr %2945, align 8, !tbaa !4
-  %gep1016.i.epil = getelementptr i32, ptr %gep1051.i, i64 %2946
-  %2947 = load <16 x i32>, ptr %gep1016.i.epil, align 4, !tbaa !4
+  %gep1031.i.epil = getelementptr i32, ptr %gep1066.i, i64 %2946
+  %2947 = load <16 x i32>, ptr %gep1031.i.epil, align 4, !tbaa !4
   %2948 = and <16 x i32> %2947, %2944
-  %x.i666.i.epil = bitcast <16 x i32> %2935 to <32 x bfloat>
-  %y.i667.i.epil = bitcast <16 x i32> %2948 to <32 x bfloat>
-  %r.i668.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.0.01003.i.epil.init, <32 x bfloat> %x.i666.i.epil, <32 x bfloat> %y.i667.i.epil)
-  %2949 = getelementptr i8, ptr %gep1016.i.epil, i64 64
+  %x.i681.i.epil = bitcast <16 x i32> %2935 to <32 x bfloat>
+  %y.i682.i.epil = bitcast <16 x i32> %2948 to <32 x bfloat>
+  %r.i683.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.0.01018.i.epil.init, <32 x bfloat> %x.i681.i.epil, <32 x bfloat> %y.i682.i.epil)
+  %2949 = getelementptr i8, ptr %gep1031.i.epil, i64 64
   %2950 = load <16 x i32>, ptr %2949, align 4, !tbaa !4
   %2951 = and <16 x i32> %2950, %2944
-  %y.i670.i.epil = bitcast <16 x i32> %2951 to <32 x bfloat>
-  %r.i671.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.4.01002.i.epil.init, <32 x bfloat> %x.i666.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2952 = getelementptr i8, ptr %gep1369.i.epil, i64 256
+  %y.i685.i.epil = bitcast <16 x i32> %2951 to <32 x bfloat>
+  %r.i686.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.4.01017.i.epil.init, <32 x bfloat> %x.i681.i.epil, <32 x bfloat> %y.i685.i.epil)
+  %2952 = getelementptr i8, ptr %gep1384.i.epil, i64 256
   %2953 = load i32, ptr %2952, align 4, !tbaa !4
   %2954 = insertelement <16 x i32> poison, i32 %2953, i64 0
   %2955 = shufflevector <16 x i32> %2954, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i672.i.epil = bitcast <16 x i32> %2955 to <32 x bfloat>
-  %r.i674.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.8.01001.i.epil.init, <32 x bfloat> %x.i672.i.epil, <32 x bfloat> %y.i667.i.epil)
-  %r.i677.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.12.01000.i.epil.init, <32 x bfloat> %x.i672.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2956 = getelementptr i8, ptr %gep1369.i.epil, i64 512
+  %x.i687.i.epil = bitcast <16 x i32> %2955 to <32 x bfloat>
+  %r.i689.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.8.01016.i.epil.init, <32 x bfloat> %x.i687.i.epil, <32 x bfloat> %y.i682.i.epil)
+  %r.i692.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.12.01015.i.epil.init, <32 x bfloat> %x.i687.i.epil, <32 x bfloat> %y.i685.i.epil)
+  %2956 = getelementptr i8, ptr %gep1384.i.epil, i64 512
   %2957 = load i32, ptr %2956, align 4, !tbaa !4
   %2958 = insertelement <16 x i32> poison, i32 %2957, i64 0
   %2959 = shufflevector <16 x i32> %2958, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i678.i.epil = bitcast <16 x i32> %2959 to <32 x bfloat>
-  %r.i680.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.16.0999.i.epil.init, <32 x bfloat> %x.i678.i.epil, <32 x bfloat> %y.i667.i.epil)
-  %r.i683.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.20.0998.i.epil.init, <32 x bfloat> %x.i678.i.epil, <32 x bfloat> %y.i670.i.epil)
-  %2960 = getelementptr i8, ptr %gep1369.i.epil, i64 768
+  %x.i693.i.epil = bitcast <16 x i32> %2959 to <32 x bfloat>
+  %r.i695.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.16.01014.i.epil.init, <32 x bfloat> %x.i693.i.epil, <32 x bfloat> %y.i682.i.epil)
+  %r.i698.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.20.01013.i.epil.init, <32 x bfloat> %x.i693.i.epil, <32 x bfloat> %y.i685.i.epil)
+  %2960 = getelementptr i8, ptr %gep1384.i.epil, i64 768
   %2961 = load i32, ptr %2960, align 4, !tbaa !4
   %2962 = insertelement <16 x i32> poison, i32 %2961, i64 0
   %2963 = shufflevector <16 x i32> %2962, <16 x i32> poison, <16 x i32> zeroinitializer
-  %x.i684.i.epil = bitcast <16 x i32> %2963 to <32 x bfloat>
-  %r.i686.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.24.0997.i.epil.init, <32 x bfloat> %x.i684.i.epil, <32 x bfloat> %y.i667.i.epil)
-  %r.i689.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc213.sroa.28.0996.i.epil.init, <32 x bfloat> %x.i684.i.epil, <32 x bfloat> %y.i670.i.epil)
+  %x.i699.i.epil = bitcast <16 x i32> %2963 to <32 x bfloat>
+  %r.i701.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.24.01012.i.epil.init, <32 x bfloat> %x.i699.i.epil, <32 x bfloat> %y.i682.i.epil)
+  %r.i704.i.epil = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc228.sroa.28.01011.i.epil.init, <32 x bfloat> %x.i699.i.epil, <32 x bfloat> %y.i685.i.epil)
   br label %for_end_ti.i
 
-for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to127.i
-  %tile_acc213.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.238.0.lcssa.i, %for_end_to127.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i689.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.204.0.lcssa.i, %for_end_to127.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i686.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.170.0.lcssa.i, %for_end_to127.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i683.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.136.0.lcssa.i, %for_end_to127.i ], [ %r.i680.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i680.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.102.0.lcssa.i, %for_end_to127.i ], [ %r.i677.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i677.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.68.0.lcssa.i, %for_end_to127.i ], [ %r.i674.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i674.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.34.0.lcssa.i, %for_end_to127.i ], [ %r.i671.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i671.i.epil, %for_body_ti.i.epil.preheader ]
-  %tile_acc213.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc212.sroa.0.0.lcssa.i, %for_end_to127.i ], [ %r.i668.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i668.i.epil, %for_body_ti.i.epil.preheader ]
-  %2964 = shl nuw nsw i64 %indvars.iv1179.i, 5
+for_end_ti.i:                                     ; preds = %for_body_ti.i.epil.preheader, %for_end_ti.i.loopexit.unr-lcssa, %for_end_to132.i
+  %tile_acc228.sroa.28.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.238.0.lcssa.i, %for_end_to132.i ], [ %r.i704.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i704.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.24.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.204.0.lcssa.i, %for_end_to132.i ], [ %r.i701.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i701.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.20.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.170.0.lcssa.i, %for_end_to132.i ], [ %r.i698.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i698.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.16.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.136.0.lcssa.i, %for_end_to132.i ], [ %r.i695.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i695.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.12.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.102.0.lcssa.i, %for_end_to132.i ], [ %r.i692.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i692.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.8.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.68.0.lcssa.i, %for_end_to132.i ], [ %r.i689.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i689.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.34.0.lcssa.i, %for_end_to132.i ], [ %r.i686.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i686.i.epil, %for_body_ti.i.epil.preheader ]
+  %tile_acc228.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc227.sroa.0.0.lcssa.i, %for_end_to132.i ], [ %r.i683.i.1, %for_end_ti.i.loopexit.unr-lcssa ], [ %r.i683.i.epil, %for_body_ti.i.epil.preheader ]
+  %2964 = shl nuw nsw i64 %indvars.iv1194.i, 5
   %2965 = add nuw nsw i64 %2964, %2497
   %2966 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2965
-  br i1 %1327, label %if_then144.i, label %if_end143.if_end145_crit_edge.i, !prof !7
+  br i1 %1327, label %if_then154.i, label %if_end153.if_end155_crit_edge.i, !prof !7
 
-if_end143.if_end145_crit_edge.i:                  ; preds = %for_end_ti.i
+if_end153.if_end155_crit_edge.i:                  ; preds = %for_end_ti.i
   %2967 = load <16 x float>, ptr %2966, align 4, !tbaa !4
   %2968 = fmul <16 x float> %2498, %2967
-  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2968)
+  %2969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc228.sroa.0.0.lcssa.i, <16 x float> %2968)
   store <16 x float> %2969, ptr %2966, align 4, !tbaa !4
   %2970 = getelementptr inbounds nuw i8, ptr %2966, i64 64
   %2971 = load <16 x float>, ptr %2970, align 4, !tbaa !4
   %2972 = fmul <16 x float> %2498, %2971
-  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2972)
+  %2973 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc228.sroa.4.0.lcssa.i, <16 x float> %2972)
   store <16 x float> %2973, ptr %2970, align 4, !tbaa !4
   %.phi.trans.insert.i = getelementptr inbounds nuw i8, ptr %2966, i64 512
   %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
-  %.pre1245.i = fmul <16 x float> %2500, %.pre.i
-  %2974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %.pre1245.i)
+  %.pre1260.i = fmul <16 x float> %2500, %.pre.i
+  %2974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc228.sroa.8.0.lcssa.i, <16 x float> %.pre1260.i)
   store <16 x float> %2974, ptr %.phi.trans.insert.i, align 4, !tbaa !4
   %2975 = getelementptr inbounds nuw i8, ptr %2966, i64 576
   %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !4
   %2977 = fmul <16 x float> %2500, %2976
-  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2977)
+  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc228.sroa.12.0.lcssa.i, <16 x float> %2977)
   store <16 x float> %2978, ptr %2975, align 4, !tbaa !4
-  %.phi.trans.insert1239.i = getelementptr inbounds nuw i8, ptr %2966, i64 1024
-  %.pre1240.i = load <16 x float>, ptr %.phi.trans.insert1239.i, align 4, !tbaa !4
-  %.pre1246.i = fmul <16 x float> %2502, %.pre1240.i
-  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %.pre1246.i)
-  store <16 x float> %2979, ptr %.phi.trans.insert1239.i, align 4, !tbaa !4
+  %.phi.trans.insert1254.i = getelementptr inbounds nuw i8, ptr %2966, i64 1024
+  %.pre1255.i = load <16 x float>, ptr %.phi.trans.insert1254.i, align 4, !tbaa !4
+  %.pre1261.i = fmul <16 x float> %2502, %.pre1255.i
+  %2979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc228.sroa.16.0.lcssa.i, <16 x float> %.pre1261.i)
+  store <16 x float> %2979, ptr %.phi.trans.insert1254.i, align 4, !tbaa !4
   %2980 = getelementptr inbounds nuw i8, ptr %2966, i64 1088
   %2981 = load <16 x float>, ptr %2980, align 4, !tbaa !4
   %2982 = fmul <16 x float> %2502, %2981
-  %2983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2982)
+  %2983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc228.sroa.20.0.lcssa.i, <16 x float> %2982)
   store <16 x float> %2983, ptr %2980, align 4, !tbaa !4
-  %.phi.trans.insert1241.i = getelementptr inbounds nuw i8, ptr %2966, i64 1536
-  %.pre1242.i = load <16 x float>, ptr %.phi.trans.insert1241.i, align 4, !tbaa !4
-  %2984 = fmul <16 x float> %2504, %.pre1242.i
-  %2985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2984)
-  store <16 x float> %2985, ptr %.phi.trans.insert1241.i, align 4, !tbaa !4
-  %.phi.trans.insert1243.i = getelementptr inbounds nuw i8, ptr %2966, i64 1600
-  %.pre1244.i = load <16 x float>, ptr %.phi.trans.insert1243.i, align 4, !tbaa !4
-  %.pre = fmul <16 x float> %2504, %.pre1244.i
-  br label %if_end145.i
+  %.phi.trans.insert1256.i = getelementptr inbounds nuw i8, ptr %2966, i64 1536
+  %.pre1257.i = load <16 x float>, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
+  %2984 = fmul <16 x float> %2504, %.pre1257.i
+  %2985 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc228.sroa.24.0.lcssa.i, <16 x float> %2984)
+  store <16 x float> %2985, ptr %.phi.trans.insert1256.i, align 4, !tbaa !4
+  %.phi.trans.insert1258.i = getelementptr inbounds nuw i8, ptr %2966, i64 1600
+  %.pre1259.i = load <16 x float>, ptr %.phi.trans.insert1258.i, align 4, !tbaa !4
+  %.pre = fmul <16 x float> %2504, %.pre1259.i
+  br label %if_end155.i
 
-if_then144.i:                                     ; preds = %for_end_ti.i
-  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.0.0.lcssa.i, <16 x float> %2507)
+if_then154.i:                                     ; preds = %for_end_ti.i
+  %2986 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc228.sroa.0.0.lcssa.i, <16 x float> %2507)
   store <16 x float> %2986, ptr %2966, align 4, !tbaa !4
   %2987 = getelementptr inbounds nuw i8, ptr %2966, i64 64
-  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc213.sroa.4.0.lcssa.i, <16 x float> %2507)
+  %2988 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2496, <16 x float> %tile_acc228.sroa.4.0.lcssa.i, <16 x float> %2507)
   store <16 x float> %2988, ptr %2987, align 4, !tbaa !4
   %2989 = getelementptr inbounds nuw i8, ptr %2966, i64 512
-  %2990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.8.0.lcssa.i, <16 x float> %2508)
+  %2990 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc228.sroa.8.0.lcssa.i, <16 x float> %2508)
   store <16 x float> %2990, ptr %2989, align 4, !tbaa !4
   %2991 = getelementptr inbounds nuw i8, ptr %2966, i64 576
-  %2992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc213.sroa.12.0.lcssa.i, <16 x float> %2508)
+  %2992 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2499, <16 x float> %tile_acc228.sroa.12.0.lcssa.i, <16 x float> %2508)
   store <16 x float> %2992, ptr %2991, align 4, !tbaa !4
   %2993 = getelementptr inbounds nuw i8, ptr %2966, i64 1024
-  %2994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.16.0.lcssa.i, <16 x float> %2509)
+  %2994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc228.sroa.16.0.lcssa.i, <16 x float> %2509)
   store <16 x float> %2994, ptr %2993, align 4, !tbaa !4
   %2995 = getelementptr inbounds nuw i8, ptr %2966, i64 1088
-  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc213.sroa.20.0.lcssa.i, <16 x float> %2509)
+  %2996 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2501, <16 x float> %tile_acc228.sroa.20.0.lcssa.i, <16 x float> %2509)
   store <16 x float> %2996, ptr %2995, align 4, !tbaa !4
   %2997 = getelementptr inbounds nuw i8, ptr %2966, i64 1536
-  %2998 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc213.sroa.24.0.lcssa.i, <16 x float> %2510)
+  %2998 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc228.sroa.24.0.lcssa.i, <16 x float> %2510)
   store <16 x float> %2998, ptr %2997, align 4, !tbaa !4
-  br label %if_end145.i
+  br label %if_end155.i
 
-if_end145.i:                                      ; preds = %if_then144.i, %if_end143.if_end145_crit_edge.i
-  %.pre-phi = phi <16 x float> [ %2510, %if_then144.i ], [ %.pre, %if_end143.if_end145_crit_edge.i ]
+if_end155.i:                                      ; preds = %if_then154.i, %if_end153.if_end155_crit_edge.i
+  %.pre-phi = phi <16 x float> [ %2510, %if_then154.i ], [ %.pre, %if_end153.if_end155_crit_edge.i ]
   %2999 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2965
   %3000 = getelementptr inbounds nuw i8, ptr %2999, i64 1600
-  %3001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc213.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
+  %3001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2503, <16 x float> %tile_acc228.sroa.28.0.lcssa.i, <16 x float> %.pre-phi)
   store <16 x float> %3001, ptr %3000, align 4, !tbaa !4
-  %indvars.iv.next1180.i = add nuw nsw i64 %indvars.iv1179.i, 1
-  %exitcond1182.not.i = icmp eq i64 %indvars.iv.next1180.i, 4
-  br i1 %exitcond1182.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !39
+  %indvars.iv.next1195.i = add nuw nsw i64 %indvars.iv1194.i, 1
+  %exitcond1197.not.i = icmp eq i64 %indvars.iv.next1195.i, 4
+  br i1 %exitcond1197.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !39
 
-if_end147.i:                                      ; preds = %for_end_d_0_m.i
+if_end157.i:                                      ; preds = %for_end_d_0_m.i
   %3002 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3003 = tail call i32 %3002(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
-  %.not233.i = icmp eq i32 %3003, 0
-  br i1 %.not233.i, label %if_end150.i, label %fused_decode_compute_.exit, !prof !40
+  %.not248.i = icmp eq i32 %3003, 0
+  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !40
 
-if_end150.i:                                      ; preds = %if_end147.i
+if_end160.i:                                      ; preds = %if_end157.i
   %3004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3005 = tail call i32 %3004(i32 1, i32 %dev_id, ptr nonnull %probs.i)
-  %.not234.i = icmp eq i32 %3005, 0
-  br i1 %.not234.i, label %if_end153.i, label %fused_decode_compute_.exit, !prof !40
+  %.not249.i = icmp eq i32 %3005, 0
+  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !40
 
-if_end153.i:                                      ; preds = %if_end150.i
+if_end163.i:                                      ; preds = %if_end160.i
   %3006 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3007 = tail call i32 %3006(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
-  %.not235.i = icmp eq i32 %3007, 0
-  br i1 %.not235.i, label %if_end156.i, label %fused_decode_compute_.exit, !prof !40
+  %.not250.i = icmp eq i32 %3007, 0
+  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !40
 
-if_end156.i:                                      ; preds = %if_end153.i
+if_end166.i:                                      ; preds = %if_end163.i
   %3008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3009 = tail call i32 %3008(i32 1, i32 %dev_id, ptr nonnull %scores.i)
-  %.not236.i = icmp eq i32 %3009, 0
-  br i1 %.not236.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
+  %.not251.i = icmp eq i32 %3009, 0
+  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
 
-if_end162.i:                                      ; preds = %for_end_kv_head.i
+if_end172.i:                                      ; preds = %for_end_kv_head.i
   %3010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3011 = tail call i32 %3010(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
-  %.not231.i = icmp eq i32 %3011, 0
+  %.not246.i = icmp eq i32 %3011, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not231.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
 
-for_body_tile168.i:                               ; preds = %for_body_tile168.i, %for_begin_tile167.preheader.i
-  %indvars.iv1207.i = phi i64 [ %indvars.iv.next1208.i, %for_body_tile168.i ], [ 0, %for_begin_tile167.preheader.i ]
-  %3012 = shl nuw nsw i64 %indvars.iv1207.i, 2
+for_body_tile178.i:                               ; preds = %for_body_tile178.i, %for_begin_tile177.preheader.i
+  %indvars.iv1222.i = phi i64 [ %indvars.iv.next1223.i, %for_body_tile178.i ], [ 0, %for_begin_tile177.preheader.i ]
+  %3012 = shl nuw nsw i64 %indvars.iv1222.i, 2
   %3013 = add nuw nsw i64 %3012, %891
-  %3014 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3012
+  %3014 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3012
   %3015 = load float, ptr %3014, align 16, !tbaa !43
   %3016 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3013
   store float %3015, ptr %3016, align 4, !tbaa !4
-  %3017 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3012
+  %3017 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3012
   %3018 = load float, ptr %3017, align 16, !tbaa !41
   %3019 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3013
   store float %3018, ptr %3019, align 4, !tbaa !4
   %3020 = or disjoint i64 %3012, 1
-  %3021 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3020
+  %3021 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3020
   %3022 = load float, ptr %3021, align 4, !tbaa !43
   %3023 = or disjoint i64 %3013, 1
   %3024 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3023
   store float %3022, ptr %3024, align 4, !tbaa !4
-  %3025 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3020
+  %3025 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3020
   %3026 = load float, ptr %3025, align 4, !tbaa !41
   %3027 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3023
   store float %3026, ptr %3027, align 4, !tbaa !4
   %3028 = or disjoint i64 %3012, 2
-  %3029 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3028
+  %3029 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3028
   %3030 = load float, ptr %3029, align 8, !tbaa !43
   %3031 = or disjoint i64 %3013, 2
   %3032 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3031
   store float %3030, ptr %3032, align 4, !tbaa !4
-  %3033 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3028
+  %3033 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3028
   %3034 = load float, ptr %3033, align 8, !tbaa !41
   %3035 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3031
   store float %3034, ptr %3035, align 4, !tbaa !4
   %3036 = or disjoint i64 %3012, 3
-  %3037 = getelementptr inbounds nuw float, ptr %row_max227.i, i64 %3036
+  %3037 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3036
   %3038 = load float, ptr %3037, align 4, !tbaa !43
   %3039 = or disjoint i64 %3013, 3
   %3040 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3039
   store float %3038, ptr %3040, align 4, !tbaa !4
-  %3041 = getelementptr inbounds nuw float, ptr %row_sum226.i, i64 %3036
+  %3041 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3036
   %3042 = load float, ptr %3041, align 4, !tbaa !41
   %3043 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3039
   store float %3042, ptr %3043, align 4, !tbaa !4
-  %3044 = shl nuw nsw i64 %indvars.iv1207.i, 9
+  %3044 = shl nuw nsw i64 %indvars.iv1222.i, 9
   %3045 = getelementptr inbounds nuw float, ptr %892, i64 %3044
   %3046 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3044
   %3047 = load <16 x float>, ptr %3046, align 4, !tbaa !4
@@ -6344,28 +6344,28 @@ for_body_tile168.i:                               ; preds = %for_body_tile168.i,
   %3139 = load <16 x float>, ptr %3138, align 4, !tbaa !4
   %3140 = getelementptr inbounds nuw i8, ptr %3045, i64 1984
   store <16 x float> %3139, ptr %3140, align 4, !tbaa !4
-  %indvars.iv.next1208.i = add nuw nsw i64 %indvars.iv1207.i, 1
-  %exitcond1210.not.i = icmp eq i64 %indvars.iv.next1208.i, 8
-  br i1 %exitcond1210.not.i, label %for_end_tile169.i, label %for_body_tile168.i, !prof !39
+  %indvars.iv.next1223.i = add nuw nsw i64 %indvars.iv1222.i, 1
+  %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1223.i, 8
+  br i1 %exitcond1225.not.i, label %for_end_tile179.i, label %for_body_tile178.i, !prof !39
 
-for_end_tile169.i:                                ; preds = %for_body_tile168.i, %if_end187.us.3.i
+for_end_tile179.i:                                ; preds = %for_body_tile178.i, %if_end202.us.3.i
   %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %3142, 0
-  br i1 %.not.i, label %if_end204.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !40
 
-if_end204.i:                                      ; preds = %for_end_tile169.i
+if_end219.i:                                      ; preds = %for_end_tile179.i
   %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
-  %.not228.i = icmp eq i32 %3144, 0
-  br i1 %.not228.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
+  %.not243.i = icmp eq i32 %3144, 0
+  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
 
-fused_decode_compute_.exit:                       ; preds = %if_end204.i, %for_end_tile169.i, %if_end162.i, %if_end156.i, %if_end153.i, %if_end150.i, %if_end147.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end___m.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
-  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end156.i ], [ -1, %if_end153.i ], [ -1, %if_end150.i ], [ -1, %if_end147.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end___m.i ], [ -1, %if_end22.i ], [ -1, %if_end162.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end204.i ], [ -1, %for_end_tile169.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
-  call void @llvm.lifetime.end.p0(ptr nonnull %peak220.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum221.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum226.i)
-  call void @llvm.lifetime.end.p0(ptr nonnull %row_max227.i)
+fused_decode_compute_.exit:                       ; preds = %if_end219.i, %for_end_tile179.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end_i.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
+  %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end_i.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end219.i ], [ -1, %for_end_tile179.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak235.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum236.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum241.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max242.i)
   ret i32 %common.ret.op.i
 }
 

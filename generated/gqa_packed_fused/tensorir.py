@@ -87,17 +87,15 @@ class Module:
                         vtile = T.axis.spatial(8, tile)
                         T.reads()
                         T.writes()
-                        row_start: T.let[T.int32] = 0
-                        head_start: T.let[T.int32] = vtile * 4 + row_start
                         with T.sblock("load_query"):
-                            T.reads(query[seq, head_start:head_start + 4, 0:128])
+                            T.reads(query[seq, vtile * 4:vtile * 4 + 4, 0:128])
                             T.writes(q_tile[vtile, 0:4, 0:64])
                             for r, d in T.grid(4, 64):
                                 with T.sblock("q_tile"):
                                     vr, vd = T.axis.remap("SS", [r, d])
-                                    T.reads(query[seq, head_start + vr, vd * 2:vd * 2 + 2])
+                                    T.reads(query[seq, vtile * 4 + vr, vd * 2:vd * 2 + 2])
                                     T.writes(q_tile[vtile, vr, vd])
-                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 4, T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, head_start + vr, 2 * vd + 1]) * query_scale), 0)
+                                    q_tile[vtile, vr, vd] = T.if_then_else(vr < 4, T.reinterpret("int32", T.Cast("float32", query[seq, vtile * 4 + vr, 2 * vd]) * query_scale) >> 16 & 65535 | T.reinterpret("int32", T.Cast("float32", query[seq, vtile * 4 + vr, 2 * vd + 1]) * query_scale), 0)
                 for step in range(num_steps):
                     with T.sblock("kv_tile"):
                         vstep = T.axis.opaque(num_steps, step)
@@ -107,19 +105,18 @@ class Module:
                         value_offsets = T.sblock_alloc_buffer((256,), "int64")
                         tile_start: T.let[T.int32] = range_begin + vstep * 128
                         valid_len: T.let[T.int32] = T.min(range_len - vstep * 128, 128)
-                        last_token: T.let[T.int32] = range_begin + range_len - 1
-                        num_groups: T.let[T.int32] = (valid_len + 32 - 1) // 32
                         has_next: T.let[T.bool] = vstep < num_steps - 1
-                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, num_groups * 32)
+                        num_offsets: T.let[T.int32] = T.Select(has_next, 256, (valid_len + 32 - 1) // 32 * 32)
+                        last: T.let[T.int32] = range_begin + range_len - 1
                         with T.sblock("token_offsets"):
                             T.reads(block_table[seq, 0:max_blocks])
                             T.writes(key_offsets[0:256])
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(key_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     key_offsets[vt] = block * k_block + T.Cast("int64", slot - slot % 16)
@@ -129,9 +126,9 @@ class Module:
                             for t in range(num_offsets):
                                 with T.sblock("offset"):
                                     vt = T.axis.spatial(256, t)
-                                    T.reads(block_table[seq, T.min(tile_start + vt, last_token) // 16])
+                                    T.reads(block_table[seq, T.min(tile_start + vt, last) // 16])
                                     T.writes(value_offsets[vt])
-                                    token: T.let[T.int32] = T.min(tile_start + vt, last_token)
+                                    token: T.let[T.int32] = T.min(tile_start + vt, last)
                                     block: T.let[T.int64] = T.Cast("int64", block_table[seq, token // 16])
                                     slot: T.let[T.int32] = token % 16
                                     value_offsets[vt] = block * v_block + T.Cast("int64", slot // 2) * v_row
@@ -140,13 +137,19 @@ class Module:
                                 vkv = T.axis.spatial(8, kv_head)
                                 T.reads()
                                 T.writes()
-                                k_tile = T.sblock_alloc_buffer((1, 1), "int32")
-                                v_tile = T.sblock_alloc_buffer((1, 1), "int32")
                                 is_last: T.let[T.bool] = vkv == 7
-                                ahead_t: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
-                                ahead_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
-                                k_now: T.let[T.int64] = T.Cast("int64", vkv) * k_head
-                                v_now: T.let[T.int64] = T.Cast("int64", vkv) * v_head
+                                next_tile: T.let[T.int32] = T.Select(is_last and has_next, 128, 0)
+                                next_head: T.let[T.int64] = T.Cast("int64", T.Select(is_last, 0, vkv + 1))
+                                with T.sblock("next_keys"):
+                                    T.reads()
+                                    T.writes()
+                                    T.call_extern("int32", "next_tile", key_cache[0], key_offsets[0], k_block, k_row, k_head, next_tile, next_head * k_head)
+                                with T.sblock("next_values"):
+                                    T.reads()
+                                    T.writes()
+                                    T.call_extern("int32", "next_tile", value_cache[0], value_offsets[0], v_block, v_row, v_head, next_tile, next_head * v_head)
+                                key_head: T.let[T.int64] = T.Cast("int64", vkv) * k_head
+                                value_head: T.let[T.int64] = T.Cast("int64", vkv) * v_head
                                 for group_tile in range(1):
                                     with T.sblock("head_tile"):
                                         vgt = T.axis.spatial(1, group_tile)
@@ -159,46 +162,38 @@ class Module:
                                         alpha = T.sblock_alloc_buffer((1, 4))
                                         beta = T.sblock_alloc_buffer((1, 4))
                                         prob_pairs = T.sblock_alloc_buffer((1, 4, 64), "int32")
-                                        first_tile: T.let[T.int32] = vkv + vgt
+                                        first: T.let[T.int32] = vkv + vgt
                                         with T.sblock("qk_matmul"):
-                                            T.reads(q_tile[first_tile, 0:4, 0:64], key_cache[0:k_span], key_cache[0:k_span], key_offsets[0:256])
+                                            T.reads(q_tile[first, 0:4, 0:64], key_cache[0:k_span], key_offsets[0:256])
                                             T.writes(scores[0, 0:4, 0:128])
-                                            for _, to, n in T.grid(1, (valid_len + 32 - 1) // 32, 128):
-                                                with T.sblock("prefetch_keys"):
-                                                    vo = T.axis.spatial(4, to)
-                                                    vn = T.axis.spatial(128, n)
-                                                    T.reads(key_offsets[0:256])
-                                                    T.writes()
-                                                    first: T.let[T.int32] = ahead_t + vo * 32
-                                                    T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(key_cache[key_offsets[first + vn // 64 * 16] + ahead_head * k_head + T.Cast("int64", T.min(vn % 64, 63)) * k_row]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, (valid_len + 32 - 1) // 32, 32, 4, 64):
                                                 with T.sblock("scores"):
                                                     vt = T.axis.spatial(128, to * 32 + ti)
                                                     vi, vr, vd = T.axis.remap("SSR", [i, r, d])
-                                                    T.reads(q_tile[first_tile + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + k_now + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
+                                                    T.reads(q_tile[first + vi, vr, vd], key_cache[key_offsets[vt // 16 * 16] + key_head + T.Cast("int64", vi) * k_head + T.Cast("int64", vd) * k_row + T.Cast("int64", vt) - T.Cast("int64", vt) // T.int64(16) * T.int64(16)], key_offsets[vt // 16 * 16])
                                                     T.writes(scores[0, vr, vt])
                                                     with T.init():
                                                         scores[0, vr, vt] = T.float32(0.0)
-                                                    scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first_tile + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16)] << 16) + T.reinterpret("float32", q_tile[first_tile + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (k_now + T.Cast("int64", vi) * k_head) + T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16)] & -65536))
-                                        for tile in range(1):
+                                                    scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt // 16 * 16] + (key_head + T.Cast("int64", vi) * k_head) + (T.Cast("int64", vd) * k_row + T.Cast("int64", vt - vt // 16 * 16))] & -65536))
+                                        for i in range(1):
                                             with T.sblock("softmax"):
-                                                vslot = T.axis.spatial(1, tile)
+                                                vi = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vslot, 0:4, 0:128])
-                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
+                                                    T.reads(scores[vi, 0:4, 0:128])
+                                                    T.writes(probs[vi, 0:4, 0:128], tile_max[vi, 0:4], tile_sum[vi, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     exact = T.sblock_alloc_buffer((4, 128))
-                                                    for r, to, ti in T.grid(4, num_groups, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
                                                         with T.sblock("scaled"):
                                                             vo = T.axis.spatial(4, to)
-                                                            vi, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vslot, vr, vo * 32 + vi])
-                                                            T.writes(scaled[vr, vo * 32 + vi])
-                                                            scaled[vr, vo * 32 + vi] = T.Select(vi < valid_len - vo * 32, scores[vslot, vr, vo * 32 + vi] * score_scale, T.float32("-inf"))
-                                                    for r, to, ti in T.grid(4, num_groups, 32):
+                                                            vi_1, vr = T.axis.remap("SS", [ti, r])
+                                                            T.reads(scores[vi, vr, vo * 32 + vi_1])
+                                                            T.writes(scaled[vr, vo * 32 + vi_1])
+                                                            scaled[vr, vo * 32 + vi_1] = T.Select(vi_1 < valid_len - vo * 32, scores[vi, vr, vo * 32 + vi_1] * score_scale, T.float32("-inf"))
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
                                                         with T.sblock("peak"):
                                                             vt = T.axis.reduce(128, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
@@ -211,15 +206,15 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vslot, vr])
-                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
-                                                    for r, to, ti in T.grid(4, num_groups, 32):
+                                                            T.writes(tile_max[vi, vr])
+                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
                                                         with T.sblock("exact"):
                                                             vt = T.axis.spatial(128, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                            T.reads(scaled[vr, vt], tile_max[vi, vr])
                                                             T.writes(exact[vr, vt])
-                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
+                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                             n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -228,47 +223,47 @@ class Module:
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
                                                             exact[vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
-                                                    for r, to, ti in T.grid(4, num_groups, 32):
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
                                                         with T.sblock("probs"):
                                                             vt = T.axis.spatial(128, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(exact[vr, vt])
-                                                            T.writes(probs[vslot, vr, vt])
-                                                            probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
-                                                    for r, to, ti in T.grid(4, num_groups, 32):
+                                                            T.writes(probs[vi, vr, vt])
+                                                            probs[vi, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 32):
                                                         with T.sblock("tile_sum"):
                                                             vt = T.axis.reduce(128, to * 32 + ti)
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(probs[vslot, vr, vt])
-                                                            T.writes(tile_sum[vslot, vr])
+                                                            T.reads(probs[vi, vr, vt])
+                                                            T.writes(tile_sum[vi, vr])
                                                             with T.init():
-                                                                tile_sum[vslot, vr] = T.float32(0.0)
-                                                            tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
+                                                                tile_sum[vi, vr] = T.float32(0.0)
+                                                            tile_sum[vi, vr] = tile_sum[vi, vr] + probs[vi, vr, vt]
                                                 with T.sblock("pair_probs"):
-                                                    T.reads(probs[vslot, 0:4, 0:128])
-                                                    T.writes(prob_pairs[vslot, 0:4, 0:64])
-                                                    for r, to, ti in T.grid(4, num_groups, 16):
+                                                    T.reads(probs[vi, 0:4, 0:128])
+                                                    T.writes(prob_pairs[vi, 0:4, 0:64])
+                                                    for r, to, ti in T.grid(4, (valid_len + 32 - 1) // 32, 16):
                                                         with T.sblock("pairs"):
                                                             vt = T.axis.spatial(64, to * 16 + ti)
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(probs[vslot, vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[vslot, vr, vt])
-                                                            prob_pairs[vslot, vr, vt] = T.reinterpret("int32", probs[vslot, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vr, 2 * vt + 1])
+                                                            T.reads(probs[vi, vr, vt * 2:vt * 2 + 2])
+                                                            T.writes(prob_pairs[vi, vr, vt])
+                                                            prob_pairs[vi, vr, vt] = T.reinterpret("int32", probs[vi, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vi, vr, 2 * vt + 1])
                                                 with T.sblock("rescale"):
-                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4])
-                                                    T.writes(row_max[first_tile + vslot, 0:4], row_sum[first_tile + vslot, 0:4], alpha[vslot, 0:4], beta[vslot, 0:4])
+                                                    T.reads(tile_max[vi, 0:4], tile_sum[vi, 0:4], row_max[first + vi, 0:4], row_sum[first + vi, 0:4])
+                                                    T.writes(row_max[first + vi, 0:4], row_sum[first + vi, 0:4], alpha[vi, 0:4], beta[vi, 0:4])
                                                     new_max = T.sblock_alloc_buffer((4,))
                                                     new_sum = T.sblock_alloc_buffer((4,))
                                                     for r in range(4):
                                                         with T.sblock("factors"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
-                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first_tile + vslot, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
+                                                            T.reads(row_max[first + vi, vr], row_sum[first + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
+                                                            T.writes(new_max[vr], alpha[vi, vr], beta[vi, vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vi, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
@@ -278,8 +273,8 @@ class Module:
                                                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
+                                                            alpha[vi, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
                                                             n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
@@ -287,46 +282,36 @@ class Module:
                                                             p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
                                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vi, vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in range(4):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_sum[first_tile + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
+                                                            T.reads(row_sum[first + vi, vr], alpha[vi, vr], beta[vi, vr], tile_sum[vi, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first_tile + vslot, vr])
-                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
+                                                            new_sum[vr] = alpha[vi, vr] * previous + beta[vi, vr] * tile_sum[vi, vr]
                                                     for r in range(4):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first_tile + vslot, vr], row_sum[first_tile + vslot, vr])
-                                                            row_max[first_tile + vslot, vr] = new_max[vr]
-                                                            row_sum[first_tile + vslot, vr] = new_sum[vr]
+                                                            T.writes(row_max[first + vi, vr], row_sum[first + vi, vr])
+                                                            row_max[first + vi, vr] = new_max[vr]
+                                                            row_sum[first + vi, vr] = new_sum[vr]
                                         num_full: T.let[T.int32] = valid_len // 32
                                         with T.sblock("pv_update"):
                                             T.reads()
                                             T.writes()
                                             tile_acc = T.sblock_alloc_buffer((1, 4, 128))
                                             full_acc = T.sblock_alloc_buffer((1, 4, 128))
-                                            fetched = T.sblock_alloc_buffer((4, 4, 32), "int8")
-                                            for to, pi, ni in T.grid(num_full, 4, 32):
-                                                with T.sblock("prefetch_values"):
-                                                    vo = T.axis.spatial(4, to)
-                                                    vp, vn = T.axis.remap("SS", [pi, ni])
-                                                    T.reads(value_offsets[0:256])
-                                                    T.writes(fetched[vo, vp, vn])
-                                                    if T.EQ(0, 0) and vp < 4:
-                                                        number: T.let[T.int32] = (vp * num_full + vo) * 32 + vn
-                                                        T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(value_cache[value_offsets[ahead_t + number // 4] + ahead_head * v_head + T.Cast("int64", ((ahead_t + number // 4) % 2 * 4 + number % 4) * 16)]), 0, 2, 1)
                                             for i, to, ti, r, d in T.grid(1, num_full, 16, 4, 128):
                                                 with T.sblock("full_groups"):
                                                     vt = T.axis.reduce(64, to * 16 + ti)
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
-                                                    T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2], fetched[vt // 16, vr // 4 * 4 + vd // 32, 0:32])
+                                                    T.reads(prob_pairs[0, vr, vt], value_cache[0:v_span], value_offsets[vt * 2:vt * 2 + 2])
                                                     T.writes(full_acc[vi, vr, vd])
                                                     with T.init():
                                                         full_acc[vi, vr, vd] = T.float32(0.0)
-                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
+                                                    full_acc[vi, vr, vd] = full_acc[vi, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & -65536))
                                             for i, ti, r, d in T.grid(1, (valid_len % 32 + 2 - 1) // 2, 4, 128):
                                                 with T.sblock("tile_acc"):
                                                     vt = T.axis.reduce(64, num_full * 16 + ti)
@@ -335,27 +320,25 @@ class Module:
                                                     T.writes(tile_acc[0, vr, vd])
                                                     with T.init():
                                                         tile_acc[0, vr, vd] = full_acc[vi, vr, vd]
-                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (v_now + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
+                                                    tile_acc[0, vr, vd] = tile_acc[0, vr, vd] + (T.reinterpret("float32", prob_pairs[0, vr, vt] << 16) * T.reinterpret("float32", (value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535)) << 16) + T.reinterpret("float32", prob_pairs[0, vr, vt] & -65536) * T.reinterpret("float32", value_cache[value_offsets[2 * vt] + (value_head + T.Cast("int64", vi) * v_head) + T.Cast("int64", vd)] & T.Select(2 * vt + 1 < valid_len, -1, 65535) & -65536))
                                             for i, r, d in T.grid(1, 4, 128):
                                                 with T.sblock("acc"):
                                                     vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                                                     vstep_1 = T.axis.reduce(num_steps, vstep)
                                                     T.reads(alpha[vi, vr], beta[vi, vr], tile_acc[vi, vr, vd])
-                                                    T.writes(acc[first_tile + vi, vr, vd])
+                                                    T.writes(acc[first + vi, vr, vd])
                                                     with T.init():
-                                                        acc[first_tile + vi, vr, vd] = T.float32(0.0)
-                                                    acc[first_tile + vi, vr, vd] = alpha[vi, vr] * acc[first_tile + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
+                                                        acc[first + vi, vr, vd] = T.float32(0.0)
+                                                    acc[first + vi, vr, vd] = alpha[vi, vr] * acc[first + vi, vr, vd] + beta[vi, vr] * tile_acc[vi, vr, vd]
                 for tile in range(8):
                     with T.sblock("result"):
                         vtile = T.axis.spatial(8, tile)
                         T.reads()
                         T.writes()
-                        first_row: T.let[T.int32] = 0
-                        first_head: T.let[T.int32] = vtile * 4 + first_row
                         if partial_start < 0:
                             with T.sblock("normalize"):
                                 T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
-                                T.writes(out[seq, first_head:first_head + 4, 0:128], lse[seq, first_head:first_head + 4])
+                                T.writes(out[seq, vtile * 4:vtile * 4 + 4, 0:128], lse[seq, vtile * 4:vtile * 4 + 4])
                                 factor = T.sblock_alloc_buffer((4,))
                                 for r in range(4):
                                     with T.sblock("factor"):
@@ -368,31 +351,31 @@ class Module:
                                     with T.sblock("out"):
                                         vr, vd = T.axis.remap("SS", [r, d])
                                         T.reads(acc[vtile, vr, vd], factor[vr])
-                                        T.writes(out[seq, first_head + vr, vd])
-                                        out[seq, first_head + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
+                                        T.writes(out[seq, vtile * 4 + vr, vd])
+                                        out[seq, vtile * 4 + vr, vd] = T.Cast("bfloat16", acc[vtile, vr, vd] * factor[vr])
                                 for r in range(4):
                                     with T.sblock("lse"):
                                         vr = T.axis.spatial(4, r)
                                         T.reads(row_sum[vtile, vr], row_max[vtile, vr])
-                                        T.writes(lse[seq, first_head + vr])
-                                        lse[seq, first_head + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
+                                        T.writes(lse[seq, vtile * 4 + vr])
+                                        lse[seq, vtile * 4 + vr] = T.Select(row_sum[vtile, vr] == T.float32(0.0), T.float32("-inf"), row_max[vtile, vr] + T.log(row_sum[vtile, vr] * T.reinterpret("float32", places + 127 << 23)))
                         else:
                             with T.sblock("store_partial"):
                                 T.reads(row_max[vtile, 0:4], row_sum[vtile, 0:4], acc[vtile, 0:4, 0:128])
-                                T.writes(partial_max[partial_start + vs, first_head:first_head + 4], partial_sum[partial_start + vs, first_head:first_head + 4], partial_acc[partial_start + vs, first_head:first_head + 4, 0:128])
+                                T.writes(partial_max[partial_start + vs, vtile * 4:vtile * 4 + 4], partial_sum[partial_start + vs, vtile * 4:vtile * 4 + 4], partial_acc[partial_start + vs, vtile * 4:vtile * 4 + 4, 0:128])
                                 for r in range(4):
                                     with T.sblock("store_row"):
                                         vr = T.axis.spatial(4, r)
                                         T.reads(row_max[vtile, vr], row_sum[vtile, vr])
-                                        T.writes(partial_max[partial_start + vs, first_head + vr], partial_sum[partial_start + vs, first_head + vr])
-                                        partial_max[partial_start + vs, first_head + vr] = row_max[vtile, vr]
-                                        partial_sum[partial_start + vs, first_head + vr] = row_sum[vtile, vr]
+                                        T.writes(partial_max[partial_start + vs, vtile * 4 + vr], partial_sum[partial_start + vs, vtile * 4 + vr])
+                                        partial_max[partial_start + vs, vtile * 4 + vr] = row_max[vtile, vr]
+                                        partial_sum[partial_start + vs, vtile * 4 + vr] = row_sum[vtile, vr]
                                 for r, d in T.grid(4, 128):
                                     with T.sblock("store_acc"):
                                         vr, vd = T.axis.remap("SS", [r, d])
                                         T.reads(acc[vtile, vr, vd])
-                                        T.writes(partial_acc[partial_start + vs, first_head + vr, vd])
-                                        partial_acc[partial_start + vs, first_head + vr, vd] = acc[vtile, vr, vd]
+                                        T.writes(partial_acc[partial_start + vs, vtile * 4 + vr, vd])
+                                        partial_acc[partial_start + vs, vtile * 4 + vr, vd] = acc[vtile, vr, vd]
 
     @T.prim_func(s_tir=True)
     def merge_partials(context_lens: T.Buffer((batch,), "int32", align=4), partial_max: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_sum: T.Buffer((slots, T.int64(32)), "float32", align=4), partial_acc: T.Buffer((slots, T.int64(32), T.int64(128)), "float32", align=4), out: T.Buffer((batch, T.int64(32), T.int64(128)), "bfloat16", strides=(out_batch, out_head, T.int64(1)), align=2), lse: T.Buffer((batch, T.int64(32)), "float32", strides=(lse_batch, T.int64(1)), align=4), seq: T.int32, partial_start: T.int32, num_partials: T.int32):

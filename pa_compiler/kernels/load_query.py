@@ -25,7 +25,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     @inline
     def stage(query, q_tile, tile, rows, query_scale):
         with T.sblock("load_query"):
-            T.reads(query[(*rows.region, slice(0, head_dim))])
+            T.reads(query[rows.all(slice(0, head_dim))])
             T.writes(q_tile[tile, 0:capacity, 0:depth])
             if tiling.keys.terms == 2:
                 for r, d in T.grid(capacity, depth):
@@ -34,8 +34,8 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                         q_tile[tile, vr, vd] = T.if_then_else(
                             vr < rows.num,
                             pair_floats(
-                                element(query[(*rows.of(vr), 2 * vd)], query_scale),
-                                element(query[(*rows.of(vr), 2 * vd + 1)], query_scale),
+                                element(query[rows.at(vr, 2 * vd)], query_scale),
+                                element(query[rows.at(vr, 2 * vd + 1)], query_scale),
                             ),
                             0,
                         )
@@ -44,7 +44,7 @@ def load_query(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     with T.sblock("q_tile"):
                         vr, vd = T.axis.remap("SS", [r, d])
                         q_tile[tile, vr, vd] = T.if_then_else(
-                            vr < rows.num, element(query[(*rows.of(vr), vd)], query_scale), T.float32(0)
+                            vr < rows.num, element(query[rows.at(vr, vd)], query_scale), T.float32(0)
                         )
 
     return stage

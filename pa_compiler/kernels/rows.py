@@ -23,11 +23,10 @@ class Rows(NamedTuple):
     first_head: Expr
     num: Expr | int
 
-    def of(self, row: Expr) -> tuple[Expr, Expr]:
-        """The query token and the head of a row."""
-        return self.token, self.first_head + row
+    def at(self, row: Expr, *rest: Expr) -> tuple[Expr, ...]:
+        """The query token and the head of a row, and what is given besides: an index into query, out or lse."""
+        return self.token, self.first_head + row, *rest
 
-    @property
-    def region(self) -> tuple[Expr, slice]:
-        """All that there are: what a stage reads of query, and writes of out and lse."""
-        return self.token, slice(self.first_head, self.first_head + self.num)
+    def all(self, *rest: slice) -> tuple[Expr | slice, ...]:
+        """The same of all rows that there are, for what a stage reads and writes."""
+        return self.token, slice(self.first_head, self.first_head + self.num), *rest

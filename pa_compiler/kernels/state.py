@@ -169,7 +169,7 @@ def store(capacity: int, dim: int) -> Callable[..., None]:
     @inline
     def stage(state, partial, rows):
         slot = T.meta_var(state.slot)
-        heads = T.meta_var(rows.region[1])
+        heads = T.meta_var(rows.all()[1])
         with T.sblock("store_partial"):
             T.reads(
                 state.row_max[slot, 0:capacity], state.row_sum[slot, 0:capacity], state.acc[slot, 0:capacity, 0:dim]
@@ -182,13 +182,13 @@ def store(capacity: int, dim: int) -> Callable[..., None]:
             for r in range(rows.num):
                 with T.sblock("store_row"):
                     vr = T.axis.spatial(capacity, r)
-                    partial.row_max[partial.slot, rows.of(vr)[1]] = state.row_max[slot, vr]
-                    partial.row_sum[partial.slot, rows.of(vr)[1]] = state.row_sum[slot, vr]
+                    partial.row_max[partial.slot, rows.at(vr)[1]] = state.row_max[slot, vr]
+                    partial.row_sum[partial.slot, rows.at(vr)[1]] = state.row_sum[slot, vr]
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("store_acc"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
-                    partial.acc[partial.slot, rows.of(vr)[1], vd] = state.acc[slot, vr, vd]
+                    partial.acc[partial.slot, rows.at(vr)[1], vd] = state.acc[slot, vr, vd]
 
     return stage
 
@@ -208,7 +208,7 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
             T.reads(
                 state.row_max[slot, 0:capacity], state.row_sum[slot, 0:capacity], state.acc[slot, 0:capacity, 0:dim]
             )
-            T.writes(out[(*rows.region, slice(0, dim))], lse[rows.region])
+            T.writes(out[rows.all(slice(0, dim))], lse[rows.all()])
             factor = T.sblock_alloc_buffer((capacity,), "float32")
             for r in range(capacity):
                 with T.sblock("factor"):
@@ -219,11 +219,11 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
                 with T.sblock("out"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
-                    out[(*rows.of(vr), vd)] = T.Cast(out_dtype, state.acc[slot, vr, vd] * factor[vr])
+                    out[rows.at(vr, vd)] = T.Cast(out_dtype, state.acc[slot, vr, vd] * factor[vr])
             for r in range(rows.num):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(capacity, r)
-                    lse[rows.of(vr)] = T.Select(
+                    lse[rows.at(vr)] = T.Select(
                         state.row_sum[slot, vr] == T.float32(0),
                         T.float32("-inf"),
                         state.row_max[slot, vr] + T.log(lifted(spec, state.row_sum[slot, vr], headroom)),

@@ -24,7 +24,7 @@ from typing import Any
 from pa_compiler.runtime.cpu_features import missing_features
 from pa_compiler.spec import PagedAttentionSpec
 
-FORMAT = 2
+FORMAT = 3
 """Of the manifest and of the library's entry points: load() refuses any other. Raised when either changes."""
 
 _FOOTER = struct.Struct("<QI32s12s")
