@@ -48,16 +48,31 @@ MORE_CASES = {
 }
 """Other groups and head sizes: where a library has no kernel of its own for them."""
 
+_LENGTHS = {1: (1, 8, 32, 128), 8: (1, 8, 32)}
+"""Of multi-head latent attention: by the batch, thousands (1024) of tokens of context."""
+
+MLA_CASES = {
+    f"mla-{heads}-{short}-{batch}x{length}k": Case(
+        PagedAttentionSpec(heads, 1, 576, 16, dtype, value_dim=512, shared_kv=True), batch, (1024 * length,), scale=None
+    )
+    for heads in (16, 64, 128)
+    for dtype, short in (("bfloat16", "bf16"), ("float32", "f32"))
+    for batch, lengths in _LENGTHS.items()
+    for length in lengths
+}
+"""Multi-head latent attention of DeepSeek-V2 and V3, 128 query heads on one or more devices, in the one block size that
+vLLM's kernel takes. As large as they are: whether a sequence of 1024 tokens stays in the cache is part of the case."""
+
 CACHED_CASES = {"16/1-f32-cached": _case("16/1", 128, 128, "float32", 1, 2048)}
 """Kept as small as they are, so that keys and values stay in the last-level cache: 2 MB."""
 
-ALL_CASES = {**CASES, **MORE_CASES, **CACHED_CASES}
+ALL_CASES = {**CASES, **MORE_CASES, **MLA_CASES, **CACHED_CASES}
 
 
 def sized(name: str, cache_bytes: int) -> Case:
     """A case by its name, at the size at which it is measured on a machine with such a last-level cache."""
     case = ALL_CASES[name]
-    return case if name in CACHED_CASES else beyond_cache(case, cache_bytes)
+    return case if name in CACHED_CASES or name in MLA_CASES else beyond_cache(case, cache_bytes)
 
 
 def beyond_cache(case: Case, cache_bytes: int) -> Case:

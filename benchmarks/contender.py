@@ -54,7 +54,7 @@ class Contender:
         return self._ask({"seconds": seconds})["times"]
 
     def result(self, path: Path) -> np.ndarray:
-        """What the last call returned: float32 [batch, num_heads, head_dim]."""
+        """What the last call returned: float32 [batch, num_heads, value_dim]."""
         self._ask({"save": str(path)})
         return np.load(path)
 

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import mmap
+from collections.abc import Sequence
 
 import numpy as np
 
+from pa_compiler.runtime import memory
+from pa_compiler.verification import cases
 from pa_compiler.verification.cases import Case
 
-_PIECE = 1 << 20  # elements
 
-
-def empty(shape: tuple[int, ...], dtype: np.dtype, huge_pages: bool) -> np.ndarray:
+def empty(shape: Sequence[int], dtype: np.dtype, huge_pages: bool) -> np.ndarray:
     """An array in memory of its own, on transparent huge pages where they are asked for and the system has them."""
-    size = int(np.prod(shape)) * dtype.itemsize
-    memory = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    memory.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
-    return np.frombuffer(memory, np.uint8)[:size].view(dtype).reshape(shape)
+    return memory.huge_zeros(shape, dtype, mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +29,7 @@ class Call:
         huge_pages: Whether keys and values lie on huge pages; whoever copies them keeps to it.
         query: [batch, num_heads, head_dim], dtype.
         key_cache: NHD [num_blocks, block_size, num_kv_heads, head_dim], dtype.
-        value_cache: As key_cache.
+        value_cache: NHD [num_blocks, block_size, num_kv_heads, value_dim], dtype; None for shared_kv.
         block_table: int32 [batch, max_blocks]; blocks in random order, each used once.
         context_lens: int32 [batch].
     """
@@ -40,22 +39,42 @@ class Call:
     huge_pages: bool
     query: np.ndarray
     key_cache: np.ndarray
-    value_cache: np.ndarray
+    value_cache: np.ndarray | None
     block_table: np.ndarray
     context_lens: np.ndarray
+
+    @property
+    def arguments(self) -> tuple[np.ndarray, np.ndarray, np.ndarray | None, np.ndarray, np.ndarray]:
+        """The arrays in decode's order."""
+        return self.query, self.key_cache, self.value_cache, self.block_table, self.context_lens
+
+    @property
+    def values(self) -> np.ndarray:
+        """value_cache, or the view of key_cache that the values are."""
+        return self.key_cache[..., : self.case.spec.result_dim] if self.value_cache is None else self.value_cache
+
+    @property
+    def out_shape(self) -> tuple[int, int, int]:
+        """[batch, num_heads, value_dim]."""
+        return (*self.query.shape[:2], self.case.spec.result_dim)
+
+    @property
+    def scale(self) -> float:
+        """The factor of the scores."""
+        return 1 / math.sqrt(self.case.spec.head_dim) if self.case.scale is None else self.case.scale
 
     def empty(self, shape: tuple[int, ...], dtype: np.dtype | None = None) -> np.ndarray:
         """Memory for keys or values in another layout or dtype, on the same kind of pages."""
         return empty(shape, dtype or self.query.dtype, self.huge_pages)
 
     def contiguous(self, cache: np.ndarray, dtype: np.dtype | None = None) -> np.ndarray:
-        """A cache as [batch, num_kv_heads, longest, head_dim], tokens in order, zeros past a sequence's end."""
+        """A cache as [batch, num_kv_heads, longest, its last axis], tokens in order, zeros past a sequence's end."""
         spec = self.case.spec
         longest = int(self.context_lens.max())
-        array = self.empty((len(self.context_lens), spec.num_kv_heads, longest, spec.head_dim), dtype)
+        array = self.empty((len(self.context_lens), spec.num_kv_heads, longest, cache.shape[-1]), dtype)
         for sequence, length in enumerate(self.context_lens):
             blocks = self.block_table[sequence, : -(-length // spec.block_size)]
-            tokens = cache[blocks].reshape(-1, spec.num_kv_heads, spec.head_dim)[:length]
+            tokens = cache[blocks].reshape(-1, *cache.shape[2:])[:length]
             array[sequence, :, :length] = tokens.swapaxes(0, 1)
         return array
 
@@ -70,23 +89,11 @@ class Call:
 
 
 def make_call(case: Case, num_threads: int, huge_pages: bool, seed: int = 0) -> Call:
-    """Make the arrays of a case: query and keys uniform in [-1, 1), values in [-1, 1)."""
-    rng = np.random.default_rng(seed)
+    """Make the arrays of a case, as cases.make_inputs does; blocks lie in random order, each used once."""
     spec = case.spec
+    shapes = [(case.num_blocks, *shape[1:]) for shape in (spec.key_cache_shape, spec.value_cache_shape)]
     dtype = np.dtype(spec.dtype)
-
-    def uniform(shape: tuple[int, ...]) -> np.ndarray:
-        array = empty(shape, dtype, huge_pages)
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, _PIECE):
-            piece = flat[start : start + _PIECE]
-            piece[:] = rng.random(piece.size, dtype=np.float32) * np.float32(2) - np.float32(1)
-        return array
-
-    cache_shape = (case.num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)
-    query = uniform((case.batch, spec.num_heads, spec.head_dim))
-    key_cache, value_cache = uniform(cache_shape), uniform(cache_shape)
-    counts = -(-case.context_lens // spec.block_size)
-    block_table = np.full((case.batch, case.max_blocks), -1, np.int32)
-    block_table[np.arange(case.max_blocks) < counts[:, None]] = rng.permutation(case.num_blocks)
-    return Call(case, num_threads, huge_pages, query, key_cache, value_cache, block_table, case.context_lens)
+    keys = empty(shapes[0], dtype, huge_pages)
+    values = None if spec.shared_kv else empty(shapes[1], dtype, huge_pages)
+    inputs = cases.make_inputs(case, seed, caches=(keys, values))
+    return Call(case, num_threads, huge_pages, *inputs._replace(block_table=cases.distinct_blocks(case, seed)))

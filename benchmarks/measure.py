@@ -16,9 +16,8 @@ from benchmarks.contender import Contender
 from benchmarks.inputs import Call, make_call
 from benchmarks.peers import PEERS, Unsupported
 from benchmarks.roofline import Probe, Roofline, summarise
-from pa_compiler import reference
 from pa_compiler.verification.cases import Case
-from pa_compiler.verification.tolerances import tolerance
+from pa_compiler.verification.comparison import compare, oracle
 
 _TURN = 0.06  # seconds of a contender's turn, at least one call
 _PAUSE = 0.02  # seconds until the threads of the one before have gone to sleep
@@ -142,23 +141,14 @@ def _take_turns(
 
 
 def _errors(contenders: Sequence[Contender], call: Call) -> dict[str, float]:
-    """The largest error of each result, as a fraction of its bound; NaN where a result has one."""
-    oracle, bound = _oracle(call)
+    """The largest error of each result, as a fraction of its bound."""
+    expected = oracle(call.case.spec, *call.arguments, call.case.scale)["out"]
     errors = {}
     with tempfile.TemporaryDirectory() as directory:
         for contender in contenders:
             out = contender.result(Path(directory) / "out.npy")
-            errors[contender.name] = float((np.abs(out - oracle) / bound).max())
+            errors[contender.name] = compare("out", out, *expected, call.context_lens)[0].of_tolerance
     return errors
-
-
-def _oracle(call: Call) -> tuple[np.ndarray, np.ndarray]:
-    """The result in float64 and the bound on an element's error, both [batch, num_heads, head_dim]."""
-    rest = (call.block_table, call.context_lens, call.case.scale)
-    oracle = np.asarray(reference.decode(call.query, call.key_cache, call.value_cache, *rest))
-    magnitude = np.asarray(reference.decode(call.query, call.key_cache, np.abs(call.value_cache), *rest))
-    of_out, of_magnitude = tolerance(call.case.spec, call.case.longest)
-    return oracle, of_out * np.abs(oracle) + of_magnitude * magnitude
 
 
 def _spread(values: Sequence[float]) -> Spread:

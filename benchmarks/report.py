@@ -73,6 +73,8 @@ def _case_json(result: CaseResult) -> dict[str, Any]:
         "num_heads": spec.num_heads,
         "num_kv_heads": spec.num_kv_heads,
         "head_dim": spec.head_dim,
+        "value_dim": spec.result_dim,
+        "shared_kv": spec.shared_kv,
         "block_size": spec.block_size,
         "dtype": spec.dtype,
         "context_lens": case.context_lens.tolist(),

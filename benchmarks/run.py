@@ -28,6 +28,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option(
     "--case", "names", multiple=True, help="A case by its name; may be given again. Default: the common ones."
 )
+@click.option("--only", help="The cases, of all, that have this in their names, such as mla.")
 @click.option(
     "--all", "everything", is_flag=True, help="Other groups and head sizes too, and a small one in the cache."
 )
@@ -41,6 +42,7 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.option("--plot", "plot_path", type=_FILE, help="Draw the roofline there, as SVG; needs matplotlib.")
 def main(
     names: tuple[str, ...],
+    only: str | None,
     everything: bool,
     quick: bool,
     thread_counts: tuple[int, ...],
@@ -55,7 +57,10 @@ def main(
     for name in names:
         if name not in ALL_CASES:
             raise click.BadParameter(f"expected one of {', '.join(ALL_CASES)}, got {name!r}", param_hint="--case")
-    names = names or tuple(ALL_CASES if everything else _QUICK_CASES if quick else CASES)
+    names = names or tuple(ALL_CASES if everything or only else _QUICK_CASES if quick else CASES)
+    names = tuple(name for name in names if only is None or only in name)
+    if not names:
+        raise click.BadParameter(f"expected part of one of {', '.join(ALL_CASES)}, got {only!r}", param_hint="--only")
     rounds = rounds or (_QUICK_ROUNDS if quick else _ROUNDS)
     contenders = chosen or tuple(name for name, peer in PEERS.items() if peers or peer.ours)
     console = Console(highlight=False)

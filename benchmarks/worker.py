@@ -34,6 +34,8 @@ def serve(name: str, answer: Callable[[dict[str, Any]], None]) -> None:
             case = dataclasses.replace(ALL_CASES[request["case"]], batch=request["batch"])
             try:
                 peer = importlib.import_module(f"benchmarks.peers.{PEERS[name].module}")
+                if not PEERS[name].any_values and case.spec.result_dim != case.spec.head_dim:
+                    raise Unsupported("keys and values of one size alone")
                 call = make_call(case, request["num_threads"], request["huge_pages"])
                 timer = Timer(getattr(peer, PEERS[name].prepare)(call))
                 answer({"ready": True})

@@ -1,8 +1,8 @@
-"""What compile() asks of a target: each kind of target has one Backend, and backends.py the table of them."""
+"""What is asked of a target: each kind of target has one Backend, and backends.py the table of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +27,40 @@ class Built(NamedTuple):
     kernels: str
 
 
+class Limits(NamedTuple):
+    """Of the machine that an explanation predicts a time for; None where a user has not said.
+
+    Attributes:
+        flops: GFLOP/s of float32 of one core.
+        bandwidth: GB/s that one core reads.
+        gpu: A name in cuda.gpus.GPUS.
+    """
+
+    flops: float | None = None
+    bandwidth: float | None = None
+    gpu: str | None = None
+
+
+class Explanation(NamedTuple):
+    """What a target decides for a spec and why, and what the machine code consists of, each in the target's own words.
+
+    Attributes:
+        target: The TVM target dict, with all that was found out about it.
+        facts: The decisions, each with its label.
+        heads: Of the columns of code.
+        code: Rows of numbers, as text; a row that is one text is a heading.
+        legend: What the heads mean.
+        remark: What else is to be said of the code, or "".
+    """
+
+    target: Mapping[str, Any]
+    facts: Sequence[tuple[str, str]]
+    heads: Sequence[str]
+    code: Sequence[Sequence[str] | str]
+    legend: Sequence[tuple[str, str]]
+    remark: str
+
+
 class Backend(NamedTuple):
     """A kind of target. config is what normalize returned.
 
@@ -37,7 +71,11 @@ class Backend(NamedTuple):
         tools: () -> the programs and variables that a build depends on beside those of the C++ compiler. A RuntimeError
             names a program that is missing.
         emit: (spec, config, pipeline, empty directory) -> the text of every stage.
-        build: (spec, config, pipeline, empty directory) -> Built. Both import TVM.
+        emit_portable: As emit, without the stages that programs of the machine make, which differ by their versions.
+        build: (spec, config, pipeline, empty directory) -> Built.
+        explain: (spec, config, pipeline, limits, empty directory) -> Explanation. Like the three above, it imports TVM.
+        origins: The stages of emit_portable that generated/ shows, each with the files that its text comes from.
+        takes_numpy: Whether modules take NumPy arrays.
     """
 
     normalize: Callable[[Mapping[str, Any]], dict[str, Any]]
@@ -45,4 +83,8 @@ class Backend(NamedTuple):
     fingerprint: Callable[[dict[str, Any]], dict[str, Any]]
     tools: Callable[[], dict[str, object]]
     emit: Callable[[PagedAttentionSpec, dict[str, Any], str, Path], dict[str, str]]
+    emit_portable: Callable[[PagedAttentionSpec, dict[str, Any], str, Path], dict[str, str]]
     build: Callable[[PagedAttentionSpec, dict[str, Any], str, Path], Built]
+    explain: Callable[[PagedAttentionSpec, dict[str, Any], str, Limits, Path], Explanation]
+    origins: Mapping[str, str]
+    takes_numpy: bool

@@ -8,13 +8,16 @@ import tempfile
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from pa_compiler import artifact, backends, dependencies, host, installation, interrupts, native, turns
 from pa_compiler import store as _cache
+from pa_compiler.backend import Explanation, Limits
 from pa_compiler.runtime import files, versions
 from pa_compiler.runtime.module import Module
 from pa_compiler.spec import PagedAttentionSpec
+
+_Result = TypeVar("_Result")
 
 PIPELINES = ("fused", "staged")
 # TVM takes a second to import. What needs it is imported inside the functions that compile: loading a module, or
@@ -114,12 +117,44 @@ def _warn_of_no_cache(reason: str) -> None:
 def emit(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     config = _checked(spec, target, pipeline)
-    return interrupts.shielded(lambda: _emitted(spec, config, pipeline))
+    backend = backends.of(config)
+    return artifact.in_order(_with_tvm(lambda directory: backend.emit(spec, config, pipeline, directory)))
 
 
-def _emitted(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str) -> dict[str, str]:
-    with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
-        return artifact.in_order(backends.of(config).emit(spec, config, pipeline, Path(directory)))
+def emit_portable(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, str]:
+    """As emit, without the stages that programs of this machine make."""
+    config = _checked(spec, target, pipeline)
+    backend = backends.of(config)
+    return artifact.in_order(_with_tvm(lambda directory: backend.emit_portable(spec, config, pipeline, directory)))
+
+
+def explain(
+    spec: PagedAttentionSpec,
+    target: backends.TargetLike = "llvm",
+    pipeline: str = "fused",
+    limits: Limits | None = None,
+) -> Explanation:
+    """Say how a spec is compiled, and why, without running it. Other arguments and errors as for compile.
+
+    Args:
+        spec: What is explained.
+        target: What it is compiled for.
+        pipeline: "fused" or "staged"; "fused" alone for "cuda".
+        limits: Of the machine that a time is predicted for; by default none is.
+    """
+    config = _checked(spec, target, pipeline)
+    backend = backends.of(config)
+    return _with_tvm(lambda directory: backend.explain(spec, config, pipeline, limits or Limits(), directory))
+
+
+def _with_tvm(work: Callable[[Path], _Result]) -> _Result:
+    """What work makes of an empty directory, while no other thread uses TVM."""
+
+    def run() -> _Result:
+        with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as directory:
+            return work(Path(directory))
+
+    return interrupts.shielded(run)
 
 
 def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:

@@ -6,11 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from pa_compiler import artifact, installation, interrupts, turns
-from pa_compiler.cuda import backend as cuda_compiler
-from pa_compiler.cuda.target import CudaTarget
+from pa_compiler import artifact, backends, installation, interrupts
 from pa_compiler.host import BANNER, headers
 from pa_compiler.runtime import files
 from pa_compiler.spec import PagedAttentionSpec
@@ -27,8 +25,8 @@ class _Entry(NamedTuple):
     target: str  # fixed, so that every machine emits the same text: an mcpu, or an arch of CUDA
 
     @property
-    def is_cuda(self) -> bool:
-        return self.target.startswith("sm_")
+    def config(self) -> dict[str, Any]:
+        return backends.normalize(backends.named(self.target))
 
 
 ENTRIES = {
@@ -42,26 +40,8 @@ ENTRIES = {
 """Folder under generated/ -> what is emitted there."""
 
 
-class _File(NamedTuple):
-    stage: str
-    comment: str
-    template: str
-
-
-_FILES = (
-    _File("tensorir", "#", "pa_compiler/kernels/"),
-    _File("scheduled", "#", "pa_compiler/kernels/, schedules/"),
-    _File("host", "//", "templates/cpu/"),
-    _File("llvm", ";", "pa_compiler/kernels/, schedules/"),
-)
-
-
-_CUDA_FILES = (
-    _File("tensorir", "#", "pa_compiler/cuda/kernels/"),
-    _File("cuda", "//", "pa_compiler/cuda/kernels/"),
-    _File("host", "//", "templates/cuda/"),
-)
-"""Without what nvcc makes, which differs from version to version, and of which no check should need one."""
+_COMMENTS = {".py": "#", ".cc": "//", ".cu": "//", ".ll": ";"}
+"""What a comment begins with, by the file's suffix."""
 
 
 def emit() -> dict[str, str]:
@@ -76,14 +56,11 @@ def _emitted() -> dict[str, str]:
     texts: dict[str, str] = {}
     templates = installation.templates()
     for folder, entry in ENTRIES.items():
-        if entry.is_cuda:
-            with turns.using_tvm():
-                sources = cuda_compiler.lower(entry.spec, CudaTarget(entry.target)).texts
-        else:
-            sources = compiler.emit(entry.spec, {"kind": "llvm", "mcpu": entry.target}, entry.pipeline)
-        for file in _CUDA_FILES if entry.is_cuda else _FILES:
-            text = _without_addresses(sources[file.stage]).removeprefix(f"// {BANNER}\n//\n")
-            texts[f"{folder}/{artifact.STAGE_FILES[file.stage]}"] = _headed(file.comment, _header(file, entry), text)
+        sources = compiler.emit_portable(entry.spec, entry.config, entry.pipeline)
+        for stage, origin in backends.of(entry.config).origins.items():
+            file = artifact.STAGE_FILES[stage]
+            text = _without_addresses(sources[stage]).removeprefix(f"// {BANNER}\n//\n")
+            texts[f"{folder}/{file}"] = _headed(_COMMENTS[Path(file).suffix], _header(origin, entry), text)
         for place, text in headers(sources["host"]).items():
             template = place if place in templates else f"{place}.j2"
             about = (BANNER, f"Template: templates/{template}", "Regenerate: pa-compiler generate")
@@ -141,12 +118,14 @@ def _without_addresses(text: str) -> str:
     )
 
 
-def _header(file: _File, entry: _Entry) -> tuple[str, ...]:
+def _header(origin: str, entry: _Entry) -> tuple[str, ...]:
+    kind, *rest = entry.config.items()
+    target = ", ".join([kind[1], *(f"{name} {value}" for name, value in rest)])
     return (
         BANNER,
-        f"Template: {file.template}",
+        f"Template: {origin}",
         f"Spec: {entry.spec}",
-        f"Target: {'cuda, arch' if entry.is_cuda else 'llvm, mcpu'} {entry.target}; pipeline {entry.pipeline}",
+        f"Target: {target}; pipeline {entry.pipeline}",
         "Regenerate: pa-compiler generate",
     )
 

@@ -38,9 +38,10 @@ def decode(
             [num_blocks, num_kv_heads, block_size, head_dim], any floating dtype. For "packed"
             [num_blocks, num_kv_heads, head_dim, block_size]; if the dtype is bfloat16
             [num_blocks, num_kv_heads, head_dim / 2, 2 * block_size], pairs along head_dim.
-        value_cache: The same shape as key_cache; for "packed" [num_blocks, num_kv_heads, block_size, head_dim], and if
-            the dtype is bfloat16 [num_blocks, num_kv_heads, block_size / 2, 2 * head_dim], pairs along tokens. Its
-            head_dim may differ from key_cache's, and is then the last axis of out.
+        value_cache: The same shape as key_cache, but for value_dim in the place of head_dim; for "packed"
+            [num_blocks, num_kv_heads, block_size, value_dim], and if the dtype is bfloat16
+            [num_blocks, num_kv_heads, block_size / 2, 2 * value_dim], pairs along tokens. Where values are the first
+            elements of keys, a view of those: key_cache[..., :value_dim].
         block_table: [batch, max_blocks], integers: the block that holds tokens [i * block_size, (i + 1) * block_size).
         context_lens: [batch], integers: tokens in each sequence.
         scale: Factor on every score, a number or an array of no axes; 1 / sqrt(head_dim) where it is None.
@@ -48,7 +49,7 @@ def decode(
         return_lse: Return lse too.
 
     Returns:
-        out: [batch, num_heads, head_dim], float64; 0 where there is no token, or no score but -inf.
+        out: [batch, num_heads, value_dim], float64; 0 where there is no token, or no score but -inf.
         lse: [batch, num_heads], float64, with return_lse: the natural logarithm of the softmax's denominator,
             log sum_t exp(score_t); -inf where there is no token, or no score but -inf.
     """

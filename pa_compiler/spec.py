@@ -148,6 +148,17 @@ class PagedAttentionSpec:
         return self.num_heads // self.num_kv_heads
 
     @property
+    def token_flops(self) -> int:
+        """Multiplications and additions of both matmuls for a token of context; the softmax is not counted."""
+        return 2 * self.num_heads * (self.head_dim + self.result_dim)
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes that the caches hold of a token: its keys, and its values where they are no part of the keys."""
+        elements = self.head_dim + (0 if self.shared_kv else self.result_dim)
+        return self.num_kv_heads * elements * ITEMSIZES[self.dtype]
+
+    @property
     def wide_range(self) -> bool:
         """Whether elements reach as far as float32 does, so that products and sums of a few may leave its range."""
         return self.dtype != "float16"

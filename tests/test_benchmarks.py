@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 
 from benchmarks import measure, run
-from benchmarks.cases import CASES, MORE_CASES, beyond_cache
+from benchmarks.cases import CASES, MLA_CASES, MORE_CASES, beyond_cache, sized
 from benchmarks.contender import Contender
 from benchmarks.inputs import make_call
 from benchmarks.peers import PEERS, Unsupported
@@ -27,6 +28,48 @@ def test_keys_and_values_are_twice_the_cache(case):
     grown = beyond_cache(case, 32 << 20)
     assert grown.kv_bytes >= 64 << 20
     assert beyond_cache(case, 1) == case
+
+
+def test_latent_attention_is_measured_as_large_as_it_is():
+    assert {case.spec.num_heads for case in MLA_CASES.values()} == {16, 64, 128}
+    assert {case.spec.dtype for case in MLA_CASES.values()} == {"bfloat16", "float32"}
+    assert {case.batch for case in MLA_CASES.values()} == {1, 8}
+    assert {case.longest for case in MLA_CASES.values()} >= {1 << 10, 1 << 17}
+    for name, case in MLA_CASES.items():
+        assert sized(name, 32 << 20) == case
+        assert case.flops == case.num_tokens * case.spec.num_heads * 2 * (576 + 512)
+        assert case.kv_bytes == case.num_tokens * 576 * np.dtype(case.spec.dtype).itemsize
+
+
+@pytest.mark.parametrize("only", ["mla-64-f32", "32/8-d80"])
+def test_cases_are_chosen_by_part_of_their_names(monkeypatch, only):
+    asked = []
+
+    def stop(name, cache_bytes):
+        asked.append(name)
+        return SMALL
+
+    monkeypatch.setattr(run, "sized", stop)
+    monkeypatch.setattr(run, "Probe", lambda cache_bytes: None)
+    monkeypatch.setattr(run.machine, "cores", list)
+    monkeypatch.setattr(run.report, "as_json", lambda *_: {})
+    done = CliRunner().invoke(run.main, ["--only", only], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    assert len(asked) > 1
+    assert all(only in name for name in asked)
+    done = CliRunner().invoke(run.main, ["--only", "no such case"])
+    assert done.exit_code == 2
+    assert "'no such case'" in done.output
+
+
+def test_values_that_are_part_of_the_keys_are_a_view_of_them():
+    spec = PagedAttentionSpec(4, 1, 24, 16, "bfloat16", value_dim=16, shared_kv=True)
+    call = make_call(Case(spec, 2, (40, 17), scale=None), 1, huge_pages=True)
+    assert call.value_cache is None
+    assert call.out_shape == (2, 4, 16)
+    assert call.scale == pytest.approx(24**-0.5)
+    assert np.shares_memory(call.values, call.key_cache)
+    assert np.array_equal(call.contiguous(call.values), call.contiguous(call.key_cache)[..., :16])
 
 
 def test_every_layout_of_the_inputs_holds_the_same_tokens():

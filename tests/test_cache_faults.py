@@ -18,7 +18,7 @@ from pathlib import Path
 
 import pytest
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 
 
 class Builds:
@@ -52,9 +52,9 @@ def program(tmp_path_factory):
     faults, library = directory / "faults", directory / "file_faults.so"
     faults.write_bytes(bytes(4096))  # more than struct Faults is
     command = ["g++", "-std=c++17", "-O1", "-Wall", "-Wextra", "-shared", "-fPIC", "-o", library]
-    subprocess.run([*command, TESTS / "file_faults.cc", "-ldl"], check=True)
+    subprocess.run([*command, SUPPORT / "file_faults.cc", "-ldl"], check=True)
     environment = {**os.environ, "LD_PRELOAD": str(library), "FAULTS": str(faults)}
-    command = [sys.executable, str(TESTS / "faulty_builds.py")]
+    command = [sys.executable, str(SUPPORT / "faulty_builds.py")]
     with subprocess.Popen(
         command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
     ) as process:

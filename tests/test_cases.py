@@ -9,6 +9,7 @@ import pytest
 
 from pa_compiler import reference
 from pa_compiler.verification import cases
+from pa_compiler.verification.comparison import Errors
 from pa_compiler.verification.tolerances import tolerance
 
 SMALL = cases.CASES["CaseVarSeq4"]
@@ -51,12 +52,33 @@ def test_compare_sees_an_error_in_any_sequence(kv_layout):
     case = dataclasses.replace(SMALL, spec=dataclasses.replace(SMALL.spec, kv_layout=kv_layout))
     inputs = cases.make_inputs(case)
     exact = reference.decode(*inputs, case.scale, kv_layout=kv_layout)
-    assert cases.compare(exact, case, inputs) == cases.Errors(0.0, 0.0)
+    assert cases.compare(exact, case, inputs) == Errors(0.0, 0.0)
     for position in ((0, 0, 0), (3, 15, 15)):
         for wrong in (1.0, np.inf, np.nan):
             out = exact.copy()
             out[position] += wrong
             assert not cases.compare(out, case, inputs).of_tolerance <= 1
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["apart", "shared"])
+def test_values_of_another_size(shared):
+    """Multi-head latent attention in small: what is read once counts once."""
+    spec = dataclasses.replace(SMALL.spec, head_dim=24, value_dim=16, shared_kv=shared)
+    case = dataclasses.replace(SMALL, spec=spec)
+    assert case.flops == 2 * 240 * 16 * (24 + 16)
+    assert case.kv_bytes == 240 * (24 if shared else 24 + 16) * 2
+    written = []
+    inputs = cases.make_inputs(case, advance=written.append)
+    assert sum(written) == inputs.query.size + case.cache_bytes // 2
+    values = inputs.key_cache[..., :16] if shared else inputs.value_cache
+    assert (inputs.value_cache is None) == shared
+    assert values.shape == (16, *spec.value_cache_shape[1:])
+    exact = reference.decode(*inputs._replace(value_cache=values), case.scale)
+    assert exact.shape == (4, 16, 16)
+    assert cases.compare(exact, case, inputs) == Errors(0.0, 0.0)
+    exact[-1, -1, -1] += 1
+    assert not cases.compare(exact, case, inputs).of_tolerance <= 1
+    assert not cases.compare(exact[..., :8], case, inputs).of_tolerance <= 1
 
 
 def test_an_empty_sequence_has_to_be_met_exactly():

@@ -16,6 +16,7 @@ import pa_compiler
 from pa_compiler import artifact, compiler
 from pa_compiler.cli import main as cli
 from pa_compiler.verification import cases
+from pa_compiler.verification.comparison import Errors
 
 # The spec of the seed's small cases, so that all tests share one compiled module.
 SMALL = "--case CaseVarSeq4 --repeat 2".split()
@@ -99,7 +100,7 @@ def test_an_empty_batch_and_an_empty_sequence(invoke):
     assert "none" in result.stdout
 
 
-@pytest.mark.parametrize("errors", [cases.Errors(1.0, 1.01), cases.Errors(np.nan, np.nan)], ids=["wide", "nan"])
+@pytest.mark.parametrize("errors", [Errors(1.0, 1.01), Errors(np.inf, np.inf)], ids=["wide", "nan"])
 def test_a_wrong_result_fails(invoke, monkeypatch, errors):
     monkeypatch.setattr(cases, "compare", lambda *_: errors)
     result = invoke("run", *SMALL)
@@ -184,6 +185,26 @@ def test_inspect_prints_a_stage_as_it_is(invoke, monkeypatch, stage):
     assert (result.exit_code, result.stdout) == (0, "one\ntwo\n")
     spec = pa_compiler.PagedAttentionSpec(16, 1, 16, 128, "bfloat16", "float32")
     assert emitted["arguments"] == (spec, {"kind": "llvm", "mcpu": "x86-64-v3"}, "staged")
+
+
+@pytest.mark.parametrize(
+    ("words", "value_dim", "shared_kv"),
+    [("", None, False), ("--value-dim 64", 64, False), ("--value-dim 512 --shared-kv", 512, True)],
+)
+def test_values_have_options(invoke, monkeypatch, words, value_dim, shared_kv):
+    asked = []
+    monkeypatch.setattr(compiler, "emit", lambda spec, *_: asked.append(spec) or {"tensorir": ""})
+    assert invoke("inspect", "--head-dim", "576", *words.split()).exit_code == 0
+    spec = pa_compiler.PagedAttentionSpec(
+        16, 1, 576, 128, "bfloat16", "float32", value_dim=value_dim, shared_kv=shared_kv
+    )
+    assert asked == [spec]
+
+
+def test_values_that_are_no_part_of_keys_are_a_usage_error(invoke):
+    result = invoke("run", *SMALL, "--value-dim", "17", "--shared-kv")
+    assert result.exit_code == 2
+    assert "'--value-dim': expected 1 to head_dim = 16 with shared_kv, got 17" in result.stderr
 
 
 def test_inspect_compiles(invoke):

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import io
 import re
 
 import numpy as np
 import pytest
 from click.testing import CliRunner
-from rich.console import Console
 
-from pa_compiler import PagedAttentionSpec
-from pa_compiler.cli import explain_cuda
+from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler.backend import Limits
 from pa_compiler.cli import main as cli
 from pa_compiler.cuda import build as cuda_build
-from pa_compiler.cuda import explain as cuda_explain
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda import tiling as cuda_tiling
 
@@ -88,20 +85,18 @@ def test_explain_values_shorter_than_keys(shared_kv, kept, blocks, in_flight, co
     if cuda_build.find_tool("nvcc") is None:
         pytest.skip("there is no nvcc")
     spec = PagedAttentionSpec(8, 1, 192, 16, "bfloat16", value_dim=128, shared_kv=shared_kv)
-    found = cuda_explain.explain(spec, {"kind": "cuda", "arch": "sm_90"}, gpu="H100")
-    console = Console(width=200, file=io.StringIO())
-    explain_cuda.print_explanation(console, found)
-    text = " ".join(console.file.getvalue().split())
+    found = compiler.explain(spec, "cuda", limits=Limits(gpu="H100"))
+    text = " ".join(said for _, said in found.facts)
     ring = 4 * 2 * 16 * (192 + (0 if shared_kv else 128)) * 2
     assert f"4 warps x 2 stages x 16 tokens of {kept}: {ring:,} bytes of shared memory a thread block" in text
-    assert found.residence.blocks == blocks
+    assert f"{blocks} thread blocks on an SM" in text
     assert f"{in_flight:,} bytes an SM" in text
     ranges = int(re.search(r"4,096 tokens: (\d+) ranges each", text)[1])
     assert f"{2 * 64 * ranges * 8 * (128 + 2) * 4:,} bytes written and read" in text
-    assert all(used.spill_bytes == 0 for used in found.resources.values())
-    if found.instructions:
-        counts = found.instructions["cuda_decode"]
-        assert sum(count for name, count in counts.items() if name.startswith("LDGSTS")) == copies
+    kernels = dict(zip(found.code[::2], found.code[1::2], strict=True))
+    counts = {name: dict(zip(found.heads, numbers, strict=True)) for name, numbers in kernels.items()}
+    assert {each["spill"] for each in counts.values()} == {"0"}
+    assert counts["decode"].get("copy", str(copies)) == str(copies)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def test_what_it_needs(module, tmp_path):
 
 CALL = """
 import sys, numpy as np, pa_compiler
-sys.path.insert(0, {tests!r})
+sys.path.insert(0, {support!r})
 from dlpack import CUDA, Exported
 module = pa_compiler.load({path!r})
 arrays = {{
@@ -106,7 +106,7 @@ assert "tvm" not in sys.modules
 def in_a_process(module, tmp_path, **environment):
     """What a process prints that loads a module and calls it, without TVM."""
     module.save(tmp_path / "pa.so")
-    code = CALL.format(tests=str(Path(__file__).parent), path=str(tmp_path / "pa.so"))
+    code = CALL.format(support=str(Path(__file__).parent / "support"), path=str(tmp_path / "pa.so"))
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 

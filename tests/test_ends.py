@@ -11,7 +11,7 @@ from specs import DTYPE_SPECS, OUT_DTYPE_SPECS, PIPELINES, SPECS, parametrize
 from tolerances import assert_close_to_oracle, assert_same_bits
 
 from pa_compiler import PagedAttentionSpec
-from pa_compiler.verification.tolerances import oracle
+from pa_compiler.verification.comparison import oracle
 
 V3 = {"kind": "llvm", "mcpu": "x86-64-v3"}
 MQA = PagedAttentionSpec(16, 1, 32, 16, "bfloat16")

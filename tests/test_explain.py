@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from pa_compiler import PagedAttentionSpec, compiler
+from pa_compiler import PagedAttentionSpec
 from pa_compiler.cli import main as cli
-from pa_compiler.cpu import assembly
+from pa_compiler.cpu import assembly, backend
 from pa_compiler.verification import cases
+from pa_compiler.verification.comparison import Errors
 
 OPTIONS = {
     "heads_in_lanes": "--num-heads 16 --dtype float32",
@@ -29,13 +30,13 @@ REASONS = {
 def emitted(monkeypatch):
     """The text of each stage that the command gets from the compiler."""
     texts = {}
-    emit = compiler.emit
+    emit = backend.emit
 
     def emit_and_keep(*arguments):
         texts.update(emit(*arguments))
         return texts
 
-    monkeypatch.setattr(compiler, "emit", emit_and_keep)
+    monkeypatch.setattr(backend, "emit", emit_and_keep)
     return texts
 
 
@@ -151,7 +152,7 @@ def test_only_innermost_loops_are_found():
 
 
 def test_the_roofline_is_the_lower_of_two(monkeypatch):
-    monkeypatch.setattr(compiler, "emit", lambda *_: {"asm": ""})
+    monkeypatch.setattr(backend, "emit", lambda *_: {"asm": ""})
     words = ["explain", *OPTIONS["heads_in_lanes"].split()]
     text = invoke(*words)
     assert "8,192 FLOPs and 1,024 bytes a token of context: 8 FLOPs a byte" in text
@@ -169,7 +170,7 @@ def test_the_roofline_is_the_lower_of_two(monkeypatch):
     ("options", "values"), [("--num-heads 16", "values paired in scratch"), ("--num-heads 4", "values too")]
 )
 def test_dot_products_of_pairs_are_told(monkeypatch, options, values):
-    monkeypatch.setattr(compiler, "emit", lambda *_: {"asm": ""})
+    monkeypatch.setattr(backend, "emit", lambda *_: {"asm": ""})
     words = "explain --target sapphirerapids --head-dim 128 --flops 100 --bandwidth 1000".split()
     text = " ".join(invoke(*words, *options.split()).split())
     assert f"keys read in place and multiplied as pairs of bfloat16, {values}" in text
@@ -185,7 +186,7 @@ def test_bench_passes(build_cache, layout):
 
 
 def test_bench_notices_a_wrong_result(build_cache, monkeypatch):
-    monkeypatch.setattr(cases, "compare", lambda *_: cases.Errors(1.0, 1.01))
+    monkeypatch.setattr(cases, "compare", lambda *_: Errors(1.0, 1.01))
     words = "bench --case CaseVarSeq4 --repeat 2".split()
     result = CliRunner().invoke(cli.main, words, catch_exceptions=False)
     assert (result.exit_code, "FAIL" in result.stdout) == (1, True)

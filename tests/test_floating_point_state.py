@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import json
 import subprocess
 import sys
@@ -11,49 +9,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from floating_point import (
+    ALL_EXCEPTIONS,
+    DENORMALS_ARE_ZERO,
+    DOWNWARD,
+    FLUSH_TO_ZERO,
+    TOWARDZERO,
+    UPWARD,
+    control,
+    mxcsr,
+)
 from inputs import make_inputs
 from specs import every_spec
 from tolerances import assert_same_bits
-
-LIBM = ctypes.CDLL("libm.so.6")
-FLAGS = 0x3F
-"""The bits of MXCSR that say what has happened; the others say what is to happen."""
-DOWNWARD, UPWARD, TOWARDZERO = 1 << 13, 2 << 13, 3 << 13
-ALL_EXCEPTIONS = FLAGS << 7
-"""Masked unless these are changed: the process then ends at the first inexact result."""
-FLUSH_TO_ZERO, DENORMALS_ARE_ZERO = 1 << 15, 1 << 6
-
-
-def environment():
-    """C's fenv_t: the x87 environment of 28 bytes, its control word first, then MXCSR."""
-    env = (ctypes.c_uint32 * 8)()
-    assert LIBM.fegetenv(env) == 0
-    return env
-
-
-def control():
-    """x87's control word, and that of SSE and AVX."""
-    env = environment()
-    return env[0] & 0xFFFF, env[7] & ~FLAGS
-
-
-@contextlib.contextmanager
-def mxcsr(bits):
-    """Change bits of MXCSR, for this thread."""
-    before, env = environment(), environment()
-    env[7] ^= bits
-    assert LIBM.fesetenv(env) == 0
-    try:
-        yield
-    finally:
-        assert LIBM.fesetenv(before) == 0
-
 
 IN_A_NEW_PROCESS = """
 import json, sys
 sys.path.insert(0, sys.argv[1])
 import numpy as np
-from test_floating_point_state import control, mxcsr
+from floating_point import control, mxcsr
 states = [control()]
 import pa_compiler
 states.append(control())
@@ -73,8 +47,8 @@ print(json.dumps(states))
 @pytest.mark.scorecard(8)
 def test_import_compile_and_call_leave_it_alone(own_cache, figure):
     """Libraries that are linked with -ffast-math turn off subnormal numbers for whoever loads them."""
-    tests = str(Path(__file__).parent)
-    run = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, tests], capture_output=True, text=True, check=True)
+    support = str(Path(__file__).parent / "support")
+    run = subprocess.run([sys.executable, "-c", IN_A_NEW_PROCESS, support], capture_output=True, text=True, check=True)
     assert json.loads(run.stdout) == [[0x37F, 0x1F80]] * 4
     figure("states compared", 4)
 

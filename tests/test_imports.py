@@ -24,6 +24,7 @@ ARROWS = {
         "verification",
     },  # a module verifies itself, by what compares it with the reference
     "verification": {"spec", "interface", "layout", "reference", "runtime"},
+    "words": set(),
     "interrupts": set(),
     "installation": set(),
     "turns": {"interrupts"},
@@ -37,27 +38,26 @@ ARROWS = {
     "backend": {"spec"},
     "cpu": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts"),
-        *("backends", "compiler"),  # explain compiles
+        *("backend", "native", "interrupts", "words"),
     },
     "cuda": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts", "commands", "installation", "turns"),
-        "backends",
+        *("backend", "native", "interrupts", "words", "commands"),
     },
     "backends": {"backend", "cpu", "cuda"},
     "dependencies": {"spec", "backends", "commands", "installation", "native"},
     "artifact": {"spec", "backend", "dependencies", "runtime"},
     "compiler": {
-        *("spec", "runtime", "artifact", "backends", "dependencies", "store"),
+        *("spec", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
         *("host", "native", "installation", "interrupts", "turns"),
     },
     "generate": {
-        *("spec", "runtime", "artifact", "compiler", "cuda", "host", "installation", "interrupts", "turns"),
+        *("spec", "runtime", "artifact", "backends", "compiler", "host", "installation", "interrupts"),
     },
     "cli": {
-        *("__init__", "spec", "interface", "runtime", "verification", "backends", "compiler", "generate", "store"),
-        *("cpu", "cuda", "tiles"),
+        *("__init__", "spec", "interface", "runtime", "verification", "words"),
+        *("backend", "backends", "compiler", "generate", "store"),
+        "cuda",  # the names of GPUs
     },
     "__init__": {"spec", "interface", "reference", "layout", "runtime", "compiler"},
     "__main__": {"runtime", "cli"},
@@ -136,6 +136,54 @@ def runtime_files():
 def test_imports_follow_the_arrows(part, path):
     imported = set(imported_parts(ast.parse(path.read_text()))) - {part}
     assert imported <= ARROWS.get(part, set())
+
+
+def questions(tree):
+    """Lines that ask which target is meant: that compare with a kind of target, or with how the name of one begins."""
+    for node in ast.walk(tree):
+        asked = []
+        if isinstance(node, ast.Compare):
+            asked = [node.left, *node.comparators]
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "startswith":
+            asked = node.args
+        elif isinstance(node, ast.MatchValue):
+            asked = [node.value]
+        values = [each.value for part in asked for each in ast.walk(part) if isinstance(each, ast.Constant)]
+        if any(isinstance(value, str) and value in ("llvm", "cuda", "sm_") for value in values):
+            yield node.lineno
+        if isinstance(node, ast.Name | ast.Attribute | ast.FunctionDef | ast.arg):
+            name = next(getattr(node, field) for field in ("id", "attr", "name", "arg") if hasattr(node, field))
+            if name in ("is_cuda", "is_gpu", "is_cpu", "is_llvm"):
+                yield node.lineno
+
+
+MAY_ASK = {
+    "backends": "the table of targets",
+    "runtime.load": "a library's manifest says which class of modules it is loaded into",
+    "verification.on_gpu": "torch's device, whose memory it is",
+}
+"""The files outside of the targets' rooms that ask which target is meant, and why."""
+
+
+def test_which_target_is_asked_in_the_table_of_backends():
+    asking = {name for name, (path, _) in modules().items() if list(questions(ast.parse(path.read_text())))}
+    assert {name for name in asking if part_of(f"pa_compiler.{name}") not in ("cpu", "cuda")} == set(MAY_ASK)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'target["kind"] == "cuda"',
+        'kind in ("llvm", "rocm")',
+        'name.startswith("sm_")',
+        "entry.is_cuda",
+        "def is_gpu(target): pass",
+        'match kind:\n    case "cuda":\n        pass',
+    ],
+)
+def test_a_question_is_noticed(text):
+    assert list(questions(ast.parse(text)))
+    assert not list(questions(ast.parse('BACKENDS = {"cuda": 1}\nname.startswith("{")')))
 
 
 def test_files_are_found_in_folders_of_any_depth(tmp_path, monkeypatch):

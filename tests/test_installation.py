@@ -43,14 +43,12 @@ if what == "compile":
     assert (pa_compiler.compile(spec).decode(*arguments) == values[0, 0]).all()
     sys.exit()
 from pa_compiler import compiler, generate
-from pa_compiler.cuda import explain as cuda_explain
-from pa_compiler.cpu import explain
 said = {
     fails(lambda: pa_compiler.compile(spec)),
     fails(lambda: pa_compiler.compile(spec, "cuda", cache=False)),
     fails(lambda: compiler.emit(spec)),
-    fails(lambda: explain.explain(spec)),
-    fails(lambda: cuda_explain.explain(spec, "cuda")),
+    fails(lambda: compiler.explain(spec)),
+    fails(lambda: compiler.explain(spec, "cuda")),
     fails(generate.emit),
 }
 assert len(said) == 1, said

@@ -18,7 +18,7 @@ import pytest
 
 from pa_compiler import interrupts
 
-PROGRAM = Path(__file__).with_name("interrupted_compiles.py")
+PROGRAM = Path(__file__).parent / "support" / "interrupted_compiles.py"
 
 
 def interrupted(tmp_path, *words):

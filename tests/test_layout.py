@@ -12,17 +12,18 @@ from tolerances import assert_same_bits
 from pa_compiler import PagedAttentionSpec, convert_cache, reference
 
 LAYOUTS = ("NHD", "HND", "packed")
-SIZES = [(1, 2, 16), (5, 80, 16), (2, 6, 48), (1, 128, 128)]  # num_kv_heads, head_dim, block_size
+SIZES = [(1, 2, 16, 2), (5, 80, 16, 96), (2, 6, 48, 5), (1, 128, 128, 128)]
+"""num_kv_heads, head_dim, block_size, value_dim"""
 
 
 def caches(layout, dtype, sizes, num_blocks=3):
     """Caches in which every bit pattern that fits occurs, NaNs with their payloads, the other layouts' alike."""
-    num_kv_heads, head_dim, block_size = sizes
-    spec = PagedAttentionSpec(num_kv_heads, num_kv_heads, head_dim, block_size, dtype, kv_layout=layout)
-    shape = (num_blocks, block_size, num_kv_heads, head_dim)
-    noise = np.random.default_rng(0).bytes(2 * int(np.prod(shape)) * DTYPES[dtype].itemsize)
-    key, value = np.frombuffer(noise, DTYPES[dtype]).reshape(2, *shape)
-    return lay_out(spec, key, value)
+    heads, head_dim, block_size, value_dim = sizes
+    spec = PagedAttentionSpec(heads, heads, head_dim, block_size, dtype, kv_layout=layout, value_dim=value_dim)
+    rng = np.random.default_rng(0)
+    shapes = [(num_blocks, block_size, heads, dim) for dim in (head_dim, value_dim)]
+    noises = [rng.bytes(int(np.prod(shape)) * DTYPES[dtype].itemsize) for shape in shapes]
+    return lay_out(spec, *map(np.ndarray, shapes, [DTYPES[dtype]] * 2, noises))
 
 
 @pytest.mark.parametrize("sizes", SIZES, ids=str)
@@ -43,15 +44,24 @@ def test_every_layout_into_every_other(one, other, dtype, sizes):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sizes_that_cannot_be_packed(dtype):
     """Between NHD and HND no size has to be even."""
-    given = caches("NHD", dtype, (3, 7, 5))
+    given = caches("NHD", dtype, (3, 7, 5, 9))
     for cache, converted in zip(given, convert_cache(*given, "NHD", "HND"), strict=True):
         assert_same_bits(converted, cache.swapaxes(1, 2))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_cache_that_is_shared_is_converted_alone(dtype):
+    key, _ = caches("NHD", dtype, (3, 7, 5, 7))
+    converted, none = convert_cache(key, None, "NHD", "HND")
+    assert none is None
+    assert_same_bits(converted, key.swapaxes(1, 2))
+    assert_same_bits(convert_cache(converted, None, "HND", "NHD")[0], key)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_views(layout):
     """Both caches in one buffer, blocks in reverse, and no blocks at all."""
-    key, value = caches(layout, "bfloat16", (2, 6, 16), num_blocks=4)
+    key, value = caches(layout, "bfloat16", (2, 6, 16, 6), num_blocks=4)
     both = np.stack([key.reshape(4, -1), value.reshape(4, -1)], axis=1)[::-1]
     views = both[:, 0].reshape(key.shape), both[:, 1].reshape(value.shape)
     expected = convert_cache(key, value, layout, "HND")
@@ -81,13 +91,15 @@ REFUSED = [  # id, error, the argument and what its message also shows, the call
     ("float64", TypeError, r"value_cache\b.*bfloat16.*float64", (KEY, VALUE.astype(np.float64), "NHD", "HND")),
     ("dtypes", TypeError, r"value_cache\b.*bfloat16.*float16", (KEY, VALUE.astype(np.float16), "NHD", "HND")),
     ("rank", ValueError, r"value_cache\b.*4 axes.*\[16, 3, 6\]", (KEY, VALUE[0], "NHD", "HND")),
+    ("shared", ValueError, r"value_cache\b.*packed.*None", (KEY, None, "NHD", "packed")),
+    ("shared_list", TypeError, r"key_cache\b.*list", (KEY.tolist(), None, "NHD", "HND")),
     ("blocks", ValueError, r"key_cache\b.*\[2, 16, 3, 6\].*\[1, 16, 3, 6\]", (KEY[:1], VALUE, "NHD", "HND")),
     ("slots", ValueError, r"key_cache\b.*\[2, 16, 3, 6\].*\[2, 8, 3, 6\]", (KEY[:, :8], VALUE, "NHD", "HND")),
     ("no_heads", ValueError, r"key_cache\b.*\[2, 16, 0, 6\]", (KEY[:, :, :0], VALUE[:, :, :0], "NHD", "HND")),
     ("block_size", ValueError, r"block_size\b.*16.*packed.*8", (KEY[:, :8], VALUE[:, :8], "NHD", "packed")),
     ("head_dim", ValueError, r"head_dim\b.*even.*packed.*5", (KEY[..., :5], VALUE[..., :5], "NHD", "packed")),
     ("not_packed", ValueError, r"block_size\b.*16.*packed.*6", (KEY, VALUE, "packed", "NHD")),
-    ("odd_pairs", ValueError, r"value_cache\b.*head_dim.*\[2, 16, 3, 5\]", (KEY, VALUE[..., :5], "packed", "NHD")),
+    ("odd_pairs", ValueError, r"value_cache\b.*value_dim.*\[2, 16, 3, 5\]", (KEY, VALUE[..., :5], "packed", "NHD")),
 ]
 
 

@@ -1,6 +1,6 @@
 """Calls on the team of an OpenMP runtime, and where a call takes threads of its own instead.
 
-tests/openmp.cc is a runtime whose answers a test sets.
+tests/support/openmp.cc is a runtime whose answers a test sets.
 """
 
 from __future__ import annotations
@@ -225,7 +225,7 @@ def test_a_teams_floating_point_state_does_not_matter(in_a_process, libgomp, fig
     """Its threads begin with that of who starts them, here with subnormal numbers taken for 0, and keep it."""
     in_a_process(
         """
-from test_floating_point_state import DENORMALS_ARE_ZERO, FLUSH_TO_ZERO, control, mxcsr
+from floating_point import DENORMALS_ARE_ZERO, FLUSH_TO_ZERO, control, mxcsr
 inputs.value_cache[...] *= np.float32(2.0**-120)
 expected = decode(num_threads=1)
 runtime = ctypes.CDLL(runtime_path)

@@ -28,6 +28,22 @@ def test_random_specs(compiled, group, count, figure):
     figure("99.9th percentile of the draws' largest", float(np.percentile(worst, 99.9)), worst=True)
 
 
+def test_drawn_values_are_of_every_size():
+    """Whether they are drawn yet or not."""
+    specs = [drawn_spec(number, value_dims=True)[0] for number in range(152)]
+    shared = [spec for spec in specs if spec.shared_kv]
+    assert len(shared) > 8
+    assert {spec.dtype for spec in shared} == {"float32", "float16", "bfloat16"}
+    assert any(spec.result_dim < spec.head_dim for spec in shared)
+    apart = [spec for spec in specs if not spec.shared_kv and spec.result_dim != spec.head_dim]
+    assert len(apart) > 25
+    assert {spec.kv_layout for spec in apart} == {"NHD", "HND", "packed"}
+    assert {spec.result_dim > spec.head_dim for spec in apart} == {False, True}
+    others = [spec for spec in specs if spec.value_dim is None]
+    assert len(others) > 76
+    assert set(others) <= {drawn_spec(number, value_dims=False)[0] for number in range(152)}
+
+
 def test_drawn_specs_reach_every_kind():
     drawn = [drawn_spec(number) for number in range(152)]
     specs = [spec for spec, _, _ in drawn]

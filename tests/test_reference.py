@@ -11,9 +11,14 @@ from inputs import Inputs, make_inputs
 from pa_compiler import PagedAttentionSpec, reference
 
 
+def values_of(inputs, spec):
+    """value_cache, or the view of key_cache that the values are."""
+    return inputs.key_cache[..., : spec.result_dim] if spec.shared_kv else inputs.value_cache
+
+
 def read(inputs, spec, name, sequence, token, kv_head):
-    """The key or the value of one token and head, [head_dim]."""
-    cache = getattr(inputs, name)
+    """The key or the value of one token and head, [head_dim] or [value_dim]."""
+    cache = values_of(inputs, spec) if name == "value_cache" else inputs.key_cache
     block, slot = inputs.block_table[sequence, token // spec.block_size], token % spec.block_size
     if spec.kv_layout == "NHD":
         return cache[block, slot, kv_head]
@@ -28,7 +33,7 @@ def read(inputs, spec, name, sequence, token, kv_head):
 
 def attention_by_loops(inputs: Inputs, spec: PagedAttentionSpec, scale: float):
     """One token, one head, one element at a time."""
-    out = np.zeros(inputs.query.shape)
+    out = np.zeros((*inputs.query.shape[:2], spec.result_dim))
     lse = np.full(inputs.query.shape[:2], -math.inf)
     for sequence, length in enumerate(inputs.context_lens):
         for head in range(spec.num_heads):
@@ -54,6 +59,10 @@ SPECS = {
     "packed_float32": PagedAttentionSpec(4, 2, 5, 16, "float32", kv_layout="packed"),
     "packed_float16": PagedAttentionSpec(2, 1, 4, 48, "float16", kv_layout="packed"),
     "packed_bfloat16": PagedAttentionSpec(6, 2, 6, 16, "bfloat16", kv_layout="packed"),
+    "small_values": PagedAttentionSpec(6, 2, 5, 3, "float32", value_dim=2),
+    "large_values": PagedAttentionSpec(4, 2, 6, 16, "bfloat16", kv_layout="packed", value_dim=9),
+    "shared": PagedAttentionSpec(4, 1, 6, 3, "float16", value_dim=4, shared_kv=True),
+    "shared_HND": PagedAttentionSpec(4, 2, 4, 3, "bfloat16", kv_layout="HND", shared_kv=True),
 }
 
 
@@ -62,7 +71,8 @@ SPECS = {
 def test_equals_loops(spec, scale):
     inputs = make_inputs(spec, [0, 1, spec.block_size, 2 * spec.block_size + 1, 0])
     expected = attention_by_loops(inputs, spec, 1 / math.sqrt(spec.head_dim) if scale is None else scale)
-    actual = reference.decode(*inputs.arguments, scale, kv_layout=spec.kv_layout, return_lse=True)
+    arguments = inputs.replace(value_cache=values_of(inputs, spec)).arguments
+    actual = reference.decode(*arguments, scale, kv_layout=spec.kv_layout, return_lse=True)
     assert actual[0].dtype == actual[1].dtype == np.float64
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-12, atol=1e-14)

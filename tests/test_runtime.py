@@ -28,7 +28,7 @@ from pa_compiler.runtime import manifest, versions
 BASE_PACKAGES = {"apache-tvm-ffi", "ml-dtypes", "numpy", "pa-compiler", "typing-extensions"}
 """Those of the base dependencies, and what tvm-ffi needs."""
 
-TESTS = Path(__file__).parent
+SUPPORT = Path(__file__).parent / "support"
 BLOCKING = """
 import pkgutil, runpy, sys
 script, allowed = sys.argv.pop(1), {*sys.argv.pop(1).split(",")}
@@ -94,8 +94,8 @@ def built_environment(name):
 
 
 def test_runs_where_nothing_else_can_be_imported(libraries):
-    command = [sys.executable, "-c", BLOCKING, TESTS / "runtime_calls.py", ALLOWED]
-    assert "7 libraries" in run(*command, libraries, *versions.COMPILES_WITH, PYTHONPATH=str(TESTS))
+    command = [sys.executable, "-c", BLOCKING, SUPPORT / "runtime_calls.py", ALLOWED]
+    assert "7 libraries" in run(*command, libraries, *versions.COMPILES_WITH, PYTHONPATH=str(SUPPORT))
 
 
 @pytest.mark.parametrize("name", ["oldest", "newest"])
@@ -105,7 +105,7 @@ def test_runs_in_an_environment_of_the_base_dependencies(libraries, name):
     installed = {name.lower().replace("_", "-") for name in run(python, "-c", names).strip().split(",")}
     assert BASE_PACKAGES - installed == set()
     assert installed - BASE_PACKAGES <= {"pip", "setuptools"}
-    printed = run(python, TESTS / "runtime_calls.py", libraries, *versions.COMPILES_WITH)
+    printed = run(python, SUPPORT / "runtime_calls.py", libraries, *versions.COMPILES_WITH)
     assert "7 libraries" in printed
     assert (f"tvm-ffi {dotted(versions.RUNS_WITH[0])}:" in printed) == (name == "oldest"), printed
     assert "Usage: pa-compiler" not in run(python.with_name("pa-compiler"), "--help")
@@ -121,7 +121,7 @@ def test_the_dependencies_are_the_versions_that_are_checked():
     assert set(re.findall("[<>=]+[^,]+", base["apache-tvm-ffi"])) == set(versions.runs_with().split(","))
     oldest, (*of_end, last) = versions.RUNS_WITH
     stated = f"apache-tvm-ffi {dotted(oldest)} to {dotted((*of_end, last - 1))}, NumPy and ml_dtypes"
-    assert stated in (TESTS.parent / "README.md").read_text()
+    assert stated in (SUPPORT.parents[1] / "README.md").read_text()
 
 
 def dotted(release):

@@ -11,7 +11,7 @@ from specs import BASE, PIPELINES
 
 from pa_compiler import PagedAttentionSpec
 
-CALLS = Path(__file__).with_name("sanitized_calls.py")
+CALLS = Path(__file__).parent / "support" / "sanitized_calls.py"
 PARTS = 10
 """Tests that share the specs, so that they can run beside each other."""
 

@@ -1,6 +1,6 @@
 """The contenders: one file for each library, with a function that prepares a call of it.
 
-prepare(call) -> run, where run() attends and returns [batch, num_heads, head_dim] as a NumPy array or a torch tensor.
+prepare(call) -> run, where run() attends and returns [batch, num_heads, value_dim] as a NumPy array or a torch tensor.
 All that an engine does once per sequence or token, such as filling its cache, is done by prepare; what it does on every
 step is done by run. A contender that cannot do a case raises Unsupported with the reason.
 """
@@ -23,6 +23,7 @@ class Peer(NamedTuple):
         prepare: The function in it.
         preload: A library to load first, by its name in the environment's lib/; "" for none.
         ours: Whether it is pa_compiler.
+        any_values: Whether it has a kernel for values of another size than the keys, and as part of these.
     """
 
     title: str
@@ -30,14 +31,15 @@ class Peer(NamedTuple):
     prepare: str = "prepare"
     preload: str = ""
     ours: bool = False
+    any_values: bool = False
 
 
 PEERS = {
-    "ours": Peer("pa_compiler, NHD", "ours", "prepare_nhd", ours=True),
-    "ours-packed": Peer("pa_compiler, packed", "ours", "prepare_packed", ours=True),
-    "vllm": Peer("vLLM CPU 0.32", "vllm_cpu", preload="libiomp5.so"),
-    "sglang": Peer("SGLang CPU", "sglang_cpu", preload="libiomp5.so"),
-    "torch": Peer("torch SDPA", "torch_sdpa"),
+    "ours": Peer("pa_compiler, NHD", "ours", "prepare_nhd", ours=True, any_values=True),
+    "ours-packed": Peer("pa_compiler, packed", "ours", "prepare_packed", ours=True, any_values=True),
+    "vllm": Peer("vLLM CPU 0.32", "vllm_cpu", preload="libiomp5.so", any_values=True),
+    "sglang": Peer("SGLang CPU", "sglang_cpu", preload="libiomp5.so", any_values=True),
+    "torch": Peer("torch SDPA", "torch_sdpa", any_values=True),
     "onnxruntime": Peer("onnxruntime GQA, f32", "onnxruntime_gqa"),
     "openvino": Peer("OpenVINO paged, f32", "openvino_paged"),
     "tvm": Peer("TVM relax, f32", "tvm_relax"),

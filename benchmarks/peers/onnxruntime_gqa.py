@@ -29,7 +29,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
 
     last = call.context_lens - 1
     kept = {}  # a binding keeps addresses alone: run() holds the arrays
-    for name, cache in zip(_CACHES, (call.key_cache, call.value_cache), strict=True):
+    for name, cache in zip(_CACHES, (call.key_cache, call.values), strict=True):
         kept[f"past_{name}"] = past = call.contiguous(cache, _FLOAT32)
         kept[name] = np.ascontiguousarray(past[np.arange(batch), :, last]).reshape(batch, 1, -1)
     kept["query"] = call.query.astype(np.float32).reshape(batch, 1, -1)

@@ -38,7 +38,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     arrays = {"query": call.query.astype(np.float32).reshape(batch, -1), "past_lens": last}
     arrays |= {"subsequence_begins": np.arange(batch + 1, dtype=np.int32)}
     arrays |= {"block_indices": blocks, "block_indices_begins": begins}
-    for name, cache in (("key", call.key_cache), ("value", call.value_cache)):
+    for name, cache in (("key", call.key_cache), ("value", call.values)):
         tokens = call.contiguous(cache, _FLOAT32)  # [batch, num_kv_heads, longest, head_dim]
         arrays[name] = np.ascontiguousarray(tokens[np.arange(batch), :, last]).reshape(batch, -1)
         paged = arrays[f"{name}_cache.0"] = call.empty((int(begins[-1]), kv_heads, _BLOCK, head_dim), _FLOAT32)

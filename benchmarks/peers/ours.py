@@ -14,7 +14,11 @@ from benchmarks.peers import Unsupported
 
 def prepare_nhd(call: Call) -> Callable[[], np.ndarray]:
     """Caches [num_blocks, block_size, num_kv_heads, head_dim], as most engines have them."""
-    return _prepare(call, pa_compiler.compile(call.case.spec), call.key_cache, call.value_cache)
+    try:
+        module = pa_compiler.compile(call.case.spec)
+    except NotImplementedError as error:
+        raise Unsupported(str(error)) from error
+    return _prepare(call, module, call.key_cache, call.value_cache)
 
 
 def prepare_packed(call: Call) -> Callable[[], np.ndarray]:
@@ -23,19 +27,20 @@ def prepare_packed(call: Call) -> Callable[[], np.ndarray]:
         raise Unsupported("empty_cache asks for huge pages: measured with them alone")
     try:
         module = pa_compiler.compile(dataclasses.replace(call.case.spec, kv_layout="packed"))
-    except ValueError as error:
+    except (ValueError, NotImplementedError) as error:
         raise Unsupported(str(error)) from error
     key_cache, value_cache = module.empty_cache(call.case.num_blocks)
     converted = pa_compiler.convert_cache(call.key_cache, call.value_cache, "NHD", "packed")
-    key_cache[...], value_cache[...] = converted
+    for cache, tokens in zip((key_cache, value_cache), converted, strict=True):
+        cache[...] = tokens
     return _prepare(call, module, key_cache, value_cache)
 
 
 def _prepare(
-    call: Call, module: pa_compiler.Module, key_cache: np.ndarray, value_cache: np.ndarray
+    call: Call, module: pa_compiler.Module, key_cache: np.ndarray, value_cache: np.ndarray | None
 ) -> Callable[[], np.ndarray]:
     module.num_threads = call.num_threads
-    out = np.empty_like(call.query)
+    out = np.empty(call.out_shape, call.query.dtype)
 
     def run() -> np.ndarray:
         return module.decode(call.query, key_cache, value_cache, call.block_table, call.context_lens, out=out)

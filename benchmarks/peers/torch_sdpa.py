@@ -15,7 +15,7 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
     """The query heads of a group as the rows of one kv head: each key is read once for its group, nothing is copied."""
     torch.set_num_threads(call.num_threads)
     spec, lengths = call.case.spec, call.context_lens.tolist()
-    key, value = (as_torch(call.contiguous(cache)) for cache in (call.key_cache, call.value_cache))
+    key, value = (as_torch(call.contiguous(cache)) for cache in (call.key_cache, call.values))
     query = as_torch(call.query).unflatten(1, (spec.num_kv_heads, -1))  # [batch, num_kv_heads, group, head_dim]
     if len(set(lengths)) == 1:
         return lambda: scaled_dot_product_attention(query, key, value).flatten(1, 2)

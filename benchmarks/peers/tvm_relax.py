@@ -31,7 +31,7 @@ def prepare(call: Call) -> Callable[[], np.ndarray]:
     function = tvm.compile(tvm.IRModule({name: kernel}), target=this_cpu)[name]
 
     pages = call.empty((call.case.num_blocks, 2, spec.num_kv_heads, spec.block_size, spec.head_dim))
-    pages[:, 0], pages[:, 1] = call.key_cache.swapaxes(1, 2), call.value_cache.swapaxes(1, 2)
+    pages[:, 0], pages[:, 1] = call.key_cache.swapaxes(1, 2), call.values.swapaxes(1, 2)
     counts = -(-call.context_lens // spec.block_size)
     indptr = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
     indices = call.block_table[np.arange(call.block_table.shape[1]) < counts[:, None]]

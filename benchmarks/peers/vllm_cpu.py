@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,6 +20,10 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
     torch.set_num_threads(call.num_threads)
     torch.ops.load_library(library())
     ops, spec = torch.ops._C, call.case.spec
+    if spec.shared_kv:
+        return _prepare_mla(call)
+    if call.value_cache is None or spec.result_dim != spec.head_dim:
+        raise Unsupported("keys and values of one size, or values that are part of the keys")
     if spec.block_size % 16:
         raise Unsupported(f"blocks of {spec.block_size} tokens: multiples of 16 alone")
     # The choice that vLLM makes on x86 without AMX.
@@ -33,42 +36,39 @@ def prepare(call: Call) -> Callable[[], torch.Tensor]:
 
     seq_lens = torch.from_numpy(call.context_lens)
     starts = torch.arange(len(query) + 1, dtype=torch.int32)
+    heads = (spec.num_heads, spec.num_kv_heads, spec.head_dim)
+    causal, window, splits = True, -1, True
     metadata = ops.get_scheduler_metadata(
-        len(query),
-        *query.shape[1:2],
-        *shape[1:2],
-        spec.head_dim,
-        seq_lens,
-        query.dtype,
-        starts,
-        True,
-        -1,
-        isa,
-        True,
-        None,
+        *(len(query), *heads, seq_lens, query.dtype, starts, causal, window, isa, splits, None)
     )
     table = torch.from_numpy(call.block_table).clamp(min=0)
     out = torch.empty_like(query)
-    scale = 1 / math.sqrt(spec.head_dim)
 
     def run() -> torch.Tensor:
         ops.cpu_attention_with_kv_cache(
-            query,
-            key_cache,
-            value_cache,
-            out,
-            starts,
-            seq_lens,
-            scale,
-            True,
-            None,
-            -1,
-            table,
-            0.0,
-            metadata,
-            None,
-            None,
+            *(query, key_cache, value_cache, out, starts, seq_lens, call.scale, causal, None, window),
+            *(table, 0.0, metadata, None, None),
         )
+        return out
+
+    return run
+
+
+def _prepare_mla(call: Call) -> Callable[[], torch.Tensor]:
+    """Its kernel for multi-head latent attention: one thread a sequence, our NHD cache of one kv head as it is."""
+    spec = call.case.spec
+    if (spec.num_kv_heads, spec.head_dim, spec.result_dim, spec.block_size) != (1, 576, 512, 16):
+        raise Unsupported("one kv head, keys of 576, values of 512 and blocks of 16 tokens alone")
+    query, cache = (
+        as_torch(call.query).clone(),
+        as_torch(call.key_cache).squeeze(2),
+    )  # read by aligned vectors of 64 bytes
+    table, seq_lens = torch.from_numpy(call.block_table).clamp(min=0), torch.from_numpy(call.context_lens)
+    out = query.new_empty(call.out_shape)
+    attend = torch.ops._C.mla_decode_kvcache
+
+    def run() -> torch.Tensor:
+        attend(out, query, cache, call.scale, table, seq_lens)
         return out
 
     return run

@@ -17,6 +17,7 @@ import tvm_ffi
 from pa_compiler.cli import text
 from pa_compiler.runtime import load as modules
 from pa_compiler.runtime import manifest, versions
+from pa_compiler.words import counted
 
 if TYPE_CHECKING:
     from pa_compiler.runtime.module import Module
@@ -100,7 +101,7 @@ def verify(library: Path, seconds: float, seed: int | None, draw: int | None) ->
 
 
 def _verification_rows(module: Module, found: Verification) -> list[tuple[str, str]]:
-    draws = text.counted(found.draws, "draw")
+    draws = counted(found.draws, "draw")
     return [
         *text.spec_rows(module.spec),
         ("target", text.target_text(module.target)),

@@ -16,12 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeEl
 
 import pa_compiler
 from pa_compiler import compiler, generate
-from pa_compiler.cli import explain_cpu, explain_cuda
+from pa_compiler.backend import Limits
 from pa_compiler.cli import library as library_cli
 from pa_compiler.cli import printing as report
-from pa_compiler.cli.options import call_options, check_cpu, is_gpu, replace, spec_options, usage_errors
-from pa_compiler.cpu import explain
-from pa_compiler.cuda import explain as cuda_explain
+from pa_compiler.cli.options import call_options, check_takes_numpy, replace, spec_options, usage_errors
 from pa_compiler.cuda import gpus
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import cases
@@ -155,16 +153,9 @@ def explain_command(
     GPU the instructions of its kernels are counted.
     """
     spec = replace(cases.DEFAULT.spec)
-    if is_gpu(target):
-        with _step("Compiling"), usage_errors():
-            on_gpu = cuda_explain.explain(spec, target, pipeline, gpu)
-        explain_cuda.print_explanation(_STDOUT, on_gpu)
-        return
     with _step("Compiling"), usage_errors():
-        if gpu is not None:
-            raise ValueError(f"gpu: expected --target cuda with it, got {target!r}")
-        explanation = explain.explain(spec, target, pipeline)
-    explain_cpu.print_explanation(_STDOUT, explanation, flops, bandwidth)
+        explanation = compiler.explain(spec, target, pipeline, Limits(flops, bandwidth, gpu))
+    report.print_explanation(_STDOUT, spec, explanation)
 
 
 @main.command("generate")
@@ -223,8 +214,9 @@ def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None
 
 def _check_memory(case: cases.Case) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # The comparison holds the caches and one more copy of the values.
-    needed = case.cache_bytes * 3 // 2
+    # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and three of scores.
+    of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 3 * case.spec.num_heads
+    needed = case.cache_bytes + 8 * case.longest * of_token
     if needed > memory:
         raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
 
@@ -236,7 +228,7 @@ def _compile(spec: PagedAttentionSpec, target: Any, pipeline: str) -> Module:
 
 def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) -> tuple[cases.Case, Module]:
     """The case that the options give, and its module."""
-    check_cpu(target)
+    check_takes_numpy(target)
     base = cases.CASES.get(case_name, cases.DEFAULT)
     case = replace(base, spec=replace(base.spec))
     _check_memory(case)
@@ -247,7 +239,7 @@ def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) ->
 
 
 def _make_inputs(
-    case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray] | None = None
+    case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray | None] | None = None
 ) -> cases.Inputs:
     elements = case.batch * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize

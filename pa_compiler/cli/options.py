@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from pa_compiler.backends import BACKENDS, normalize
+from pa_compiler import backends
 from pa_compiler.compiler import PIPELINES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
@@ -40,14 +40,10 @@ class Target(click.ParamType):
 
     name = "TARGET"
 
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str | dict[str, Any]:
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> backends.TargetLike:
         """Parse an option's value."""
-        if value in BACKENDS:
-            return value
-        if value.startswith("sm_"):
-            return {"kind": "cuda", "arch": value}
         if not value.startswith("{"):
-            return {"kind": "llvm", "mcpu": value}
+            return backends.named(value)
         try:
             return dict(json.loads(value))
         except ValueError as error:
@@ -59,7 +55,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     integers = {
         "num_heads": "Query heads, a multiple of --num-kv-heads.",
         "num_kv_heads": "Heads of the caches.",
-        "head_dim": "Elements of one head.",
+        "head_dim": "Elements of one head of query and of one key.",
         "block_size": "Tokens in one block of the cache.",
         "head_tile": "Query heads that a kernel takes at a time, a power of two.",
         "batch_chunk": "Sequences of one chunk.",
@@ -70,11 +66,15 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         "kv_layout": (KV_LAYOUTS, "Layout of the caches."),
     }
 
-    def option(field: str, kind: Any, text: str) -> Callable[[Any], Any]:
-        return click.option(_flag(field), type=kind, default=getattr(cases.DEFAULT.spec, field), help=text)
+    def option(field: str, text: str, kind: Any = None, **more: Any) -> Callable[[Any], Any]:
+        return click.option(_flag(field), type=kind, default=getattr(cases.DEFAULT.spec, field), help=text, **more)
 
-    decorators = [option(field, int, text) for field, text in integers.items()]
-    decorators += [option(field, click.Choice(choices), text) for field, (choices, text) in names.items()]
+    decorators = [option(field, text, int) for field, text in integers.items()]
+    decorators += [
+        option("value_dim", "Elements of one value and of one head of out.", int, show_default="head_dim"),
+        option("shared_kv", "The value of a token is the first elements of its key: one cache.", is_flag=True),
+    ]
+    decorators += [option(field, text, click.Choice(choices)) for field, (choices, text) in names.items()]
     decorators += [
         click.option(
             "--target",
@@ -141,17 +141,11 @@ def replace(base: _Record, **changes: Any) -> _Record:
         return dataclasses.replace(base, **changes, **{name: ctx.params[name] for name in given})
 
 
-def is_gpu(target: Any) -> bool:
-    """Whether a target is a GPU."""
-    with usage_errors():
-        return bool(normalize(target)["kind"] == "cuda")
-
-
-def check_cpu(target: Any) -> None:
+def check_takes_numpy(target: Any) -> None:
     """Refuse the target of a GPU, for a command that runs NumPy's arrays."""
-    if is_gpu(target):
-        command = click.get_current_context().info_name
-        with usage_errors():
+    with usage_errors():
+        if not backends.of(backends.normalize(target)).takes_numpy:
+            command = click.get_current_context().info_name
             raise ValueError(
                 f"target: expected a CPU for {command}, got {target!r}; build, explain and inspect take a GPU"
             )

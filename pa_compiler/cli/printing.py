@@ -9,15 +9,18 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from pa_compiler.cli import text
-from pa_compiler.cli.text import counted
-from pa_compiler.verification.cases import Case, Errors
+from pa_compiler.verification.cases import Case
+from pa_compiler.verification.comparison import Errors
 from pa_compiler.verification.tolerances import tolerance
+from pa_compiler.words import counted
 
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pa_compiler.backend import Explanation
     from pa_compiler.interface import WorkItem
     from pa_compiler.runtime.module import Module
+    from pa_compiler.spec import PagedAttentionSpec
 
 _LONG_PLAN = 12
 _SHOWN_OF_LONG_PLAN = 6
@@ -98,12 +101,23 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     print_facts(
         console,
         [
-            ("error", f"{errors.largest:.2e} at most, against NumPy in float64"),
+            ("error", f"{errors.absolute:.2e} at most, against NumPy in float64"),
             ("bound", f"{bound}, of which {errors.of_tolerance:.2g} is used"),
             ("result", "PASS" if passed else "FAIL: the error is over the bound"),
         ],
     )
     return passed
+
+
+def print_explanation(console: Console, spec: PagedAttentionSpec, explanation: Explanation) -> None:
+    """Print how a spec is compiled: decisions, then a table of its machine code with what the heads mean."""
+    target = ("target", text.target_text(explanation.target))
+    print_facts(console, [*text.spec_rows(spec), target, *explanation.facts])
+    print_text(console, f"\n{text.table(explanation.heads, explanation.code)}")
+    if explanation.remark:
+        print_text(console, text.wrapped(explanation.remark, console.width, 0))
+    print_text(console, "")
+    print_facts(console, explanation.legend)
 
 
 def print_code(console: Console, code: str, lexer: str) -> None:

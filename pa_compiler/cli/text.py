@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.words import counted
 
 _VECTOR_EXTENSIONS = {"avx512f": "AVX-512", "avx2": "AVX2", "avx": "AVX", "sse4.2": "SSE4.2"}
 _LABEL_WIDTH = 8
@@ -42,26 +43,22 @@ def wrapped(said: str, width: int, indent: int) -> str:
 def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
     """What is said of a spec: rows of facts()."""
     heads = f"{counted(spec.num_heads, 'query head')} on {counted(spec.num_kv_heads, 'kv head')} of {spec.head_dim}"
+    values = "" if spec.result_dim == spec.head_dim else f", values of {spec.result_dim}"
+    shared = ", a token's value being the first elements of its key" if spec.shared_kv else ""
     return [
-        ("spec", f"{heads}, {spec.dtype} in, {spec.result_dtype} out"),
-        ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}"),
+        ("spec", f"{heads}{values}, {spec.dtype} in, {spec.result_dtype} out"),
+        ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}{shared}"),
         ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
     ]
 
 
 def target_text(target: Mapping[str, Any]) -> str:
     """What is said of a TVM target."""
-    if target["kind"] == "cuda":
-        return f"cuda, {target['arch']}"
-    return ", ".join([target["kind"], target["mcpu"], *_vector_extension(target)])
+    names = [str(target[key]) for key in ("kind", "mcpu", "arch") if key in target]
+    return ", ".join([*names, *_vector_extension(target)])
 
 
 def _vector_extension(target: Mapping[str, Any]) -> list[str]:
     """The widest vector extension that a target states; none where its mcpu implies it."""
     stated = target.get("mattr", ())
     return [name for feature, name in _VECTOR_EXTENSIONS.items() if f"+{feature}" in stated][:1]
-
-
-def counted(number: int, noun: str) -> str:
-    """1 token, 2 tokens."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pa_compiler import host, interrupts, native
-from pa_compiler.backend import Backend, Built
+from pa_compiler.backend import Built
 from pa_compiler.cpu import build as _build
 from pa_compiler.cpu import prefetch
 from pa_compiler.cpu import target as _target
@@ -20,6 +20,14 @@ from pa_compiler.tiles import Tiling
 
 if TYPE_CHECKING:
     from tvm import IRModule
+
+ORIGINS = {
+    "tensorir": "pa_compiler/kernels/",
+    "scheduled": "pa_compiler/kernels/, schedules/",
+    "host": "templates/cpu/",
+    "llvm": "pa_compiler/kernels/, schedules/",
+}
+"""What the text of each stage comes from."""
 
 # TVM is imported inside the functions that compile: looking a module up in the cache does without.
 
@@ -99,6 +107,3 @@ def _texts(lowered: Lowered, host_text: str, compiled: Kernels) -> dict[str, str
         "llvm": compiled.llvm,
         "asm": compiled.asm,
     }
-
-
-BACKEND = Backend(_target.normalize, tiling.check, _target.fingerprint, dict, emit, build)

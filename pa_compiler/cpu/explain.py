@@ -1,45 +1,164 @@
-"""How a spec is compiled for a target, and why, without running it: decisions, machine code, and the roofline."""
+"""How a spec is compiled for a CPU, and why, without running it: decisions, machine code, and the roofline."""
 
 from __future__ import annotations
 
-import dataclasses
+import itertools
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
-from pa_compiler import backends, compiler, interrupts
+from pa_compiler.backend import Explanation, Limits
+from pa_compiler.cpu import backend
 from pa_compiler.cpu import target as _target
 from pa_compiler.cpu import tiles as tiling
-from pa_compiler.cpu.assembly import Loop, inner_loops
+from pa_compiler.cpu.assembly import Counts, Loop, count, inner_loops
+from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles import CpuTiling
+from pa_compiler.runtime import threads
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.words import counted
+
+PREDICTED_TOKENS = 1000
+"""Tokens of context that the predicted time is of."""
+
+_COLUMNS = {
+    "instructions": "all",
+    "fmas": "FMA",
+    "dots": "dot",
+    "arithmetic": "math",
+    "loads": "load",
+    "broadcasts": "bcast",
+    "embedded": "emb",
+    "conversions": "conv",
+    "prefetches": "pref",
+    "stack_stores": "stack",
+}
+"""The fields of Counts, and the heads of their columns."""
+
+_LEGEND = {
+    "line": "where the first of the loops begins in inspect --stage asm",
+    "n": "loops that are alike; the other numbers are of one pass through one of them",
+    "all": "instructions",
+    "FMA": "fused multiply-adds",
+    "dot": "dot products of pairs of bfloat16, two FMAs each",
+    "math": "other float32 arithmetic",
+    "load": "vectors read from memory",
+    "bcast": "broadcasts",
+    "emb": "broadcasts that are an operand of another instruction",
+    "conv": "conversions of the cache's elements to float32; or what pairs those of two tokens",
+    "pref": "prefetches",
+    "stack": "stores to the stack: registers that are spilled, and small buffers",
+}
+
+_ORDERS = {
+    None: "head tile after head tile, from scores to outputs; instructions prefetch what the next one reads",
+    "tokens": "all scores, then all outputs: groups of tokens, each through all heads",
+    "heads": "all scores, then all outputs: heads, each through the whole tile",
+}
+"""By Tiling.sweep."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Explanation:
-    """What the compiler decides for a spec, and the loops that come of it.
+def explain(
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, limits: Limits, directory: Path
+) -> Explanation:
+    """Compile as far as to assembly, and read it.
 
-    Attributes:
-        spec: What is compiled.
-        pipeline: "fused" or "staged".
-        target: The CPU.
-        tiles: What tiling.choose chose.
-        reason: Why it chose tiles.strategy, in one sentence.
-        loops: All innermost loops of the assembly, in its order.
+    Raises:
+        ValueError: limits name a GPU.
     """
+    if limits.gpu is not None:
+        raise ValueError(f"gpu: expected --target cuda with it, got {config['kind']!r}")
+    cpu = _target.resolve(config)
+    tiles = tiling.choose(spec, cpu, pipeline)
+    strategy, reason = tiling.choose_strategy(spec, cpu, pipeline)
+    loops = inner_loops(backend.emit(spec, config, pipeline, directory)["asm"])
+    facts = [
+        ("vectors", f"{cpu.vector_registers} registers of {cpu.vector_lanes} float32 lanes"),
+        ("pipeline", pipeline),
+        ("threads", threads.from_environment().description),
+        ("strategy", f"{strategy}. {reason}"),
+        *_tile_rows(spec, tiles, cpu),
+        *_work_rows(spec, tiles.keys.terms, limits),
+    ]
+    rows, others = _loop_rows(loops)
+    remark = f"... and {counted(others, 'inner loop')} without float32 arithmetic."
+    heads = ("line", "n", *_COLUMNS.values())
+    return Explanation(json.loads(cpu.config), facts, heads, rows, list(_LEGEND.items()), remark)
 
-    spec: PagedAttentionSpec
-    pipeline: str
-    target: _target.CpuTarget
-    tiles: CpuTiling
-    reason: str
-    loops: list[Loop]
+
+def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> list[tuple[str, str]]:
+    """The tiles: of rows and tokens, and what of them lies in registers."""
+    if tiles.keys.terms == 2:
+        values = "values paired in scratch, once for all their rows" if tiles.copy_values else "values too"
+        read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
+    elif tiles.copy_keys:
+        read = "tiles converted to float32 in scratch, once for all their rows"
+    elif spec.dtype == "float32":
+        read = "read in place"
+    else:
+        read = "read in place, converted in registers"
+    row_tiles = counted(tiles.row_tiles(spec), "tile")
+    qk, pv = tiles.qk_sums(cpu.vector_lanes), tiles.pv_sums(cpu.vector_lanes)
+    of_all = f"in {{}} of {cpu.vector_registers} registers".format
+    return [
+        ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {counted(spec.group, 'row')} of a kv head"),
+        ("tokens", f"kv_tile {tiles.kv_tile}, token_group {tiles.token_group}"),
+        ("KV", f"{read}, {counted(tiles.keys.word, 'element')} a word"),
+        ("order", _ORDERS[tiles.sweep] + _in_turn(tiles)),
+        ("QK sums", f"{tiles.qk_rows} rows x {tiles.qk_tokens} tokens{_partial(tiles)}, {of_all(qk)}"),
+        ("PV sums", f"{tiles.pv_rows} rows x {tiles.pv_dims} elements of a value, {of_all(pv)}"),
+    ]
 
 
-def explain(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> Explanation:
-    """Compile as far as to assembly, and read it. Arguments and errors as for pa_compiler.compile."""
-    return interrupts.shielded(lambda: _explained(spec, target, pipeline))
+def _in_turn(tiles: CpuTiling) -> str:
+    if tiles.group_places > 1:
+        return f"; values from {tiles.group_places} places of a group in turn"
+    return f"; {tiles.streams} places of a tile read in turn" if tiles.streams > 1 else ""
 
 
-def _explained(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> Explanation:
-    asm = compiler.emit(spec, target, pipeline)["asm"]
-    cpu = _target.resolve(backends.normalize(target))
-    _, reason = tiling.choose_strategy(spec, cpu, pipeline)
-    return Explanation(spec, pipeline, cpu, tiling.choose(spec, cpu, pipeline), reason, inner_loops(asm))
+def _partial(tiles: CpuTiling) -> str:
+    return f" x {tiles.qk_lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
+
+
+def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> list[tuple[str, str]]:
+    """The work for a token of context, and how long it takes at the least."""
+    intensity = spec.token_flops / spec.token_bytes
+    work = f"{spec.token_flops:,} FLOPs and {spec.token_bytes:,} bytes"
+    rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
+    if limits.flops is None or limits.bandwidth is None:
+        return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
+    flops = limits.flops * dot_elements  # a dot product of pairs has twice the FLOPs of an FMA
+    limit = min(flops, limits.bandwidth * intensity)
+    bound = "arithmetic" if flops <= limits.bandwidth * intensity else "memory"
+    microseconds = PREDICTED_TOKENS * spec.token_flops / limit / 1e3
+    return [
+        *rows,
+        ("roofline", f"{limit:g} GFLOP/s, min({flops:g}, {limits.bandwidth:g} x {intensity:g}): bound by {bound}"),
+        ("time", f"{microseconds:,.2f} us for {PREDICTED_TOKENS:,} tokens on one core, at the least"),
+    ]
+
+
+def _loop_rows(loops: list[Loop]) -> tuple[list[Sequence[str] | str], int]:
+    """What the loops that compute consist of, those of the same make in one row, and how many others there are."""
+    rows: list[Sequence[str] | str] = []
+    others = len(loops)
+    for function, of_function in itertools.groupby(loops, lambda loop: loop.function):
+        alike = _alike(of_function)
+        others -= sum(map(len, alike.values()))
+        if alike:
+            rows.append(f"inner loops of {function.removeprefix('__tvm_ffi_')}")
+        for counts, lines in alike.items():
+            numbers = (lines[0], len(lines), *(getattr(counts, name) for name in _COLUMNS))
+            rows.append([str(number) for number in numbers])
+    return rows, others
+
+
+def _alike(loops: Iterable[Loop]) -> dict[Counts, list[int]]:
+    """The lines of loops that compute, by what they consist of."""
+    lines: dict[Counts, list[int]] = {}
+    for loop in loops:
+        counts = count(loop.code)
+        if counts.fmas or counts.dots or counts.arithmetic or counts.conversions:
+            lines.setdefault(counts, []).append(loop.line)
+    return lines

@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import Any
 
 from pa_compiler import commands, interrupts, native
-from pa_compiler.backend import Backend, Built
+from pa_compiler.backend import Built
 from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import host as cuda_host
-from pa_compiler.cuda import target as cuda_target
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.host import headers
 from pa_compiler.interface import CUDA_ENTRY_POINTS
 from pa_compiler.runtime import versions
 from pa_compiler.spec import PagedAttentionSpec
+
+ORIGINS = {
+    "tensorir": "pa_compiler/cuda/kernels/",
+    "cuda": "pa_compiler/cuda/kernels/",
+    "host": "templates/cuda/",
+}
+"""What the text of each stage of the fused pipeline comes from, but for what nvcc makes."""
 
 _VARIABLES = ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS", "NVCC_CCBIN")
 """The environment variables that change what nvcc makes of its arguments."""
@@ -82,6 +88,11 @@ def _lower_staged(spec: PagedAttentionSpec, target: CudaTarget) -> Lowered:
     return Lowered(texts)
 
 
+def emit_portable(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
+    """As emit, without what nvcc makes: it needs none."""
+    return lower(spec, CudaTarget(config["arch"]), pipeline).texts
+
+
 def emit(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> dict[str, str]:
     """The text of every stage; directory is for intermediate files."""
     target = CudaTarget(config["arch"])
@@ -130,6 +141,3 @@ def _machine_texts(cubin: cuda_build.Cubin, directory: Path) -> dict[str, str]:
 def fingerprint(config: dict[str, Any]) -> dict[str, Any]:
     """What tells two targets apart in a cache key. The host is for this machine's CPUs."""
     return {**config, "machine": platform.machine()}
-
-
-BACKEND = Backend(cuda_target.normalize, cuda_tiling.check, fingerprint, tools, emit, build)

@@ -2,87 +2,167 @@
 
 from __future__ import annotations
 
-import dataclasses
-import tempfile
+import re
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from pa_compiler import backends, installation, interrupts, turns
-from pa_compiler.cuda import backend as cuda_compiler
+from pa_compiler.backend import Explanation, Limits
+from pa_compiler.cuda import backend, gpus
 from pa_compiler.cuda import build as cuda_build
-from pa_compiler.cuda import gpus
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.target import CudaTarget
-from pa_compiler.cuda.tiles import CudaTiling
+from pa_compiler.cuda.tiles import CudaTiling, FmaTiling
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.words import counted
 
+BATCH, TOKENS = 64, 4096
+"""Sequences, and tokens of each, of the call that the predicted time is of."""
 
-@dataclasses.dataclass(frozen=True)
-class CudaExplanation:
-    """What the compiler decides for a spec on a GPU, and the machine code that comes of it.
+_COLUMNS = {
+    "copy": r"LDGSTS.*",
+    "ldsm": r"LDSM.*",
+    "mma": r"HMMA.*",
+    "FMA": r"FFMA.*",
+    "exp": r"MUFU\.EX2",
+    "shfl": r"SHFL.*",
+    "load": r"LDG\..*",
+    "store": r"STG.*",
+}
+"""Instructions of SASS, by the title of their column."""
 
-    Attributes:
-        spec: What is compiled.
-        target: The architecture.
-        tiles: What cuda_tiling.choose chose.
-        reason: Why it chose tiles.strategy, in one sentence.
-        resources: Of each kernel, as ptxas reports them.
-        instructions: How often each instruction of SASS occurs, by kernel; None without a disassembler.
-        gpu: The name in gpus.GPUS of the one that the predicted time is of, if any.
-    """
+_LEGEND = {
+    "regs": "registers of a thread",
+    "spill": "bytes of them that are spilled to memory",
+    "all": "instructions",
+    "copy": "asynchronous copies from the caches to shared memory, 16 bytes a lane",
+    "ldsm": "ldmatrix: fragments of keys and values from shared memory",
+    "mma": "products of fragments by tensor cores",
+    "shfl": "exchanges between the lanes of a warp",
+    "load": "loads from memory; store: stores to it",
+}
 
-    spec: PagedAttentionSpec
-    target: CudaTarget
-    tiles: CudaTiling
-    reason: str
-    resources: dict[str, cuda_build.Resources]
-    instructions: dict[str, Counter[str]] | None
-    gpu: str | None
-
-    @property
-    def residence(self) -> gpus.Residence:
-        """Thread blocks of cuda_decode on an SM."""
-        registers = self.resources["cuda_decode"].registers
-        shared = self.tiles.shared_bytes(self.spec)
-        return gpus.residence(self.target.arch, self.tiles.threads, registers, shared)
+Kernels = Mapping[str, cuda_build.Resources]
+"""What each kernel takes, as ptxas reports it."""
 
 
 def explain(
-    spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str = "fused", gpu: str | None = None
-) -> CudaExplanation:
-    """Compile as far as to machine code, and read it.
-
-    Args:
-        spec: What is compiled.
-        target: As for pa_compiler.compile, of kind "cuda".
-        pipeline: "fused".
-        gpu: A name in gpus.GPUS: what the predicted time is of.
+    spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, limits: Limits, directory: Path
+) -> Explanation:
+    """Compile as far as to machine code, and read it. Of limits, gpu is what the predicted time is of.
 
     Raises:
-        ValueError: the target has no kernel for the spec, or the GPU is of another architecture.
+        ValueError: the pipeline is another than "fused", or the GPU of another architecture.
         RuntimeError: there is no nvcc, or it refuses the code.
     """
-    installation.check()
-    chip = CudaTarget(backends.normalize(target)["arch"])
+    chip, gpu = CudaTarget(config["arch"]), limits.gpu
     if pipeline != "fused":
         raise ValueError(f"pipeline: expected fused, to explain target cuda, got {pipeline!r}")
     if gpu is not None and gpus.GPUS[gpu].arch != chip.arch:
         alike = [name for name, other in gpus.GPUS.items() if other.arch == chip.arch]
         raise ValueError(f"gpu: expected one of {chip.arch}, {', '.join(alike) or 'of which none is named'}, got {gpu}")
+    cubin = cuda_build.assemble(backend.lower(spec, chip).cuda, chip.arch, directory)
+    instructions = None
+    if cuda_build.find_tool("nvdisasm"):
+        sass = cuda_build.disassemble(cubin, directory)
+        instructions = {kernel: cuda_build.instructions(code) for kernel, code in sass.items()}
+    return explained(spec, chip, cubin.resources, instructions, gpu)
+
+
+def explained(
+    spec: PagedAttentionSpec,
+    chip: CudaTarget,
+    kernels: Kernels,
+    instructions: Mapping[str, Counter[str]] | None,
+    gpu: str | None,
+) -> Explanation:
+    """What is said of kernels: what they take, and how often each instruction occurs, where a disassembler told it."""
     tiles = cuda_tiling.choose(spec, chip.arch)
-    _, reason = cuda_tiling.choose_strategy(spec)
-    resources, instructions = interrupts.shielded(lambda: _machine_code(spec, chip))
-    return CudaExplanation(spec, chip, tiles, reason, resources, instructions, gpu)
+    strategy, reason = cuda_tiling.choose_strategy(spec)
+    registers, shared = kernels["cuda_decode"].registers, tiles.shared_bytes(spec)
+    fits = gpus.residence(chip.arch, tiles.threads, registers, shared)
+    facts = [
+        ("strategy", f"{strategy}. {reason}"),
+        *_tile_rows(spec, tiles, fits),
+        *_work_rows(spec, tiles, fits.blocks, gpu),
+    ]
+    heads = ["regs", "spill", *(["all", *_COLUMNS] if instructions else [])]
+    legend = [(head, said) for head, said in _LEGEND.items() if head in heads]
+    remark = "" if instructions else "Instructions are counted where there is nvdisasm, NVIDIA's disassembler."
+    return Explanation(chip.config, facts, heads, _kernel_rows(kernels, instructions), legend, remark)
 
 
-def _machine_code(
-    spec: PagedAttentionSpec, chip: CudaTarget
-) -> tuple[dict[str, cuda_build.Resources], dict[str, Counter[str]] | None]:
-    """What each kernel takes, and its instructions where there is a disassembler."""
-    with turns.using_tvm(), tempfile.TemporaryDirectory(prefix="pa_compiler.") as name:
-        scratch = Path(name)
-        cubin = cuda_build.assemble(cuda_compiler.lower(spec, chip).cuda, chip.arch, scratch)
-        if not cuda_build.find_tool("nvdisasm"):
-            return cubin.resources, None
-        sass = cuda_build.disassemble(cubin, scratch)
-        return cubin.resources, {kernel: cuda_build.instructions(code) for kernel, code in sass.items()}
+def _tile_rows(spec: PagedAttentionSpec, tiles: CudaTiling, fits: gpus.Residence) -> list[tuple[str, str]]:
+    """The tiles, and what a thread block takes of an SM."""
+    row_tiles = counted(tiles.row_tiles(spec), "tile")
+    of_group = counted(spec.group, "row")
+    width = f"{counted(tiles.lanes, 'lane')} a token" if isinstance(tiles, FmaTiling) else "mma.m16n8k16"
+    in_flight = tiles.ring_bytes(spec) // tiles.stages * (tiles.stages - 1) * fits.blocks
+    return [
+        ("rows", f"row_tile {tiles.row_tile}: {row_tiles} for the {of_group} of a kv head, {width}"),
+        (
+            "rings",
+            f"{counted(tiles.warps, 'warp')} x {tiles.stages} stages x {tiles.tile_tokens} tokens of keys"
+            f"{'' if spec.shared_kv else ' and values'}: {tiles.shared_bytes(spec):,} bytes of shared memory a thread "
+            "block",
+        ),
+        (
+            "resident",
+            f"{counted(fits.blocks, 'thread block')} on an SM: {fits.registers} by registers, {fits.shared} by "
+            f"shared memory, {fits.threads} by threads",
+        ),
+        ("in flight", f"{in_flight:,} bytes an SM, while as many warps compute"),
+    ]
+
+
+def _work_rows(
+    spec: PagedAttentionSpec, tiles: CudaTiling, blocks_of_sm: int, gpu: str | None
+) -> list[tuple[str, str]]:
+    """The work for a token of context, how it is shared out, and how long it takes at the least."""
+    intensity = spec.token_flops / spec.token_bytes
+    work = f"{spec.token_flops:,} FLOPs and {spec.token_bytes:,} bytes"
+    rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
+    if gpu is None:
+        return [*rows, ("roofline", "--gpu gives the time that is predicted")]
+    chip = gpus.GPUS[gpu]
+    flops = chip.tensor_flops if tiles.strategy == "tensor_cores" else chip.flops
+    limit = min(flops, chip.bandwidth * intensity)
+    bound = "arithmetic" if flops <= chip.bandwidth * intensity else "memory"
+    resident = chip.multiprocessors * blocks_of_sm
+    extra = cuda_tiling.extra_items(tiles.head_tiles(spec), resident)
+    ranges = cuda_tiling.ranges(tiles, [TOKENS] * BATCH, extra)
+    blocks = sum(ranges) * tiles.head_tiles(spec)
+    kv_bytes = BATCH * TOKENS * spec.token_bytes
+    partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.result_dim + 2) * 4
+    microseconds = max(BATCH * TOKENS * spec.token_flops / flops, kv_bytes / chip.bandwidth) / 1e3
+    return [
+        *rows,
+        (
+            "plan",
+            f"{BATCH} sequences of {TOKENS:,} tokens: {counted(ranges[0], 'range')} each, {blocks:,} thread "
+            f"blocks, {blocks / resident:.1f} times what the {gpu} runs at once",
+        ),
+        ("partials", f"{partial_bytes:,} bytes written and read, {partial_bytes / kv_bytes:.1%} of the caches'"),
+        (
+            "roofline",
+            f"{gpu}: {limit:,.0f} GFLOP/s, min({flops:,.0f}, {chip.bandwidth:g} x {intensity:g}): bound by {bound}",
+        ),
+        ("time", f"{microseconds:,.1f} us for those sequences, at the least"),
+    ]
+
+
+def _kernel_rows(kernels: Kernels, counts: Mapping[str, Counter[str]] | None) -> list[Sequence[str] | str]:
+    """What each kernel takes, and what its machine code consists of, below its name."""
+    rows: list[Sequence[str] | str] = []
+    for kernel, resources in sorted(kernels.items()):
+        numbers = [resources.registers, resources.spill_bytes]
+        if counts:
+            of_kernel = counts[kernel]
+            numbers += [of_kernel.total(), *(_count(of_kernel, pattern) for pattern in _COLUMNS.values())]
+        rows += [kernel.removeprefix("cuda_"), [str(number) for number in numbers]]
+    return rows
+
+
+def _count(instructions: Counter[str], pattern: str) -> int:
+    return sum(number for name, number in instructions.items() if re.fullmatch(pattern, name))

@@ -51,6 +51,7 @@ class CudaModule(Module):
     """
 
     _entry_points = CUDA_ENTRY_POINTS
+    _on_gpu = True
 
     def _set_up(self) -> None:
         """A GPU's threads are not a caller's to set."""

@@ -43,6 +43,7 @@ class Module(ThreadSettings):
     """
 
     _entry_points: Mapping[str, tuple[Parameter, ...]] = CPU_ENTRY_POINTS
+    _on_gpu = False
 
     def __init__(
         self,
@@ -68,8 +69,7 @@ class Module(ThreadSettings):
         return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
 
     def _entry_point(self, name: str) -> EntryPoint:
-        on_gpu = self.target["kind"] == "cuda"
-        return EntryPoint(self._functions[name], self._entry_points[name], self.spec, on_gpu)
+        return EntryPoint(self._functions[name], self._entry_points[name], self.spec, self._on_gpu)
 
     def _set_up(self) -> None:
         """Settings of a new module, from the environment."""

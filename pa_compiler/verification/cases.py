@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
-from pa_compiler import reference
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.verification.tolerances import out_bound
-
-_FILL_ELEMENTS = 1 << 22
+from pa_compiler.verification import comparison
+from pa_compiler.verification.comparison import Errors
+from pa_compiler.verification.inputs import fill, place
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,20 +68,17 @@ class Case:
     @property
     def kv_bytes(self) -> int:
         """Bytes of keys and values that one call has to read: each token of each sequence once."""
-        spec = self.spec
-        return 2 * self.num_tokens * spec.num_kv_heads * spec.head_dim * np.dtype(spec.dtype).itemsize
+        return self.num_tokens * self.spec.token_bytes
 
     @property
     def cache_bytes(self) -> int:
         """Bytes of key_cache and value_cache together."""
-        spec = self.spec
-        slots = self.num_blocks * spec.block_size
-        return 2 * slots * spec.num_kv_heads * spec.head_dim * np.dtype(spec.dtype).itemsize
+        return self.num_blocks * self.spec.block_size * self.spec.token_bytes
 
     @property
     def flops(self) -> int:
         """Multiplications and additions of both matmuls; the softmax is not counted."""
-        return 4 * self.num_tokens * self.spec.num_heads * self.spec.head_dim
+        return self.num_tokens * self.spec.token_flops
 
 
 def _spec(num_heads: int, head_dim: int, block_size: int) -> PagedAttentionSpec:
@@ -104,11 +99,11 @@ DEFAULT = Case(_spec(16, 128, 128), 4, (1024, 33, 4096, 515), scale=None)
 
 
 class Inputs(NamedTuple):
-    """The arrays of one call, in decode's order."""
+    """The arrays of one call, in decode's order; value_cache is None for shared_kv."""
 
     query: np.ndarray
     key_cache: np.ndarray
-    value_cache: np.ndarray
+    value_cache: np.ndarray | None
     block_table: np.ndarray
     context_lens: np.ndarray
 
@@ -117,7 +112,7 @@ def make_inputs(
     case: Case,
     seed: int = 0,
     advance: Callable[[int], object] = lambda elements: None,
-    caches: tuple[np.ndarray, np.ndarray] | None = None,
+    caches: tuple[np.ndarray, np.ndarray | None] | None = None,
 ) -> Inputs:
     """Make a case's inputs as the seed does.
 
@@ -133,25 +128,16 @@ def make_inputs(
     """
     rng = np.random.default_rng(seed)
     spec = case.spec
-
-    def uniform(array: np.ndarray, half: float) -> np.ndarray:
-        # In pieces: float32 noise for a whole cache would take twice the cache's memory.
-        flat = array.reshape(-1)
-        for start in range(0, flat.size, _FILL_ELEMENTS):
-            piece = flat[start : start + _FILL_ELEMENTS]
-            piece[:] = (rng.random(piece.size, dtype=np.float32) - np.float32(0.5)) * np.float32(2 * half)
-            advance(piece.size)
-        return array
-
-    if caches is None:
-        shapes = (spec.key_cache_shape, spec.value_cache_shape)
-        keys, values = (np.empty((case.num_blocks, *shape[1:]), spec.dtype) for shape in shapes)
-    else:
-        keys, values = caches
-    query = uniform(np.empty((case.batch, spec.num_heads, spec.head_dim), spec.dtype), 0.5)
-    key_cache, value_cache = uniform(keys, 0.5), uniform(values, 1.0)
+    keys, values = caches or (
+        np.empty((case.num_blocks, *spec.key_cache_shape[1:]), spec.dtype),
+        None if spec.shared_kv else np.empty((case.num_blocks, *spec.value_cache_shape[1:]), spec.dtype),
+    )
+    query = fill(rng, np.empty((case.batch, spec.num_heads, spec.head_dim), spec.dtype), 0.5, advance)
+    fill(rng, keys, 0.5, advance)
+    if values is not None:
+        fill(rng, values, 1.0, advance)
     block_table = rng.integers(0, case.num_blocks, (case.batch, case.max_blocks), dtype=np.int32)
-    return Inputs(query, key_cache, value_cache, block_table, case.context_lens)
+    return Inputs(query, keys, values, block_table, case.context_lens)
 
 
 def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
@@ -159,19 +145,9 @@ def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
 
     So a call reads all of the case's kv_bytes from memory that no other sequence has just read.
     """
-    table = np.full((case.batch, case.max_blocks), -1, np.int32)
-    used = np.arange(case.max_blocks) < -(-case.context_lens[:, None] // case.spec.block_size)
-    table[used] = np.random.default_rng(seed).permutation(case.num_blocks)[: used.sum()]
-    return table
-
-
-class Errors(NamedTuple):
-    """How far a result is from the float64 reference."""
-
-    largest: float
-    """The largest absolute error."""
-    of_tolerance: float
-    """The largest error as a fraction of its bound: a result is right up to 1."""
+    surplus = np.full((case.batch, case.max_blocks), -1, np.int32)
+    blocks = np.random.default_rng(seed).permutation(case.num_blocks)
+    return place(blocks, case.context_lens, case.spec.block_size, surplus)
 
 
 def compare(
@@ -180,26 +156,11 @@ def compare(
     """Compare a result of decode with the float64 reference, under pa_compiler.verification.tolerances.
 
     Args:
-        out: [batch, num_heads, head_dim], what decode returned for inputs.
+        out: [batch, num_heads, result_dim], what decode returned for inputs.
         case: What inputs were made for.
         inputs: What decode was given.
-        advance: Called with the number of sequences that were just compared, for a progress bar.
+        advance: Called with the number of sequences that the reference has just done, for a progress bar.
     """
-    magnitudes = np.abs(inputs.value_cache)
-    largest = of_tolerance = 0.0
-    for i in range(case.batch):
-        one = inputs._replace(
-            query=inputs.query[i : i + 1],
-            block_table=inputs.block_table[i : i + 1],
-            context_lens=inputs.context_lens[i : i + 1],
-        )
-        layout = case.spec.kv_layout
-        oracle: Any = reference.decode(*one, case.scale, kv_layout=layout)
-        magnitude: Any = reference.decode(*one._replace(value_cache=magnitudes), case.scale, kv_layout=layout)
-        error = np.abs(out[i].astype(np.float64) - oracle[0])
-        bound = out_bound(case.spec, one.context_lens, oracle, magnitude)[0]
-        # An empty sequence has a bound of 0 and has to be met exactly. maximum keeps NaN, which passes no comparison.
-        fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
-        largest, of_tolerance = np.maximum(largest, error.max()), np.maximum(of_tolerance, fraction.max())
-        advance(1)
-    return Errors(float(largest), float(of_tolerance))
+    expected = comparison.oracle(case.spec, *inputs, case.scale, case.spec.kv_layout, advance)
+    errors, _ = comparison.compare("out", out, *expected["out"], inputs.context_lens)
+    return errors

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 
-import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
 from pa_compiler.interface import split_blocks
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification.inputs import GARBAGE_IDS, noise, place, used_slots
 
 _ELEMENTS = 1 << 20
 """Multiplications of a query with keys in an ordinary draw: it takes some milliseconds."""
@@ -21,8 +21,6 @@ _MAX_SLOTS = 1 << 15
 _MAX_BATCH = 64
 _EDGES = (16, 128, 256)
 """Multiples of these, of the block's size and of the length of a range are where vectors, tiles and ranges end."""
-_GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
-"""What surplus entries of block_table hold: each of them reads far away if it is used."""
 _LARGEST = {"float32": 3.4e38, "float16": 65280.0, "bfloat16": 2.0**128 - 2.0**120}
 """Values up to which averages are promised; of float16, up to the largest that bfloat16 has too."""
 _POWERS = {"query": (-30, 91), "keys": (-30, 91), "values": (-60, 1)}
@@ -38,7 +36,7 @@ class Draw:
     Attributes:
         query: [batch, num_heads, head_dim], dtype, with poison between the sequences.
         keys: [num_blocks, block_size, num_kv_heads, head_dim], dtype; poison where no token is.
-        values: The same shape.
+        values: [num_blocks, block_size, num_kv_heads, result_dim], the same; with shared_kv a view of keys.
         block_table: [batch, max_blocks], int32; garbage past the entries that a length needs.
         context_lens: [batch], int32.
         is_used: [num_blocks, block_size], bool: the slots that hold a token.
@@ -75,6 +73,8 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
     block_table, is_used = _place(rng, spec, context_lens)
     kind = (_ordinary, _huge_scores, _ends)[rng.choice(3, p=[0.5, 0.25, 0.25])]
     query, keys, values, scale = kind(rng, spec, len(context_lens), len(is_used))
+    if spec.shared_kv:
+        values = keys[..., : spec.result_dim]
     poison = float(rng.choice([np.nan, np.nan, np.inf, -np.inf]))
     keys[~is_used] = poison
     values[~is_used] = poison
@@ -135,25 +135,22 @@ def _place(
     """block_table, with its blocks anywhere in a cache that has more, and the slots that hold tokens."""
     needed = -(-context_lens // spec.block_size)
     num_blocks = int(needed.sum()) + int(rng.integers(1, 4))
-    table = rng.choice(_GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
-    is_needed = np.arange(table.shape[1]) < needed[:, None]
-    table[is_needed] = rng.permutation(num_blocks)[: needed.sum()]
+    surplus = rng.choice(GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
+    table = place(rng.permutation(num_blocks), context_lens, spec.block_size, surplus)
     whole = np.flatnonzero(context_lens >= spec.block_size)
     if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
-    tokens = np.arange(table.shape[1] * spec.block_size).reshape(1, -1, spec.block_size)
-    is_used = np.zeros((num_blocks, spec.block_size), bool)
-    is_used[table[is_needed]] = (tokens < context_lens[:, None, None])[is_needed]
-    return table, is_used
+    return table, used_slots(table, context_lens, num_blocks, spec.block_size)
 
 
 def _ordinary(
     rng: np.random.Generator, spec: PagedAttentionSpec, batch: int, num_blocks: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
     """query, keys, values and a scale that give scores of about 1; or of 0, where every token weighs the same."""
-    query = _uniform(rng, (batch, spec.num_heads, spec.head_dim), 4, spec.dtype)
-    keys, values = _uniform(rng, (2, num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim), 1, spec.dtype)
+    query = noise(rng, (batch, spec.num_heads, spec.head_dim), 4, spec.dtype)
+    slots = (num_blocks, spec.block_size, spec.num_kv_heads)
+    keys, values = (noise(rng, (*slots, dim), 1, spec.dtype) for dim in (spec.head_dim, spec.result_dim))
     scale = rng.choice(np.array([None, -1 / np.sqrt(spec.head_dim), 0.0], object), p=[0.6, 0.2, 0.2])
     return query, keys, values, scale
 
@@ -163,13 +160,17 @@ def _huge_scores(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float | None]:
     """The same with scores up to 4e34 that are exact in float32: ties weigh the same, and nothing cancels.
 
-    A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers.
+    A query is a power of two in one of its elements and 0 in the others, keys are small whole numbers. Where these are
+    values too they are not 0: if the value of the only token that weighs anything is, the result is of the others.
     """
     query = np.zeros((batch, spec.num_heads, spec.head_dim), np.float32)
     element = rng.integers(0, spec.head_dim, query.shape[:2])
     np.put_along_axis(query, element[..., None], 2.0 ** rng.integers(0, 9, (*query.shape[:2], 1)), axis=-1)
-    keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim)).astype(spec.dtype)
-    values = _uniform(rng, keys.shape, 1, spec.dtype)
+    keys = rng.integers(-8, 9, (num_blocks, spec.block_size, spec.num_kv_heads, spec.head_dim))
+    if spec.shared_kv:
+        keys[keys == 0] = 1
+    keys = keys.astype(spec.dtype)
+    values = noise(rng, (*keys.shape[:-1], spec.result_dim), 1, spec.dtype)
     return query.astype(spec.dtype), keys, values, float(2.0 ** rng.integers(0, 105))
 
 
@@ -182,21 +183,19 @@ def _ends(
     after them. Values are small, or as large as averages may be. In some draws many scores are -inf, or all.
     """
     query, keys, values, _ = _ordinary(rng, spec, batch, num_blocks)
-    powers = _POWERS if spec.wide_range else _POWERS_OF_FLOAT16
+    types = {spec.dtype, spec.result_dtype}
+    types_of_keys = types if spec.shared_kv else {spec.dtype}
+    powers = _POWERS_OF_FLOAT16 if "float16" in types_of_keys else _POWERS
     of_query, of_keys = (int(rng.integers(*powers[name])) for name in ("query", "keys"))
     scale = float(rng.choice([-1, 1]) * 2.0 ** -(of_query + of_keys) / np.sqrt(spec.head_dim))
     query, keys = query * query.dtype.type(2.0**of_query), keys * keys.dtype.type(2.0**of_keys)
-    if rng.random() < 0.5:
-        query[..., 0], scale = 2.0**of_query, abs(scale)
-        keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), 0] = -np.inf
-    types = {spec.dtype, spec.result_dtype}
+    unseen = -1 if spec.shared_kv else 0  # an element of the keys that is none of the values
+    if rng.random() < 0.5 and not (spec.shared_kv and spec.result_dim == spec.head_dim):
+        query[..., unseen], scale = 2.0**of_query, abs(scale)
+        keys[rng.random(keys.shape[:-1]) < rng.choice([0.1, 1.0]), unseen] = -np.inf
     if rng.random() < 0.5:
         size = min(_LARGEST[name] for name in types)
         values = np.where(rng.random(values.shape) < 0.5, values, np.sign(values))
     else:
         size = 2.0 ** int(rng.integers(*(_POWERS_OF_FLOAT16 if "float16" in types else _POWERS)["values"]))
     return query, keys, (values.astype(np.float32) * np.float32(size)).astype(spec.dtype), scale
-
-
-def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: str) -> np.ndarray:
-    return ((rng.random(shape, np.float32) - np.float32(0.5)) * np.float32(2 * bound)).astype(dtype)

@@ -71,7 +71,7 @@ class OnGpu:
         self,
         query: np.ndarray,
         key_cache: np.ndarray,
-        value_cache: np.ndarray,
+        value_cache: np.ndarray | None,
         block_table: np.ndarray,
         context_lens: np.ndarray,
         scale: float | None = None,
@@ -82,8 +82,9 @@ class OnGpu:
     ) -> Any:
         """As Module.decode, with NumPy arrays."""
         arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
-        arrays |= {"context_lens": context_lens}
-        arrays["out"] = np.full(query.shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
+        arrays["context_lens"] = context_lens
+        shape = (*query.shape[:2], self.spec.result_dim)
+        arrays["out"] = np.full(shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
         if return_lse and lse is None:
             lse = np.full(query.shape[:2], np.nan, np.float32)
         if lse is not None:
@@ -94,17 +95,19 @@ class OnGpu:
     def append_kv(
         self,
         key: np.ndarray,
-        value: np.ndarray,
+        value: np.ndarray | None,
         key_cache: np.ndarray,
-        value_cache: np.ndarray,
+        value_cache: np.ndarray | None,
         slot_mapping: np.ndarray,
     ) -> None:
         """As Module.append_kv, with NumPy arrays."""
         arrays = {"key": key, "value": value, "key_cache": key_cache, "value_cache": value_cache}
         self._call("append_kv", arrays | {"slot_mapping": slot_mapping})
 
-    def _call(self, function: str, arrays: dict[str, np.ndarray], **others: Any) -> None:
+    def _call(self, function: str, given: dict[str, np.ndarray | None], **others: Any) -> None:
         """Leave in the arrays what is on the GPU afterwards."""
+        arrays = {name: array for name, array in given.items() if array is not None}
+        others |= dict.fromkeys(given.keys() - arrays.keys())
         first, *rest = (
             (check, self._results(function, arrays, check, others)) for check in self._module.checks(function)
         )

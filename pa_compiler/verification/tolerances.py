@@ -1,7 +1,7 @@
 """How far a result may be from the float64 reference: the one table, for the tests, the commands and Module.verify.
 
-The bounds come from the arithmetic of each type, and are never widened to make a result pass. The oracle is
-pa_compiler.reference on the same stored bytes.
+The bounds come from the arithmetic of each type, and are never widened to make a result pass. comparison.py has the
+oracle, and compares with it.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pa_compiler import reference
 from pa_compiler.spec import PagedAttentionSpec
 
 
@@ -45,29 +44,6 @@ def tolerance(spec: PagedAttentionSpec, longest: int) -> Tolerance:
     return LONG_FLOAT32 if found == TOLERANCES["float32"] and longest > 8192 else found
 
 
-def oracle(
-    spec: PagedAttentionSpec,
-    query: np.ndarray,
-    key_cache: np.ndarray,
-    value_cache: np.ndarray,
-    block_table: np.ndarray,
-    context_lens: np.ndarray,
-    scale: float | None = None,
-    kv_layout: str = "NHD",
-) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """What "out" and "lse" should be, in float64, each with the bound on every element's error.
-
-    The arguments are those of reference.decode, with the caches in kv_layout, which may be another than the spec's. The
-    magnitude in out's bound comes out of the reference too: it takes abs(value_cache) as more columns of values.
-    """
-    values = np.concatenate([value_cache, np.abs(value_cache)], axis=-1)
-    both, lse = reference.decode(
-        query, key_cache, values, block_table, context_lens, scale, kv_layout=kv_layout, return_lse=True
-    )
-    out, magnitude = np.split(both, 2, axis=-1)
-    return {"out": (out, out_bound(spec, context_lens, out, magnitude)), "lse": (lse, lse_bound(spec, lse))}
-
-
 def out_bound(
     spec: PagedAttentionSpec, context_lens: np.ndarray, expected: np.ndarray, magnitude: np.ndarray
 ) -> np.ndarray:
@@ -76,7 +52,7 @@ def out_bound(
     Args:
         spec: What was computed.
         context_lens: [batch], tokens.
-        expected: [batch, num_heads, head_dim], the oracle's out in float64.
+        expected: [batch, num_heads, result_dim], the oracle's out in float64.
         magnitude: The same shape: the oracle's out for abs(value_cache).
     """
     per_sequence = [tolerance(spec, length) for length in context_lens.tolist()]

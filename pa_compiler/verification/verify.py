@@ -13,7 +13,7 @@ import numbers
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,8 +21,8 @@ from pa_compiler.layout import convert_cache
 from pa_compiler.runtime.arguments import whole_number
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import draws
+from pa_compiler.verification.comparison import Errors, compare, oracle
 from pa_compiler.verification.draws import Draw, inside
-from pa_compiler.verification.tolerances import oracle
 
 _CACHES = ("key_cache", "value_cache")
 
@@ -66,15 +66,6 @@ class Failure:
         return f"module.verify(seed={self.seed}, draw={self.draw})"
 
 
-class Errors(NamedTuple):
-    """The largest errors of one result against the reference; infinite where the result is NaN and should not be."""
-
-    absolute: float
-    """Of out in units of the call's largest value, of lse as it is."""
-    of_tolerance: float
-    """As a fraction of the bound: a result is right up to 1."""
-
-
 @dataclasses.dataclass(frozen=True)
 class Verification:
     """What verify() found.
@@ -83,7 +74,7 @@ class Verification:
         seed: Of all draws.
         draws: How many calls were made and compared.
         seconds: How long it took.
-        out: The largest errors of out in all draws.
+        out: The largest errors of out in all draws, the absolute one in units of its call's largest value.
         lse: The largest errors of lse. Scores are huge in some draws, and so may be its absolute error.
         failures: The draws that failed, in order.
     """
@@ -147,20 +138,20 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     """Make one call. Returns the errors of its results by name, and what is wrong, in words."""
     spec = module.spec
     module.num_threads = call.num_threads
-    converted = convert_cache(call.keys, call.values, "NHD", spec.kv_layout)
+    values = None if spec.shared_kv else call.values
+    converted = convert_cache(call.keys, values, "NHD", spec.kv_layout)
     back = convert_cache(*converted, spec.kv_layout, "NHD")
-    wrong = _differences("of convert_cache there and back", back, (call.keys, call.values))
-    key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else [cache.copy() for cache in converted]
-    out, whole_out = inside(np.full(call.query.shape, np.nan, spec.result_dtype), np.nan, call.rng)
-    lse, whole_lse = inside(np.full(call.query.shape[:2], np.nan, np.float32), np.nan, call.rng)
+    wrong = _differences("of convert_cache there and back", back, (call.keys, values))
+    key_cache, value_cache = _in_one_buffer(*converted) if call.one_buffer else _copies(converted)
+    rows = call.query.shape[:2]
+    out, whole_out = inside(np.full((*rows, spec.result_dim), np.nan, spec.result_dtype), np.nan, call.rng)
+    lse, whole_lse = inside(np.full(rows, np.nan, np.float32), np.nan, call.rng)
     arguments = (call.query, key_cache, value_cache, call.block_table, call.context_lens)
     try:
         if call.append:
-            key_cache.fill(call.poison)
-            value_cache.fill(call.poison)
             _append(module, call, key_cache, value_cache)
             wrong += _differences("after append_kv", (key_cache, value_cache), converted)
-        before = [array.copy() for array in arguments]
+        before = _copies(arguments)
         returned = module.decode(
             *arguments,
             call.scale,
@@ -171,13 +162,8 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     except (IndexError, TypeError, ValueError) as error:
         return {}, [*wrong, f"raised {type(error).__name__}: {error}"]
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
-    errors = {}
-    expected = oracle(spec, call.query, call.keys, call.values, call.block_table, call.context_lens, call.scale)
-    largest = float(np.abs(call.values[call.is_used].astype(np.float64)).max(initial=0)) or 1.0
-    for name, result in results.items():
-        unit = largest if name == "out" else 1.0
-        errors[name], message = _compare(name, result, *expected[name], call.context_lens, unit)
-        wrong += message
+    errors, messages = _compared(spec, call, values, results)
+    wrong += messages
     wrong += _differences("after decode", arguments, before, ("query", *_CACHES, "block_table", "context_lens"))
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
         view.fill(np.nan)
@@ -186,52 +172,66 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     return errors, wrong
 
 
-def _in_one_buffer(key_cache: np.ndarray, value_cache: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Copies of both caches as views of one array, in which each block of keys is followed by that of values."""
-    both = np.stack([cache.reshape(len(cache), -1) for cache in (key_cache, value_cache)], axis=1)
-    return both[:, 0].reshape(key_cache.shape), both[:, 1].reshape(value_cache.shape)
+def _compared(
+    spec: PagedAttentionSpec, call: Draw, values: np.ndarray | None, results: dict[str, np.ndarray]
+) -> tuple[dict[str, Errors], list[str]]:
+    """The errors of a call's results by name, and what is wrong with them."""
+    expected = oracle(spec, call.query, call.keys, values, call.block_table, call.context_lens, call.scale)
+    largest = float(np.abs(call.values[call.is_used].astype(np.float64)).max(initial=0)) or 1.0
+    errors, wrong = {}, []
+    for name, result in results.items():
+        found, message = compare(name, result, *expected[name], call.context_lens)
+        unit = largest if name == "out" else 1.0
+        errors[name] = found._replace(absolute=found.absolute / unit)
+        wrong += [message] if message else []
+    return errors, wrong
 
 
-def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: np.ndarray) -> None:
-    """Write the draw's tokens, in any order and with some that are skipped, by one call of append_kv."""
+def _copies(arrays: Sequence[np.ndarray | None]) -> list[Any]:
+    return [None if array is None else array.copy() for array in arrays]
+
+
+def _in_one_buffer(key_cache: np.ndarray, value_cache: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Copies of both caches as views of one array, in which each block of keys is followed by that of values.
+
+    Both begin at even elements, as pairs of bfloat16 have to.
+    """
+    if value_cache is None:
+        return key_cache.copy(), None
+    key_width, value_width = (math.prod(cache.shape[1:]) for cache in (key_cache, value_cache))
+    values_at = key_width + key_width % 2
+    both = np.zeros((len(key_cache), values_at + value_width + value_width % 2), key_cache.dtype)
+    keys = both[:, :key_width].reshape(key_cache.shape)
+    values = both[:, values_at : values_at + value_width].reshape(value_cache.shape)
+    keys[...], values[...] = key_cache, value_cache
+    return keys, values
+
+
+def _append(module: Verifiable, call: Draw, key_cache: np.ndarray, value_cache: np.ndarray | None) -> None:
+    """Write the draw's tokens into caches of poison, in any order and with some that are skipped, by one append_kv."""
     rng = call.rng
     skipped = np.full(rng.integers(0, 4), -1)
     slots = rng.permutation(np.concatenate([np.flatnonzero(call.is_used), skipped]))
     # Slot -1 names the last slot here, in a spare block or past a length: its poison is what must not be written.
-    tokens = [cache.reshape(-1, *cache.shape[2:])[slots] for cache in (call.keys, call.values)]
-    key, value = (inside(array, np.nan, rng)[0] for array in tokens)
+
+    def tokens(drawn: np.ndarray, cache: np.ndarray) -> np.ndarray:
+        cache.fill(call.poison)
+        return inside(drawn.reshape(-1, *drawn.shape[2:])[slots], np.nan, rng)[0]
+
+    key = tokens(call.keys, key_cache)
+    value = None if value_cache is None else tokens(call.values, value_cache)
     module.append_kv(key, value, key_cache, value_cache, slots)
 
 
-def _compare(
-    name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray, unit: float
-) -> tuple[Errors, list[str]]:
-    """The errors of a result, and what is wrong with it."""
-    if actual.shape != expected.shape:
-        return Errors(np.inf, np.inf), [f"{name}: expected shape {expected.shape}, got {actual.shape}"]
-    if not actual.size:
-        return Errors(0.0, 0.0), []
-    exact = actual.astype(np.float64)
-    error = np.abs(np.subtract(exact, expected, out=np.zeros(exact.shape), where=exact != expected))
-    error[np.isnan(error)] = np.inf
-    fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
-    errors = Errors(float(error.max()) / unit, float(fraction.max()))
-    if errors.of_tolerance <= 1:
-        return errors, []
-    at = tuple(int(i) for i in np.unravel_index(fraction.argmax(), fraction.shape))
-    return errors, [
-        f"{name}: {np.sum(fraction > 1)} of {error.size} elements out of tolerance, the worst at {list(at)}, of a "
-        f"sequence of {context_lens[at[0]]} tokens: expected {expected[at]:.9g}, got {exact[at]:.9g}, "
-        f"{errors.of_tolerance:.3g} of the bound"
-    ]
-
-
 def _differences(
-    when: str, actual: Sequence[np.ndarray], expected: Sequence[np.ndarray], names: Sequence[str] = _CACHES
+    when: str,
+    actual: Sequence[np.ndarray | None],
+    expected: Sequence[np.ndarray | None],
+    names: Sequence[str] = _CACHES,
 ) -> list[str]:
     """What is said of arrays whose bits are not as expected."""
     return [
         f"{name}: its bits are not as expected {when}"
         for name, one, other in zip(names, actual, expected, strict=True)
-        if one.tobytes() != other.tobytes()
+        if (None if one is None else one.tobytes()) != (None if other is None else other.tobytes())
     ]

@@ -7,23 +7,27 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
+from pa_compiler.verification.inputs import GARBAGE_IDS, noise, place, used_slots
+
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
 INT32 = np.iinfo(np.int32)
-GARBAGE_IDS = np.array([-1, INT32.min, INT32.max, 1 << 30, -7], np.int32)
-"""What surplus entries of block_table hold: each of them faults, or reads far away, if it is used."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Inputs:
-    """The five arrays of one decode call. Blocks lie in any order; everything that is not used holds poison."""
+    """The five arrays of one decode call. Blocks lie in any order; everything that is not used holds poison.
+
+    value_cache is None for shared_kv. out_dtype and out_dim are those of out.
+    """
 
     query: np.ndarray
     key_cache: np.ndarray
-    value_cache: np.ndarray
+    value_cache: np.ndarray | None
     block_table: np.ndarray
     context_lens: np.ndarray
     out_dtype: np.dtype
+    out_dim: int
 
     @property
     def arguments(self) -> tuple[np.ndarray, ...]:
@@ -33,7 +37,7 @@ class Inputs:
     @property
     def out(self) -> np.ndarray:
         """A fresh out, all NaN, so that an element nobody wrote is seen."""
-        return np.full(self.query.shape, np.nan, self.out_dtype)
+        return np.full((*self.query.shape[:2], self.out_dim), np.nan, self.out_dtype)
 
     @property
     def lse(self) -> np.ndarray:
@@ -68,39 +72,38 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
     blocks_per_sequence = -(-context_lens // spec.block_size)
     used = int(blocks_per_sequence.sum())
     num_blocks = used + spare_blocks
-    place = np.random.default_rng(seed if placement is None else placement).permutation(num_blocks)[:used]
+    blocks = np.random.default_rng(seed if placement is None else placement).permutation(num_blocks)[:used]
+    entries = (len(context_lens), int(blocks_per_sequence.max(initial=0)) + surplus)
+    block_table = place(blocks, context_lens, spec.block_size, np.resize(GARBAGE_IDS, entries))
+    valid = used_slots(block_table, context_lens, num_blocks, spec.block_size)
 
-    block_table = np.resize(GARBAGE_IDS, (len(context_lens), int(blocks_per_sequence.max(initial=0)) + surplus))
-    is_used = np.arange(block_table.shape[1]) < blocks_per_sequence[:, None]
-    block_table[is_used] = place
-
-    valid = np.zeros((num_blocks, spec.block_size), bool)
-    positions = np.arange(block_table.shape[1] * spec.block_size).reshape(1, -1, spec.block_size)
-    valid[place] = (positions < context_lens[:, None, None])[is_used]
-
-    query = _uniform(rng, (len(context_lens), spec.num_heads, spec.head_dim), 0.5, dtype)
+    query = noise(rng, (len(context_lens), spec.num_heads, spec.head_dim), 0.5, dtype)
     caches = []
     for bound, dim in ((0.5, spec.head_dim), (1.0, spec.result_dim)):
-        logical = _uniform(rng, (used, spec.block_size, spec.num_kv_heads, dim), bound, dtype)
+        logical = noise(rng, (used, spec.block_size, spec.num_kv_heads, dim), bound, dtype)
         cache = np.empty((num_blocks, *logical.shape[1:]), dtype)
-        cache[place] = logical
+        cache[blocks] = logical
         cache[~valid] = poison_value(poison, dtype)
         caches.append(cache)
-    return Inputs(query, *lay_out(spec, *caches), block_table, context_lens, DTYPES[spec.result_dtype])
+    if spec.shared_kv:
+        caches[1] = None
+    laid_out = lay_out(spec, *caches)
+    return Inputs(query, *laid_out, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim)
 
 
-def lay_out(spec, key: np.ndarray, value: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Caches of spec.kv_layout from caches [num_blocks, block_size, num_kv_heads, head_dim]."""
+def lay_out(spec, key: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:
+    """Caches of spec.kv_layout from caches [num_blocks, block_size, num_kv_heads, head_dim or value_dim]."""
     if spec.kv_layout == "NHD":
         return key, value
     if spec.kv_layout == "HND":
-        return np.ascontiguousarray(key.swapaxes(1, 2)), np.ascontiguousarray(value.swapaxes(1, 2))
+        return tuple(cache if cache is None else np.ascontiguousarray(cache.swapaxes(1, 2)) for cache in (key, value))
     num_blocks, block_size, num_kv_heads, head_dim = key.shape
     pair = 2 if spec.dtype == "bfloat16" else 1
-    block, slot, head, d = np.indices(key.shape, sparse=True)
     key_cache = np.empty((num_blocks, num_kv_heads, head_dim // pair, pair * block_size), key.dtype)
-    value_cache = np.empty((num_blocks, num_kv_heads, block_size // pair, pair * head_dim), value.dtype)
+    value_cache = np.empty((num_blocks, num_kv_heads, block_size // pair, pair * value.shape[3]), value.dtype)
+    block, slot, head, d = np.indices(key.shape, sparse=True)
     key_cache[block, head, d // pair, pair * slot + d % pair] = key
+    block, slot, head, d = np.indices(value.shape, sparse=True)
     value_cache[block, head, slot // pair, pair * d + slot % pair] = value
     return key_cache, value_cache
 
@@ -122,10 +125,3 @@ def poison_value(name: str, dtype: np.dtype) -> np.ndarray:
         "huge": np.array(info.max, dtype),
         "all_ones": np.array(np.iinfo(unsigned).max, unsigned).view(dtype),
     }[name]
-
-
-def _uniform(rng: np.random.Generator, shape: tuple[int, ...], bound: float, dtype: np.dtype) -> np.ndarray:
-    drawn = rng.random(shape, dtype=np.float32)
-    drawn -= np.float32(0.5)
-    drawn *= np.float32(2 * bound)
-    return drawn.astype(dtype, copy=False)

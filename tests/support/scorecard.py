@@ -11,9 +11,9 @@ import platform
 import re
 from pathlib import Path
 
-from pa_compiler.cli.text import counted
+from pa_compiler.words import counted
 
-TABLE = Path(__file__).parents[1] / "RELIABILITY.md"
+TABLE = Path(__file__).parents[2] / "RELIABILITY.md"
 
 ITEMS = {
     1: "random specs and inputs against the float64 reference",

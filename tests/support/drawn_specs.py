@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import numpy as np
 
 from pa_compiler import PagedAttentionSpec
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 
+DRAWS_VALUE_DIMS = True
+"""Whether some specs have a value_dim and shared_kv of their own: where targets have kernels for them."""
 MAX_HEADS = 128
 MAX_WIDTH = 1 << 13
 """Elements of a query, at most: a draw of a wider spec would take seconds."""
 HEAD_DIMS = (1, 7, 8, 16, 24, 32, 40, 64, 64, 80, 96, 100, 112, 128, 128, 192, 256, 509, 576)
+VALUE_DIMS = (1, 7, 8, 16, 33, 64, 100, 128, 512)
 BLOCK_SIZES = (1, 2, 5, 8, 16, 16, 32, 48, 64, 100, 128, 256)
 CPUS = ("x86-64", "x86-64-v2", "x86-64-v3")
 """What any CPU since 2017 runs, so that a test may call what is compiled for them."""
 
 
-def drawn_spec(number: int) -> tuple[PagedAttentionSpec, str, str | dict[str, str]]:
-    """The spec, pipeline and target of a number, always the same ones."""
+def drawn_spec(
+    number: int, value_dims: bool = DRAWS_VALUE_DIMS
+) -> tuple[PagedAttentionSpec, str, str | dict[str, str]]:
+    """The spec, pipeline and target of a number, always the same ones; with value_dims, values of other sizes too."""
     rng = np.random.default_rng((4, number))
     dtype, out_dtype = rng.choice(DTYPES, 2)
     layout = rng.choice(KV_LAYOUTS)
@@ -39,7 +46,17 @@ def drawn_spec(number: int) -> tuple[PagedAttentionSpec, str, str | dict[str, st
         batch_chunk=int(rng.choice([16, rng.integers(1, 40)])),
     )
     target = "llvm" if rng.random() < 0.6 else {"kind": "llvm", "mcpu": str(rng.choice(CPUS))}
-    return spec, str(rng.choice(["fused", "fused", "staged"])), target
+    pipeline = str(rng.choice(["fused", "fused", "staged"]))
+    return _with_values(spec, np.random.default_rng((5, number))) if value_dims else spec, pipeline, target
+
+
+def _with_values(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAttentionSpec:
+    """In one of four, values of another size than the keys; in one of eight, values that are part of the keys."""
+    fitting = [dim for dim in VALUE_DIMS if dim * spec.num_heads <= MAX_WIDTH]
+    kind, dim = rng.random(), int(rng.choice(fitting))
+    if kind < 0.125 and spec.kv_layout != "packed":
+        return dataclasses.replace(spec, value_dim=min(dim, spec.head_dim), shared_kv=True)
+    return dataclasses.replace(spec, value_dim=dim) if kind < 0.375 else spec
 
 
 def _group(rng: np.random.Generator) -> int:

@@ -89,19 +89,12 @@ int cuDeviceGet(int* device, int ordinal) {
 
 int cuDeviceGetAttribute(int* value, int attribute, int device) {
   BEGIN("cuDeviceGetAttribute");
-  switch (attribute) {
-    case 16:
-      *value = kMultiprocessors;
-      return kSuccess;
-    case 75:
-      *value = world.capability[device] / 10;
-      return kSuccess;
-    case 76:
-      *value = world.capability[device] % 10;
-      return kSuccess;
-    default:
-      return kInvalidValue;
-  }
+  const int major = world.capability[device] / 10, minor = world.capability[device] % 10;
+  const std::map<int, int> attributes = {{16, kMultiprocessors}, {75, major}, {76, minor}};
+  const auto found = attributes.find(attribute);
+  if (found == attributes.end()) return kInvalidValue;
+  *value = found->second;
+  return kSuccess;
 }
 
 int cuDevicePrimaryCtxRetain(intptr_t* context, int device) {
@@ -196,19 +189,14 @@ int cuMemAlloc_v2(char** memory, size_t bytes) {
   BEGIN("cuMemAlloc");
   NEEDS_CONTEXT();
   UNSAFE();
-  *memory = NewMemory(bytes);
-  world.memory[*memory] = {bytes, true};
-  return kSuccess;
+  return Allocate(memory, bytes);
 }
 
 int cuMemHostAlloc(char** memory, size_t bytes, unsigned flags) {
   BEGIN("cuMemHostAlloc");
   NEEDS_CONTEXT();
   UNSAFE();
-  if (flags != 3) return kInvalidValue;
-  *memory = NewMemory(bytes);
-  world.memory[*memory] = {bytes, true};
-  return kSuccess;
+  return flags == 3 ? Allocate(memory, bytes) : kInvalidValue;
 }
 
 int cuMemHostGetDevicePointer_v2(char** seen, char* memory, unsigned flags) {

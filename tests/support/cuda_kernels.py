@@ -160,7 +160,8 @@ def shared(spec: PagedAttentionSpec, inputs: Inputs) -> Inputs:
 
 def on_device(inputs: Inputs) -> Inputs:
     """Inputs whose arrays are aligned as the kernels take them."""
-    return inputs.replace(**{name: aligned(getattr(inputs, name)) for name in ("query", "key_cache", "value_cache")})
+    arrays = {name: getattr(inputs, name) for name in ("query", "key_cache", "value_cache")}
+    return inputs.replace(**{name: aligned(array) for name, array in arrays.items() if array is not None})
 
 
 def aligned(array: np.ndarray, alignment: int = 16) -> np.ndarray:

@@ -153,7 +153,10 @@ class OnGpu:
     def __init__(self, gpu, inputs, device=0):
         self.inputs, self._gpu = inputs, gpu
         names = ("query", "key_cache", "value_cache", "block_table", "context_lens")
-        self.tensors = {name: gpu.tensor(getattr(inputs, name), device, writable=False) for name in names}
+        given = {name: getattr(inputs, name) for name in names}
+        self.tensors = {
+            name: None if array is None else gpu.tensor(array, device, writable=False) for name, array in given.items()
+        }
         self.tensors |= {name: gpu.tensor(getattr(inputs, name), device) for name in ("out", "lse")}
 
     def decode(self, module, lse=True, **others):

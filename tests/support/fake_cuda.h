@@ -123,6 +123,13 @@ char* NewMemory(size_t bytes) {
   return memory;
 }
 
+// The device's memory from now on.
+int Allocate(char** memory, size_t bytes) {
+  *memory = NewMemory(bytes);
+  world.memory[*memory] = {bytes, true};
+  return kSuccess;
+}
+
 std::string Where(void* stream) {
   std::ostringstream text;
   text << " device=" << Device() << " stream=" << reinterpret_cast<uintptr_t>(stream);

@@ -1,0 +1,95 @@
+"""A result beside the float64 reference: the oracle with its bounds, and how far from it a result is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from pa_compiler import reference
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.verification.tolerances import lse_bound, out_bound
+
+
+class Errors(NamedTuple):
+    """The largest errors of a result against the reference; infinite where it is NaN and should not be."""
+
+    absolute: float
+    """As they are."""
+    of_tolerance: float
+    """As a fraction of the bound: a result is right up to 1."""
+
+
+def oracle(
+    spec: PagedAttentionSpec,
+    query: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray | None,
+    block_table: np.ndarray,
+    context_lens: np.ndarray,
+    scale: float | None = None,
+    kv_layout: str = "NHD",
+    advance: Callable[[int], object] = lambda sequences: None,
+) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    """What "out" and "lse" should be, in float64, each with the bound on every element's error.
+
+    One sequence is copied at a time. The magnitude in out's bound comes out of the reference too: it takes abs(value)
+    as more columns of values.
+
+    Args:
+        spec: What is computed.
+        query: This and the other arrays are those of reference.decode.
+        key_cache: In kv_layout.
+        value_cache: In kv_layout; None for shared_kv, where the values are the first elements of the keys.
+        block_table: Entries past those that a length needs may hold anything.
+        context_lens: Tokens of each sequence.
+        scale: Factor of the scores.
+        kv_layout: It may be another than the spec's.
+        advance: Called with the number of sequences that are done, for a progress bar.
+    """
+    out, magnitude = (np.zeros((*query.shape[:2], spec.result_dim)) for _ in range(2))
+    lse = np.zeros(query.shape[:2])
+    if value_cache is None:
+        value_cache = key_cache[..., : spec.result_dim]
+    for i, length in enumerate(np.asarray(context_lens).tolist()):
+        blocks = block_table[i, : -(-length // spec.block_size)]
+        values = value_cache[blocks]
+        one = reference.decode(
+            query[i : i + 1],
+            key_cache[blocks],
+            np.concatenate([values, np.abs(values)], axis=-1),
+            np.arange(len(blocks))[None],
+            context_lens[i : i + 1],
+            scale,
+            kv_layout=kv_layout,
+            return_lse=True,
+        )
+        (both,), (lse[i],) = one
+        out[i], magnitude[i] = np.split(both, 2, axis=-1)
+        advance(1)
+    return {"out": (out, out_bound(spec, context_lens, out, magnitude)), "lse": (lse, lse_bound(spec, lse))}
+
+
+def compare(
+    name: str, actual: np.ndarray, expected: np.ndarray, bound: np.ndarray, context_lens: np.ndarray
+) -> tuple[Errors, str]:
+    """The errors of a result of that name, and what is wrong with it, or ""; expected and bound are the oracle's."""
+    if actual.shape != expected.shape:
+        return Errors(np.inf, np.inf), f"{name}: expected shape {expected.shape}, got {actual.shape}"
+    if not actual.size:
+        return Errors(0.0, 0.0), ""
+    exact = actual.astype(np.float64)
+    error = np.abs(np.subtract(exact, expected, out=np.zeros(exact.shape), where=exact != expected))
+    error[np.isnan(error)] = np.inf
+    # Where the bound is 0, as of an empty sequence, a result has to be met exactly.
+    fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)
+    errors = Errors(float(error.max()), float(fraction.max()))
+    if errors.of_tolerance <= 1:
+        return errors, ""
+    at = tuple(int(i) for i in np.unravel_index(fraction.argmax(), fraction.shape))
+    return errors, (
+        f"{name}: {np.sum(fraction > 1)} of {error.size} elements out of tolerance, the worst at {list(at)}, of a "
+        f"sequence of {context_lens[at[0]]} tokens: expected {expected[at]:.9g}, got {exact[at]:.9g}, "
+        f"{errors.of_tolerance:.3g} of the bound"
+    )
