@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
-#include <limits>
 #include <new>
 
 #include "cpu/append.h"
@@ -73,6 +72,7 @@ constexpr InstructionSet kInstructionSets[] = {
     {"sse", " sse "}, {"sse2", " sse2 "}, {"sse3", " pni "}, {"sse4.1", " sse4_1 "}, {"sse4.2", " sse4_2 "},
     {"ssse3", " ssse3 "}, {nullptr, nullptr}};
 
+// What each kernel takes, in its order; a call names all of it.
 struct FusedDecode {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_decode;
   Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc, out, lse;
