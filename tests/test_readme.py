@@ -23,6 +23,8 @@ ROOT = Path(__file__).parent.parent
 README, REFERENCE, DESIGN, CONTRIBUTING = (
     (ROOT / name).read_text() for name in ("README.md", "docs/reference.md", "DESIGN.md", "CONTRIBUTING.md")
 )
+FOLDERS, SUFFIXES = ("pa_compiler", "schedules", "templates", "tests", "benchmarks"), {".py", ".h", ".cc", ".j2"}
+FILES = {path.name for path in ROOT.iterdir()}
 DOCUMENTS = ("README.md", "DESIGN.md", "CONTRIBUTING.md", "docs/reference.md", "docs/measurements.md")
 
 # What differs from machine to machine, or with TVM's rounding from CPU to CPU.
@@ -223,6 +225,16 @@ def test_every_file_named_exists(text):
     missing = [name for name in named if not any((ROOT / place / name).exists() for place in ("", "pa_compiler"))]
     assert len(named) > 20
     assert {name for name in missing if "NAME" not in name} <= made
+
+
+@pytest.mark.parametrize("text", [DESIGN, CONTRIBUTING], ids=["DESIGN", "CONTRIBUTING"])
+def test_every_name_is_in_the_source(text):
+    """Functions, classes, fields and variables; NAME is one to be made, and so are those of what is to come."""
+    named = re.findall(r"`([A-Za-z_][\w.]*)`", text.partition("\n## Where the next things go\n")[0])
+    assert len(named) > 20
+    files = (path for folder in FOLDERS for path in (ROOT / folder).rglob("*") if path.suffix in SUFFIXES)
+    words = {word for path in files for word in re.findall(r"\w+", path.read_text())}
+    assert {name for name in named if not set(name.split(".")) <= words} <= {"NAME", *FILES}
 
 
 def tree(text):
