@@ -103,6 +103,44 @@ class Tiling:
         return spec.num_kv_heads * self.row_tiles(spec) if self.sweep else 1
 
 
+@dataclasses.dataclass(frozen=True)
+class VectorTiling(Tiling):
+    """Sizes of schedules that put vectors into registers.
+
+    Attributes:
+        qk_lanes, pv_lanes: float32 elements of a key, and of a value, in one vector; divisors of their sizes.
+        qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
+        pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides value_dim.
+        group_places: Places of a token group that a sweep reads values from in turn, where the table of offsets cannot
+            say it.
+        scores_in_lanes: Whether a vector of qk_matmul's sums is one of scores, and not of parts of one score.
+    """
+
+    scores_in_lanes: ClassVar[bool] = True
+
+    qk_lanes: int
+    pv_lanes: int
+    qk_rows: int
+    qk_tokens: int
+    pv_rows: int
+    pv_dims: int
+    group_places: int = 1
+
+    def qk_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of qk_matmul take."""
+        sums = self.qk_rows * self.qk_tokens
+        return -(-sums // vector_lanes) if self.scores_in_lanes else sums
+
+    def pv_sums(self, vector_lanes: int) -> int:
+        """Vector registers that the sums of pv_matmul take."""
+        return -(-self.pv_rows * self.pv_dims // self.pv_lanes)
+
+    def of_merge(self) -> VectorTiling:
+        """Sizes for partial results, alike in every strategy: value_dim lies in order and is gone through once."""
+        values = dataclasses.replace(self.values, word=1, halves=1, terms=1)
+        return dataclasses.replace(self, values=values, pv_rows=1, pv_dims=self.pv_lanes)
+
+
 def equal_tile(group: int, limit: int) -> int:
     """Rows of each tile when a group is taken in equal tiles of up to limit: 24 as twice 12."""
     return -(-group // -(-group // limit))

@@ -13,10 +13,9 @@ from tvm import IRModule
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 
-from pa_compiler.cpu.tiles import HeadDimInLanes
 from pa_compiler.schedules.cpu import append_kv, head_dim_in_lanes, heads_in_lanes, tokens_in_lanes
 from pa_compiler.schedules.cuda import threads as cuda_threads
-from pa_compiler.tiles import Tiling
+from pa_compiler.tiles import Tiling, VectorTiling
 
 _STRATEGIES = {
     "heads_in_lanes": heads_in_lanes,
@@ -34,16 +33,18 @@ def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
-        tiles = _tiling_of(variable.name_hint, tiling)
+        strategy, tiles = _strategy_of(variable.name_hint, tiling)
         sch.work_on(variable.name_hint)
-        for apply in _stages(sch, variable.name_hint, tiles.strategy):
+        for apply in _stages(sch, variable.name_hint, strategy):
             apply(sch, tiles)
     return sch.mod
 
 
-def _tiling_of(function: str, tiling: Tiling) -> Tiling:
-    """How a PrimFunc is scheduled: merging partial results has tiles of its own, the same for every strategy."""
-    return HeadDimInLanes.of_merge(tiling) if function == "merge_partials" else tiling
+def _strategy_of(function: str, tiling: Tiling) -> tuple[str, Tiling]:
+    """How a PrimFunc is scheduled: partial results are merged in one way, whatever the strategy."""
+    if function == "merge_partials" and isinstance(tiling, VectorTiling):
+        return "head_dim_in_lanes", tiling.of_merge()
+    return tiling.strategy, tiling
 
 
 def _stages(sch: Schedule, function: str, strategy: str) -> list[Callable[[Schedule, Tiling], None]]:

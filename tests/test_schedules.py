@@ -43,7 +43,7 @@ def worked_on():
         for variable in mod.get_global_vars():
             sch = Schedule(mod)
             sch.work_on(variable.name_hint)
-            found.append((sch, variable.name_hint, schedules._tiling_of(variable.name_hint, tiles).strategy))
+            found.append((sch, variable.name_hint, schedules._strategy_of(variable.name_hint, tiles)[0]))
     assert {strategy for _, _, strategy in found} == set(schedules._STRATEGIES)
     return found
 

@@ -14,20 +14,19 @@ from collections.abc import Callable
 from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import LoopRV, SBlockRV
 
-from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.pair_lanes import pair_lanes
 from pa_compiler.schedules.intrinsics.sum_lanes import sum_lanes
 from pa_compiler.schedules.intrinsics.transpose import turn
-from pa_compiler.tiles import largest_divisor
+from pa_compiler.tiles import VectorTiling, largest_divisor
 
 _MAX_ROW_LANES = 256
 """Rows of one vector, at most: LLVM takes it apart into registers, in a time that grows with it, and TVM has none of
 32768 lanes."""
 
 
-def load_query(sch: Schedule, tiling: CpuTiling) -> None:
+def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of the query as vectors; pairs are taken apart in registers."""
     if tiling.keys.terms == 2:
         return
@@ -46,7 +45,7 @@ def load_query(sch: Schedule, tiling: CpuTiling) -> None:
     turn(sch, evens, 4, 2)
 
 
-def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
+def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Partial dot products in registers, summed across their lanes a token group at a time."""
     scores = sch.get_sblock("scores")
     _, part_lane, _ = sch.split(sch.get_loops(scores)[-1], [None, tiling.qk_lanes, tiling.keys.halves])
@@ -76,7 +75,7 @@ def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
         fetch(sch, KEYS, group, shares=[token_outer])
 
 
-def softmax_prepare(sch: Schedule, tiling: CpuTiling) -> None:
+def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
     for name in ("scaled", "exact", "probs") if tiling.values.terms == 2 else ("scaled", "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
@@ -96,19 +95,19 @@ def softmax_prepare(sch: Schedule, tiling: CpuTiling) -> None:
         sch.decompose_reduction(total, lane)
 
 
-def pair_probs(sch: Schedule, tiling: CpuTiling) -> None:
+def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     """Pairs of tokens in lanes."""
     token = sch.get_loops("pairs")[-1]
     sch.tensorize(token, pair_lanes(int(sch.get(token).extent)))
 
 
-def pv_matmul(sch: Schedule, tiling: CpuTiling) -> None:
+def pv_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then the rest of the last one."""
     evens_first(sch, tiling.pv_lanes, tiling.values.halves, "full_groups", "tile_acc")
     sch.merge(_sum_tile(sch, tiling, "full_groups"), _sum_tile(sch, tiling, "tile_acc"))
 
 
-def pv_update(sch: Schedule, tiling: CpuTiling) -> None:
+def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
     evens_first(sch, tiling.pv_lanes, tiling.values.halves, "full_groups", "tile_acc")
     full = sch.get_sblock("full_groups")
@@ -123,7 +122,7 @@ def pv_update(sch: Schedule, tiling: CpuTiling) -> None:
         fetch(sch, VALUES, group, passes=around)
 
 
-def _sum_tile(sch: Schedule, tiling: CpuTiling, sblock: str) -> LoopRV:
+def _sum_tile(sch: Schedule, tiling: VectorTiling, sblock: str) -> LoopRV:
     """Sums of pv_rows x pv_dims outputs at a time over the tokens; the loop over these tiles."""
     _, *tokens, row, dim = sch.get_loops(sblock)
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
@@ -136,7 +135,7 @@ def _sum_tile(sch: Schedule, tiling: CpuTiling, sblock: str) -> LoopRV:
     return dim_outer
 
 
-def _fold_tile(sch: Schedule, tiling: CpuTiling) -> LoopRV:
+def _fold_tile(sch: Schedule, tiling: VectorTiling) -> LoopRV:
     """The same tiles of acc. From here on pairs are in order."""
     row, dim = sch.get_loops("acc")[-2:]
     row_outer, row = sch.split(row, [None, tiling.pv_rows])
@@ -154,7 +153,7 @@ def _fold_tile(sch: Schedule, tiling: CpuTiling) -> LoopRV:
     return dim_outer
 
 
-def _sum_groups(sch: Schedule, tiling: CpuTiling, full: SBlockRV) -> None:
+def _sum_groups(sch: Schedule, tiling: VectorTiling, full: SBlockRV) -> None:
     """Outputs in registers over some tokens of a group, and then added to what there is of them in memory.
 
     All of a group; or, packed, where tokens lie side by side, one or a pair of them from each of a group's places.
@@ -181,34 +180,34 @@ def _sum_groups(sch: Schedule, tiling: CpuTiling, full: SBlockRV) -> None:
     sch.decompose_reduction(full, group)
 
 
-def _split_dims(sch: Schedule, tiling: CpuTiling, dim: LoopRV) -> list[LoopRV]:
+def _split_dims(sch: Schedule, tiling: VectorTiling, dim: LoopRV) -> list[LoopRV]:
     """The loop over head_dim as tiles of vectors of lanes of pairs."""
     lanes, halves = tiling.pv_lanes, tiling.values.halves
     return sch.split(dim, [None, tiling.pv_dims // (lanes * halves), lanes, halves])
 
 
-def rescale(sch: Schedule, tiling: CpuTiling) -> None:
+def rescale(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows in lanes, for their maxima, sums and factors."""
     vectorize_rows(sch, "factors", "new_sum", "row")
 
 
-def fold(sch: Schedule, tiling: CpuTiling) -> None:
+def fold(sch: Schedule, tiling: VectorTiling) -> None:
     """Register tiles of acc, where what is folded lies in memory."""
     _fold_tile(sch, tiling)
 
 
-def store_partial(sch: Schedule, tiling: CpuTiling) -> None:
+def store_partial(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of acc as vectors."""
     _vectorize_in_order(sch, tiling, "store_acc")
 
 
-def normalize(sch: Schedule, tiling: CpuTiling) -> None:
+def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
     _vectorize_in_order(sch, tiling, "out")
 
 
-STAGES: dict[str, Callable[[Schedule, CpuTiling], None]] = {
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "qk_matmul": qk_matmul,
     "softmax_prepare": softmax_prepare,
@@ -249,7 +248,7 @@ def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
         sch.vectorize(row)
 
 
-def _vectorize_in_order(sch: Schedule, tiling: CpuTiling, sblock: str) -> None:
+def _vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
     """Vectorize the innermost loop, which is over value_dim."""
     _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])
     sch.vectorize(lane)

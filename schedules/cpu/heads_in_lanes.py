@@ -15,16 +15,15 @@ from tvm.s_tir import Schedule
 from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
-from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.kernels.ahead import KEYS, VALUES
 from pa_compiler.schedules.cpu import head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
-from pa_compiler.tiles import Element, largest_divisor
+from pa_compiler.tiles import Element, VectorTiling, largest_divisor
 
 
-def load_query(sch: Schedule, tiling: CpuTiling) -> None:
+def load_query(sch: Schedule, tiling: VectorTiling) -> None:
     """A transposed copy of the query."""
     rows = sch.cache_write("q_tile", 0, "global")
     _rows_last(sch, rows)
@@ -39,17 +38,17 @@ def load_query(sch: Schedule, tiling: CpuTiling) -> None:
     sch.vectorize(dim)
 
 
-def load_keys(sch: Schedule, tiling: CpuTiling) -> None:
+def load_keys(sch: Schedule, tiling: VectorTiling) -> None:
     """Convert whole rows of the cache."""
     _load_rows(sch, tiling.keys, tiling.qk_lanes, "load_keys_element")
 
 
-def load_values(sch: Schedule, tiling: CpuTiling) -> None:
+def load_values(sch: Schedule, tiling: VectorTiling) -> None:
     """Convert whole rows of the cache."""
     _load_rows(sch, tiling.values, tiling.pv_lanes, "load_values_element")
 
 
-def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
+def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers."""
     scores = sch.get_sblock("scores")
     _rows_last(sch, "scores")
@@ -65,7 +64,7 @@ def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
     fetch(sch, KEYS, group)
 
 
-def softmax_prepare(sch: Schedule, tiling: CpuTiling) -> None:
+def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
     exact = ("exact",) if tiling.values.terms == 2 else ()
     _rows_last(sch, "scaled", *exact, "probs")
@@ -78,7 +77,7 @@ def softmax_prepare(sch: Schedule, tiling: CpuTiling) -> None:
     vectorize_rows(sch, "tile_max")
 
 
-def pair_probs(sch: Schedule, tiling: CpuTiling) -> None:
+def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical too."""
     _rows_last(sch, "pairs")
     row, group, token = sch.get_loops("pairs")[-3:]
@@ -86,7 +85,7 @@ def pair_probs(sch: Schedule, tiling: CpuTiling) -> None:
     sch.vectorize(row)
 
 
-def pv_update(sch: Schedule, tiling: CpuTiling) -> None:
+def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
     """Outputs in registers over all whole token groups of the tile, then over the rest of the last one, then folded."""
     full, passes = sch.get_sblock("full_groups"), []
     for name in ("full_groups", "tile_acc", "acc"):
@@ -104,7 +103,7 @@ def pv_update(sch: Schedule, tiling: CpuTiling) -> None:
     fetch(sch, VALUES, group, passes=[dim_outer])
 
 
-def normalize(sch: Schedule, tiling: CpuTiling) -> None:
+def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
     vectorize_rows(sch, "factor")
     in_order = sch.cache_read("out", "acc", "global")
@@ -119,7 +118,7 @@ def normalize(sch: Schedule, tiling: CpuTiling) -> None:
     sch.vectorize(lane)
 
 
-STAGES: dict[str, Callable[[Schedule, CpuTiling], None]] = {
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "load_keys": load_keys,
     "load_values": load_values,

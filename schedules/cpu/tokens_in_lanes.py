@@ -12,19 +12,18 @@ from collections.abc import Callable
 
 from tvm.s_tir import Schedule
 
-from pa_compiler.cpu.tiles import CpuTiling
 from pa_compiler.kernels.ahead import KEYS
 from pa_compiler.schedules.cpu import head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import unroll_tile
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.spec import PACKED_TOKENS
-from pa_compiler.tiles import largest_divisor
+from pa_compiler.tiles import VectorTiling, largest_divisor
 
 _FETCH_STEPS = 16
 _PAIR = 2
 
 
-def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
+def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     """Scores of a token group in registers."""
     scores = sch.get_sblock("scores")
     sums = sch.cache_write(scores, 0, "global")
@@ -54,7 +53,7 @@ def qk_matmul(sch: Schedule, tiling: CpuTiling) -> None:
         fetch(sch, KEYS, group, shares=[row_outer, dim_outer])
 
 
-STAGES: dict[str, Callable[[Schedule, CpuTiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
+STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = head_dim_in_lanes.STAGES | {"qk_matmul": qk_matmul}
 """How each stage is scheduled, by the name of its sblock."""
 
 SCALAR = head_dim_in_lanes.SCALAR

@@ -2,42 +2,21 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 from pa_compiler.cpu.machines import Machine, machine_of
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.interface import split_blocks
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
-from pa_compiler.tiles import Element, Tiling, divisors, equal_tile
+from pa_compiler.tiles import Element, VectorTiling, divisors, equal_tile
 
 DOT_DIMS = 8
 """What head_dim and value_dim are multiples of where pairs of bfloat16 are multiplied: words fill vectors of 4."""
 
 
-@dataclasses.dataclass(frozen=True)
-class CpuTiling(Tiling):
-    """What every strategy of the CPU tiles besides.
-
-    Attributes:
-        qk_lanes, pv_lanes: float32 elements of a key, and of a value, in one vector; divisors of their sizes.
-        qk_rows, qk_tokens: Scores that qk_matmul sums in registers at once.
-        pv_rows, pv_dims: Outputs that pv_matmul sums in registers at once; pv_dims divides value_dim.
-        group_places: Places of a token group that a sweep reads values from in turn, where the table of offsets cannot
-            say it.
-    """
-
-    qk_lanes: int
-    pv_lanes: int
-    qk_rows: int
-    qk_tokens: int
-    pv_rows: int
-    pv_dims: int
-    group_places: int = 1
-
-    scores_in_lanes: ClassVar[bool] = True
-    """Whether a vector of qk_matmul's sums is one of scores, and not of parts of one score."""
+class CpuTiling(VectorTiling):
+    """A strategy of the CPU: the tiles of a schedule, and what chooses them."""
 
     @classmethod
     def takes(cls, basis: Basis) -> tuple[bool, str]:
@@ -48,15 +27,6 @@ class CpuTiling(Tiling):
     def choose(cls, basis: Basis) -> CpuTiling:
         """The tiles of a spec that the strategy takes."""
         raise NotImplementedError
-
-    def qk_sums(self, vector_lanes: int) -> int:
-        """Vector registers that the sums of qk_matmul take."""
-        sums = self.qk_rows * self.qk_tokens
-        return -(-sums // vector_lanes) if self.scores_in_lanes else sums
-
-    def pv_sums(self, vector_lanes: int) -> int:
-        """Vector registers that the sums of pv_matmul take."""
-        return -(-self.pv_rows * self.pv_dims // self.pv_lanes)
 
 
 class Basis(NamedTuple):

@@ -7,7 +7,7 @@ import math
 from typing import ClassVar
 
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, register_tile
-from pa_compiler.tiles import Tiling, divisors
+from pa_compiler.tiles import divisors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,10 +39,3 @@ class HeadDimInLanes(CpuTiling):
             pv_rows=pv_rows,
             pv_dims=pv_dims,
         )
-
-    @classmethod
-    def of_merge(cls, tiling: Tiling) -> HeadDimInLanes:
-        """Tiles of merge_partials, the same for every strategy: value_dim lies in order and is gone through once."""
-        fields = {field.name: getattr(tiling, field.name) for field in dataclasses.fields(cls)}
-        values = dataclasses.replace(tiling.values, word=1, halves=1, terms=1)
-        return cls(**fields | {"values": values, "pv_rows": 1, "pv_dims": fields["pv_lanes"]})
