@@ -157,6 +157,29 @@ def test_values_in_the_keys_are_a_view_of_them(narrow, shared):
     assert_close_to_oracle(NARROW, inputs, *narrow.decode(**twice))
 
 
+def test_tensors_of_torch(shared):
+    torch = pytest.importorskip("torch", reason="torch is not there: its tensors are not tried")
+    call = vars(decode_call(SHARED))
+    out, lse = shared.decode(**call)
+    tensors = {name: None if array is None else torch.from_numpy(array) for name, array in call.items()}
+    del tensors["out"], tensors["lse"]
+    made, made_lse = shared.decode(**tensors, return_lse=True)
+    assert_same_bits(made.numpy(), out)
+    assert_same_bits(made_lse.numpy(), lse)
+    with pytest.raises(
+        TypeError, match=r"^value_cache: expected None, since the spec has shared_kv, got an array of shape"
+    ):
+        shared.decode(**tensors | {"value_cache": tensors["key_cache"]})
+    appended = {
+        name: None if array is None else torch.from_numpy(array) for name, array in vars(append_call(SHARED)).items()
+    }
+    shared.append_kv(**appended)
+    assert torch.isfinite(appended["key_cache"]).sum() == 4 * 2 * 24
+    keys, values = shared.empty_cache(2, like="torch")
+    assert tuple(keys.shape) == (2, 8, 2, 24)
+    assert values is None
+
+
 def test_append_kv_writes_keys_alone(shared):
     call = append_call(SHARED)
     shared.append_kv(**vars(call))
