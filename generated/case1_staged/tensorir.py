@@ -260,8 +260,8 @@ class Module:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                context_len: T.let[T.int32] = context_lens[batch_start + vs]
-                valid_len: T.let[T.int32] = T.max(T.min(context_len - block_idx * 128, 128), 0)
+                seq: T.let[T.int32] = batch_start + vs
+                valid_len: T.let[T.int32] = T.max(T.min(context_lens[seq] - block_idx * 128, 128), 0)
                 with T.sblock("softmax_prepare"):
                     T.reads(scores[vs, 0:16, 0:128])
                     T.writes(probs[vs, 0:16, 0:128], tile_max[vs, 0:16], tile_sum[vs, 0:16])
@@ -292,17 +292,17 @@ class Module:
                         with T.sblock("probs"):
                             vt = T.axis.spatial(128, to * 16 + ti)
                             vr = T.axis.spatial(16, r)
-                            T.reads(scaled[vr, vt], tile_max[vs, vr])
+                            T.reads(scaled[vr, vt], tile_max[vs, vr], context_lens[seq])
                             T.writes(probs[vs, vr, vt])
                             arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vs, vr]
-                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0))))
-                            n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0)))
+                            bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0))))
+                            n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)))
                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
                             high: T.let[T.float32] = (T.float32(0.0013814602) * f + T.float32(0.0083687155999999999)) * f + T.float32(0.041668389)
                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                            probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_len - 1)) >> 23) - 125, 0)) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
+                            probs[vs, vr, vt] = T.Select(T.bool(True), T.Select(arg < T.float32(-87.0) + T.Cast("float32", T.max((T.reinterpret("int32", T.Cast("float32", context_lens[seq] - 1)) >> 23) - 125, 0)) * T.float32(0.69314718055994529), T.float32(0.0), series * power), T.float32(0.0))
                     for r, to, ti in T.grid(16, 8, 16):
                         with T.sblock("tile_sum"):
                             vt = T.axis.reduce(128, to * 16 + ti)

@@ -16,7 +16,7 @@ from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.rows import Rows, limit
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -90,7 +90,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
                 range_begin: T.let = block_begin * spec.block_size
-                range_len: T.let = T.max(T.min(block_end * spec.block_size, context_lens[seq]) - range_begin, 0)
+                range_len: T.let = T.max(T.min(block_end * spec.block_size, limit(context_lens, seq)) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
                 load_queries(query, q_tile, seq, query_scale)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tvm.ir import Expr
+from tvm.tirx import Buffer
 
 
 class Rows(NamedTuple):
     """The rows of a head tile, which share the keys and values of one kv head.
 
-    In decode a sequence has one query token, its last, and the rows are query heads of it: all of them see every token
-    that the sequence has, so that the range of a work item says how far they see.
+    In decode a sequence has one query token, its last, and the rows are query heads of it: all of them see the same
+    keys (limit).
 
     Attributes:
         token: The query token, an index into query, out and lse.
@@ -30,3 +31,11 @@ class Rows(NamedTuple):
     def all(self, *rest: slice) -> tuple[Expr | slice, ...]:
         """The same of all rows that there are, for what a stage reads and writes."""
         return self.token, slice(self.first_head, self.first_head + self.num), *rest
+
+
+def limit(context_lens: Buffer, token: Expr) -> Expr:
+    """The first key position that the rows of a query token must not see.
+
+    A query token sees itself and what comes before it. In decode it is the last of its sequence.
+    """
+    return context_lens[token]

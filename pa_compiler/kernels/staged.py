@@ -20,16 +20,16 @@ from pa_compiler.kernels.arrays import Arrays
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.rows import Rows, limit
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
-def _valid_len(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
-    """Tokens of a sequence in its block block_idx."""
-    return T.max(T.min(context_len - block_idx * spec.block_size, spec.block_size), 0)
+def _valid_len(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
+    """Tokens of block block_idx of a sequence before the position `end`."""
+    return T.max(T.min(end - block_idx * spec.block_size, spec.block_size), 0)
 
 
 def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
@@ -84,7 +84,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 q_tile = T.sblock_alloc_buffer((1, tiling.row_tile, spec.head_dim), "float32")
                 key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
                 tile = T.meta_var(Tile(tiling, block_idx * spec.block_size, valid_len))
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
@@ -122,11 +122,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
-                context_len: T.let = context_lens[batch_start + vs]
-                valid_len: T.let = _valid_len(spec, context_len, block_idx)
+                seq: T.let = batch_start + vs
+                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
                 tile = T.meta_var(Tile(tiling, block_idx * spec.block_size, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
-                softmax_stage(scores, probs, added, score_scale, headroom(spec, context_len), tile, num_groups)
+                softmax_stage(scores, probs, added, score_scale, headroom(spec, context_lens[seq]), tile, num_groups)
 
     return softmax_prepare
 
@@ -163,7 +163,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.writes()
                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
                 tile = T.meta_var(Tile(tiling, block_idx * spec.block_size, valid_len))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
