@@ -241,5 +241,5 @@ def _extents(shape: Sequence[str | int]) -> str:
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:
     """One line that says what a library is for."""
-    fields = ", ".join(f"{name}={value}" for name, value in spec.stated().items())
+    fields = ", ".join(f"{name}={value}" for name, value in spec.shown().items())
     return f"{pipeline} pipeline; {fields}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
@@ -23,6 +24,7 @@ _INTEGER_RANGES = {
     "block_size": (1, 65536),
     "head_tile": (1, 1024),
     "batch_chunk": (1, 1024),
+    "window": (1, 1 << 30),
 }
 
 
@@ -50,6 +52,12 @@ class PagedAttentionSpec:
         shared_kv: Whether the value of a token is the first value_dim elements of its key, as in multi-head latent
             attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). There is one cache then, and value_cache is None.
             Not with kv_layout "packed", which keeps keys and values in different orders.
+        window: A query token sees the last `window` keys, its own position among them, up to 2**30; None: all of them.
+        softcap: Scores become softcap * tanh(score / softcap) after the scale; a finite number above 0, or None.
+        alibi: Whether decode takes alibi_slopes, and adds alibi_slopes[head] * (key position - query position) to each
+            score after the soft cap (ALiBi: O. Press et al., 2022, section 3).
+        sinks: Whether decode takes sinks, for each head one more score of the softmax that has no value. lse is then
+            the logarithm of a denominator with the sink in it.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -67,11 +75,15 @@ class PagedAttentionSpec:
     batch_chunk: int = 16
     value_dim: int | None = dataclasses.field(default=None, kw_only=True)
     shared_kv: bool = dataclasses.field(default=False, kw_only=True)
+    window: int | None = dataclasses.field(default=None, kw_only=True)
+    softcap: float | None = dataclasses.field(default=None, kw_only=True)
+    alibi: bool = dataclasses.field(default=False, kw_only=True)
+    sinks: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
         for name, (low, high) in _INTEGER_RANGES.items():
             value = getattr(self, name)
-            if name == "value_dim" and value is None:
+            if name in ("value_dim", "window") and value is None:
                 continue
             if not isinstance(value, int) or isinstance(value, bool):
                 raise TypeError(f"{name}: expected an int, got {value!r} of type {type(value).__name__}")
@@ -104,10 +116,18 @@ class PagedAttentionSpec:
                 )
             if self.head_dim % self.packed_pair:
                 raise ValueError(f"head_dim: expected an even number for packed bfloat16, got {self.head_dim}")
-        if not isinstance(self.shared_kv, bool):
-            raise TypeError(
-                f"shared_kv: expected a bool, got {self.shared_kv!r} of type {type(self.shared_kv).__name__}"
-            )
+        for name in ("shared_kv", "alibi", "sinks"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
+        if self.softcap is not None:
+            if not isinstance(self.softcap, int | float) or isinstance(self.softcap, bool):
+                raise TypeError(
+                    f"softcap: expected a number, got {self.softcap!r} of type {type(self.softcap).__name__}"
+                )
+            if not 0 < self.softcap < math.inf:
+                raise ValueError(f"softcap: expected a finite number above 0, got {self.softcap}")
+            object.__setattr__(self, "softcap", float(self.softcap))
         if self.shared_kv and self.kv_layout == "packed":
             raise ValueError("shared_kv: expected False for kv_layout packed, whose keys and values lie differently")
         if self.shared_kv and self.result_dim > self.head_dim:
@@ -125,7 +145,7 @@ class PagedAttentionSpec:
         """Elements of one value and of one head of out: value_dim, or else head_dim, whatever replace makes of that."""
         return self.value_dim or self.head_dim
 
-    def stated(self) -> dict[str, int | str]:
+    def stated(self) -> dict[str, int | float | str | None]:
         """Every field by its name, result_dtype and result_dim as out_dtype and value_dim.
 
         The same for specs that mean the same.
@@ -139,8 +159,11 @@ class PagedAttentionSpec:
         return hash(tuple(self.stated().values()))
 
     def __repr__(self) -> str:
-        fields = ", ".join(f"{name}={value!r}" for name, value in self.stated().items())
-        return f"{type(self).__name__}({fields})"
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.shown().items())})"
+
+    def shown(self) -> dict[str, int | float | str]:
+        """What a reader needs of stated(): without the fields that say that something is not used."""
+        return {name: value for name, value in self.stated().items() if value is not None and value is not False}
 
     @property
     def group(self) -> int:

@@ -114,6 +114,11 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")
+    for name in ("window", "softcap", "alibi", "sinks"):
+        if spec.stated()[name] not in (None, False):
+            raise ValueError(
+                f"{name}: expected no {name} for target cuda, whose kernels have none, got {spec.stated()[name]}"
+            )
     if pipeline == "staged" and spec.block_size > STAGED_BLOCK_SIZE:
         raise ValueError(
             f"block_size: expected up to {STAGED_BLOCK_SIZE} for target cuda and pipeline staged, got {spec.block_size}"
