@@ -7,7 +7,7 @@ those of the host's arrays: batch, max_blocks, and `q_batch`, the elements from 
 from __future__ import annotations
 
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, Var
+from tvm.tirx import Buffer, PrimFunc, Var
 
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Element, Tiling
@@ -81,6 +81,17 @@ class Arrays:
         shape = (self._var("batch"), T.int64(self._spec.num_heads))
         return T.match_buffer(handle, shape, "float32", strides=[self._var("lse_batch"), T.int64(1)], align=4)
 
+    def alibi_slopes(self, handle: Var) -> Buffer | None:
+        """[num_heads], float32; None where the spec has no ALiBi."""
+        return self._of_heads(handle, "slope_head") if self._spec.alibi else None
+
+    def sinks(self, handle: Var) -> Buffer | None:
+        """[num_heads], float32; None where the spec has no sinks."""
+        return self._of_heads(handle, "sink_head") if self._spec.sinks else None
+
+    def _of_heads(self, handle: Var, stride: str) -> Buffer:
+        return T.match_buffer(handle, (T.int64(self._spec.num_heads),), "float32", strides=[self._var(stride)], align=4)
+
     def scores(self, handle: Var) -> Buffer:
         """[batch_chunk, row_tile, padded_kv_tile], float32: scores or probabilities of a chunk and a tile of tokens."""
         tiling = self._tiling
@@ -94,3 +105,15 @@ class Arrays:
         """[batch_chunk, row_tile, value_dim], float32: outputs of each row of a chunk, not normalized."""
         shape = (self._spec.batch_chunk, self._tiling.row_tile, self._spec.result_dim)
         return T.match_buffer(handle, shape, "float32")
+
+
+def without(function: PrimFunc, *names: str) -> PrimFunc:
+    """A PrimFunc without some of its parameters, which it does not use; of arrays, the names of their handles."""
+    params = [param for param in function.params if param.name not in names]
+    return PrimFunc(params, function.body, function.ret_type, function.buffer_map, function.attrs)
+
+
+def unused(spec: PagedAttentionSpec) -> list[str]:
+    """The handles of arrays that the kernels of a spec have no use for."""
+    used = {"alibi_slopes_handle": spec.alibi, "sinks_handle": spec.sinks}
+    return [name for name, is_used in used.items() if not is_used]

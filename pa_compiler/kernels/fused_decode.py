@@ -3,25 +3,45 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
-from pa_compiler.kernels.arrays import Arrays
+from pa_compiler.kernels.arrays import Arrays, unused, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import Rows, limit
+from pa_compiler.kernels.rows import Rows, first_read, first_seen, limit, masks_first_tile
+from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
+
+
+class Sequence(NamedTuple):
+    """What the stages need of the sequence that they work on.
+
+    Attributes:
+        seq: Its number in the batch.
+        query_pos: Position of its query token.
+        slopes: alibi_slopes, or None.
+        scale: What products are multiplied by.
+        headroom: Its binary places (kernels/headroom.py).
+    """
+
+    seq: Expr
+    query_pos: Expr
+    slopes: Buffer | None
+    scale: Expr
+    headroom: Expr
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -54,6 +74,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc_handle: T.handle,
         out_handle: T.handle,
         lse_handle: T.handle,
+        alibi_slopes_handle: T.handle,
+        sinks_handle: T.handle,
         k_block: T.int64,
         k_row: T.int64,
         k_head: T.int64,
@@ -78,6 +100,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc = arrays.partial_acc(partial_acc_handle)
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
+        slopes = T.meta_var(arrays.alibi_slopes(alibi_slopes_handle))
+        sinks = T.meta_var(arrays.sinks(sinks_handle))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -89,8 +113,13 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
-                range_begin: T.let = block_begin * spec.block_size
-                range_len: T.let = T.max(T.min(block_end * spec.block_size, limit(context_lens, seq)) - range_begin, 0)
+                end = T.meta_var(limit(context_lens, seq))
+                if spec.window is not None:
+                    seen: T.let = first_seen(spec, end)
+                    range_begin: T.let = T.max(block_begin * spec.block_size, first_read(spec, seen))
+                else:
+                    range_begin: T.let = block_begin * spec.block_size  # type: ignore[no-redef]
+                range_len: T.let = T.max(T.min(block_end * spec.block_size, end) - range_begin, 0)
                 # an empty range takes one step with valid_len == 0, which gives the empty result
                 num_steps: T.let = T.max(T.ceildiv(range_len, kv_tile), 1)
                 load_queries(query, q_tile, seq, query_scale)
@@ -105,7 +134,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         tile_start: T.let = range_begin + vstep * kv_tile
                         valid_len: T.let = T.min(range_len - vstep * kv_tile, kv_tile)
                         has_next: T.let = vstep < num_steps - 1
-                        tile = T.meta_var(Tile(tiling, tile_start, valid_len))
+                        tile = T.meta_var(Tile(tiling, tile_start, valid_len, seen if masks_first_tile(spec) else None))
                         keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                         values = T.meta_var(
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
@@ -113,14 +142,14 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         look_up(block_table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
                         attend(
                             q_tile, keys, values, tile, has_next, State(row_max, row_sum, acc, 0), vstep, num_steps,
-                            score_scale, places,
+                            Sequence(seq, end - 1, slopes, score_scale, places),
                         )  # fmt: skip
                 finish(
                     State(row_max, row_sum, acc, 0), State(partial_max, partial_sum, partial_acc, partial_start + vs),
-                    partial_start < 0, out, lse, seq, places,
+                    partial_start < 0, out, lse, seq, places, sinks,
                 )  # fmt: skip
 
-    return fused_decode
+    return without(fused_decode, *unused(spec))
 
 
 def _rows_of(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Rows]:
@@ -178,7 +207,7 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     attend, k_dtype, v_dtype = _attend(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
 
     @script.inline
-    def stage(q_tile, key_cache, value_cache, tile, has_next, running, step, num_steps, scale, places):
+    def stage(q_tile, key_cache, value_cache, tile, has_next, running, step, num_steps, sequence):
         for kv_head in range(head_steps):
             with T.sblock("kv_head"):
                 vkv = T.axis.spatial(head_steps, kv_head)
@@ -210,7 +239,7 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         first: T.let = vkv * tile_steps + vgt
                         attend(
                             q_tile, first, keys, key_head, values, value_head, tile, running._replace(slot=first), step,
-                            num_steps, scale, places,
+                            num_steps, sequence,
                         )  # fmt: skip
 
     return stage
@@ -219,12 +248,12 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens, dim = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile, spec.result_dim
-    in_pairs = tiling.values.terms == 2
-    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(tiling), pv_matmul(spec, tiling)
+    in_pairs, rows_of = tiling.values.terms == 2, _rows_of(spec, tiling)
+    qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
     pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(num_tiles, rows, dim)
 
     @script.inline
-    def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, scale, places):
+    def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
         scores = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
         probs = T.sblock_alloc_buffer((num_tiles, rows, tokens), "float32")
         tile_max = T.sblock_alloc_buffer((num_tiles, rows), "float32")
@@ -241,7 +270,8 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.reads()
                 T.writes()
                 added = T.meta_var(State(tile_max, tile_sum, None, vi))
-                softmax_stage(scores, probs, added, scale, places, tile, tile.num_groups)
+                scoring = T.meta_var(Scoring(rows_of(sequence.seq, first + vi), sequence.query_pos, sequence.slopes))
+                softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
                 if in_pairs:
                     pairs_stage(probs, weights, vi, tile.num_groups)
                 rescale_stage(added, running._replace(slot=first + vi), Factors(alpha, beta, vi), step)
@@ -263,7 +293,7 @@ def _finish(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     store_stage = state.store(tiling.row_tile, spec.result_dim)
 
     @script.inline
-    def stage(running, partial, is_whole, out, lse, seq, places):
+    def stage(running, partial, is_whole, out, lse, seq, places, sinks):
         for tile in range(tiles):
             with T.sblock("result"):
                 vtile = T.axis.spatial(tiles, tile)
@@ -271,7 +301,7 @@ def _finish(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes()
                 result = T.meta_var(running._replace(slot=vtile))
                 if is_whole:
-                    normalize_stage(result, out, lse, rows_of(seq, vtile), places)
+                    normalize_stage(result, out, lse, rows_of(seq, vtile), places, sinks)
                 else:
                     store_stage(result, partial, rows_of(seq, vtile))
 

@@ -5,7 +5,7 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import state
-from pa_compiler.kernels.arrays import Arrays
+from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.state import State
@@ -30,6 +30,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc_handle: T.handle,
         out_handle: T.handle,
         lse_handle: T.handle,
+        sinks_handle: T.handle,
         seq: T.int32,
         partial_start: T.int32,
         num_partials: T.int32,
@@ -40,6 +41,7 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc = arrays.partial_acc(partial_acc_handle)
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
+        sinks = T.meta_var(arrays.sinks(sinks_handle))
         with T.sblock("root"):
             row_max = T.sblock_alloc_buffer((1, heads), "float32")
             row_sum = T.sblock_alloc_buffer((1, heads), "float32")
@@ -53,6 +55,6 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     slot: T.let = partial_start + vstep
                     merge_stage(State(partial_max, partial_sum, partial_acc, slot), running, vstep, num_partials)
             places: T.let = headroom(spec, context_lens[seq])
-            normalize_stage(running, out, lse, Rows(seq, 0, heads), places)
+            normalize_stage(running, out, lse, Rows(seq, 0, heads), places, sinks)
 
-    return merge_partials
+    return merge_partials if spec.sinks else without(merge_partials, "sinks_handle")

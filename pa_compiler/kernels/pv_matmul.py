@@ -6,7 +6,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.caches import reader, value_access, whole
-from pa_compiler.kernels.elements import LOW, dot_pairs
+from pa_compiler.kernels.elements import HIGH, LOW, dot_pairs
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
@@ -31,6 +31,14 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     def valid(word, t, valid_len):
         return T.bitwise_and(word, T.Select(2 * t + 1 < valid_len, -1, LOW)) if terms == 2 else word
 
+    def seen(value, t, tile):
+        """What is multiplied by a weight of 0, since the window does not reach it, is 0 and not what memory holds."""
+        if tile.first_seen is None:
+            return value
+        if terms == 1:
+            return T.Select(tile.sees(t), value, T.float32(0))
+        return T.bitwise_and(value, T.Select(tile.sees(2 * t), -1, T.Select(tile.sees(2 * t + 1), HIGH, 0)))
+
     @inline
     def stage(weights, values, head_offset, tile, num_full, tile_acc, slot):
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
@@ -44,7 +52,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():
                     full_acc[vi, vr, vd] = T.float32(0)
-                full_acc[vi, vr, vd] += product(weights[at, vr, vt], read(values, vt, now, vd))
+                full_acc[vi, vr, vd] += product(weights[at, vr, vt], seen(read(values, vt, now, vd), vt, tile))
         for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(tile.valid_len, group), terms), rows, dim):
             with T.sblock("tile_acc"):
                 vt = T.axis.reduce(tokens // terms, num_full * (group // terms) + ti)
@@ -61,7 +69,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 with T.init():
                     tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
                 tile_acc[at, vr, vd] += product(
-                    weights[at, vr, vt], valid(read(values, vt, now, vd), vt, tile.valid_len)
+                    weights[at, vr, vt], valid(seen(read(values, vt, now, vd), vt, tile), vt, tile.valid_len)
                 )
 
     return stage

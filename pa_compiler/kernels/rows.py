@@ -5,7 +5,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from tvm.ir import Expr
+from tvm.script import tirx as T
 from tvm.tirx import Buffer
+
+from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 
 
 class Rows(NamedTuple):
@@ -39,3 +42,21 @@ def limit(context_lens: Buffer, token: Expr) -> Expr:
     A query token sees itself and what comes before it. In decode it is the last of its sequence.
     """
     return context_lens[token]
+
+
+def first_seen(spec: PagedAttentionSpec, end: Expr) -> Expr:
+    """The first key position that they see, where limit is `end`: of a window the last `window` keys."""
+    return T.int32(0) if spec.window is None else T.max(end - spec.window, 0)
+
+
+def first_read(spec: PagedAttentionSpec, seen: Expr) -> Expr:
+    """The position from which on keys are read, to see those from `seen` on.
+
+    Packed keys are read PACKED_TOKENS at a time, from a multiple of it.
+    """
+    return seen - T.floormod(seen, PACKED_TOKENS) if masks_first_tile(spec) else seen
+
+
+def masks_first_tile(spec: PagedAttentionSpec) -> bool:
+    """Whether tiles may begin before the first key that is seen."""
+    return spec.window is not None and spec.kv_layout == "packed"

@@ -4,46 +4,58 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
+from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.scores import scored, slope_of
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
+from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 from pa_compiler.tvmscript import inline
 
 
-def softmax_prepare(tiling: Tiling) -> Callable[..., None]:
-    """row_max = max over t of scale * scores, probs = exp(scale * scores - row_max) / 2**headroom, row_sum their sum.
+def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """row_max = max over t of s, probs = exp(s - row_max) / 2**headroom, row_sum their sum; s = scored(scale * scores).
 
-    headroom is the sequence's (kernels/headroom.py). scale * scores is rounded once and kept: a fused multiply-add with
-    -row_max would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5 on.
-    Over the columns of the first num_groups token groups; those that hold no token count as -inf and get probs of
+    headroom is the sequence's (kernels/headroom.py). s is rounded once and kept: a fused multiply-add with -row_max
+    would leave the product's rounding error in the exponent of the maximum, which shows from scores of 1e5 on. Over the
+    columns of the first num_groups token groups; those that hold no token that is seen count as -inf and get probs of
     exactly 0 whatever their scores hold, NaN included. With valid_len == 0: row_max = EMPTY_ROW_MAX, row_sum = 0,
     probs = 0. Products of -inf get probs of 0, and a row of nothing else is as an empty one, whose sum is 0; with one
     of +inf or NaN row_sum is NaN. The sum is over what pv_matmul multiplies: float32 as it is, or, where that takes
     pairs, rounded to bfloat16.
 
-    Between the product and the maximum is the place of a score function or a mask: `tile.position` says which token a
-    column is.
+    scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
 
     @inline
-    def stage(scores, probs, state, scale, headroom, tile, num_groups):
+    def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
         with T.sblock("softmax_prepare"):
-            T.reads(scores[slot, 0:rows, 0:tokens])
+            T.reads(scores[slot, 0:rows, 0:tokens], *([whole(scoring.slopes)] if spec.alibi else []))
             T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
             scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
             peak = T.sblock_alloc_buffer((rows,), "float32")
+            if spec.alibi:
+                slope = T.sblock_alloc_buffer((rows,), "float32")
+                for r in range(rows):
+                    with T.sblock("slope"):
+                        vr = T.axis.spatial(rows, r)
+                        slope[vr] = slope_of(scoring, vr)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("scaled"):
                     vo = T.axis.spatial(tokens // group, to)
                     vi = T.axis.spatial(group, ti)
                     vr = T.axis.spatial(rows, r)
-                    scaled[vr, vo * group + vi] = T.Select(
-                        tile.holds(vo, vi), scores[slot, vr, vo * group + vi] * scale, T.float32("-inf")
+                    column = T.meta_var(vo * group + vi)
+                    score = T.meta_var(scores[slot, vr, column] * scale)
+                    scaled[vr, column] = T.Select(
+                        tile.holds(vo, vi),
+                        scored(spec, score, scoring, slope[vr] if spec.alibi else None, tile, column),
+                        T.float32("-inf"),
                     )
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("peak"):

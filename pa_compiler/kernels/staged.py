@@ -16,20 +16,35 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import pv_matmul as pv
 from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
-from pa_compiler.kernels.arrays import Arrays
+from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.rows import Rows, limit
+from pa_compiler.kernels.rows import Rows, first_read, first_seen, limit, masks_first_tile
+from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
+def _start(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
+    """Where a sequence that is seen up to the position `end` is read from in block block_idx."""
+    start = block_idx * spec.block_size
+    return start if spec.window is None else T.max(start, first_read(spec, first_seen(spec, end)))
+
+
 def _valid_len(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
-    """Tokens of block block_idx of a sequence before the position `end`."""
-    return T.max(T.min(end - block_idx * spec.block_size, spec.block_size), 0)
+    """Tokens that are read in block block_idx of a sequence that is seen up to the position `end`."""
+    if spec.window is None:
+        return T.max(T.min(end - block_idx * spec.block_size, spec.block_size), 0)
+    return T.max(T.min(end, (block_idx + 1) * spec.block_size) - _start(spec, end, block_idx), 0)
+
+
+def _tile(spec: PagedAttentionSpec, tiling: Tiling, end: Expr, block_idx: Expr, valid_len: Expr) -> Tile:
+    """Block block_idx of such a sequence."""
+    seen = first_seen(spec, end) if masks_first_tile(spec) else None
+    return Tile(tiling, _start(spec, end, block_idx), valid_len, seen)
 
 
 def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
@@ -85,7 +100,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
                 valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(Tile(tiling, block_idx * spec.block_size, valid_len))
+                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 load_query_stage(query, q_tile, 0, Rows(seq, head_start, num_rows), query_scale)
@@ -98,7 +113,7 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """probs, tile_max and tile_sum of block block_idx, every column of probs written."""
     arrays, num_groups = Arrays(spec, tiling), tiling.padded_kv_tile // tiling.token_group
-    softmax_stage = softmax.softmax_prepare(tiling)
+    softmax_stage = softmax.softmax_prepare(spec, tiling)
 
     @script.prim_func(s_tir=True)
     def softmax_prepare(
@@ -107,8 +122,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         probs_handle: T.handle,
         tile_max_handle: T.handle,
         tile_sum_handle: T.handle,
+        alibi_slopes_handle: T.handle,
         batch_start: T.int32,
         num_seqs: T.int32,
+        head_start: T.int32,
+        num_rows: T.int32,
         block_idx: T.int32,
         score_scale: T.float32,
     ):
@@ -117,6 +135,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         probs = arrays.scores(probs_handle)
         tile_max = arrays.rows(tile_max_handle)
         tile_sum = arrays.rows(tile_sum_handle)
+        slopes = T.meta_var(arrays.alibi_slopes(alibi_slopes_handle))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -124,11 +143,13 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.writes()
                 seq: T.let = batch_start + vs
                 valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(Tile(tiling, block_idx * spec.block_size, valid_len))
+                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
-                softmax_stage(scores, probs, added, score_scale, headroom(spec, context_lens[seq]), tile, num_groups)
+                scoring = T.meta_var(Scoring(Rows(seq, head_start, num_rows), context_lens[seq] - 1, slopes))
+                places = T.meta_var(headroom(spec, context_lens[seq]))
+                softmax_stage(scores, probs, added, score_scale, places, tile, num_groups, scoring)
 
-    return softmax_prepare
+    return softmax_prepare if spec.alibi else without(softmax_prepare, "alibi_slopes_handle", "head_start", "num_rows")
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -164,7 +185,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
                 valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(Tile(tiling, block_idx * spec.block_size, valid_len))
+                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
                 look_up(block_table, values, tile, seq)
@@ -178,7 +199,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """Fold tile_max, tile_sum, tile_acc of block block_idx into row_max, row_sum, acc, one slot for each sequence."""
+    """Fold tile_max, tile_sum, tile_acc of one block into row_max, row_sum, acc, as step `step` of num_steps."""
     arrays, merge_stage = Arrays(spec, tiling), state.merge(tiling.row_tile, spec.result_dim)
 
     @script.prim_func(s_tir=True)
@@ -190,7 +211,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         row_sum_handle: T.handle,
         acc_handle: T.handle,
         num_seqs: T.int32,
-        block_idx: T.int32,
+        step: T.int32,
         num_steps: T.int32,
     ):
         tile_max = arrays.rows(tile_max_handle)
@@ -205,7 +226,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.reads()
                 T.writes()
                 added = T.meta_var(State(tile_max, tile_sum, tile_acc, vs))
-                merge_stage(added, State(row_max, row_sum, acc, vs), block_idx, num_steps)
+                merge_stage(added, State(row_max, row_sum, acc, vs), step, num_steps)
 
     return online_update
 
@@ -222,6 +243,7 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         acc_handle: T.handle,
         out_handle: T.handle,
         lse_handle: T.handle,
+        sinks_handle: T.handle,
         batch_start: T.int32,
         num_seqs: T.int32,
         head_start: T.int32,
@@ -233,6 +255,7 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         acc = arrays.acc(acc_handle)
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
+        sinks = T.meta_var(arrays.sinks(sinks_handle))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -241,7 +264,7 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
                 normalize_stage(
-                    State(row_max, row_sum, acc, vs), out, lse, Rows(seq, head_start, num_rows), places
+                    State(row_max, row_sum, acc, vs), out, lse, Rows(seq, head_start, num_rows), places, sinks
                 )  # fmt: skip
 
-    return normalize
+    return normalize if spec.sinks else without(normalize, "sinks_handle")

@@ -197,24 +197,34 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
     """out = acc / row_sum and lse = row_max + ln(row_sum) of the rows that there are of a state of `capacity` rows.
 
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
-    lse = -inf.
+    lse = -inf. With sinks, the sum has exp(sink - row_max) besides, which has no value; a sink of -inf is none.
     """
-    dim, out_dtype = spec.result_dim, spec.result_dtype
+    dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
 
     @inline
-    def stage(state, out, lse, rows, headroom):
+    def stage(state, out, lse, rows, headroom, sinks):
         slot = T.meta_var(state.slot)
         with T.sblock("normalize"):
             T.reads(
-                state.row_max[slot, 0:capacity], state.row_sum[slot, 0:capacity], state.acc[slot, 0:capacity, 0:dim]
+                state.row_max[slot, 0:capacity],
+                state.row_sum[slot, 0:capacity],
+                state.acc[slot, 0:capacity, 0:dim],
+                *([sinks[0 : spec.num_heads]] if spec.sinks else []),
             )
             T.writes(out[rows.all(slice(0, dim))], lse[rows.all()])
             factor = T.sblock_alloc_buffer((capacity,), "float32")
-            for r in range(capacity):
-                with T.sblock("factor"):
-                    vr = T.axis.spatial(capacity, r)
-                    total: T.let = state.row_sum[slot, vr]
-                    factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+            if spec.sinks:
+                peak = T.sblock_alloc_buffer((capacity,), "float32")
+                total_sum = T.sblock_alloc_buffer((capacity,), "float32")
+                add_sinks(state, sinks, rows, headroom, peak, total_sum, factor)
+            else:
+                for r in range(capacity):
+                    with T.sblock("factor"):
+                        vr = T.axis.spatial(capacity, r)
+                        total: T.let = state.row_sum[slot, vr]
+                        factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
+            maxima = T.meta_var(peak if spec.sinks else state.row_max)
+            sums = T.meta_var(total_sum if spec.sinks else state.row_sum)
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("out"):
                     vr = T.axis.spatial(capacity, r)
@@ -223,10 +233,39 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
             for r in range(rows.num):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(capacity, r)
+                    place = T.meta_var((vr,) if spec.sinks else (slot, vr))
                     lse[rows.at(vr)] = T.Select(
-                        state.row_sum[slot, vr] == T.float32(0),
+                        sums[place] == T.float32(0),
                         T.float32("-inf"),
-                        state.row_max[slot, vr] + T.log(lifted(spec, state.row_sum[slot, vr], headroom)),
+                        maxima[place] + T.log(lifted(spec, sums[place], headroom)),
                     )
+
+    return stage
+
+
+def _add_sinks(capacity: int) -> Callable[..., None]:
+    """peak and total: row_max and row_sum with each row's sink; factor: what acc is multiplied by to be out."""
+
+    @inline
+    def stage(state, sinks, rows, headroom, peak, total, factor):
+        slot = T.meta_var(state.slot)
+        kept = T.sblock_alloc_buffer((capacity,), "float32")
+        weight = T.sblock_alloc_buffer((capacity,), "float32")
+        for r in range(capacity):
+            with T.sblock("sink"):
+                vr = T.axis.spatial(capacity, r)
+                T.reads(state.row_max[slot, vr], state.row_sum[slot, vr], sinks[0 : sinks.shape[0]])
+                T.writes(peak[vr], kept[vr], weight[vr])
+                is_empty: T.let = state.row_sum[slot, vr] == T.float32(0)
+                sink: T.let = T.if_then_else(vr < rows.num, sinks[rows.at(vr)[1]], T.float32("-inf"))
+                m: T.let = T.Select(is_empty, sink, T.max(state.row_max[slot, vr], sink))
+                peak[vr] = m
+                store_exp(kept, (vr,), state.row_max[slot, vr] - m, T.Not(is_empty))
+                store_exp(weight, (vr,), sink - m, sink != T.float32("-inf"), headroom)
+        for r in range(capacity):
+            with T.sblock("factor"):
+                vr = T.axis.spatial(capacity, r)
+                total[vr] = kept[vr] * state.row_sum[slot, vr] + weight[vr]
+                factor[vr] = T.Select(total[vr] == T.float32(0), T.float32(0), kept[vr] / total[vr])
 
     return stage

@@ -27,11 +27,14 @@ class Tile(NamedTuple):
         tiling: The sizes.
         start: Position of the tile's first token in its sequence.
         valid_len: Tokens that there are, up to kv_tile, from the first on; the columns after them hold none.
+        first_seen: Position of the first token that is seen, where a tile may begin before it: packed, at a multiple of
+            PACKED_TOKENS. None where it does not.
     """
 
     tiling: Tiling
     start: Expr
     valid_len: Expr
+    first_seen: Expr | None = None
 
     def position(self, column: Expr) -> Expr:
         """Position in its sequence of the token in a column."""
@@ -42,8 +45,15 @@ class Tile(NamedTuple):
         return self.start + T.Select(self.valid_len == size, in_turn, column)
 
     def holds(self, group: Expr, column: Expr) -> Expr:
-        """Whether a column of a token group holds a token."""
-        return column < self.valid_len - group * self.tiling.token_group
+        """Whether a column of a token group holds a token that is seen."""
+        holds = column < self.valid_len - group * self.tiling.token_group
+        if self.first_seen is None:
+            return holds
+        return T.And(holds, column >= self.first_seen - self.start - group * self.tiling.token_group)
+
+    def sees(self, column: Expr) -> Expr:
+        """Whether the token in a column is seen, if the column holds one. Only of a tile with a first_seen."""
+        return column >= self.first_seen - self.start
 
     @property
     def num_groups(self) -> Expr:
