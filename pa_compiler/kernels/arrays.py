@@ -36,7 +36,7 @@ class Arrays:
         )
 
     def key_cache(self, handle: Var) -> Buffer:
-        """[k_span] words: all that lies between the first and the last element of the cache."""
+        """[k_span] words: the cache from its first element on. How long it is, offsets say, and k_span is not used."""
         return self._span(handle, "k_span", self._tiling.keys)
 
     def value_cache(self, handle: Var) -> Buffer:
@@ -108,12 +108,6 @@ class Arrays:
 
 
 def without(function: PrimFunc, *names: str) -> PrimFunc:
-    """A PrimFunc without some of its parameters, which it does not use; of arrays, the names of their handles."""
-    params = [param for param in function.params if param.name not in names]
-    return PrimFunc(params, function.body, function.ret_type, function.buffer_map, function.attrs)
-
-
-def unused(spec: PagedAttentionSpec) -> list[str]:
-    """The handles of arrays that the kernels of a spec have no use for."""
-    used = {"alibi_slopes_handle": spec.alibi, "sinks_handle": spec.sinks}
-    return [name for name, is_used in used.items() if not is_used]
+    """A PrimFunc without the parameters that it does not use: arrays that are not matched, and those of these names."""
+    params = [param for param in function.params if not param.name.endswith("_handle") and param.name not in names]
+    return PrimFunc(params, function.body, function.ret_type, function.attrs)

@@ -11,7 +11,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
-from pa_compiler.kernels.arrays import Arrays, unused, without
+from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
@@ -149,7 +149,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     partial_start < 0, out, lse, seq, places, sinks,
                 )  # fmt: skip
 
-    return without(fused_decode, *unused(spec))
+    return without(fused_decode)
 
 
 def _rows_of(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Rows]:
@@ -266,15 +266,15 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         weights = T.meta_var(prob_pairs if in_pairs else probs)
         for i in range(num_tiles):
             with T.sblock("softmax"):
-                vi = T.axis.spatial(num_tiles, i)
+                vslot = T.axis.spatial(num_tiles, i)
                 T.reads()
                 T.writes()
-                added = T.meta_var(State(tile_max, tile_sum, None, vi))
-                scoring = T.meta_var(Scoring(rows_of(sequence.seq, first + vi), sequence.query_pos, sequence.slopes))
+                added = T.meta_var(State(tile_max, tile_sum, None, vslot))
+                scoring = T.meta_var(Scoring(rows_of(sequence.seq, first + vslot), sequence.query_pos, sequence.slopes))
                 softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
                 if in_pairs:
-                    pairs_stage(probs, weights, vi, tile.num_groups)
-                rescale_stage(added, running._replace(slot=first + vi), Factors(alpha, beta, vi), step)
+                    pairs_stage(probs, weights, vslot, tile.num_groups)
+                rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
         num_full: T.let = tile.num_full
         with T.sblock("pv_update"):
             T.reads()

@@ -57,4 +57,4 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             places: T.let = headroom(spec, context_lens[seq])
             normalize_stage(running, out, lse, Rows(seq, 0, heads), places, sinks)
 
-    return merge_partials if spec.sinks else without(merge_partials, "sinks_handle")
+    return without(merge_partials)

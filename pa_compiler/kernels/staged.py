@@ -149,7 +149,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 places = T.meta_var(headroom(spec, context_lens[seq]))
                 softmax_stage(scores, probs, added, score_scale, places, tile, num_groups, scoring)
 
-    return softmax_prepare if spec.alibi else without(softmax_prepare, "alibi_slopes_handle", "head_start", "num_rows")
+    return without(softmax_prepare, *(() if spec.alibi else ("head_start", "num_rows")))
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -267,4 +267,4 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     State(row_max, row_sum, acc, vs), out, lse, Rows(seq, head_start, num_rows), places, sinks
                 )  # fmt: skip
 
-    return normalize if spec.sinks else without(normalize, "sinks_handle")
+    return without(normalize)

@@ -44,12 +44,11 @@ class Tile(NamedTuple):
         in_turn = T.floormod(column, streams) * (size // streams) + T.floordiv(column, streams)
         return self.start + T.Select(self.valid_len == size, in_turn, column)
 
-    def holds(self, group: Expr, column: Expr) -> Expr:
-        """Whether a column of a token group holds a token that is seen."""
-        holds = column < self.valid_len - group * self.tiling.token_group
-        if self.first_seen is None:
-            return holds
-        return T.And(holds, column >= self.first_seen - self.start - group * self.tiling.token_group)
+    def holds(self, group: Expr, lane: Expr) -> Expr:
+        """Whether column `lane` of token group `group` holds a token that is seen."""
+        before = group * self.tiling.token_group
+        holds = lane < self.valid_len - before
+        return holds if self.first_seen is None else T.And(holds, lane >= self.first_seen - self.start - before)
 
     def sees(self, column: Expr) -> Expr:
         """Whether the token in a column is seen, if the column holds one. Only of a tile with a first_seen."""
