@@ -22,8 +22,9 @@ MIN_SPLIT_TOKENS = 256
 class WorkItem(NamedTuple):
     """What a thread computes at a time: all heads of sequences of a chunk, in the blocks [block_begin, block_end).
 
-    num_tokens counts the KV tokens that it reads. A library's plan has a line for each item with its fields in this
-    order, which are those of the same names in the C++ struct WorkItem.
+    Of a sequence's blocks those before its window are in no item; where sequences share one, it begins at the first
+    block that one of them sees. num_tokens counts the KV tokens that it reads. A library's plan has a line for each
+    item with its fields in this order, which are those of the same names in the C++ struct WorkItem.
     """
 
     batch_start: int
@@ -60,6 +61,7 @@ class Parameter(NamedTuple):
         written: Whether an array is written.
         optional: Whether None may stand for an array.
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
+        field: Field of the spec that says whether there is an array: None where the spec has it not. "" for all specs.
     """
 
     name: str
@@ -67,6 +69,13 @@ class Parameter(NamedTuple):
     written: bool = False
     optional: bool = False
     of_values: bool = False
+    field: str = ""
+
+    def absent(self, spec: PagedAttentionSpec) -> str:
+        """What the spec has, or has not, so that the array has to be None; "" where it has to be one."""
+        if self.of_values and spec.shared_kv:
+            return "shared_kv"
+        return f"no {self.field}" if self.field and not getattr(spec, self.field) else ""
 
     def dtypes(self, spec: PagedAttentionSpec, on_gpu: bool) -> tuple[str, ...]:
         """The dtypes that an array may have. A CPU's library takes indices of both types, a GPU's as kernels do."""
@@ -82,6 +91,8 @@ _DECODE = (
     Parameter("context_lens", "int32"),
     Parameter("out", "result_dtype", written=True),
     Parameter("lse", "float32", written=True, optional=True),
+    Parameter("alibi_slopes", "float32", field="alibi"),
+    Parameter("sinks", "float32", field="sinks"),
     Parameter("scale"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import re
 
 import numpy as np
@@ -62,6 +63,17 @@ def test_a_cpus_arguments(compiled, recorded, name):
         given.items() >= {**numbers, "num_threads": 3, "threading": THREADING.index("openmp"), "as_uint16": 0}.items()
     )
     assert given["cpus"] == module._functions["cpu_set"](np.array(sorted(module.cpus), np.int32))
+
+
+def test_arguments_of_some_specs(compiled, recorded):
+    """In their places where the spec has them; None where it has not and none are given."""
+    arrays = dict(zip(DECODE, make_inputs(BASE, [3, 5]).arguments, strict=True))
+    heads = {"alibi_slopes": np.zeros(6, np.float32), "sinks": np.ones(6, np.float32)}
+    for spec, more in ((BASE, {}), (dataclasses.replace(BASE, alibi=True, sinks=True), heads)):
+        module, recorder = recorded(compiled(spec), "decode")
+        module.decode(**arrays, **more)
+        given = by_name(CPU_ENTRY_POINTS["decode"], recorder)
+        assert all(given[each] is more.get(each) for each in heads)
 
 
 @pytest.mark.parametrize("name", ["decode", "append_kv"])

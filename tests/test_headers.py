@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import subprocess
 from pathlib import Path
@@ -105,6 +106,39 @@ def test_one_stride_in_the_table_for_another_is_refused(name, distance, include,
     text = render()
     assert f".{name} = {values[other]}" in text
     assert "error: use of deleted function" in refusal(text, include, tmp_path)
+
+
+SCORED = dataclasses.replace(BASE, window=100, alibi=True, sinks=True)
+HEADS = {  # kernels that take a number for each head, and what else they take then
+    "fused": {"fused_decode": ("alibi_slopes", "sinks"), "merge_partials": ("sinks",)},
+    "staged": {"softmax_prepare": ("alibi_slopes", "head_start", "num_rows"), "normalize": ("sinks",)},
+}
+
+
+@pytest.mark.parametrize("pipeline", HEADS)
+def test_kernels_may_take_numbers_of_heads(pipeline, include, tmp_path):
+    tiles = tiling.choose(SCORED, CPU, pipeline)
+    kernels = []
+    for kernel in host.kernels(backend.build_kernels(SCORED, tiles, pipeline)):
+        names = HEADS[pipeline].get(kernel.name, ())
+        taken = [each for each in kernel.parameters if each.name not in names]
+        types = {"head_start": "int64_t", "num_rows": "int64_t"}
+        taken += [host.KernelParameter(name, types.get(name, "Array")) for name in names]
+        kernels.append(kernel._replace(parameters=tuple(taken)))
+    text = host.render(SCORED, tiles, CPU, pipeline, kernels)
+    for name in ("alibi_slopes", "sinks"):
+        assert text.count(f".{name} = args.{name}") == sum(name in taken for taken in HEADS[pipeline].values())
+    assert refusal(text, include, tmp_path) == ""
+
+
+def test_a_spec_says_what_it_has():
+    for spec, constants in (
+        (BASE, ("kWindow = 0;", "kAlibi = false, kSinks = false;")),
+        (SCORED, ("kWindow = 100;", "kAlibi = true, kSinks = true;")),
+        (dataclasses.replace(BASE, sinks=True), ("kWindow = 0;", "kAlibi = false, kSinks = true;")),
+    ):
+        text = render(spec)
+        assert all(each in text for each in constants)
 
 
 def test_two_arguments_in_the_order_of_another_kernel_are_refused(include, tmp_path):

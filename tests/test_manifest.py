@@ -70,6 +70,8 @@ def test_says_what_it_was_made_from(compiled, spec, pipeline):
     about = module.manifest
     assert (about.spec, about.pipeline, about.target) == (spec, pipeline, module.target)
     assert (about.lse, about.empty_rows) == ("natural logarithm", "out 0, lse -inf")
+    with_sinks = dataclasses.replace(about, spec=dataclasses.replace(spec, sinks=True), empty_rows="")
+    assert with_sinks.empty_rows == "out 0, lse the sink"
     assert about.kernels == hashlib.sha256(module.sources["asm"].encode()).hexdigest()
     assert set(about.versions) == {"pa-compiler", "apache-tvm", "apache-tvm-ffi"}
     assert all(importlib.metadata.version(name) == version for name, version in about.versions.items())

@@ -110,6 +110,54 @@ def test_long_sequences_are_split(compiled, kv_heads, tokens):
 
 @every_pipeline
 @every_batch
+@pytest.mark.parametrize("window", [1, 100, 3001])
+def test_a_window(compiled, pipeline, window, lengths):
+    """Each token that is seen is counted once, and an item is no wider than what its sequences see."""
+    spec = dataclasses.replace(BASE, window=window)
+    size, seen = spec.block_size, np.zeros(len(lengths), int)
+    for item in plan(compiled(spec, pipeline), lengths):
+        sequences = range(item.batch_start, item.batch_start + item.num_seqs)
+        ranges = [
+            (max(lengths[each] - window, item.block_begin * size), min(lengths[each], item.block_end * size))
+            for each in sequences
+        ]
+        ranges = [(begin, max(begin, end)) for begin, end in ranges]
+        seen[sequences] += [end - begin for begin, end in ranges]
+        assert item.num_tokens == sum(end - begin for begin, end in ranges)
+        shown = [(begin // size, -(-end // size)) for begin, end in ranges if begin < end]
+        edges = (min(begin for begin, _ in shown), max(end for _, end in shown)) if shown else (0, 0)
+        assert (item.block_begin, item.block_end) == edges
+    assert seen.tolist() == [min(length, window) for length in lengths]
+
+
+@pytest.mark.parametrize("pipeline", ["fused", "staged"])
+@pytest.mark.parametrize("name", ["float32_MQA", "bfloat16_packed"])
+def test_a_window_costs_what_a_context_of_its_length_costs(compiled, name, pipeline):
+    """Its plan is that of such a context, so many blocks later. One that begins within a block has a block more."""
+    spec = SPECS[name]
+    window, windowed = 24 * 128, compiled(dataclasses.replace(spec, window=24 * 128), pipeline)
+    for hidden in (1, 2, 1000):
+        blocks = hidden * 128 // spec.block_size
+        later = [
+            item._replace(block_begin=item.block_begin + blocks, block_end=item.block_end + blocks)
+            for item in plan(compiled(spec, pipeline), [window])
+        ]
+        assert plan(windowed, [window + hidden * 128]) == later
+        items = plan(windowed, [window + hidden * 128 + 3])
+        assert sum(item.num_tokens for item in items) == window
+        assert min(item.block_begin for item in items) == blocks
+        assert max(item.block_end for item in items) == blocks + window // spec.block_size + 1
+
+
+def test_the_smallest_first_block_of_a_chunk_of_the_staged_pipeline(compiled):
+    """Of its sequences that are not empty."""
+    module = compiled(dataclasses.replace(BASE, window=10), "staged")
+    (item,) = plan(module, [0, 1000, 0, 800])
+    assert item == (0, 4, 790 // 5, 200, 20)
+
+
+@every_pipeline
+@every_batch
 def test_pure(compiled, pipeline, lengths):
     """The same again, and at any number of threads."""
     module = compiled(BASE, pipeline)

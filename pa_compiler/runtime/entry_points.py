@@ -38,7 +38,8 @@ class EntryPoint:
         self._bfloat16 = [position for position, accepted in enumerate(self._dtypes) if _BFLOAT16 in accepted]
         self._written = [parameter.written for parameter in arrays]
         self._optional = [parameter.optional for parameter in arrays]
-        self._absent = [parameter.of_values and spec.shared_kv for parameter in arrays]
+        self._absent = [parameter.absent(spec) for parameter in arrays]
+        self._fields = [parameter.field for parameter in arrays]
         self._on_gpu = on_gpu
 
     def call(self, arrays: Sequence[Any], *values: float) -> None:
@@ -106,11 +107,13 @@ class EntryPoint:
 
     def _check_kinds(self, arrays: Sequence[Any]) -> None:
         """Check that arrays are arrays or None, and what the library cannot say of NumPy's and torch's."""
-        columns = (self._names, arrays, self._dtypes, self._optional, self._absent)
-        for name, array, dtypes, optional, absent in zip(*columns, strict=True):
+        columns = (self._names, arrays, self._dtypes, self._optional, self._absent, self._fields)
+        for name, array, dtypes, optional, absent, field in zip(*columns, strict=True):
             if absent:
                 if array is not None:
-                    raise TypeError(f"{name}: expected None, since the spec has shared_kv, got {shown(array)}")
+                    raise TypeError(f"{name}: expected None, since the spec has {absent}, got {shown(array)}")
+            elif array is None and field:
+                raise TypeError(f"{name}: expected an array, since the spec has {field}, got None")
             elif isinstance(array, np.ndarray):
                 if array.dtype not in dtypes:
                     accepted = " or ".join(map(str, dtypes))

@@ -24,7 +24,7 @@ from typing import Any
 from pa_compiler.runtime.cpu_features import missing_features
 from pa_compiler.spec import PagedAttentionSpec
 
-FORMAT = 3
+FORMAT = 4
 """Of the manifest and of the library's entry points: load() refuses any other. Raised when either changes."""
 
 _FOOTER = struct.Struct("<QI32s12s")
@@ -33,7 +33,10 @@ _CHECKED = _FOOTER.size - 44
 _MAGIC = b"pa_compiler\n"
 
 _LSE = "natural logarithm"
-_EMPTY_ROWS = "out 0, lse -inf"
+
+
+def _empty_rows(spec: PagedAttentionSpec) -> str:
+    return "out 0, lse the sink" if spec.sinks else "out 0, lse -inf"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +52,7 @@ class Manifest:
         kernels: SHA-256 of the kernels' assembly (Module.sources["asm"], or "ptx"), in hexadecimal.
         versions: Of pa-compiler, apache-tvm and apache-tvm-ffi.
         lse: What lse is: the logarithm of the softmax's denominator, to which base.
-        empty_rows: What a sequence of length 0 gives.
+        empty_rows: What a sequence of length 0 gives, by its spec.
     """
 
     spec: PagedAttentionSpec
@@ -60,7 +63,10 @@ class Manifest:
     kernels: str
     versions: Mapping[str, str]
     lse: str = _LSE
-    empty_rows: str = _EMPTY_ROWS
+    empty_rows: str = ""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "empty_rows", self.empty_rows or _empty_rows(self.spec))
 
     def unfit(self) -> str:
         """Why this machine cannot run the library, or ""."""
@@ -106,7 +112,7 @@ def read(library: bytes, name: str | os.PathLike[str]) -> Manifest:
     manifest = Manifest(
         **{**fields, "spec": PagedAttentionSpec(**fields["spec"]), "features": tuple(fields["features"])}
     )
-    for field, meant in (("lse", _LSE), ("empty_rows", _EMPTY_ROWS)):
+    for field, meant in (("lse", _LSE), ("empty_rows", _empty_rows(manifest.spec))):
         if getattr(manifest, field) != meant:
             raise RuntimeError(f"{name}: expected {field} to be {meant!r}, got {getattr(manifest, field)!r}")
     return manifest

@@ -91,6 +91,8 @@ class Module(ThreadSettings):
         *,
         lse: Any = None,
         return_lse: bool = False,
+        alibi_slopes: Any = None,
+        sinks: Any = None,
         check: str | None = None,
     ) -> Any:
         """Attend from one query token of each sequence to its context in the paged cache.
@@ -108,28 +110,33 @@ class Module(ThreadSettings):
             value_cache: As key_cache, with value_dim in place of head_dim. None with shared_kv: the value of a token is
                 the first value_dim elements of its key.
             block_table: [batch, max_blocks], int32 or int64: the block ids of each sequence's context in order. Entries
-                past those that its length needs may hold anything.
+                past those that its length needs may hold anything, as may those before the spec's window.
             context_lens: [batch], int32 or int64: tokens of each sequence, 0 to max_blocks * block_size.
             scale: Factor on the scores, finite as a float32, a number or an array of no axes; by default
                 1 / sqrt(head_dim). Products of queries with keys may be beyond float32 where the scores are not.
             out: [batch, num_heads, value_dim] or [batch, num_heads * value_dim], out_dtype, written and returned; by
                 default a new array [batch, num_heads, value_dim] of query's kind.
             lse: [batch, num_heads], float32, written like out. Giving it implies return_lse.
-            return_lse: Whether to return lse as well: the logarithm (natural) of the sum of exp(scale * score).
+            return_lse: Whether to return lse as well: the logarithm (natural) of the softmax's denominator, with sinks
+                exp(sink) among its terms.
+            alibi_slopes: [num_heads], float32, where the spec has alibi: slope * (key position - query position) is
+                added to a head's scores. The query is at the last position of its sequence.
+            sinks: [num_heads], float32, where the spec has sinks: one more score of each head, that has no value.
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
 
         Returns:
             out, or (out, lse). A sequence of length 0, and a head of which every score is -inf, gives out 0 and lse
-            -inf. Averages of float32 values up to 3.4e38 in magnitude, and of all other types', are finite unless
-            out_dtype ends before.
+            -inf, or with sinks the sink. Averages of float32 values up to 3.4e38 in magnitude, and of all other types',
+            are finite unless out_dtype ends before.
 
         Raises:
             TypeError: an argument is not an array, has another dtype, or is a tensor of torch that is not dense; or
-                value_cache is given with shared_kv, or is None without.
+                value_cache is given with shared_kv, or is None without; or alibi_slopes or sinks are given where the
+                spec has none, or are None where it has.
             ValueError: rank, shape, strides, alignment, device, a length, scale, check, or out or lse with a byte of
                 another array. An array that has no memory (freed, or of torch's tracing), is to be written and not
                 known to be writable, is a negated view or to have a gradient.
-            IndexError: a used block id is outside [0, num_blocks).
+            IndexError: a block id that is used is outside [0, num_blocks).
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
@@ -138,7 +145,7 @@ class Module(ThreadSettings):
             out = self._new_like(query, self._out_dtype, (self.spec.num_heads, self.spec.result_dim))
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
-        arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse)
+        arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse, alibi_slopes, sinks)
         self._decode.call(arrays, scale, *self._manner(check, "decode"))
         return out if lse is None else (out, lse)
 
@@ -218,7 +225,8 @@ class Module(ThreadSettings):
     def plan(self, context_lens: Any) -> list[WorkItem]:
         """The work items that decode runs for these lengths, in the order in which they are dealt to threads.
 
-        A pure function of the lengths, [batch], int32 or int64: no kernel runs. Errors are decode's.
+        A pure function of the lengths, [batch], int32 or int64: no kernel runs. Blocks that a window hides are in none
+        of them. Errors are decode's.
         """
         lines = self._functions["plan"](as_tensor("context_lens", context_lens)).splitlines()
         return [WorkItem(*map(int, line.split())) for line in lines]

@@ -54,6 +54,45 @@ void TestPlan() {
   EXPECT(Plan<Spec>(lens, 0).num_items == 0);
 }
 
+using Windowed = SpecOf<3, false, 9>;  // of tokens
+
+void TestCutsOfAWindow() {
+  for (int64_t len = 0; len < 60; ++len) {
+    const Cut<Windowed> cut(len);
+    EXPECT(cut.first == std::max<int64_t>(len - 9, 0) / 4 && cut.first + cut.blocks == (len + 3) / 4);
+    EXPECT(cut.blocks <= 4 && cut.num_ranges == (cut.blocks > 3 ? 2 : 1));
+    EXPECT(cut.num_ranges * cut.step >= cut.blocks);
+  }
+}
+
+void TestPlanOfAWindow() {
+  const int32_t lens[] = {0, 2, 40, 0, 5, 0, 34, 1000};
+  const Plan<Windowed> plan(lens, 8);
+  EXPECT(plan.num_tokens == 2 + 9 + 5 + 9 + 9);
+  const WorkItem expected[] = {
+      // 40 is seen from 31 on, in blocks 7 to 9; 34 from 25 on, in blocks 6 to 8.
+      {2, 2, 7, 10, -1, 9}, {6, 1, 6, 9, -1, 9}, {7, 1, 247, 250, -1, 9}, {4, 2, 0, 2, -1, 5}, {0, 2, 0, 1, -1, 2},
+  };
+  EXPECT(plan.num_items == 5 && plan.num_partials == 0);
+  for (int64_t i = 0; i < plan.num_items; ++i) EXPECT(std::memcmp(&plan.item(i), &expected[i], sizeof(WorkItem)) == 0);
+}
+
+// Windows of sequences that share an item; an empty one does not move its begin. A window that is cut.
+void TestItemsOfAWindow() {
+  using Two = SpecOf<3, false, 2>;
+  const int32_t lens[] = {0, 40, 13, 0};
+  const Plan<Two> plan(lens, 4);
+  const WorkItem shared = {0, 4, 2, 10, -1, 4};
+  EXPECT(plan.num_items == 1 && std::memcmp(&plan.item(0), &shared, sizeof(WorkItem)) == 0);
+  const int32_t cut[] = {42};  // seen from 33 on, in blocks 8 to 10; from 31 on, in blocks 7 to 10
+  EXPECT(Plan<Windowed>(cut, 1).num_partials == 0);
+  const Plan<SpecOf<3, false, 11>> two(cut, 1);
+  const WorkItem halves[] = {{0, 1, 7, 9, 0, 5}, {0, 1, 9, 11, 1, 6}};
+  EXPECT(two.num_items == 2 && two.num_partials == 2 && two.num_tokens == 11);
+  EXPECT(std::memcmp(&two.item(0), &halves[1], sizeof(WorkItem)) == 0);
+  EXPECT(std::memcmp(&two.item(1), &halves[0], sizeof(WorkItem)) == 0);
+}
+
 void TestScratch() {
   const void *first, *second;
   {
@@ -174,6 +213,9 @@ void TestAppend() {
 int main() {
   TestCuts();
   TestPlan();
+  TestCutsOfAWindow();
+  TestPlanOfAWindow();
+  TestItemsOfAWindow();
   TestScratch();
   TestConverted();
   TestKernelCall();

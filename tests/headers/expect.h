@@ -75,9 +75,11 @@ inline TVMFFIAny None() {
 }
 
 // Heads of 6 elements in NHD, 2 of them for keys, in blocks of 4 tokens.
-template <int64_t value_dim, bool shared_kv>
+template <int64_t value_dim, bool shared_kv, int64_t window = 0, bool alibi = false, bool sinks = false>
 struct SpecOf {
   static constexpr int64_t kNumHeads = 4, kNumKVHeads = 2, kHeadDim = 6, kValueDim = value_dim, kBlockSize = 4;
+  static constexpr int64_t kWindow = window;
+  static constexpr bool kAlibi = alibi, kSinks = sinks;
   static constexpr bool kSharedKV = shared_kv, kWideRange = true, kSlotsApart = true, kConvertsIndices = true;
   static constexpr DLDataType kDType = pa::kFloat32, kOutDType = pa::kFloat32;
   static constexpr pa::Extents kKeyCache = {-1, 4, 2, 6}, kValueCache = {-1, 4, 2, value_dim};

@@ -8,6 +8,7 @@
 #include "shared/errors.h"
 #include "shared/indices.h"
 #include "shared/overlap.h"
+#include "shared/window.h"
 
 using namespace pa;
 
@@ -15,6 +16,8 @@ namespace {
 
 using Narrow = SpecOf<3, false>;
 using Shared = SpecOf<3, true>;
+using Windowed = SpecOf<3, false, 5>;
+using Scored = SpecOf<3, false, 0, true, true>;  // alibi and sinks
 
 Array Checked(const Made& made) {
   const Parameter only{0, "it"};
@@ -96,20 +99,52 @@ void TestIndices() {
   for (int i = 0; i < 6; ++i) blocks[i] = i;
   blocks[2] = int64_t{1} << 40;  // not used: the first sequence has two blocks
   int32_t lens_to[2] = {}, table_to[6] = {};
-  CheckIndices(table_array, lens_array, 4, 6, lens_to, table_to);
+  CheckIndices<Narrow>(table_array, lens_array, 6, lens_to, table_to);
   EXPECT(lens_to[0] == 5 && lens_to[1] == 12 && table_to[0] == 0 && table_to[2] == 0 && table_to[5] == 5);
   blocks[4] = 6;
   EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 6), got 6 for sequence 1 at position 1",
-                CheckIndices(table_array, lens_array, 4, 6, lens_to, table_to));
+                CheckIndices<Narrow>(table_array, lens_array, 6, lens_to, table_to));
   lengths[0] = 13;
   EXPECT_RAISES("ValueError: context_lens: expected a length from 0 to 12 for sequence 0, got 13",
-                CheckIndices(table_array, lens_array, 4, 6, lens_to, table_to));
+                CheckIndices<Narrow>(table_array, lens_array, 6, lens_to, table_to));
   slots.data<int32_t>()[1] = -1, slots.data<int32_t>()[2] = 8;
   int64_t slots_to[3] = {};
   CheckSlots(slots_array, 9, slots_to);
   EXPECT(slots_to[0] == 0 && slots_to[1] == -1 && slots_to[2] == 8);
   EXPECT_RAISES("IndexError: slot_mapping: expected -1 or a slot in [0, 8), got 8 for token 2",
                 CheckSlots(slots_array, 8));
+}
+
+void TestFirstSeen() {
+  EXPECT(FirstSeen<Narrow>(100) == 0 && FirstBlock<Narrow>(100) == 0);
+  EXPECT(FirstSeen<Windowed>(0) == 0 && FirstSeen<Windowed>(5) == 0 && FirstSeen<Windowed>(6) == 1);
+  EXPECT(FirstBlock<Windowed>(8) == 0 && FirstBlock<Windowed>(9) == 1 && FirstBlock<Windowed>(13) == 2);
+  using One = SpecOf<3, false, 1>;
+  EXPECT(FirstBlock<One>(1) == 0 && FirstBlock<One>(4) == 0 && FirstBlock<One>(5) == 1);
+}
+
+// Sequences of 8 and of 13 tokens, of which a window of 5 shows blocks [0, 2) and [2, 4).
+void TestIndicesOfAWindow() {
+  Made narrow(kInt32, {2, 4}), wide(kInt64, {2, 4}), lens(kInt32, {2});
+  const Array lens_array = Checked(lens);
+  lens.data<int32_t>()[0] = 8, lens.data<int32_t>()[1] = 13;
+  const int64_t ids[] = {0, 1, -1, 99, int64_t{1} << 40, -7, 2, 3};
+  for (int i = 0; i < 8; ++i)
+    narrow.data<int32_t>()[i] = static_cast<int32_t>(ids[i]), wide.data<int64_t>()[i] = ids[i];
+  narrow.data<int32_t>()[4] = 1 << 30;
+  int32_t table_to[8];
+  for (int32_t& each : table_to) each = -5;
+  CheckIndices<Windowed>(Checked(narrow), lens_array, 4);
+  CheckIndices<Windowed>(Checked(wide), lens_array, 4, nullptr, table_to);
+  const int32_t expected[] = {0, 1, -5, -5, -5, -5, 2, 3};
+  EXPECT(std::memcmp(table_to, expected, sizeof expected) == 0);
+  EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 4), got 1073741824 for sequence 1 at position 0",
+                CheckIndices<Narrow>(Checked(narrow), lens_array, 4));
+  narrow.data<int32_t>()[6] = -3, wide.data<int64_t>()[6] = -3;
+  const std::string error =
+      "IndexError: block_table: expected a block id in [0, 4), got -3 for sequence 1 at position 2";
+  EXPECT_RAISES(error, CheckIndices<Windowed>(Checked(narrow), lens_array, 4));
+  EXPECT_RAISES(error, CheckIndices<Windowed>(Checked(wide), lens_array, 4, nullptr, table_to));
 }
 
 void TestScale() {
@@ -131,6 +166,8 @@ struct DecodeCall {
                                                Any(table.tensor),
                                                Any(lens.tensor),
                                                Any(out.tensor),
+                                               None(),
+                                               None(),
                                                None(),
                                                Any(1),
                                                Any(1),
@@ -176,6 +213,35 @@ void TestSharedDecode() {
   call.out.tensor.data = call.keys.memory.data() + 400;
   EXPECT(Raised([&] { call.Check<Shared>(); }).find("out: expected memory apart from key_cache's") !=
          std::string::npos);
+}
+
+void TestHeadsOfDecode() {
+  constexpr int kSlopes = DecodeParameters::kAlibiSlopes.position, kSinks = DecodeParameters::kSinks.position;
+  DecodeCall call;
+  Made slopes(kFloat32, {4}), sinks(kFloat32, {4}), more(kFloat32, {5}), ints(kInt32, {4}), apart(kFloat32, {4}, {2});
+  EXPECT_RAISES("TypeError: alibi_slopes: expected an array, got tvm-ffi type index 0", call.Check<Scored>());
+  call.given[kSlopes] = Any(slopes.tensor);
+  EXPECT_RAISES("TypeError: alibi_slopes: expected None, since the spec has no alibi, got an array of shape [4]",
+                call.Check<Narrow>());
+  EXPECT_RAISES("TypeError: sinks: expected an array, got tvm-ffi type index 0", call.Check<Scored>());
+  call.given[kSinks] = Any(sinks.tensor);
+  EXPECT_RAISES("TypeError: sinks: expected None, since the spec has no sinks, got an array of shape [4]",
+                (call.Check<SpecOf<3, false, 0, true>>()));
+  const DecodeArguments args = call.Check<Scored>();
+  EXPECT(args.alibi_slopes.tensor.data == slopes.tensor.data && args.alibi_slopes.shape[0] == 4);
+  EXPECT(args.sinks.tensor.data == sinks.tensor.data && args.sinks.strides[0] == 1);
+  call.given[kSinks] = Any(more.tensor);
+  EXPECT_RAISES("ValueError: sinks: expected shape [4], got [5]", call.Check<Scored>());
+  call.given[kSinks] = Any(ints.tensor);
+  EXPECT_RAISES("TypeError: sinks: expected dtype float32, got int32", call.Check<Scored>());
+  call.given[kSinks] = Any(apart.tensor);
+  EXPECT_RAISES("ValueError: sinks: expected a contiguous last axis (stride 1), got stride 2", call.Check<Scored>());
+  call.given[kSinks] = Any(sinks.tensor);
+  sinks.tensor.data = call.out.memory.data() + 80;
+  EXPECT_RAISES("ValueError: out: expected memory apart from sinks's bytes [80, 96), got bytes [0, 96)",
+                call.Check<Scored>());
+  sinks.tensor.data = call.out.memory.data() + 96;  // next to it
+  call.Check<Scored>();
 }
 
 // The same of append_kv.
@@ -250,9 +316,12 @@ int main() {
   TestArrays();
   TestOverlaps();
   TestIndices();
+  TestFirstSeen();
+  TestIndicesOfAWindow();
   TestScale();
   TestDecode();
   TestSharedDecode();
+  TestHeadsOfDecode();
   TestAppend();
   TestSharedSlots();
   return failures;
