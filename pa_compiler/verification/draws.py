@@ -142,8 +142,8 @@ def _place(
     num_blocks = int(seen.sum()) + int(rng.integers(1, 4))
     surplus = rng.choice(GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
     table = place(rng.permutation(num_blocks), context_lens, spec.block_size, surplus, window)
-    is_whole = (context_lens >= spec.block_size) & (context_lens <= (window or _MAX_SLOTS))
-    whole = np.flatnonzero(is_whole)
+    sees_all = window is None or context_lens <= window
+    whole = np.flatnonzero((context_lens >= spec.block_size) & sees_all)
     if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
