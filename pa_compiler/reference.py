@@ -82,7 +82,7 @@ def decode(
     """
     if kv_layout not in ("NHD", "HND", "packed"):
         raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
-    batch, num_heads, head_dim = query.shape
+    batch, num_heads, _ = query.shape
     pair = 2 if kv_layout == "packed" and key_cache.dtype.name == "bfloat16" else 1
     out = np.zeros((batch, num_heads, value_cache.shape[3] // pair))
     lse = np.full((batch, num_heads), -np.inf) if sinks is None else np.tile(np.asarray(sinks, np.float64), (batch, 1))

@@ -43,9 +43,7 @@ def noise(rng: np.random.Generator, shape: Sequence[int], half: float, dtype: st
     return fill(rng, np.empty(shape, dtype), half)
 
 
-def needed_entries(
-    context_lens: np.ndarray, block_size: int, max_blocks: int, window: int | None = None
-) -> np.ndarray:
+def needed_entries(context_lens: np.ndarray, block_size: int, max_blocks: int, window: int | None = None) -> np.ndarray:
     """Which entries of a block_table name blocks with tokens that are seen: bool [batch, max_blocks]."""
     entry = np.arange(max_blocks)
     first = 0 if window is None else np.maximum(context_lens[:, None] - window, 0) // block_size

@@ -52,11 +52,12 @@ LOST_WEIGHT = 1e-28
 """Weights below it, of the largest, may count as 0. Beside a large sink that may be all of them."""
 
 SMALLEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 0.0}
-"""What the smallest numbers of a type leave in out, where a sink makes it so small: half of the distance between them.
-The types with float32's range have the error of sums in float32 in place of it, SMALLEST_SUM."""
+"""By result dtype, what rounding leaves in an out that is small: half of the distance between the smallest numbers.
+Values of types with float32's range are never so small that it counts there."""
 
 SMALLEST_SUM = 1e-37
-"""Times the square of the tokens: what sums of products below float32's normal numbers leave in out."""
+"""Times the square of the tokens: what sums of products below float32's normal numbers leave in out. They count where a
+sink makes all weights small."""
 
 
 def tolerance(spec: PagedAttentionSpec, longest: int) -> Tolerance:
@@ -114,7 +115,7 @@ def score_bound(spec: PagedAttentionSpec, scores: np.ndarray, bias: np.ndarray |
 def of_weights(
     spec: PagedAttentionSpec, weights: np.ndarray, values: np.ndarray, scores: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What the bounds on out and lse of one sequence have beside TOLERANCES, where the spec has score functions.
+    """What the bounds on out and lse of one sequence have beside TOLERANCES: by score functions, and by small numbers.
 
     To first order an error e_j of each score changes out by sum_j p_j e_j (v_j - out), and lse by sum_j p_j e_j.
 
@@ -131,8 +132,7 @@ def of_weights(
     moved = np.multiply(weights, scores, where=weights > 0, out=np.zeros(weights.shape))
     of_lse = moved.sum(axis=-1)
     of_out = moved @ magnitudes + of_lse[..., None] * np.abs(weights @ values)
+    of_out += np.where(weights @ magnitudes > 0, SMALLEST[spec.result_dtype], 0)
     if spec.sinks:
-        tokens = weights.shape[-1]
-        of_out += np.where(weights < LOST_WEIGHT, weights, 0) @ magnitudes
-        of_out += SMALLEST[spec.result_dtype] + SMALLEST_SUM * tokens * tokens
+        of_out += np.where(weights < LOST_WEIGHT, weights, 0) @ magnitudes + SMALLEST_SUM * weights.shape[-1] ** 2
     return of_out.reshape(spec.num_heads, -1), of_lse.reshape(spec.num_heads)
