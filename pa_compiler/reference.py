@@ -7,8 +7,25 @@ with the kernels, so that a mistake in one cannot hide in the other.
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
+
+
+class Weighed(NamedTuple):
+    """The visible tokens of one sequence, with what each weighs for each head; in float64.
+
+    Attributes:
+        scores: [num_kv_heads, group, tokens], as the softmax takes them.
+        weights: The same shape: shares of a denominator that has the sink in it.
+        values: [num_kv_heads, tokens, value_dim].
+        lse: [num_heads], the logarithm of the denominator.
+    """
+
+    scores: np.ndarray
+    weights: np.ndarray
+    values: np.ndarray
+    lse: np.ndarray
 
 
 def decode(
@@ -21,16 +38,22 @@ def decode(
     *,
     kv_layout: str = "NHD",
     return_lse: bool = False,
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Attend from one query token per sequence to the first context_len tokens of that sequence.
 
     For each query head h, with kv head g = h // (num_heads // num_kv_heads) and tokens t < context_len:
     out[h] = sum_t softmax_t(scale * query[h] . key[t, g]) * value[t, g].
 
-    A score of -inf has a weight of 0, and a head that has no other score is as in an empty sequence: out 0, lse -inf.
+    The query stands at position context_len - 1. A score is scaled, then capped, then biased by position, then masked.
+    A score of -inf has a weight of 0, and a head that has no other score is as in an empty sequence: out 0, and lse
+    -inf, or the sink.
 
-    One sequence is in float64 at a time, and only slots in use are read: a cache of any size, with anything in its
-    other slots, and a block table with anything in its surplus entries, will do. Block ids are trusted.
+    One sequence is in float64 at a time, and only slots that are seen are read: a cache of any size, with anything in
+    its other slots, and a block table with anything in its other entries, will do. Block ids are trusted.
 
     Args:
         query: [batch, num_heads, head_dim], any floating dtype.
@@ -47,47 +70,108 @@ def decode(
         scale: Factor on every score, a number or an array of no axes; 1 / sqrt(head_dim) where it is None.
         kv_layout: "NHD", "HND" or "packed".
         return_lse: Return lse too.
+        window: Tokens that are seen, the last of each sequence; all where it is None.
+        softcap: A scaled score becomes softcap * tanh(score / softcap); None leaves it.
+        alibi_slopes: [num_heads]: slope * (token - (context_len - 1)) is added to the score of a token.
+        sinks: [num_heads]: one more score of each head's softmax, which has no value. -inf is no sink.
 
     Returns:
         out: [batch, num_heads, value_dim], float64; 0 where there is no token, or no score but -inf.
         lse: [batch, num_heads], float64, with return_lse: the natural logarithm of the softmax's denominator,
-            log sum_t exp(score_t); -inf where there is no token, or no score but -inf.
+            log sum_t exp(score_t), with the sink among the scores; -inf where there is none but -inf.
     """
     if kv_layout not in ("NHD", "HND", "packed"):
         raise ValueError(f"kv_layout: expected NHD, HND or packed, got {kv_layout!r}")
-    if kv_layout == "HND":
-        key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
-    batch, num_heads, head_dim = query.shape
-    if kv_layout == "packed":
-        pair = 2 if key_cache.dtype.name == "bfloat16" else 1
-        num_kv_heads, block_size = value_cache.shape[1], pair * value_cache.shape[2]
-        value_dim = value_cache.shape[3] // pair
-    else:
-        _, block_size, num_kv_heads, value_dim = value_cache.shape
-    scale = 1 / math.sqrt(head_dim) if scale is None else float(scale)
-
-    out = np.zeros((batch, num_heads, value_dim))
-    lse = np.full((batch, num_heads), -np.inf)
+    batch, num_heads, _ = query.shape
+    pair = 2 if kv_layout == "packed" and key_cache.dtype.name == "bfloat16" else 1
+    out = np.zeros((batch, num_heads, value_cache.shape[3] // pair))
+    lse = np.full((batch, num_heads), -np.inf) if sinks is None else np.tile(np.asarray(sinks, np.float64), (batch, 1))
     for sequence in np.flatnonzero(context_lens):
-        token = np.arange(context_lens[sequence])
-        block, slot = block_table[sequence, token // block_size], token % block_size
-        if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
-            block, slot = block[:, None], slot[:, None]
-            dim, out_dim = np.arange(head_dim), np.arange(value_dim)
-            keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
-            values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
-        else:
-            keys, values = key_cache[block, slot], value_cache[block, slot]
-        # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
-        key = keys.astype(np.float64, order="C").transpose(1, 2, 0)  # [num_kv_heads, head_dim, tokens]
-        value = values.astype(np.float64, order="C").transpose(1, 0, 2)  # [num_kv_heads, tokens, value_dim]
-        grouped = query[sequence].astype(np.float64).reshape(num_kv_heads, -1, head_dim)
-
-        scores = scale * (grouped @ key)  # [num_kv_heads, group, tokens]
-        row_max = scores.max(axis=-1, keepdims=True)
-        has_weight = row_max != -np.inf
-        weights = np.exp(scores - np.where(has_weight, row_max, 0))
-        row_sum = np.where(has_weight, weights.sum(axis=-1, keepdims=True), 1)
-        out[sequence] = (weights / row_sum @ value).reshape(num_heads, value_dim)
-        lse[sequence] = (row_max + np.log(row_sum)).reshape(num_heads)
+        seen = weigh(
+            query[sequence],
+            key_cache,
+            value_cache,
+            block_table[sequence],
+            int(context_lens[sequence]),
+            scale,
+            kv_layout=kv_layout,
+            window=window,
+            softcap=softcap,
+            alibi_slopes=alibi_slopes,
+            sinks=sinks,
+        )
+        out[sequence] = (seen.weights @ seen.values).reshape(num_heads, -1)
+        lse[sequence] = seen.lse
     return (out, lse) if return_lse else out
+
+
+def weigh(
+    query: np.ndarray,
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    blocks: np.ndarray,
+    context_len: int,
+    scale: float | np.ndarray | None = None,
+    *,
+    kv_layout: str = "NHD",
+    window: int | None = None,
+    softcap: float | None = None,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
+) -> Weighed:
+    """What the tokens of one sequence weigh.
+
+    Args:
+        query: [num_heads, head_dim].
+        key_cache: This, value_cache and what follows scale are those of decode.
+        value_cache: As key_cache.
+        blocks: A row of block_table.
+        context_len: Tokens of the sequence, from 1 on.
+        scale: Factor on every score; 1 / sqrt(head_dim) where it is None.
+        kv_layout: As for decode.
+        window: As for decode.
+        softcap: As for decode.
+        alibi_slopes: As for decode.
+        sinks: As for decode.
+    """
+    num_heads, head_dim = query.shape
+    position = np.arange(0 if window is None else max(0, context_len - window), context_len)
+    key, values = _gathered(key_cache, value_cache, blocks, position, kv_layout)
+    by_kv_head = (len(key), num_heads // len(key), 1)
+    grouped = query.astype(np.float64).reshape(len(key), -1, head_dim)
+    scores = (1 / math.sqrt(head_dim) if scale is None else float(scale)) * (grouped @ key)
+    if softcap is not None:
+        scores = softcap * np.tanh(scores / softcap)
+    if alibi_slopes is not None:
+        scores = scores + np.asarray(alibi_slopes, np.float64).reshape(by_kv_head) * (position - (context_len - 1))
+    sink = np.full(by_kv_head, -np.inf) if sinks is None else np.asarray(sinks, np.float64).reshape(by_kv_head)
+    peak = np.maximum(scores.max(axis=-1, keepdims=True), sink)
+    has_weight = peak != -np.inf
+    weights = np.exp(scores - np.where(has_weight, peak, 0))
+    row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
+    row_sum = np.where(has_weight, row_sum, 1)
+    return Weighed(scores, weights / row_sum, values, (peak + np.log(row_sum)).reshape(num_heads))
+
+
+def _gathered(
+    key_cache: np.ndarray, value_cache: np.ndarray, blocks: np.ndarray, position: np.ndarray, kv_layout: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64."""
+    if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
+        pair = 2 if key_cache.dtype.name == "bfloat16" else 1
+        block_size = pair * value_cache.shape[2]
+        block, slot = blocks[position // block_size][:, None], (position % block_size)[:, None]
+        dim, out_dim = np.arange(pair * key_cache.shape[2]), np.arange(value_cache.shape[3] // pair)
+        keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
+        values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
+    else:
+        if kv_layout == "HND":
+            key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
+        block_size = value_cache.shape[1]
+        block, slot = blocks[position // block_size], position % block_size
+        keys, values = key_cache[block, slot], value_cache[block, slot]
+    # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
+    return (
+        keys.astype(np.float64, order="C").transpose(1, 2, 0),
+        values.astype(np.float64, order="C").transpose(1, 0, 2),
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 import numpy as np
@@ -32,21 +33,30 @@ def read(inputs, spec, name, sequence, token, kv_head):
 
 
 def attention_by_loops(inputs: Inputs, spec: PagedAttentionSpec, scale: float):
-    """One token, one head, one element at a time."""
+    """One token, one head, one element at a time, with the spec's score functions."""
     out = np.zeros((*inputs.query.shape[:2], spec.result_dim))
     lse = np.full(inputs.query.shape[:2], -math.inf)
     for sequence, length in enumerate(inputs.context_lens):
         for head in range(spec.num_heads):
             kv_head, query = head // spec.group, inputs.query[sequence, head]
-            scores = []
+            scores = {}
             for token in range(length):
+                distance = length - 1 - token
+                if spec.window is not None and distance >= spec.window:
+                    continue
                 key = read(inputs, spec, "key_cache", sequence, token, kv_head)
-                scores.append(scale * sum(float(q) * float(k) for q, k in zip(query, key, strict=True)))
-            denominator = sum(math.exp(score) for score in scores)
-            for token, score in enumerate(scores):
+                score = scale * sum(float(q) * float(k) for q, k in zip(query, key, strict=True))
+                if spec.softcap is not None:
+                    score = spec.softcap * math.tanh(score / spec.softcap)
+                if spec.alibi:
+                    score -= float(inputs.heads["alibi_slopes"][head]) * distance
+                scores[token] = score
+            sink = math.exp(inputs.heads["sinks"][head]) if spec.sinks else 0
+            denominator = sink + sum(math.exp(score) for score in scores.values())
+            for token, score in scores.items():
                 value = read(inputs, spec, "value_cache", sequence, token, kv_head)
                 out[sequence, head] += math.exp(score) / denominator * value.astype(np.float64)
-            if length:
+            if denominator:
                 lse[sequence, head] = math.log(denominator)
     return out, lse
 
@@ -76,6 +86,90 @@ def test_equals_loops(spec, scale):
     assert actual[0].dtype == actual[1].dtype == np.float64
     np.testing.assert_allclose(actual[0], expected[0], rtol=1e-12, atol=1e-14)
     np.testing.assert_allclose(actual[1], expected[1], rtol=1e-12, atol=1e-14)
+
+
+SCORES = {
+    "window": {"window": 2},
+    "window_of_1": {"window": 1},
+    "window_larger": {"window": 1000},
+    "softcap": {"softcap": 0.05},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
+    "all": {"window": 3, "softcap": 0.05, "alibi": True, "sinks": True},
+}
+
+
+def keywords(spec, inputs):
+    return {"kv_layout": spec.kv_layout, "window": spec.window, "softcap": spec.softcap} | inputs.heads
+
+
+@pytest.mark.parametrize("fields", SCORES.values(), ids=SCORES)
+@pytest.mark.parametrize("name", SPECS)
+def test_score_functions_equal_loops(name, fields):
+    """NaN, and block ids that are none, before a window are not read."""
+    spec = dataclasses.replace(SPECS[name], **fields)
+    inputs = make_inputs(spec, [0, 1, spec.block_size, 2 * spec.block_size + 1, 0, 3])
+    expected = attention_by_loops(inputs, spec, 2.0)
+    arguments = inputs.replace(value_cache=values_of(inputs, spec)).arguments
+    actual = reference.decode(*arguments, 2.0, return_lse=True, **keywords(spec, inputs))
+    np.testing.assert_allclose(actual[0], expected[0], rtol=1e-12, atol=1e-14)
+    np.testing.assert_allclose(actual[1], expected[1], rtol=1e-12, atol=1e-14)
+
+
+def decode_by_hand(scores, values, **keywords):
+    """out and lse of one head of 1, whose query is 1 and whose keys are the scores."""
+    keys, values = (np.array(each, np.float64).reshape(1, -1, 1, 1) for each in (scores, values))
+    table, lens = np.zeros((1, 1), np.int32), np.array([keys.shape[1]])
+    out, lse = reference.decode(np.ones((1, 1, 1)), keys, values, table, lens, 1.0, return_lse=True, **keywords)
+    return float(out[0, 0, 0]), float(lse[0, 0])
+
+
+def test_by_hand():
+    """Weights that are small whole numbers: exp(log(n)) is n."""
+    log = math.log
+    scores, values = [log(5), log(1), log(2), log(1)], [100, 8, 4, 12]
+    exact = {"rel": 1e-14}
+    assert decode_by_hand(scores, values, window=3) == pytest.approx(((8 + 8 + 12) / 4, log(4)), **exact)
+    assert decode_by_hand(scores, values, window=1) == pytest.approx((12, 0), **exact)
+    sinks = np.array([log(4)])
+    assert decode_by_hand(scores, values, window=3, sinks=sinks) == pytest.approx((28 / 8, log(8)), **exact)
+    assert decode_by_hand(scores, values, window=3, sinks=np.zeros(1)) == pytest.approx((28 / 5, log(5)), **exact)
+    slopes = np.array([log(2)])  # a weight halves with each token of distance: 5/8, 1/4, 1, 1
+    assert decode_by_hand(scores, values, alibi_slopes=slopes) == pytest.approx(
+        ((62.5 + 2 + 4 + 12) / 2.875, log(2.875)), **exact
+    )
+    cap = log(3)  # of which tanh(score / cap) is 0.8 = tanh(log(3)) for a score of cap * log(3)
+    assert decode_by_hand([cap * log(3), 0], [1, 0], softcap=cap) == pytest.approx(
+        (3**0.8 / (3**0.8 + 1), log(3**0.8 + 1)), **exact
+    )
+
+
+def test_order_of_score_functions():
+    """The scale, the cap, ALiBi, and then the sink, which none of them changes."""
+    keywords = {"softcap": 2.0, "alibi_slopes": np.array([0.5]), "sinks": np.array([1.5])}
+    keys = np.array([8.0, -1e300]).reshape(1, 2, 1, 1)
+    _, lse = reference.decode(
+        np.ones((1, 1, 1)), keys, keys, np.zeros((1, 1), int), np.array([2]), 0.25, return_lse=True, **keywords
+    )
+    first, last = 2 * math.tanh(0.25 * 8 / 2) - 0.5, -2
+    assert lse[0, 0] == pytest.approx(math.log(math.exp(first) + math.exp(last) + math.exp(1.5)))
+
+
+def test_a_row_that_sees_nothing():
+    sinks = np.array([0.0, 3.0, -np.inf])
+    spec = PagedAttentionSpec(3, 1, 4, 2, "float32")
+    inputs = make_inputs(spec, [0, 3])
+    inputs.key_cache[...], inputs.query[...] = -np.inf, 1
+    out, lse = reference.decode(*inputs.arguments, return_lse=True, sinks=sinks)
+    assert not out.any()
+    np.testing.assert_array_equal(lse, [sinks, sinks])
+
+
+def test_a_sink_far_above_the_scores_takes_all_weight():
+    out, lse = decode_by_hand([0, 1], [5, 7], sinks=np.array([1e30]))
+    assert (out, lse) == (0, 1e30)
+    assert decode_by_hand([0, 1], [5, 7], sinks=np.array([-1e30])) == decode_by_hand([0, 1], [5, 7])
+    assert decode_by_hand([0, 1], [5, 7], sinks=np.array([-np.inf])) == decode_by_hand([0, 1], [5, 7])
 
 
 def test_empty_sequences_are_zero():

@@ -60,10 +60,11 @@ def run(
     report.print_header(_STDOUT, case, module, len(items))
     report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
+    heads = cases.head_arrays(case, seed)
     with usage_errors():
-        out, seconds = _measure(module, case, inputs, repeat or _Repeats(3, 100, 1))
+        out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(3, 100, 1))
     report.print_times(_STDOUT, case, seconds)
-    _compare(out, case, inputs)
+    _compare(out, case, inputs, heads)
 
 
 @main.command()
@@ -85,10 +86,11 @@ def bench(
     report.print_header(_STDOUT, case, module, len(module.plan(case.context_lens)))
     inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
     inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
+    heads = cases.head_arrays(case, seed)
     with usage_errors():
-        out, seconds = _measure(module, case, inputs, repeat or _Repeats(10, 1000, 3))
+        out, seconds = _measure(module, case, inputs, heads, repeat or _Repeats(10, 1000, 3))
     report.print_distribution(_STDOUT, case, seconds)
-    _compare(out, case, inputs)
+    _compare(out, case, inputs, heads)
 
 
 @main.command()
@@ -214,8 +216,8 @@ def _step(label: str, total: int | None = None) -> Iterator[Callable[[int], None
 
 def _check_memory(case: cases.Case) -> None:
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and three of scores.
-    of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 3 * case.spec.num_heads
+    # The comparison has one sequence in float64 beside the caches: keys, values, their magnitudes, and six of scores.
+    of_token = case.spec.num_kv_heads * (case.spec.head_dim + 2 * case.spec.result_dim) + 6 * case.spec.num_heads
     needed = case.cache_bytes + 8 * case.longest * of_token
     if needed > memory:
         raise click.UsageError(f"{needed / 1e9:.1f} GB are needed and this machine has {memory / 1e9:.1f} GB.")
@@ -256,25 +258,25 @@ class _Repeats(NamedTuple):
 
 
 def _measure(
-    module: Module, case: cases.Case, inputs: cases.Inputs, repeats: int | _Repeats
+    module: Module, case: cases.Case, inputs: cases.Inputs, heads: dict[str, Any], repeats: int | _Repeats
 ) -> tuple[Any, list[float]]:
     """Run once to warm up, then time each of the repeats. No bar: it would take time from what is measured."""
 
     def timed() -> float:
         start = time.perf_counter()
-        module.decode(*inputs, case.scale, out)
+        module.decode(*inputs, case.scale, out, **heads)
         return time.perf_counter() - start
 
-    out = module.decode(*inputs, case.scale)
+    out = module.decode(*inputs, case.scale, **heads)
     first = timed()
     if isinstance(repeats, _Repeats):
         repeats = min(repeats.most, max(repeats.least, int(repeats.seconds / max(first, 1e-9))))
     return out, [timed() for _ in range(repeats)]
 
 
-def _compare(out: Any, case: cases.Case, inputs: cases.Inputs) -> None:
+def _compare(out: Any, case: cases.Case, inputs: cases.Inputs, heads: dict[str, Any]) -> None:
     """Compare with the reference, print PASS or FAIL, and exit with 1 after the latter."""
     with _step("Comparing with NumPy in float64", case.batch) as advance:
-        errors = cases.compare(out, case, inputs, advance)
+        errors = cases.compare(out, case, inputs, advance, **heads)
     if not report.print_errors(_STDOUT, case, errors):
         sys.exit(1)

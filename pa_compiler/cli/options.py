@@ -73,6 +73,10 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     decorators += [
         option("value_dim", "Elements of one value and of one head of out.", int, show_default="head_dim"),
         option("shared_kv", "The value of a token is the first elements of its key: one cache.", is_flag=True),
+        option("window", "Tokens that a query sees, the last ones, its own among them.", int, show_default="all"),
+        option("softcap", "Scores become C tanh(score / C).", float, show_default="none", metavar="C"),
+        option("alibi", "Scores get a bias by their distance, with a slope for each head.", is_flag=True),
+        option("sinks", "The softmax of each head has one more score, without a value.", is_flag=True),
     ]
     decorators += [option(field, text, click.Choice(choices)) for field, (choices, text) in names.items()]
     decorators += [

@@ -49,7 +49,20 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
         ("spec", f"{heads}{values}, {spec.dtype} in, {spec.result_dtype} out"),
         ("cache", f"{spec.kv_layout}, blocks of {counted(spec.block_size, 'token')}{shared}"),
         ("tiles", f"head_tile {spec.head_tile}, batch_chunk {spec.batch_chunk}"),
+        *_score_rows(spec),
     ]
+
+
+def _score_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
+    """What is said of score functions, and of the keys that a window leaves: nothing of a spec without them."""
+    functions = [] if spec.softcap is None else [f"capped at {spec.softcap:g}"]
+    functions += ["ALiBi, a slope for each head"] if spec.alibi else []
+    functions += ["a sink for each head"] if spec.sinks else []
+    rows = [("scores", "; ".join(functions))] if functions else []
+    if spec.window is not None:
+        last = "the last one" if spec.window == 1 else f"the last {spec.window:,}"
+        rows.append(("keys", f"{last} of a sequence; blocks before them are neither looked up nor read"))
+    return rows
 
 
 def target_text(target: Mapping[str, Any]) -> str:

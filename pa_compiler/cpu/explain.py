@@ -125,7 +125,8 @@ def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> l
     """The work for a token of context, and how long it takes at the least."""
     intensity = spec.token_flops / spec.token_bytes
     work = f"{spec.token_flops:,} FLOPs and {spec.token_bytes:,} bytes"
-    rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
+    of = "of context" if spec.window is None else "in the window"
+    rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte")]
     if limits.flops is None or limits.bandwidth is None:
         return [*rows, ("roofline", "--flops and --bandwidth of one core give the time that is predicted")]
     flops = limits.flops * dot_elements  # a dot product of pairs has twice the FLOPs of an FMA

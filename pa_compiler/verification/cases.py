@@ -14,6 +14,7 @@ import numpy as np
 
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import comparison
+from pa_compiler.verification import inputs as inputs_of
 from pa_compiler.verification.comparison import Errors
 from pa_compiler.verification.inputs import fill, place
 
@@ -66,9 +67,14 @@ class Case:
         return -(-(self.max_model_len or self.longest) // self.spec.block_size)
 
     @property
+    def seen_tokens(self) -> int:
+        """Tokens of all sequences that are in the window, if there is one."""
+        return int(np.minimum(self.context_lens, self.spec.window or self.longest).sum(dtype=np.int64))
+
+    @property
     def kv_bytes(self) -> int:
-        """Bytes of keys and values that one call has to read: each token of each sequence once."""
-        return self.num_tokens * self.spec.token_bytes
+        """Bytes of keys and values that one call has to read: each token that a sequence sees once."""
+        return self.seen_tokens * self.spec.token_bytes
 
     @property
     def cache_bytes(self) -> int:
@@ -78,7 +84,7 @@ class Case:
     @property
     def flops(self) -> int:
         """Multiplications and additions of both matmuls; the softmax is not counted."""
-        return self.num_tokens * self.spec.token_flops
+        return self.seen_tokens * self.spec.token_flops
 
 
 def _spec(num_heads: int, head_dim: int, block_size: int) -> PagedAttentionSpec:
@@ -99,7 +105,10 @@ DEFAULT = Case(_spec(16, 128, 128), 4, (1024, 33, 4096, 515), scale=None)
 
 
 class Inputs(NamedTuple):
-    """The arrays of one call, in decode's order; value_cache is None for shared_kv."""
+    """The arrays of one call, in decode's order; value_cache is None for shared_kv.
+
+    Those of score functions are head_arrays().
+    """
 
     query: np.ndarray
     key_cache: np.ndarray
@@ -140,6 +149,11 @@ def make_inputs(
     return Inputs(query, keys, values, block_table, case.context_lens)
 
 
+def head_arrays(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
+    """alibi_slopes and sinks, as far as the case's spec has them: keywords of decode and compare."""
+    return inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec)
+
+
 def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
     """A block_table that uses every block once, in random order; entries that no token needs are -1.
 
@@ -151,7 +165,11 @@ def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
 
 
 def compare(
-    out: np.ndarray, case: Case, inputs: Inputs, advance: Callable[[int], object] = lambda sequences: None
+    out: np.ndarray,
+    case: Case,
+    inputs: Inputs,
+    advance: Callable[[int], object] = lambda sequences: None,
+    **heads: np.ndarray,
 ) -> Errors:
     """Compare a result of decode with the float64 reference, under pa_compiler.verification.tolerances.
 
@@ -160,7 +178,8 @@ def compare(
         case: What inputs were made for.
         inputs: What decode was given.
         advance: Called with the number of sequences that the reference has just done, for a progress bar.
+        **heads: The head_arrays() that decode was given.
     """
-    expected = comparison.oracle(case.spec, *inputs, case.scale, case.spec.kv_layout, advance)
+    expected = comparison.oracle(case.spec, *inputs, case.scale, case.spec.kv_layout, advance, **heads)
     errors, _ = comparison.compare("out", out, *expected["out"], inputs.context_lens)
     return errors

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pa_compiler import reference
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.verification.tolerances import lse_bound, out_bound
+from pa_compiler.verification.tolerances import lse_bound, of_weights, out_bound, score_bound
 
 
 class Errors(NamedTuple):
@@ -31,44 +31,54 @@ def oracle(
     scale: float | None = None,
     kv_layout: str = "NHD",
     advance: Callable[[int], object] = lambda sequences: None,
+    *,
+    alibi_slopes: np.ndarray | None = None,
+    sinks: np.ndarray | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What "out" and "lse" should be, in float64, each with the bound on every element's error.
 
-    One sequence is copied at a time. The magnitude in out's bound comes out of the reference too: it takes abs(value)
-    as more columns of values.
+    One sequence is in float64 at a time.
 
     Args:
         spec: What is computed.
         query: This and the other arrays are those of reference.decode.
         key_cache: In kv_layout.
         value_cache: In kv_layout; None for shared_kv, where the values are the first elements of the keys.
-        block_table: Entries past those that a length needs may hold anything.
+        block_table: Entries of tokens that are not seen may hold anything.
         context_lens: Tokens of each sequence.
         scale: Factor of the scores.
         kv_layout: It may be another than the spec's.
         advance: Called with the number of sequences that are done, for a progress bar.
+        alibi_slopes: Of reference.decode, for a spec with alibi.
+        sinks: Of reference.decode, for a spec with sinks.
     """
-    out, magnitude = (np.zeros((*query.shape[:2], spec.result_dim)) for _ in range(2))
-    lse = np.zeros(query.shape[:2])
+    out, magnitude, of_out = (np.zeros((*query.shape[:2], spec.result_dim)) for _ in range(3))
+    lse, of_lse = np.full(query.shape[:2], -np.inf), np.zeros(query.shape[:2])
+    if sinks is not None:
+        lse[...] = sinks
     if value_cache is None:
         value_cache = key_cache[..., : spec.result_dim]
+    fields: dict[str, Any] = {"kv_layout": kv_layout, "window": spec.window, "softcap": spec.softcap}
+    fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
     for i, length in enumerate(np.asarray(context_lens).tolist()):
-        blocks = block_table[i, : -(-length // spec.block_size)]
-        values = value_cache[blocks]
-        one = reference.decode(
-            query[i : i + 1],
-            key_cache[blocks],
-            np.concatenate([values, np.abs(values)], axis=-1),
-            np.arange(len(blocks))[None],
-            context_lens[i : i + 1],
-            scale,
-            kv_layout=kv_layout,
-            return_lse=True,
-        )
-        (both,), (lse[i],) = one
-        out[i], magnitude[i] = np.split(both, 2, axis=-1)
+        if length:
+            one = (query[i], key_cache, value_cache, block_table[i], length, scale)
+            seen = reference.weigh(*one, **fields)
+            out[i] = (seen.weights @ seen.values).reshape(out[i].shape)
+            magnitude[i] = (seen.weights @ np.abs(seen.values)).reshape(out[i].shape)
+            lse[i] = seen.lse
+            of_scores = score_bound(spec, seen.scores, _bias(alibi_slopes, seen.scores.shape))
+            of_out[i], of_lse[i] = of_weights(spec, seen.weights, seen.values, of_scores)
         advance(1)
-    return {"out": (out, out_bound(spec, context_lens, out, magnitude)), "lse": (lse, lse_bound(spec, lse))}
+    of_out += out_bound(spec, context_lens, out, magnitude)
+    return {"out": (out, of_out), "lse": (lse, of_lse + lse_bound(spec, lse))}
+
+
+def _bias(slopes: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
+    """ALiBi's share of scores [num_kv_heads, group, tokens], of which the last token is the query's own."""
+    if slopes is None:
+        return None
+    return np.asarray(slopes, np.float64).reshape(*shape[:2], 1) * np.arange(1 - shape[2], 1)
 
 
 def compare(

@@ -11,7 +11,7 @@ import numpy as np
 
 from pa_compiler.interface import split_blocks
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.verification.inputs import GARBAGE_IDS, noise, place, used_slots
+from pa_compiler.verification.inputs import GARBAGE_IDS, needed_entries, noise, place, used_slots
 
 _ELEMENTS = 1 << 20
 """Multiplications of a query with keys in an ordinary draw: it takes some milliseconds."""
@@ -35,13 +35,14 @@ class Draw:
 
     Attributes:
         query: [batch, num_heads, head_dim], dtype, with poison between the sequences.
-        keys: [num_blocks, block_size, num_kv_heads, head_dim], dtype; poison where no token is.
+        keys: [num_blocks, block_size, num_kv_heads, head_dim], dtype; poison where no token is that is seen.
         values: [num_blocks, block_size, num_kv_heads, result_dim], the same; with shared_kv a view of keys.
-        block_table: [batch, max_blocks], int32; garbage past the entries that a length needs.
+        block_table: [batch, max_blocks], int32; garbage past the entries that a length needs, and before the window.
         context_lens: [batch], int32.
-        is_used: [num_blocks, block_size], bool: the slots that hold a token.
+        is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
+        heads: alibi_slopes and sinks, float32 [num_heads], as far as the spec has them; keywords of decode.
         append: Whether append_kv writes the tokens into the caches.
         one_buffer: Whether both caches lie in one buffer, block beside block.
         give_out: Whether out is given, as a view into a larger array.
@@ -58,6 +59,7 @@ class Draw:
     is_used: np.ndarray
     poison: float
     scale: float | None
+    heads: dict[str, np.ndarray]
     append: bool
     one_buffer: bool
     give_out: bool
@@ -87,6 +89,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
         is_used=is_used,
         poison=poison,
         scale=scale,
+        heads=_heads(rng, spec, scale if kind is _huge_scores else None),
         append=bool(rng.random() < 0.5),
         one_buffer=bool(rng.random() < 0.5),
         give_out=bool(rng.random() < 0.5),
@@ -115,7 +118,8 @@ def _context_lens(rng: np.random.Generator, spec: PagedAttentionSpec, elements: 
     batch = min(int(rng.choice([0, 1, 2, 3, chunk - 1, chunk, chunk + 1, 2 * chunk + 1, 9])), _MAX_BATCH)
     lens = np.zeros(batch, np.int32)
     for sequence in range(batch):
-        edge = int(rng.choice([block, *_EDGES, split_blocks(spec) * block])) * int(rng.integers(1, 4))
+        window = () if spec.window is None else (min(spec.window, _MAX_SLOTS),) * 2
+        edge = int(rng.choice([block, *_EDGES, split_blocks(spec) * block, *window])) * int(rng.integers(1, 4))
         lens[sequence] = min(
             int(
                 rng.choice(
@@ -133,15 +137,36 @@ def _place(
     rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """block_table, with its blocks anywhere in a cache that has more, and the slots that hold tokens."""
-    needed = -(-context_lens // spec.block_size)
-    num_blocks = int(needed.sum()) + int(rng.integers(1, 4))
+    needed, window = -(-context_lens // spec.block_size), spec.window
+    seen = needed_entries(context_lens, spec.block_size, int(needed.max(initial=0)), window)
+    num_blocks = int(seen.sum()) + int(rng.integers(1, 4))
     surplus = rng.choice(GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
-    table = place(rng.permutation(num_blocks), context_lens, spec.block_size, surplus)
-    whole = np.flatnonzero(context_lens >= spec.block_size)
+    table = place(rng.permutation(num_blocks), context_lens, spec.block_size, surplus, window)
+    sees_all = window is None or context_lens <= window
+    whole = np.flatnonzero((context_lens >= spec.block_size) & sees_all)
     if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
-    return table, used_slots(table, context_lens, num_blocks, spec.block_size)
+    return table, used_slots(table, context_lens, num_blocks, spec.block_size, window)
+
+
+def _heads(rng: np.random.Generator, spec: PagedAttentionSpec, huge: float | None) -> dict[str, np.ndarray]:
+    """alibi_slopes and sinks, as far as the spec has them, as views; huge is the scale of scores that are exact.
+
+    To these a slope adds what is as exact, a part of the scale. Other slopes are ALiBi's times powers of two, of either
+    sign. Sinks lie among the scores, far above them or far below, or there is none: -inf.
+    """
+    heads, count = {}, spec.num_heads
+    if spec.alibi:
+        slopes = 2.0 ** (-8 / count * np.arange(1, count + 1) + rng.integers(-4, 3))
+        if huge is not None and spec.softcap is None:
+            slopes = huge * 2.0 ** -rng.integers(0, 7, count)
+        heads["alibi_slopes"] = slopes * rng.choice([1, 1, -1, 0], count)
+    if spec.sinks:
+        among = rng.standard_normal(count) * rng.choice([1, 20, 1 if huge is None else 8 * huge])
+        far = rng.choice([0, 1e4, -1e4, 1e30, -1e30, -np.inf], count)
+        heads["sinks"] = np.where(rng.random(count) < 0.6, among, far)
+    return {name: inside(array.astype(np.float32), np.nan, rng)[0] for name, array in heads.items()}
 
 
 def _ordinary(

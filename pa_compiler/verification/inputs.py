@@ -10,6 +10,8 @@ from collections.abc import Callable, Sequence
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
+from pa_compiler.spec import PagedAttentionSpec
+
 GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
 """What surplus entries of block_table hold: each of them faults, or reads far away, if it is used."""
 
@@ -41,28 +43,55 @@ def noise(rng: np.random.Generator, shape: Sequence[int], half: float, dtype: st
     return fill(rng, np.empty(shape, dtype), half)
 
 
-def place(blocks: np.ndarray, context_lens: np.ndarray, block_size: int, surplus: np.ndarray) -> np.ndarray:
+def needed_entries(context_lens: np.ndarray, block_size: int, max_blocks: int, window: int | None = None) -> np.ndarray:
+    """Which entries of a block_table name blocks with tokens that are seen: bool [batch, max_blocks]."""
+    entry = np.arange(max_blocks)
+    first = 0 if window is None else np.maximum(context_lens[:, None] - window, 0) // block_size
+    return (entry >= first) & (entry < -(-context_lens[:, None] // block_size))
+
+
+def place(
+    blocks: np.ndarray, context_lens: np.ndarray, block_size: int, surplus: np.ndarray, window: int | None = None
+) -> np.ndarray:
     """A block_table that names blocks in their order, sequence after sequence.
 
     Args:
         blocks: At least as many as the lengths need.
         context_lens: [batch], tokens.
         block_size: Tokens of a block.
-        surplus: [batch, max_blocks], int32: what entries hold that no length needs.
+        surplus: [batch, max_blocks], int32: what entries hold that no length needs, and those before the window.
+        window: Tokens of each sequence that are seen, the last ones; None is all of them.
     """
-    is_needed = np.arange(surplus.shape[1]) < -(-context_lens[:, None] // block_size)
+    is_needed = needed_entries(context_lens, block_size, surplus.shape[1], window)
     table = surplus.copy()
     table[is_needed] = blocks[: is_needed.sum()]
     return table
 
 
-def used_slots(table: np.ndarray, context_lens: np.ndarray, num_blocks: int, block_size: int) -> np.ndarray:
-    """Which slots of a cache hold tokens that a block_table names: bool [num_blocks, block_size].
+def used_slots(
+    table: np.ndarray, context_lens: np.ndarray, num_blocks: int, block_size: int, window: int | None = None
+) -> np.ndarray:
+    """Which slots of a cache hold tokens that a block_table names and that are seen: bool [num_blocks, block_size].
 
-    Sequences may share a block that all of them fill.
+    Sequences may share a block of which all of them see all slots.
     """
     tokens = np.arange(table.shape[1] * block_size).reshape(1, -1, block_size)
-    is_needed = np.arange(table.shape[1]) < -(-context_lens[:, None] // block_size)
+    is_needed = needed_entries(context_lens, block_size, table.shape[1], window)
+    ends = context_lens[:, None, None]
+    is_seen = (tokens < ends) & (tokens >= (0 if window is None else ends - window))
     is_used = np.zeros((num_blocks, block_size), bool)
-    is_used[table[is_needed]] = (tokens < context_lens[:, None, None])[is_needed]
+    is_used[table[is_needed]] = is_seen[is_needed]
     return is_used
+
+
+def head_arrays(rng: np.random.Generator, spec: PagedAttentionSpec) -> dict[str, np.ndarray]:
+    """The arrays that decode takes for a spec's score functions, by name: float32 [num_heads].
+
+    Slopes are those of ALiBi's paper, 2**(-8 i / num_heads) from i = 1 on, and sinks are standard normal.
+    """
+    arrays = {}
+    if spec.alibi:
+        arrays["alibi_slopes"] = (2.0 ** (-8 / spec.num_heads * np.arange(1, spec.num_heads + 1))).astype(np.float32)
+    if spec.sinks:
+        arrays["sinks"] = rng.standard_normal(spec.num_heads, np.float32)
+    return arrays

@@ -37,9 +37,35 @@ LSE_TOLERANCES = {"float32": 0.0, "float16": 2**-11, "bfloat16": 2**-8}
 """abs(lse - oracle) <= this + 1e-5 * (1 + abs(oracle)): what one rounding of every weight to dtype does to the
 logarithm of their sum, and float32's share in the scores."""
 
+ROUNDING = 2.0**-24
+"""Of float32: the relative error of one operation."""
+
+TANH_ERROR = 2.0**-22
+"""Relative error of the kernels' tanh in float32, at most."""
+
+CAP_ERROR = 4 * ROUNDING + TANH_ERROR
+"""Relative error that a soft cap adds to a score. With t = s / cap it is of the cap's own rounding to float32, of the
+quotient (twice where it is a product with a rounded 1 / cap; |t| tanh'(t) <= |tanh(t)|), of tanh, and of the product
+with the cap. What was wrong with s before becomes no larger: the derivative of a cap is at most 1."""
+
+LOST_WEIGHT = 1e-28
+"""Weights below it, of the largest, may count as 0. Beside a large sink that may be all of them."""
+
+SMALLEST = {"float32": 0.0, "float16": 2.0**-25, "bfloat16": 0.0}
+"""By result dtype, what rounding leaves in an out that is small: half of the distance between the smallest numbers.
+Values of types with float32's range are never so small that it counts there."""
+
+SMALLEST_SUM = 1e-37
+"""Times the square of the tokens: what sums of products below float32's normal numbers leave in out. They count where a
+sink makes all weights small."""
+
 
 def tolerance(spec: PagedAttentionSpec, longest: int) -> Tolerance:
-    """The bound on out for sequences of up to longest tokens: that of the coarser of dtype and result_dtype."""
+    """The bound on out for sequences of up to longest tokens: that of the coarser of dtype and result_dtype.
+
+    Of a sequence the tokens in the window count.
+    """
+    longest = min(longest, spec.window or longest)
     found = max(TOLERANCES[str(dtype)] for dtype in (spec.dtype, spec.result_dtype))
     return LONG_FLOAT32 if found == TOLERANCES["float32"] and longest > 8192 else found
 
@@ -64,3 +90,49 @@ def lse_bound(spec: PagedAttentionSpec, expected: np.ndarray) -> np.ndarray:
     """The bound on each element of lse, from the oracle's; 0 where that is -inf, where nothing weighs anything."""
     bound = LSE_TOLERANCES[spec.dtype] + 1e-5 * (1 + np.abs(expected))
     return np.where(np.isneginf(expected), 0.0, bound)
+
+
+def score_bound(spec: PagedAttentionSpec, scores: np.ndarray, bias: np.ndarray | None) -> np.ndarray:
+    """The bound on what a soft cap and ALiBi add to the error of each score, which is that of its weight.
+
+    A bias is one product and one sum; where float32 has the result of one of them, as of whole numbers, it is exact.
+
+    Args:
+        spec: What was computed.
+        scores: The oracle's, as the softmax takes them.
+        bias: slope * distance, of the same shape; None without ALiBi.
+    """
+    bound = np.zeros(scores.shape)
+    if spec.softcap is not None:
+        bound += CAP_ERROR * np.abs(scores if bias is None else scores - bias)
+    for rounded in () if bias is None else (bias, scores):
+        with np.errstate(over="ignore"):
+            is_exact = rounded.astype(np.float32) == rounded
+        bound += np.where(is_exact, 0.0, ROUNDING * np.abs(rounded))
+    return bound
+
+
+def of_weights(
+    spec: PagedAttentionSpec, weights: np.ndarray, values: np.ndarray, scores: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the bounds on out and lse of one sequence have beside TOLERANCES: by score functions, and by small numbers.
+
+    To first order an error e_j of each score changes out by sum_j p_j e_j (v_j - out), and lse by sum_j p_j e_j.
+
+    Args:
+        spec: What was computed.
+        weights: [num_kv_heads, group, tokens], p.
+        values: [num_kv_heads, tokens, result_dim], v.
+        scores: As weights: the bound on each score's error.
+
+    Returns:
+        Arrays [num_heads, result_dim] and [num_heads].
+    """
+    magnitudes = np.abs(values)
+    moved = np.multiply(weights, scores, where=weights > 0, out=np.zeros(weights.shape))
+    of_lse = moved.sum(axis=-1)
+    of_out = moved @ magnitudes + of_lse[..., None] * np.abs(weights @ values)
+    of_out += np.where(weights @ magnitudes > 0, SMALLEST[spec.result_dtype], 0)
+    if spec.sinks:
+        of_out += np.where(weights < LOST_WEIGHT, weights, 0) @ magnitudes + SMALLEST_SUM * weights.shape[-1] ** 2
+    return of_out.reshape(spec.num_heads, -1), of_lse.reshape(spec.num_heads)

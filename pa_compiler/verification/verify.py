@@ -33,19 +33,7 @@ class Verifiable(Protocol):
     spec: PagedAttentionSpec
     num_threads: int
 
-    def decode(
-        self,
-        query: Any,
-        key_cache: Any,
-        value_cache: Any,
-        block_table: Any,
-        context_lens: Any,
-        scale: float | None = None,
-        out: Any = None,
-        *,
-        lse: Any = None,
-        return_lse: bool = False,
-    ) -> Any:
+    def decode(self, *arguments: Any, **options: Any) -> Any:
         """As Module.decode."""
 
     def append_kv(self, key: Any, value: Any, key_cache: Any, value_cache: Any, slot_mapping: Any) -> None:
@@ -151,20 +139,23 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
         if call.append:
             _append(module, call, key_cache, value_cache)
             wrong += _differences("after append_kv", (key_cache, value_cache), converted)
-        before = _copies(arguments)
+        inputs = (*arguments, *call.heads.values())
+        before = _copies(inputs)
         returned = module.decode(
             *arguments,
             call.scale,
             out if call.give_out else None,
             lse=lse if call.lse == "given" else None,
             return_lse=call.lse != "none",
+            **call.heads,
         )
     except (IndexError, TypeError, ValueError) as error:
         return {}, [*wrong, f"raised {type(error).__name__}: {error}"]
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
     errors, messages = _compared(spec, call, values, results)
     wrong += messages
-    wrong += _differences("after decode", arguments, before, ("query", *_CACHES, "block_table", "context_lens"))
+    names = ("query", *_CACHES, "block_table", "context_lens", *call.heads)
+    wrong += _differences("after decode", inputs, before, names)
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
         view.fill(np.nan)
         if not np.isnan(whole).all():
@@ -176,7 +167,8 @@ def _compared(
     spec: PagedAttentionSpec, call: Draw, values: np.ndarray | None, results: dict[str, np.ndarray]
 ) -> tuple[dict[str, Errors], list[str]]:
     """The errors of a call's results by name, and what is wrong with them."""
-    expected = oracle(spec, call.query, call.keys, values, call.block_table, call.context_lens, call.scale)
+    arrays = (call.query, call.keys, values, call.block_table, call.context_lens)
+    expected = oracle(spec, *arrays, call.scale, "NHD", lambda sequences: None, **call.heads)
     largest = float(np.abs(call.values[call.is_used].astype(np.float64)).max(initial=0)) or 1.0
     errors, wrong = {}, []
     for name, result in results.items():

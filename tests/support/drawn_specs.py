@@ -11,6 +11,10 @@ from pa_compiler.spec import DTYPES, KV_LAYOUTS
 
 DRAWS_VALUE_DIMS = True
 """Whether some specs have a value_dim and shared_kv of their own: where targets have kernels for them."""
+DRAWS_SCORES = False
+"""Whether some specs have a window, a soft cap, ALiBi and sinks: where targets have kernels for them."""
+WINDOWS = (1, 7, 16, 100, 128, 129, 1024)
+SOFTCAPS = (0.5, 5.0, 30.0, 50.0)
 MAX_HEADS = 128
 MAX_WIDTH = 1 << 13
 """Elements of a query, at most: a draw of a wider spec would take seconds."""
@@ -22,9 +26,12 @@ CPUS = ("x86-64", "x86-64-v2", "x86-64-v3")
 
 
 def drawn_spec(
-    number: int, value_dims: bool = DRAWS_VALUE_DIMS
+    number: int, value_dims: bool = DRAWS_VALUE_DIMS, scores: bool = DRAWS_SCORES
 ) -> tuple[PagedAttentionSpec, str, str | dict[str, str]]:
-    """The spec, pipeline and target of a number, always the same ones; with value_dims, values of other sizes too."""
+    """The spec, pipeline and target of a number, always the same ones.
+
+    With value_dims there are values of other sizes too, with scores windows, soft caps, ALiBi and sinks.
+    """
     rng = np.random.default_rng((4, number))
     dtype, out_dtype = rng.choice(DTYPES, 2)
     layout = rng.choice(KV_LAYOUTS)
@@ -47,7 +54,9 @@ def drawn_spec(
     )
     target = "llvm" if rng.random() < 0.6 else {"kind": "llvm", "mcpu": str(rng.choice(CPUS))}
     pipeline = str(rng.choice(["fused", "fused", "staged"]))
-    return _with_values(spec, np.random.default_rng((5, number))) if value_dims else spec, pipeline, target
+    if value_dims:
+        spec = _with_values(spec, np.random.default_rng((5, number)))
+    return _with_scores(spec, np.random.default_rng((6, number))) if scores else spec, pipeline, target
 
 
 def _with_values(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAttentionSpec:
@@ -57,6 +66,21 @@ def _with_values(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAtt
     if kind < 0.125 and spec.kv_layout != "packed":
         return dataclasses.replace(spec, value_dim=min(dim, spec.head_dim), shared_kv=True)
     return dataclasses.replace(spec, value_dim=dim) if kind < 0.375 else spec
+
+
+def _with_scores(spec: PagedAttentionSpec, rng: np.random.Generator) -> PagedAttentionSpec:
+    """In half of them nothing; otherwise each score function by a chance of one half."""
+    if rng.random() < 0.5:
+        return spec
+    window, softcap = int(rng.choice(WINDOWS)), float(rng.choice(SOFTCAPS))
+    has_window, has_softcap, alibi, sinks = (rng.random(4) < 0.5).tolist()
+    return dataclasses.replace(
+        spec,
+        window=window if has_window else None,
+        softcap=softcap if has_softcap else None,
+        alibi=alibi,
+        sinks=sinks,
+    )
 
 
 def _group(rng: np.random.Generator) -> int:

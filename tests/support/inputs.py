@@ -7,7 +7,7 @@ import dataclasses
 import ml_dtypes
 import numpy as np
 
-from pa_compiler.verification.inputs import GARBAGE_IDS, noise, place, used_slots
+from pa_compiler.verification.inputs import GARBAGE_IDS, head_arrays, needed_entries, noise, place, used_slots
 
 DTYPES = {"float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 
@@ -18,7 +18,8 @@ INT32 = np.iinfo(np.int32)
 class Inputs:
     """The five arrays of one decode call. Blocks lie in any order; everything that is not used holds poison.
 
-    value_cache is None for shared_kv. out_dtype and out_dim are those of out.
+    value_cache is None for shared_kv. out_dtype and out_dim are those of out. heads are the arrays by head that the
+    spec's score functions read, by keyword.
     """
 
     query: np.ndarray
@@ -28,6 +29,7 @@ class Inputs:
     context_lens: np.ndarray
     out_dtype: np.dtype
     out_dim: int
+    heads: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)
 
     @property
     def arguments(self) -> tuple[np.ndarray, ...]:
@@ -61,21 +63,22 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
         spec: The PagedAttentionSpec.
         context_lens: Tokens of each sequence.
         seed: Seed of the data; query and key are uniform(-0.5, 0.5), value is uniform(-1, 1).
-        poison: A name in POISONS, for unused slots and blocks; "none" leaves 0 there.
+        poison: A name in POISONS, for slots and blocks without a token that is seen; "none" leaves 0 there.
         placement: Seed of the blocks' places in the cache. It moves blocks and changes nothing else.
         spare_blocks: Blocks that no sequence uses.
-        surplus: Entries of block_table past what the longest sequence needs.
+        surplus: Entries of block_table past what the longest sequence needs. They hold garbage, as those before a
+            window do.
     """
     rng = np.random.default_rng(seed)
     context_lens = np.asarray(context_lens, np.int32)
     dtype = DTYPES[spec.dtype]
-    blocks_per_sequence = -(-context_lens // spec.block_size)
-    used = int(blocks_per_sequence.sum())
+    longest = -(-int(context_lens.max(initial=0)) // spec.block_size)
+    used = int(needed_entries(context_lens, spec.block_size, longest, spec.window).sum())
     num_blocks = used + spare_blocks
     blocks = np.random.default_rng(seed if placement is None else placement).permutation(num_blocks)[:used]
-    entries = (len(context_lens), int(blocks_per_sequence.max(initial=0)) + surplus)
-    block_table = place(blocks, context_lens, spec.block_size, np.resize(GARBAGE_IDS, entries))
-    valid = used_slots(block_table, context_lens, num_blocks, spec.block_size)
+    garbage = np.resize(GARBAGE_IDS, (len(context_lens), longest + surplus))
+    block_table = place(blocks, context_lens, spec.block_size, garbage, spec.window)
+    valid = used_slots(block_table, context_lens, num_blocks, spec.block_size, spec.window)
 
     query = noise(rng, (len(context_lens), spec.num_heads, spec.head_dim), 0.5, dtype)
     caches = []
@@ -88,7 +91,8 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
     if spec.shared_kv:
         caches[1] = None
     laid_out = lay_out(spec, *caches)
-    return Inputs(query, *laid_out, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim)
+    heads = head_arrays(np.random.default_rng((1, seed)), spec)
+    return Inputs(query, *laid_out, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim, heads)
 
 
 def lay_out(spec, key: np.ndarray, value: np.ndarray | None) -> tuple[np.ndarray, np.ndarray | None]:

@@ -13,7 +13,7 @@ from pa_compiler.verification.comparison import compare, oracle
 
 def assert_close_to_oracle(spec, inputs: Inputs, out, lse=None, scale=None) -> None:
     """Compare with the float64 reference on the same stored bytes."""
-    expected = oracle(spec, *inputs.arguments, scale, spec.kv_layout)
+    expected = oracle(spec, *inputs.arguments, scale, spec.kv_layout, **inputs.heads)
     assert str(out.dtype) == spec.result_dtype
     assert lse is None or lse.dtype == np.float32
     for name, result in (("out", out), ("lse", lse)):
