@@ -81,13 +81,13 @@ class Arrays:
         shape = (self._var("batch"), T.int64(self._spec.num_heads))
         return T.match_buffer(handle, shape, "float32", strides=[self._var("lse_batch"), T.int64(1)], align=4)
 
-    def alibi_slopes(self, handle: Var) -> Buffer | None:
-        """[num_heads], float32; None where the spec has no ALiBi."""
-        return self._of_heads(handle, "slope_head") if self._spec.alibi else None
+    def alibi_slopes(self, handle: Var) -> Buffer:
+        """[num_heads], float32."""
+        return self._of_heads(handle, "slope_head")
 
-    def sinks(self, handle: Var) -> Buffer | None:
-        """[num_heads], float32; None where the spec has no sinks."""
-        return self._of_heads(handle, "sink_head") if self._spec.sinks else None
+    def sinks(self, handle: Var) -> Buffer:
+        """[num_heads], float32."""
+        return self._of_heads(handle, "sink_head")
 
     def _of_heads(self, handle: Var, stride: str) -> Buffer:
         return T.match_buffer(handle, (T.int64(self._spec.num_heads),), "float32", strides=[self._var(stride)], align=4)

@@ -100,8 +100,10 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc = arrays.partial_acc(partial_acc_handle)
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
-        slopes = T.meta_var(arrays.alibi_slopes(alibi_slopes_handle))
-        sinks = T.meta_var(arrays.sinks(sinks_handle))
+        if spec.alibi:
+            alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
+        if spec.sinks:
+            sinks = arrays.sinks(sinks_handle)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -142,11 +144,12 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         look_up(block_table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
                         attend(
                             q_tile, keys, values, tile, has_next, State(row_max, row_sum, acc, 0), vstep, num_steps,
-                            Sequence(seq, end - 1, slopes, score_scale, places),
+                            Sequence(seq, end - 1, alibi_slopes if spec.alibi else None, score_scale, places),
                         )  # fmt: skip
                 finish(
                     State(row_max, row_sum, acc, 0), State(partial_max, partial_sum, partial_acc, partial_start + vs),
-                    partial_start < 0, out, lse, seq, places, sinks,
+                    partial_start < 0, out, lse, seq, places,
+                    sinks if spec.sinks else None,
                 )  # fmt: skip
 
     return without(fused_decode)

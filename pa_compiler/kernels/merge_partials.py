@@ -41,7 +41,8 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         partial_acc = arrays.partial_acc(partial_acc_handle)
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
-        sinks = T.meta_var(arrays.sinks(sinks_handle))
+        if spec.sinks:
+            sinks = arrays.sinks(sinks_handle)
         with T.sblock("root"):
             row_max = T.sblock_alloc_buffer((1, heads), "float32")
             row_sum = T.sblock_alloc_buffer((1, heads), "float32")
@@ -55,6 +56,6 @@ def merge_partials(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                     slot: T.let = partial_start + vstep
                     merge_stage(State(partial_max, partial_sum, partial_acc, slot), running, vstep, num_partials)
             places: T.let = headroom(spec, context_lens[seq])
-            normalize_stage(running, out, lse, Rows(seq, 0, heads), places, sinks)
+            normalize_stage(running, out, lse, Rows(seq, 0, heads), places, sinks if spec.sinks else None)
 
     return without(merge_partials)

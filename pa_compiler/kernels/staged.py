@@ -135,7 +135,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         probs = arrays.scores(probs_handle)
         tile_max = arrays.rows(tile_max_handle)
         tile_sum = arrays.rows(tile_sum_handle)
-        slopes = T.meta_var(arrays.alibi_slopes(alibi_slopes_handle))
+        if spec.alibi:
+            alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -145,7 +146,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
                 tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
-                scoring = T.meta_var(Scoring(Rows(seq, head_start, num_rows), context_lens[seq] - 1, slopes))
+                scoring = T.meta_var(
+                    Scoring(
+                        Rows(seq, head_start, num_rows), context_lens[seq] - 1, alibi_slopes if spec.alibi else None
+                    )
+                )
                 places = T.meta_var(headroom(spec, context_lens[seq]))
                 softmax_stage(scores, probs, added, score_scale, places, tile, num_groups, scoring)
 
@@ -199,7 +204,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """Fold tile_max, tile_sum, tile_acc of one block into row_max, row_sum, acc, as step `step` of num_steps."""
+    """Fold tile_max, tile_sum, tile_acc of block block_idx, of num_steps blocks, into row_max, row_sum, acc."""
     arrays, merge_stage = Arrays(spec, tiling), state.merge(tiling.row_tile, spec.result_dim)
 
     @script.prim_func(s_tir=True)
@@ -211,7 +216,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         row_sum_handle: T.handle,
         acc_handle: T.handle,
         num_seqs: T.int32,
-        step: T.int32,
+        block_idx: T.int32,
         num_steps: T.int32,
     ):
         tile_max = arrays.rows(tile_max_handle)
@@ -226,7 +231,7 @@ def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.reads()
                 T.writes()
                 added = T.meta_var(State(tile_max, tile_sum, tile_acc, vs))
-                merge_stage(added, State(row_max, row_sum, acc, vs), step, num_steps)
+                merge_stage(added, State(row_max, row_sum, acc, vs), block_idx, num_steps)
 
     return online_update
 
@@ -255,7 +260,8 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         acc = arrays.acc(acc_handle)
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
-        sinks = T.meta_var(arrays.sinks(sinks_handle))
+        if spec.sinks:
+            sinks = arrays.sinks(sinks_handle)
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -263,8 +269,8 @@ def normalize(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.writes()
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
-                normalize_stage(
-                    State(row_max, row_sum, acc, vs), out, lse, Rows(seq, head_start, num_rows), places, sinks
-                )  # fmt: skip
+                result = T.meta_var(State(row_max, row_sum, acc, vs))
+                rows = T.meta_var(Rows(seq, head_start, num_rows))
+                normalize_stage(result, out, lse, rows, places, sinks if spec.sinks else None)
 
     return without(normalize)

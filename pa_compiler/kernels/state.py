@@ -263,9 +263,12 @@ def _add_sinks(capacity: int) -> Callable[..., None]:
                 store_exp(kept, (vr,), state.row_max[slot, vr] - m, T.Not(is_empty))
                 store_exp(weight, (vr,), sink - m, sink != T.float32("-inf"), headroom)
         for r in range(capacity):
-            with T.sblock("factor"):
+            with T.sblock("sum_with_sink"):
                 vr = T.axis.spatial(capacity, r)
                 total[vr] = kept[vr] * state.row_sum[slot, vr] + weight[vr]
+        for r in range(capacity):
+            with T.sblock("factor"):
+                vr = T.axis.spatial(capacity, r)
                 factor[vr] = T.Select(total[vr] == T.float32(0), T.float32(0), kept[vr] / total[vr])
 
     return stage
