@@ -43,6 +43,8 @@ struct Spec {
   static constexpr int64_t kHeadDim = 576, kValueDim = 512;  // elements of a key, and of a value
   static constexpr int64_t kBlockSize = 64;  // tokens
   static constexpr bool kSharedKV = true;  // whether the values are the first elements of the keys
+  static constexpr int64_t kWindow = 0;  // keys that a query sees; 0: all
+  static constexpr bool kAlibi = false, kSinks = false;  // whether decode takes alibi_slopes, and sinks
   static constexpr DLDataType kDType = {kDLBfloat, 16, 1}, kOutDType = {kDLBfloat, 16, 1};
   static constexpr bool kWideRange = true;  // whether products may come near the ends of float32
   static constexpr Extents kKeyCache = {-1, 64, 1, 576}, kValueCache = {-1, 64, 1, 512};
@@ -120,7 +122,7 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   Threads threads = CheckThreads<DecodeParameters>(in);
   DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
   const Converted<int32_t> block_table(args.block_table), context_lens(args.context_lens);
-  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(), block_table.to());
+  CheckIndices<Spec>(args.block_table, args.context_lens, args.num_blocks, context_lens.to(), block_table.to());
   args.block_table = block_table.array, args.context_lens = context_lens.array;
   const Plan<Spec> plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const bool has_lse = args.has_lse();

@@ -16,9 +16,9 @@ namespace pa {
 struct DecodeParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
       kBlockTable{3, "block_table"}, kContextLens{4, "context_lens"}, kOut{5, "out"}, kLse{6, "lse"},
-      kScale{7, "scale"}, kNumThreads{8, "num_threads"}, kThreading{9, "threading"}, kCpus{10, "cpus"},
-      kAsUint16{11, "as_uint16"};
-  static constexpr int kCount = 12;
+      kAlibiSlopes{7, "alibi_slopes"}, kSinks{8, "sinks"}, kScale{9, "scale"}, kNumThreads{10, "num_threads"},
+      kThreading{11, "threading"}, kCpus{12, "cpus"}, kAsUint16{13, "as_uint16"};
+  static constexpr int kCount = 14;
 };
 
 // What append_kv takes, in this order.

@@ -2,7 +2,7 @@
 // Template: templates/cpu/plan.h
 // Regenerate: pa-compiler generate
 
-// The plan of a call: which work items there are. A Spec has kBlockSize, and
+// The plan of a call: which work items there are. A Spec has kBlockSize, kWindow, and
 //   kSplitBlocks   blocks of one range of a long sequence,
 //   kBatchChunk    sequences, of which a work item keeps to one chunk,
 //   kItemTokens    tokens after which a work item takes no further sequence.
@@ -12,11 +12,12 @@
 #include <cstdint>
 
 #include "cpu/scratch.h"
+#include "shared/window.h"
 
 namespace pa {
 
-// What one thread computes at a time: all heads of consecutive sequences of one chunk, the blocks [block_begin,
-// block_end).
+// What one thread computes at a time: all heads of consecutive sequences of one chunk, of each what its query sees of
+// the blocks [block_begin, block_end).
 struct WorkItem {
   int64_t batch_start, num_seqs;
   int64_t block_begin, block_end;
@@ -24,13 +25,18 @@ struct WorkItem {
   int64_t num_tokens;     // KV tokens that it reads
 };
 
-// How a sequence is cut into ranges of equal numbers of blocks: by its own length alone.
+// How the blocks of a sequence that its query sees are cut into ranges of equal numbers of them: by its own length
+// alone.
 template <typename Spec>
 struct Cut {
-  int64_t blocks, step, num_ranges;  // step: blocks of one range
+  int64_t first, blocks;     // the first block, and how many there are from it on
+  int64_t step, num_ranges;  // step: blocks of one range
 
   explicit Cut(int64_t context_len)
-      : blocks((context_len + Spec::kBlockSize - 1) / Spec::kBlockSize), step(1), num_ranges(1) {
+      : first(FirstBlock<Spec>(context_len)),
+        blocks((context_len + Spec::kBlockSize - 1) / Spec::kBlockSize - first),
+        step(1),
+        num_ranges(1) {
     if (blocks == 0) return;
     const int64_t splits = (blocks - 1) / Spec::kSplitBlocks + 1;
     step = (blocks - 1) / splits + 1;
@@ -79,15 +85,19 @@ class Plan {
     WorkItem* end = items;
     for (int64_t seq = 0; seq < batch; ++seq) {
       partial_begin_.data()[seq] = num_partials;
-      const Cut<Spec> cut(context_lens[seq]);
+      const int64_t context_len = context_lens[seq];
+      const Cut<Spec> cut(context_len);
       for (int64_t i = 0; i < cut.num_ranges; ++i) {
-        const int64_t begin = i * cut.step, stop = std::min(begin + cut.step, cut.blocks);
-        const int64_t tokens = std::min<int64_t>(stop * Spec::kBlockSize, context_lens[seq]) - begin * Spec::kBlockSize;
+        const int64_t begin = cut.first + i * cut.step, stop = std::min(begin + cut.step, cut.first + cut.blocks);
+        const int64_t tokens = std::min(stop * Spec::kBlockSize, context_len) -
+                               std::max(begin * Spec::kBlockSize, FirstSeen<Spec>(context_len));
         WorkItem* open = end == items ? nullptr : end - 1;
         const bool joins = cut.num_ranges == 1 && seq % Spec::kBatchChunk != 0 && open != nullptr &&
-                           open->block_begin == 0 && open->batch_start + open->num_seqs == seq &&
+                           open->partial_start < 0 && open->batch_start + open->num_seqs == seq &&
                            open->num_tokens + tokens <= Spec::kItemTokens;
         if (joins) {
+          // An empty sequence has no block to begin at.
+          if (tokens > 0) open->block_begin = open->num_tokens > 0 ? std::min(open->block_begin, begin) : begin;
           open->num_seqs += 1;
           open->num_tokens += tokens;
           open->block_end = std::max(open->block_end, stop);

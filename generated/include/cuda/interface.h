@@ -15,8 +15,9 @@ namespace pa {
 struct DecodeParameters {
   static constexpr Parameter kQuery{0, "query"}, kKeyCache{1, "key_cache"}, kValueCache{2, "value_cache"},
       kBlockTable{3, "block_table"}, kContextLens{4, "context_lens"}, kOut{5, "out"}, kLse{6, "lse"},
-      kScale{7, "scale"}, kCheck{8, "check"}, kAsUint16{9, "as_uint16"};
-  static constexpr int kCount = 10;
+      kAlibiSlopes{7, "alibi_slopes"}, kSinks{8, "sinks"}, kScale{9, "scale"}, kCheck{10, "check"},
+      kAsUint16{11, "as_uint16"};
+  static constexpr int kCount = 12;
 };
 
 // What append_kv takes, in this order.

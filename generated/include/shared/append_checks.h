@@ -79,7 +79,7 @@ AppendArguments CheckAppend(const Inputs& in) {
   args.key = check(Given::kKey, Spec::kDType, {-1, Spec::kNumKVHeads, Spec::kHeadDim}, "num_tokens");
   const int64_t num_tokens = args.key.shape[0];
   if constexpr (Spec::kSharedKV) {
-    check.None(Given::kValue);
+    check.None(Given::kValue, "shared_kv");
     args.value = args.key;
     args.value.shape[2] = Spec::kValueDim;
   } else {

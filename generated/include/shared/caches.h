@@ -5,8 +5,8 @@
 // Key and value caches as kernels see them, and the checks of arguments that calls have in common.
 //
 // A Spec has what a library was compiled for: kDevice, kConvertsIndices, kNumHeads, kNumKVHeads, kHeadDim, kValueDim,
-// kBlockSize, kDType, kOutDType, kWideRange, kSharedKV, kSlotsApart, kKeyCache, kValueCache, kRowAxis, kHeadAxis,
-// kWordElements, kCacheAlignment.
+// kBlockSize, kDType, kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache,
+// kRowAxis, kHeadAxis, kWordElements, kCacheAlignment.
 #pragma once
 
 #include <cinttypes>
@@ -111,11 +111,11 @@ struct ArgumentCheck {
     }
     return (*this)(of, given, shape, any);
   }
-  // An argument that stands for values, which are in the keys.
-  void None(const Parameter& of) const {
+  // An argument that a library does not take, since its spec has something, or has it not.
+  void None(const Parameter& of, const char* has) const {
     if (in.IsNone(of)) return;
     const DLTensor& given = in.Tensor(of);
-    Raise("TypeError", "%s: expected None, since the spec has shared_kv, got an array of shape %s", of.name,
+    Raise("TypeError", "%s: expected None, since the spec has %s, got an array of shape %s", of.name, has,
           ListText(given.shape, given.ndim).c_str());
   }
 };
@@ -125,7 +125,7 @@ template <typename Spec, typename Given>
 void CheckCaches(const ArgumentCheck<Spec>& check, Array* key_cache, Array* value_cache) {
   *key_cache = check(Given::kKeyCache, Spec::kDType, Spec::kKeyCache, "num_blocks");
   if constexpr (Spec::kSharedKV) {
-    check.None(Given::kValueCache);
+    check.None(Given::kValueCache, "shared_kv");
     *value_cache = *key_cache;
     value_cache->shape[3] = Spec::kValueDim;
   } else {

@@ -40,6 +40,7 @@ struct DecodeArguments {
   Cache<Keys> key_cache;
   Cache<Values> value_cache;
   Array block_table, context_lens, out, lse;  // lse.tensor.data is nullptr where none was given
+  Array alibi_slopes, sinks;                  // where the spec has alibi, and sinks
   int64_t batch, num_blocks;
   Scale scale;
 
@@ -59,19 +60,38 @@ Array CheckOut(const ArgumentCheck<Spec>& check, int64_t batch) {
   return out;
 }
 
-// What decode writes has no byte of what it reads, and no two elements in one place.
+// What decode writes has no byte of what it reads.
+inline void CheckNotWritten(const DecodeArguments& args, const Named& input) {
+  CheckNoOverlap("out", args.out, input.name, *input.array);
+  if (args.has_lse()) CheckNoOverlap("lse", args.lse, input.name, *input.array);
+}
+
+// Nor has it two elements in one place.
 inline void CheckWritten(const DecodeArguments& args, const Array& key_cache, const Array& value_cache) {
-  const Named inputs[] = {{"query", &args.query},
-                          {"key_cache", &key_cache},
-                          {"value_cache", &value_cache},
-                          {"block_table", &args.block_table},
-                          {"context_lens", &args.context_lens}};
   CheckDistinctElements("out", args.out);
-  for (const Named& input : inputs) CheckNoOverlap("out", args.out, input.name, *input.array);
-  if (!args.has_lse()) return;
-  CheckDistinctElements("lse", args.lse);
-  for (const Named& input : inputs) CheckNoOverlap("lse", args.lse, input.name, *input.array);
-  CheckNoOverlap("lse", args.lse, "out", args.out);
+  if (args.has_lse()) {
+    CheckDistinctElements("lse", args.lse);
+    CheckNoOverlap("lse", args.lse, "out", args.out);
+  }
+  for (const Named& input :
+       {Named{"query", &args.query}, Named{"key_cache", &key_cache}, Named{"value_cache", &value_cache},
+        Named{"block_table", &args.block_table}, Named{"context_lens", &args.context_lens}}) {
+    CheckNotWritten(args, input);
+  }
+}
+
+// A number for each query head, which decode takes where the spec has something.
+template <bool kHas, typename Spec>
+Array CheckHeads(const ArgumentCheck<Spec>& check, const Parameter& of, const char* has_no,
+                 const DecodeArguments& args) {
+  if constexpr (kHas) {
+    const Array heads = check(of, kFloat32, {Spec::kNumHeads});
+    CheckNotWritten(args, {of.name, &heads});
+    return heads;
+  } else {
+    check.None(of, has_no);
+    return {};
+  }
 }
 
 // All but the indices, which may not be for this CPU to read.
@@ -94,6 +114,8 @@ DecodeArguments CheckDecode(const Inputs& in) {
   }
   args.scale = SplitScale(scale, Spec::kWideRange);
   CheckWritten(args, key_cache, value_cache);
+  args.alibi_slopes = CheckHeads<Spec::kAlibi>(check, Given::kAlibiSlopes, "no alibi", args);
+  args.sinks = CheckHeads<Spec::kSinks>(check, Given::kSinks, "no sinks", args);
   const Caches caches = AsCaches<Spec>(key_cache, value_cache);
   args.key_cache = caches.keys, args.value_cache = caches.values;
   return args;

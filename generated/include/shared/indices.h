@@ -11,6 +11,7 @@
 
 #include "shared/arrays.h"
 #include "shared/errors.h"
+#include "shared/window.h"
 
 namespace pa {
 
@@ -53,30 +54,34 @@ inline int32_t CheckContextLen(int64_t seq, int64_t context_len, int64_t capacit
   return static_cast<int32_t>(context_len);
 }
 
-// Check the used block ids of a sequence. int64 ones go to `to`.
+// Check the used block ids of a sequence, those at positions [first, used) of its row. int64 ones go to `to`.
 template <typename Index>
-void CheckBlockIds(int64_t seq, const Index* row, int64_t used, int64_t num_blocks, int32_t* to) {
-  for (int64_t i = 0; i < used; ++i) {
+void CheckBlockIds(int64_t seq, const Index* row, int64_t first, int64_t used, int64_t num_blocks, int32_t* to) {
+  for (int64_t i = first; i < used; ++i) {
     if (row[i] < 0 || row[i] >= num_blocks) RaiseBlockId(seq, i, row[i], num_blocks);
     if (sizeof(Index) != sizeof(int32_t)) to[i] = static_cast<int32_t>(row[i]);
   }
 }
 
-// Lengths within the block table, and every used block id within the cache. Unused entries are not looked at. Those
-// that are int64 are read once: what has been checked goes to lens_to and, row by row, to table_to.
-inline void CheckIndices(const Array& block_table, const Array& context_lens, int64_t block_size, int64_t num_blocks,
-                         int32_t* lens_to = nullptr, int32_t* table_to = nullptr) {
-  const int64_t capacity = Capacity(block_table, block_size), width = block_table.shape[1];
+// Lengths within the block table, and every used block id within the cache. Unused entries are not looked at: those
+// past a sequence's length, and those before the first block that its query sees. Entries that are int64 are read once:
+// what has been checked goes to lens_to and, row by row, to table_to.
+template <typename Spec>
+void CheckIndices(const Array& block_table, const Array& context_lens, int64_t num_blocks, int32_t* lens_to = nullptr,
+                  int32_t* table_to = nullptr) {
+  constexpr int64_t kBlockSize = Spec::kBlockSize;
+  const int64_t capacity = Capacity(block_table, kBlockSize), width = block_table.shape[1];
   const int64_t num_ids = std::min(num_blocks, int64_t{1} << 31);  // block ids of 32 bits
   for (int64_t seq = 0; seq < context_lens.shape[0]; ++seq) {
     const int64_t context_len = CheckContextLen(seq, IndexAt(context_lens, seq), capacity);
     if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
-    const int64_t used = (context_len + block_size - 1) / block_size, start = seq * block_table.strides[0];
+    const int64_t first = FirstBlock<Spec>(context_len), used = (context_len + kBlockSize - 1) / kBlockSize;
+    const int64_t start = seq * block_table.strides[0];
     if (block_table.tensor.dtype.bits == 32) {
-      CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, used, num_ids, nullptr);
+      CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, first, used, num_ids, nullptr);
     } else {
       const auto* row = static_cast<const int64_t*>(block_table.tensor.data) + start;
-      CheckBlockIds(seq, row, used, num_ids, table_to + seq * width);
+      CheckBlockIds(seq, row, first, used, num_ids, table_to + seq * width);
     }
   }
 }
