@@ -22,7 +22,7 @@ from refusals import (
     strided,
     with_at,
 )
-from specs import every_pipeline
+from specs import every_pipeline, every_spec, range_tokens
 from test_arrays import as_torch
 from tolerances import assert_same_bits
 
@@ -185,6 +185,25 @@ def test_block_ids_before_the_window_may_be_anything(compiled, pipeline, garbage
     assert bytes_of(freed.arguments) == before
     with pytest.raises(IndexError, match=r"^block_table: .* for sequence 0 at position 100$"):
         module.decode(*freed.replace(block_table=with_at(table, (0, 100), -1)).arguments)
+
+
+@every_spec
+def test_a_window_is_as_a_context_that_begins_with_it(compiled, spec, pipeline):
+    """Where it begins with a block: the same bits, from the same ranges, whatever the blocks before hold."""
+    window = 3 * range_tokens(spec) - spec.block_size
+    windowed, plain = compiled(dataclasses.replace(spec, window=window), pipeline), compiled(spec, pipeline)
+    for hidden in (1, 7):
+        inputs = make_inputs(spec, [window + hidden * spec.block_size], spare_blocks=0)
+        table = inputs.block_table.copy()
+        for block in table[0, :hidden]:
+            inputs.key_cache[block] = inputs.value_cache[block] = np.nan
+        table[0, :hidden] = -1
+        shorter = inputs.replace(block_table=table[:, hidden:].copy(), context_lens=np.array([window], np.int32))
+        expected = plain.decode(*shorter.arguments, return_lse=True)
+        found = windowed.decode(*inputs.replace(block_table=table).arguments, return_lse=True)
+        for one, other in zip(found, expected, strict=True):
+            assert np.isfinite(one.astype(np.float32)).all()
+            assert_same_bits(one, other)
 
 
 ON_GPU = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")

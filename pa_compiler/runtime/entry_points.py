@@ -42,7 +42,7 @@ class EntryPoint:
         self._fields = [parameter.field for parameter in arrays]
         self._on_gpu = on_gpu
 
-    def call(self, arrays: Sequence[Any], *values: float) -> None:
+    def call(self, arrays: Sequence[Any], values: Sequence[float]) -> None:
         """Call it with its arrays and then its numbers but as_uint16, all in the order of its parameters.
 
         Raises:
@@ -52,7 +52,7 @@ class EntryPoint:
         handed: Any = arrays
         as_uint16 = 0
         for array in arrays:
-            if type(array) is not _NDARRAY and array is not None:
+            if array is not None and type(array) is not _NDARRAY:
                 handed = self._known(arrays)
                 break
         # NumPy has no bfloat16 in DLPack: such an array is handed over as uint16, and its bit in as_uint16 set.

@@ -146,7 +146,7 @@ class Module(ThreadSettings):
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse, alibi_slopes, sinks)
-        self._decode.call(arrays, scale, *self._manner(check, "decode"))
+        self._decode.call(arrays, (scale, *self._manner(check, "decode")))
         return out if lse is None else (out, lse)
 
     def append_kv(
@@ -183,7 +183,7 @@ class Module(ThreadSettings):
             RuntimeError: this CPU lacks features that the module is built for.
             Everything is checked before anything is written; contents of the arrays must not change meanwhile.
         """
-        self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), *self._manner(check, "append_kv"))
+        self._append_kv.call((key, value, key_cache, value_cache, slot_mapping), self._manner(check, "append_kv"))
 
     def _manner(self, check: str | None, of: str) -> tuple[int, ...]:
         """The numbers that tell the library how to go about a call of decode or append_kv; for a CPU, the threads."""
