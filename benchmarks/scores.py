@@ -14,6 +14,7 @@ import dataclasses
 import sys
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -27,7 +28,7 @@ from pa_compiler.verification import cases
 from pa_compiler.verification.comparison import compare, oracle
 
 CASE_NAMES = ("32/8-bf16", "32/8-f32", "16/1-bf16", "16/1-f32")
-FUNCTIONS = {
+FUNCTIONS: dict[str, dict[str, Any]] = {
     "soft cap": {"softcap": 50.0},
     "ALiBi": {"alibi": True},
     "sinks": {"sinks": True},
@@ -37,9 +38,9 @@ WINDOW, CONTEXT = 1024, 32768
 TURN = 0.1  # seconds, at least three calls
 
 
-def with_fields(call: Call, **fields: object) -> Call:
+def with_fields(call: Call, **fields: Any) -> Call:
     """The same arrays for another spec of the same shape."""
-    case = dataclasses.replace(call.case, spec=dataclasses.replace(call.case.spec, **fields))  # type: ignore[arg-type]
+    case = dataclasses.replace(call.case, spec=dataclasses.replace(call.case.spec, **fields))
     return dataclasses.replace(call, case=case)
 
 
@@ -58,7 +59,8 @@ def prepared(call: Call) -> Callable[[], object]:
     Raises:
         AssertionError: its result is outside of the tolerance.
     """
-    spec, heads = call.case.spec, cases.head_arrays(call.case)
+    spec = call.case.spec
+    heads: dict[str, Any] = cases.head_arrays(call.case)
     module = pa_compiler.compile(spec)
     module.num_threads = 1
     out = np.empty(call.out_shape, spec.result_dtype)
@@ -76,7 +78,8 @@ def measured(calls: dict[str, Call], rounds: int) -> dict[str, np.ndarray]:
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds):
         for name, run in runs.items():
-            times, end = [], time.perf_counter() + TURN
+            times: list[float] = []
+            end = time.perf_counter() + TURN
             while len(times) < 3 or time.perf_counter() < end:
                 start = time.perf_counter()
                 run()
