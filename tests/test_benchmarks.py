@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 
-from benchmarks import measure, run
+from benchmarks import measure, run, scores
 from benchmarks.cases import CASES, MLA_CASES, MORE_CASES, beyond_cache, sized
 from benchmarks.contender import Contender
 from benchmarks.inputs import make_call
@@ -160,3 +160,14 @@ def test_results_are_written_through_a_link(tmp_path):
 def test_every_peer_has_its_file():
     folder = Path(measure.__file__).parent / "peers"
     assert {peer.module for peer in PEERS.values()} == {path.stem for path in folder.glob("[a-z]*.py")}
+
+
+def test_a_window_is_measured_on_the_blocks_of_its_tokens():
+    """In float64 it is the call of the short context: the entries before the window name no block."""
+    case = Case(PagedAttentionSpec(4, 2, 16, 16, "float32"), 2, (scores.WINDOW,), scale=None)
+    call = make_call(case, 1, huge_pages=False)
+    longer = scores.in_a_longer_context(call)
+    assert longer.context_lens.tolist() == [scores.CONTEXT] * 2
+    assert (longer.block_table >= 0).sum() == case.num_blocks
+    expected = reference.decode(*call.arguments)
+    np.testing.assert_array_equal(reference.decode(*longer.arguments, window=longer.case.spec.window), expected)

@@ -166,7 +166,7 @@ def test_what_float32_has_exactly_has_no_error():
     np.testing.assert_allclose(rounded, [[[0.1 * 2**-24, 2**-24 / 3, 0]]])
     assert not score_bound(BASE, scores, None).any()
     capped = score_bound(dataclasses.replace(BASE, softcap=5.0), np.array([[[5.0]]]), None)
-    np.testing.assert_allclose(capped, [[[5 * 2.0**-21]]])
+    np.testing.assert_allclose(capped, [[[5 * (4 * 2.0**-24 + 5e-7)]]])
 
 
 def test_an_error_of_scores_is_one_of_out_by_its_weight():
