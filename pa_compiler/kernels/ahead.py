@@ -1,8 +1,7 @@
 """What the algorithm reads next: said where it is known, so that a schedule can have it fetched meanwhile.
 
 The statement computes nothing. cpu/prefetch.py takes it out, and puts instructions into the loops that a schedule has
-marked. It is not made where the policy has chosen tiles with prefetches=False: in sweeps, in the staged pipeline, and
-for a target without such instructions.
+marked; a target without them leaves it at that.
 """
 
 from __future__ import annotations
