@@ -217,12 +217,16 @@ def _address(name: str) -> str:
     return f"&{_identifier(name)}"
 
 
-def _fill(items: Iterable[str], indent: int) -> str:
-    """Items with commas between them, in lines of up to 120 columns that begin with so many spaces, but the first."""
-    lines = [""]
+def _fill(items: Iterable[str], indent: int, first: int = 0) -> str:
+    """Items with commas between them, in lines of up to 112 columns, so that they may be set in by 8 more.
+
+    The lines but the first begin with so many spaces; before the first there are `first` columns, or else as many.
+    """
+    lines, before = [""], first or indent
     for item in items:
-        if lines[-1] and indent + len(lines[-1]) + len(item) > 112:
+        if lines[-1] and before + len(lines[-1]) + len(item) > 111:
             lines.append("")
+            before = indent
         lines[-1] += f"{item}, "
     return f"\n{' ' * indent}".join(line.rstrip() for line in lines).rstrip(",")
 

@@ -111,7 +111,7 @@ def test_a_chunk_of_the_staged_pipeline_has_a_size(figure, fields, most):
     head_tile = 64 if fields[0] == 64 else 16
     too_large = PagedAttentionSpec(*fields, head_tile=head_tile, batch_chunk=most + 1)
     says = rf"^batch_chunk: expected 1 to {most} for pipeline staged with tiles of \d+ heads, block_size = {fields[3]} "
-    with pytest.raises(ValueError, match=rf"{says}and head_dim = {fields[2]}, got {most + 1}$"):
+    with pytest.raises(ValueError, match=rf"{says}and value_dim = {fields[2]}, got {most + 1}$"):
         pa_compiler.compile(too_large, pipeline="staged")
     tiling.check(too_large, "fused")
     tiling.check(PagedAttentionSpec(*fields, head_tile=head_tile, batch_chunk=most), "staged")

@@ -14,30 +14,19 @@ from refusals import LENGTHS, assert_refused, over
 from refusals import SPEC as EQUAL
 from tolerances import assert_close_to_oracle, assert_same_bits
 
-from pa_compiler import backends
-
 NARROW = dataclasses.replace(EQUAL, value_dim=16)
 SHARED = dataclasses.replace(EQUAL, value_dim=16, shared_kv=True)
 """6 heads of 24 over 2 kv heads, blocks of 8, float16; values of 16."""
 
 
-def compiled_or_skipped(compile_module, spec, target="llvm"):
-    """A module, as soon as the target has kernels for the spec."""
-    try:
-        backends.of(backends.normalize(target)).check(spec, "fused")
-    except NotImplementedError as error:
-        pytest.skip(f"the target has no kernels for it yet: {error}")
-    return compile_module(spec)
-
-
 @pytest.fixture
 def narrow(compiled):
-    return compiled_or_skipped(compiled, NARROW)
+    return compiled(NARROW)
 
 
 @pytest.fixture
 def shared(compiled):
-    return compiled_or_skipped(compiled, SHARED)
+    return compiled(SHARED)
 
 
 def decode_call(spec):
@@ -115,7 +104,7 @@ def changed(call, argument, change):
     ids=[row[0] for row in BAD_DECODE],
 )
 def test_decode_refuses(compiled, figure, spec, error, argument, shows, change):
-    module, good = compiled_or_skipped(compiled, spec), decode_call(spec)
+    module, good = compiled(spec), decode_call(spec)
     wrong = changed(good, argument, change)
     arrays = [*vars(good).values(), *wrong.values()]
     assert_refused(lambda: module.decode(**{**vars(good), **wrong}), error, argument, shows, arrays)
@@ -129,7 +118,7 @@ def test_decode_refuses(compiled, figure, spec, error, argument, shows, change):
     ids=[row[0] for row in BAD_APPEND],
 )
 def test_append_kv_refuses(compiled, figure, spec, error, argument, shows, change):
-    module, good = compiled_or_skipped(compiled, spec), append_call(spec)
+    module, good = compiled(spec), append_call(spec)
     wrong = changed(good, argument, change)
     arrays = [*vars(good).values(), *wrong.values()]
     assert_refused(lambda: module.append_kv(**{**vars(good), **wrong}), error, argument, shows, arrays)
@@ -138,7 +127,7 @@ def test_append_kv_refuses(compiled, figure, spec, error, argument, shows, chang
 
 @pytest.mark.parametrize("spec", [NARROW, SHARED], ids=["narrow", "shared"])
 def test_out_is_made_with_heads_of_value_dim(compiled, spec):
-    module, call = compiled_or_skipped(compiled, spec), decode_call(spec)
+    module, call = compiled(spec), decode_call(spec)
     out, lse = module.decode(**vars(call))
     del call.out, call.lse
     made, made_lse = module.decode(**vars(call), return_lse=True)
@@ -208,7 +197,7 @@ ON_GPU = dataclasses.replace(EQUAL, head_dim=64, value_dim=32, shared_kv=True)
 
 
 def test_a_gpu_refuses_a_cache_of_values(gpu, gpu_module):
-    module = compiled_or_skipped(gpu_module, ON_GPU, "cuda")
+    module = gpu_module(ON_GPU)
     call = OnGpu(gpu, make_inputs(ON_GPU, LENGTHS))
     with pytest.raises(TypeError, match=r"^value_cache: expected None, since the spec has shared_kv, got "):
         call.decode(module, value_cache=call.tensors["key_cache"])

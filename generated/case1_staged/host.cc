@@ -4,8 +4,8 @@
 // Target: llvm, mcpu x86-64-v4; pipeline staged
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of append_kv,
-// which fills the cache.
+// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of
+// append_kv, which fills the cache.
 //   staged pipeline; num_heads=16, num_kv_heads=1, head_dim=128, block_size=128, dtype=bfloat16, out_dtype=float32, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128, shared_kv=False
 
 #include <algorithm>
@@ -115,8 +115,9 @@ struct AppendRow {
   Passed<int64_t> head_begin, num_heads;
 };
 
-// For one tile of heads after another, the four stages in turn over the whole chunk, logical block by logical block, and
-// then its results. A sequence that has ended takes part with valid_len == 0; a chunk of empty sequences takes one such step.
+// For one tile of heads after another, the four stages in turn over the whole chunk, logical block by logical block,
+// and then its results. A sequence that has ended takes part with valid_len == 0; a chunk of empty sequences takes one
+// such step.
 void RunItem(const WorkItem& item, const DecodeArguments& args) {
   constexpr int64_t kSeqs = Spec::kBatchChunk, kRows = Spec::kRowTile, kDim = Spec::kValueDim;
   constexpr int64_t kTokens = 128;  // block_size, padded to the kernel's token groups
@@ -165,15 +166,16 @@ void RunItem(const WorkItem& item, const DecodeArguments& args) {
   }
 }
 
-// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked before
-// anything is written.
+// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked
+// before anything is written.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
   const DefaultFloatingPoint state;
   Threads threads = CheckThreads<DecodeParameters>(in);
   DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
   const Converted<int32_t> block_table(args.block_table), context_lens(args.context_lens);
-  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(), block_table.to());
+  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(),
+               block_table.to());
   args.block_table = block_table.array, args.context_lens = context_lens.array;
   const Plan<Spec> plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const bool has_lse = args.has_lse();
@@ -183,9 +185,9 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   ParallelFor(plan.num_items, threads, [&](int64_t i) { RunItem(plan.item(i), args); });
 }
 
-// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is written. The
-// work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with the same slot the
-// later stays, at any number of threads.
+// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is
+// written. The work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with
+// the same slot the later stays, at any number of threads.
 void AppendKV(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
   Threads threads = CheckThreads<AppendKvParameters>(in);

@@ -54,8 +54,9 @@ struct Spec {
   };
 };
 
-// Where a kernel checks the indices, that kernel, then decode, whose work items leave partial results of the sequences that
-// they share, and the merge of those. All launches are the same whatever the lengths are, so that a graph can hold them.
+// Where a kernel checks the indices, that kernel, then decode, whose work items leave partial results of the sequences
+// that they share, and the merge of those. All launches are the same whatever the lengths are, so that a graph can hold
+// them.
 void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, const Array*) {
   const int64_t num_items = args.batch + call.device.extra_items;
   const int64_t row_bytes = num_items * Spec::kNumHeads * int64_t{sizeof(float)};
@@ -116,8 +117,8 @@ void LaunchDecode(const Call& call, const DecodeArguments& args, Check check, co
   }
 }
 
-// decode: attention of one query token per sequence, on the caller's stream. Everything but the indices is checked before
-// anything is launched, and they too with check "host".
+// decode: attention of one query token per sequence, on the caller's stream. Everything but the indices is checked
+// before anything is launched, and they too with check "host".
 void Decode(const Inputs& in, TVMFFIAny*) {
   const Check check = CheckOf(in, DecodeParameters::kCheck);
   const DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
@@ -185,8 +186,8 @@ void LaunchAppend(const Call& call, const AppendArguments& args, const Caches& c
   }
 }
 
-// append_kv: write the keys and values of new tokens into their slots, on the caller's stream. Of two tokens with the same slot
-// the later stays. What is checked when is as in decode.
+// append_kv: write the keys and values of new tokens into their slots, on the caller's stream. Of two tokens with the
+// same slot the later stays. What is checked when is as in decode.
 void AppendKV(const Inputs& in, TVMFFIAny*) {
   const Check check = CheckOf(in, AppendKvParameters::kCheck);
   const AppendArguments args = CheckAppend<Spec, AppendKvParameters>(in);

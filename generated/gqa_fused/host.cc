@@ -4,8 +4,8 @@
 // Target: llvm, mcpu x86-64-v4; pipeline fused
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of append_kv,
-// which fills the cache.
+// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of
+// append_kv, which fills the cache.
 //   fused pipeline; num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128, shared_kv=False
 
 #include <algorithm>
@@ -70,7 +70,8 @@ constexpr InstructionSet kInstructionSets[] = {
 // What each kernel takes, in its order; a call names all of it.
 struct FusedDecode {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_decode;
-  Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc, out, lse;
+  Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc,
+      out, lse;
   Passed<BlockStride<Keys>> k_block;
   Passed<RowStride<Keys>> k_row;
   Passed<HeadStride<Keys>> k_head;
@@ -107,15 +108,16 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Partials<S
       .score_scale = args.scale.scores});
 }
 
-// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked before
-// anything is written.
+// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked
+// before anything is written.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
   const DefaultFloatingPoint state;
   Threads threads = CheckThreads<DecodeParameters>(in);
   DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
   const Converted<int32_t> block_table(args.block_table), context_lens(args.context_lens);
-  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(), block_table.to());
+  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(),
+               block_table.to());
   args.block_table = block_table.array, args.context_lens = context_lens.array;
   const Plan<Spec> plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const bool has_lse = args.has_lse();
@@ -138,9 +140,9 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   });
 }
 
-// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is written. The
-// work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with the same slot the
-// later stays, at any number of threads.
+// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is
+// written. The work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with
+// the same slot the later stays, at any number of threads.
 void AppendKV(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
   Threads threads = CheckThreads<AppendKvParameters>(in);

@@ -255,12 +255,12 @@ class Module:
                                                         sums[0:16] = sums[T.Ramp(0, 1, 16)] + T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Let(T.Shuffle([sum_28, sum_29], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_28, sum_29], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31]), where={sum_29: T.Shuffle([sum_26, sum_27], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_26, sum_27], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_28: T.Shuffle([sum_24, sum_25], [0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27]) + T.Shuffle([sum_24, sum_25], [4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31])}), where={sum_27: T.Shuffle([sum_22, sum_23], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_22, sum_23], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_26: T.Shuffle([sum_20, sum_21], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_20, sum_21], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_25: T.Shuffle([sum_18, sum_19], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_18, sum_19], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_24: T.Shuffle([sum_16, sum_17], [0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29]) + T.Shuffle([sum_16, sum_17], [2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31])}), where={sum_23: T.Shuffle([sum_14, sum_15], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_14, sum_15], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_22: T.Shuffle([sum_12, sum_13], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_12, sum_13], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_21: T.Shuffle([sum_10, sum_11], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_10, sum_11], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_20: T.Shuffle([sum_8, sum_9], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_8, sum_9], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_19: T.Shuffle([sum_6, sum_7], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_6, sum_7], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_18: T.Shuffle([sum_4, sum_5], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_4, sum_5], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_17: T.Shuffle([sum_2, sum_3], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_2, sum_3], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_16: T.Shuffle([sum_0, sum_1], [0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29]) + T.Shuffle([sum_0, sum_1], [2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31])}), where={sum_15: parts[15, T.Ramp(0, 1, 16)]}), where={sum_14: parts[14, T.Ramp(0, 1, 16)]}), where={sum_13: parts[13, T.Ramp(0, 1, 16)]}), where={sum_12: parts[12, T.Ramp(0, 1, 16)]}), where={sum_11: parts[11, T.Ramp(0, 1, 16)]}), where={sum_10: parts[10, T.Ramp(0, 1, 16)]}), where={sum_9: parts[9, T.Ramp(0, 1, 16)]}), where={sum_8: parts[8, T.Ramp(0, 1, 16)]}), where={sum_7: parts[7, T.Ramp(0, 1, 16)]}), where={sum_6: parts[6, T.Ramp(0, 1, 16)]}), where={sum_5: parts[5, T.Ramp(0, 1, 16)]}), where={sum_4: parts[4, T.Ramp(0, 1, 16)]}), where={sum_3: parts[3, T.Ramp(0, 1, 16)]}), where={sum_2: parts[2, T.Ramp(0, 1, 16)]}), where={sum_1: parts[1, T.Ramp(0, 1, 16)]}), where={sum_0: parts[0, T.Ramp(0, 1, 16)]})
                                         for i in range(1):
                                             with T.sblock("softmax"):
-                                                vi = T.axis.spatial(1, i)
+                                                vslot = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vi, 0:4, 0:128])
-                                                    T.writes(probs[vi, 0:4, 0:128], tile_max[vi, 0:4], tile_sum[vi, 0:4])
+                                                    T.reads(scores[vslot, 0:4, 0:128])
+                                                    T.writes(probs[vslot, 0:4, 0:128], tile_max[vslot, 0:4], tile_sum[vslot, 0:4])
                                                     scaled = T.sblock_alloc_buffer((4, 128))
                                                     peak = T.sblock_alloc_buffer((4,))
                                                     peak_rf = T.sblock_alloc_buffer((4, 16))
@@ -271,10 +271,10 @@ class Module:
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("scaled"):
                                                                 vo = T.axis.spatial(8, to)
-                                                                vi_1, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vi, vr, vo * 16 + vi_1])
-                                                                T.writes(scaled[vr, vo * 16 + vi_1])
-                                                                scaled[vr, vo * 16 + vi_1] = T.Select(vi_1 < valid_len - vo * 16, scores[vi, vr, vo * 16 + vi_1] * score_scale, T.float32("-inf"))
+                                                                vi, vr = T.axis.remap("SS", [ti, r])
+                                                                T.reads(scores[vslot, vr, vo * 16 + vi])
+                                                                T.writes(scaled[vr, vo * 16 + vi])
+                                                                scaled[vr, vo * 16 + vi] = T.Select(vi < valid_len - vo * 16, scores[vslot, vr, vo * 16 + vi] * score_scale, T.float32("-inf"))
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
                                                             for ax2_init in range(1):
@@ -317,16 +317,16 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vi, vr])
-                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                            T.writes(tile_max[vslot, vr])
+                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
                                                     for r, to in T.grid(4, (valid_len + 16 - 1) // 16):
                                                         for ti in T.vectorized(16):
                                                             with T.sblock("probs"):
                                                                 vt = T.axis.spatial(128, to * 16 + ti)
                                                                 vr = T.axis.spatial(4, r)
-                                                                T.reads(scaled[vr, vt], tile_max[vi, vr])
-                                                                T.writes(probs[vi, vr, vt])
-                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
+                                                                T.reads(scaled[vr, vt], tile_max[vslot, vr])
+                                                                T.writes(probs[vslot, vr, vt])
+                                                                arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                                 bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                                 n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                                 f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -334,7 +334,7 @@ class Module:
                                                                 p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                                 series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                                 power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                                probs[vi, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
+                                                                probs[vslot, vr, vt] = T.Select(arg < T.float32(-87.0) + T.Cast("float32", places) * T.float32(0.69314718055994529), T.float32(0.0), series * power)
                                                     for r in range(4):
                                                         for ax0_init in T.vectorized(16):
                                                             for ax2_init in range(1):
@@ -342,8 +342,8 @@ class Module:
                                                                     vti = T.axis.spatial(16, ax0_init)
                                                                     vr = T.axis.spatial(4, r + ax2_init)
                                                                     T.reads()
-                                                                    T.writes(tile_sum_rf_global[vi, vr, vti])
-                                                                    tile_sum_rf_global[vi, vr, vti] = T.float32(0.0)
+                                                                    T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                    tile_sum_rf_global[vslot, vr, vti] = T.float32(0.0)
                                                         for ax1 in range((valid_len + 15) // 16):
                                                             for ax0 in T.vectorized(16):
                                                                 for ax2 in range(1):
@@ -351,13 +351,13 @@ class Module:
                                                                         vti = T.axis.spatial(16, ax0)
                                                                         vto = T.axis.reduce((valid_len + 16 - 1) // 16, ax1)
                                                                         vr = T.axis.spatial(4, r + ax2)
-                                                                        T.reads(tile_sum_rf_global[vi, vr, vti], probs[vi, vr, vto * 16 + vti])
-                                                                        T.writes(tile_sum_rf_global[vi, vr, vti])
-                                                                        tile_sum_rf_global[vi, vr, vti] = tile_sum_rf_global[vi, vr, vti] + probs[vi, vr, vto * 16 + vti]
+                                                                        T.reads(tile_sum_rf_global[vslot, vr, vti], probs[vslot, vr, vto * 16 + vti])
+                                                                        T.writes(tile_sum_rf_global[vslot, vr, vti])
+                                                                        tile_sum_rf_global[vslot, vr, vti] = tile_sum_rf_global[vslot, vr, vti] + probs[vslot, vr, vto * 16 + vti]
                                                         for ax0, ax1 in T.grid(1, 1):
                                                             for ax2 in T.vectorized(16):
                                                                 with T.sblock("tile_sum.rf_global"):
-                                                                    v0 = T.axis.spatial(1, vi + ax0)
+                                                                    v0 = T.axis.spatial(1, vslot + ax0)
                                                                     v1 = T.axis.spatial(4, r + ax1)
                                                                     v2 = T.axis.spatial(16, ax2)
                                                                     T.reads(tile_sum_rf_global[v0, v1, v2])
@@ -366,29 +366,29 @@ class Module:
                                                         with T.sblock("tile_sum_init"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads()
-                                                            T.writes(tile_sum[vi, vr])
-                                                            tile_sum[vi, vr] = T.float32(0.0)
+                                                            T.writes(tile_sum[vslot, vr])
+                                                            tile_sum[vslot, vr] = T.float32(0.0)
                                                         for ti in T.unroll(16):
                                                             with T.sblock("tile_sum_update"):
                                                                 vti, vr = T.axis.remap("RS", [ti, r])
-                                                                T.reads(tile_sum[vi, vr], tile_sum_rf[vi, vr, vti])
-                                                                T.writes(tile_sum[vi, vr])
-                                                                tile_sum[vi, vr] = tile_sum[vi, vr] + tile_sum_rf[vi, vr, vti]
+                                                                T.reads(tile_sum[vslot, vr], tile_sum_rf[vslot, vr, vti])
+                                                                T.writes(tile_sum[vslot, vr])
+                                                                tile_sum[vslot, vr] = tile_sum[vslot, vr] + tile_sum_rf[vslot, vr, vti]
                                                 with T.sblock("rescale"):
-                                                    T.reads(tile_max[vi, 0:4], tile_sum[vi, 0:4], row_max[first + vi, 0:4], row_sum[first + vi, 0:4])
-                                                    T.writes(row_max[first + vi, 0:4], row_sum[first + vi, 0:4], alpha[vi, 0:4], beta[vi, 0:4])
+                                                    T.reads(tile_max[vslot, 0:4], tile_sum[vslot, 0:4], row_max[first + vslot, 0:4], row_sum[first + vslot, 0:4])
+                                                    T.writes(row_max[first + vslot, 0:4], row_sum[first + vslot, 0:4], alpha[vslot, 0:4], beta[vslot, 0:4])
                                                     new_max = T.sblock_alloc_buffer((4,))
                                                     new_sum = T.sblock_alloc_buffer((4,))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("factors"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_max[first + vi, vr], row_sum[first + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
-                                                            T.writes(new_max[vr], alpha[vi, vr], beta[vi, vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vi, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            T.reads(row_max[first + vslot, vr], row_sum[first + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
+                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
@@ -398,8 +398,8 @@ class Module:
                                                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            alpha[vi, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
                                                             n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
@@ -407,21 +407,21 @@ class Module:
                                                             p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
                                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                                            beta[vi, vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in T.vectorized(4):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(4, r)
-                                                            T.reads(row_sum[first + vi, vr], alpha[vi, vr], beta[vi, vr], tile_sum[vi, vr])
+                                                            T.reads(row_sum[first + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
-                                                            new_sum[vr] = alpha[vi, vr] * previous + beta[vi, vr] * tile_sum[vi, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vslot, vr])
+                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
                                                     for r in T.vectorized(4):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(4, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first + vi, vr], row_sum[first + vi, vr])
-                                                            row_max[first + vi, vr] = new_max[vr]
-                                                            row_sum[first + vi, vr] = new_sum[vr]
+                                                            T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
+                                                            row_max[first + vslot, vr] = new_max[vr]
+                                                            row_sum[first + vslot, vr] = new_sum[vr]
                                         num_full: T.let[T.int32] = valid_len // 16
                                         with T.sblock("pv_update"):
                                             T.reads()

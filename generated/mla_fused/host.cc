@@ -4,8 +4,8 @@
 // Target: llvm, mcpu sapphirerapids; pipeline fused
 // Regenerate: pa-compiler generate
 
-// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of append_kv,
-// which fills the cache.
+// Host orchestration of paged decode attention: checks the arguments, plans the work, runs the kernels. And of
+// append_kv, which fills the cache.
 //   fused pipeline; num_heads=128, num_kv_heads=1, head_dim=576, block_size=64, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=512, shared_kv=True
 
 #include <algorithm>
@@ -63,19 +63,20 @@ struct Spec {
 constexpr InstructionSet kInstructionSets[] = {
     {"amx-bf16", " amx_bf16 "}, {"amx-int8", " amx_int8 "}, {"amx-tile", " amx_tile "}, {"avx", " avx "},
     {"avx2", " avx2 "}, {"avx512bf16", " avx512_bf16 "}, {"avx512bitalg", " avx512_bitalg "},
-    {"avx512bw", " avx512bw "}, {"avx512cd", " avx512cd "}, {"avx512dq", " avx512dq "}, {"avx512f", " avx512f "},
-    {"avx512fp16", " avx512_fp16 "}, {"avx512ifma", " avx512ifma "}, {"avx512vbmi", " avx512vbmi "},
-    {"avx512vbmi2", " avx512_vbmi2 "}, {"avx512vl", " avx512vl "}, {"avx512vnni", " avx512_vnni "},
-    {"avx512vpopcntdq", " avx512_vpopcntdq "}, {"avxvnni", " avx_vnni "}, {"bmi", " bmi1 "}, {"bmi2", " bmi2 "},
-    {"cmov", " cmov "}, {"f16c", " f16c "}, {"fma", " fma "}, {"gfni", " gfni "}, {"lzcnt", " abm "},
-    {"movbe", " movbe "}, {"popcnt", " popcnt "}, {"prfchw", " 3dnowprefetch "}, {"sahf", " lahf_lm "},
-    {"sse", " sse "}, {"sse2", " sse2 "}, {"sse3", " pni "}, {"sse4.1", " sse4_1 "}, {"sse4.2", " sse4_2 "},
-    {"ssse3", " ssse3 "}, {nullptr, nullptr}};
+    {"avx512bw", " avx512bw "}, {"avx512cd", " avx512cd "}, {"avx512dq", " avx512dq "},
+    {"avx512f", " avx512f "}, {"avx512fp16", " avx512_fp16 "}, {"avx512ifma", " avx512ifma "},
+    {"avx512vbmi", " avx512vbmi "}, {"avx512vbmi2", " avx512_vbmi2 "}, {"avx512vl", " avx512vl "},
+    {"avx512vnni", " avx512_vnni "}, {"avx512vpopcntdq", " avx512_vpopcntdq "}, {"avxvnni", " avx_vnni "},
+    {"bmi", " bmi1 "}, {"bmi2", " bmi2 "}, {"cmov", " cmov "}, {"f16c", " f16c "}, {"fma", " fma "},
+    {"gfni", " gfni "}, {"lzcnt", " abm "}, {"movbe", " movbe "}, {"popcnt", " popcnt "},
+    {"prfchw", " 3dnowprefetch "}, {"sahf", " lahf_lm "}, {"sse", " sse "}, {"sse2", " sse2 "},
+    {"sse3", " pni "}, {"sse4.1", " sse4_1 "}, {"sse4.2", " sse4_2 "}, {"ssse3", " ssse3 "}, {nullptr, nullptr}};
 
 // What each kernel takes, in its order; a call names all of it.
 struct FusedDecode {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_decode;
-  Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc, out, lse;
+  Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc,
+      out, lse;
   Passed<BlockStride<Keys>> k_block;
   Passed<RowStride<Keys>> k_row;
   Passed<HeadStride<Keys>> k_head;
@@ -112,15 +113,16 @@ void RunItem(const WorkItem& item, const DecodeArguments& args, const Partials<S
       .score_scale = args.scale.scores});
 }
 
-// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked before
-// anything is written.
+// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked
+// before anything is written.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
   const DefaultFloatingPoint state;
   Threads threads = CheckThreads<DecodeParameters>(in);
   DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
   const Converted<int32_t> block_table(args.block_table), context_lens(args.context_lens);
-  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(), block_table.to());
+  CheckIndices(args.block_table, args.context_lens, Spec::kBlockSize, args.num_blocks, context_lens.to(),
+               block_table.to());
   args.block_table = block_table.array, args.context_lens = context_lens.array;
   const Plan<Spec> plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
   const bool has_lse = args.has_lse();
@@ -143,9 +145,9 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   });
 }
 
-// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is written. The
-// work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with the same slot the
-// later stays, at any number of threads.
+// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is
+// written. The work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with
+// the same slot the later stays, at any number of threads.
 void AppendKV(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
   Threads threads = CheckThreads<AppendKvParameters>(in);

@@ -153,22 +153,22 @@ class Module:
                                                     scores[0, vr, vt] = scores[0, vr, vt] + (T.reinterpret("float32", q_tile[first + vi, vr, vd] << 16) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] << 16) + T.reinterpret("float32", q_tile[first + vi, vr, vd] & -65536) * T.reinterpret("float32", key_cache[key_offsets[vt] + (key_head + T.Cast("int64", vi // 8) * k_head) + T.Cast("int64", vd)] & -65536))
                                         for i in range(1):
                                             with T.sblock("softmax"):
-                                                vi = T.axis.spatial(1, i)
+                                                vslot = T.axis.spatial(1, i)
                                                 T.reads()
                                                 T.writes()
                                                 with T.sblock("softmax_prepare"):
-                                                    T.reads(scores[vi, 0:16, 0:112])
-                                                    T.writes(probs[vi, 0:16, 0:112], tile_max[vi, 0:16], tile_sum[vi, 0:16])
+                                                    T.reads(scores[vslot, 0:16, 0:112])
+                                                    T.writes(probs[vslot, 0:16, 0:112], tile_max[vslot, 0:16], tile_sum[vslot, 0:16])
                                                     scaled = T.sblock_alloc_buffer((16, 112))
                                                     peak = T.sblock_alloc_buffer((16,))
                                                     exact = T.sblock_alloc_buffer((16, 112))
                                                     for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
                                                         with T.sblock("scaled"):
                                                             vo = T.axis.spatial(14, to)
-                                                            vi_1, vr = T.axis.remap("SS", [ti, r])
-                                                            T.reads(scores[vi, vr, vo * 8 + vi_1])
-                                                            T.writes(scaled[vr, vo * 8 + vi_1])
-                                                            scaled[vr, vo * 8 + vi_1] = T.Select(vi_1 < valid_len - vo * 8, scores[vi, vr, vo * 8 + vi_1] * score_scale, T.float32("-inf"))
+                                                            vi, vr = T.axis.remap("SS", [ti, r])
+                                                            T.reads(scores[vslot, vr, vo * 8 + vi])
+                                                            T.writes(scaled[vr, vo * 8 + vi])
+                                                            scaled[vr, vo * 8 + vi] = T.Select(vi < valid_len - vo * 8, scores[vslot, vr, vo * 8 + vi] * score_scale, T.float32("-inf"))
                                                     for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
                                                         with T.sblock("peak"):
                                                             vt = T.axis.reduce(112, to * 8 + ti)
@@ -182,15 +182,15 @@ class Module:
                                                         with T.sblock("tile_max"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(peak[vr])
-                                                            T.writes(tile_max[vi, vr])
-                                                            tile_max[vi, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
+                                                            T.writes(tile_max[vslot, vr])
+                                                            tile_max[vslot, vr] = T.Select(0 < valid_len, peak[vr], T.float32(-1000000000000000019884624838656.0))
                                                     for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
                                                         with T.sblock("exact"):
                                                             vt = T.axis.spatial(112, to * 8 + ti)
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(scaled[vr, vt], tile_max[vi, vr])
+                                                            T.reads(scaled[vr, vt], tile_max[vslot, vr])
                                                             T.writes(exact[vr, vt])
-                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vi, vr]
+                                                            arg: T.let[T.float32] = scaled[vr, vt] - tile_max[vslot, vr]
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + (T.float32(12583039.0) - T.Cast("float32", places)))
                                                             n: T.let[T.float32] = T.reinterpret("float32", bits) - (T.float32(12583039.0) - T.Cast("float32", places))
                                                             f: T.let[T.float32] = arg - n * T.float32(0.693359375) - n * T.float32(-0.00021219444)
@@ -204,42 +204,42 @@ class Module:
                                                             vt = T.axis.spatial(112, to * 8 + ti)
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(exact[vr, vt])
-                                                            T.writes(probs[vi, vr, vt])
-                                                            probs[vi, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
+                                                            T.writes(probs[vslot, vr, vt])
+                                                            probs[vslot, vr, vt] = T.reinterpret("float32", T.reinterpret("int32", exact[vr, vt]) + 32767 + (T.reinterpret("int32", exact[vr, vt]) >> 16 & 1) & -65536)
                                                     for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 8):
                                                         with T.sblock("tile_sum"):
                                                             vt = T.axis.reduce(112, to * 8 + ti)
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(probs[vi, vr, vt])
-                                                            T.writes(tile_sum[vi, vr])
+                                                            T.reads(probs[vslot, vr, vt])
+                                                            T.writes(tile_sum[vslot, vr])
                                                             with T.init():
-                                                                tile_sum[vi, vr] = T.float32(0.0)
-                                                            tile_sum[vi, vr] = tile_sum[vi, vr] + probs[vi, vr, vt]
+                                                                tile_sum[vslot, vr] = T.float32(0.0)
+                                                            tile_sum[vslot, vr] = tile_sum[vslot, vr] + probs[vslot, vr, vt]
                                                 with T.sblock("pair_probs"):
-                                                    T.reads(probs[vi, 0:16, 0:112])
-                                                    T.writes(prob_pairs[vi, 0:16, 0:56])
+                                                    T.reads(probs[vslot, 0:16, 0:112])
+                                                    T.writes(prob_pairs[vslot, 0:16, 0:56])
                                                     for r, to, ti in T.grid(16, (valid_len + 8 - 1) // 8, 4):
                                                         with T.sblock("pairs"):
                                                             vt = T.axis.spatial(56, to * 4 + ti)
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(probs[vi, vr, vt * 2:vt * 2 + 2])
-                                                            T.writes(prob_pairs[vi, vr, vt])
-                                                            prob_pairs[vi, vr, vt] = T.reinterpret("int32", probs[vi, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vi, vr, 2 * vt + 1])
+                                                            T.reads(probs[vslot, vr, vt * 2:vt * 2 + 2])
+                                                            T.writes(prob_pairs[vslot, vr, vt])
+                                                            prob_pairs[vslot, vr, vt] = T.reinterpret("int32", probs[vslot, vr, 2 * vt]) >> 16 & 65535 | T.reinterpret("int32", probs[vslot, vr, 2 * vt + 1])
                                                 with T.sblock("rescale"):
-                                                    T.reads(tile_max[vi, 0:16], tile_sum[vi, 0:16], row_max[first + vi, 0:16], row_sum[first + vi, 0:16])
-                                                    T.writes(row_max[first + vi, 0:16], row_sum[first + vi, 0:16], alpha[vi, 0:16], beta[vi, 0:16])
+                                                    T.reads(tile_max[vslot, 0:16], tile_sum[vslot, 0:16], row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16])
+                                                    T.writes(row_max[first + vslot, 0:16], row_sum[first + vslot, 0:16], alpha[vslot, 0:16], beta[vslot, 0:16])
                                                     new_max = T.sblock_alloc_buffer((16,))
                                                     new_sum = T.sblock_alloc_buffer((16,))
                                                     for r in range(16):
                                                         with T.sblock("factors"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_max[first + vi, vr], row_sum[first + vi, vr], tile_max[vi, vr], tile_sum[vi, vr])
-                                                            T.writes(new_max[vr], alpha[vi, vr], beta[vi, vr])
-                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vi, vr])
-                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
-                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vi, vr])
-                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vi, vr] == T.float32(0.0), old_max, both)
-                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vi, vr], old_or_both)
+                                                            T.reads(row_max[first + vslot, vr], row_sum[first + vslot, vr], tile_max[vslot, vr], tile_sum[vslot, vr])
+                                                            T.writes(new_max[vr], alpha[vslot, vr], beta[vslot, vr])
+                                                            old_max: T.let[T.float32] = T.Select(vstep == 0, T.float32(-1000000000000000019884624838656.0), row_max[first + vslot, vr])
+                                                            old_sum: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vslot, vr])
+                                                            both: T.let[T.float32] = T.max(old_max, tile_max[vslot, vr])
+                                                            old_or_both: T.let[T.float32] = T.Select(tile_sum[vslot, vr] == T.float32(0.0), old_max, both)
+                                                            m: T.let[T.float32] = T.Select(old_sum == T.float32(0.0), tile_max[vslot, vr], old_or_both)
                                                             new_max[vr] = m
                                                             arg: T.let[T.float32] = old_max - m
                                                             bits: T.let[T.int32] = T.reinterpret("int32", arg * T.float32(1.4426950408889634) + T.float32(12583039.0))
@@ -249,8 +249,8 @@ class Module:
                                                             p: T.let[T.float32] = (high * f + T.float32(0.16666521000000001)) * f + T.float32(0.49999993999999998)
                                                             series: T.let[T.float32] = p * (f * f) + f + T.float32(1.0)
                                                             power: T.let[T.float32] = T.reinterpret("float32", bits << 23)
-                                                            alpha[vi, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
-                                                            arg_1: T.let[T.float32] = tile_max[vi, vr] - m
+                                                            alpha[vslot, vr] = T.Select(old_sum != T.float32(0.0), T.Select(arg < T.float32(-87.0), T.float32(0.0), series * power), T.float32(0.0))
+                                                            arg_1: T.let[T.float32] = tile_max[vslot, vr] - m
                                                             bits_1: T.let[T.int32] = T.reinterpret("int32", arg_1 * T.float32(1.4426950408889634) + T.float32(12583039.0))
                                                             n_1: T.let[T.float32] = T.reinterpret("float32", bits_1) - T.float32(12583039.0)
                                                             f_1: T.let[T.float32] = arg_1 - n_1 * T.float32(0.693359375) - n_1 * T.float32(-0.00021219444)
@@ -258,21 +258,21 @@ class Module:
                                                             p_1: T.let[T.float32] = (high_1 * f_1 + T.float32(0.16666521000000001)) * f_1 + T.float32(0.49999993999999998)
                                                             series_1: T.let[T.float32] = p_1 * (f_1 * f_1) + f_1 + T.float32(1.0)
                                                             power_1: T.let[T.float32] = T.reinterpret("float32", bits_1 << 23)
-                                                            beta[vi, vr] = T.Select(tile_sum[vi, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
+                                                            beta[vslot, vr] = T.Select(tile_sum[vslot, vr] != T.float32(0.0), T.Select(arg_1 < T.float32(-87.0), T.float32(0.0), series_1 * power_1), T.float32(0.0))
                                                     for r in range(16):
                                                         with T.sblock("new_sum"):
                                                             vr = T.axis.spatial(16, r)
-                                                            T.reads(row_sum[first + vi, vr], alpha[vi, vr], beta[vi, vr], tile_sum[vi, vr])
+                                                            T.reads(row_sum[first + vslot, vr], alpha[vslot, vr], beta[vslot, vr], tile_sum[vslot, vr])
                                                             T.writes(new_sum[vr])
-                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vi, vr])
-                                                            new_sum[vr] = alpha[vi, vr] * previous + beta[vi, vr] * tile_sum[vi, vr]
+                                                            previous: T.let[T.float32] = T.Select(vstep == 0, T.float32(0.0), row_sum[first + vslot, vr])
+                                                            new_sum[vr] = alpha[vslot, vr] * previous + beta[vslot, vr] * tile_sum[vslot, vr]
                                                     for r in range(16):
                                                         with T.sblock("row"):
                                                             vr = T.axis.spatial(16, r)
                                                             T.reads(new_max[vr], new_sum[vr])
-                                                            T.writes(row_max[first + vi, vr], row_sum[first + vi, vr])
-                                                            row_max[first + vi, vr] = new_max[vr]
-                                                            row_sum[first + vi, vr] = new_sum[vr]
+                                                            T.writes(row_max[first + vslot, vr], row_sum[first + vslot, vr])
+                                                            row_max[first + vslot, vr] = new_max[vr]
+                                                            row_sum[first + vslot, vr] = new_sum[vr]
                                         num_full: T.let[T.int32] = valid_len // 8
                                         with T.sblock("pv_update"):
                                             T.reads()

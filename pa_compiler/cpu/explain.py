@@ -94,7 +94,7 @@ def _tile_rows(spec: PagedAttentionSpec, tiles: CpuTiling, cpu: CpuTarget) -> li
         read = f"keys read in place and multiplied as pairs of bfloat16, {values}"
     elif tiles.copy_keys:
         read = "tiles converted to float32 in scratch, once for all their rows"
-    elif spec.dtype == "float32":
+    elif tiles.keys.dtype == "float32":
         read = "read in place"
     else:
         read = "read in place, converted in registers"
@@ -118,7 +118,7 @@ def _in_turn(tiles: CpuTiling) -> str:
 
 
 def _partial(tiles: CpuTiling) -> str:
-    return f" x {tiles.qk_lanes} elements of head_dim" if tiles.strategy == "head_dim_in_lanes" else ""
+    return f" x {tiles.qk_lanes} elements of head_dim" if not tiles.scores_in_lanes else ""
 
 
 def _work_rows(spec: PagedAttentionSpec, dot_elements: int, limits: Limits) -> list[tuple[str, str]]:

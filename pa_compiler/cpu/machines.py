@@ -1,7 +1,7 @@
 """What was measured of machines, by the instruction sets that tell them apart. The tiles are chosen by it.
 
-Figures are those of the cores that a row names, and stand for all that have the same instruction sets. How they were
-found is in docs/measurements.md.
+What a row does not give is as it was measured on Zen 1, and has not been measured again. How figures were found is in
+docs/measurements.md.
 """
 
 from __future__ import annotations
@@ -15,10 +15,8 @@ class Machine(NamedTuple):
     """Measured constants of a kind of core.
 
     Attributes:
-        name: The instruction sets, and the core that was measured.
-        second_level: Bytes of the second-level cache that a tile of keys and values of one head may take, with the tile
-            that is fetched meanwhile in another share of the same size. A head's tokens lie some KB apart where there
-            are several kv heads, and its lines then share a part of the cache's sets: half as many bytes are taken.
+        second_level: Bytes of the second-level cache for one head's tile of keys and values; the next tile, which is
+            fetched meanwhile, takes as many again. Half of it with several kv heads, whose lines share sets.
         kv_tile: Tokens whose scores are held at once in the fused kernel, at most: long enough to amortise the rescale
             of acc, short enough that scores and probabilities of 16 rows stay in the first-level cache.
         heads_in_lanes: Rows from which on heads lie in the lanes.
@@ -33,7 +31,6 @@ class Machine(NamedTuple):
             broadcast an operand in memory themselves.
     """
 
-    name: str
     second_level: int
     kv_tile: int = 128
     heads_in_lanes: int = 16
@@ -46,15 +43,16 @@ class Machine(NamedTuple):
     broadcast_registers: int = 2
 
 
-AVX2 = Machine("AVX2 (Zen 1, 512 KB of second-level cache)", second_level=1 << 17)
-AVX512 = Machine("AVX-512 (with 1 MB of second-level cache)", second_level=1 << 17, broadcast_registers=0)
-AVX512_BF16 = Machine(
-    "AVX-512 with BF16 (Zen 4, 1 MB of second-level cache)", second_level=1 << 17, broadcast_registers=0
-)
+AVX2 = Machine(second_level=1 << 17)
+"""Zen 1, with 512 KB of second-level cache; and what has no AVX."""
+AVX512 = Machine(second_level=1 << 17, broadcast_registers=0)
+"""With 1 MB of second-level cache, of which no more has been tried."""
+AVX512_BF16 = Machine(second_level=1 << 17, broadcast_registers=0)
+"""Zen 4, with 1 MB of second-level cache, of which no more has been tried."""
 
 
 def machine_of(target: CpuTarget) -> Machine:
-    """The row of a target: the first whose instruction sets it has. Without AVX-512 it is AVX2's."""
+    """The row of a target, by its instruction sets; without AVX-512 it is AVX2's."""
     if target.vector_lanes < 16:
         return AVX2
     return AVX512_BF16 if target.dot_pairs else AVX512

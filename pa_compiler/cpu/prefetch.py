@@ -49,7 +49,7 @@ def insert(mod: IRModule, spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
 
 
 def fetching_passes(passes: int, group: int, lines: int) -> int:
-    """In how many of the passes over a tile of tokens, at most, its lines are fetched.
+    """The most passes over a tile of tokens, of those that there are, on which its lines divide evenly.
 
     In each pass a group of tokens is the time to fetch some whole tokens of `lines` lines, or an equal part of one: so
     that no line's address takes a division at run time.
@@ -148,10 +148,12 @@ def _sblocks(sch: Schedule) -> list[SBlockRV]:
 
 def _marked(sch: Schedule, name: str) -> list[LoopRV]:
     """The loops that a schedule has marked for a cache, from the outermost to the innermost."""
+    from pa_compiler.schedules.fetch import HERE
+
     for sblock in _sblocks(sch):
         loops = sch.get_loops(sblock)
         marked = [loop for loop in loops if name in [*sch.get(loop).annotations.values()]]
-        if any("pa.fetch.here" in sch.get(loop).annotations for loop in marked):
+        if any(HERE in sch.get(loop).annotations for loop in marked):
             return marked
     raise ValueError(f"{name}: expected a schedule that marks the loops in which it is fetched, got none")
 

@@ -39,11 +39,6 @@ class CpuTarget:
         return 32 if self.vector_lanes == 16 else 16
 
     @property
-    def embeds_broadcasts(self) -> bool:
-        """Whether an instruction broadcasts an operand in memory itself, without a register for it."""
-        return self.vector_lanes == 16
-
-    @property
     def vector_sums(self) -> int:
         """Vector registers that a register tile may use for its sums.
 

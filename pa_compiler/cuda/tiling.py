@@ -156,7 +156,7 @@ def extra_items(head_tiles: int, resident_blocks: int) -> int:
 
     Rounded down, but to one at least: a long sequence then takes WAVES rounds of the GPU, where the few blocks of one
     item more would take a round of their own. The host computes the same when it sees a GPU (ExtraItems in
-    templates/cuda_device.cc.j2).
+    templates/cuda/device.h).
 
     Args:
         head_tiles: CudaTiling.head_tiles.

@@ -1,7 +1,7 @@
 """What the algorithm reads next: said where it is known, so that a schedule can have it fetched meanwhile.
 
-The statement computes nothing. cpu/prefetch.py takes it out, and puts instructions into the loops that a schedule has
-marked; a target without them leaves it at that.
+The statement computes nothing. It is made where tiles have `prefetches`; cpu/prefetch.py takes it out, and puts
+instructions into the loops that a schedule has marked.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _OP = "next_tile"
 
 
 def announce(name: str) -> Callable[..., None]:
-    """The sblock name: the tile in the columns from `first` on of cache.offsets is the next one, in the head there."""
+    """An sblock that says: the tile read next is in the columns from `first` on of cache.offsets, in the head there."""
 
     @inline
     def stage(cache, first, head_offset):

@@ -36,7 +36,7 @@ class Arrays:
         )
 
     def key_cache(self, handle: Var) -> Buffer:
-        """[k_span] words: all that lies between the first and the last element of the cache."""
+        """[k_span] words: the cache from its first element on. How long it is, offsets say, and k_span is not used."""
         return self._span(handle, "k_span", self._tiling.keys)
 
     def value_cache(self, handle: Var) -> Buffer:

@@ -46,9 +46,8 @@ class CacheAccess(NamedTuple):
         element: (cache, t, head_offset, d) -> element d of token t as float32.
         pair: (cache, i, head_offset, j) -> a word of two elements, where a matmul multiplies such: of keys the elements
             2j and 2j + 1 of token i, of values the element j of the tokens 2i and 2i + 1.
-        line: (cache, token, number, head_offset) -> the offset of cache line `number` from those of `token` of a tile
-            on, whose tokens have num_lines lines each, one after another. token is 0 modulo PACKED_TOKENS where keys
-            are packed.
+        line: (cache, token, nth, head_offset) -> the offset of the nth cache line, counted from the first one of
+            `token` of a tile; each token has num_lines of them. token is 0 modulo PACKED_TOKENS where keys are packed.
         num_lines: Cache lines of a token; of packed keys, PACKED_TOKENS tokens together have so many each.
     """
 
@@ -78,10 +77,10 @@ def key_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
         in_row = T.Cast("int64", row) * cache.row + T.Cast("int64", t - first)
         return cache.memory[cache.offsets[first] + head_offset + in_row]
 
-    def line(cache: Cache, token: Expr, number: Expr, head_offset: Expr) -> Expr:
-        # a line holds one row of PACKED_TOKENS tokens; numbers past the last row name it again
-        first = token + T.floordiv(number, lines * PACKED_TOKENS) * PACKED_TOKENS
-        row = T.min(T.floormod(number, lines * PACKED_TOKENS), rows - 1)
+    def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
+        # a line holds one row of PACKED_TOKENS tokens; what is past the last row is it again
+        first = token + T.floordiv(nth, lines * PACKED_TOKENS) * PACKED_TOKENS
+        row = T.min(T.floormod(nth, lines * PACKED_TOKENS), rows - 1)
         return cache.offsets[first] + head_offset + T.Cast("int64", row) * cache.row
 
     return CacheAccess(slot_offset, element, pair, line, lines)
@@ -103,11 +102,11 @@ def value_access(spec: PagedAttentionSpec, tiling: Tiling) -> CacheAccess:
     def pair(cache: Cache, i: Expr, head_offset: Expr, d: Expr) -> Expr:
         return _word(cache, 2 * i, head_offset, d)
 
-    def line(cache: Cache, token: Expr, number: Expr, head_offset: Expr) -> Expr:
+    def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
         # a row has a pair of tokens and twice the lines: its even token stands for the first half, its odd one for the
         # second
-        token = token + T.floordiv(number, lines)
-        line_of_pair = T.floormod(token, values.word) * lines + T.floormod(number, lines)
+        token = token + T.floordiv(nth, lines)
+        line_of_pair = T.floormod(token, values.word) * lines + T.floormod(nth, lines)
         return cache.offsets[token] + head_offset + T.Cast("int64", line_of_pair * values.line_words)
 
     return CacheAccess(slot_offset, element, pair, line, lines)
@@ -123,9 +122,9 @@ def _token_rows(of: Element, dim: int) -> CacheAccess:
     def element(cache: Cache, t: Expr, head_offset: Expr, d: Expr) -> Expr:
         return number(of, _word(cache, t, head_offset, T.floordiv(d, of.word)), d)
 
-    def line(cache: Cache, token: Expr, number: Expr, head_offset: Expr) -> Expr:
-        start = T.Cast("int64", T.floormod(number, lines) * of.line_words)
-        return cache.offsets[token + T.floordiv(number, lines)] + head_offset + start
+    def line(cache: Cache, token: Expr, nth: Expr, head_offset: Expr) -> Expr:
+        start = T.Cast("int64", T.floormod(nth, lines) * of.line_words)
+        return cache.offsets[token + T.floordiv(nth, lines)] + head_offset + start
 
     return CacheAccess(slot_offset, element, _word, line, lines)
 

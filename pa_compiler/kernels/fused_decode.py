@@ -237,14 +237,14 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         weights = T.meta_var(prob_pairs if in_pairs else probs)
         for i in range(num_tiles):
             with T.sblock("softmax"):
-                vi = T.axis.spatial(num_tiles, i)
+                vslot = T.axis.spatial(num_tiles, i)
                 T.reads()
                 T.writes()
-                added = T.meta_var(State(tile_max, tile_sum, None, vi))
+                added = T.meta_var(State(tile_max, tile_sum, None, vslot))
                 softmax_stage(scores, probs, added, scale, places, tile, tile.num_groups)
                 if in_pairs:
-                    pairs_stage(probs, weights, vi, tile.num_groups)
-                rescale_stage(added, running._replace(slot=first + vi), Factors(alpha, beta, vi), step)
+                    pairs_stage(probs, weights, vslot, tile.num_groups)
+                rescale_stage(added, running._replace(slot=first + vslot), Factors(alpha, beta, vslot), step)
         num_full: T.let = tile.num_full
         with T.sblock("pv_update"):
             T.reads()

@@ -33,9 +33,9 @@ class Rows(NamedTuple):
         return self.token, slice(self.first_head, self.first_head + self.num), *rest
 
 
-def limit(context_lens: Buffer, token: Expr) -> Expr:
-    """The first key position that the rows of a query token must not see.
+def limit(context_lens: Buffer, seq: Expr) -> Expr:
+    """The first key position that the rows of a sequence's query token must not see.
 
     A query token sees itself and what comes before it. In decode it is the last of its sequence.
     """
-    return context_lens[token]
+    return context_lens[seq]

@@ -41,7 +41,7 @@ class State(NamedTuple):
     slot: Expr
 
     def started(self, step: Expr, row: Expr) -> tuple[Expr, Expr]:
-        """row_max and row_sum of a row before a step: before step 0, of the empty state, and memory is not read."""
+        """row_max and row_sum of a row before a step: before step 0, of the empty state, whatever memory holds."""
         return (
             T.Select(step == 0, T.float32(EMPTY_ROW_MAX), self.row_max[self.slot, row]),
             T.Select(step == 0, T.float32(0), self.row_sum[self.slot, row]),
@@ -91,7 +91,7 @@ def merge(rows: int, dim: int) -> Callable[..., None]:
 
 
 def rescale(rows: int) -> Callable[..., None]:
-    """Merge the maxima and sums of the state `added` into those of `running`; factors are what to fold acc by.
+    """Merge the maxima and sums of the state `added` into those of `running`, and write to factors what fold takes.
 
     With m = max(row_max of both), alpha = exp(running.row_max - m) and beta = exp(added.row_max - m):
     row_sum = alpha * running.row_sum + beta * added.row_sum, row_max = m. Step 0 starts from the empty state. A state

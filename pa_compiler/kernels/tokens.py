@@ -41,9 +41,9 @@ class Tile(NamedTuple):
         in_turn = T.floormod(column, streams) * (size // streams) + T.floordiv(column, streams)
         return self.start + T.Select(self.valid_len == size, in_turn, column)
 
-    def holds(self, group: Expr, column: Expr) -> Expr:
-        """Whether a column of a token group holds a token."""
-        return column < self.valid_len - group * self.tiling.token_group
+    def holds(self, group: Expr, lane: Expr) -> Expr:
+        """Whether column `lane` of token group `group` holds a token."""
+        return lane < self.valid_len - group * self.tiling.token_group
 
     @property
     def num_groups(self) -> Expr:

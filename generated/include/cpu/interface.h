@@ -23,9 +23,9 @@ struct DecodeParameters {
 
 // What append_kv takes, in this order.
 struct AppendKvParameters {
-  static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"}, kValueCache{3, "value_cache"},
-      kSlotMapping{4, "slot_mapping"}, kNumThreads{5, "num_threads"}, kThreading{6, "threading"},
-      kCpus{7, "cpus"}, kAsUint16{8, "as_uint16"};
+  static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
+      kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kNumThreads{5, "num_threads"},
+      kThreading{6, "threading"}, kCpus{7, "cpus"}, kAsUint16{8, "as_uint16"};
   static constexpr int kCount = 9;
 };
 

@@ -21,8 +21,9 @@ struct DecodeParameters {
 
 // What append_kv takes, in this order.
 struct AppendKvParameters {
-  static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"}, kValueCache{3, "value_cache"},
-      kSlotMapping{4, "slot_mapping"}, kCheck{5, "check"}, kAsUint16{6, "as_uint16"};
+  static constexpr Parameter kKey{0, "key"}, kValue{1, "value"}, kKeyCache{2, "key_cache"},
+      kValueCache{3, "value_cache"}, kSlotMapping{4, "slot_mapping"}, kCheck{5, "check"},
+      kAsUint16{6, "as_uint16"};
   static constexpr int kCount = 7;
 };
 

@@ -52,12 +52,12 @@ class Basis(NamedTuple):
 
     @property
     def qk_lanes(self) -> int:
-        """CpuTiling.qk_lanes."""
+        """VectorTiling.qk_lanes: of vectors of whole words, whether they are taken apart or not."""
         return math.gcd(self.spec.head_dim // self.values.halves, self.target.vector_lanes)
 
     @property
     def pv_lanes(self) -> int:
-        """CpuTiling.pv_lanes."""
+        """VectorTiling.pv_lanes."""
         return math.gcd(self.spec.result_dim // self.values.halves, self.target.vector_lanes)
 
     @property
@@ -78,7 +78,8 @@ class Basis(NamedTuple):
     def sweep(self, most_rows: int | None = None) -> str | None:
         """Tiling.sweep: for work that the memory limits, in the order in which a block lies there."""
         spec = self.spec
-        intensity = 2 * self.rows / ITEMSIZES[spec.dtype]
+        read = spec.head_dim if spec.shared_kv else spec.head_dim + spec.result_dim
+        intensity = 2 * self.rows * (spec.head_dim + spec.result_dim) / (read * ITEMSIZES[spec.dtype])
         scratch = 2 * self.machine.kv_tile * spec.num_heads * ITEMSIZES["float32"]
         if not self.fused or intensity > self.machine.sweep_intensity or scratch > self.machine.sweep_bytes:
             return None

@@ -33,9 +33,9 @@ class HeadsInLanes(CpuTiling):
     @classmethod
     def choose(cls, basis: Basis) -> HeadsInLanes:
         """All rows of a tile, and as many tokens, or elements of value_dim, as have their sums in registers."""
-        tokens = basis.target.vector_sums // (basis.rows // basis.target.vector_lanes)
-        tokens = 1 << (tokens.bit_length() - 1)  # a power of two: more, up to tokens, has measured slower
-        is_float32 = basis.spec.dtype == "float32"
+        most = basis.target.vector_sums // (basis.rows // basis.target.vector_lanes)
+        tokens = 1 << (most.bit_length() - 1)  # a power of two: more, up to `most`, has measured slower
+        is_float32 = basis.keys.dtype == "float32"
         return cls(
             **basis.common(tokens, None),
             copy_keys=not is_float32 and not basis.dot_pairs,

@@ -25,7 +25,7 @@ class TokensInLanes(CpuTiling):
 
     @classmethod
     def choose(cls, basis: Basis) -> TokensInLanes:
-        """Scores of one vector of tokens, or of whole times PACKED_TOKENS of them."""
+        """Scores of one vector of tokens, or of 1, 2 or 4 times PACKED_TOKENS."""
         lanes, machine = basis.target.vector_lanes, basis.machine
         whole_groups = [groups * PACKED_TOKENS // lanes for groups in (1, 2, 4)]
         qk_rows, vectors = register_tile(
