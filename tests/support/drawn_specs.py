@@ -11,7 +11,7 @@ from pa_compiler.spec import DTYPES, KV_LAYOUTS
 
 DRAWS_VALUE_DIMS = True
 """Whether some specs have a value_dim and shared_kv of their own: where targets have kernels for them."""
-DRAWS_SCORES = False
+DRAWS_SCORES = True
 """Whether some specs have a window, a soft cap, ALiBi and sinks: where targets have kernels for them."""
 WINDOWS = (1, 7, 16, 100, 128, 129, 1024)
 SOFTCAPS = (0.5, 5.0, 30.0, 50.0)
