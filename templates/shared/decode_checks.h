@@ -56,13 +56,13 @@ Array CheckOut(const ArgumentCheck<Spec>& check, int64_t batch) {
   return out;
 }
 
-// What decode writes has no byte of what it reads.
+// What decode writes has no byte of an input.
 inline void CheckNotWritten(const DecodeArguments& args, const Named& input) {
   CheckNoOverlap("out", args.out, input.name, *input.array);
   if (args.has_lse()) CheckNoOverlap("lse", args.lse, input.name, *input.array);
 }
 
-// Nor has it two elements in one place.
+// What decode writes has no byte of what it reads, and no two elements in one place.
 inline void CheckWritten(const DecodeArguments& args, const Array& key_cache, const Array& value_cache) {
   CheckDistinctElements("out", args.out);
   if (args.has_lse()) {
@@ -76,7 +76,7 @@ inline void CheckWritten(const DecodeArguments& args, const Array& key_cache, co
   }
 }
 
-// A number for each query head, which decode takes where the spec has something.
+// An array with a number for each query head, which decode takes where the spec has it (kHas).
 template <bool kHas, typename Spec>
 Array CheckHeads(const ArgumentCheck<Spec>& check, const Parameter& of, const char* has_no,
                  const DecodeArguments& args) {

@@ -132,8 +132,8 @@ FAULTS = {
     ),
     "the last block of a sequence unchecked": Fault(
         "templates/shared/indices.h",
-        "used = (context_len + block_size - 1) / block_size",
-        "used = context_len / block_size",
+        "used = (context_len + kBlockSize - 1) / kBlockSize",
+        "used = context_len / kBlockSize",
         "test_errors.py test_bounds.py",
     ),
     "a length over capacity accepted": Fault(
@@ -147,9 +147,42 @@ FAULTS = {
     ),
     "out over an input accepted": Fault(
         "templates/shared/decode_checks.h",
-        'for (const Named& input : inputs) CheckNoOverlap("out"',
-        'if (false) for (const Named& input : inputs) CheckNoOverlap("out"',
+        'CheckNoOverlap("out", args.out, input.name',
+        'if (false) CheckNoOverlap("out", args.out, input.name',
         "test_errors.py",
+    ),
+    "sinks over out accepted": Fault(
+        "templates/shared/decode_checks.h",
+        "CheckNotWritten(args, {of.name, &heads});",
+        "",
+        "test_headers.py test_score_arguments.py",
+    ),
+    "slopes in the place of sinks": Fault(
+        "templates/cpu/calls.j2", '"sinks": "args.sinks"', '"sinks": "args.alibi_slopes"', "test_headers.py"
+    ),
+    "a window of a key more": Fault(
+        "templates/shared/window.h",
+        "context_len - Spec::kWindow, 0",
+        "context_len - Spec::kWindow - 1, 0",
+        "test_headers.py test_plan.py",
+    ),
+    "block ids before a window checked": Fault(
+        "templates/shared/indices.h",
+        "int64_t i = first; i < used",
+        "int64_t i = 0; i < used",
+        "test_headers.py test_score_arguments.py",
+    ),
+    "the last window of an item's sequences begins it": Fault(
+        "templates/cpu/plan.h",
+        "std::min(open->block_begin, begin) : begin",
+        "std::max(open->block_begin, begin) : begin",
+        "test_headers.py test_plan.py",
+    ),
+    "the first step of a window taken for a later one": Fault(
+        "templates/cpu/calls.j2",
+        'update_values = dict(staged_values, block_idx="step")',
+        "update_values = dict(staged_values)",
+        "test_score_arguments.py",
     ),
     "rows and heads of a cache exchanged": Fault(
         "templates/shared/spec.j2", "kRowAxis = {{ 1 if", "kRowAxis = {{ 2 if", _DECODE
