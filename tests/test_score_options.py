@@ -125,12 +125,11 @@ def test_run_and_bench_pass(invoke, pipeline):
 
 
 @needs_kernels
-def test_show_and_verify_know_them(compiled, invoke, tmp_path, capsys):
+def test_show_and_verify_know_them(compiled, invoke, tmp_path):
     spec = dataclasses.replace(SMALL_CASE.spec, **FIELDS)
     library = tmp_path / "pa.so"
     compiled(spec).save(library)
     for words in (["show", str(library)], ["verify", str(library), "--seconds", "0"]):
-        invoke(*words)
-        said = capsys.readouterr().out
+        said = invoke(*words).stdout
         assert "capped at 2.5" in said
         assert "the last 40 of a sequence" in said

@@ -62,8 +62,7 @@ def oracle(
     fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
     for i, length in enumerate(np.asarray(context_lens).tolist()):
         if length:
-            one = (query[i], key_cache, value_cache, block_table[i], length, scale)
-            seen = reference.weigh(*one, **fields)
+            seen = reference.weigh(query[i], key_cache, value_cache, block_table[i], length, scale, **fields)
             out[i] = (seen.weights @ seen.values).reshape(out[i].shape)
             magnitude[i] = (seen.weights @ np.abs(seen.values)).reshape(out[i].shape)
             lse[i] = seen.lse
