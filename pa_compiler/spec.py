@@ -81,6 +81,12 @@ class PagedAttentionSpec:
     sinks: bool = dataclasses.field(default=False, kw_only=True)
 
     def __post_init__(self) -> None:
+        self._check_integers()
+        self._check_names()
+        self._check_scores()
+        self._check_shapes()
+
+    def _check_integers(self) -> None:
         for name, (low, high) in _INTEGER_RANGES.items():
             value = getattr(self, name)
             if name in ("value_dim", "window") and value is None:
@@ -90,6 +96,8 @@ class PagedAttentionSpec:
             if not low <= value <= high:
                 raise ValueError(f"{name}: expected {low} to {high}, got {value}")
             object.__setattr__(self, name, int(value))  # an IntEnum's text would be its own
+
+    def _check_names(self) -> None:
         names = (("dtype", DTYPES), ("out_dtype", DTYPES), ("kv_layout", KV_LAYOUTS))
         for name, choices in names if self.out_dtype is not None else (names[0], names[2]):
             value = getattr(self, name)
@@ -98,6 +106,22 @@ class PagedAttentionSpec:
             if value not in choices:
                 raise ValueError(f"{name}: expected one of {', '.join(choices)}, got {value!r}")
             object.__setattr__(self, name, choices[choices.index(value)])  # nor a str of another class
+
+    def _check_scores(self) -> None:
+        for name in ("shared_kv", "alibi", "sinks"):
+            value = getattr(self, name)
+            if not isinstance(value, bool):
+                raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
+        if self.softcap is not None:
+            if not isinstance(self.softcap, int | float) or isinstance(self.softcap, bool):
+                raise TypeError(
+                    f"softcap: expected a number, got {self.softcap!r} of type {type(self.softcap).__name__}"
+                )
+            if not 0 < self.softcap < math.inf:
+                raise ValueError(f"softcap: expected a finite number above 0, got {self.softcap}")
+            object.__setattr__(self, "softcap", float(self.softcap))
+
+    def _check_shapes(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
                 f"num_heads: expected a multiple of num_kv_heads = {self.num_kv_heads}, got {self.num_heads}"
@@ -116,18 +140,6 @@ class PagedAttentionSpec:
                 )
             if self.head_dim % self.packed_pair:
                 raise ValueError(f"head_dim: expected an even number for packed bfloat16, got {self.head_dim}")
-        for name in ("shared_kv", "alibi", "sinks"):
-            value = getattr(self, name)
-            if not isinstance(value, bool):
-                raise TypeError(f"{name}: expected a bool, got {value!r} of type {type(value).__name__}")
-        if self.softcap is not None:
-            if not isinstance(self.softcap, int | float) or isinstance(self.softcap, bool):
-                raise TypeError(
-                    f"softcap: expected a number, got {self.softcap!r} of type {type(self.softcap).__name__}"
-                )
-            if not 0 < self.softcap < math.inf:
-                raise ValueError(f"softcap: expected a finite number above 0, got {self.softcap}")
-            object.__setattr__(self, "softcap", float(self.softcap))
         if self.shared_kv and self.kv_layout == "packed":
             raise ValueError("shared_kv: expected False for kv_layout packed, whose keys and values lie differently")
         if self.shared_kv and self.result_dim > self.head_dim:
