@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
@@ -26,6 +25,10 @@ _INTEGER_RANGES = {
     "batch_chunk": (1, 1024),
     "window": (1, 1 << 30),
 }
+
+
+_SOFTCAPS = (1e-30, 1e30)
+"""Soft caps that float32 holds, and their reciprocals."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -53,7 +56,7 @@ class PagedAttentionSpec:
             attention (DeepSeek-V2, arXiv:2405.04434, section 2.1). There is one cache then, and value_cache is None.
             Not with kv_layout "packed", which keeps keys and values in different orders.
         window: A query token sees the last `window` keys, its own position among them, up to 2**30; None: all of them.
-        softcap: Scores become softcap * tanh(score / softcap) after the scale; a finite number above 0, or None.
+        softcap: Scores become softcap * tanh(score / softcap) after the scale; from 1e-30 to 1e30, or None.
         alibi: Whether decode takes alibi_slopes, and adds alibi_slopes[head] * (key position - query position) to each
             score after the soft cap (ALiBi: O. Press et al., 2022, section 3).
         sinks: Whether decode takes sinks, for each head one more score of the softmax that has no value. lse is then
@@ -117,8 +120,9 @@ class PagedAttentionSpec:
                 raise TypeError(
                     f"softcap: expected a number, got {self.softcap!r} of type {type(self.softcap).__name__}"
                 )
-            if not 0 < self.softcap < math.inf:
-                raise ValueError(f"softcap: expected a finite number above 0, got {self.softcap}")
+            low, high = _SOFTCAPS
+            if not low <= self.softcap <= high:
+                raise ValueError(f"softcap: expected {low:g} to {high:g}, got {self.softcap}")
             object.__setattr__(self, "softcap", float(self.softcap))
 
     def _check_shapes(self) -> None:

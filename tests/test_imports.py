@@ -251,4 +251,4 @@ def test_needs_nothing_but_numpy(name):
     """The spec and the oracle stand on their own."""
     path, _ = modules()[name]
     names = {imported.partition(".")[0] for imported in imported_names(ast.parse(path.read_text()))}
-    assert names <= {"__future__", "dataclasses", "math", "numpy"}
+    assert names <= {"__future__", "dataclasses", "math", "numpy", "typing"}

@@ -23,6 +23,7 @@ _DECODE = (
     "test_poison.py test_ends.py test_decode.py test_invariance.py"
 )
 _KERNELS = "pa_compiler/kernels/"
+_SCORES = "test_scores.py"
 
 FAULTS = {
     "tail mask one too long": Fault(
@@ -94,6 +95,50 @@ FAULTS = {
         _DECODE,
     ),
     "lse in base 2": Fault(f"{_KERNELS}state.py", "T.log(lifted", "T.log2(lifted", _DECODE),
+    "a window one key too short": Fault(
+        f"{_KERNELS}rows.py", "T.max(end - spec.window, 0)", "T.max(end - spec.window + 1, 0)", _SCORES
+    ),
+    "a window's blocks begin too late": Fault(
+        "templates/shared/window.h",
+        "context_len - Spec::kWindow, 0)",
+        "context_len - Spec::kWindow + Spec::kBlockSize, 0)",
+        _SCORES,
+    ),
+    "the slope of another head": Fault(
+        f"{_KERNELS}scores.py", "scoring.slopes[scoring.rows.at(row)[1]]", "scoring.slopes[row]", _SCORES
+    ),
+    "distances by columns and not by positions": Fault(
+        f"{_KERNELS}scores.py",
+        "tile.position(column) - scoring.query_pos",
+        "tile.start + column - scoring.query_pos",
+        _SCORES,
+    ),
+    "distances from the key after the query": Fault(
+        f"{_KERNELS}scores.py",
+        "tile.position(column) - scoring.query_pos",
+        "tile.position(column) - scoring.query_pos - 1",
+        _SCORES,
+    ),
+    "a soft cap that saturates early": Fault(f"{_KERNELS}functions.py", "_TANH_END = 9.0", "_TANH_END = 4.0", _SCORES),
+    "a sink beside sums that are not rescaled": Fault(
+        f"{_KERNELS}state.py",
+        "kept[vr] * state.row_sum[slot, vr] + weight[vr]",
+        "state.row_sum[slot, vr] + weight[vr]",
+        _SCORES,
+    ),
+    "the sink of another head": Fault(f"{_KERNELS}state.py", "sinks[rows.at(vr)[1]]", "sinks[vr]", _SCORES),
+    "a sink without the sequence's headroom": Fault(
+        f"{_KERNELS}state.py", 'sink != T.float32("-inf"), headroom)', 'sink != T.float32("-inf"))', _SCORES
+    ),
+    "values before a window multiplied by 0": Fault(
+        f"{_KERNELS}pv_matmul.py", "T.Select(tile.sees(t), value, T.float32(0))", "value", _SCORES
+    ),
+    "the first key of a packed window masked": Fault(
+        f"{_KERNELS}tokens.py",
+        "lane >= self.first_seen - self.start - before",
+        "lane > self.first_seen - self.start - before",
+        _SCORES,
+    ),
     "append_kv skips slot 0": Fault(
         f"{_KERNELS}append_kv.py", "if target >= T.int64(0):", "if target > T.int64(0):", "test_append.py"
     ),
