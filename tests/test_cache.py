@@ -73,6 +73,10 @@ CHANGES = {
     "batch_chunk": {"batch_chunk": 8},
     "value_dim": {"value_dim": 8},
     "shared_kv": {"shared_kv": True},
+    "window": {"window": 8},
+    "softcap": {"softcap": 8.0},
+    "alibi": {"alibi": True},
+    "sinks": {"sinks": True},
 }
 
 

@@ -43,9 +43,9 @@ def test_options_are_fields(invoke, monkeypatch, words):
     [
         ("--window 0", "'--window': expected 1 to 1073741824, got 0"),
         ("--window -5", "'--window': expected 1 to 1073741824, got -5"),
-        ("--softcap 0", "'--softcap': expected a finite number above 0, got 0.0"),
-        ("--softcap nan", "'--softcap': expected a finite number above 0, got nan"),
-        ("--softcap inf", "'--softcap': expected a finite number above 0, got inf"),
+        ("--softcap 0", "'--softcap': expected 1e-30 to 1e+30, got 0.0"),
+        ("--softcap nan", "'--softcap': expected 1e-30 to 1e+30, got nan"),
+        ("--softcap inf", "'--softcap': expected 1e-30 to 1e+30, got inf"),
     ],
 )
 @pytest.mark.parametrize("command", ["run", "explain"])

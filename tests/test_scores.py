@@ -73,8 +73,15 @@ def check(compiled, spec, pipeline, lengths, **more):
     assert_close_to_oracle(spec, inputs, *decode(compiled(spec, pipeline), inputs, 4.0), 4.0)
 
 
+def one_in_three(cases):
+    """Cases of which two of three run with `make slow` alone: they differ in what has cases of its own."""
+    for number, each in enumerate(cases):
+        values = each if isinstance(each, tuple) else (each,)
+        yield pytest.param(*values, marks=[pytest.mark.slow] if number % 3 else [])
+
+
 @every_pipeline
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", one_in_three(BASES))
 def test_all_together(compiled, base, pipeline):
     spec = spec_of(base, ALL)
     for seed in range(3):
@@ -89,13 +96,13 @@ PAIRS = list(itertools.combinations([name for name in FIELDS if name != "all"], 
 
 
 @every_pipeline
-@pytest.mark.parametrize(("base", "name"), dict.fromkeys(ALONE))
+@pytest.mark.parametrize(("base", "name"), one_in_three(dict.fromkeys(ALONE)))
 def test_each_alone(compiled, base, name, pipeline):
     spec = spec_of(base, FIELDS[name])
     check(compiled, spec, pipeline, lengths_of(spec))
 
 
-@pytest.mark.parametrize(("base", "pair"), list(zip(list(BASES)[::2], PAIRS, strict=False)), ids=str)
+@pytest.mark.parametrize(("base", "pair"), one_in_three(zip(list(BASES)[::2], PAIRS, strict=False)), ids=str)
 def test_pairs(compiled, base, pair):
     spec = spec_of(base, FIELDS[pair[0]] | FIELDS[pair[1]])
     check(compiled, spec, "fused", lengths_of(spec))
@@ -108,7 +115,7 @@ WINDOW_CASES = [
 ]
 
 
-@pytest.mark.parametrize(("base", "pipeline", "window"), WINDOW_CASES)
+@pytest.mark.parametrize(("base", "pipeline", "window"), one_in_three(WINDOW_CASES))
 def test_windows(compiled, base, pipeline, window):
     """In sequences that are cut into ranges too, and at every offset of a window's end in a block."""
     spec = spec_of(base, {"window": window})
@@ -215,7 +222,7 @@ SINKS = {"zero": 0.0, "ordinary": 1.5, "large": 60.0, "very_large": 1e30, "very_
 
 @every_pipeline
 @pytest.mark.parametrize("sink", SINKS.values(), ids=SINKS)
-@pytest.mark.parametrize("base", ["32/32_float32", "8/2_bfloat16", "32/8_float16"])
+@pytest.mark.parametrize("base", one_in_three(["32/32_float32", "8/2_bfloat16", "32/8_float16"]))
 def test_sinks(compiled, base, sink, pipeline):
     """Of every head, and of every second one. A sequence without tokens has an lse that is the sink."""
     spec = spec_of(base, {"sinks": True})
@@ -251,7 +258,9 @@ SLOPES = {"0": 0.0, "1": 1.0, "-1": -1.0, "tiny": 2.0**-24, "steep": 100.0, "-0.
 
 @every_pipeline
 @pytest.mark.parametrize("slope", SLOPES.values(), ids=SLOPES)
-@pytest.mark.parametrize("base", ["32/32_bfloat16_HND", "8/2_float32_sweep", "32/8_float32_packed", "16/1_bfloat16"])
+@pytest.mark.parametrize(
+    "base", one_in_three(["32/32_bfloat16_HND", "8/2_float32_sweep", "32/8_float32_packed", "16/1_bfloat16"])
+)
 def test_slopes(compiled, base, slope, pipeline):
     """Of one head in three; the others have ALiBi's own. A positive one favours the last tokens."""
     spec = spec_of(base, {"alibi": True})
@@ -260,7 +269,7 @@ def test_slopes(compiled, base, slope, pipeline):
     assert_close_to_oracle(spec, inputs, *decode(compiled(spec, pipeline), inputs))
 
 
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize("base", one_in_three(BASES))
 def test_verify_passes(compiled, base):
     result = [compiled(spec_of(base, ALL)).verify(seed=1, draw=number) for number in range(12)]
     assert all(each.passed for each in result), [each.failures for each in result]
