@@ -75,9 +75,8 @@ def check(compiled, spec, pipeline, lengths, **more):
 
 def one_in_three(cases):
     """Cases of which two of three run with `make slow` alone: they differ in what has cases of its own."""
-    for number, each in enumerate(cases):
-        values = each if isinstance(each, tuple) else (each,)
-        yield pytest.param(*values, marks=[pytest.mark.slow] if number % 3 else [])
+    values = [each if isinstance(each, tuple) else (each,) for each in cases]
+    return [pytest.param(*each, marks=[pytest.mark.slow] if i % 3 else []) for i, each in enumerate(values)]
 
 
 @every_pipeline
