@@ -73,10 +73,8 @@ CHANGES = {
     "batch_chunk": {"batch_chunk": 8},
     "value_dim": {"value_dim": 8},
     "shared_kv": {"shared_kv": True},
-    "window": {"window": 8},
-    "softcap": {"softcap": 8.0},
-    "alibi": {"alibi": True},
-    "sinks": {"sinks": True},
+    **{name: {name: 8} for name in ("window", "softcap")},
+    **{name: {name: True} for name in ("alibi", "sinks")},
 }
 
 

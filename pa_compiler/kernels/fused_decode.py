@@ -17,7 +17,7 @@ from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import Rows, first_read, first_seen, limit, masks_first_tile
+from pa_compiler.kernels.rows import first_read, first_seen, limit, masks_first_tile, rows_of_tiles
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
@@ -155,21 +155,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     return without(fused_decode)
 
 
-def _rows_of(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Rows]:
-    """(seq, tile) -> the rows of one of a sequence's head tiles."""
-    group, rows, group_tiles = spec.group, tiling.row_tile, tiling.row_tiles(spec)
-
-    def rows_of(seq: Expr, tile: Expr) -> Rows:
-        row_start = T.floormod(tile, group_tiles) * rows
-        first_head = T.floordiv(tile, group_tiles) * group + row_start
-        return Rows(seq, first_head, rows if group % rows == 0 else T.min(group - row_start, rows))
-
-    return rows_of
-
-
 def _load_queries(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The query rows of all head tiles of a sequence."""
-    tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), _rows_of(spec, tiling)
+    tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
     load_query_stage = load_query(spec, tiling)
 
     @script.inline
@@ -251,7 +239,7 @@ def _attend_heads(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
 def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """The four stages for the head tiles that go from scores to outputs at once."""
     num_tiles, rows, tokens, dim = tiling.pass_tiles(spec), tiling.row_tile, tiling.padded_kv_tile, spec.result_dim
-    in_pairs, rows_of = tiling.values.terms == 2, _rows_of(spec, tiling)
+    in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
     pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(num_tiles, rows, dim)
 
@@ -291,7 +279,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
 
 def _finish(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """out and lse of a sequence that is whole, or its partial result."""
-    tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), _rows_of(spec, tiling)
+    tiles, rows_of = spec.num_kv_heads * tiling.row_tiles(spec), rows_of_tiles(spec, tiling)
     normalize_stage = state.normalize(spec, tiling.row_tile)
     store_stage = state.store(tiling.row_tile, spec.result_dim)
 

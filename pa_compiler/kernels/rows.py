@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 from tvm.ir import Expr
@@ -9,6 +10,7 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer
 
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 class Rows(NamedTuple):
@@ -34,6 +36,18 @@ class Rows(NamedTuple):
     def all(self, *rest: slice) -> tuple[Expr | slice, ...]:
         """The same of all rows that there are, for what a stage reads and writes."""
         return self.token, slice(self.first_head, self.first_head + self.num), *rest
+
+
+def rows_of_tiles(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Rows]:
+    """(seq, tile) -> the rows of one of a sequence's head tiles."""
+    group, rows, group_tiles = spec.group, tiling.row_tile, tiling.row_tiles(spec)
+
+    def rows_of(seq: Expr, tile: Expr) -> Rows:
+        row_start = T.floormod(tile, group_tiles) * rows
+        first_head = T.floordiv(tile, group_tiles) * group + row_start
+        return Rows(seq, first_head, rows if group % rows == 0 else T.min(group - row_start, rows))
+
+    return rows_of
 
 
 def limit(context_lens: Buffer, seq: Expr) -> Expr:
