@@ -71,6 +71,18 @@ def compile_to_save(spec: PagedAttentionSpec, target: backends.TargetLike = "llv
     return _compiled(spec, target, pipeline, cache=True, needs_cache=False)
 
 
+def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
+    versions.check_compiler()
+    installation.check()
+    if not isinstance(spec, PagedAttentionSpec):
+        raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
+    if pipeline not in PIPELINES:
+        raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
+    config = backends.normalize(target)
+    backends.of(config).check(spec, pipeline)
+    return config
+
+
 def _compiled(
     spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str, *, cache: bool, needs_cache: bool
 ) -> Module:
@@ -114,6 +126,15 @@ def _warn_of_no_cache(reason: str) -> None:
     warnings.warn(f"libraries are compiled without a cache: {reason}", RuntimeWarning, stacklevel=4)
 
 
+def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
+    """Fill an empty directory with pa.so and the texts of the stages."""
+    dependencies.tools(config)  # a missing compiler is said before a second is spent on TVM
+    with turns.using_tvm():
+        artifact.build_into(
+            directory, spec, pipeline, lambda scratch: backends.of(config).build(spec, config, pipeline, scratch)
+        )
+
+
 def emit(spec: PagedAttentionSpec, target: backends.TargetLike = "llvm", pipeline: str = "fused") -> dict[str, str]:
     """The text of every stage, as in Module.sources, without building the library. Arguments as for compile."""
     config = _checked(spec, target, pipeline)
@@ -155,24 +176,3 @@ def _with_tvm(work: Callable[[Path], _Result]) -> _Result:
             return work(Path(directory))
 
     return interrupts.shielded(run)
-
-
-def _build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, directory: Path) -> None:
-    """Fill an empty directory with pa.so and the texts of the stages."""
-    dependencies.tools(config)  # a missing compiler is said before a second is spent on TVM
-    with turns.using_tvm():
-        artifact.build_into(
-            directory, spec, pipeline, lambda scratch: backends.of(config).build(spec, config, pipeline, scratch)
-        )
-
-
-def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: str) -> dict[str, Any]:
-    versions.check_compiler()
-    installation.check()
-    if not isinstance(spec, PagedAttentionSpec):
-        raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
-    if pipeline not in PIPELINES:
-        raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
-    config = backends.normalize(target)
-    backends.of(config).check(spec, pipeline)
-    return config

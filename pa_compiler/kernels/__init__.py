@@ -39,8 +39,3 @@ def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], Pri
     """The PrimFuncs of append_kv, the same for every pipeline: where keys and values are rows alike, one for both."""
     alike = spec.kv_layout != "packed" and (spec.shared_kv or spec.result_dim == spec.head_dim)
     return (append_row,) if alike else (append_key, append_value)
-
-
-def names(spec: PagedAttentionSpec, pipeline: str) -> list[str]:
-    """The names of what build gives for a spec and a pipeline."""
-    return [kernel.__name__ for kernel in (*PIPELINES[pipeline], *append(spec))]
