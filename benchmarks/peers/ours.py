@@ -14,11 +14,7 @@ from benchmarks.peers import Unsupported
 
 def prepare_nhd(call: Call) -> Callable[[], np.ndarray]:
     """Caches [num_blocks, block_size, num_kv_heads, head_dim], as most engines have them."""
-    try:
-        module = pa_compiler.compile(call.case.spec)
-    except NotImplementedError as error:
-        raise Unsupported(str(error)) from error
-    return _prepare(call, module, call.key_cache, call.value_cache)
+    return _prepare(call, pa_compiler.compile(call.case.spec), call.key_cache, call.value_cache)
 
 
 def prepare_packed(call: Call) -> Callable[[], np.ndarray]:
@@ -27,7 +23,7 @@ def prepare_packed(call: Call) -> Callable[[], np.ndarray]:
         raise Unsupported("empty_cache asks for huge pages: measured with them alone")
     try:
         module = pa_compiler.compile(dataclasses.replace(call.case.spec, kv_layout="packed"))
-    except (ValueError, NotImplementedError) as error:
+    except ValueError as error:
         raise Unsupported(str(error)) from error
     key_cache, value_cache = module.empty_cache(call.case.num_blocks)
     converted = pa_compiler.convert_cache(call.key_cache, call.value_cache, "NHD", "packed")

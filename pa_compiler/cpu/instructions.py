@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.cpu.target import CpuTarget
 
 if TYPE_CHECKING:
@@ -38,19 +39,11 @@ def select(mod: IRModule, target: CpuTarget) -> IRModule:
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
         sch.work_on(variable.name_hint)
-        sums = [sblock for sblock in _sblocks(sch) if _replace_sum(sch, sblock)]
+        sums = [sblock for sblock in sblocks(sch) if _replace_sum(sch, sblock)]
         if sums:
             lanes = {lanes for sblock in sums for lanes in _vectorized(sch, sblock)} | _BITS.keys()
             sch.annotate(sch.get_loops(sums[0])[0], "pragma_import_llvm", _definitions(lanes))
     return sch.mod
-
-
-def _sblocks(sch: Schedule) -> list[SBlockRV]:
-    """All sblocks of the function that the schedule works on."""
-    found = [sch.get_sblock("root")]
-    for sblock in found:
-        found += sch.get_child_blocks(sblock)
-    return found
 
 
 def _vectorized(sch: Schedule, sblock: SBlockRV) -> set[int]:
@@ -65,7 +58,6 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
     """Let an sblock that adds a dot product of pairs call the operation; whether it is one."""
     import tvm_ffi
     from tvm.ir import Call
-    from tvm.s_tir import SBlock
     from tvm.tirx import Add, BufferStore, LShift, Mul
 
     from pa_compiler.kernels.elements import dot_pairs
@@ -80,11 +72,7 @@ def _replace_sum(sch: Schedule, sblock: SBlockRV) -> bool:
             return False
     call = Call(_OP, [total, a, b], ret_ty="float32")
     store = BufferStore(old.body.buffer, call, old.body.indices)
-    new = SBlock(
-        old.iter_vars, old.reads, old.writes, old.name_hint, store, old.init, old.alloc_buffers, old.match_buffers,
-        old.annotations,
-    )  # fmt: skip
-    sch.state.replace(sch.get_sref(sblock), new, {old: new})
+    replace_body(sch, sch.get_sref(sblock), store)
     return True
 
 

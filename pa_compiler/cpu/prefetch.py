@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+from pa_compiler.cpu.sblocks import replace_body, sblocks
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling, divisors
 
@@ -39,7 +40,7 @@ def insert(mod: IRModule, spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
     sch = Schedule(mod)
     sch.work_on("fused_decode")
     accesses = {ahead.KEYS: key_access(spec, tiling), ahead.VALUES: value_access(spec, tiling)}
-    said = [sblock for sblock in _sblocks(sch) if sch.get(sblock).name_hint in accesses]
+    said = [sblock for sblock in sblocks(sch) if sch.get(sblock).name_hint in accesses]
     for sblock in said:
         name = sch.get(sblock).name_hint
         announced = ahead.announced(sch.get(sblock).body)
@@ -138,19 +139,11 @@ def _index(loops: list[For]) -> Expr | int:
     return index
 
 
-def _sblocks(sch: Schedule) -> list[SBlockRV]:
-    """All sblocks of the function that the schedule works on."""
-    found = [sch.get_sblock("root")]
-    for sblock in found:
-        found += sch.get_child_blocks(sblock)
-    return found
-
-
 def _marked(sch: Schedule, name: str) -> list[LoopRV]:
     """The loops that a schedule has marked for a cache, from the outermost to the innermost."""
     from pa_compiler.schedules.fetch import HERE
 
-    for sblock in _sblocks(sch):
+    for sblock in sblocks(sch):
         loops = sch.get_loops(sblock)
         marked = [loop for loop in loops if name in [*sch.get(loop).annotations.values()]]
         if any(HERE in sch.get(loop).annotations for loop in marked):
@@ -160,17 +153,11 @@ def _marked(sch: Schedule, name: str) -> list[LoopRV]:
 
 def _remove(sch: Schedule, sblock: SBlockRV) -> None:
     """Take an sblock out of the one around it."""
-    from tvm.s_tir import SBlock
     from tvm.tirx import SeqStmt
 
     around, gone = sch.get_sref(sblock).parent, sch.get(sblock)
-    old = around.stmt
-    rest = [stmt for stmt in old.body.seq if not gone.same_as(getattr(stmt, "block", None))]
-    new = SBlock(
-        old.iter_vars, old.reads, old.writes, old.name_hint, SeqStmt(rest), old.init, old.alloc_buffers,
-        old.match_buffers, old.annotations,
-    )  # fmt: skip
-    sch.state.replace(around, new, {old: new})
+    rest = [stmt for stmt in around.stmt.body.seq if not gone.same_as(getattr(stmt, "block", None))]
+    replace_body(sch, around, SeqStmt(rest))
 
 
 def _replace(sch: Schedule, loop: LoopRV, old: For, body: Stmt) -> None:

@@ -20,7 +20,7 @@ class CpuTiling(VectorTiling):
 
     @classmethod
     def takes(cls, basis: Basis) -> tuple[bool, str]:
-        """Whether the strategy is for a spec, and the reason in one sentence."""
+        """Whether the strategy is for a spec, and the reason in one sentence. The last strategy is not asked."""
         raise NotImplementedError
 
     @classmethod

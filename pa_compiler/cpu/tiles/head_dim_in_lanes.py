@@ -18,11 +18,6 @@ class HeadDimInLanes(CpuTiling):
     scores_in_lanes: ClassVar[bool] = False
 
     @classmethod
-    def takes(cls, basis: Basis) -> tuple[bool, str]:
-        """Everything that is not packed."""
-        return True, f"It is the one strategy of pipeline {basis.pipeline} for kv_layout {basis.spec.kv_layout}."
-
-    @classmethod
     def choose(cls, basis: Basis) -> HeadDimInLanes:
         """Scores are summed a vector of a key at a time, for as many tokens as a vector has lanes."""
         token_group, sweep = basis.qk_lanes, basis.sweep()
