@@ -12,7 +12,7 @@ import pytest
 from specs import BASE
 
 PREAMBLE = """
-import ctypes, os, signal, sys, threading
+import contextlib, ctypes, os, signal, sys, threading
 sys.modules["torch"] = None  # where it is installed, tvm-ffi imports it, and an OpenMP runtime with it
 sys.path.insert(0, sys.argv[1])
 import numpy as np
