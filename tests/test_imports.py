@@ -24,6 +24,10 @@ ARROWS = {
         "verification",
     },  # a module verifies itself, by what compares it with the reference
     "verification": {"spec", "interface", "layout", "reference", "runtime"},
+    "score": set(),
+    "score_text": {"score"},
+    "ranges": {"score"},
+    "tracing": {"score", "score_text", "ranges"},
     "words": set(),
     "interrupts": set(),
     "installation": set(),
