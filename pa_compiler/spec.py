@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 
+from pa_compiler.score import Constant, Function, Input
+
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
 
@@ -82,6 +84,9 @@ class PagedAttentionSpec:
     softcap: float | None = dataclasses.field(default=None, kw_only=True)
     alibi: bool = dataclasses.field(default=False, kw_only=True)
     sinks: bool = dataclasses.field(default=False, kw_only=True)
+    score_mod: Function | None = dataclasses.field(default=None, kw_only=True)
+    mask_mod: Function | None = dataclasses.field(default=None, kw_only=True)
+    inputs: tuple[Input, ...] = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -166,7 +171,10 @@ class PagedAttentionSpec:
 
         The same for specs that mean the same.
         """
-        return dataclasses.asdict(self) | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        functions = {name: fields.pop(name) for name in ("score_mod", "mask_mod", "inputs")}
+        functions = {name: getattr(value, "text", value) for name, value in functions.items() if value}
+        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim} | functions
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -180,6 +188,12 @@ class PagedAttentionSpec:
     def shown(self) -> dict[str, int | float | str]:
         """What a reader needs of stated(): without the fields that say that something is not used."""
         return {name: value for name, value in self.stated().items() if value is not None and value is not False}
+
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The tensors that its functions close over."""
+        functions = [function for function in (self.score_mod, self.mask_mod) if function is not None]
+        return tuple({each.name: each for function in functions for each in function.constants}.values())
 
     @property
     def group(self) -> int:
