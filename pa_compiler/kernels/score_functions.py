@@ -31,21 +31,22 @@ class ScoreFunctions:
         by_row: Whether the mask goes by the head.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.
-        arrays, mask_arrays: The names of the arrays that are read, by both and by the mask.
+        arrays: The names of the arrays that are read.
+        num_heads: Query heads.
     """
 
-    def __init__(self, spec: PagedAttentionSpec) -> None:
+    def __init__(self, spec: PagedAttentionSpec, *, only_mask: bool = False) -> None:
         shapes = {each.name: each.shape for each in (*spec.inputs, *spec.constants)}
         mask, outside_of_mask = _held(residual(spec), shapes, spec.num_heads)
         score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
-        self.score = nan_where(any_of(outside, outside_of_mask), score)
+        self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
         self.mask = mask and any_of(mask, outside_of_mask)
         self.by_row = self.mask is not None and "head" in _arguments(self.mask)[id(self.mask)]
         columns, self.score_rows = _parts(self.score)
         of_mask, self.mask_rows = _parts(self.mask) if self.by_row else ((), ())
         self.columns = tuple({id(each): each for each in (*columns, *of_mask)}.values())
-        self.mask_arrays = _names(self.mask, shapes)
-        self.arrays = _names(self.score, shapes) | self.mask_arrays
+        self.arrays = _names(self.score) | _names(self.mask)
+        self.num_heads = spec.num_heads
 
     @property
     def present(self) -> bool:
@@ -99,10 +100,6 @@ def _parts(term: Term | None) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
     return tuple(columns.values()), tuple(rows.values())
 
 
-def _names(term: Term | None, names: Mapping[str, object]) -> frozenset[str]:
+def _names(term: Term | None) -> frozenset[str]:
     """The arrays that a term reads."""
-    return (
-        frozenset()
-        if term is None
-        else frozenset(str(each.value) for each in subterms(term) if each.op == "element") & names.keys()
-    )
+    return frozenset() if term is None else frozenset(str(each.value) for each in subterms(term) if each.op == "element")
