@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from pa_compiler.score import Function
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
@@ -82,6 +85,7 @@ class PagedAttentionSpec:
     softcap: float | None = dataclasses.field(default=None, kw_only=True)
     alibi: bool = dataclasses.field(default=False, kw_only=True)
     sinks: bool = dataclasses.field(default=False, kw_only=True)
+    mask_mod: Function | None = dataclasses.field(default=None, kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()
@@ -161,12 +165,14 @@ class PagedAttentionSpec:
         """Elements of one value and of one head of out: value_dim, or else head_dim, whatever replace makes of that."""
         return self.value_dim or self.head_dim
 
-    def stated(self) -> dict[str, int | float | str | None]:
+    def stated(self) -> dict[str, Any]:
         """Every field by its name, result_dtype and result_dim as out_dtype and value_dim.
 
         The same for specs that mean the same.
         """
-        return dataclasses.asdict(self) | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields["mask_mod"] = self.mask_mod and self.mask_mod.text
+        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -177,7 +183,7 @@ class PagedAttentionSpec:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.shown().items())})"
 
-    def shown(self) -> dict[str, int | float | str]:
+    def shown(self) -> dict[str, Any]:
         """What a reader needs of stated(): without the fields that say that something is not used."""
         return {name: value for name, value in self.stated().items() if value is not None and value is not False}
 
