@@ -13,7 +13,9 @@ import pytest
 from package import python_files
 
 ARROWS = {
-    "spec": set(),
+    "score": set(),
+    "spec": {"score"},
+    "bounds": {"spec", "score"},
     "interface": {"spec"},
     "reference": set(),
     "layout": {"spec"},
@@ -23,7 +25,7 @@ ARROWS = {
         "interface",
         "verification",
     },  # a module verifies itself, by what compares it with the reference
-    "verification": {"spec", "interface", "layout", "reference", "runtime"},
+    "verification": {"spec", "bounds", "interface", "layout", "reference", "runtime"},
     "words": set(),
     "interrupts": set(),
     "installation": set(),
@@ -32,9 +34,9 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "tiles", "tvmscript"},
+    "kernels": {"spec", "bounds", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
-    "host": {"spec", "interface", "tiles", "installation", "runtime", "cpu"},
+    "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
     "cpu": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
@@ -55,7 +57,7 @@ ARROWS = {
         *("spec", "runtime", "artifact", "backends", "compiler", "host", "installation", "interrupts"),
     },
     "cli": {
-        *("__init__", "spec", "interface", "runtime", "verification", "words"),
+        *("__init__", "spec", "bounds", "interface", "runtime", "verification", "words"),
         *("backend", "backends", "compiler", "generate", "store"),
         "cuda",  # the names of GPUs
     },

@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from specs import BASE
 
-from pa_compiler import affine
-from pa_compiler.bounds import MOST_INTERVALS, bounds, residual_mask
+from pa_compiler.bounds import MOST_INTERVALS, affine, bounds, residual_mask
 from pa_compiler.score import Function, Term
 
 QUERY, KEY, HEAD = (Term(name, "int32") for name in ("query_pos", "key_pos", "head"))

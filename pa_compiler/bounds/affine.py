@@ -147,7 +147,7 @@ def fits(expression: Affine) -> bool:
     """Whether nothing that is computed on the way to its value leaves int32: kernels then have what hosts have."""
     sums = [Affine(0, expression.parts[:count]) for count in range(1, len(expression.parts) + 1)]
     products = [Affine(0, (each,)) for each in expression.parts]
-    within = all(-_INT32 <= low(each) and high(each) <= _INT32 for each in (*sums, *products, expression))
+    within = all(low(each) >= -_INT32 and high(each) <= _INT32 for each in (*sums, *products, expression))
     return within and all(fits(argument) for _, part in expression.parts for argument in part.args)
 
 
