@@ -72,7 +72,7 @@ def _of_mask(mask: Term) -> tuple[Bounds, Term | None]:
             continue
         seen = seen._replace(exact=False) if is_interval(of) else both(seen, of)
         rest = condition if rest is None else Term("and", "bool", (rest, condition))
-    return seen, rest
+    return seen, None if is_interval(seen) else rest
 
 
 def _conjuncts(mask: Term) -> list[Term]:
