@@ -8,6 +8,6 @@ from typing import Any
 from pa_compiler.score import Function, Input
 
 
-def trace(field: str, function: Callable[..., Any], inputs: tuple[Input, ...]) -> Function:
+def trace(field: str, function: Callable[..., Any], inputs: tuple[Input, ...], *, num_heads: int) -> Function:
     """What a Python function computes; field is "score_mod" or "mask_mod"."""
     raise NotImplementedError
