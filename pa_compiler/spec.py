@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pa_compiler import score, tracing
+from pa_compiler import score_checks, tracing
 from pa_compiler.score import Constant, Function
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -139,10 +139,10 @@ class PagedAttentionSpec:
             object.__setattr__(self, "softcap", float(self.softcap))
 
     def _trace_functions(self) -> None:
-        object.__setattr__(self, "inputs", score.checked_inputs(self.inputs))
-        for field in score.FIELDS:
+        object.__setattr__(self, "inputs", score_checks.checked_inputs(self.inputs))
+        for field in score_checks.FIELDS:
             object.__setattr__(self, field, self._traced(field, getattr(self, field)))
-        score.check_functions(self.functions, self.inputs)
+        score_checks.check_functions(self.functions, self.inputs)
 
     def _traced(self, field: str, function: Any) -> Function | None:
         """A field's function, traced again where it is that of another spec; one without its source as it is."""
@@ -204,7 +204,7 @@ class PagedAttentionSpec:
         The same for specs that mean the same. Values are those of JSON, but for tuples, which it has as lists.
         """
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        fields |= {name: fields[name] and fields[name].text for name in score.FIELDS}
+        fields |= {name: fields[name] and fields[name].text for name in score_checks.FIELDS}
         fields["inputs"] = tuple(map(tuple, self.inputs))
         return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
 

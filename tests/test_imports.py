@@ -13,9 +13,8 @@ import pytest
 from package import python_files
 
 ARROWS = {
-    "score": set(),
-    "tracing": {"score"},
-    "spec": {"score", "tracing"},
+    "score_checks": {"score"},
+    "spec": {"score", "score_checks", "tracing"},
     "interface": {"spec"},
     "reference": set(),
     "layout": {"spec"},
@@ -23,10 +22,15 @@ ARROWS = {
     "runtime": {
         "spec",
         "score",
+        "score_checks",
         "interface",
         "verification",
     },  # a module verifies itself, by what compares it with the reference
     "verification": {"spec", "interface", "layout", "reference", "runtime"},
+    "score": set(),
+    "score_text": {"score"},
+    "ranges": {"score"},
+    "tracing": {"score", "score_text", "ranges"},
     "words": set(),
     "interrupts": set(),
     "installation": set(),
@@ -51,7 +55,7 @@ ARROWS = {
     "dependencies": {"spec", "backends", "commands", "installation", "native"},
     "artifact": {"spec", "backend", "dependencies", "runtime"},
     "compiler": {
-        *("spec", "score", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
+        *("spec", "score_checks", "runtime", "artifact", "backend", "backends", "dependencies", "store"),
         *("host", "native", "installation", "interrupts", "turns"),
     },
     "generate": {

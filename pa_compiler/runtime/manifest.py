@@ -22,7 +22,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from pa_compiler.runtime.cpu_features import missing_features
-from pa_compiler.score import FIELDS, Function
+from pa_compiler.score import Function
+from pa_compiler.score_checks import FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 
 FORMAT = 5

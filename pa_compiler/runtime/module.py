@@ -125,7 +125,7 @@ class Module(ThreadSettings):
             alibi_slopes: [num_heads], float32, where the spec has alibi: slope * (key position - query position) is
                 added to a head's scores. The query is at the last position of its sequence.
             sinks: [num_heads], float32, where the spec has sinks: one more score of each head, that has no value.
-            inputs: {name: array} of what the spec's functions read, with the dtypes and shapes that it has for them, where
+            inputs: {name: array} of what the spec's functions read, with its dtypes and shapes for them, where
                 "batch" is that of query. Elements lie side by side, in C's order.
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
 
