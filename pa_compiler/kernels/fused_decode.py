@@ -18,7 +18,7 @@ from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import first_read, first_seen, limit, masks_first_tile, rows_of_tiles
+from pa_compiler.kernels.rows import begins_late, first_read, first_seen, limit, masks_first_tile, rows_of_tiles
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
@@ -122,9 +122,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
-                end = T.meta_var(limit(context_lens, seq))
-                if spec.window is not None:
-                    seen: T.let = first_seen(spec, end)
+                end = T.meta_var(limit(spec, context_lens[seq]))
+                if begins_late(spec):
+                    seen: T.let = first_seen(spec, context_lens[seq])
                     range_begin: T.let = T.max(block_begin * spec.block_size, first_read(spec, seen))
                 else:
                     range_begin: T.let = block_begin * spec.block_size  # type: ignore[no-redef]
@@ -150,14 +150,17 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                         )
                         look_up(block_table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
                         if functions.present:
-                            query_pos: T.let = T.max(end - 1, 0)
+                            query_pos: T.let = T.max(context_lens[seq] - 1, 0)
                             taken = T.meta_var(Computed(of_functions, seq, query_pos))
                         computed = T.meta_var(
                             columns_stage(taken, tile, tile.num_groups) if functions.present else None
                         )
                         attend(
                             q_tile, keys, values, tile, has_next, State(row_max, row_sum, acc, 0), vstep, num_steps,
-                            Sequence(seq, end - 1, alibi_slopes if spec.alibi else None, score_scale, places, computed),
+                            Sequence(
+                                seq, context_lens[seq] - 1, alibi_slopes if spec.alibi else None, score_scale, places,
+                                computed,
+                            ),
                         )  # fmt: skip
                 finish(
                     State(row_max, row_sum, acc, 0), State(partial_max, partial_sum, partial_acc, partial_start + vs),
