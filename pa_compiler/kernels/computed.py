@@ -74,17 +74,17 @@ class Computed(NamedTuple):
         visible = [] if self.visible is None else [self.visible.columns]
         return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
 
-    def value(self, term: Term, kept: Mapping[int, Expr], **arguments: Expr) -> Expr:
-        """A term; kept are the values of some, by their ids."""
+    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr) -> Expr:
+        """A term; kept are the values of some."""
         known = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])
         return lowered(term, known, self.arrays, kept)
 
-    def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[int, Expr]:
+    def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[Term, Expr]:
         """What is kept for a column."""
-        return {id(term): _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
+        return {term: _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
 
 
 def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[[Computed, Tile, Expr], Computed]:
@@ -170,9 +170,9 @@ class KeptRows(NamedTuple):
     terms: Sequence[Term]
     buffers: Sequence[Buffer]
 
-    def __call__(self, row: Expr) -> dict[int, Expr]:
-        """The values of a row, by the ids of the terms."""
-        return {id(term): _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
+    def __call__(self, row: Expr) -> dict[Term, Expr]:
+        """The values of a row."""
+        return {term: _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
 
 
 def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> KeptRows:
