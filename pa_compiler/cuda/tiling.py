@@ -114,7 +114,7 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")
-    for name in ("window", "softcap", "alibi", "sinks"):
+    for name in ("window", "softcap", "alibi", "sinks", "score_mod", "mask_mod"):
         if spec.stated()[name] not in (None, False):
             raise ValueError(
                 f"{name}: expected no {name} for target cuda, whose kernels have none, got {spec.stated()[name]}"
