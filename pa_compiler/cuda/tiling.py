@@ -114,11 +114,6 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")
-    for name in ("window", "softcap", "alibi", "sinks"):
-        if spec.stated()[name] not in (None, False):
-            raise ValueError(
-                f"{name}: expected no {name} for target cuda, whose kernels have none, got {spec.stated()[name]}"
-            )
     if pipeline == "staged" and spec.block_size > STAGED_BLOCK_SIZE:
         raise ValueError(
             f"block_size: expected up to {STAGED_BLOCK_SIZE} for target cuda and pipeline staged, got {spec.block_size}"
@@ -170,9 +165,9 @@ def extra_items(head_tiles: int, resident_blocks: int) -> int:
     return max(1, WAVES * resident_blocks // head_tiles)
 
 
-def ranges(tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
+def ranges(spec: PagedAttentionSpec, tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
     """How many ranges each sequence is cut into, as the kernels find it (kernels/plan.py)."""
-    steps = [-(-length // tiling.step_tokens) for length in context_lens]
+    steps = [-(-min(length, spec.window or length) // tiling.step_tokens) for length in context_lens]
     longest = max(-(-sum(steps) // extra), tiling.min_range_steps)
     return [max(1, -(-count // longest)) for count in steps]
 
