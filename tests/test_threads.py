@@ -24,7 +24,7 @@ assert again.cpus == cpus and again.num_threads == len(cpus), (again.cpus, again
 before = set(os.listdir("/proc/self/task"))
 
 def cpus_of_the_pool():
-    """Of each thread that is there now: one that was listed may have ended since."""
+    # of each thread that is there now: one that was listed may have ended since
     found = {}
     for task in set(os.listdir("/proc/self/task")) - before:
         with contextlib.suppress(ProcessLookupError):
