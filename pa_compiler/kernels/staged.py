@@ -31,7 +31,10 @@ from pa_compiler.tiles import Tiling
 def _start(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
     """Where a sequence that is seen up to the position `end` is read from in block block_idx."""
     start = block_idx * spec.block_size
-    return start if spec.window is None else T.max(start, first_read(spec, first_seen(spec, end)))
+    if spec.window is None:
+        return start
+    first = first_read(spec, first_seen(spec, end))
+    return T.if_then_else(start < first, first, start)  # of a maximum TVM would make sizes of buffers, on CUDA
 
 
 def _valid_len(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
