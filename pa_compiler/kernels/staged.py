@@ -33,7 +33,10 @@ from pa_compiler.tiles import Tiling
 def _start(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
     """Where a sequence is read from in block block_idx."""
     start = block_idx * spec.block_size
-    return T.max(start, first_read(spec, first_seen(spec, context_len))) if begins_late(spec) else start
+    if not begins_late(spec):
+        return start
+    first = first_read(spec, first_seen(spec, context_len))
+    return T.if_then_else(start < first, first, start)  # of a maximum TVM would make sizes of buffers, on CUDA
 
 
 def _valid_len(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
