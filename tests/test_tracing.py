@@ -82,7 +82,7 @@ SCORE_MODS = {
     "squares": lambda s, b, h, q, k: numpy.square(s) + numpy.sqrt(numpy.abs(s)) + numpy.reciprocal(s + 20),
     "logs": lambda s, b, h, q, k: numpy.log2(1 + numpy.abs(s)) + numpy.log10(k + 1),
     "signs": lambda s, b, h, q, k: numpy.sign(s) + numpy.sign(k - 3) - -s + +s + numpy.fabs(s) + numpy.negative(k),
-    "clip": lambda s, b, h, q, k: numpy.clip(s, -1, 1) + numpy.clip(q - k, 2, None) + numpy.clip(s, max=h, min=-h),
+    "clip": lambda s, b, h, q, k: numpy.clip(s, -1, 1) + numpy.clip(q - k, 2, None) + numpy.clip(s, -h, a_max=h),
     "least": lambda s, b, h, q, k: numpy.minimum(s, q - k) + numpy.maximum(h, 2) + numpy.maximum(1.5, h),
     "casts": lambda s, b, h, q, k: s.astype(int) + (s > 0).astype("float32") + (q - k).astype(bool).astype(numpy.int64),
     "casts_of_numbers": lambda s, b, h, q, k: numpy.where(h > 3, 1, 0) * s + numpy.where(h > 3, 1, 0.5),

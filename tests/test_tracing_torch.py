@@ -108,6 +108,8 @@ MASK_MODS = {
     "dilated": lambda b, h, q, k: torch.logical_and(q >= k, torch.remainder(q - k, 4).eq(0)),
     "from_a_table": lambda b, h, q, k: FLAGS[h, k] | ~FLAGS[0, k],
     "by_heads": lambda b, h, q, k: torch.where(h % 2 == 0, q - k < 8, (q - k) % 2 == 0),
+    "made_true": lambda b, h, q, k: b.new_ones(size=(), dtype=torch.bool, device=b.device) & (q >= k),
+    "made_numbers": lambda b, h, q, k: q.new_zeros(()) + q.new_full((), 9) < k,
     "logical": lambda b, h, q, k: torch.logical_not(torch.logical_xor(h > 2, k.gt(9))) & k.le(q) | k.ne(3),
 }
 
@@ -120,6 +122,13 @@ def test_a_score_mod_its_term_and_its_text_agree(name):
 @pytest.mark.parametrize("name", MASK_MODS)
 def test_a_mask_mod_its_term_and_its_text_agree(name):
     agree(MASK_MODS[name], "mask_mod")
+
+
+def test_masks_are_joined_as_flex_attention_does():
+    flex_attention = pytest.importorskip("torch.nn.attention.flex_attention")
+    window = flex_attention.and_masks(lambda b, h, q, k: q >= k, lambda b, h, q, k: q - k < 16)
+    agree(flex_attention.or_masks(window, lambda b, h, q, k: k < 4), "mask_mod")
+    agree(flex_attention.noop_mask, "mask_mod")
 
 
 def test_operators_alone_use_no_torch():
@@ -172,6 +181,7 @@ REFUSED = {
     "mask": (TypeError, lambda s, b, h, q, k: SLOPES[q > k], "an index into a tensor, axis 0, with a bool"),
     "fraction": (TypeError, lambda s, b, h, q, k: SLOPES[s], "an index into a tensor, axis 0, with a float32"),
     "if": (TypeError, lambda s, b, h, q, k: s if SLOPES[h] > 0 else 0, "a value asked whether it is true"),
+    "new": (TypeError, lambda s, b, h, q, k: s.new_ones((8,)) * s, "a tensor of size (8,) made of a value"),
     "half": (TypeError, lambda s, b, h, q, k: s.to(torch.float16), "a cast to float16"),
     "half_by_name": (TypeError, lambda s, b, h, q, k: s.half(), ".half of a value"),
     "finfo": (TypeError, lambda s, b, h, q, k: torch.finfo(s.dtype).min, "raised TypeError: finfo()"),
