@@ -52,8 +52,8 @@ class Draw:
         is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
-        heads: alibi_slopes and sinks, float32 [num_heads], and the dict of inputs, as far as the spec has them, which are
-            keywords of decode.
+        heads: alibi_slopes and sinks, float32 [num_heads], and the dict of inputs: those of these keywords of decode
+            that the spec has.
         append: Whether append_kv writes the tokens into the caches.
         one_buffer: Whether both caches lie in one buffer, block beside block.
         give_out: Whether out is given, as a view into a larger array.

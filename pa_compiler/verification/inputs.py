@@ -113,6 +113,7 @@ def function_inputs(rng: np.random.Generator, spec: PagedAttentionSpec, batch: i
     for name, dtype, declared in spec.inputs:
         shape = tuple(batch if extent == BATCH else extent for extent in declared)
         count, before = math.prod(shape), int(rng.integers(0, 4))
+        numbers: np.ndarray
         if dtype == "bool":
             numbers = rng.random(before + count) < 0.5
         elif dtype == "int32":
