@@ -147,7 +147,7 @@ def test_a_manifest_has_the_texts(compiled, tmp_path):
         pa_compiler.compile(loaded.spec)
     with pytest.raises(TypeError, match="score_mod: expected the function that the library was compiled of"):
         loaded.verify(0)
-    with pytest.raises(ValueError, match="score_mod: expected a function that computes .*, got score"):
+    with pytest.raises(ValueError, match=r"score_mod: expected a function that computes .*, got score"):
         loaded.verify(0, score_mod=lambda score, b, h, q, k: score, mask_mod=switched)
     assert loaded.verify(0, seed=1, score_mod=biased, mask_mod=switched).passed
 
