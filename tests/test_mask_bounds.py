@@ -68,7 +68,7 @@ def evaluated(term, **arguments):
 
 
 def spec_of(mask, **fields):
-    return dataclasses.replace(BASE, mask_mod=Function(str(mask), mask), **fields)
+    return dataclasses.replace(BASE, mask_mod=Function(score_text.text(mask), mask), **fields)
 
 
 def seen_by(mask, length, head, window=None):
@@ -112,7 +112,7 @@ def check(mask, window=None):
 
 
 def said(found):
-    return " and ".join(interval.text() for interval in found.intervals)
+    return " and ".join(interval.text() for interval in found.intervals if interval != NO_KEYS)
 
 
 @pytest.mark.parametrize(

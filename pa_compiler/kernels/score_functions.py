@@ -8,15 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pa_compiler.bounds import residual_mask
 from pa_compiler.kernels.indices import any_of, held_inside, nan_where
 from pa_compiler.kernels.terms import subterms
 from pa_compiler.score import ARGUMENTS, Term
 from pa_compiler.spec import PagedAttentionSpec
-
-
-def residual(spec: PagedAttentionSpec) -> Term | None:
-    """What is left of the mask where bounds have said what they can: the condition under which a key is seen."""
-    return None if spec.mask_mod is None else spec.mask_mod.result
 
 
 class ScoreFunctions:
@@ -27,7 +23,7 @@ class ScoreFunctions:
     Attributes:
         score: score_mod's term; NaN where an index of it or of the mask is outside of an array. None where scores stay
             as they are.
-        mask: mask_mod's term. None where all keys are seen.
+        mask: What bounds leave of mask_mod's term. None where all keys between them are seen.
         by_row: Whether the mask goes by the head.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.
@@ -36,7 +32,7 @@ class ScoreFunctions:
 
     def __init__(self, spec: PagedAttentionSpec) -> None:
         shapes = {each.name: each.shape for each in (*spec.inputs, *spec.constants)}
-        mask, outside_of_mask = _held(residual(spec), shapes, spec.num_heads)
+        mask, outside_of_mask = _held(residual_mask(spec), shapes, spec.num_heads)
         score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
         self.score = nan_where(any_of(outside, outside_of_mask), score)
         self.mask = mask and any_of(mask, outside_of_mask)
