@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.bounds import affine, bounds
+from pa_compiler.bounds import Interval, affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -64,9 +64,9 @@ def limit(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
 
 
 def first_seen(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
-    """The first key position that they see; one that no sequence has where they see none."""
+    """The first key position that they see; one beyond every sequence where they see none."""
     ends, beyond = _ends(spec, context_len), T.int32(affine.MAX_LENGTH)
-    if len(ends) == 1:
+    if len(ends) == 1 and _sees_the_last(bounds(spec).intervals[0]):
         return ends[0][0]
     return functools.reduce(T.min, (T.Select(begin < end, begin, beyond) for begin, end in ends))
 
@@ -103,6 +103,12 @@ def _ends(spec: PagedAttentionSpec, context_len: Expr) -> list[tuple[Expr, Expr]
             end = T.min(context_len, end)
         ends.append((begin, end))
     return ends
+
+
+def _sees_the_last(interval: Interval) -> bool:
+    """Whether the query token sees its own key, whatever the length."""
+    query_pos = affine.add(affine.LENGTH, affine.constant(-1))
+    return interval.end == affine.LENGTH and affine.at_least(query_pos, interval.begin)
 
 
 def begins_late(spec: PagedAttentionSpec) -> bool:

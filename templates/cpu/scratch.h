@@ -1,6 +1,7 @@
 // Memory that threads keep from call to call, for the host and, by TVM's workspace hooks, for the kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
