@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pa_compiler import installation
 from pa_compiler.bounds import affine, bounds
@@ -178,8 +178,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters = (_identifier, _constant, _type, _extents, _intervals, _product, _initializers)
-    filters += (_runs, _arguments, _address, _fill)
+    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _extents, _intervals, _product, _initializers]
+    filters += [_runs, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
