@@ -252,9 +252,9 @@ def _extents(shape: Sequence[str | int]) -> str:
 
 
 def _intervals(spec: PagedAttentionSpec) -> list[str]:
-    """The intervals of keys that a query sees, as C++'s initializers; an empty one where there are none."""
+    """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
-    return [f"{{{begin}, {end}}}" for begin, end in texts] or ["{0, 0}"]
+    return [f"{{{begin}, {end}}}" for begin, end in texts]
 
 
 def _product(shape: Sequence[int]) -> int:

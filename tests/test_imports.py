@@ -49,7 +49,7 @@ ARROWS = {
     "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
     "cpu": {
-        *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
+        *("spec", "bounds", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
         *("backend", "native", "interrupts", "words"),
     },
     "cuda": {

@@ -16,7 +16,7 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import comparison
 from pa_compiler.verification import inputs as inputs_of
 from pa_compiler.verification.comparison import Errors
-from pa_compiler.verification.inputs import fill, place
+from pa_compiler.verification.inputs import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,9 +159,10 @@ def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
 
     So a call reads all of the case's kv_bytes from memory that no other sequence has just read.
     """
-    surplus = np.full((case.batch, case.max_blocks), -1, np.int32)
-    blocks = np.random.default_rng(seed).permutation(case.num_blocks)
-    return place(blocks, case.context_lens, case.spec.block_size, surplus)
+    is_needed = np.arange(case.max_blocks) * case.spec.block_size < case.context_lens[:, None]
+    table = np.full((case.batch, case.max_blocks), -1, np.int32)
+    table[is_needed] = np.random.default_rng(seed).permutation(case.num_blocks)[: is_needed.sum()]
+    return table
 
 
 def compare(
