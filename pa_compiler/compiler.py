@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pa_compiler import artifact, backends, dependencies, host, installation, interrupts, native, turns
+from pa_compiler import artifact, backends, dependencies, host, installation, interrupts, native, score_checks, turns
 from pa_compiler import store as _cache
 from pa_compiler.backend import Explanation, Limits
 from pa_compiler.runtime import files, versions
@@ -78,6 +78,10 @@ def _checked(spec: PagedAttentionSpec, target: backends.TargetLike, pipeline: st
         raise TypeError(f"spec: expected a PagedAttentionSpec, got {type(spec).__name__}")
     if pipeline not in PIPELINES:
         raise ValueError(f"pipeline: expected one of {', '.join(PIPELINES)}, got {pipeline!r}")
+    for name in score_checks.FIELDS:
+        function = getattr(spec, name)
+        if function is not None and function.result is None:
+            raise TypeError(f"{name}: expected a function, got the text of one, read from a library: {function.text}")
     config = backends.normalize(target)
     backends.of(config).check(spec, pipeline)
     return config

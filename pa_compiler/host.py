@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pa_compiler import installation
+from pa_compiler.bounds import affine, bounds
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
 from pa_compiler.interface import (
     CHECKS,
@@ -18,6 +20,7 @@ from pa_compiler.interface import (
     THREADING,
     Parameter,
     WorkItem,
+    with_inputs,
 )
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
 from pa_compiler.spec import PagedAttentionSpec
@@ -34,6 +37,7 @@ _DTYPES = {
     "bfloat16": "{kDLBfloat, 16, 1}",
     "int32": "{kDLInt, 32, 1}",
     "int64": "{kDLInt, 64, 1}",
+    "bool": "{kDLBool, 8, 1}",
 }
 
 _THREAD_FLOPS = 500_000
@@ -99,6 +103,7 @@ def render(
 ) -> str:
     """The text of host.cc; kernels are the pipeline's and append_kv's."""
     fused = pipeline == "fused"
+    arrays = [f"input_{each.name}" for each in spec.inputs] + [each.name for each in spec.constants]
     thread_tokens = max(1, _THREAD_FLOPS // (2 * (spec.head_dim + spec.result_dim) * spec.num_heads))
     return render_template(
         "cpu/host.cc.j2",
@@ -106,6 +111,8 @@ def render(
         describe(spec, pipeline),
         tiling=tiling,
         pipeline=pipeline,
+        decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
+        function_values={name: f"args.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
@@ -171,7 +178,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters = (_identifier, _constant, _type, _extents, _initializers, _runs, _arguments, _address, _fill)
+    filters = (_identifier, _constant, _type, _extents, _intervals, _product, _initializers)
+    filters += (_runs, _arguments, _address, _fill)
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -188,7 +196,7 @@ def _type(name: str) -> str:
 
 def _initializers(parameters: Sequence[Parameter]) -> list[str]:
     """Declarators of an entry point's parameters, each with its position and its name."""
-    return [f'{_constant(each.name)}{{{position}, "{each.name}"}}' for position, each in enumerate(parameters)]
+    return [f'{_constant(each.name)}{{{position}, "{each.said}"}}' for position, each in enumerate(parameters)]
 
 
 def _runs(kernel: Kernel) -> list[tuple[str, list[str]]]:
@@ -239,8 +247,18 @@ def _identifier(name: str) -> str:
 
 
 def _extents(shape: Sequence[str | int]) -> str:
-    """A shape as C++'s list of extents, -1 for any."""
+    """A shape as C++'s list of extents, -1 for a word: any extent, or one of the call's."""
     return "{" + ", ".join("-1" if isinstance(extent, str) else str(extent) for extent in shape) + "}"
+
+
+def _intervals(spec: PagedAttentionSpec) -> list[str]:
+    """The intervals of keys that a query sees, as C++'s initializers; an empty one where there are none."""
+    texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
+    return [f"{{{begin}, {end}}}" for begin, end in texts] or ["{0, 0}"]
+
+
+def _product(shape: Sequence[int]) -> int:
+    return math.prod(shape)
 
 
 def describe(spec: PagedAttentionSpec, pipeline: str) -> str:

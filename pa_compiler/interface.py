@@ -62,6 +62,7 @@ class Parameter(NamedTuple):
         optional: Whether None may stand for an array.
         of_values: Whether an array holds values: None with shared_kv, where they are in the keys.
         field: Field of the spec that says whether there is an array: None where the spec has it not. "" for all specs.
+        of_input: Whether it is an array of the spec's inputs, which all have one type and no other.
     """
 
     name: str
@@ -70,6 +71,12 @@ class Parameter(NamedTuple):
     optional: bool = False
     of_values: bool = False
     field: str = ""
+    of_input: bool = False
+
+    @property
+    def said(self) -> str:
+        """What errors call it: a caller gives inputs as a mapping."""
+        return f"inputs[{self.name.removeprefix(INPUT_PREFIX)!r}]" if self.of_input else self.name
 
     def absent(self, spec: PagedAttentionSpec) -> str:
         """What the spec has, or has not, so that the array has to be None; "" where it has to be one."""
@@ -79,9 +86,14 @@ class Parameter(NamedTuple):
 
     def dtypes(self, spec: PagedAttentionSpec, on_gpu: bool) -> tuple[str, ...]:
         """The dtypes that an array may have. A CPU's library takes indices of both types, a GPU's as kernels do."""
+        if self.of_input:
+            return (self.dtype,)
         dtype = getattr(spec, self.dtype, self.dtype)
         return ("int32", "int64") if dtype in ("int32", "int64") and not on_gpu else (dtype,)
 
+
+INPUT_PREFIX = "input_"
+"""Before the name of an input, the name of a parameter: of an entry point, and of the kernels."""
 
 _DECODE = (
     Parameter("query", "dtype"),
@@ -121,6 +133,14 @@ CPU_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
 Arrays come first. Where the last parameter is as_uint16, bit i of it says that parameter i is an array of bfloat16 that
 is declared uint16, for libraries that have no bfloat16 in DLPack.
 """
+
+
+def with_inputs(parameters: tuple[Parameter, ...], spec: PagedAttentionSpec) -> tuple[Parameter, ...]:
+    """The parameters of decode for a spec: behind the other arrays those of its inputs, in their order."""
+    of_inputs = (Parameter(f"{INPUT_PREFIX}{each.name}", each.dtype, of_input=True) for each in spec.inputs)
+    arrays = sum(bool(parameter.dtype) for parameter in parameters)
+    return (*parameters[:arrays], *of_inputs, *parameters[arrays:])
+
 
 CUDA_ENTRY_POINTS: Mapping[str, tuple[Parameter, ...]] = {
     "decode": (*_DECODE, *_CHECK, *_AS_UINT16),

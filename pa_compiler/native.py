@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -14,6 +16,18 @@ import tvm_ffi.libinfo
 from pa_compiler import commands
 
 _COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden")
+
+_EMBEDDED = """\
+    .section .rodata
+    .balign 64
+    .globl {name}
+    .hidden {name}
+    .type {name}, @object
+{name}:
+    .incbin {path}
+    .size {name}, . - {name}
+    .section .note.GNU-stack, "", @progbits
+"""
 
 
 @contextlib.contextmanager
@@ -53,8 +67,16 @@ def write_headers(headers: Mapping[str, str], directory: Path) -> None:
         (directory / place).write_text(text)
 
 
-def link(compiling: subprocess.Popen[str], kernels: str, directory: Path, entry_points: Sequence[str]) -> Path:
+def link(
+    compiling: subprocess.Popen[str],
+    kernels: str,
+    directory: Path,
+    entry_points: Sequence[str],
+    tables: Mapping[str, bytes] | None = None,
+) -> Path:
     """Wait for the host's object file, assemble the kernels, and link both into directory/pa.so.
+
+    Tables are bytes by the names of symbols at which the host finds them.
 
     Only the entry points leave the library: two of them in one process do not see each other's kernels.
 
@@ -64,7 +86,8 @@ def link(compiling: subprocess.Popen[str], kernels: str, directory: Path, entry_
     what = f"the C++ compiler {shlex.join(cxx())}"
     commands.finish(compiling, what, directory / "host.o")
     assembly, exports, library = directory / "kernels.s", directory / "exports.map", directory / "pa.so"
-    assembly.write_text(kernels)
+    data = (embedded(name, table, directory) for name, table in (tables or {}).items())
+    assembly.write_text("".join([kernels, *data]))
     exports.write_text(f"{{ global: {' '.join(f'__tvm_ffi_{name};' for name in entry_points)} local: *; }};\n")
     command = [
         *cxx(),
@@ -86,6 +109,18 @@ def link(compiling: subprocess.Popen[str], kernels: str, directory: Path, entry_
     with commands.start(command, environment=_temporaries(directory)) as process:
         commands.finish(process, what, library)
     return library
+
+
+def embedded(name: str, data: bytes, directory: Path) -> str:
+    """Assembly of read-only data from a symbol on, a line of the CPU's caches, that other libraries do not see.
+
+    It names a file in the directory.
+    """
+    path = directory / f"{name}.bin"
+    path.write_bytes(data)
+    plain = re.compile(rb"[\w /.,+-]", re.ASCII)  # what stands for itself between the assembler's quotes
+    quoted = "".join(chr(byte) if plain.match(bytes([byte])) else f"\\{byte:03o}" for byte in os.fsencode(path))
+    return _EMBEDDED.format(name=name, path=f'"{quoted}"')
 
 
 def _temporaries(directory: Path) -> dict[str, str]:

@@ -1,13 +1,15 @@
 """Functions of scores and masks as people write them in Python, called once and kept as expressions.
 
-A score_mod or a mask_mod is called with stand-ins for its arguments (tracing.py). What it computes becomes a Term, which
-kernels lower, and a text, which is what it is known by: in the cache key, in the manifest, in explain. Imports no TVM,
-NumPy or torch.
+A score_mod or a mask_mod is called with stand-ins for its arguments (tracing/). What it computes becomes a Term, which
+kernels lower, and a text (score_text.py), which is what it is known by: in the cache key, in the manifest, in explain.
+Imports no TVM, NumPy or torch.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import threading
+import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -19,6 +21,10 @@ INPUT_DTYPES = ("float32", "float16", "bfloat16", "int32", "bool")
 
 BATCH = "batch"
 """In the shape of an input: as many as the call has sequences."""
+
+
+CONSTANT_BYTES = 1 << 20
+"""Of all tensors that functions close over, at most: they are in the library."""
 
 
 class Input(NamedTuple):
@@ -52,20 +58,26 @@ class Constant(NamedTuple):
     data: bytes
 
 
-@dataclasses.dataclass(frozen=True)
 class Term:
-    """A number that a function computes: an operation and the terms that it takes. Terms may be shared.
+    """A number that a function computes: an operation and the terms that it takes.
+
+    Terms are never changed, and two that say the same are one object: what a function computes twice is there once, and
+    comparing and hashing them costs nothing however large they are. So terms make a graph in which walks must not take
+    a way twice: see `parts`. dataclasses.asdict must not see one.
 
     Attributes:
         op: What is computed:
             "score", "batch", "head", "query_pos", "key_pos": an argument.
-            "number": the constant `value`.
+            "number": the constant `value`; of float32, one that float32 holds.
             "element": an element of the array that `value` names, an Input or a Constant; args are its indices, int32.
+                Of a floating type it is float32.
             "cast": args[0] as dtype; float32 to int32 towards zero, to bool whether it is not 0.
-            "add", "subtract", "multiply", "negative", "absolute", "minimum", "maximum": of int32 or float32.
+            "add", "subtract", "multiply", "negative", "absolute", "minimum", "maximum": of int32, which wraps around,
+                or float32. The last two are NaN where an operand is.
             "divide": of float32.
             "floor_divide", "remainder": of int32 or float32, rounded down, as Python's // and % are.
-            "less", "less_equal", "equal": of two terms of one dtype; bool. The other comparisons are made of these.
+            "less", "less_equal", "equal": of two terms of one dtype, int32 or float32, and "equal" of bool too; bool.
+                The other comparisons are made of these.
             "and", "or", "xor", "not": of bool, or bit by bit of int32.
             "where": args[1] where args[0], a bool, else args[2].
             "exp", "log", "sqrt", "tanh", "sigmoid", "floor": of float32. Others are made of these.
@@ -74,10 +86,60 @@ class Term:
         value: Of "number" and "element" alone.
     """
 
+    __slots__ = ("__weakref__", "args", "dtype", "op", "value")
+
     op: str
     dtype: str
-    args: tuple[Term, ...] = ()
-    value: float | int | bool | str | None = None
+    args: tuple[Term, ...]
+    value: float | int | bool | str | None
+
+    def __new__(  # noqa: D102 - as the class says
+        cls, op: str, dtype: str, args: tuple[Term, ...] = (), value: float | int | bool | str | None = None
+    ) -> Term:
+        key = (op, dtype, args, repr(value))  # by text, for -0.0 is 0.0 and NaN is not NaN
+        with _LOCK:
+            term = _TERMS.get(key)
+            if term is None:
+                term = super().__new__(cls)
+                for name, each in (("op", op), ("dtype", dtype), ("args", args), ("value", value)):
+                    object.__setattr__(term, name, each)
+                _TERMS[key] = term
+        return term
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Term: expected that {name} stays as it is")
+
+    def __reduce__(self) -> tuple[type[Term], tuple[Any, ...]]:
+        return Term, (self.op, self.dtype, self.args, self.value)
+
+    def __deepcopy__(self, memo: object) -> Term:
+        return self
+
+    def __repr__(self) -> str:
+        return f"<Term {self.op} {self.dtype}>"
+
+
+_TERMS: weakref.WeakValueDictionary[tuple[str, str, tuple[Term, ...], str], Term] = weakref.WeakValueDictionary()
+_LOCK = threading.RLock()  # a collection inside of it may end a Term
+
+
+def parts(term: Term) -> list[Term]:
+    """The terms that it is made of, each once and after those that it takes; it is the last."""
+    found: dict[Term, None] = {}
+    waiting = [(term, False)]
+    while waiting:
+        each, taken = waiting.pop()
+        if taken:
+            found[each] = None
+        elif each not in found:
+            waiting.append((each, True))
+            waiting.extend((arg, False) for arg in reversed(each.args))
+    return list(found)
+
+
+def names_read(term: Term) -> set[str]:
+    """Names of the arrays of which it takes elements."""
+    return {str(each.value) for each in parts(term) if each.op == "element"}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
+
+from pa_compiler import score_checks, tracing
+from pa_compiler.score import Constant, Function
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
 """The element types, with their bytes."""
@@ -61,6 +65,11 @@ class PagedAttentionSpec:
             score after the soft cap (ALiBi: O. Press et al., 2022, section 3).
         sinks: Whether decode takes sinks, for each head one more score of the softmax that has no value. lse is then
             the logarithm of a denominator with the sink in it.
+        score_mod: A Python function score_mod(score, batch, head, query_pos, key_pos) of a score after the soft cap and
+            before ALiBi, called once with stand-ins: kept as the Function that it computes. None leaves scores.
+        mask_mod: A Python function mask_mod(batch, head, query_pos, key_pos): where it is False, the key is not seen.
+        inputs: The arrays that these functions take by keyword, {name: (dtype, shape)}, given to decode at each call:
+            "batch" in a shape is the call's. Kept as a tuple of Input.
 
     Raises:
         TypeError: a field has the wrong type.
@@ -82,12 +91,16 @@ class PagedAttentionSpec:
     softcap: float | None = dataclasses.field(default=None, kw_only=True)
     alibi: bool = dataclasses.field(default=False, kw_only=True)
     sinks: bool = dataclasses.field(default=False, kw_only=True)
+    score_mod: Any = dataclasses.field(default=None, kw_only=True)
+    mask_mod: Any = dataclasses.field(default=None, kw_only=True)
+    inputs: Any = dataclasses.field(default=(), kw_only=True)
 
     def __post_init__(self) -> None:
         self._check_integers()
         self._check_names()
         self._check_scores()
         self._check_shapes()
+        self._trace_functions()
 
     def _check_integers(self) -> None:
         for name, (low, high) in _INTEGER_RANGES.items():
@@ -125,6 +138,20 @@ class PagedAttentionSpec:
                 raise ValueError(f"softcap: expected {low:g} to {high:g}, got {self.softcap}")
             object.__setattr__(self, "softcap", float(self.softcap))
 
+    def _trace_functions(self) -> None:
+        object.__setattr__(self, "inputs", score_checks.checked_inputs(self.inputs))
+        for field in score_checks.FIELDS:
+            object.__setattr__(self, field, self._traced(field, getattr(self, field)))
+        score_checks.check_functions(self.functions, self.inputs)
+
+    def _traced(self, field: str, function: Any) -> Function | None:
+        """A field's function, traced again where it is that of another spec; one without its source as it is."""
+        if isinstance(function, Function):
+            if function.source is None:
+                return function
+            function = function.source
+        return None if function is None else tracing.trace(field, function, self.inputs, num_heads=self.num_heads)
+
     def _check_shapes(self) -> None:
         if self.num_heads % self.num_kv_heads:
             raise ValueError(
@@ -161,12 +188,25 @@ class PagedAttentionSpec:
         """Elements of one value and of one head of out: value_dim, or else head_dim, whatever replace makes of that."""
         return self.value_dim or self.head_dim
 
-    def stated(self) -> dict[str, int | float | str | None]:
-        """Every field by its name, result_dtype and result_dim as out_dtype and value_dim.
+    @property
+    def functions(self) -> tuple[Function, ...]:
+        """score_mod and mask_mod, as far as there are."""
+        return tuple(function for function in (self.score_mod, self.mask_mod) if isinstance(function, Function))
 
-        The same for specs that mean the same.
+    @property
+    def constants(self) -> tuple[Constant, ...]:
+        """The tensors that the functions close over, each once: those of score_mod, then those of mask_mod."""
+        return tuple(dict.fromkeys(constant for function in self.functions for constant in function.constants))
+
+    def stated(self) -> dict[str, Any]:
+        """Every field by its name, result_dtype and result_dim as out_dtype and value_dim, functions as their texts.
+
+        The same for specs that mean the same. Values are those of JSON, but for tuples, which it has as lists.
         """
-        return dataclasses.asdict(self) | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        fields |= {name: fields[name] and fields[name].text for name in score_checks.FIELDS}
+        fields["inputs"] = tuple(map(tuple, self.inputs))
+        return fields | {"out_dtype": self.result_dtype, "value_dim": self.result_dim}
 
     def __eq__(self, other: object) -> bool:
         return self.stated() == other.stated() if isinstance(other, PagedAttentionSpec) else NotImplemented
@@ -177,9 +217,9 @@ class PagedAttentionSpec:
     def __repr__(self) -> str:
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in self.shown().items())})"
 
-    def shown(self) -> dict[str, int | float | str]:
+    def shown(self) -> dict[str, Any]:
         """What a reader needs of stated(): without the fields that say that something is not used."""
-        return {name: value for name, value in self.stated().items() if value is not None and value is not False}
+        return {name: value for name, value in self.stated().items() if value not in (None, False, ())}
 
     @property
     def group(self) -> int:

@@ -114,7 +114,7 @@ def test_the_header_has_the_same_list(room, entry_points):
         names = [parameter.name for parameter in entry_points[name]]
         assert re.findall(r'\{(\d+), "(\w+)"\}', declared) == [(str(i), each) for i, each in enumerate(names)]
         assert int(count) == len(names)
-    template = installation.templates()[f"{room}/host.cc.j2"]
+    template = installation.templates()[f"{room}/host.cc.j2"].replace("{{ parameters }}", "DecodeParameters")
     exported = re.findall(r"^PA_EXPORT\((\w+), pa::(\w+)Parameters", template, re.MULTILINE)
     assert [name for name, _ in exported] == list(entry_points)
     assert all(parameters.lower() == name.replace("_", "") for name, parameters in exported)

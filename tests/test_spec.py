@@ -108,6 +108,9 @@ def test_positional_order():
         "softcap": None,
         "alibi": False,
         "sinks": False,
+        "score_mod": None,
+        "mask_mod": None,
+        "inputs": (),
     }
 
 

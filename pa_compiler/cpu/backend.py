@@ -94,7 +94,8 @@ def build_with_tiles(
     with native.compiling_host(text, directory, host.headers(text)) as compiling:  # while TVM works
         lowered = lower(unscheduled, spec, tiles)
         compiled = _build.compile_kernels(lowered.mod, cpu, directory)
-        library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS))
+        tables = {constant.name: constant.data for constant in spec.constants}
+        library = native.link(compiling, compiled.asm, directory, tuple(CPU_ENTRY_POINTS), tables)
     config, features = json.loads(cpu.config), _target.instruction_sets(cpu)
     return Built(library, _texts(lowered, text, compiled), config, features, compiled.asm)
 

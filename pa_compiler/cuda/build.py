@@ -18,18 +18,6 @@ if TYPE_CHECKING:
 
 _FLAGS = ("-std=c++17", "-O3", "-diag-suppress=177")  # 177: functions of TVM's preamble are not used
 
-_EMBEDDED = """\
-    .section .rodata
-    .balign 64
-    .globl pa_kernels_image
-    .hidden pa_kernels_image
-    .type pa_kernels_image, @object
-pa_kernels_image:
-    .incbin {path}
-    .size pa_kernels_image, . - pa_kernels_image
-    .section .note.GNU-stack, "", @progbits
-"""
-
 _REPORT = re.compile(
     r"Compiling entry function '(\w+)_kernel'.*?(\d+) bytes stack frame, (\d+) bytes spill stores, "
     r"(\d+) bytes spill loads.*?Used (\d+) registers",
@@ -150,15 +138,6 @@ def fatbin(cubin: Cubin, arch: str, directory: Path) -> bytes:
     parts = [f"--image3=kind=elf,sm={number},file={image.name}", f"--image3=kind=ptx,sm={number},file={ptx.name}"]
     _run([tool("fatbinary"), f"--create={both.name}", "-64", *parts], both)
     return both.read_bytes()
-
-
-def embed(image: bytes, directory: Path) -> str:
-    """Assembly for this machine of an image, under the name pa_kernels_image. It names a file in the directory."""
-    path = directory / "embedded.fatbin"
-    path.write_bytes(image)
-    plain = re.compile(rb"[\w /.,+-]", re.ASCII)  # what stands for itself between the assembler's quotes
-    name = "".join(chr(byte) if plain.match(bytes([byte])) else f"\\{byte:03o}" for byte in os.fsencode(path))
-    return _EMBEDDED.format(path=f'"{name}"')
 
 
 def disassembly(cubin: Cubin, directory: Path) -> str:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import pv_matmul as pv
@@ -18,9 +18,11 @@ from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
+from pa_compiler.kernels.computed import Computed, allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.rows import Rows, first_read, first_seen, limit, masks_first_tile
+from pa_compiler.kernels.rows import Rows, begins_late, first_read, first_seen, limit, masks_first_tile, sees_block
+from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -28,26 +30,30 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
-def _start(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
-    """Where a sequence that is seen up to the position `end` is read from in block block_idx."""
+def _start(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
+    """Where a sequence is read from in block block_idx."""
     start = block_idx * spec.block_size
-    if spec.window is None:
+    if not begins_late(spec):
         return start
-    first = first_read(spec, first_seen(spec, end))
+    first = first_read(spec, first_seen(spec, context_len))
     return T.if_then_else(start < first, first, start)  # of a maximum TVM would make sizes of buffers, on CUDA
 
 
-def _valid_len(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
-    """Tokens that are read in block block_idx of a sequence that is seen up to the position `end`."""
-    if spec.window is None:
-        return T.max(T.min(end - block_idx * spec.block_size, spec.block_size), 0)
-    return T.max(T.min(end, (block_idx + 1) * spec.block_size) - _start(spec, end, block_idx), 0)
+def _valid_len(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
+    """Tokens of a sequence that are read in block block_idx."""
+    end, size = limit(spec, context_len), spec.block_size
+    if begins_late(spec):
+        tokens = T.max(T.min(end, (block_idx + 1) * size) - _start(spec, context_len, block_idx), 0)
+    else:
+        tokens = T.max(T.min(end - block_idx * size, size), 0)
+    sees = sees_block(spec, context_len, block_idx)
+    return tokens if sees is None else T.Select(sees, tokens, 0)
 
 
-def _tile(spec: PagedAttentionSpec, tiling: Tiling, end: Expr, block_idx: Expr, valid_len: Expr) -> Tile:
-    """Block block_idx of such a sequence."""
-    seen = first_seen(spec, end) if masks_first_tile(spec) else None
-    return Tile(tiling, _start(spec, end, block_idx), valid_len, seen)
+def _tile(spec: PagedAttentionSpec, tiling: Tiling, context_len: Expr, block_idx: Expr, valid_len: Expr) -> Tile:
+    """Block block_idx of a sequence."""
+    seen = first_seen(spec, context_len) if masks_first_tile(spec) else None
+    return Tile(tiling, _start(spec, context_len, block_idx), valid_len, seen)
 
 
 def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
@@ -58,6 +64,19 @@ def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> C
     def stage(block_table, cache, tile, seq):
         num_offsets: T.let = tile.num_groups * tiling.token_group
         offsets_stage(block_table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
+
+    return stage
+
+
+def _compute(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed]:
+    """What of the functions of scores does not go by the score, for a block of one sequence."""
+    columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
+
+    def stage(arrays: dict[str, Buffer], rows: Rows, query_pos: Expr, tile: Tile, num_groups: Expr) -> Computed:
+        computed = columns_stage(Computed(arrays, rows.token, query_pos), tile, num_groups)
+        computed = allocate_visible(functions, tiling, computed, 1)
+        visible_stage(computed, rows, 0, num_groups)
+        return computed
 
     return stage
 
@@ -102,8 +121,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 q_tile = T.sblock_alloc_buffer((1, tiling.row_tile, spec.head_dim), "float32")
                 key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
+                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 load_query_stage(query, q_tile, 0, Rows(seq, head_start, num_rows), query_scale)
@@ -117,6 +136,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """probs, tile_max and tile_sum of block block_idx, every column of probs written."""
     arrays, num_groups = Arrays(spec, tiling), tiling.padded_kv_tile // tiling.token_group
     softmax_stage = softmax.softmax_prepare(spec, tiling)
+    functions = ScoreFunctions(spec)
+    compute = _compute(functions, tiling)
 
     @script.prim_func(s_tir=True)
     def softmax_prepare(
@@ -140,29 +161,36 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         tile_sum = arrays.rows(tile_sum_handle)
         if spec.alibi:
             alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
+        of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
                 T.reads()
                 T.writes()
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
+                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
+                rows = T.meta_var(Rows(seq, head_start, num_rows))
+                if functions.present:
+                    last: T.let = T.max(context_lens[seq] - 1, 0)
+                computed = T.meta_var(
+                    compute(of_functions, rows, last, tile, num_groups) if functions.present else None
+                )
                 scoring = T.meta_var(
-                    Scoring(
-                        Rows(seq, head_start, num_rows), context_lens[seq] - 1, alibi_slopes if spec.alibi else None
-                    )
+                    Scoring(rows, context_lens[seq] - 1, alibi_slopes if spec.alibi else None, computed)
                 )
                 places = T.meta_var(headroom(spec, context_lens[seq]))
                 softmax_stage(scores, probs, added, score_scale, places, tile, num_groups, scoring)
 
-    return without(softmax_prepare, *(() if spec.alibi else ("head_start", "num_rows")))
+    return without(softmax_prepare, *(() if spec.alibi or functions.present else ("head_start", "num_rows")))
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """tile_acc of block block_idx of every sequence of the chunk."""
+    """tile_acc of block block_idx of every sequence of the chunk. A mask is computed again."""
     arrays, pv_stage = Arrays(spec, tiling), pv.pv_matmul(spec, tiling)
+    functions = ScoreFunctions(spec, only_mask=True)
+    compute = _compute(functions, tiling)
     look_up = _look_up(spec, tiling, value_access(spec, tiling))
 
     @script.prim_func(s_tir=True)
@@ -178,6 +206,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         batch_start: T.int32,
         num_seqs: T.int32,
         kv_head: T.int32,
+        head_start: T.int32,
+        num_rows: T.int32,
         block_idx: T.int32,
     ):
         value_cache = arrays.value_cache(value_cache_handle)
@@ -185,6 +215,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         context_lens = arrays.context_lens(context_lens_handle)
         probs = arrays.scores(probs_handle)
         tile_acc = arrays.acc(tile_acc_handle)
+        of_mask = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -192,18 +223,25 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.writes()
                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
+                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
                 look_up(block_table, values, tile, seq)
                 num_full: T.let = tile.num_full
+                rows = T.meta_var(Rows(seq, head_start, num_rows))
+                if functions.present:
+                    last: T.let = T.max(context_lens[seq] - 1, 0)
+                computed = T.meta_var(
+                    compute(of_mask, rows, last, tile, tile.num_groups) if functions.present else None
+                )
+                visible = T.meta_var(None if computed is None else computed.visible)
                 with T.sblock("pv_matmul"):
                     T.reads()
                     T.writes()
-                    pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs)
+                    pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs, visible)
 
-    return pv_matmul
+    return without(pv_matmul, *(() if functions.by_row else ("head_start", "num_rows")))
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import numbers
 import reprlib
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 
 from pa_compiler.runtime import dlpack, torch_tensors
+from pa_compiler.spec import PagedAttentionSpec
 
 NUMPY_DTYPES = {
     "float32": np.dtype(np.float32),
@@ -17,6 +19,7 @@ NUMPY_DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
     "int32": np.dtype(np.int32),
     "int64": np.dtype(np.int64),
+    "bool": np.dtype(np.bool_),
 }
 """By their names in a spec."""
 
@@ -65,6 +68,26 @@ def _item(name: str, array: object) -> object:
         if device != dlpack.CPU:
             raise ValueError(f"{name}: expected a number or an array on the CPU, got one on device type {int(device)}")
     return array.item()
+
+
+def input_arrays(spec: PagedAttentionSpec, given: object) -> tuple[Any, ...]:
+    """The arrays of a mapping by the names of a spec's inputs, in the spec's order. None stands for no inputs.
+
+    Raises:
+        TypeError: it is no mapping, or has other names.
+    """
+    names = [each.name for each in spec.inputs]
+    if given is None:
+        given = {}
+    if not isinstance(given, Mapping):
+        raise TypeError(f"inputs: expected a mapping of arrays by their names, got {shown(given)}")
+    if given.keys() != set(names):
+        raise TypeError(f"inputs: expected {_arrays_named(names)}, got {', '.join(map(str, given)) or 'none'}")
+    return tuple(given[name] for name in names)
+
+
+def _arrays_named(names: Sequence[str]) -> str:
+    return f"arrays named {', '.join(names)}" if names else "none, since the spec has no inputs"
 
 
 def shown(value: Any) -> str:

@@ -33,7 +33,7 @@ class EntryPoint:
     ) -> None:
         arrays = [parameter for parameter in parameters if parameter.dtype]
         self._function = function
-        self._names = tuple(parameter.name for parameter in arrays)
+        self._names = tuple(parameter.said for parameter in arrays)
         self._dtypes = [[NUMPY_DTYPES[name] for name in each.dtypes(spec, on_gpu)] for each in arrays]
         self._bfloat16 = [position for position, accepted in enumerate(self._dtypes) if _BFLOAT16 in accepted]
         self._written = [parameter.written for parameter in arrays]

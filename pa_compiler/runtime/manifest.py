@@ -22,9 +22,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from pa_compiler.runtime.cpu_features import missing_features
+from pa_compiler.score import Function
+from pa_compiler.score_checks import FIELDS
 from pa_compiler.spec import PagedAttentionSpec
 
-FORMAT = 4
+FORMAT = 5
 """Of the manifest and of the library's entry points: load() refuses any other. Raised when either changes."""
 
 _FOOTER = struct.Struct("<QI32s12s")
@@ -79,7 +81,8 @@ class Manifest:
 
 def seal(library: bytes, manifest: Manifest) -> bytes:
     """An ELF file's bytes with the trailer behind them."""
-    text = json.dumps(dataclasses.asdict(manifest) | {"spec": manifest.spec.stated()}, sort_keys=True).encode()
+    fields = {field.name: getattr(manifest, field.name) for field in dataclasses.fields(manifest)}
+    text = json.dumps(fields | {"spec": manifest.spec.stated()}, sort_keys=True).encode()
     body = library + text + struct.pack("<QI", len(text), FORMAT)
     return body + hashlib.sha256(body).digest() + _MAGIC
 
@@ -109,13 +112,17 @@ def read(library: bytes, name: str | os.PathLike[str]) -> Manifest:
             f"{name}: expected a library of SHA-256 {expected.hex()}, as it was sealed, got {found.hex()}: damaged"
         )
     fields = json.loads(library[-_FOOTER.size - length : -_FOOTER.size])
-    manifest = Manifest(
-        **{**fields, "spec": PagedAttentionSpec(**fields["spec"]), "features": tuple(fields["features"])}
-    )
+    manifest = Manifest(**{**fields, "spec": _spec(fields["spec"]), "features": tuple(fields["features"])})
     for field, meant in (("lse", _LSE), ("empty_rows", _empty_rows(manifest.spec))):
         if getattr(manifest, field) != meant:
             raise RuntimeError(f"{name}: expected {field} to be {meant!r}, got {getattr(manifest, field)!r}")
     return manifest
+
+
+def _spec(stated: Mapping[str, Any]) -> PagedAttentionSpec:
+    """The spec of PagedAttentionSpec.stated(), with the texts of its functions in place of the functions."""
+    functions = {name: None if stated[name] is None else Function(stated[name]) for name in FIELDS}
+    return PagedAttentionSpec(**{**stated, **functions, "inputs": {name: given for name, *given in stated["inputs"]}})
 
 
 def checksum(library: bytes) -> str:

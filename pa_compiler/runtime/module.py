@@ -9,12 +9,11 @@ import types
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import tvm_ffi
 
-from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, WorkItem
-from pa_compiler.runtime import files, manifest, memory, threads, torch_tensors
-from pa_compiler.runtime.arguments import NUMPY_DTYPES, real_number, whole_number
+from pa_compiler.interface import CPU_ENTRY_POINTS, Parameter, WorkItem, with_inputs
+from pa_compiler.runtime import files, manifest, memory, results, threads, torch_tensors
+from pa_compiler.runtime.arguments import NUMPY_DTYPES, input_arrays, real_number, whole_number
 from pa_compiler.runtime.dlpack import as_tensor
 from pa_compiler.runtime.entry_points import EntryPoint
 from pa_compiler.runtime.loader import open_library
@@ -69,7 +68,10 @@ class Module(ThreadSettings):
         return f"{type(self).__name__}({self.spec}, pipeline={self.pipeline!r}, target={made_for!r})"
 
     def _entry_point(self, name: str) -> EntryPoint:
-        return EntryPoint(self._functions[name], self._entry_points[name], self.spec, self._on_gpu)
+        parameters = self._entry_points[name]
+        if name == "decode":
+            parameters = with_inputs(parameters, self.spec)
+        return EntryPoint(self._functions[name], parameters, self.spec, self._on_gpu)
 
     def _set_up(self) -> None:
         """Settings of a new module, from the environment."""
@@ -93,6 +95,7 @@ class Module(ThreadSettings):
         return_lse: bool = False,
         alibi_slopes: Any = None,
         sinks: Any = None,
+        inputs: Mapping[str, Any] | None = None,
         check: str | None = None,
     ) -> Any:
         """Attend from one query token of each sequence to its context in the paged cache.
@@ -122,6 +125,8 @@ class Module(ThreadSettings):
             alibi_slopes: [num_heads], float32, where the spec has alibi: slope * (key position - query position) is
                 added to a head's scores. The query is at the last position of its sequence.
             sinks: [num_heads], float32, where the spec has sinks: one more score of each head, that has no value.
+            inputs: {name: array} of what the spec's functions read, with its dtypes and shapes for them, where
+                "batch" is that of query. Elements lie side by side, in C's order.
             check: Who checks context_lens and block_table: "host", and for a CPU nothing else (CudaModule).
 
         Returns:
@@ -132,7 +137,7 @@ class Module(ThreadSettings):
         Raises:
             TypeError: an argument is not an array, has another dtype, or is a tensor of torch that is not dense; or
                 value_cache is given with shared_kv, or is None without; or alibi_slopes or sinks are given where the
-                spec has none, or are None where it has.
+                spec has none, or are None where it has; or inputs has other names than the spec's.
             ValueError: rank, shape, strides, alignment, device, a length, scale, check, or out or lse with a byte of
                 another array. An array that has no memory (freed, or of torch's tracing), is to be written and not
                 known to be writable, is a negated view or to have a gradient.
@@ -146,6 +151,8 @@ class Module(ThreadSettings):
         if return_lse and lse is None:
             lse = self._new_like(query, "float32", (self.spec.num_heads,))
         arrays = (query, key_cache, value_cache, block_table, context_lens, out, lse, alibi_slopes, sinks)
+        if inputs is not None or self.spec.inputs:
+            arrays += input_arrays(self.spec, inputs)
         self._decode.call(arrays, (scale, *self._manner(check, "decode")))
         return out if lse is None else (out, lse)
 
@@ -273,16 +280,7 @@ class Module(ThreadSettings):
         return verify.verify(copy.copy(self), seconds, seed=seed, draw=draw, advance=advance)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        """A new array [batch, *extents] of query's kind."""
-        if isinstance(query, np.ndarray):
-            return np.empty(query.shape[:1] + extents, NUMPY_DTYPES[dtype])
-        if torch_tensors.is_tensor(query):
-            return torch_tensors.empty_for(query, extents, dtype)
-        shape = (*as_tensor("query", query).shape[:1], *extents)
-        array = np.empty(shape, NUMPY_DTYPES[dtype])
-        if dtype == "bfloat16":
-            return self._functions["view_as_bfloat16"](tvm_ffi.from_dlpack(array.view(np.uint16)))
-        return tvm_ffi.from_dlpack(array)
+        return results.new_like(query, dtype, extents, self._functions["view_as_bfloat16"])
 
 
 def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:

@@ -98,7 +98,11 @@ struct ArgumentCheck {
   int64_t as_uint16;
 
   Array operator()(const Parameter& of, DLDataType dtype, const Extents& shape, const char* any = nullptr) const {
-    const DLTensor& given = in.Tensor(of);
+    return OfView(of, in.Tensor(of), dtype, shape, any);
+  }
+  // The same of a view of the argument.
+  Array OfView(const Parameter& of, const DLTensor& given, DLDataType dtype, const Extents& shape,
+               const char* any = nullptr) const {
     const bool is_bfloat16 = as_uint16 >> of.position & 1 && Same(given.dtype, kUint16);
     return CheckArray(of.name, given, is_bfloat16 ? kBfloat16 : given.dtype, dtype, shape, Spec::kDevice, any);
   }

@@ -1,0 +1,96 @@
+"""The score_mod and the mask_mod of a spec, taken apart: what of them is computed for a column, a row, or each score.
+
+A term that does not go by the head is computed once for a tile of tokens, for all heads, in vectors of columns; one
+that goes neither by the key nor by the score, once for a row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from pa_compiler.bounds import residual_mask
+from pa_compiler.kernels.indices import any_of, held_inside, nan_where
+from pa_compiler.score import ARGUMENTS, Term, names_read, parts
+from pa_compiler.spec import PagedAttentionSpec
+
+
+class ScoreFunctions:
+    """The functions of a spec. All of it is empty where a spec has none.
+
+    Two of the same spec have the same terms in the same order, so each stage makes its own.
+
+    Attributes:
+        score: score_mod's term; NaN where an index of it or of the mask is outside of an array. None where scores stay
+            as they are.
+        mask: mask_mod's term. None where all keys are seen.
+        by_row: Whether the mask goes by the head.
+        columns: Terms that are computed once for a column, for all heads.
+        score_rows, mask_rows: Terms that are computed once for a row, for either.
+        arrays: The names of the arrays that are read.
+        num_heads: Query heads.
+    """
+
+    def __init__(self, spec: PagedAttentionSpec, *, only_mask: bool = False) -> None:
+        shapes = {each.name: each.shape for each in (*spec.inputs, *spec.constants)}
+        mask, outside_of_mask = _held(residual_mask(spec), shapes, spec.num_heads)
+        score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
+        self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
+        self.mask = mask and any_of(mask, outside_of_mask)
+        self.by_row = self.mask is not None and "head" in _arguments(self.mask)[self.mask]
+        columns, self.score_rows = _parts(self.score)
+        of_mask, self.mask_rows = _parts(self.mask if self.by_row else None)
+        self.columns = tuple(dict.fromkeys((*columns, *of_mask)))
+        self.arrays = _names(self.score, self.mask)
+        self.num_heads = spec.num_heads
+
+    @property
+    def present(self) -> bool:
+        """Whether there is any."""
+        return self.score is not None or self.mask is not None
+
+    @property
+    def any_columns(self) -> bool:
+        """Whether anything is computed once for a column."""
+        return bool(self.columns) or (self.mask is not None and not self.by_row)
+
+
+def _held(
+    term: Term | None, shapes: Mapping[str, tuple[int | str, ...]], num_heads: int
+) -> tuple[Term | None, Term | None]:
+    return (None, None) if term is None else held_inside(term, shapes, num_heads)
+
+
+def _arguments(term: Term) -> dict[Term, frozenset[str]]:
+    """The arguments that each of its parts goes by."""
+    found: dict[Term, frozenset[str]] = {}
+    for each in parts(term):
+        own = frozenset({each.op} & {"score", *ARGUMENTS})
+        found[each] = own.union(*(found[arg] for arg in each.args))
+    return found
+
+
+def _parts(term: Term | None) -> tuple[list[Term], list[Term]]:
+    """The largest parts that are computed once for a column, and once for a row.
+
+    What is an argument of every row is none; what stands in a column, the position of its key, is one.
+    """
+    columns: list[Term] = []
+    rows: list[Term] = []
+    if term is None:
+        return columns, rows
+    goes_by, wanted = _arguments(term), {term}
+    for each in reversed(parts(term)):
+        if each not in wanted:
+            continue
+        if not goes_by[each] & {"score", "key_pos"}:
+            rows += [each] if each.args else []
+        elif not goes_by[each] & {"score", "head"}:
+            columns.append(each)
+        else:
+            wanted.update(each.args)
+    return columns, rows
+
+
+def _names(*terms: Term | None) -> set[str]:
+    """The arrays that terms read."""
+    return set().union(*(names_read(term) for term in terms if term is not None))

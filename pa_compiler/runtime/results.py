@@ -1,0 +1,26 @@
+"""New arrays for what a call returns, of the kind that its caller uses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tvm_ffi
+
+from pa_compiler.runtime import torch_tensors
+from pa_compiler.runtime.arguments import NUMPY_DTYPES
+from pa_compiler.runtime.dlpack import as_tensor
+
+
+def new_like(query: Any, dtype: str, extents: tuple[int, ...], view_as_bfloat16: Callable[[Any], Any]) -> Any:
+    """A new array [batch, *extents] of query's kind; view_as_bfloat16 is a library's."""
+    if isinstance(query, np.ndarray):
+        return np.empty(query.shape[:1] + extents, NUMPY_DTYPES[dtype])
+    if torch_tensors.is_tensor(query):
+        return torch_tensors.empty_for(query, extents, dtype)
+    shape = (*as_tensor("query", query).shape[:1], *extents)
+    array = np.empty(shape, NUMPY_DTYPES[dtype])
+    if dtype == "bfloat16":
+        return view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
+    return tvm_ffi.from_dlpack(array)
