@@ -76,10 +76,14 @@ def sees_block(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> 
 
     With intervals of keys that have blocks between them, which are neither looked up nor read.
     """
+    return sees_any(spec, context_len, block_idx * spec.block_size, (block_idx + 1) * spec.block_size)
+
+
+def sees_any(spec: PagedAttentionSpec, context_len: Expr, first: Expr, after: Expr) -> Expr | None:
+    """The same of the keys from position first to after - 1."""
     ends = _ends(spec, context_len)
     if len(ends) == 1:
         return None
-    first, after = block_idx * spec.block_size, (block_idx + 1) * spec.block_size
     return functools.reduce(
         T.Or, (T.And(T.max(begin, first) < T.min(end, after), begin < end) for begin, end in ends), T.bool(False)
     )
