@@ -111,7 +111,7 @@ def log(x: Expr) -> Expr:
 
 def sqrt(x: Expr) -> Expr:
     """The square root of x, rounded as it should be: an instruction of every vector unit. NaN of what is below 0."""
-    return T.call_llvm_pure_intrin("float32", "llvm.sqrt", x)
+    return T.sqrt(x)
 
 
 def sigmoid(x: Expr) -> Expr:
