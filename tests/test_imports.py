@@ -44,7 +44,7 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "bounds", "tiles", "tvmscript"},
+    "kernels": {"spec", "score", "bounds", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
     "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
