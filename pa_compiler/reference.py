@@ -189,9 +189,9 @@ def weigh(
     visible = is_nan = None
     if mask_mod is not None:
         visible, is_nan = places.mask(mask_mod, (kv_heads, grouped.shape[1], len(position)))
-    is_seen = np.ones(len(position), bool)
+    is_seen: np.ndarray = np.ones(len(position), bool)
     if visible is not None:
-        is_seen = visible.reshape(-1, len(position)).any(axis=0)
+        is_seen = np.asarray(visible.any(axis=(0, 1)))
     key, values = _gathered(key_cache, value_cache, blocks, position, is_seen, kv_layout)
     if visible is not None:
         key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
