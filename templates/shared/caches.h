@@ -1,6 +1,6 @@
 // Key and value caches as kernels see them, and the checks of arguments that calls have in common.
 //
-// A Spec has what a library was compiled for: kDevice, kConvertsIndices, kNumHeads, kNumKVHeads, kHeadDim, kValueDim,
+// A Spec has what a library was compiled for: kDevice, kNumHeads, kNumKVHeads, kHeadDim, kValueDim,
 // kBlockSize, kDType, kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache,
 // kRowAxis, kHeadAxis, kWordElements, kCacheAlignment.
 #pragma once
@@ -98,10 +98,10 @@ struct ArgumentCheck {
     const bool is_bfloat16 = as_uint16 >> of.position & 1 && Same(given.dtype, kUint16);
     return CheckArray(of.name, given, is_bfloat16 ? kBfloat16 : given.dtype, dtype, shape, Spec::kDevice, any);
   }
-  // An array of indices, int32 or int64 where those that kernels do not read are converted, otherwise of dtype.
+  // An array of indices, int32 or int64 on a CPU, where those that kernels do not read are converted, else of dtype.
   Array Indices(const Parameter& of, DLDataType dtype, const Extents& shape, const char* any = nullptr) const {
     const DLDataType given = in.Tensor(of).dtype;
-    if (!Spec::kConvertsIndices) return (*this)(of, dtype, shape, any);
+    if (Spec::kDevice.type != kDLCPU) return (*this)(of, dtype, shape, any);
     if (!Same(given, kInt32) && !Same(given, kInt64)) {
       Raise("TypeError", "%s: expected dtype int32 or int64, got %s", of.name, DTypeText(given).c_str());
     }

@@ -60,8 +60,8 @@ struct Array {
   Array(const Array& other) { *this = other; }
   Array& operator=(const Array& other) {
     tensor = other.tensor;
-    std::copy(other.shape, other.shape + 4, shape);
-    std::copy(other.strides, other.strides + 4, strides);
+    __builtin_memcpy(shape, other.shape, sizeof shape);
+    __builtin_memcpy(strides, other.strides, sizeof strides);
     tensor.shape = shape;
     tensor.strides = strides;
     return *this;
