@@ -97,7 +97,8 @@ struct ArgumentCheck {
   const Inputs& in;
   int64_t as_uint16;
 
-  Array operator()(const Parameter& of, DLDataType dtype, const Extents& shape, const char* any = nullptr) const {
+  [[gnu::noinline]] Array operator()(const Parameter& of, DLDataType dtype, const Extents& shape,
+                                     const char* any = nullptr) const {
     const DLTensor& given = in.Tensor(of);
     const bool is_bfloat16 = as_uint16 >> of.position & 1 && Same(given.dtype, kUint16);
     return CheckArray(of.name, given, is_bfloat16 ? kBfloat16 : given.dtype, dtype, shape, Spec::kDevice, any);
@@ -112,7 +113,7 @@ struct ArgumentCheck {
     return (*this)(of, given, shape, any);
   }
   // An argument that a library does not take, since its spec has something, or has it not.
-  void None(const Parameter& of, const char* has) const {
+  [[gnu::noinline]] void None(const Parameter& of, const char* has) const {
     if (in.IsNone(of)) return;
     const DLTensor& given = in.Tensor(of);
     Raise("TypeError", "%s: expected None, since the spec has %s, got an array of shape %s", of.name, has,

@@ -94,7 +94,8 @@ inline bool Overlap(const Array& a, const Array& b) {
   return sums.Meet(apart - row_bytes[0] + 1, apart + row_bytes[1] - 1);
 }
 
-[[gnu::noinline]] inline void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
+[[gnu::noinline]] inline void CheckNoOverlap(const char* name, const Array& written, const char* other_name,
+                                             const Array& other) {
   if (!Overlap(written, other)) return;
   const Span span(written), theirs(other);
   Raise("ValueError",
