@@ -1,8 +1,8 @@
 // Key and value caches as kernels see them, and the checks of arguments that calls have in common.
 //
-// A Spec has what a library was compiled for: kDevice, kNumHeads, kNumKVHeads, kHeadDim, kValueDim,
-// kBlockSize, kDType, kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache,
-// kRowAxis, kHeadAxis, kWordElements, kCacheAlignment.
+// A Spec has what a library was compiled for: kDevice, kNumHeads, kNumKVHeads, kHeadDim, kValueDim, kBlockSize, kDType,
+// kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache, kRowAxis, kHeadAxis,
+// kWordElements, kCacheAlignment.
 #pragma once
 
 #include <cinttypes>
