@@ -145,7 +145,7 @@ def drawn_integer(rng, depth):
     if depth == 0:
         return rng.choice(leaves)
     op = rng.choice(
-        ["add", "subtract", "negative", "absolute", "minimum", "maximum", "multiply", "floor_divide", "where"]
+        ["add", "subtract", "negative", "absolute", "minimum", "maximum", "multiply", "divide", "where"]
     )
     first, second = drawn_integer(rng, depth - 1), drawn_integer(rng, depth - 1)
     if op == "where":
