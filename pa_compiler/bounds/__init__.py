@@ -10,7 +10,6 @@ say that nothing is read.
 from __future__ import annotations
 
 from pa_compiler.bounds.affine import LENGTH, add, constant
-from pa_compiler.bounds.conditions import Conditions
 from pa_compiler.bounds.intervals import (
     ALL,
     ANY,
@@ -79,6 +78,8 @@ def _bounds_and_residual(spec: PagedAttentionSpec) -> tuple[Bounds, Term | None]
 
 def _of_mask(mask: Term) -> tuple[Bounds, Term | None]:
     """Its bounds, and those conditions of the conjunction that it is that are not intervals."""
+    from pa_compiler.bounds.conditions import Conditions  # most specs have no mask
+
     derivation = Conditions()
     conditions = [(condition, derivation.of(condition, True)) for condition in _conjuncts(mask)]
     seen, rest = ALL, None
