@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 import pytest
 import tvm
@@ -11,7 +9,7 @@ from tvm.script import tirx as T
 
 from pa_compiler import backends
 from pa_compiler import tvmscript as script
-from pa_compiler.cpu import target
+from pa_compiler.cpu import build, target
 from pa_compiler.kernels.terms import lowered
 from pa_compiler.score import Term
 
@@ -95,7 +93,7 @@ def numbers():
 @pytest.fixture(scope="module")
 def evaluate(numbers):
     """evaluate(term) -> what it is for each of the numbers."""
-    config = json.loads(target.resolve(backends.normalize("llvm")).config)
+    cpu = target.resolve(backends.normalize("llvm"))
 
     def evaluated(term):
         if term.dtype == "bool":
@@ -120,8 +118,7 @@ def evaluate(numbers):
         sch.work_on("kernel")
         sch.vectorize(sch.get_loops("term")[-1])
         out = tvm.runtime.tensor(np.zeros(COUNT, term.dtype))
-        executable = tvm.compile(sch.mod, target=tvm.target.Target(config))
-        executable["kernel"](*map(tvm.runtime.tensor, numbers), out)
+        build.translate(sch.mod, cpu)["kernel"](*map(tvm.runtime.tensor, numbers), out)
         return out.numpy()
 
     return evaluated

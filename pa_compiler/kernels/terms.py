@@ -17,6 +17,10 @@ _INT32_ENDS = (-(2.0**31), 2.0**31 - 128)
 """The least and the largest number of float32 that int32 has."""
 
 
+_MAGNITUDE = 0x7FFFFFFF
+"""The bits of a float32 without its sign."""
+
+
 def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]) -> Expr:
     """A term as an expression. What is used more than once in it is computed once.
 
@@ -97,11 +101,12 @@ def _divided(operation: Callable[[Expr, Expr], Expr], by_minus_one: Callable[[Ex
     def divided(a: Expr, b: Expr) -> Expr:
         if isinstance(b, tir.IntImm) and b.value not in (0, -1):
             return operation(a, b)
-        divisor = Var("divisor", "int32")
+        divisor, safe, result = (Var(name, "int32") for name in ("divisor", "safe_divisor", "quotient"))
         special = T.Or(tir.EQ(divisor, T.int32(0)), tir.EQ(divisor, T.int32(-1)))
-        quotient = operation(a, T.Select(special, T.int32(1), divisor))
         of_special = T.Select(tir.EQ(divisor, T.int32(0)), T.int32(0), by_minus_one(a))
-        return Let(divisor, b, T.Select(special, of_special, quotient))
+        # outside of the choice, which is between numbers that both are computed: within, TVM takes the guard off again
+        quotient = Let(result, operation(a, safe), T.Select(special, of_special, result))
+        return Let(divisor, b, Let(safe, T.Select(special, T.int32(1), divisor), quotient))
 
     return divided
 
@@ -145,11 +150,12 @@ def _chosen(a: Expr, b: Expr, before: Callable[[Expr, Expr], Expr]) -> Expr:
     x, y = Var("first", "float32"), Var("second", "float32")
     if isinstance(b, tir.FloatImm):
         return Let(x, a, T.Select(before(b, x), b, x))  # x of NaN
-    return Let(x, a, Let(y, b, T.Select(before(x, y), x, T.Select(before(y, x), y, T.Select(x <= y, x, x + y)))))
+    is_nan = T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE) > T.int32(0x7F800000)  # of bits: TVM knows no NaN
+    return Let(x, a, Let(y, b, T.Select(is_nan, x, T.Select(before(x, y), x, y))))
 
 
 def _absolute(x: Expr) -> Expr:
-    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF)))
+    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE))
 
 
 def _negative(x: Expr) -> Expr:
