@@ -40,7 +40,7 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
         value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
         if uses[each] > 1 and each.op != "number":
             variable = Var(each.op, each.dtype)
-            bound.append((variable, value))
+            bound.append((variable, _opaque(value, each.dtype)))
             value = variable
         known[each] = value
     result = known[term]
@@ -70,6 +70,19 @@ def _operation(term: Term, args: list[Expr], arguments: Mapping[str, Expr], arra
         return _CASTS[term.args[0].dtype, term.dtype](args[0])
     of = term.args[0].dtype
     return (_OPERATIONS.get((term.op, of)) or _OPERATIONS[term.op, ""])(*args)
+
+
+def _opaque(value: Expr, dtype: str) -> Expr:
+    """The same value, of which TVM knows nothing, by a fence that is no instruction.
+
+    TVM would replace a variable by its value wherever it stands, and knows no NaN: it takes what is not less for
+    greater or equal.
+    """
+    if dtype == "float32":
+        return T.call_llvm_intrin("float32", "llvm.arithmetic.fence", value)
+    bits = T.Select(value, T.int32(-1), T.int32(0)) if dtype == "bool" else value
+    fenced = T.reinterpret("int32", _opaque(T.reinterpret("float32", bits), "float32"))
+    return tir.NE(fenced, T.int32(0)) if dtype == "bool" else fenced
 
 
 def _element(array: Buffer, indices: Iterable[Expr]) -> Expr:
@@ -170,10 +183,10 @@ def _truncated(x: Expr) -> Expr:
 
 
 def _not(x: Expr) -> Expr:
-    return T.Not(x)
+    return T.Not(_opaque(x, "bool"))
 
 
-_REPEATING = {"tanh", "absolute", "floor_divide", "remainder", "equal", "xor"}
+_REPEATING = {"tanh", "exp", "absolute", "floor_divide", "remainder", "equal", "xor"}
 """Operations whose expressions have an operand more than once."""
 
 _NUMBERS = {
@@ -184,7 +197,7 @@ _NUMBERS = {
 
 _CASTS = {
     ("float32", "int32"): _truncated,
-    ("float32", "bool"): lambda x: T.Not(tir.EQ(x, T.float32(0))),
+    ("float32", "bool"): lambda x: tir.NE(T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE), T.int32(0)),
     ("int32", "float32"): lambda x: T.Cast("float32", x),
     ("int32", "bool"): lambda x: tir.NE(x, T.int32(0)),
     ("bool", "float32"): lambda x: T.Select(x, T.float32(1), T.float32(0)),
@@ -216,15 +229,13 @@ _OPERATIONS: dict[tuple[str, str], Callable[..., Expr]] = {
     ("or", "int32"): T.bitwise_or,
     ("xor", "int32"): T.bitwise_xor,
     ("not", "int32"): lambda x: T.bitwise_xor(x, T.int32(-1)),
-    ("less", "bool"): lambda a, b: T.And(T.Not(a), b),
-    ("less_equal", "bool"): lambda a, b: T.Or(T.Not(a), b),
-    ("equal", "bool"): lambda a, b: T.Select(a, b, T.Not(b)),
+    ("equal", "bool"): lambda a, b: T.Select(a, b, _not(b)),
     ("less", ""): tir.LT,
     ("less_equal", ""): tir.LE,
     ("equal", ""): tir.EQ,
     ("and", "bool"): T.And,
     ("or", "bool"): T.Or,
-    ("xor", "bool"): lambda a, b: T.Select(a, T.Not(b), b),
+    ("xor", "bool"): lambda a, b: T.Select(a, _not(b), b),
     ("not", "bool"): _not,
     ("where", ""): T.Select,
     ("exp", ""): functions.exp,
