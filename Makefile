@@ -109,7 +109,7 @@ $(TORCH)/.installed: $(STAMP) benchmarks/peers.txt
 	@echo 'Installing into $(TORCH): torch for CPUs, about 1 GB the first time.'
 	@$(PYTHON) -m venv $(TORCH)
 	$(install-torch)
-	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)"
+	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)" "$(ONNX_PIN)"
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt
