@@ -7,9 +7,15 @@ with the kernels, so that a mistake in one cannot hide in the other.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from pa_compiler import reference_functions
+from pa_compiler.score import Function
+
+Functions = Function | Callable[..., Any]
 
 
 class Weighed(NamedTuple):
@@ -18,14 +24,30 @@ class Weighed(NamedTuple):
     Attributes:
         scores: [num_kv_heads, group, tokens], as the softmax takes them.
         weights: The same shape: shares of a denominator that has the sink in it.
-        values: [num_kv_heads, tokens, value_dim].
+        values: [num_kv_heads, tokens, value_dim]; 0 where a mask hides the token from all heads that share it.
         lse: [num_heads], the logarithm of the denominator.
+        given: As scores: what score_mod was given.
+        visible: bool, as scores: what mask_mod leaves. None without one.
     """
 
     scores: np.ndarray
     weights: np.ndarray
     values: np.ndarray
     lse: np.ndarray
+    given: np.ndarray
+    visible: np.ndarray | None
+
+    def out(self) -> np.ndarray:
+        """[num_heads, value_dim]: the averages of the values. What a head does not see has no part in its own."""
+        if self.visible is None or np.isfinite(self.values).all():
+            return (self.weights @ self.values).reshape(len(self.lse), -1)
+        group = self.weights.shape[1]
+        return np.stack(
+            [
+                self.weights[head // group, head % group][seen] @ self.values[head // group][seen]
+                for head, seen in enumerate(self.visible.reshape(len(self.lse), -1))
+            ]
+        )
 
 
 def decode(
@@ -42,13 +64,17 @@ def decode(
     softcap: float | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    score_mod: Functions | None = None,
+    mask_mod: Functions | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> np.ndarray | tuple[np.ndarray, np.ndarray]:
     """Attend from one query token per sequence to the first context_len tokens of that sequence.
 
     For each query head h, with kv head g = h // (num_heads // num_kv_heads) and tokens t < context_len:
     out[h] = sum_t softmax_t(scale * query[h] . key[t, g]) * value[t, g].
 
-    The query stands at position context_len - 1. A score is scaled, then capped, then biased by position, then masked.
+    The query stands at position context_len - 1. A score is scaled, then capped, then what score_mod makes of it, then
+    biased by position, then masked. A key that is masked has no part in anything, whatever it is.
     A score of -inf has a weight of 0, and a head that has no other score is as in an empty sequence: out 0, and lse
     -inf, or the sink.
 
@@ -74,6 +100,11 @@ def decode(
         softcap: A scaled score becomes softcap * tanh(score / softcap); None leaves it.
         alibi_slopes: [num_heads]: slope * (token - (context_len - 1)) is added to the score of a token.
         sinks: [num_heads]: one more score of each head's softmax, which has no value. -inf is no sink.
+        score_mod: score_mod(score, batch, head, query_pos, key_pos), called with arrays in float64 and int64: of NumPy,
+            or of torch where it is the score_mod of a spec that calls functions of torch.
+        mask_mod: mask_mod(batch, head, query_pos, key_pos), called likewise: whether a key is seen.
+        inputs: Arrays that these take by keyword, as far as they do. An element beyond the end of one, or at a negative
+            index, makes the score of its key NaN.
 
     Returns:
         out: [batch, num_heads, value_dim], float64; 0 where there is no token, or no score but -inf.
@@ -99,8 +130,12 @@ def decode(
             softcap=softcap,
             alibi_slopes=alibi_slopes,
             sinks=sinks,
+            score_mod=score_mod,
+            mask_mod=mask_mod,
+            inputs=inputs,
+            batch=int(sequence),
         )
-        out[sequence] = (seen.weights @ seen.values).reshape(num_heads, -1)
+        out[sequence] = seen.out()
         lse[sequence] = seen.lse
     return (out, lse) if return_lse else out
 
@@ -118,6 +153,10 @@ def weigh(
     softcap: float | None = None,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    score_mod: Functions | None = None,
+    mask_mod: Functions | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
+    batch: int = 0,
 ) -> Weighed:
     """What the tokens of one sequence weigh.
 
@@ -133,24 +172,41 @@ def weigh(
         softcap: As for decode.
         alibi_slopes: As for decode.
         sinks: As for decode.
+        score_mod: As for decode.
+        mask_mod: As for decode.
+        inputs: As for decode.
+        batch: The number of the sequence, for functions.
     """
     num_heads, head_dim = query.shape
     position = np.arange(0 if window is None else max(0, context_len - window), context_len)
     key, values = _gathered(key_cache, value_cache, blocks, position, kv_layout)
     by_kv_head = (len(key), num_heads // len(key), 1)
     grouped = query.astype(np.float64).reshape(len(key), -1, head_dim)
-    scores = (1 / math.sqrt(head_dim) if scale is None else float(scale)) * (grouped @ key)
+    places = reference_functions.Places(batch, context_len - 1, position, inputs or {})
+    visible = is_nan = None
+    if mask_mod is not None:
+        visible, is_nan = places.mask(mask_mod, (len(key), grouped.shape[1], len(position)))
+        key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
+        values[~visible.any(axis=1)] = 0
+    with np.errstate(invalid="ignore"):  # a key of infinities may be hidden from some heads
+        scores = (1 / math.sqrt(head_dim) if scale is None else float(scale)) * (grouped @ key)
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
+    given = scores
+    if score_mod is not None:
+        scores = places.score(score_mod, scores, visible)
     if alibi_slopes is not None:
         scores = scores + np.asarray(alibi_slopes, np.float64).reshape(by_kv_head) * (position - (context_len - 1))
+    if visible is not None and is_nan is not None:
+        scores = np.where(visible, np.where(is_nan, np.nan, scores), -np.inf)
     sink = np.full(by_kv_head, -np.inf) if sinks is None else np.asarray(sinks, np.float64).reshape(by_kv_head)
     peak = np.maximum(scores.max(axis=-1, keepdims=True), sink)
     has_weight = peak != -np.inf
     weights = np.exp(scores - np.where(has_weight, peak, 0))
     row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
     row_sum = np.where(has_weight, row_sum, 1)
-    return Weighed(scores, weights / row_sum, values, (peak + np.log(row_sum)).reshape(num_heads))
+    lse = (peak + np.log(row_sum)).reshape(num_heads)
+    return Weighed(scores, weights / row_sum, values, lse, given, visible)
 
 
 def _gathered(
