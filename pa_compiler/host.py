@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from pa_compiler import installation
+from pa_compiler.bounds import affine, bounds
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
 from pa_compiler.interface import (
     CHECKS,
@@ -177,7 +178,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters = (_identifier, _constant, _type, _extents, _initializers, _product, _runs, _arguments, _address, _fill)
+    filters = (_identifier, _constant, _type, _extents, _intervals, _product, _initializers)
+    filters += (_runs, _arguments, _address, _fill)
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -247,6 +249,12 @@ def _identifier(name: str) -> str:
 def _extents(shape: Sequence[str | int]) -> str:
     """A shape as C++'s list of extents, -1 for a word: any extent, or one of the call's."""
     return "{" + ", ".join("-1" if isinstance(extent, str) else str(extent) for extent in shape) + "}"
+
+
+def _intervals(spec: PagedAttentionSpec) -> list[str]:
+    """The intervals of keys that a query sees, as C++'s initializers; an empty one where there are none."""
+    texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
+    return [f"{{{begin}, {end}}}" for begin, end in texts] or ["{0, 0}"]
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -13,6 +13,7 @@ import pytest
 from package import python_files
 
 ARROWS = {
+    "bounds": {"spec", "score"},
     "score_checks": {"score"},
     "spec": {"score", "score_checks", "tracing"},
     "interface": {"spec"},
@@ -27,7 +28,7 @@ ARROWS = {
         "interface",
         "verification",
     },  # a module verifies itself, by what compares it with the reference
-    "verification": {"spec", "interface", "layout", "reference", "runtime"},
+    "verification": {"spec", "bounds", "interface", "layout", "reference", "runtime"},
     "score": set(),
     "score_text": {"score"},
     "ranges": {"score"},
@@ -40,9 +41,9 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "tiles", "tvmscript"},
+    "kernels": {"spec", "bounds", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
-    "host": {"spec", "interface", "tiles", "installation", "runtime", "cpu"},
+    "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
     "cpu": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
@@ -63,7 +64,7 @@ ARROWS = {
         *("spec", "runtime", "artifact", "backends", "compiler", "host", "installation", "interrupts"),
     },
     "cli": {
-        *("__init__", "spec", "interface", "runtime", "verification", "words"),
+        *("__init__", "spec", "bounds", "interface", "runtime", "verification", "words"),
         *("backend", "backends", "compiler", "generate", "store"),
         "cuda",  # the names of GPUs
     },

@@ -6,9 +6,13 @@ those of the host's arrays: batch, max_blocks, and `q_batch`, the elements from 
 
 from __future__ import annotations
 
+from collections.abc import Collection
+
 from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Buffer, PrimFunc, Var
 
+from pa_compiler.score import BATCH, Constant, Input
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 from pa_compiler.tiles import Element, Tiling
 
@@ -84,6 +88,25 @@ class Arrays:
     def alibi_slopes(self, handle: Var) -> Buffer:
         """[num_heads], float32."""
         return self._of_heads(handle, "slope_head")
+
+    def of_functions(self, names: Collection[str]) -> dict[str, Buffer]:
+        """Those of the inputs and constants that are named, in the spec's order, C-contiguous; bool as its bytes.
+
+        They become further parameters of the PrimFunc that is being parsed: input_<name>, and constants by their names.
+        """
+        arrays: dict[str, Input | Constant] = {f"input_{each.name}": each for each in self._spec.inputs}
+        arrays |= {each.name: each for each in self._spec.constants}
+        found = {}
+        for parameter, array in arrays.items():
+            if array.name in names:
+                handle = T.arg(f"{parameter}_handle", T.handle())
+                shape = [self._var(each) if each == BATCH else T.int64(each) for each in array.shape or (1,)]
+                dtype = "int8" if array.dtype == "bool" else array.dtype
+                found[array.name] = T.match_buffer(
+                    handle, shape, dtype, align=ITEMSIZES.get(array.dtype, 1 if array.dtype == "bool" else 4)
+                )
+                IRBuilder.name(parameter, found[array.name])
+        return found
 
     def sinks(self, handle: Var) -> Buffer:
         """[num_heads], float32."""

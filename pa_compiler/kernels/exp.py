@@ -10,11 +10,12 @@ from tvm.script import tirx as T
 
 from pa_compiler.tvmscript import inline
 
-_LOG2_E = 1.4426950408889634
+LOG2_E = 1.4426950408889634
 _LN2 = 0.6931471805599453
-_LN2_HIGH = 0.693359375  # ten bits: n * _LN2_HIGH is exact for every n that occurs
-_LN2_LOW = -2.12194440e-4
-_P0, _P1, _P2, _P3, _P4 = 0.49999994, 0.16666521, 0.041668389, 0.0083687156, 0.0013814602
+LN2_HIGH = 0.693359375  # ten bits: n * LN2_HIGH is exact for every n that occurs
+LN2_LOW = -2.12194440e-4
+EXP_P = (0.49999994, 0.16666521, 0.041668389, 0.0083687156, 0.0013814602)
+_P0, _P1, _P2, _P3, _P4 = EXP_P
 _SMALLEST = -87.0  # below it exp leaves the normal float32 numbers: the result is 0
 _ROUND = 12583039.0  # 1.5 * 2**23 + 127: adding it leaves round(t) + 127 in the low bits of the significand
 
@@ -30,9 +31,9 @@ def store_exp(buffer, indices, x, valid, headroom=None):
     places = T.meta_var(T.float32(0) if headroom is None else T.Cast("float32", headroom))
     rounding = T.meta_var(T.float32(_ROUND) - places)
     smallest = T.meta_var(T.float32(_SMALLEST) + places * T.float32(_LN2))
-    bits: T.let = T.reinterpret("int32", arg * T.float32(_LOG2_E) + rounding)  # anything below the smallest
+    bits: T.let = T.reinterpret("int32", arg * T.float32(LOG2_E) + rounding)  # anything below the smallest
     n: T.let = T.reinterpret("float32", bits) - rounding  # from bits: TVM folds (t + c) - c
-    f: T.let = arg - n * T.float32(_LN2_HIGH) - n * T.float32(_LN2_LOW)
+    f: T.let = arg - n * T.float32(LN2_HIGH) - n * T.float32(LN2_LOW)
     high: T.let = (T.float32(_P4) * f + T.float32(_P3)) * f + T.float32(_P2)
     p: T.let = (high * f + T.float32(_P1)) * f + T.float32(_P0)
     series: T.let = p * (f * f) + f + T.float32(1)

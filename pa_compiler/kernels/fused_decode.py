@@ -13,11 +13,13 @@ from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
+from pa_compiler.kernels.computed import Computed, allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
-from pa_compiler.kernels.rows import first_read, first_seen, limit, masks_first_tile, rows_of_tiles
+from pa_compiler.kernels.rows import begins_late, first_read, first_seen, limit, masks_first_tile, rows_of_tiles
+from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
@@ -35,6 +37,7 @@ class Sequence(NamedTuple):
         slopes: alibi_slopes, or None.
         scale: What products are multiplied by.
         headroom: Its binary places (kernels/headroom.py).
+        computed: What functions of scores take; None where there are none.
     """
 
     seq: Expr
@@ -42,6 +45,7 @@ class Sequence(NamedTuple):
     slopes: Buffer | None
     scale: Expr
     headroom: Expr
+    computed: Computed | None
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -61,6 +65,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     depth, dim = spec.head_dim // tiling.keys.terms, spec.result_dim
     look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
     load_queries, finish = _load_queries(spec, tiling), _finish(spec, tiling)
+    functions, columns_stage = ScoreFunctions(spec), compute_columns(spec, tiling)
 
     @script.prim_func(s_tir=True)
     def fused_decode(
@@ -104,6 +109,7 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
             alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
         if spec.sinks:
             sinks = arrays.sinks(sinks_handle)
+        of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -115,9 +121,9 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 acc = T.sblock_alloc_buffer((tiles, rows, dim), "float32")
                 seq: T.let = batch_start + vs
                 places: T.let = headroom(spec, context_lens[seq])
-                end = T.meta_var(limit(context_lens, seq))
-                if spec.window is not None:
-                    seen: T.let = first_seen(spec, end)
+                end = T.meta_var(limit(spec, context_lens[seq]))
+                if begins_late(spec):
+                    seen: T.let = first_seen(spec, context_lens[seq])
                     range_begin: T.let = T.max(block_begin * spec.block_size, first_read(spec, seen))
                 else:
                     range_begin: T.let = block_begin * spec.block_size  # type: ignore[no-redef]
@@ -142,9 +148,18 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                         )
                         look_up(block_table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
+                        if functions.present:
+                            query_pos: T.let = T.max(context_lens[seq] - 1, 0)
+                            taken = T.meta_var(Computed(of_functions, seq, query_pos))
+                        computed = T.meta_var(
+                            columns_stage(taken, tile, tile.num_groups) if functions.present else None
+                        )
                         attend(
                             q_tile, keys, values, tile, has_next, State(row_max, row_sum, acc, 0), vstep, num_steps,
-                            Sequence(seq, end - 1, alibi_slopes if spec.alibi else None, score_scale, places),
+                            Sequence(
+                                seq, context_lens[seq] - 1, alibi_slopes if spec.alibi else None, score_scale, places,
+                                computed,
+                            ),
                         )  # fmt: skip
                 finish(
                     State(row_max, row_sum, acc, 0), State(partial_max, partial_sum, partial_acc, partial_start + vs),
@@ -242,6 +257,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
     pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(num_tiles, rows, dim)
+    visible_stage = compute_visible(spec, tiling)
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
@@ -255,13 +271,17 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer((num_tiles, rows, tokens // 2), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
+        computed = T.meta_var(allocate_visible(spec, tiling, sequence.computed, num_tiles))
+        visible = T.meta_var(None if computed is None else computed.visible)
         for i in range(num_tiles):
             with T.sblock("softmax"):
                 vslot = T.axis.spatial(num_tiles, i)
                 T.reads()
                 T.writes()
                 added = T.meta_var(State(tile_max, tile_sum, None, vslot))
-                scoring = T.meta_var(Scoring(rows_of(sequence.seq, first + vslot), sequence.query_pos, sequence.slopes))
+                of = T.meta_var(rows_of(sequence.seq, first + vslot))
+                scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed))
+                visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
                 if in_pairs:
                     pairs_stage(probs, weights, vslot, tile.num_groups)
@@ -271,7 +291,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             T.reads()
             T.writes()
             tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
-            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0)
+            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, visible)
             fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
 
     return stage

@@ -18,7 +18,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     In the caller's sblock, for head tiles, slots and a head as in qk_matmul. The sum stops at valid_len: values in
     unused slots are not multiplied by 0, they are not read. First come all whole groups of token_group tokens, then the
     rest of the last one. num_full counts the first, and is bound outside of the caller's sblock: schedules allocate as
-    much in it.
+    much in it. A value that visible, of computed.py, does not show counts as 0.
 
     Where pairs are multiplied it is the sum over t of dot_pairs(weights[slot, r, t], values of the tokens in the
     columns 2t and 2t + 1). The value past an odd valid_len is replaced by 0.
@@ -39,8 +39,20 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             return T.Select(tile.sees(t), value, T.float32(0))
         return T.bitwise_and(value, T.Select(tile.sees(2 * t), -1, T.Select(tile.sees(2 * t + 1), HIGH, 0)))
 
+    def shown(value, visible, slot, row, t):
+        """The same of what a mask does not show."""
+        if visible is None:
+            return value
+        word = visible.of_operand(slot, row, t)
+        if terms == 2:
+            return T.bitwise_and(value, word)
+        return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", value), word))
+
+    def words(visible, slot, row, t):
+        return [] if visible is None else [visible.of_operand(slot, row, t)]
+
     @inline
-    def stage(weights, values, head_offset, tile, num_full, tile_acc, slot):
+    def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, visible=None):
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // terms, rows, dim):
             with T.sblock("full_groups"):
@@ -48,11 +60,17 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 vi, vr, vd = T.axis.remap("SSS", [i, r, d])
                 at = T.meta_var(slot if num_tiles == 1 else slot + vi)
                 now = T.meta_var(head_offset + T.Cast("int64", T.floordiv(vi, group_tiles)) * values.head)
-                T.reads(weights[at, vr, vt], whole(values.memory), values.offsets[vt * terms : vt * terms + terms])
+                T.reads(
+                    weights[at, vr, vt],
+                    whole(values.memory),
+                    values.offsets[vt * terms : vt * terms + terms],
+                    *words(visible, at, vr, vt),
+                )
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():
                     full_acc[vi, vr, vd] = T.float32(0)
-                full_acc[vi, vr, vd] += product(weights[at, vr, vt], seen(read(values, vt, now, vd), vt, tile))
+                value = T.meta_var(seen(read(values, vt, now, vd), vt, tile))
+                full_acc[vi, vr, vd] += product(weights[at, vr, vt], shown(value, visible, at, vr, vt))
         for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(tile.valid_len, group), terms), rows, dim):
             with T.sblock("tile_acc"):
                 vt = T.axis.reduce(tokens // terms, num_full * (group // terms) + ti)
@@ -64,12 +82,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     weights[at, vr, vt],
                     whole(values.memory),
                     values.offsets[vt * terms : vt * terms + terms],
+                    *words(visible, at, vr, vt),
                 )
                 T.writes(tile_acc[at, vr, vd])
                 with T.init():
                     tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
-                tile_acc[at, vr, vd] += product(
-                    weights[at, vr, vt], valid(seen(read(values, vt, now, vd), vt, tile), vt, tile.valid_len)
-                )
+                value = T.meta_var(valid(seen(read(values, vt, now, vd), vt, tile), vt, tile.valid_len))
+                tile_acc[at, vr, vd] += product(weights[at, vr, vt], shown(value, visible, at, vr, vt))
 
     return stage

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer
 
+from pa_compiler.bounds import affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -50,17 +51,54 @@ def rows_of_tiles(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Row
     return rows_of
 
 
-def limit(context_lens: Buffer, seq: Expr) -> Expr:
+def limit(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
     """The first key position that the rows of a sequence's query token must not see.
 
-    A query token sees itself and what comes before it. In decode it is the last of its sequence.
+    A query token sees itself and what comes before it, as far as the mask has it. In decode it is the last of its
+    sequence, of context_len tokens.
     """
-    return context_lens[seq]
+    ends = _ends(spec, context_len)
+    if len(ends) == 1:
+        return ends[0][1]
+    return functools.reduce(T.max, (T.Select(begin < end, end, T.int32(0)) for begin, end in ends), T.int32(0))
 
 
-def first_seen(spec: PagedAttentionSpec, end: Expr) -> Expr:
-    """The first key position that they see, where limit is `end`: of a window the last `window` keys."""
-    return T.int32(0) if spec.window is None else T.max(end - spec.window, 0)
+def first_seen(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
+    """The first key position that they see; one that no sequence has where they see none."""
+    ends, beyond = _ends(spec, context_len), T.int32(affine.MAX_LENGTH)
+    if len(ends) == 1:
+        return ends[0][0]
+    return functools.reduce(T.min, (T.Select(begin < end, begin, beyond) for begin, end in ends), beyond)
+
+
+def sees_block(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr | None:
+    """Whether they see any key of a block; None where they see all blocks between the first and the last that they see.
+
+    With intervals of keys that have blocks between them, which are neither looked up nor read.
+    """
+    ends = _ends(spec, context_len)
+    if len(ends) == 1:
+        return None
+    first, after = block_idx * spec.block_size, (block_idx + 1) * spec.block_size
+    return functools.reduce(
+        T.Or, (T.And(T.max(begin, first) < T.min(end, after), begin < end) for begin, end in ends), T.bool(False)
+    )
+
+
+def _ends(spec: PagedAttentionSpec, context_len: Expr) -> list[tuple[Expr, Expr]]:
+    """The intervals of key positions that are seen, from 0 to context_len at most, and empty where end <= begin."""
+    operations = affine.Operations(T.floordiv, T.min, T.max)
+    ends = []
+    for interval in bounds(spec).intervals:
+        begin, end = (affine.value(each, context_len, operations) for each in interval)
+        begin = T.int32(begin) if isinstance(begin, int) else T.max(begin, 0)
+        ends.append((begin, context_len if interval.end == affine.LENGTH else T.min(context_len, end)))
+    return ends
+
+
+def begins_late(spec: PagedAttentionSpec) -> bool:
+    """Whether the first key that is seen may be another than the first of the sequence."""
+    return all(interval.begin != affine.constant(0) for interval in bounds(spec).intervals)
 
 
 def first_read(spec: PagedAttentionSpec, seen: Expr) -> Expr:
@@ -73,4 +111,4 @@ def first_read(spec: PagedAttentionSpec, seen: Expr) -> Expr:
 
 def masks_first_tile(spec: PagedAttentionSpec) -> bool:
     """Whether tiles may begin before the first key that is seen."""
-    return spec.window is not None and spec.kv_layout == "packed"
+    return begins_late(spec) and spec.kv_layout == "packed"

@@ -1,4 +1,4 @@
-"""What a score becomes between qk_matmul and the softmax: soft cap and bias, in the order that a spec's fields have."""
+"""What a score becomes between qk_matmul and the softmax: scale, soft cap, score_mod, ALiBi; and which keys are seen."""
 
 from __future__ import annotations
 
@@ -6,9 +6,13 @@ from typing import Any, NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.tirx import BufferRegion
 
+from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.computed import Computed, KeptRows, compute_rows, head_of
 from pa_compiler.kernels.functions import tanh
 from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -20,11 +24,19 @@ class Scoring(NamedTuple):
         rows: The rows of the head tile.
         query_pos: Position of their query token in its sequence.
         slopes: alibi_slopes, float32 [num_heads]; None where the spec has none.
+        computed: What its functions take; None where it has none.
     """
 
     rows: Rows
     query_pos: Expr
     slopes: Any
+    computed: Computed | None = None
+
+    @property
+    def regions(self) -> list[BufferRegion]:
+        """The arrays that are read besides scores, for T.reads."""
+        slopes = [] if self.slopes is None else [whole(self.slopes)]
+        return slopes + ([] if self.computed is None else self.computed.regions)
 
 
 def slope_of(scoring: Scoring, row: Expr) -> Expr:
@@ -32,13 +44,48 @@ def slope_of(scoring: Scoring, row: Expr) -> Expr:
     return T.if_then_else(row < scoring.rows.num, scoring.slopes[scoring.rows.at(row)[1]], T.float32(0))
 
 
-def scored(spec: PagedAttentionSpec, score: Expr, scoring: Scoring, slope: Expr, tile: Tile, column: Expr) -> Expr:
-    """A scaled score with the soft cap, and with the bias of the distance of its key.
+class Scores:
+    """What becomes of the scores of one stage."""
 
-    slope is slope_of its row; column is the key's in its tile.
-    """
-    if spec.softcap is not None:
-        score = T.float32(spec.softcap) * tanh(score * T.float32(1 / spec.softcap))
-    if spec.alibi:
-        score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
-    return score
+    def __init__(self, spec: PagedAttentionSpec, rows: int) -> None:
+        self._spec, self._rows, self._functions = spec, rows, ScoreFunctions(spec)
+
+    def of_rows(self, scoring: Scoring) -> KeptRows | None:
+        """Emit what of score_mod goes by the row alone."""
+        if self._functions.score is None or scoring.computed is None:
+            return None
+        return compute_rows(
+            self._functions.score_rows, self._rows, scoring.computed, scoring.rows, self._spec.num_heads
+        )
+
+    def scored(
+        self,
+        score: Expr,
+        scoring: Scoring,
+        slope: Expr | None,
+        kept: KeptRows | None,
+        tile: Tile,
+        row: Expr,
+        column: Expr,
+    ) -> Expr:
+        """A scaled score with the soft cap, with score_mod, and with the bias of the distance of its key.
+
+        slope is slope_of its row, kept is of_rows; column is the key's in its tile.
+        """
+        spec, functions = self._spec, self._functions
+        if spec.softcap is not None:
+            score = T.float32(spec.softcap) * tanh(score * T.float32(1 / spec.softcap))
+        if kept is not None:
+            computed, head = scoring.computed, head_of(scoring.rows, row, spec.num_heads)
+            known = computed.of_columns(functions, column) | kept(row)
+            score = computed.value(functions.score, known, score=score, head=head)
+        if spec.alibi:
+            score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
+        return score
+
+
+def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Expr:
+    """Whether lane `lane` of token group `group` has a token that is seen; place is its slot, row and column."""
+    holds = tile.holds(group, lane)
+    visible = None if scoring.computed is None else scoring.computed.visible
+    return holds if visible is None else T.And(holds, visible.sees(*place))

@@ -4,10 +4,9 @@ from collections.abc import Callable
 
 from tvm.script import tirx as T
 
-from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.kernels.scores import scored, slope_of
+from pa_compiler.kernels.scores import Scores, sees, slope_of
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -28,6 +27,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+    functions = Scores(spec, rows)
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
@@ -35,7 +35,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
         with T.sblock("softmax_prepare"):
-            T.reads(scores[slot, 0:rows, 0:tokens], *([whole(scoring.slopes)] if spec.alibi else []))
+            T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
             T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
             scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
             peak = T.sblock_alloc_buffer((rows,), "float32")
@@ -45,6 +45,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("slope"):
                         vr = T.axis.spatial(rows, r)
                         slope[vr] = slope_of(scoring, vr)
+            kept = T.meta_var(functions.of_rows(scoring))
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("scaled"):
                     vo = T.axis.spatial(tokens // group, to)
@@ -53,8 +54,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     column = T.meta_var(vo * group + vi)
                     score = T.meta_var(scores[slot, vr, column] * scale)
                     scaled[vr, column] = T.Select(
-                        tile.holds(vo, vi),
-                        scored(spec, score, scoring, slope[vr] if spec.alibi else None, tile, column),
+                        sees(scoring, tile, vo, vi, (slot, vr, column)),
+                        functions.scored(score, scoring, slope[vr] if spec.alibi else None, kept, tile, vr, column),
                         T.float32("-inf"),
                     )
             for r, to, ti in T.grid(rows, num_groups, group):

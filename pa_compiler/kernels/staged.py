@@ -20,7 +20,7 @@ from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
-from pa_compiler.kernels.rows import Rows, first_read, first_seen, limit, masks_first_tile
+from pa_compiler.kernels.rows import Rows, begins_late, first_read, first_seen, limit, masks_first_tile, sees_block
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -28,23 +28,27 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 
-def _start(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
-    """Where a sequence that is seen up to the position `end` is read from in block block_idx."""
+def _start(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
+    """Where a sequence is read from in block block_idx."""
     start = block_idx * spec.block_size
-    return start if spec.window is None else T.max(start, first_read(spec, first_seen(spec, end)))
+    return T.max(start, first_read(spec, first_seen(spec, context_len))) if begins_late(spec) else start
 
 
-def _valid_len(spec: PagedAttentionSpec, end: Expr, block_idx: Expr) -> Expr:
-    """Tokens that are read in block block_idx of a sequence that is seen up to the position `end`."""
-    if spec.window is None:
-        return T.max(T.min(end - block_idx * spec.block_size, spec.block_size), 0)
-    return T.max(T.min(end, (block_idx + 1) * spec.block_size) - _start(spec, end, block_idx), 0)
+def _valid_len(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr:
+    """Tokens of a sequence that are read in block block_idx."""
+    end, size = limit(spec, context_len), spec.block_size
+    if begins_late(spec):
+        tokens = T.max(T.min(end, (block_idx + 1) * size) - _start(spec, context_len, block_idx), 0)
+    else:
+        tokens = T.max(T.min(end - block_idx * size, size), 0)
+    sees = sees_block(spec, context_len, block_idx)
+    return tokens if sees is None else T.Select(sees, tokens, 0)
 
 
-def _tile(spec: PagedAttentionSpec, tiling: Tiling, end: Expr, block_idx: Expr, valid_len: Expr) -> Tile:
-    """Block block_idx of such a sequence."""
-    seen = first_seen(spec, end) if masks_first_tile(spec) else None
-    return Tile(tiling, _start(spec, end, block_idx), valid_len, seen)
+def _tile(spec: PagedAttentionSpec, tiling: Tiling, context_len: Expr, block_idx: Expr, valid_len: Expr) -> Tile:
+    """Block block_idx of a sequence."""
+    seen = first_seen(spec, context_len) if masks_first_tile(spec) else None
+    return Tile(tiling, _start(spec, context_len, block_idx), valid_len, seen)
 
 
 def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
@@ -99,8 +103,8 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 q_tile = T.sblock_alloc_buffer((1, tiling.row_tile, spec.head_dim), "float32")
                 key_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
+                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 keys = T.meta_var(Cache(key_cache, k_block, k_row, k_head, key_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * k_head
                 load_query_stage(query, q_tile, 0, Rows(seq, head_start, num_rows), query_scale)
@@ -143,8 +147,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.reads()
                 T.writes()
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
+                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
                 scoring = T.meta_var(
                     Scoring(
@@ -189,8 +193,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 T.writes()
                 value_offsets = T.sblock_alloc_buffer((tiling.num_offsets,), "int64")
                 seq: T.let = batch_start + vs
-                valid_len: T.let = _valid_len(spec, limit(context_lens, seq), block_idx)
-                tile = T.meta_var(_tile(spec, tiling, limit(context_lens, seq), block_idx, valid_len))
+                valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
+                tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 values = T.meta_var(Cache(value_cache, v_block, v_row, v_head, value_offsets))
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
                 look_up(block_table, values, tile, seq)

@@ -75,6 +75,18 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
         fetch(sch, KEYS, group, shares=[token_outer])
 
 
+def columns(sch: Schedule, tiling: VectorTiling) -> None:
+    """What goes by no head: columns in lanes."""
+    for each in sch.get_child_blocks(sch.get_sblock("columns")):
+        sch.vectorize(sch.get_loops(each)[-1])
+
+
+def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
+    """What a mask shows each row: columns in lanes."""
+    for name in ("visible", "visible_pairs") if tiling.values.terms == 2 else ("visible",):
+        sch.vectorize(sch.get_loops(name)[-1])
+
+
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
     for name in ("scaled", "exact", "probs") if tiling.values.terms == 2 else ("scaled", "probs"):
@@ -209,7 +221,9 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
+    "columns": columns,
     "qk_matmul": qk_matmul,
+    "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
     "pv_matmul": pv_matmul,

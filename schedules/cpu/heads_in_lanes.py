@@ -64,6 +64,15 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
     fetch(sch, KEYS, group)
 
 
+def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
+    """What a mask shows each row: vertical too."""
+    for name in ("visible", "visible_pairs") if tiling.values.terms == 2 else ("visible",):
+        _rows_last(sch, name)
+        row, group, token = sch.get_loops(name)[-3:]
+        sch.reorder(group, token, row)
+        sch.vectorize(row)
+
+
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
     exact = ("exact",) if tiling.values.terms == 2 else ()
@@ -122,7 +131,9 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "load_keys": load_keys,
     "load_values": load_values,
+    "columns": head_dim_in_lanes.columns,
     "qk_matmul": qk_matmul,
+    "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,

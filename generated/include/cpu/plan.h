@@ -25,22 +25,47 @@ struct WorkItem {
   int64_t num_tokens;     // KV tokens that it reads
 };
 
-// How the blocks of a sequence that its query sees are cut into ranges of equal numbers of them: by its own length
-// alone.
+// How the blocks of a sequence that its query sees are cut into ranges: those of each run of blocks into ranges of equal
+// numbers of them. By the sequence's own length alone. Where sequences are not cut, there is one range, from the first
+// such block to the last.
 template <typename Spec>
 struct Cut {
-  int64_t first, blocks;     // the first block, and how many there are from it on
-  int64_t step, num_ranges;  // step: blocks of one range
+  static constexpr bool kIsCut = Spec::kSplitBlocks < INT64_MAX;
 
-  explicit Cut(int64_t context_len)
-      : first(FirstBlock<Spec>(context_len)),
-        blocks((context_len + Spec::kBlockSize - 1) / Spec::kBlockSize - first),
-        step(1),
-        num_ranges(1) {
-    if (blocks == 0) return;
-    const int64_t splits = (blocks - 1) / Spec::kSplitBlocks + 1;
-    step = (blocks - 1) / splits + 1;
-    num_ranges = (blocks - 1) / step + 1;
+  Seen<Spec> seen;
+  Interval runs[Seen<Spec>::kMost] = {};
+  int64_t steps[Seen<Spec>::kMost] = {1};        // blocks of a range of each run
+  int64_t run_ranges[Seen<Spec>::kMost] = {1};  // ranges of each run
+  int64_t num_ranges = 1;
+
+  explicit Cut(int64_t context_len) : seen(context_len) {
+    if (seen.count == 0) return;
+    num_ranges = 0;
+    const int num_runs = kIsCut ? seen.count : 1;
+    for (int run = 0; run < num_runs; ++run) {
+      runs[run] = {seen.blocks[run].begin, seen.blocks[kIsCut ? run : seen.count - 1].end};
+      const int64_t blocks = runs[run].end - runs[run].begin, splits = (blocks - 1) / Spec::kSplitBlocks + 1;
+      steps[run] = (blocks - 1) / splits + 1;
+      run_ranges[run] = (blocks - 1) / steps[run] + 1;
+      num_ranges += run_ranges[run];
+    }
+  }
+  // The blocks of a range.
+  Interval Range(int64_t i) const {
+    int run = 0;
+    for (; i >= run_ranges[run]; ++run) i -= run_ranges[run];
+    const int64_t begin = runs[run].begin + i * steps[run];
+    return {begin, std::min(begin + steps[run], runs[run].end)};
+  }
+  // The tokens that are read of them.
+  int64_t Tokens(const Interval& range) const {
+    int64_t tokens = 0;
+    for (int run = 0; run < seen.count; ++run) {
+      const int64_t begin = std::max(range.begin, seen.blocks[run].begin) * Spec::kBlockSize;
+      const int64_t end = std::min(range.end, seen.blocks[run].end) * Spec::kBlockSize;
+      tokens += std::max<int64_t>(std::min(end, seen.keys.end) - std::max(begin, seen.keys.begin), 0);
+    }
+    return tokens;
   }
   // Partial results that are to be merged.
   int64_t num_partials() const { return num_ranges == 1 ? 0 : num_ranges; }
@@ -85,12 +110,10 @@ class Plan {
     WorkItem* end = items;
     for (int64_t seq = 0; seq < batch; ++seq) {
       partial_begin_.data()[seq] = num_partials;
-      const int64_t context_len = context_lens[seq];
-      const Cut<Spec> cut(context_len);
+      const Cut<Spec> cut(context_lens[seq]);
       for (int64_t i = 0; i < cut.num_ranges; ++i) {
-        const int64_t begin = cut.first + i * cut.step, stop = std::min(begin + cut.step, cut.first + cut.blocks);
-        const int64_t tokens = std::min(stop * Spec::kBlockSize, context_len) -
-                               std::max(begin * Spec::kBlockSize, FirstSeen<Spec>(context_len));
+        const auto [begin, stop] = cut.Range(i);
+        const int64_t tokens = cut.Tokens({begin, stop});
         WorkItem* open = end == items ? nullptr : end - 1;
         const bool joins = cut.num_ranges == 1 && seq % Spec::kBatchChunk != 0 && open != nullptr &&
                            open->partial_start < 0 && open->batch_start + open->num_seqs == seq &&

@@ -10,16 +10,67 @@
 
 namespace pa {
 
-// Position of the first key that is seen: all keys are where Spec::kWindow is 0, otherwise the last kWindow ones.
-template <typename Spec>
-constexpr int64_t FirstSeen(int64_t context_len) {
-  return Spec::kWindow == 0 ? 0 : std::max<int64_t>(context_len - Spec::kWindow, 0);
+// Positions of keys, or blocks, from begin to end - 1; none where end is not beyond begin.
+struct Interval {
+  int64_t begin, end;
+};
+
+template <int kCount>
+struct Intervals {
+  Interval at[kCount];
+};
+
+// The quotient rounded down; divisor > 0.
+constexpr int64_t FloorDivide(int64_t dividend, int64_t divisor) {
+  return dividend / divisor - (dividend % divisor < 0 ? 1 : 0);
 }
 
-// The logical block that holds it. Those before it may have been freed: their ids are neither read nor checked.
+// What is seen of a sequence of context_len tokens: all keys where Spec::kWindow is 0, the last kWindow ones where it is
+// positive, and otherwise those in the union of Spec::SeenKeys(context_len), as far as the sequence has them.
 template <typename Spec>
-constexpr int64_t FirstBlock(int64_t context_len) {
-  return FirstSeen<Spec>(context_len) / Spec::kBlockSize;
+constexpr auto SeenKeys(int64_t context_len) {
+  if constexpr (Spec::kWindow < 0) {
+    return Spec::SeenKeys(context_len);
+  } else {
+    const int64_t begin = Spec::kWindow == 0 ? 0 : std::max<int64_t>(context_len - Spec::kWindow, 0);
+    return Intervals<1>{{{begin, context_len}}};
+  }
 }
+
+// The logical blocks that hold these keys. Those between and before them may have been freed: their ids are neither read
+// nor checked.
+template <typename Spec>
+struct Seen {
+  static constexpr int kMost = sizeof(SeenKeys<Spec>(0)) / sizeof(Interval);
+
+  Interval keys = {0, 0};     // from the first key that is seen to the last
+  Interval blocks[kMost] = {};  // ascending, with blocks between them
+  int count = 0;
+
+  explicit constexpr Seen(int64_t context_len) {
+    const auto seen = SeenKeys<Spec>(context_len);
+    for (const Interval& each : seen.at) Add({std::max<int64_t>(each.begin, 0), std::min(each.end, context_len)});
+  }
+
+ private:
+  // One interval more: with those that it meets it becomes one.
+  constexpr void Add(Interval added) {
+    if (added.end <= added.begin) return;
+    keys = count == 0 ? added : Interval{std::min(keys.begin, added.begin), std::max(keys.end, added.end)};
+    added = {added.begin / Spec::kBlockSize, (added.end - 1) / Spec::kBlockSize + 1};
+    int kept = 0;
+    for (int i = 0; i < count; ++i) {
+      if (blocks[i].end < added.begin || added.end < blocks[i].begin) {
+        blocks[kept++] = blocks[i];
+      } else {
+        added = {std::min(blocks[i].begin, added.begin), std::max(blocks[i].end, added.end)};
+      }
+    }
+    int at = kept;
+    for (; at > 0 && added.begin < blocks[at - 1].begin; --at) blocks[at] = blocks[at - 1];
+    blocks[at] = added;
+    count = kept + 1;
+  }
+};
 
 }  // namespace pa

@@ -1,0 +1,81 @@
+"""Masks become bounds: between which positions the keys lie that a query token sees.
+
+A mask_mod and a window become a union of intervals of key positions, whose ends are expressions of the sequence's
+length (affine.py). The loops over tokens begin and end there. What of a mask is no bound of a position, such as a
+condition on the head, makes the union wider than the mask, never tighter; what remains to be asked of each key is
+residual_mask. In plain Python, because verification needs the bounds in processes without TVM: garbage goes where they
+say that nothing is read.
+"""
+
+from __future__ import annotations
+
+from pa_compiler.bounds.affine import LENGTH, add, constant
+from pa_compiler.bounds.conditions import Conditions
+from pa_compiler.bounds.intervals import (
+    ALL,
+    ANY,
+    HIGHEST,
+    LOWEST,
+    MOST_INTERVALS,
+    Bounds,
+    Interval,
+    both,
+    is_interval,
+    is_short,
+    narrowed,
+)
+from pa_compiler.score import Term
+from pa_compiler.spec import PagedAttentionSpec
+
+__all__ = ["MOST_INTERVALS", "Bounds", "Interval", "bounds", "residual_mask"]
+
+
+def bounds(spec: PagedAttentionSpec) -> Bounds:
+    """The bounds of a spec's mask_mod and window; of a mask that was read from a library, without its term, any."""
+    return _bounds_and_residual(spec)[0]
+
+
+def residual_mask(spec: PagedAttentionSpec) -> Term | None:
+    """What of mask_mod is still to be asked of the keys between the first of the bounds and the last; None: nothing.
+
+    Conditions of a conjunction that are an interval each are left out: every key between the ends fulfils them.
+    """
+    return _bounds_and_residual(spec)[1]
+
+
+def _bounds_and_residual(spec: PagedAttentionSpec) -> tuple[Bounds, Term | None]:
+    seen, rest = ALL, None
+    if spec.mask_mod is not None:
+        seen, rest = ANY, spec.mask_mod.result
+        if rest is not None:
+            try:
+                seen, rest = _of_mask(rest)
+            except RecursionError:  # a mask of thousands of terms, one in another: its kernel asks all of it
+                seen = ANY
+    if spec.window is not None:
+        seen = narrowed(seen, Interval(add(LENGTH, constant(-spec.window)), HIGHEST))
+    ends = [
+        Interval(constant(0) if begin == LOWEST else begin, LENGTH if end == HIGHEST else end)
+        for begin, end in seen.intervals
+    ]
+    return Bounds(tuple(ends), seen.exact), rest if ends else None
+
+
+def _of_mask(mask: Term) -> tuple[Bounds, Term | None]:
+    """Its bounds, and those conditions of the conjunction that it is that are not intervals."""
+    derivation = Conditions()
+    conditions = [(condition, derivation.of(condition, True)) for condition in _conjuncts(mask)]
+    seen, rest = ALL, None
+    for condition, of in sorted(conditions, key=lambda each: is_interval(each[1])):
+        if is_interval(of) and is_short(within := narrowed(seen, *of.intervals)):
+            seen = within
+            continue
+        seen = seen._replace(exact=False) if is_interval(of) else both(seen, of)
+        rest = condition if rest is None else Term("and", "bool", (rest, condition))
+    return seen, None if is_interval(seen) else rest
+
+
+def _conjuncts(mask: Term) -> list[Term]:
+    if mask.op != "and":
+        return [mask]
+    return [each for argument in mask.args for each in _conjuncts(argument)]

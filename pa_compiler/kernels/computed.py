@@ -1,0 +1,279 @@
+"""What functions of scores compute, in sblocks: for columns, for rows, and which keys a mask shows.
+
+Whether a key is seen is a word of ones or of zeros, with which the words of its values are ANDed: nothing enters of a
+value that is not seen, whatever memory holds. The sblocks are built in Python, since how many there are and of which
+types depends on the functions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import tvm.tirx as tir
+from tvm.ir import Expr
+from tvm.script import tirx as T
+from tvm.script.ir_builder import IRBuilder
+from tvm.tirx import Buffer, BufferRegion
+
+from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.elements import HIGH, LOW
+from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.score_functions import ScoreFunctions
+from pa_compiler.kernels.terms import lowered
+from pa_compiler.kernels.tokens import Tile
+from pa_compiler.score import Term
+from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
+
+Values = Callable[..., Expr]
+"""Indices of an sblock -> what it stores there."""
+
+
+class Visible(NamedTuple):
+    """Which keys of a tile a mask shows: -1, all ones, or 0.
+
+    Attributes:
+        columns: int32, [tokens]; of a mask that goes by the head [slots, rows, tokens].
+        words: The same for each operand of pv_matmul: columns itself, or [..., tokens / 2] for pairs of columns, which
+            have half of a word each.
+    """
+
+    columns: Buffer
+    words: Buffer
+
+    def sees(self, slot: Expr, row: Expr, column: Expr) -> Expr:
+        """Whether the key in a column is seen."""
+        return tir.NE(_at(self.columns, slot, row, column), T.int32(0))
+
+    def of_operand(self, slot: Expr, row: Expr, index: Expr) -> Expr:
+        """The word for an operand of pv_matmul."""
+        return _at(self.words, slot, row, index)
+
+
+class Computed(NamedTuple):
+    """What the functions of a spec take, and what has been computed of them for a tile of tokens.
+
+    Attributes:
+        arrays: Inputs and constants by name.
+        batch: The sequence.
+        query_pos: Position of its query token; 0 of an empty sequence.
+        columns: For each of ScoreFunctions.columns its values, [tokens].
+        visible: Of a mask, where it has been computed.
+    """
+
+    arrays: Mapping[str, Buffer]
+    batch: Expr
+    query_pos: Expr
+    columns: Sequence[Buffer] = ()
+    visible: Visible | None = None
+
+    @property
+    def regions(self) -> list[BufferRegion]:
+        """All that an sblock may read of it."""
+        visible = [] if self.visible is None else [self.visible.columns]
+        return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
+
+    def value(self, term: Term, kept: Mapping[int, Expr], **arguments: Expr) -> Expr:
+        """A term; kept are the values of some, by their ids."""
+        known = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
+        for array in self.arrays.values():
+            if not isinstance(array.shape[0], tir.IntImm):
+                known["batch_size"] = T.Cast("int32", array.shape[0])
+        return lowered(term, known, self.arrays, kept)
+
+    def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[int, Expr]:
+        """What is kept for a column."""
+        return {id(term): _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
+
+
+def compute_columns(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Computed, Tile, Expr], Computed]:
+    """The sblock columns: all that goes by no head, over the first num_groups token groups.
+
+    A column without a token stands for the last token of the sequence: arrays are read within.
+    """
+    functions, tokens = ScoreFunctions(spec), tiling.padded_kv_tile
+
+    def stage(computed: Computed, tile: Tile, num_groups: Expr) -> Computed:
+        if not functions.any_columns:
+            return computed
+        kept = [_allocate("column_term", (tokens,), _kept_dtype(term)) for term in functions.columns]
+        visible = None if functions.by_row or functions.mask is None else _allocate_visible(tiling)
+
+        def value(term: Term, column: Expr) -> Expr:
+            key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
+            return _written(term, computed.value(term, {}, key_pos=key_pos))
+
+        with _sblock("columns", computed.regions, [*kept, *_buffers(visible)]):
+            for number, (term, buffer) in enumerate(zip(functions.columns, kept, strict=True)):
+                _fill(
+                    f"column_{number}",
+                    buffer,
+                    computed.regions,
+                    lambda t, term=term: value(term, t),
+                    num_groups,
+                    tiling.token_group,
+                )
+            if visible is not None:
+                _fill(
+                    "visible",
+                    visible.columns,
+                    computed.regions,
+                    lambda t: value(functions.mask, t),
+                    num_groups,
+                    tiling.token_group,
+                )
+                _fill_pairs(visible, num_groups, tiling)
+        return computed._replace(columns=kept, visible=visible)
+
+    return stage
+
+
+def compute_visible(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """The sblock visible_rows: of a mask that goes by the head, which keys each row of a slot sees.
+
+    Nothing of other masks.
+    """
+    functions, rows = ScoreFunctions(spec), tiling.row_tile
+
+    def stage(computed: Computed | None, of: Rows, slot: Expr, num_groups: Expr) -> None:
+        if computed is None or not functions.by_row or computed.visible is None:
+            return
+        visible = computed.visible
+        computed = computed._replace(visible=None)
+        with _sblock("visible_rows", computed.regions, _buffers(visible)):
+            kept = compute_rows(functions.mask_rows, rows, computed, of, spec.num_heads)
+
+            def value(row: Expr, column: Expr) -> Expr:
+                known = computed.of_columns(functions, column) | kept(row)
+                return _written(
+                    functions.mask, computed.value(functions.mask, known, head=head_of(of, row, spec.num_heads))
+                )
+
+            regions = [*computed.regions, *map(whole, kept.buffers)]
+            _fill("visible", visible.columns, regions, value, num_groups, tiling.token_group, rows, slot)
+            _fill_pairs(visible, num_groups, tiling, rows, slot)
+
+    return stage
+
+
+def allocate_visible(
+    spec: PagedAttentionSpec, tiling: Tiling, computed: Computed | None, slots: int
+) -> Computed | None:
+    """computed with a place for what compute_visible computes."""
+    if computed is None or not ScoreFunctions(spec).by_row:
+        return computed
+    return computed._replace(visible=_allocate_visible(tiling, slots, tiling.row_tile))
+
+
+class KeptRows(NamedTuple):
+    """Terms of rows, and their values, [rows]."""
+
+    terms: Sequence[Term]
+    buffers: Sequence[Buffer]
+
+    def __call__(self, row: Expr) -> dict[int, Expr]:
+        """The values of a row, by the ids of the terms."""
+        return {id(term): _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
+
+
+def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> KeptRows:
+    """Sblocks that compute terms for each of some rows."""
+    buffers = [_allocate("row_term", (rows,), _kept_dtype(term)) for term in terms]
+    for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
+
+        def value(row: Expr, term: Term = term) -> Expr:
+            return _written(term, computed.value(term, {}, head=head_of(of, row, num_heads)))
+
+        _fill(f"row_{number}", buffer, [whole(each) for each in computed.arrays.values()], value, rows=rows)
+    return KeptRows(terms, buffers)
+
+
+def head_of(rows: Rows, row: Expr, num_heads: int) -> Expr:
+    """The head of a row; of one that pads the tile a head that there is."""
+    head = rows.at(row)[1]
+    return head if isinstance(rows.num, int) else T.min(head, num_heads - 1)
+
+
+def _fill(
+    name: str,
+    target: Buffer,
+    regions: Sequence[BufferRegion],
+    value: Values,
+    num_groups: Expr | None = None,
+    group: int = 0,
+    rows: int | None = None,
+    slot: Expr | None = None,
+) -> None:
+    """An sblock: target[slot, row, column] = value(row, column) for all rows and num_groups groups, as there are."""
+    extents = [*([] if rows is None else [rows]), *([] if num_groups is None else [num_groups, group])]
+    with T.grid(*extents) as loops, T.sblock(name):
+        loops = list(loops) if len(extents) > 1 else [loops]
+        axes = [] if rows is None else [T.axis.spatial(rows, loops[0])]
+        if num_groups is not None:
+            axes.append(T.axis.spatial(target.shape[-1], loops[-2] * group + loops[-1]))
+        place = axes if slot is None else [slot, *axes]
+        T.reads(*regions)
+        T.writes(target[tuple(place)])
+        T.buffer_store(target, value(*axes), place)
+
+
+def _fill_pairs(
+    visible: Visible, num_groups: Expr, tiling: Tiling, rows: int | None = None, slot: Expr | None = None
+) -> None:
+    """The words for pairs of columns, where there are such."""
+    if visible.words is visible.columns:
+        return
+
+    def value(*axes: Expr) -> Expr:
+        *row, pair = axes if slot is None else (slot, *axes)
+        even, odd = (visible.columns[(*row, 2 * pair + half)] for half in (0, 1))
+        return T.bitwise_or(T.bitwise_and(even, LOW), T.bitwise_and(odd, HIGH))
+
+    regions = [whole(visible.columns)]
+    _fill("visible_pairs", visible.words, regions, value, num_groups, tiling.token_group // 2, rows, slot)
+
+
+@contextmanager
+def _sblock(name: str, regions: Sequence[BufferRegion], written: Sequence[Buffer]) -> Iterator[None]:
+    with T.sblock(name):
+        T.reads(*regions)
+        T.writes(*map(whole, written))
+        yield
+
+
+def _allocate(name: str, shape: Sequence[int], dtype: str) -> Buffer:
+    buffer = T.sblock_alloc_buffer(shape, dtype)
+    IRBuilder.name(name, buffer)
+    return buffer
+
+
+def _allocate_visible(tiling: Tiling, *rows: int) -> Visible:
+    columns = _allocate("visible", (*rows, tiling.padded_kv_tile), "int32")
+    if tiling.values.terms == 1:
+        return Visible(columns, columns)
+    return Visible(columns, _allocate("visible_pairs", (*rows, tiling.padded_kv_tile // 2), "int32"))
+
+
+def _buffers(visible: Visible | None) -> list[Buffer]:
+    if visible is None:
+        return []
+    return [visible.columns] if visible.words is visible.columns else [visible.columns, visible.words]
+
+
+def _at(buffer: Buffer, slot: Expr, row: Expr, column: Expr) -> Expr:
+    return buffer[column] if len(buffer.shape) == 1 else buffer[slot, row, column]
+
+
+def _kept_dtype(term: Term) -> str:
+    return "float32" if term.dtype == "float32" else "int32"
+
+
+def _written(term: Term, value: Expr) -> Expr:
+    """A value as it is kept: bool as a word of ones or zeros."""
+    return T.Select(value, T.int32(-1), T.int32(0)) if term.dtype == "bool" else value
+
+
+def _read(term: Term, kept: Expr) -> Expr:
+    return tir.NE(kept, T.int32(0)) if term.dtype == "bool" else kept
