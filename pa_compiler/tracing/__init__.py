@@ -1,12 +1,13 @@
 """Calls a score_mod or a mask_mod with stand-ins for its arguments, and keeps what it computes.
 
 Functions are Python of the user's: all that they may do goes through the stand-ins, and what they do with them that
-cannot be compiled is an error that says where. NumPy and torch find the stand-ins by their protocols; torch is imported by
-the function or not at all.
+cannot be compiled is an error that says where. NumPy and torch find the stand-ins by their protocols; torch is
+imported by the function or not at all.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import linecache
 from collections.abc import Callable
@@ -113,7 +114,7 @@ def _result(field: str, function: Callable[..., Any], call: Call, returned: obje
 
 
 def _name(function: Any) -> str:
-    while hasattr(function, "func"):  # of functools.partial
+    while isinstance(function, functools.partial):
         function = function.func
     return str(getattr(function, "__name__", type(function).__name__))
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy
 
-from pa_compiler.score import CONSTANT_BYTES, Constant
+from pa_compiler.score import CONSTANT_BYTES, INPUT_DTYPES, Constant
 from pa_compiler.tracing.operations import RefusedTypeError, RefusedValueError
 
 _SAME = {
@@ -17,6 +17,15 @@ _SAME = {
     "bool": "bool",
 }
 """The type that is computed in, of those that functions name: double precision is taken as single."""
+
+_KEPT = {
+    **{name: name for name in INPUT_DTYPES},
+    "float64": "float32",
+    **dict.fromkeys(("int64", "int16", "int8", "uint8"), "int32"),
+}
+"""Types of tensors, and as what their elements are in a library."""
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "bool": 1}
 
 
 def dtype_named(dtype: object) -> str:
@@ -38,7 +47,6 @@ class Constants:
 
     def __init__(self) -> None:
         self._by_name: dict[str, Constant] = {}
-        self._seen: dict[tuple[int, int], tuple[Any, Constant]] = {}  # the tensor too, so that no other has its id
 
     def named(self, names: set[str]) -> tuple[Constant, ...]:
         """Those of the names that are constants, sorted."""
@@ -46,42 +54,34 @@ class Constants:
 
     def add(self, tensor: Any) -> Constant:
         """A tensor of torch as a constant: int64 as int32 where its numbers fit, float64 rounded to float32."""
-        key = (id(tensor), tensor._version)
-        if key not in self._seen:
-            constant = _constant(tensor)
-            self._by_name[constant.name] = constant
-            self._seen[key] = tensor, constant
-            size = sum(len(each.data) for each in self._by_name.values())
-            if size > CONSTANT_BYTES:
-                raise RefusedValueError(_too_large(size))
-        return self._seen[key][1]
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        kept = _KEPT.get(dtype)
+        if kept is None:
+            raise RefusedTypeError(f"a tensor of {dtype}: expected one of {', '.join(_KEPT)}")
+        if not tensor.numel():
+            raise RefusedValueError(f"expected a tensor with elements, got one of shape {tuple(tensor.shape)}")
+        self._check_size(tensor.numel() * _BYTES[kept])
+        constant = _constant(tensor, kept)
+        self._by_name[constant.name] = constant
+        self._check_size(sum(len(each.data) for each in self._by_name.values()))
+        return constant
+
+    def _check_size(self, size: int) -> None:
+        if size > CONSTANT_BYTES:
+            raise RefusedValueError(
+                f"expected at most {CONSTANT_BYTES} bytes of tensors that a function closes over, got {size}: "
+                "larger ones are given at each call, as `inputs`"
+            )
 
 
-def _too_large(size: int) -> str:
-    return (
-        f"expected at most {CONSTANT_BYTES} bytes of tensors that a function closes over, got {size}: "
-        "larger ones are given at each call, as `inputs`"
-    )
-
-
-def _constant(tensor: Any) -> Constant:
+def _constant(tensor: Any, dtype: str) -> Constant:
     torch = sys.modules["torch"]
-    if tensor.numel() * 4 > 16 * CONSTANT_BYTES:
-        raise RefusedValueError(_too_large(tensor.numel() * tensor.element_size()))
-    if tensor.numel() == 0:
-        raise RefusedValueError(f"an index into a tensor without elements, of shape {tuple(tensor.shape)}")
     tensor = tensor.detach().cpu().contiguous()
-    if tensor.dtype == torch.float64:
-        tensor = tensor.to(torch.float32)
-    elif tensor.dtype in (torch.int64, torch.int16, torch.int8, torch.uint8):
+    if dtype == "int32":
         low, high = int(tensor.min()), int(tensor.max())
         if not -(1 << 31) <= low <= high < 1 << 31:
-            raise RefusedValueError(f"expected a tensor whose numbers int32 holds, got {low} to {high}")
-        tensor = tensor.to(torch.int32)
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype not in ("float32", "float16", "bfloat16", "int32", "bool"):
-        raise RefusedTypeError(f"a tensor of {dtype}: expected float32, float16, bfloat16, int32 or bool")
-    data = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+            raise RefusedValueError(f"expected a tensor of numbers that int32 holds, got {low} to {high}")
+    data = tensor.to(getattr(torch, dtype)).reshape(-1).view(torch.uint8).numpy().tobytes()
     shape = tuple(int(extent) for extent in tensor.shape)
     digest = hashlib.sha256(f"{dtype} {shape} ".encode() + data).hexdigest()
     return Constant(f"table_{digest[:16]}", dtype, shape, data)

@@ -5,81 +5,88 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from pa_compiler.score import Term
-from pa_compiler.tracing import operations as ops
+from pa_compiler.tracing import composed, operations
 
 Build = Callable[..., Term]
 
 _COMPARISONS: dict[str, Build] = {
-    "lt": ops.less,
-    "le": ops.less_equal,
-    "gt": ops.greater,
-    "ge": ops.greater_equal,
-    "eq": ops.equal,
-    "ne": ops.not_equal,
+    "lt": operations.less,
+    "le": operations.less_equal,
+    "gt": operations.greater,
+    "ge": operations.greater_equal,
+    "eq": operations.equal,
+    "ne": operations.not_equal,
 }
 
 _TWO: dict[str, Build] = {
-    "add": ops.add,
-    "sub": ops.subtract,
-    "mul": ops.multiply,
-    "truediv": ops.divide,
-    "floordiv": ops.floor_divide,
-    "mod": ops.remainder,
-    "pow": ops.power,
-    "and": ops.bits_and,
-    "or": ops.bits_or,
-    "xor": ops.bits_xor,
-    "lshift": ops.left_shift,
-    "rshift": ops.right_shift,
+    "add": operations.add,
+    "sub": operations.subtract,
+    "mul": operations.multiply,
+    "truediv": operations.divide,
+    "floordiv": operations.floor_divide,
+    "mod": operations.remainder,
+    "pow": composed.power,
+    "and": operations.bits_and,
+    "or": operations.bits_or,
+    "xor": operations.bits_xor,
+    "lshift": composed.left_shift,
+    "rshift": composed.right_shift,
 }
 
 PYTHON: dict[str, Build] = {
     **_COMPARISONS,
     **_TWO,
-    **{f"r{name}": ops.reflected(build) for name, build in _TWO.items()},
-    "neg": ops.negative,
-    "abs": ops.absolute,
-    "invert": ops.invert,
-    "pos": lambda input: ops.add(input, 0) if ops.type_of(input) == "bool" else input,
+    **{f"r{name}": operations.reflected(build) for name, build in _TWO.items()},
+    "neg": operations.negative,
+    "abs": operations.absolute,
+    "invert": operations.invert,
+    "pos": operations.positive,
 }
-"""Without the underscores: "add" of __add__."""
+"""Operators without their underscores: "add" of __add__."""
 
-_SAME = (
-    *("add", "subtract", "multiply", "floor_divide", "remainder", "minimum", "maximum", "reciprocal", "sign", "square"),
-    *("exp", "exp2", "log", "log2", "log10", "sqrt", "tanh", "floor", "ceil", "trunc", "isnan", "isinf", "isfinite"),
-    *("less", "less_equal", "greater", "greater_equal", "equal", "not_equal", "where", "zeros_like", "ones_like"),
-    *("logical_and", "logical_or", "logical_xor", "logical_not"),
+_OPERATIONS = (
+    *(
+        "add",
+        "subtract",
+        "multiply",
+        "divide",
+        "floor_divide",
+        "remainder",
+        "minimum",
+        "maximum",
+        "negative",
+        "absolute",
+    ),
+    *("less", "less_equal", "greater", "greater_equal", "equal", "not_equal", "where", "positive"),
+    *("logical_and", "logical_or", "logical_xor", "logical_not", "exp", "log", "sqrt", "tanh", "floor"),
 )
-"""Names that the functions of operations.py have too."""
+_COMPOSED = (
+    *("reciprocal", "sign", "square", "exp2", "log2", "log10", "ceil", "trunc", "isnan", "isinf", "isfinite"),
+    *("zeros_like", "ones_like", "full_like"),
+)
 
 _BOTH: dict[str, Build] = {
-    **{name: getattr(ops, name) for name in _SAME},
-    "absolute": ops.absolute,
-    "abs": ops.absolute,
-    "negative": ops.negative,
-    "positive": PYTHON["pos"],
-    "divide": ops.divide,
-    "true_divide": ops.divide,
-    "bitwise_and": ops.bits_and,
-    "bitwise_or": ops.bits_or,
-    "bitwise_xor": ops.bits_xor,
-    "bitwise_not": ops.invert,
-    "bitwise_left_shift": ops.left_shift,
-    "bitwise_right_shift": ops.right_shift,
-    "full_like": ops.filled_like,
-    "clip": ops.clamp,
+    **{name: getattr(operations, name) for name in _OPERATIONS},
+    **{name: getattr(composed, name) for name in _COMPOSED},
+    "abs": operations.absolute,
+    "true_divide": operations.divide,
+    "bitwise_and": operations.bits_and,
+    "bitwise_or": operations.bits_or,
+    "bitwise_xor": operations.bits_xor,
+    "bitwise_not": operations.invert,
+    "fix": composed.trunc,
 }
 
 NUMPY: dict[str, Build] = {
     **_BOTH,
-    "fabs": ops.absolute,
-    "invert": ops.invert,
-    "power": ops.power,
-    "float_power": ops.power,
-    "left_shift": ops.left_shift,
-    "right_shift": ops.right_shift,
-    "rint": ops.round_to_even,
-    "clip": lambda a, a_min=None, a_max=None, *, min=None, max=None: ops.clamp(
+    "fabs": operations.absolute,
+    "invert": operations.invert,
+    "power": composed.power,
+    "left_shift": composed.left_shift,
+    "right_shift": composed.right_shift,
+    "rint": composed.nearest,
+    "round": composed.nearest,
+    "clip": lambda a, a_min=None, a_max=None, *, min=None, max=None: composed.clamp(
         a, min if a_min is None else a_min, max if a_max is None else a_max
     ),
 }
@@ -88,25 +95,32 @@ NUMPY: dict[str, Build] = {
 TORCH: dict[str, Build] = {
     **_BOTH,
     **PYTHON,
-    "div": ops.divide,
-    "rdiv": ops.reflected(ops.divide),
-    "rsub": ops.reflected(ops.subtract),
-    "max": ops.maximum,
-    "min": ops.minimum,
-    "clamp": ops.clamp,
-    "clamp_min": lambda input, min: ops.clamp(input, min, None),
-    "clamp_max": lambda input, max: ops.clamp(input, None, max),
-    "sigmoid": ops.sigmoid,
-    "special_expit": ops.sigmoid,
-    "relu": ops.relu,
-    "rsqrt": ops.rsqrt,
-    "fix": ops.trunc,
-    "round": ops.round_to_even,
-    "special_exp2": ops.exp2,
-    "float_power": ops.power,
-    "masked_fill": ops.masked_fill,
+    "div": operations.divide,
+    "rdiv": operations.reflected(operations.divide),
+    "max": operations.maximum,
+    "min": operations.minimum,
+    "bitwise_left_shift": composed.left_shift,
+    "bitwise_right_shift": composed.right_shift,
+    "clip": composed.clamp,
+    "clamp": composed.clamp,
+    "clamp_min": lambda input, min: composed.clamp(input, min, None),
+    "clamp_max": lambda input, max: composed.clamp(input, None, max),
+    "sigmoid": operations.sigmoid,
+    "special_expit": operations.sigmoid,
+    "special_exp2": composed.exp2,
+    "relu": composed.relu,
+    "rsqrt": composed.rsqrt,
+    "round": composed.nearest,
+    "masked_fill": composed.masked_fill,
 }
-"""By the __name__ of what arrives at __torch_function__, without underscores around it; methods of tensors are here too."""
+"""By the __name__ of what arrives at __torch_function__, without underscores around it."""
 
-METHODS = (TORCH.keys() - PYTHON.keys() - {"where"}) | set(_COMPARISONS) | {"abs", "add", "sub", "mul", "pow", "neg"}
-"""Those of TORCH that tensors have as methods."""
+METHODS: dict[str, Build] = {
+    **{name: build for name, build in TORCH.items() if name not in PYTHON or name in ("abs", "neg", *_COMPARISONS)},
+    **{name: TORCH[name] for name in ("add", "sub", "mul", "pow")},
+    "where": lambda input, condition, other: operations.where(condition, input, other),
+}
+"""Methods of tensors."""
+
+NUMPY_METHODS = ("clip", "round")
+"""Those that arrays of NumPy have too."""

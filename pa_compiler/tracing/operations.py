@@ -1,4 +1,4 @@
-"""Operations on terms and numbers, by the names that NumPy and torch have for them, as the few of Term.
+"""Operations on terms and numbers, one for each of Term's.
 
 An operand is a Term or a number of Python. Types are int32, float32 and bool. Operands are brought to the largest of
 their types, bool below int32 below float32; a number of Python has the type that it has there. Parameters have torch's
@@ -16,8 +16,6 @@ from pa_compiler.score import Term
 Operand = Term | bool | int | float
 
 _TYPES = ("bool", "int32", "float32")
-_LARGEST_POWER = 16
-_LARGEST_SHIFT = 30
 
 
 class RefusedTypeError(TypeError):
@@ -36,6 +34,8 @@ def type_of(operand: Operand) -> str:
 
 def number(value: bool | int | float, dtype: str) -> Term:
     """A number of Python as dtype: rounded to float32, towards zero to int32."""
+    if not isinstance(value, bool | int | float):
+        raise RefusedTypeError(f"{value!r} used as a number")
     if dtype == "bool":
         return Term("number", dtype, (), bool(value))
     if dtype == "int32":
@@ -60,7 +60,8 @@ def common(*operands: Operand) -> list[Term]:
     return [cast(operand, dtype) for operand in operands]
 
 
-def _numbers(name: str, *operands: Operand) -> list[Term]:
+def numeric(name: str, *operands: Operand) -> list[Term]:
+    """The same, where they are no bools."""
     terms = common(*operands)
     if terms[0].dtype == "bool":
         raise RefusedTypeError(f"{name} of bool: &, | and ^ are for those, or a cast to a number")
@@ -71,7 +72,7 @@ def _arithmetic(op: str) -> Callable[[Operand, Operand], Term]:
     """Of two numbers, int32 or float32."""
 
     def build(input: Operand, other: Operand) -> Term:
-        terms = _numbers(op, input, other)
+        terms = numeric(op, input, other)
         return Term(op, terms[0].dtype, tuple(terms))
 
     return build
@@ -81,7 +82,7 @@ def _of_one(op: str) -> Callable[[Operand], Term]:
     """Of one number, int32 or float32."""
 
     def build(input: Operand) -> Term:
-        (term,) = _numbers(op, input)
+        (term,) = numeric(op, input)
         return Term(op, term.dtype, (term,))
 
     return build
@@ -134,6 +135,10 @@ def invert(input: Operand) -> Term:
     return Term("not", term.dtype, (term,))
 
 
+def positive(input: Operand) -> Term:
+    return numeric("+", input)[0]
+
+
 def logical_not(input: Operand) -> Term:
     return Term("not", "bool", (cast(input, "bool"),))
 
@@ -169,140 +174,9 @@ def where(condition: Operand, input: Operand, other: Operand) -> Term:
     return Term("where", terms[0].dtype, (cast(condition, "bool"), *terms))
 
 
-def masked_fill(input: Operand, mask: Operand, value: Operand) -> Term:
-    return where(mask, value, input)
-
-
-def clamp(input: Operand, min: Operand | None = None, max: Operand | None = None) -> Term:
-    if min is None and max is None:
-        raise RefusedTypeError("clamp without a least and a greatest number")
-    least = input if min is None else maximum(input, min)
-    return cast(least, type_of(least)) if max is None else minimum(least, max)
-
-
 def floor(input: Operand) -> Term:
-    (term,) = _numbers("floor", input)
+    (term,) = numeric("floor", input)
     return Term("floor", "float32", (term,)) if term.dtype == "float32" else term
-
-
-def ceil(input: Operand) -> Term:
-    (term,) = _numbers("ceil", input)
-    return negative(floor(negative(term))) if term.dtype == "float32" else term
-
-
-def trunc(input: Operand) -> Term:
-    (term,) = _numbers("trunc", input)
-    return where(less(term, 0), ceil(term), floor(term)) if term.dtype == "float32" else term
-
-
-def round_to_even(input: Operand) -> Term:
-    """The nearest whole number, and of two the even one. What float32 holds from 2**23 on is whole."""
-    (term,) = _numbers("round", input)
-    if term.dtype != "float32":
-        return term
-    below = floor(term)
-    beyond = subtract(term, below)
-    halfway = where(less(0.5, beyond), add(below, 1), add(below, remainder(below, 2)))
-    return where(less(absolute(term), 1 << 23), where(less(beyond, 0.5), below, halfway), term)
-
-
-def sign(input: Operand) -> Term:
-    (term,) = _numbers("sign", input)
-    return where(less(term, 0), -1, where(less(0, term), 1, term))
-
-
-def square(input: Operand) -> Term:
-    return multiply(input, input)
-
-
-def reciprocal(input: Operand) -> Term:
-    if type_of(input) != "float32":
-        raise RefusedTypeError("reciprocal of a whole number, of which NumPy and torch make different things")
-    return divide(1, input)
-
-
-def rsqrt(input: Operand) -> Term:
-    return divide(1, sqrt(input))
-
-
-def relu(input: Operand) -> Term:
-    return maximum(input, 0)
-
-
-def log2(input: Operand) -> Term:
-    return multiply(log(input), 1 / math.log(2))
-
-
-def log10(input: Operand) -> Term:
-    return multiply(log(input), 1 / math.log(10))
-
-
-def exp2(input: Operand) -> Term:
-    """exp(input * ln 2), with the rounding of that product: a relative error of up to 2**-23 * |input| beside exp's."""
-    return exp(multiply(cast(input, "float32"), math.log(2)))
-
-
-def isnan(input: Operand) -> Term:
-    term = cast(input, "float32")
-    return not_equal(term, term)
-
-
-def isinf(input: Operand) -> Term:
-    return equal(absolute(cast(input, "float32")), math.inf)
-
-
-def isfinite(input: Operand) -> Term:
-    return less(absolute(cast(input, "float32")), math.inf)
-
-
-def power(input: Operand, exponent: Operand) -> Term:
-    """By multiplications for small whole exponents, by sqrt for halves, by exp for bases that are numbers above 0."""
-    if isinstance(exponent, Term):
-        if isinstance(input, Term) or not isinstance(input, float) or not 0 < input < math.inf:
-            raise RefusedTypeError("a power whose exponent is a value: its base can only be a number above 0, as 2.0")
-        return exp2(exponent) if input == 2 else exp(multiply(cast(exponent, "float32"), math.log(input)))
-    if abs(exponent) == 0.5:
-        return (sqrt if exponent > 0 else rsqrt)(input)
-    if not float(exponent).is_integer() or abs(exponent) > _LARGEST_POWER:
-        raise RefusedTypeError(f"a power of {exponent}: only whole ones up to {_LARGEST_POWER}, 0.5 and -0.5")
-    (term,) = _numbers("power", input)
-    term = cast(term, "float32") if isinstance(exponent, float) else term
-    if exponent < 0:
-        if term.dtype == "int32":
-            raise RefusedTypeError(f"a power of {exponent} of a whole number")
-        return divide(1, power(term, -exponent))
-    result = None
-    for bit in reversed(range(int(exponent).bit_length())):
-        result = term if result is None else square(result)
-        if bit != int(exponent).bit_length() - 1 and int(exponent) >> bit & 1:
-            result = multiply(result, term)
-    return number(1, term.dtype) if result is None else result
-
-
-def _shift(name: str, build: Callable[[Operand, Operand], Term]) -> Callable[[Operand, Operand], Term]:
-    def shifted(input: Operand, other: Operand) -> Term:
-        if isinstance(other, Term) or not isinstance(other, int) or not 0 <= other <= _LARGEST_SHIFT:
-            raise RefusedTypeError(f"{name} by anything but a number from 0 to {_LARGEST_SHIFT}")
-        if type_of(input) != "int32":
-            raise RefusedTypeError(f"{name} of {type_of(input)}")
-        return build(input, 1 << other)
-
-    return shifted
-
-
-left_shift, right_shift = _shift("<<", multiply), _shift(">>", floor_divide)
-
-
-def filled_like(input: Operand, fill_value: Operand) -> Term:
-    return cast(fill_value, type_of(input))
-
-
-def zeros_like(input: Operand) -> Term:
-    return cast(0, type_of(input))
-
-
-def ones_like(input: Operand) -> Term:
-    return cast(1, type_of(input))
 
 
 def reflected(build: Callable[[Operand, Operand], Term]) -> Callable[[Operand, Operand], Term]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import reprlib
 import sys
 from typing import Any, NoReturn
 
@@ -16,7 +17,7 @@ from pa_compiler.tracing import operations as ops
 from pa_compiler.tracing.constants import Constants, dtype_named
 from pa_compiler.tracing.operations import Operand, RefusedTypeError, RefusedValueError
 
-_TO_INPUTS = "a NumPy array is read as one of `inputs`, or be a torch tensor"
+_TO_INPUTS = "arrays of NumPy are given as `inputs`, tensors of torch can be closed over"
 
 
 class Call:
@@ -50,7 +51,7 @@ class Call:
         if isinstance(value, numpy.generic | numpy.ndarray):
             value = value.item()
         if not isinstance(value, bool | int | float):
-            raise RefusedTypeError(f"{value!r} of type {type(value).__name__} used as a number")
+            raise RefusedTypeError(f"{reprlib.repr(value)} of type {type(value).__name__}, which is no number")
         return value
 
     def apply(self, name: str, build: names.Build | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StandIn:
@@ -125,17 +126,21 @@ class StandIn:
         return self._term
 
     @property
-    def dtype(self) -> str:
-        """float32, int32 or bool."""
-        return DtypeName(self._read().dtype)
+    def dtype(self) -> ValueType:
+        """What a cast takes."""
+        return ValueType(self._read().dtype)
 
     def to(self, dtype: object) -> StandIn:
         """A cast, to what dtype or another value is."""
-        if isinstance(dtype, StandIn):
-            dtype = dtype.dtype
-        return StandIn(self._call, ops.cast(self._read(), dtype_named(dtype)))
+        self._call.uses_torch = True
+        return self.astype(dtype.dtype if isinstance(dtype, StandIn) else dtype)
 
-    astype = type = type_as = to
+    type = type_as = to
+
+    def astype(self, dtype: object) -> StandIn:
+        """A cast, as arrays of NumPy have it."""
+        name = dtype.name if isinstance(dtype, ValueType) else dtype_named(dtype)
+        return StandIn(self._call, ops.cast(self._read(), name))
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -143,7 +148,8 @@ class StandIn:
         if name in _CASTS:
             return lambda: self.to(_CASTS[name])
         if name in names.METHODS:
-            return lambda *args, **kwargs: self._call.apply(f".{name}()", names.TORCH[name], (self, *args), kwargs)
+            self._call.uses_torch |= name not in names.NUMPY_METHODS
+            return lambda *args, **kwargs: self._call.apply(f".{name}()", names.METHODS[name], (self, *args), kwargs)
         raise RefusedTypeError(f".{name} of a value, which is not known when a function is compiled")
 
     def __array_ufunc__(self, ufunc: Any, method: str, *inputs: Any, **kwargs: Any) -> StandIn:
@@ -177,7 +183,7 @@ class StandIn:
 
     def __bool__(self) -> NoReturn:
         raise RefusedTypeError(
-            "a value asked whether it is true, by if, and, or, not, in or a chain such as 0 <= x < 5: "
+            "a value asked whether it is true, by if, and, or, not, in, min(), max() or a chain as 0 <= x < 5: "
             "it is known at run time alone; where(), &, | and ~ do that, as (0 <= x) & (x < 5)"
         )
 
@@ -199,9 +205,9 @@ class ArrayStandIn(StandIn):
         return self._call.element(name, dtype, shape, index, f"an index into input {name}")
 
     @property
-    def dtype(self) -> str:
+    def dtype(self) -> ValueType:
         """Of its elements, as they are to a function."""
-        return DtypeName(self._array.dtype if self._array.dtype in ("int32", "bool") else "float32")
+        return ValueType(self._array.dtype if self._array.dtype in ("int32", "bool") else "float32")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -223,19 +229,16 @@ class ArrayStandIn(StandIn):
         return self.shape[0]
 
 
-class DtypeName(str):
-    """The name of a type; equal to what NumPy, torch and Python call the same."""
+class ValueType:
+    """The type of a value, for casts. It is compared with nothing: the reference computes in larger types."""
 
-    def __eq__(self, other: object) -> bool:
-        try:
-            return str(self) == dtype_named(other)
-        except RefusedTypeError:
-            return False
+    def __init__(self, name: str) -> None:
+        self.name = name
 
-    def __ne__(self, other: object) -> bool:
-        return not self == other
+    def __eq__(self, other: object) -> NoReturn:
+        raise RefusedTypeError("a .dtype compared: it is for casts, as in x.to(score.dtype)")
 
-    __hash__ = str.__hash__
+    __hash__ = None  # type: ignore[assignment]
 
 
 _CASTS = {"float": "float32", "double": "float64", "int": "int32", "long": "int64", "bool": "bool"}
@@ -264,7 +267,8 @@ for _name, _what in {
     "of numpy or torch are for values where those of math are not",
     "int": _ASKED.format("int") + "; .to(torch.int32) and .astype(numpy.int32) make an int32",
     "complex": _ASKED.format("complex number"),
-    "index": f"a value used as an index into what is no torch tensor: {_TO_INPUTS}",
+    "index": "a value where Python needs a whole number, as an index or in range(): it is known at run time alone; "
+    f"{_TO_INPUTS}",
     "len": "len() of a value, which is one number",
     "iter": "a value taken apart or gone through, which is one number",
     "hash": "a value as the key of a dict or in a set: it is known at run time alone",
