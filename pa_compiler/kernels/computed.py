@@ -24,7 +24,6 @@ from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.terms import lowered
 from pa_compiler.kernels.tokens import Tile
 from pa_compiler.score import Term
-from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
 Values = Callable[..., Expr]
@@ -75,25 +74,25 @@ class Computed(NamedTuple):
         visible = [] if self.visible is None else [self.visible.columns]
         return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
 
-    def value(self, term: Term, kept: Mapping[int, Expr], **arguments: Expr) -> Expr:
-        """A term; kept are the values of some, by their ids."""
+    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr) -> Expr:
+        """A term; kept are the values of some."""
         known = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])
         return lowered(term, known, self.arrays, kept)
 
-    def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[int, Expr]:
+    def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[Term, Expr]:
         """What is kept for a column."""
-        return {id(term): _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
+        return {term: _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
 
 
-def compute_columns(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Computed, Tile, Expr], Computed]:
+def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[[Computed, Tile, Expr], Computed]:
     """The sblock columns: all that goes by no head, over the first num_groups token groups.
 
     A column without a token stands for the last token of the sequence: arrays are read within.
     """
-    functions, tokens = ScoreFunctions(spec), tiling.padded_kv_tile
+    tokens = tiling.padded_kv_tile
 
     def stage(computed: Computed, tile: Tile, num_groups: Expr) -> Computed:
         if not functions.any_columns:
@@ -130,25 +129,25 @@ def compute_columns(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[[Compu
     return stage
 
 
-def compute_visible(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., None]:
     """The sblock visible_rows: of a mask that goes by the head, which keys each row of a slot sees.
 
     Nothing of other masks.
     """
-    functions, rows = ScoreFunctions(spec), tiling.row_tile
+    rows = tiling.row_tile
 
-    def stage(computed: Computed | None, of: Rows, slot: Expr, num_groups: Expr) -> None:
-        if computed is None or not functions.by_row or computed.visible is None:
-            return
+    def stage(computed: Computed, of: Rows, slot: Expr, num_groups: Expr) -> None:
         visible = computed.visible
+        if not functions.by_row or visible is None:
+            return
         computed = computed._replace(visible=None)
         with _sblock("visible_rows", computed.regions, _buffers(visible)):
-            kept = compute_rows(functions.mask_rows, rows, computed, of, spec.num_heads)
+            kept = compute_rows(functions.mask_rows, rows, computed, of, functions.num_heads)
 
             def value(row: Expr, column: Expr) -> Expr:
                 known = computed.of_columns(functions, column) | kept(row)
                 return _written(
-                    functions.mask, computed.value(functions.mask, known, head=head_of(of, row, spec.num_heads))
+                    functions.mask, computed.value(functions.mask, known, head=head_of(of, row, functions.num_heads))
                 )
 
             regions = [*computed.regions, *map(whole, kept.buffers)]
@@ -158,11 +157,9 @@ def compute_visible(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     return stage
 
 
-def allocate_visible(
-    spec: PagedAttentionSpec, tiling: Tiling, computed: Computed | None, slots: int
-) -> Computed | None:
+def allocate_visible(functions: ScoreFunctions, tiling: Tiling, computed: Computed, slots: int) -> Computed:
     """computed with a place for what compute_visible computes."""
-    if computed is None or not ScoreFunctions(spec).by_row:
+    if not functions.by_row:
         return computed
     return computed._replace(visible=_allocate_visible(tiling, slots, tiling.row_tile))
 
@@ -173,9 +170,9 @@ class KeptRows(NamedTuple):
     terms: Sequence[Term]
     buffers: Sequence[Buffer]
 
-    def __call__(self, row: Expr) -> dict[int, Expr]:
-        """The values of a row, by the ids of the terms."""
-        return {id(term): _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
+    def __call__(self, row: Expr) -> dict[Term, Expr]:
+        """The values of a row."""
+        return {term: _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
 
 
 def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> KeptRows:
@@ -263,7 +260,9 @@ def _buffers(visible: Visible | None) -> list[Buffer]:
 
 
 def _at(buffer: Buffer, slot: Expr, row: Expr, column: Expr) -> Expr:
-    return buffer[column] if len(buffer.shape) == 1 else buffer[slot, row, column]
+    if len(buffer.shape) == 1:
+        return buffer[column]
+    return buffer[0 if int(buffer.shape[0]) == 1 else slot, row, column]
 
 
 def _kept_dtype(term: Term) -> str:

@@ -65,7 +65,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     depth, dim = spec.head_dim // tiling.keys.terms, spec.result_dim
     look_up, attend = _look_up(spec, tiling), _attend_heads(spec, tiling)
     load_queries, finish = _load_queries(spec, tiling), _finish(spec, tiling)
-    functions, columns_stage = ScoreFunctions(spec), compute_columns(spec, tiling)
+    functions = ScoreFunctions(spec)
+    columns_stage = compute_columns(functions, tiling)
 
     @script.prim_func(s_tir=True)
     def fused_decode(
@@ -257,7 +258,8 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     in_pairs, rows_of = tiling.values.terms == 2, rows_of_tiles(spec, tiling)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax_prepare(spec, tiling), pv_matmul(spec, tiling)
     pairs_stage, rescale_stage, fold_stage = pair_probs(tiling), state.rescale(rows), state.fold(num_tiles, rows, dim)
-    visible_stage = compute_visible(spec, tiling)
+    functions = ScoreFunctions(spec)
+    visible_stage = compute_visible(functions, tiling)
 
     @script.inline
     def stage(q_tile, first, keys, key_head, values, value_head, tile, running, step, num_steps, sequence):
@@ -271,8 +273,9 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer((num_tiles, rows, tokens // 2), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
-        computed = T.meta_var(allocate_visible(spec, tiling, sequence.computed, num_tiles))
-        visible = T.meta_var(None if computed is None else computed.visible)
+        taken = T.meta_var(sequence.computed)
+        computed = T.meta_var(allocate_visible(functions, tiling, taken, num_tiles) if functions.present else None)
+        visible = T.meta_var(computed.visible if functions.present else None)
         for i in range(num_tiles):
             with T.sblock("softmax"):
                 vslot = T.axis.spatial(num_tiles, i)
@@ -281,7 +284,8 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 added = T.meta_var(State(tile_max, tile_sum, None, vslot))
                 of = T.meta_var(rows_of(sequence.seq, first + vslot))
                 scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed))
-                visible_stage(computed, of, vslot, tile.num_groups)
+                if functions.by_row:
+                    visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
                 if in_pairs:
                     pairs_stage(probs, weights, vslot, tile.num_groups)

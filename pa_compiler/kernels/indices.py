@@ -6,8 +6,8 @@ import functools
 import math
 from collections.abc import Mapping
 
-from pa_compiler.kernels.terms import subterms
-from pa_compiler.score import BATCH, Term
+from pa_compiler.ranges import inside
+from pa_compiler.score import BATCH, Term, parts
 
 _ZERO, _ONE = Term("number", "int32", (), 0), Term("number", "int32", (), 1)
 _BATCH_SIZE = Term("batch_size", "int32")
@@ -25,19 +25,19 @@ def held_inside(term: Term, shapes: Mapping[str, tuple[int | str, ...]], num_hea
     Returns:
         The term; and a bool term, None where no index can be outside.
     """
-    known: dict[int, Term] = {}
+    known: dict[Term, Term] = {}
     outside = []
-    for each in subterms(term):
-        args = tuple(known[id(arg)] for arg in each.args)
+    for each in parts(term):
+        args = tuple(known[arg] for arg in each.args)
         if each.op == "element":
             extents = shapes[str(each.value)]
-            outside += [_outside(*pair) for pair in zip(args, extents, strict=True) if not _inside(*pair, num_heads)]
+            outside += [_outside(*pair) for pair in zip(args, extents, strict=True) if not inside(*pair, num_heads)]
             args = tuple(
-                index if _inside(index, extent, num_heads) else _held(index, extent)
+                index if inside(index, extent, num_heads) else _held(index, extent)
                 for index, extent in zip(args, extents, strict=True)
             )
-        known[id(each)] = Term(each.op, each.dtype, args, each.value)
-    return known[id(term)], any_of(*outside)
+        known[each] = Term(each.op, each.dtype, args, each.value)
+    return known[term], any_of(*outside)
 
 
 def any_of(*conditions: Term | None) -> Term | None:
@@ -51,15 +51,6 @@ def nan_where(condition: Term | None, score: Term | None) -> Term | None:
     if condition is None:
         return score
     return Term("where", "float32", (condition, _NAN, score or Term("score", "float32")))
-
-
-def _inside(index: Term, extent: int | str, num_heads: int) -> bool:
-    """Whether an index is always inside of an axis."""
-    if extent == BATCH:
-        return index.op == "batch"
-    if index.op == "number":
-        return 0 <= int(index.value or 0) < int(extent)
-    return index.op == "head" and num_heads <= int(extent)
 
 
 def _held(index: Term, extent: int | str) -> Term:

@@ -8,15 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from pa_compiler.bounds import residual_mask
 from pa_compiler.kernels.indices import any_of, held_inside, nan_where
-from pa_compiler.kernels.terms import subterms
-from pa_compiler.score import ARGUMENTS, Term
+from pa_compiler.score import ARGUMENTS, Term, names_read, parts
 from pa_compiler.spec import PagedAttentionSpec
-
-
-def residual(spec: PagedAttentionSpec) -> Term | None:
-    """What is left of the mask where bounds have said what they can: the condition under which a key is seen."""
-    return None if spec.mask_mod is None else spec.mask_mod.result
 
 
 class ScoreFunctions:
@@ -31,21 +26,22 @@ class ScoreFunctions:
         by_row: Whether the mask goes by the head.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.
-        arrays, mask_arrays: The names of the arrays that are read, by both and by the mask.
+        arrays: The names of the arrays that are read.
+        num_heads: Query heads.
     """
 
-    def __init__(self, spec: PagedAttentionSpec) -> None:
+    def __init__(self, spec: PagedAttentionSpec, *, only_mask: bool = False) -> None:
         shapes = {each.name: each.shape for each in (*spec.inputs, *spec.constants)}
-        mask, outside_of_mask = _held(residual(spec), shapes, spec.num_heads)
+        mask, outside_of_mask = _held(residual_mask(spec), shapes, spec.num_heads)
         score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
-        self.score = nan_where(any_of(outside, outside_of_mask), score)
+        self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
         self.mask = mask and any_of(mask, outside_of_mask)
-        self.by_row = self.mask is not None and "head" in _arguments(self.mask)[id(self.mask)]
+        self.by_row = self.mask is not None and "head" in _arguments(self.mask)[self.mask]
         columns, self.score_rows = _parts(self.score)
-        of_mask, self.mask_rows = _parts(self.mask) if self.by_row else ((), ())
-        self.columns = tuple({id(each): each for each in (*columns, *of_mask)}.values())
-        self.mask_arrays = _names(self.mask, shapes)
-        self.arrays = _names(self.score, shapes) | self.mask_arrays
+        of_mask, self.mask_rows = _parts(self.mask if self.by_row else None)
+        self.columns = tuple(dict.fromkeys((*columns, *of_mask)))
+        self.arrays = _names(self.score, self.mask)
+        self.num_heads = spec.num_heads
 
     @property
     def present(self) -> bool:
@@ -64,45 +60,37 @@ def _held(
     return (None, None) if term is None else held_inside(term, shapes, num_heads)
 
 
-def _arguments(term: Term) -> dict[int, frozenset[str]]:
-    """Of every subterm, by its id, the arguments that it goes by."""
-    found: dict[int, frozenset[str]] = {}
-    for each in subterms(term):
+def _arguments(term: Term) -> dict[Term, frozenset[str]]:
+    """The arguments that each of its parts goes by."""
+    found: dict[Term, frozenset[str]] = {}
+    for each in parts(term):
         own = frozenset({each.op} & {"score", *ARGUMENTS})
-        found[id(each)] = own.union(*(found[id(arg)] for arg in each.args))
+        found[each] = own.union(*(found[arg] for arg in each.args))
     return found
 
 
-def _parts(term: Term | None) -> tuple[tuple[Term, ...], tuple[Term, ...]]:
-    """The largest subterms that are computed once for a column, and once for a row.
+def _parts(term: Term | None) -> tuple[list[Term], list[Term]]:
+    """The largest parts that are computed once for a column, and once for a row.
 
     What is an argument of every row is none; what stands in a column, the position of its key, is one.
     """
-    columns: dict[int, Term] = {}
-    rows: dict[int, Term] = {}
-    pending = [] if term is None else [term]
-    goes_by = {} if term is None else _arguments(term)
-    seen: set[int] = set()
-    while pending:
-        each = pending.pop()
-        if id(each) in seen:
+    columns: list[Term] = []
+    rows: list[Term] = []
+    if term is None:
+        return columns, rows
+    goes_by, wanted = _arguments(term), {term}
+    for each in reversed(parts(term)):
+        if each not in wanted:
             continue
-        seen.add(id(each))
-        arguments = goes_by[id(each)]
-        if "score" not in arguments and "key_pos" not in arguments:
-            if each.args:
-                rows[id(each)] = each
-        elif not arguments & {"score", "head"}:
-            columns[id(each)] = each
+        if not goes_by[each] & {"score", "key_pos"}:
+            rows += [each] if each.args else []
+        elif not goes_by[each] & {"score", "head"}:
+            columns.append(each)
         else:
-            pending += reversed(each.args)
-    return tuple(columns.values()), tuple(rows.values())
+            wanted.update(each.args)
+    return columns, rows
 
 
-def _names(term: Term | None, names: Mapping[str, object]) -> frozenset[str]:
-    """The arrays that a term reads."""
-    return (
-        frozenset()
-        if term is None
-        else frozenset(str(each.value) for each in subterms(term) if each.op == "element") & names.keys()
-    )
+def _names(*terms: Term | None) -> set[str]:
+    """The arrays that terms read."""
+    return set().union(*(names_read(term) for term in terms if term is not None))

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import PrimFunc
+from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import pv_matmul as pv
@@ -18,9 +18,11 @@ from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
+from pa_compiler.kernels.computed import Computed, allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.rows import Rows, begins_late, first_read, first_seen, limit, masks_first_tile, sees_block
+from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -59,6 +61,19 @@ def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> C
     def stage(block_table, cache, tile, seq):
         num_offsets: T.let = tile.num_groups * tiling.token_group
         offsets_stage(block_table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
+
+    return stage
+
+
+def _compute(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed]:
+    """What of the functions of scores does not go by the score, for a block of one sequence."""
+    columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
+
+    def stage(arrays: dict[str, Buffer], rows: Rows, query_pos: Expr, tile: Tile, num_groups: Expr) -> Computed:
+        computed = columns_stage(Computed(arrays, rows.token, query_pos), tile, num_groups)
+        computed = allocate_visible(functions, tiling, computed, 1)
+        visible_stage(computed, rows, 0, num_groups)
+        return computed
 
     return stage
 
@@ -118,6 +133,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """probs, tile_max and tile_sum of block block_idx, every column of probs written."""
     arrays, num_groups = Arrays(spec, tiling), tiling.padded_kv_tile // tiling.token_group
     softmax_stage = softmax.softmax_prepare(spec, tiling)
+    functions = ScoreFunctions(spec)
+    compute = _compute(functions, tiling)
 
     @script.prim_func(s_tir=True)
     def softmax_prepare(
@@ -141,6 +158,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         tile_sum = arrays.rows(tile_sum_handle)
         if spec.alibi:
             alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
+        of_functions = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -150,20 +168,26 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 valid_len: T.let = _valid_len(spec, context_lens[seq], block_idx)
                 tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
+                rows = T.meta_var(Rows(seq, head_start, num_rows))
+                if functions.present:
+                    last: T.let = T.max(context_lens[seq] - 1, 0)
+                computed = T.meta_var(
+                    compute(of_functions, rows, last, tile, num_groups) if functions.present else None
+                )
                 scoring = T.meta_var(
-                    Scoring(
-                        Rows(seq, head_start, num_rows), context_lens[seq] - 1, alibi_slopes if spec.alibi else None
-                    )
+                    Scoring(rows, context_lens[seq] - 1, alibi_slopes if spec.alibi else None, computed)
                 )
                 places = T.meta_var(headroom(spec, context_lens[seq]))
                 softmax_stage(scores, probs, added, score_scale, places, tile, num_groups, scoring)
 
-    return without(softmax_prepare, *(() if spec.alibi else ("head_start", "num_rows")))
+    return without(softmax_prepare, *(() if spec.alibi or functions.present else ("head_start", "num_rows")))
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
-    """tile_acc of block block_idx of every sequence of the chunk."""
+    """tile_acc of block block_idx of every sequence of the chunk. A mask is computed again."""
     arrays, pv_stage = Arrays(spec, tiling), pv.pv_matmul(spec, tiling)
+    functions = ScoreFunctions(spec, only_mask=True)
+    compute = _compute(functions, tiling)
     look_up = _look_up(spec, tiling, value_access(spec, tiling))
 
     @script.prim_func(s_tir=True)
@@ -179,6 +203,8 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         batch_start: T.int32,
         num_seqs: T.int32,
         kv_head: T.int32,
+        head_start: T.int32,
+        num_rows: T.int32,
         block_idx: T.int32,
     ):
         value_cache = arrays.value_cache(value_cache_handle)
@@ -186,6 +212,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
         context_lens = arrays.context_lens(context_lens_handle)
         probs = arrays.scores(probs_handle)
         tile_acc = arrays.acc(tile_acc_handle)
+        of_mask = T.meta_var(arrays.of_functions(functions.arrays))
         for s in range(num_seqs):
             with T.sblock("sequence"):
                 vs = T.axis.spatial(num_seqs, s)
@@ -199,12 +226,19 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 head_offset: T.let = T.Cast("int64", kv_head) * v_head
                 look_up(block_table, values, tile, seq)
                 num_full: T.let = tile.num_full
+                rows = T.meta_var(Rows(seq, head_start, num_rows))
+                if functions.present:
+                    last: T.let = T.max(context_lens[seq] - 1, 0)
+                computed = T.meta_var(
+                    compute(of_mask, rows, last, tile, tile.num_groups) if functions.present else None
+                )
+                visible = T.meta_var(None if computed is None else computed.visible)
                 with T.sblock("pv_matmul"):
                     T.reads()
                     T.writes()
-                    pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs)
+                    pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs, visible)
 
-    return pv_matmul
+    return without(pv_matmul, *(() if functions.by_row else ("head_start", "num_rows")))
 
 
 def online_update(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:

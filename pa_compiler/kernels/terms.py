@@ -11,28 +11,13 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Let, Var
 
 from pa_compiler.kernels import functions
-from pa_compiler.score import Term
+from pa_compiler.score import Term, parts
 
 _INT32_ENDS = (-(2.0**31), 2.0**31 - 128)
 """The least and the largest number of float32 that int32 has."""
 
 
-def subterms(*results: Term) -> list[Term]:
-    """All terms of which some are made, each once, operands before what takes them."""
-    found: dict[int, Term] = {}
-    pending = [(result, False) for result in reversed(results)]
-    while pending:
-        term, has_args = pending.pop()
-        if id(term) in found:
-            continue
-        if has_args:
-            found[id(term)] = term
-        else:
-            pending += [(term, True), *((arg, False) for arg in reversed(term.args))]
-    return list(found.values())
-
-
-def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[int, Expr]) -> Expr:
+def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]) -> Expr:
     """A term as an expression. What is used more than once in it is computed once.
 
     Integers wrap around at 32 bits, and no operation is undefined: a division by 0 is 0, and a float32 that int32 does
@@ -42,34 +27,31 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
         term: What is computed.
         arguments: By name; also "batch_size", the sequences of the call.
         arrays: By name; as arrays.py matches them.
-        kept: Of some terms by their ids, where their values are.
+        kept: The values of some terms.
     """
     order = _without_kept(term, kept)
-    uses = Counter(id(arg) for each in order for arg in each.args * (1 + (each.op in _REPEATING)))
+    uses = Counter(arg for each in order for arg in each.args * (1 + (each.op in _REPEATING)))
     known, bound = dict(kept), []
     for each in order:
-        value = _operation(each, [known[id(arg)] for arg in each.args], arguments, arrays)
-        if uses[id(each)] > 1 and each.op != "number":
+        value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
+        if uses[each] > 1 and each.op != "number":
             variable = Var(each.op, each.dtype)
             bound.append((variable, value))
             value = variable
-        known[id(each)] = value
-    result = known[id(term)]
+        known[each] = value
+    result = known[term]
     for variable, value in reversed(bound):
         result = Let(variable, value, result)
     return result
 
 
-def _without_kept(term: Term, kept: Mapping[int, Expr]) -> list[Term]:
-    """As subterms, without those that are kept and what only they are made of."""
-    if id(term) in kept:
-        return []
-    needed = {id(term)}
-    order = subterms(term)
+def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
+    """As parts, without those that are kept and what only they are made of."""
+    order, needed = parts(term), {term}
     for each in reversed(order):
-        if id(each) in needed and id(each) not in kept:
-            needed.update(map(id, each.args))
-    return [each for each in order if id(each) in needed and id(each) not in kept]
+        if each in needed and each not in kept:
+            needed.update(each.args)
+    return [each for each in order if each in needed and each not in kept]
 
 
 def _operation(term: Term, args: list[Expr], arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer]) -> Expr:
