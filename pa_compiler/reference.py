@@ -27,6 +27,8 @@ class Weighed(NamedTuple):
         values: [num_kv_heads, tokens, value_dim]; 0 where a mask hides the token from all heads that share it.
         lse: [num_heads], the logarithm of the denominator.
         given: As scores: what score_mod was given.
+        magnitude: As scores: sum(abs(query) * abs(key)) with the scale, of the products that a score is summed of; 0
+            without score_mod.
         visible: bool, as scores: what mask_mod leaves. None without one.
     """
 
@@ -35,6 +37,7 @@ class Weighed(NamedTuple):
     values: np.ndarray
     lse: np.ndarray
     given: np.ndarray
+    magnitude: np.ndarray
     visible: np.ndarray | None
 
     def out(self) -> np.ndarray:
@@ -188,8 +191,10 @@ def weigh(
         visible, is_nan = places.mask(mask_mod, (len(key), grouped.shape[1], len(position)))
         key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
         values[~visible.any(axis=1)] = 0
+    factor = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     with np.errstate(invalid="ignore"):  # a key of infinities may be hidden from some heads
-        scores = (1 / math.sqrt(head_dim) if scale is None else float(scale)) * (grouped @ key)
+        scores = factor * (grouped @ key)
+        magnitude = np.zeros(()) if score_mod is None else abs(factor) * (np.abs(grouped) @ np.abs(key))
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     given = scores
@@ -206,7 +211,7 @@ def weigh(
     row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
     row_sum = np.where(has_weight, row_sum, 1)
     lse = (peak + np.log(row_sum)).reshape(num_heads)
-    return Weighed(scores, weights / row_sum, values, lse, given, visible)
+    return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible)
 
 
 def _gathered(

@@ -28,7 +28,10 @@ ARROWS = {
         "interface",
         "verification",
     },  # a module verifies itself, by what compares it with the reference
-    "verification": {"spec", "bounds", "interface", "layout", "reference", "runtime"},
+    "verification": {
+        *("spec", "interface", "layout", "reference", "reference_functions", "runtime"),
+        *("score", "tracing"),
+    },
     "score": set(),
     "score_text": {"score"},
     "ranges": {"score"},

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -149,9 +149,9 @@ def make_inputs(
     return Inputs(query, keys, values, block_table, case.context_lens)
 
 
-def head_arrays(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
-    """alibi_slopes and sinks, as far as the case's spec has them: keywords of decode and compare."""
-    return inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec)
+def head_arrays(case: Case, seed: int = 0) -> dict[str, Any]:
+    """alibi_slopes, sinks and inputs, as far as the case's spec has them: keywords of decode and compare."""
+    return inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec, case.batch)
 
 
 def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
@@ -169,7 +169,7 @@ def compare(
     case: Case,
     inputs: Inputs,
     advance: Callable[[int], object] = lambda sequences: None,
-    **heads: np.ndarray,
+    **heads: Any,
 ) -> Errors:
     """Compare a result of decode with the float64 reference, under pa_compiler.verification.tolerances.
 

@@ -5,11 +5,14 @@ Cases, draws, tests and benchmarks make theirs of these, each with the lengths, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
+from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
 
 GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
@@ -84,14 +87,42 @@ def used_slots(
     return is_used
 
 
-def head_arrays(rng: np.random.Generator, spec: PagedAttentionSpec) -> dict[str, np.ndarray]:
-    """The arrays that decode takes for a spec's score functions, by name: float32 [num_heads].
+def head_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, batch: int) -> dict[str, Any]:
+    """What decode takes for a spec's score functions, by keyword: float32 arrays [num_heads], and a dict of inputs.
 
     Slopes are those of ALiBi's paper, 2**(-8 i / num_heads) from i = 1 on, and sinks are standard normal.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     if spec.alibi:
         arrays["alibi_slopes"] = (2.0 ** (-8 / spec.num_heads * np.arange(1, spec.num_heads + 1))).astype(np.float32)
     if spec.sinks:
         arrays["sinks"] = rng.standard_normal(spec.num_heads, np.float32)
+    if spec.inputs:
+        arrays["inputs"] = function_inputs(rng, spec, batch)
     return arrays
+
+
+def function_inputs(rng: np.random.Generator, spec: PagedAttentionSpec, batch: int) -> dict[str, np.ndarray]:
+    """Arrays for the inputs of a spec's functions. Each is contiguous, and begins anywhere in a larger one.
+
+    Floating numbers are standard normal, and a bool is as often True as False. Whole numbers may be indices, so they
+    are from 0 to 3, and below the least extent of all arrays.
+    """
+    fixed = [extent for each in (*spec.inputs, *spec.constants) for extent in each.shape if extent != BATCH]
+    arrays = {}
+    for name, dtype, declared in spec.inputs:
+        shape = tuple(batch if extent == BATCH else extent for extent in declared)
+        count, before = math.prod(shape), int(rng.integers(0, 4))
+        if dtype == "bool":
+            numbers = rng.random(before + count) < 0.5
+        elif dtype == "int32":
+            numbers = rng.integers(0, min([4, *fixed]), before + count)
+        else:
+            numbers = rng.standard_normal(before + count)
+        arrays[name] = numbers.astype(dtype)[before:].reshape(shape)
+    return arrays
+
+
+def constant_arrays(spec: PagedAttentionSpec) -> dict[str, np.ndarray]:
+    """The tensors that the functions of a spec close over, by their names in its terms."""
+    return {each.name: np.frombuffer(each.data, each.dtype).reshape(each.shape) for each in spec.constants}

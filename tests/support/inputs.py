@@ -91,7 +91,7 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
     if spec.shared_kv:
         caches[1] = None
     laid_out = lay_out(spec, *caches)
-    heads = head_arrays(np.random.default_rng((1, seed)), spec)
+    heads = head_arrays(np.random.default_rng((1, seed)), spec, len(context_lens))
     return Inputs(query, *laid_out, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim, heads)
 
 
