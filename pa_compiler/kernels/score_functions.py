@@ -35,7 +35,7 @@ class ScoreFunctions:
         mask, outside_of_mask = _held(residual_mask(spec), shapes, spec.num_heads)
         score, outside = _held(spec.score_mod and spec.score_mod.result, shapes, spec.num_heads)
         self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
-        self.mask = mask and any_of(mask, outside_of_mask)
+        self.mask = mask
         self.by_row = self.mask is not None and "head" in _arguments(self.mask)[self.mask]
         columns, self.score_rows = _parts(self.score)
         of_mask, self.mask_rows = _parts(self.mask if self.by_row else None)
