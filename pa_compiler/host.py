@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pa_compiler import installation
 from pa_compiler.bounds import affine, bounds
@@ -178,8 +178,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters = (_identifier, _constant, _type, _extents, _intervals, _product, _initializers)
-    filters += (_runs, _arguments, _address, _fill)
+    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _extents, _intervals, _product, _initializers]
+    filters += [_runs, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -252,9 +252,9 @@ def _extents(shape: Sequence[str | int]) -> str:
 
 
 def _intervals(spec: PagedAttentionSpec) -> list[str]:
-    """The intervals of keys that a query sees, as C++'s initializers; an empty one where there are none."""
+    """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
-    return [f"{{{begin}, {end}}}" for begin, end in texts] or ["{0, 0}"]
+    return [f"{{{begin}, {end}}}" for begin, end in texts]
 
 
 def _product(shape: Sequence[int]) -> int:

@@ -61,7 +61,7 @@ def test_sequences_are_cut_as_explain_counts(cuda_decode, spec, extra):
     kernels, lengths = cuda_decode(spec), [1000, 3, 0, 513, 256, 257, 700]
     arguments = kernels.arguments(on_device(make_inputs(spec, lengths)), extra)
     kernels.launch("cuda_decode", arguments)
-    counts = np.array(cuda_tiling.ranges(kernels.tiling, lengths, extra))
+    counts = np.array(cuda_tiling.ranges(spec, kernels.tiling, lengths, extra))
     expected = np.zeros(len(lengths) + extra, bool)
     expected[: counts.sum()] = np.repeat(counts > 1, counts)
     np.testing.assert_array_equal(~np.isnan(arguments["partial_max"]).any(axis=1), expected)

@@ -40,11 +40,12 @@ def test_residence(arch, registers, shared_bytes, expected):
 @pytest.mark.parametrize("seed", range(20))
 def test_ranges_never_need_more_work_items_than_there_are(seed):
     rng = np.random.default_rng(seed)
-    tiling = cuda_tiling.choose(PagedAttentionSpec(8, 2, 64, 16, "bfloat16"), "sm_90")
+    spec = PagedAttentionSpec(8, 2, 64, 16, "bfloat16", window=None if seed % 2 else 10**4)
+    tiling = cuda_tiling.choose(spec, "sm_90")
     for _ in range(50):
         lengths = rng.integers(0, 10 ** rng.integers(1, 6), rng.integers(1, 200)).tolist()
         extra = int(rng.integers(1, 1000))
-        ranges = cuda_tiling.ranges(tiling, lengths, extra)
+        ranges = cuda_tiling.ranges(spec, tiling, lengths, extra)
         assert len(ranges) == len(lengths)
         assert min(ranges) == 1 or min(lengths) > cuda_tiling.MIN_RANGE_TOKENS
         assert sum(ranges) <= len(lengths) + extra

@@ -20,6 +20,7 @@ from pa_compiler.cuda.kernels import launches as cuda
 from pa_compiler.cuda.target import CudaTarget
 
 ARCHS = ("sm_80", "sm_90")
+SCORES = {"window": 1024, "softcap": 50.0, "alibi": True, "sinks": True}
 DECODE = {
     "group_4": (PagedAttentionSpec(32, 8, 128, 16, "bfloat16"), 3),
     "group_16_of_256": (PagedAttentionSpec(16, 1, 256, 16, "float16"), 2),
@@ -30,10 +31,15 @@ DECODE = {
     "one_head_keys_longer": (PagedAttentionSpec(16, 16, 192, 16, "bfloat16", value_dim=128), 2),
     "float32_values_longer": (PagedAttentionSpec(4, 1, 240, 16, "float32", value_dim=256), 2),
     "values_of_16": (PagedAttentionSpec(8, 1, 256, 16, "float16", value_dim=16), 3),
+    "scores": (PagedAttentionSpec(32, 8, 128, 16, "bfloat16", **SCORES), 3),
+    "scores_group_16_of_256": (PagedAttentionSpec(16, 1, 256, 16, "float16", **SCORES), 2),
+    "scores_float32": (PagedAttentionSpec(32, 8, 128, 16, "float32", **SCORES), 2),
+    "scores_one_head": (PagedAttentionSpec(32, 32, 128, 16, "bfloat16", **SCORES), 4),
 }
 """decode of a spec, and how many thread blocks of it have registers on an SM."""
 
 MMA_TILES = {"group_4": 1, "group_16_of_256": 2, "keys_longer": 2, "keys_longer_shared": 2, "values_of_16": 1}
+MMA_TILES |= {"scores": 1, "scores_group_16_of_256": 2}
 """Tiles of 8 heads, by the specs that tensor cores compute."""
 
 

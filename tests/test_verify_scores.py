@@ -130,7 +130,7 @@ def test_a_token_before_the_window_is_poison():
     spec, found = SPECS["window"], 0
     for number in range(DRAWS):
         call = draws.draw(spec, SEED, number)
-        seen = needed_entries(call.context_lens, spec.block_size, call.block_table.shape[1], spec.window)
+        seen = needed_entries(spec, call.context_lens, call.block_table.shape[1])
         before = ~seen & (np.arange(seen.shape[1]) < (call.context_lens // spec.block_size)[:, None])
         ids = call.block_table[before]
         assert not ((ids >= 0) & (ids < len(call.keys))).any()

@@ -122,7 +122,8 @@ def _work_rows(
     """The work for a token of context, how it is shared out, and how long it takes at the least."""
     intensity = spec.token_flops / spec.token_bytes
     work = f"{spec.token_flops:,} FLOPs and {spec.token_bytes:,} bytes"
-    rows = [("work", f"{work} a token of context: {intensity:g} FLOPs a byte")]
+    of = "of context" if spec.window is None else "in the window"
+    rows = [("work", f"{work} a token {of}: {intensity:g} FLOPs a byte")]
     if gpu is None:
         return [*rows, ("roofline", "--gpu gives the time that is predicted")]
     chip = gpus.GPUS[gpu]
@@ -131,11 +132,11 @@ def _work_rows(
     bound = "arithmetic" if flops <= chip.bandwidth * intensity else "memory"
     resident = chip.multiprocessors * blocks_of_sm
     extra = cuda_tiling.extra_items(tiles.head_tiles(spec), resident)
-    ranges = cuda_tiling.ranges(tiles, [TOKENS] * BATCH, extra)
+    ranges, seen = cuda_tiling.ranges(spec, tiles, [TOKENS] * BATCH, extra), min(TOKENS, spec.window or TOKENS)
     blocks = sum(ranges) * tiles.head_tiles(spec)
-    kv_bytes = BATCH * TOKENS * spec.token_bytes
+    kv_bytes = BATCH * seen * spec.token_bytes
     partial_bytes = 2 * sum(count for count in ranges if count > 1) * spec.num_heads * (spec.result_dim + 2) * 4
-    microseconds = max(BATCH * TOKENS * spec.token_flops / flops, kv_bytes / chip.bandwidth) / 1e3
+    microseconds = max(BATCH * seen * spec.token_flops / flops, kv_bytes / chip.bandwidth) / 1e3
     return [
         *rows,
         (

@@ -114,7 +114,7 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")
-    for name in ("window", "softcap", "alibi", "sinks", "score_mod", "mask_mod"):
+    for name in ("score_mod", "mask_mod"):
         if spec.stated()[name] not in (None, False):
             raise ValueError(
                 f"{name}: expected no {name} for target cuda, whose kernels have none, got {spec.stated()[name]}"
@@ -170,9 +170,9 @@ def extra_items(head_tiles: int, resident_blocks: int) -> int:
     return max(1, WAVES * resident_blocks // head_tiles)
 
 
-def ranges(tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
+def ranges(spec: PagedAttentionSpec, tiling: CudaTiling, context_lens: Sequence[int], extra: int) -> list[int]:
     """How many ranges each sequence is cut into, as the kernels find it (kernels/plan.py)."""
-    steps = [-(-length // tiling.step_tokens) for length in context_lens]
+    steps = [-(-min(length, spec.window or length) // tiling.step_tokens) for length in context_lens]
     longest = max(-(-sum(steps) // extra), tiling.min_range_steps)
     return [max(1, -(-count // longest)) for count in steps]
 

@@ -52,8 +52,8 @@ class Draw:
         is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
-        heads: alibi_slopes and sinks, float32 [num_heads], and the dict of inputs, as far as the spec has them, which are
-            keywords of decode.
+        heads: alibi_slopes and sinks, float32 [num_heads], and the dict of inputs: those of these keywords of decode
+            that the spec has.
         append: Whether append_kv writes the tokens into the caches.
         one_buffer: Whether both caches lie in one buffer, block beside block.
         give_out: Whether out is given, as a view into a larger array.
@@ -155,17 +155,17 @@ def _place(
     rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """block_table, with its blocks anywhere in a cache that has more, and the slots that hold tokens."""
-    needed, window = -(-context_lens // spec.block_size), spec.window
-    seen = needed_entries(context_lens, spec.block_size, int(needed.max(initial=0)), window)
+    needed = -(-context_lens // spec.block_size)
+    seen = needed_entries(spec, context_lens, int(needed.max(initial=0)))
     num_blocks = int(seen.sum()) + int(rng.integers(1, 4))
     surplus = rng.choice(GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
-    table = place(rng.permutation(num_blocks), context_lens, spec.block_size, surplus, window)
-    sees_all = window is None or context_lens <= window
+    table = place(spec, rng.permutation(num_blocks), context_lens, surplus)
+    sees_all = (spec.mask_mod is None) & (context_lens <= (spec.window or context_lens))
     whole = np.flatnonzero((context_lens >= spec.block_size) & sees_all)
     if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
-    return table, used_slots(table, context_lens, num_blocks, spec.block_size, window)
+    return table, used_slots(spec, table, context_lens, num_blocks)
 
 
 def _within_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray) -> np.ndarray:

@@ -21,7 +21,9 @@ def with_functions(
         ValueError: one computes something else.
     """
     given = {"score_mod": score_mod, "mask_mod": mask_mod}
-    known = {field: _known(spec, field, getattr(spec, field), function) for field, function in given.items()}
+    known: dict[str, Any] = {
+        field: _known(spec, field, getattr(spec, field), function) for field, function in given.items()
+    }
     return dataclasses.replace(spec, **known)
 
 

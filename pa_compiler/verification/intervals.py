@@ -78,7 +78,7 @@ def error_bound(
 def _computed(term: Term, args: list[Interval], arrays: Mapping[str, np.ndarray]) -> Interval:
     op = term.op
     if op == "number":
-        return Interval(*2 * (np.float64(term.value),))  # type: ignore[arg-type]  # of a number it is none else
+        return Interval(*2 * (np.float64(term.value),))
     if op == "element":
         return _element(arrays[str(term.value)], args)
     if op == "where":

@@ -79,10 +79,11 @@ class OnGpu:
         *,
         lse: np.ndarray | None = None,
         return_lse: bool = False,
+        **heads: np.ndarray,
     ) -> Any:
-        """As Module.decode, with NumPy arrays."""
+        """As Module.decode, with NumPy arrays; heads are alibi_slopes and sinks, as the spec has them."""
         arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
-        arrays["context_lens"] = context_lens
+        arrays |= {"context_lens": context_lens, **heads}
         shape = (*query.shape[:2], self.spec.result_dim)
         arrays["out"] = np.full(shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
         if return_lse and lse is None:
@@ -121,9 +122,8 @@ class OnGpu:
     def _results(
         self, function: str, arrays: dict[str, np.ndarray], check: str, others: dict[str, Any]
     ) -> dict[str, np.ndarray]:
-        vectors = ("context_lens", "slot_mapping")  # whose only axis is contiguous
         tensors = {
-            name: self._memory.put(array, 0 if name in vectors else ROW_BYTES // array.itemsize)
+            name: self._memory.put(array, 0 if array.ndim == 1 else ROW_BYTES // array.itemsize)
             for name, array in arrays.items()
         }
         getattr(self._module, function)(**tensors, **others, check=check)

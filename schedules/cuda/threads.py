@@ -44,6 +44,9 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     """A row in a thread."""
+    if "slope" in _within(sch, "softmax_prepare"):
+        sch.set_scope("slope", 0, "local")
+        _threads(sch, sch.get_loops("slope")[-1])
     for name in ("scaled", "peak"):
         sch.set_scope(name, 0, "local")
     for name in ("scaled", "peak", "probs", "tile_sum"):
@@ -82,7 +85,12 @@ def fold(sch: Schedule, tiling: Tiling) -> None:
 
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
-    """An element of out in a thread."""
+    """An element of out in a thread, and before it a row and its sink; what becomes of a row is for all threads."""
+    if "sink" in _within(sch, "normalize"):
+        for name, buffers in (("sink", 3), ("sum_with_sink", 1)):
+            for buffer in range(buffers):
+                sch.set_scope(name, buffer, "shared")
+            _threads(sch, sch.get_loops(name)[-1])
     sch.set_scope("factor", 0, "shared")
     _threads(sch, sch.get_loops("factor")[-1])
     _threads(sch, *sch.get_loops("out")[-2:])
@@ -110,6 +118,11 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
 
 SCALAR = {"online_update": "the stages rescale and fold, one after the other"}
 """The sblocks that are not scheduled themselves, and why."""
+
+
+def _within(sch: Schedule, stage: str) -> set[str]:
+    """The names of the sblocks of a stage."""
+    return {sch.get(child).name_hint for child in sch.get_child_blocks(sch.get_sblock(stage))}
 
 
 def _threads(sch: Schedule, *loops: LoopRV) -> LoopRV:

@@ -25,11 +25,16 @@ using Spec = SpecOf<3, false>;  // ranges of 3 blocks of 4 tokens, items of 10 t
 void TestCuts() {
   for (const int64_t len : {0, 1, 4, 12, 13, 24, 25, 100}) {
     const Cut<Spec> cut(len);
-    EXPECT(cut.blocks == (len + 3) / 4);
-    EXPECT(cut.step <= 3 && cut.num_ranges == std::max<int64_t>(1, (cut.blocks + 2) / 3));
-    EXPECT(cut.blocks == 0 || (cut.num_ranges - 1) * cut.step < cut.blocks);
-    EXPECT(cut.num_ranges * cut.step >= cut.blocks);
+    const int64_t blocks = (len + 3) / 4;
+    EXPECT(cut.num_ranges == std::max<int64_t>(1, (blocks + 2) / 3));
     EXPECT(cut.num_partials() == (cut.num_ranges == 1 ? 0 : cut.num_ranges));
+    int64_t end = 0, tokens = 0;
+    for (int64_t i = 0; i < cut.num_ranges; ++i) {
+      const Interval range = cut.Range(i);
+      EXPECT(range.begin == end && range.end - range.begin <= 3 && (len == 0 || range.end > range.begin));
+      end = range.end, tokens += cut.Tokens(range);
+    }
+    EXPECT(end == blocks && tokens == len);
   }
 }
 
@@ -59,10 +64,30 @@ using Windowed = SpecOf<3, false, 9>;  // of tokens
 void TestCutsOfAWindow() {
   for (int64_t len = 0; len < 60; ++len) {
     const Cut<Windowed> cut(len);
-    EXPECT(cut.first == std::max<int64_t>(len - 9, 0) / 4 && cut.first + cut.blocks == (len + 3) / 4);
-    EXPECT(cut.blocks <= 4 && cut.num_ranges == (cut.blocks > 3 ? 2 : 1));
-    EXPECT(cut.num_ranges * cut.step >= cut.blocks);
+    const int64_t first = std::max<int64_t>(len - 9, 0) / 4, blocks = (len + 3) / 4 - first;
+    EXPECT(blocks <= 4 && cut.num_ranges == (blocks > 3 ? 2 : 1));
+    EXPECT(len == 0 || cut.Range(0).begin == first);
+    EXPECT(cut.Range(cut.num_ranges - 1).end == (len + 3) / 4);
   }
+}
+
+struct Uncut : Union {
+  static constexpr int64_t kSplitBlocks = INT64_MAX;
+};
+
+// Each run of blocks is cut; where none is, there is one range with the blocks between them, whose tokens do not count.
+void TestPlanOfAUnion() {
+  const int32_t lens[] = {100, 10, 0, 3};
+  const Plan<Union> plan(lens, 4);
+  const WorkItem expected[] = {
+      {1, 2, 0, 3, -1, 10}, {0, 1, 10, 12, 1, 8}, {0, 1, 0, 1, 0, 4}, {0, 1, 24, 25, 2, 4}, {3, 1, 0, 1, -1, 3},
+  };
+  EXPECT(plan.num_items == 5 && plan.num_partials == 3 && plan.partials_of(0) == 3 && plan.num_tokens == 29);
+  for (int64_t i = 0; i < 5; ++i) EXPECT(std::memcmp(&plan.item(i), &expected[i], sizeof(WorkItem)) == 0);
+  const Plan<Uncut> uncut(lens, 1);
+  const WorkItem whole = {0, 1, 0, 25, -1, 16};
+  EXPECT(uncut.num_items == 1 && std::memcmp(&uncut.item(0), &whole, sizeof(WorkItem)) == 0);
+  EXPECT(Plan<NoKeys>(lens, 4).num_tokens == 0 && Plan<NoKeys>(lens, 4).num_items == 1);
 }
 
 void TestPlanOfAWindow() {
@@ -215,6 +240,7 @@ int main() {
   TestPlan();
   TestCutsOfAWindow();
   TestPlanOfAWindow();
+  TestPlanOfAUnion();
   TestItemsOfAWindow();
   TestScratch();
   TestConverted();

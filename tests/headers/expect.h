@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "shared/caches.h"
+#include "shared/window.h"
 
 static int failures = 0;
 
@@ -86,4 +87,15 @@ struct SpecOf {
   static constexpr int kRowAxis = 1, kHeadAxis = 2, kWordElements = 1;
   static constexpr int64_t kCacheAlignment = 0, kBatchChunk = 4, kSplitBlocks = 3, kItemTokens = 10;
   static constexpr pa::DeviceKind kDevice = pa::kCpu;
+};
+
+// The same with masks: the first 3 keys, the last 4, and 5 in between; and one that no key fulfils.
+struct Union : SpecOf<3, false, -1> {
+  static constexpr pa::Intervals<3> SeenKeys(int64_t context_len) {
+    return {{{context_len - 4, context_len}, {0, 3}, {40, 45}}};
+  }
+};
+
+struct NoKeys : SpecOf<3, false, -1> {
+  static constexpr pa::Intervals<1> SeenKeys(int64_t context_len) { return {{{1 << 30, context_len}}}; }
 };

@@ -157,6 +157,7 @@ class OnGpu:
         self.tensors = {
             name: None if array is None else gpu.tensor(array, device, writable=False) for name, array in given.items()
         }
+        self.tensors |= {name: gpu.tensor(array, device, writable=False) for name, array in inputs.heads.items()}
         self.tensors |= {name: gpu.tensor(getattr(inputs, name), device) for name in ("out", "lse")}
 
     def decode(self, module, lse=True, **others):

@@ -20,6 +20,9 @@ from pa_compiler.spec import PagedAttentionSpec
 
 ARCH = "sm_90"
 
+HEADS = {"slope_head": "alibi_slopes", "sink_head": "sinks"}
+"""The strides of arrays by head, by the kernels' names."""
+
 
 @dataclasses.dataclass(frozen=True)
 class CudaKernels:
@@ -117,6 +120,8 @@ def _decode_arguments(spec: PagedAttentionSpec, inputs: Inputs, out, lse, scale)
         **cache_strides(spec, "v", inputs.value_cache),
         **strides(out, out_batch=0, out_head=1),
         **strides(lse, lse_batch=0),
+        **{name: read_only(array) for name, array in inputs.heads.items()},
+        **{name: _stride(inputs.heads[of], 0) for name, of in HEADS.items() if of in inputs.heads},
     }
 
 

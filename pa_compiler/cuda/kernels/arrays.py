@@ -78,6 +78,14 @@ class Arrays:
         """[batch, num_heads], float32; stride lse_batch."""
         return _span("lse", handle, "float32")
 
+    def alibi_slopes(self, handle: Var) -> Buffer:
+        """[num_heads], float32; stride slope_head."""
+        return _span("alibi_slopes", handle, "float32")
+
+    def sinks(self, handle: Var) -> Buffer:
+        """[num_heads], float32; stride sink_head."""
+        return _span("sinks", handle, "float32")
+
     def bits(self, name: str, handle: Var) -> Buffer:
         """key, value, key_cache or value_cache of append_kv: elements as unsigned integers of their width.
 

@@ -9,6 +9,7 @@ The code, one of REPORT_CODES, is written last, with all the others in place for
 
 from collections.abc import Callable
 
+from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import PrimFunc
 
@@ -16,6 +17,7 @@ from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.tiles import WARP
 from pa_compiler.cuda.tiling import CHECK_THREADS
 from pa_compiler.interface import REPORT_CODES, REPORT_FIELDS
+from pa_compiler.kernels.rows import first_seen
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -41,7 +43,7 @@ _PUBLISH = "st.release.sys.global.b64"
 def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
     """Blocks [batch] of CHECK_THREADS threads: context_lens and block_table, before cuda_decode.
 
-    Entries of the table past a sequence's last token may be anything.
+    Entries of the table past a sequence's last token, and before the first that is seen, may be anything.
     """
     arrays, block_size = Arrays(spec), spec.block_size
 
@@ -70,8 +72,9 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
                 T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
         else:
             used: T.int32 = T.Cast("int32", T.truncdiv(length + T.int64(block_size - 1), T.int64(block_size)))
-            for step in range(T.truncdiv(used + (CHECK_THREADS - 1), CHECK_THREADS)):
-                i: T.int32 = step * CHECK_THREADS + thread
+            first = T.meta_var(_first_block(spec, context_lens[seq]))
+            for step in range(T.truncdiv(used - first + (CHECK_THREADS - 1), CHECK_THREADS)):
+                i: T.int32 = first + step * CHECK_THREADS + thread
                 if i < used:
                     block: T.int32 = block_table[T.Cast("int64", seq) * table_seq + T.Cast("int64", i)]
                     if (block < 0) | (T.Cast("int64", block) >= num_blocks):
@@ -122,8 +125,9 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
             report[LIMIT] = T.Cast("int64", max_blocks) * T.int64(block_size)
         else:
             code = T.int64(BLOCK_CODE)
-            i: T.int64 = T.int64(0)
-            block: T.int64 = T.Cast("int64", block_table[seq * table_seq])
+            first = T.meta_var(_first_block(spec, context_lens[seq]).astype("int64"))
+            i: T.int64 = first
+            block: T.int64 = T.Cast("int64", block_table[seq * table_seq + first])
             while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(block_size) < length):
                 i = i + T.int64(1)
                 block = T.Cast("int64", block_table[seq * table_seq + i])
@@ -133,6 +137,11 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
         T.ptx[_PUBLISH](report.ptr_to([CODE]), code)
 
     return stage
+
+
+def _first_block(spec: PagedAttentionSpec, length: Expr) -> Expr:
+    """The entry of a sequence's row of block_table that is the first to be checked; int32."""
+    return T.truncdiv(first_seen(spec, length), spec.block_size)
 
 
 def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:

@@ -10,9 +10,11 @@ from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import find_item
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
+from pa_compiler.cuda.kernels.scores import Scoring, Tile, load_slopes
 from pa_compiler.cuda.kernels.state import allocate, start
 from pa_compiler.cuda.kernels.strategy import Strategy
 from pa_compiler.cuda.tiles import WARP, CudaTiling, FmaTiling, TensorCoreTiling
+from pa_compiler.kernels.arrays import without
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -32,7 +34,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     """
     arrays, strategy = Arrays(spec), STRATEGIES[tiling.strategy](spec, tiling)
     registers, row_tiles, head_tiles = strategy.registers, tiling.row_tiles(spec), tiling.head_tiles(spec)
-    find_item_stage, start_stage = find_item(tiling), start(registers)
+    find_item_stage, start_stage, load_slopes_stage = find_item(spec, tiling), start(registers), load_slopes(registers)
     attend_range_stage, join_stage = attend_range(spec, tiling, strategy), join_warps(spec, tiling)
 
     @T.prim_func
@@ -48,6 +50,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         partial_acc_handle: T.handle,
         out_handle: T.handle,
         lse_handle: T.handle,
+        alibi_slopes_handle: T.handle,
+        sinks_handle: T.handle,
         q_batch: T.int64,
         q_head: T.int64,
         k_block: T.int64,
@@ -60,6 +64,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         out_batch: T.int64,
         out_head: T.int64,
         lse_batch: T.int64,
+        slope_head: T.int64,
+        sink_head: T.int64,
         batch: T.int32,
         items: T.int32,
         query_scale: T.float32,
@@ -74,6 +80,10 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
+        if spec.alibi:
+            alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
+        if spec.sinks:
+            sinks = arrays.sinks(sinks_handle)
         T.device_entry()
         cta = T.cta_id([items * head_tiles])
         warp_id = T.warp_id([tiling.warps])
@@ -83,6 +93,8 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         found = T.alloc_buffer((5,), "int32", scope="local")
         q = T.alloc_buffer((strategy.query[0],), strategy.query[1], scope="local")
         state = T.meta_var(allocate(registers))
+        if spec.alibi:
+            slopes = T.alloc_buffer((registers.rows,), "float32", scope="local")
         warp: T.int32 = warp_id
         lane: T.int32 = lane_id
         item: T.int32 = T.truncdiv(cta, head_tiles)
@@ -100,10 +112,13 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
                 query, seq * q_batch + T.Cast("int64", kv_head * spec.group + first_row) * q_head, q_head, rows,
                 query_scale, lane, q,
             )  # fmt: skip
+            if spec.alibi:
+                load_slopes_stage(alibi_slopes, slope_head, kv_head * spec.group + first_row, rows, lane, slopes)
             start_stage(state)
+            scoring = T.meta_var(Scoring(found[4] - 1, slopes if spec.alibi else None))
             attend_range_stage(
                 keys, values, block_table, seq * table_seq, ring, found[1], found[2], warp, lane, q,
-                score_scale, T.Cast("float32", places), state,
+                score_scale, T.Cast("float32", places), scoring, state,
             )  # fmt: skip
             T.cuda.cta_sync()  # the results take the place of the rings
             strategy.store_warp(state, warp, lane, results)
@@ -111,9 +126,11 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             join_stage(
                 results, warp * WARP + lane, found[3] == 1, item, kv_head * spec.group + first_row, rows, places,
                 partials, out, seq * out_batch, out_head, lse, seq * lse_batch,
+                sinks if spec.sinks else None, sink_head,
             )  # fmt: skip
 
-    return cuda_decode
+    unused = [name for name, has in (("slope_head", spec.alibi), ("sink_head", spec.sinks)) if not has]
+    return without(cuda_decode, *unused)
 
 
 def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strategy) -> Callable[..., None]:
@@ -124,7 +141,7 @@ def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strateg
 
     @inline
     def stage(key_cache, value_cache, block_table, table_offset, ring, range_start, range_end, warp, lane, q,
-              score_scale, headroom, state):  # fmt: skip
+              score_scale, headroom, scoring, state):  # fmt: skip
         block = T.alloc_buffer((1,), "int32", scope="local")
         end: T.int32 = range_end
         own: T.int32 = range_start + warp * tokens
@@ -142,9 +159,8 @@ def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strateg
                 T.cuda.warp_sync()
                 ready: T.int32 = step - (stages - 1)
                 keys: T.int32 = (warp * stages + T.truncmod(ready, stages)) * stage_words
-                strategy.attend(
-                    ring, keys, score_scale, headroom, end - own - ready * step_tokens, lane, q, state
-                )  # fmt: skip
+                tile = T.meta_var(Tile(own + ready * step_tokens, end - own - ready * step_tokens))
+                strategy.attend(ring, keys, score_scale, headroom, tile, scoring, lane, q, state)
                 T.cuda.warp_sync()
         T.ptx["cp.async.wait_group"](0)
 

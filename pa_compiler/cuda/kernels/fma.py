@@ -13,6 +13,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.ring import chunk_offset
+from pa_compiler.cuda.kernels.scores import scored
 from pa_compiler.cuda.kernels.state import (
     EXP2,
     NEGATIVE_INFINITY,
@@ -50,6 +51,7 @@ def registers(spec: PagedAttentionSpec, tiling: FmaTiling) -> Registers:
         rows=rows,
         sums=rows,
         elements=elements,
+        head_of=lambda i, lane: i,
         max_of=lambda row: row,
         sum_of=lambda row: row,
         element_of=lambda row, i: row * elements + i,
@@ -76,16 +78,16 @@ def load_query(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., Non
 
 
 def attend(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
-    """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
+    """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
     scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
 
     @inline
-    def stage(ring, keys, score_scale, headroom, valid_len, lane, q, state):
+    def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q, state):
         words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
         scores = T.alloc_buffer((scores_of_lane,), "float32", scope="local")
         qk_stage(ring, keys, q, lane, words, scores)
-        softmax_stage(scores, score_scale, headroom, valid_len, lane, state)
+        softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state)
         pv_stage(ring, keys + values_at, scores, lane, words, state)
 
     return stage
@@ -121,17 +123,15 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     tokens, rescale_stage = tiling.tile_tokens // teams, rescale(registers(spec, tiling))
 
     @inline
-    def stage(scores, score_scale, headroom, valid_len, lane, state):
+    def stage(scores, score_scale, headroom, tile, scoring, lane, state):
         for r in T.unroll(rows):
             highest: T.float32 = state.row_max[r]
             for t in T.unroll(tokens):
                 for level in T.unroll(levels):
                     scores[t * rows + r] = scores[t * rows + r] + exchange(scores[t * rows + r], 1 << level)
-                scores[t * rows + r] = T.Select(
-                    t * teams + T.truncdiv(lane, lanes) < valid_len,
-                    scores[t * rows + r] * score_scale,
-                    T.float32(NEGATIVE_INFINITY),
-                )
+                token = T.meta_var(t * teams + T.truncdiv(lane, lanes))
+                score = T.meta_var(scored(spec, scores[t * rows + r] * score_scale, scoring, r, tile, token))
+                scores[t * rows + r] = T.Select(token < tile.valid_len, score, T.float32(NEGATIVE_INFINITY))
                 highest = T.max(highest, scores[t * rows + r])
             shift: T.float32 = shift_of(highest)
             rescale_stage(state, r, highest, shift)

@@ -39,7 +39,7 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
 
     @inline
     def stage(results, thread, whole, item, first_head, num_rows, headroom, partials, out, out_offset, out_head, lse,
-              lse_offset):  # fmt: skip
+              lse_offset, sinks, sink_head):  # fmt: skip
         for step in range(T.truncdiv(num_rows * value_dim + (threads - 1), threads)):
             row: T.let = T.truncdiv(step * threads + thread, value_dim)
             d: T.let = T.truncmod(step * threads + thread, value_dim)
@@ -52,7 +52,7 @@ def join_warps(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., No
                 if whole:
                     normalize_stage(
                         highest, total, value, d, headroom, out, out_offset + head * out_head + T.Cast("int64", d),
-                        lse, lse_offset + head,
+                        lse, lse_offset + head, sinks[head * sink_head] if spec.sinks else None,
                     )  # fmt: skip
                 else:
                     slot: T.let = T.Cast("int64", item) * T.int64(spec.num_heads) + head

@@ -8,6 +8,7 @@ from pa_compiler.cuda.kernels.check import report_indices
 from pa_compiler.cuda.kernels.plan import find_partials
 from pa_compiler.cuda.kernels.state import NEGATIVE_INFINITY, merge, normalize
 from pa_compiler.cuda.tiles import WARP, CudaTiling
+from pa_compiler.kernels.arrays import without
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -19,7 +20,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     been written already. With a status other than 0 nothing is read or written but the report of what cuda_check found.
     """
     arrays, heads, value_dim, threads = Arrays(spec), spec.num_heads, spec.result_dim, tiling.merge_threads(spec)
-    find_partials_stage, report_stage = find_partials(tiling), report_indices(spec)
+    find_partials_stage, report_stage = find_partials(spec, tiling), report_indices(spec)
     merge_stage, normalize_stage = merge(T.serial, value_dim), normalize(spec)
 
     @T.prim_func
@@ -33,9 +34,11 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         partial_acc_handle: T.handle,
         out_handle: T.handle,
         lse_handle: T.handle,
+        sinks_handle: T.handle,
         out_batch: T.int64,
         out_head: T.int64,
         lse_batch: T.int64,
+        sink_head: T.int64,
         table_seq: T.int64,
         num_blocks: T.int64,
         max_blocks: T.int32,
@@ -49,6 +52,8 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
         partials = T.meta_var(arrays.partials(partial_max_handle, partial_sum_handle, partial_acc_handle))
         out = arrays.out(out_handle)
         lse = arrays.lse(lse_handle)
+        if spec.sinks:
+            sinks = arrays.sinks(sinks_handle)
         T.device_entry()
         cta = T.cta_id([batch * heads])
         warp_id = T.warp_id([threads // WARP])
@@ -71,6 +76,7 @@ def cuda_merge(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             normalize_stage(
                 highest, total, value, thread, headroom(spec, context_lens[seq]), out,
                 where + T.Cast("int64", thread), lse, T.Cast("int64", seq) * lse_batch + T.Cast("int64", head),
+                sinks[T.Cast("int64", head) * sink_head] if spec.sinks else None,
             )  # fmt: skip
 
-    return cuda_merge
+    return without(cuda_merge, *(() if spec.sinks else ("sink_head",)))

@@ -4,6 +4,8 @@ With `total` steps (of tiling.step_tokens tokens) in all sequences and `extra` m
 has up to total / extra steps. Sequence b is cut into ceil(steps_b / range) equal ranges, at least one, and since
 sum_b max(1, ceil(steps_b / range)) <= batch + total / range, batch + extra items are enough for any lengths. Items are
 numbered sequence after sequence. Every warp finds its own, from the same integers: no kernel leaves a plan for another.
+
+Of a window a sequence has those tokens alone: its ranges begin at the first that is seen, in the midst of a block.
 """
 
 from __future__ import annotations
@@ -14,12 +16,14 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.tiles import WARP, CudaTiling
+from pa_compiler.kernels.rows import first_seen
+from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
 ALL_LANES = 0xFFFFFFFF
 
 
-def range_length(tiling: CudaTiling) -> Callable[..., None]:
+def range_length(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """range_steps[0] = steps of a range, for these context_lens."""
     step, shortest = tiling.step_tokens, tiling.min_range_steps
 
@@ -28,7 +32,7 @@ def range_length(tiling: CudaTiling) -> Callable[..., None]:
         steps: T.uint32 = T.uint32(0)
         for i in range(T.truncdiv(batch + (WARP - 1), WARP)):
             if i * WARP + lane < batch:
-                steps = steps + T.Cast("uint32", _steps(context_lens[i * WARP + lane], step))
+                steps = steps + T.Cast("uint32", _steps(spec, context_lens[i * WARP + lane], step))
         total: T.let = T.cuda.reduce_add_sync_u32(T.uint32(ALL_LANES), steps)
         range_steps[0] = T.max(
             T.Cast("int32", T.truncdiv(total + T.Cast("uint32", extra - 1), T.Cast("uint32", extra))), shortest
@@ -37,13 +41,13 @@ def range_length(tiling: CudaTiling) -> Callable[..., None]:
     return stage
 
 
-def find_item(tiling: CudaTiling) -> Callable[..., None]:
+def find_item(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """found = [sequence, first token, one past the last token, ranges of the sequence, its length], int32, of an item.
 
     The sequence is -1 if there are fewer items. Warp-wide: all lanes of a warp call it and get the same.
     """
     step = tiling.step_tokens
-    range_length_stage = range_length(tiling)
+    range_length_stage = range_length(spec, tiling)
 
     @inline
     def stage(context_lens, batch, extra, item, lane, found):
@@ -56,7 +60,7 @@ def find_item(tiling: CudaTiling) -> Callable[..., None]:
             steps: T.int32 = 0
             ranges: T.int32 = 0
             if first + lane < batch:
-                steps = _steps(context_lens[first + lane], step)
+                steps = _steps(spec, context_lens[first + lane], step)
                 ranges = _ranges(steps, range_steps[0])
             end: T.int32 = ranges
             for level in T.unroll(5):
@@ -70,9 +74,9 @@ def find_item(tiling: CudaTiling) -> Callable[..., None]:
                 owned_steps: T.let = T.cuda.__shfl_sync(T.uint32(ALL_LANES), steps, owner, WARP)
                 length: T.let = T.truncdiv(owned_steps + owned - 1, owned)
                 found[0] = first + owner
-                found[1] = number * length * step
+                found[1] = first_seen(spec, context_lens[first + owner]) + number * length * step
                 found[4] = context_lens[first + owner]
-                found[2] = T.min(found[4], (number + 1) * length * step)
+                found[2] = T.min(found[4], first_seen(spec, found[4]) + (number + 1) * length * step)
                 found[3] = owned
             before = before + T.cuda.__shfl_sync(T.uint32(ALL_LANES), end, WARP - 1, WARP)
             first = first + WARP
@@ -80,10 +84,10 @@ def find_item(tiling: CudaTiling) -> Callable[..., None]:
     return stage
 
 
-def find_partials(tiling: CudaTiling) -> Callable[..., None]:
+def find_partials(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """found = [first work item, work items] of a sequence, int32. Warp-wide."""
     step = tiling.step_tokens
-    range_length_stage = range_length(tiling)
+    range_length_stage = range_length(spec, tiling)
 
     @inline
     def stage(context_lens, batch, extra, seq, lane, found):
@@ -92,16 +96,18 @@ def find_partials(tiling: CudaTiling) -> Callable[..., None]:
         before: T.uint32 = T.uint32(0)
         for i in range(T.truncdiv(seq + (WARP - 1), WARP)):
             if i * WARP + lane < seq:
-                before = before + T.Cast("uint32", _ranges(_steps(context_lens[i * WARP + lane], step), range_steps[0]))
+                steps = T.meta_var(_steps(spec, context_lens[i * WARP + lane], step))
+                before = before + T.Cast("uint32", _ranges(steps, range_steps[0]))
         found[0] = T.Cast("int32", T.cuda.reduce_add_sync_u32(T.uint32(ALL_LANES), before))
-        found[1] = _ranges(_steps(context_lens[seq], step), range_steps[0])
+        found[1] = _ranges(_steps(spec, context_lens[seq], step), range_steps[0])
 
     return stage
 
 
-def _steps(length: Expr, step: int) -> Expr:
-    """Steps of a sequence."""
-    return T.truncdiv(T.max(length, 0) + (step - 1), step)
+def _steps(spec: PagedAttentionSpec, length: Expr, step: int) -> Expr:
+    """Steps of a sequence: of what is seen of it."""
+    seen = length if spec.window is None else T.min(length, spec.window)
+    return T.truncdiv(T.max(seen, 0) + (step - 1), step)
 
 
 def _ranges(steps: Expr, range_steps: Expr) -> Expr:

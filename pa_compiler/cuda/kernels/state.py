@@ -51,6 +51,7 @@ class Registers(NamedTuple):
         rows: Of which the lane has something.
         sums: Registers of row_sum.
         elements: Of acc, that the lane has of a row.
+        head_of: (number of a register of row_max, lane) -> the query head of its row, counted from the row tile's first.
         max_of: A row, as a strategy names it, -> its register of row_max.
         sum_of: Row -> its register of row_sum.
         element_of: (row, number of an element) -> its register of acc.
@@ -59,6 +60,7 @@ class Registers(NamedTuple):
     rows: int
     sums: int
     elements: int
+    head_of: Callable[[Expr, Expr], Expr]
     max_of: Callable[[Row], Expr]
     sum_of: Callable[[Row], Expr]
     element_of: Callable[[Row, Expr], Expr]
@@ -184,11 +186,21 @@ def merge(each: Callable[[Expr], Iterable[Expr]], pitch: int) -> Callable[..., N
 def normalize(spec: PagedAttentionSpec) -> Callable[..., None]:
     """out[out_at] = an element of a row's output, and where d == 0 lse[lse_at] = the row's, without the headroom.
 
-    A row without a weight gives 0 and -inf.
+    With sinks the row's sink, float32, comes to the sum first: a score of a state without a value. A row without a
+    weight gives 0 and -inf. row_max, row_sum and element are variables.
     """
 
     @inline
-    def stage(row_max, row_sum, element, d, headroom, out, out_at, lse, lse_at):
+    def stage(row_max, row_sum, element, d, headroom, out, out_at, lse, lse_at, sink):
+        if spec.sinks:
+            peak: T.float32 = T.max(row_max, sink)
+            kept: T.float32 = T.float32(0)
+            weight: T.float32 = T.float32(0)
+            weigh(kept, row_max, shift_of(peak))
+            T.ptx[EXP2](weight, exponent(spec, sink - shift_of(peak), T.Cast("float32", headroom)))
+            row_max = peak
+            row_sum = row_sum * kept + weight
+            element = element * kept
         out[out_at] = T.Cast(spec.result_dtype, T.Select(row_sum == T.float32(0), element, element / row_sum))
         if d == 0:
             lse[lse_at] = T.Select(

@@ -15,8 +15,8 @@ class Strategy(NamedTuple):
         query: Count and type of the registers for the query.
         registers: Of the states of rows.
         load_query: (query, offset, head_stride, rows, query_scale, lane, query registers).
-        attend: (ring, keys, score_scale, headroom, valid_len, lane, query registers, state). keys: the word of the
-            ring where a tile begins. headroom is float32.
+        attend: (ring, keys, score_scale, headroom, tile, scoring, lane, query registers, state). keys: the word of the
+            ring where a tile begins. headroom is float32. tile and scoring are of scores.py.
         store_warp: (state, warp, lane, results): to shared memory, at the warp's place in results (join.py).
     """
 

@@ -18,6 +18,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.ring import chunk_offset
+from pa_compiler.cuda.kernels.scores import scored
 from pa_compiler.cuda.kernels.state import (
     EXP2,
     NEGATIVE_INFINITY,
@@ -62,6 +63,7 @@ def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
         rows=tiles * 2,
         sums=tiles * 4,
         elements=depth * 2,
+        head_of=lambda i, lane: i // 2 * MMA_HEADS + T.truncmod(lane, 4) * 2 + i % 2,
         max_of=lambda row: row[0] * 2 + row[1],
         sum_of=lambda row: row[0] * 4 + row[1],
         element_of=element_of,
@@ -102,16 +104,16 @@ def load_query(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[.
 
 
 def attend(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
-    """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens from valid_len on weigh nothing."""
+    """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
     operands, values_at = tiling.tile_tokens // MMA_TOKENS * tiling.mma_tiles, tiling.values_at(spec)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
 
     @inline
-    def stage(ring, keys, score_scale, headroom, valid_len, lane, q_frag, state):
+    def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q_frag, state):
         scores = T.alloc_buffer((operands * 4,), "float32", scope="local")
         p_frag = T.alloc_buffer((operands * 2,), "uint32", scope="local")
         qk_stage(ring, keys, q_frag, lane, scores)
-        softmax_stage(scores, score_scale, headroom, valid_len, lane, state, p_frag)
+        softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state, p_frag)
         pv_stage(ring, keys + values_at, p_frag, lane, state)
 
     return stage
@@ -150,14 +152,14 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..
 def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[..., None]:
     """scores -> p_frag[m, tile, 2], the probabilities as second operands of PV; the state is rescaled for them.
 
-    Tokens from valid_len of the tile on weigh nothing.
+    A score is scored in the register of its product. Tokens past the end of the tile weigh nothing.
     """
     tiles, blocks = tiling.mma_tiles, tiling.tile_tokens // MMA_TOKENS
     max_of_tokens, rescale_stage = over_lanes(T.max, first=4), rescale(registers(spec, tiling))
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
-    def stage(scores, score_scale, headroom, valid_len, lane, state, p_frag):
+    def stage(scores, score_scale, headroom, tile, scoring, lane, state, p_frag):
         shift = T.alloc_buffer((2,), "float32", scope="local")
         pair = T.alloc_buffer((2,), "uint32", scope="local")
         for m in T.unroll(blocks):
@@ -165,7 +167,8 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[...,
                 for i in T.unroll(4):
                     token = T.meta_var(m * MMA_TOKENS + i // 2 * 8 + T.truncdiv(lane, 4))
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    scores[s] = T.Select(token < valid_len, scores[s] * score_scale, T.float32(NEGATIVE_INFINITY))
+                    score = T.meta_var(scored(spec, scores[s] * score_scale, scoring, n * 2 + i % 2, tile, token))
+                    scores[s] = T.Select(token < tile.valid_len, score, T.float32(NEGATIVE_INFINITY))
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = state.row_max[n * 2 + h]
