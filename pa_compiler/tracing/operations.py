@@ -100,24 +100,16 @@ def _of_bits(op: str) -> Callable[[Operand, Operand], Term]:
         terms = common(input, other)
         if terms[0].dtype == "float32":
             raise RefusedTypeError(f"bits of float32 ({op}): a comparison makes a bool, a cast makes an int32")
-        return _bits(op, *terms)
+        return Term(op, terms[0].dtype, tuple(terms))
 
     return build
 
 
 def _logical(op: str) -> Callable[[Operand, Operand], Term]:
     def build(input: Operand, other: Operand) -> Term:
-        return _bits(op, cast(input, "bool"), cast(other, "bool"))
+        return Term(op, "bool", (cast(input, "bool"), cast(other, "bool")))
 
     return build
-
-
-def _bits(op: str, one: Term, other: Term) -> Term:
-    """An operation on bits, without a True or False that decides nothing or all: and_masks of torch begins with True."""
-    for known, term in ((one, other), (other, one)):
-        if known.op == "number" and known.dtype == "bool" and op != "xor":
-            return term if known.value == (op == "and") else known
-    return Term(op, one.dtype, (one, other))
 
 
 add, subtract, multiply = map(_arithmetic, ("add", "subtract", "multiply"))

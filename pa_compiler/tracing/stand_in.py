@@ -134,22 +134,6 @@ class StandIn:
         """The number 0, or False."""
         return self.new_full(size, 0, dtype=dtype)
 
-    def new_full(self, size: object, fill_value: object, *, dtype: object = None) -> StandIn:
-        """One number, of this value's type where none is named."""
-        if size != ():
-            raise RefusedTypeError(f"a tensor of size {size}: every value is one number, of size ()")
-        self._call.uses_torch = True
-        name = self._read().dtype if dtype is None else dtype_named(dtype)
-        return StandIn(self._call, ops.cast(self._call.operand(fill_value), name))
-
-    def new_zeros(self, size: object, *, dtype: object = None) -> StandIn:
-        """What torch's or_masks begins with."""
-        return self.new_full(size, 0, dtype=dtype)
-
-    def new_ones(self, size: object, *, dtype: object = None) -> StandIn:
-        """What torch's and_masks begins with."""
-        return self.new_full(size, 1, dtype=dtype)
-
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
