@@ -112,7 +112,8 @@ def build(spec: PagedAttentionSpec, config: dict[str, Any], pipeline: str, direc
     with native.compiling_host(lowered.host, directory, headers(lowered.host)) as compiling:  # while nvcc works
         cubin = cuda_build.assemble(lowered.cuda, target.arch, directory)
         image = cuda_build.fatbin(cubin, target.arch, directory)
-        library = native.link(compiling, "", directory, tuple(CUDA_ENTRY_POINTS), {"pa_kernels_image": image})
+        tables = {"pa_kernels_image": image} | {constant.name: constant.data for constant in spec.constants}
+        library = native.link(compiling, "", directory, tuple(CUDA_ENTRY_POINTS), tables)
     texts = lowered.texts | _machine_texts(cubin, directory)
     return Built(library, texts, target.config, (), texts["ptx"])
 

@@ -10,6 +10,7 @@ from pa_compiler.cuda.build import Parameter, parameters
 from pa_compiler.cuda.target import CudaTarget
 from pa_compiler.cuda.tiles import CHUNK_BYTES, CudaTiling
 from pa_compiler.cuda.tiling import WAVES
+from pa_compiler.interface import CUDA_ENTRY_POINTS, with_inputs
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -77,6 +78,8 @@ def _render(
 ) -> str:
     append = [kernel for name, kernel in kernels.items() if name in APPEND_KERNELS]
     decode = [kernel for name, kernel in kernels.items() if name not in APPEND_KERNELS]
+    arrays = {f"input_{each.name}": f"Address(args.input_{each.name})" for each in spec.inputs}
+    arrays |= {each.name: f"args.{each.name}" for each in spec.constants}
     return host.render_template(
         "cuda/host.cc.j2",
         spec,
@@ -86,6 +89,8 @@ def _render(
         capability=target.capability,
         exact_arch=not target.portable,
         kernels=kernels,
+        decode_inputs=with_inputs(CUDA_ENTRY_POINTS["decode"], spec),
+        function_arrays=arrays,
         decode_parameters=_together(decode),
         append_parameters=_together(append),
         cache_alignment=CHUNK_BYTES,

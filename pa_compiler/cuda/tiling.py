@@ -7,6 +7,8 @@ import math
 from collections.abc import Sequence
 from typing import ClassVar
 
+from pa_compiler import score
+from pa_compiler.bounds import residual_mask
 from pa_compiler.cuda import gpus
 from pa_compiler.cuda.tiles import MMA_TOKENS, WARP, CudaTiling, FmaTiling, TensorCoreTiling, chunks, copy_lanes
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
@@ -114,11 +116,11 @@ def check(spec: PagedAttentionSpec, pipeline: str = "fused") -> None:
     for name, dim in (("head_dim", spec.head_dim), ("value_dim", spec.result_dim)):
         if dim % 16 or dim > MAX_HEAD_DIM:
             raise ValueError(f"{name}: expected a multiple of 16 up to {MAX_HEAD_DIM} for target cuda, got {dim}")
-    for name in ("score_mod", "mask_mod"):
-        if spec.stated()[name] not in (None, False):
-            raise ValueError(
-                f"{name}: expected no {name} for target cuda, whose kernels have none, got {spec.stated()[name]}"
-            )
+    if pipeline == "fused" and mask_by_head(spec) and not fma_tiles(spec):
+        raise ValueError(
+            f"mask_mod: expected one that does not go by the head for target cuda with head_dim = {spec.head_dim} and "
+            f"value_dim = {spec.result_dim}, got {spec.stated()['mask_mod']}"
+        )
     if pipeline == "staged" and spec.block_size > STAGED_BLOCK_SIZE:
         raise ValueError(
             f"block_size: expected up to {STAGED_BLOCK_SIZE} for target cuda and pipeline staged, got {spec.block_size}"
@@ -129,6 +131,8 @@ def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
     """CudaTiling.strategy, and the reason in one sentence."""
     if spec.dtype == "float32":
         return "fma", "Tensor cores would round float32."
+    if mask_by_head(spec):
+        return "fma", "The mask goes by the head, and a tensor core multiplies a value for all heads."
     heads = f"{spec.group} query head{'' if spec.group == 1 else 's'} for a kv head"
     if spec.group > FMA_GROUP:
         return "tensor_cores", f"{heads}: more than {FMA_GROUP}."
@@ -139,15 +143,22 @@ def choose_strategy(spec: PagedAttentionSpec) -> tuple[str, str]:
     return "fma", f"{heads}: up to {FMA_GROUP} leave most of a tensor core's 8 columns empty."
 
 
+def mask_by_head(spec: PagedAttentionSpec) -> bool:
+    """Whether heads see different keys, by what remains of mask_mod besides its bounds."""
+    mask = residual_mask(spec)
+    return mask is not None and any(part.op == "head" for part in score.parts(mask))
+
+
 def fma_tiles(spec: PagedAttentionSpec) -> list[tuple[int, int]]:
     """Tiles (row_tile, lanes) for strategy "fma" whose registers suffice; the most rows first, then the fewest lanes.
 
     Fewer lanes take fewer shuffles for a score. 16-bit types take a group as a whole or not at all: in tiles, they
-    are read for each.
+    are read for each, unless tensor cores cannot take them.
     """
     dims, tokens = (spec.head_dim, spec.result_dim), _tile_tokens(spec)
     common = math.gcd(*(chunks(spec, dim) for dim in dims))
-    limits = range(MAX_ROW_TILE, 0, -1) if spec.dtype == "float32" else (FMA_GROUP,)
+    in_tiles = spec.dtype == "float32" or mask_by_head(spec)
+    limits = range(MAX_ROW_TILE, 0, -1) if in_tiles else (FMA_GROUP,)
     return [
         (rows, lanes)
         for rows in dict.fromkeys(equal_tile(spec.group, limit) for limit in limits)

@@ -94,10 +94,8 @@ class Arrays:
 
         They become further parameters of the PrimFunc that is being parsed: input_<name>, and constants by their names.
         """
-        arrays: dict[str, Input | Constant] = {f"input_{each.name}": each for each in self._spec.inputs}
-        arrays |= {each.name: each for each in self._spec.constants}
         found = {}
-        for parameter, array in arrays.items():
+        for parameter, array in function_arrays(self._spec).items():
             if array.name in names:
                 handle = T.arg(f"{parameter}_handle", T.handle())
                 shape = [self._var(each) if each == BATCH else T.int64(each) for each in array.shape or (1,)]
@@ -128,6 +126,12 @@ class Arrays:
         """[batch_chunk, row_tile, value_dim], float32: outputs of each row of a chunk, not normalized."""
         shape = (self._spec.batch_chunk, self._tiling.row_tile, self._spec.result_dim)
         return T.match_buffer(handle, shape, "float32")
+
+
+def function_arrays(spec: PagedAttentionSpec) -> dict[str, Input | Constant]:
+    """The arrays that functions of scores may read, in the spec's order, by the names of kernels' parameters."""
+    inputs: dict[str, Input | Constant] = {f"input_{each.name}": each for each in spec.inputs}
+    return inputs | {each.name: each for each in spec.constants}
 
 
 def without(function: PrimFunc, *names: str) -> PrimFunc:

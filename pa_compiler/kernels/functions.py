@@ -6,6 +6,7 @@ subnormal ones, for the infinities and for NaN, of which it makes NaN. exp for t
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 
 from tvm.ir import Expr
@@ -37,15 +38,15 @@ _WHOLE = 2.0**23
 """From here on all numbers of float32 are integers."""
 
 
-def tanh(x: Expr) -> Expr:
+def tanh(x: Expr, divide: Callable[[Expr, Expr], Expr] = operator.truediv) -> Expr:
     """tanh(x) for float32, with a relative error below 5e-7; NaN for NaN.
 
-    x * P(x**2) / Q(x**2) for |x| up to 9, where P and Q have the least relative error for their degrees, 2e-8;
-    the rest is rounding.
+    x * P(x**2) / Q(x**2) for |x| up to 9, where P and Q have the least relative error for their degrees, 2e-8; the rest
+    is rounding. Q is from 1 to 500: a target may know a division for such numbers.
     """
     end = T.float32(_TANH_END)
     clamped, square = Var("tanh_x", "float32"), Var("tanh_square", "float32")
-    ratio = clamped * _polynomial(square, _TANH_P) / _polynomial(square, _TANH_Q)
+    ratio = divide(clamped * _polynomial(square, _TANH_P), _polynomial(square, _TANH_Q))
     bounded = T.Select(x > end, end, T.Select(x < -end, -end, x))
     return Let(clamped, bounded, Let(square, clamped * clamped, ratio))
 
@@ -110,7 +111,7 @@ def log(x: Expr) -> Expr:
 
 def sqrt(x: Expr) -> Expr:
     """The square root of x, rounded as it should be: an instruction of every vector unit. NaN of what is below 0."""
-    return T.call_llvm_pure_intrin("float32", "llvm.sqrt", x)
+    return T.sqrt(x)
 
 
 def sigmoid(x: Expr) -> Expr:

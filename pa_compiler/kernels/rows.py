@@ -66,7 +66,7 @@ def limit(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
 def first_seen(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
     """The first key position that they see; one beyond every sequence where they see none."""
     ends, beyond = _ends(spec, context_len), T.int32(affine.MAX_LENGTH)
-    if len(ends) == 1 and _sees_the_last(bounds(spec).intervals[0]):
+    if len(ends) == 1 and (not begins_late(spec) or _sees_the_last(bounds(spec).intervals[0])):
         return ends[0][0]
     return functools.reduce(T.min, (T.Select(begin < end, begin, beyond) for begin, end in ends))
 
@@ -76,10 +76,14 @@ def sees_block(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> 
 
     With intervals of keys that have blocks between them, which are neither looked up nor read.
     """
+    return sees_any(spec, context_len, block_idx * spec.block_size, (block_idx + 1) * spec.block_size)
+
+
+def sees_any(spec: PagedAttentionSpec, context_len: Expr, first: Expr, after: Expr) -> Expr | None:
+    """The same of the keys from position first to after - 1."""
     ends = _ends(spec, context_len)
     if len(ends) == 1:
         return None
-    first, after = block_idx * spec.block_size, (block_idx + 1) * spec.block_size
     return functools.reduce(T.Or, (T.max(begin, first) < T.min(end, after) for begin, end in ends))
 
 

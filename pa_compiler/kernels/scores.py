@@ -9,6 +9,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.tirx import Buffer, BufferRegion
 
+from pa_compiler.kernels import functions
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.computed import (
     Computed,
@@ -19,7 +20,6 @@ from pa_compiler.kernels.computed import (
     compute_visible,
     head_of,
 )
-from pa_compiler.kernels.functions import tanh
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
@@ -74,6 +74,13 @@ def slope_of(scoring: Scoring, row: Expr) -> Expr:
     return T.if_then_else(row < scoring.rows.num, scoring.slopes[scoring.rows.at(row)[1]], T.float32(0))
 
 
+def capped(spec: PagedAttentionSpec, score: Expr, tanh: Callable[[Expr], Expr] = functions.tanh) -> Expr:
+    """A scaled score with the soft cap of the spec, if it has one."""
+    if spec.softcap is None:
+        return score
+    return T.float32(spec.softcap) * tanh(score * T.float32(1 / spec.softcap))
+
+
 class Scores:
     """What becomes of the scores of one stage."""
 
@@ -102,14 +109,13 @@ class Scores:
 
         slope is slope_of its row, kept is of_rows; column is the key's in its tile.
         """
-        spec, functions = self._spec, self._functions
-        if spec.softcap is not None:
-            score = T.float32(spec.softcap) * tanh(score * T.float32(1 / spec.softcap))
+        spec, of_spec = self._spec, self._functions
+        score = capped(spec, score)
         computed = scoring.computed
-        if kept is not None and computed is not None and functions.score is not None:
+        if kept is not None and computed is not None and of_spec.score is not None:
             head = head_of(scoring.rows, row, spec.num_heads)
-            known = computed.of_columns(functions, column) | kept(row)
-            score = computed.value(functions.score, known, score=score, head=head)
+            known = computed.of_columns(of_spec, column) | kept(row)
+            score = computed.value(of_spec.score, known, score=score, head=head)
         if spec.alibi:
             score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
         return score

@@ -12,7 +12,7 @@ the second opinion.
 from collections.abc import Callable
 
 from tvm.s_tir import Schedule
-from tvm.s_tir.schedule import LoopRV
+from tvm.s_tir.schedule import LoopRV, SBlockRV
 
 from pa_compiler.tiles import Tiling
 
@@ -42,11 +42,26 @@ def qk_matmul(sch: Schedule, tiling: Tiling) -> None:
     sch.decompose_reduction(scores, dim)
 
 
+def columns(sch: Schedule, tiling: Tiling) -> None:
+    """What goes by no head: a column in a thread."""
+    for each in sch.get_child_blocks(sch.get_sblock("columns")):
+        sch.set_scope(each, 0, "shared")
+        _threads(sch, *sch.get_loops(each)[-2:])
+
+
+def visible_rows(sch: Schedule, tiling: Tiling) -> None:
+    """What a mask shows each row: a row, and then a row and a column in a thread."""
+    for each in sch.get_child_blocks(sch.get_sblock("visible_rows")):
+        sch.set_scope(each, 0, "shared")
+        _threads(sch, *sch.get_loops(each)[-3 if _name(sch, each) == "visible" else -1 :])
+
+
 def softmax_prepare(sch: Schedule, tiling: Tiling) -> None:
     """A row in a thread."""
-    if "slope" in _within(sch, "softmax_prepare"):
-        sch.set_scope("slope", 0, "local")
-        _threads(sch, sch.get_loops("slope")[-1])
+    for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare")):
+        if _name(sch, each) == "slope" or _name(sch, each).startswith("row_"):
+            sch.set_scope(each, 0, "local")
+            _threads(sch, sch.get_loops(each)[-1])
     for name in ("scaled", "peak"):
         sch.set_scope(name, 0, "local")
     for name in ("scaled", "peak", "probs", "tile_sum"):
@@ -86,7 +101,7 @@ def fold(sch: Schedule, tiling: Tiling) -> None:
 
 def normalize(sch: Schedule, tiling: Tiling) -> None:
     """An element of out in a thread, and before it a row and its sink; what becomes of a row is for all threads."""
-    if "sink" in _within(sch, "normalize"):
+    if any(_name(sch, each) == "sink" for each in sch.get_child_blocks(sch.get_sblock("normalize"))):
         for name, buffers in (("sink", 3), ("sum_with_sink", 1)):
             for buffer in range(buffers):
                 sch.set_scope(name, buffer, "shared")
@@ -107,6 +122,8 @@ STAGES: dict[str, Callable[[Schedule, Tiling], None]] = {
     "load_query": load_query,
     "token_offsets": token_offsets,
     "qk_matmul": qk_matmul,
+    "columns": columns,
+    "visible_rows": visible_rows,
     "softmax_prepare": softmax_prepare,
     "pv_matmul": pv_matmul,
     "rescale": rescale,
@@ -120,9 +137,8 @@ SCALAR = {"online_update": "the stages rescale and fold, one after the other"}
 """The sblocks that are not scheduled themselves, and why."""
 
 
-def _within(sch: Schedule, stage: str) -> set[str]:
-    """The names of the sblocks of a stage."""
-    return {sch.get(child).name_hint for child in sch.get_child_blocks(sch.get_sblock(stage))}
+def _name(sch: Schedule, sblock: SBlockRV) -> str:
+    return str(sch.get(sblock).name_hint)
 
 
 def _threads(sch: Schedule, *loops: LoopRV) -> LoopRV:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Mapping
 
 import cuda_emulator
 import numpy as np
@@ -15,6 +16,7 @@ from pa_compiler.cuda import build as cuda_build
 from pa_compiler.cuda import tiling as cuda_tiling
 from pa_compiler.cuda.kernels import launches as cuda
 from pa_compiler.cuda.tiles import CudaTiling
+from pa_compiler.runtime.arguments import NUMPY_DTYPES
 from pa_compiler.schedules import schedule
 from pa_compiler.spec import PagedAttentionSpec
 
@@ -122,7 +124,15 @@ def _decode_arguments(spec: PagedAttentionSpec, inputs: Inputs, out, lse, scale)
         **strides(lse, lse_batch=0),
         **{name: read_only(array) for name, array in inputs.heads.items()},
         **{name: _stride(inputs.heads[of], 0) for name, of in HEADS.items() if of in inputs.heads},
+        **{name: read_only(array) for name, array in function_arrays(spec, inputs.given).items()},
     }
+
+
+def function_arrays(spec: PagedAttentionSpec, given: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays that functions read by the kernels' names; bools as bytes, and tables as the library has them."""
+    arrays = {f"input_{name}": array for name, array in given.items()}
+    arrays |= {each.name: np.frombuffer(each.data, NUMPY_DTYPES[each.dtype]) for each in spec.constants}
+    return {name: array.view(np.int8) if array.dtype == bool else array for name, array in arrays.items()}
 
 
 def split_scale(spec: PagedAttentionSpec, scale: float) -> dict[str, float]:

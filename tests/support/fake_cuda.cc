@@ -264,6 +264,15 @@ int cuMemcpyDtoHAsync_v2(void* to, const char* from, size_t bytes, void* stream)
   return kSuccess;
 }
 
+int cuMemcpyHtoDAsync_v2(char* to, const void* from, size_t bytes, void* stream) {
+  BEGIN("cuMemcpyHtoDAsync");
+  NEEDS_CONTEXT();
+  UNSAFE();
+  world.log << "upload " << bytes << Where(stream) << "\n";
+  Put(stream, [=] { memcpy(to, from, bytes); });
+  return kSuccess;
+}
+
 int cuStreamCreate(void** stream, unsigned flags) {
   BEGIN("cuStreamCreate");
   if (flags != 1) return kInvalidValue;

@@ -6,6 +6,7 @@ last axis is contiguous. The shapes here are those of the user's arrays.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 from tvm.ir import Expr
@@ -14,6 +15,8 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Buffer, Var
 
 from pa_compiler.cuda.kernels.state import State
+from pa_compiler.kernels.arrays import function_arrays
+from pa_compiler.score import BATCH
 from pa_compiler.spec import ITEMSIZES, PagedAttentionSpec
 
 
@@ -85,6 +88,21 @@ class Arrays:
     def sinks(self, handle: Var) -> Buffer:
         """[num_heads], float32; stride sink_head."""
         return _span("sinks", handle, "float32")
+
+    def of_functions(self, names: Collection[str], batch: Var) -> dict[str, Buffer]:
+        """The inputs and constants that are named, by name: C-contiguous, with the shapes of the spec; bool as its bytes.
+
+        They become further parameters of the PrimFunc that is being parsed, as in kernels/arrays.py. batch is the
+        kernel's parameter, int32.
+        """
+        found = {}
+        for parameter, array in function_arrays(self._spec).items():
+            if array.name in names:
+                shape = [batch if extent == BATCH else T.int32(extent) for extent in array.shape or (1,)]
+                handle = T.arg(f"{parameter}_handle", T.handle())
+                dtype = "int8" if array.dtype == "bool" else array.dtype
+                found[array.name] = IRBuilder.name(parameter, T.match_buffer(handle, shape, dtype))
+        return found
 
     def bits(self, name: str, handle: Var) -> Buffer:
         """key, value, key_cache or value_cache of append_kv: elements as unsigned integers of their width.

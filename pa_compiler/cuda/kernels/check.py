@@ -17,7 +17,7 @@ from pa_compiler.cuda.kernels.arrays import Arrays
 from pa_compiler.cuda.tiles import WARP
 from pa_compiler.cuda.tiling import CHECK_THREADS
 from pa_compiler.interface import REPORT_CODES, REPORT_FIELDS
-from pa_compiler.kernels.rows import first_seen
+from pa_compiler.kernels.rows import first_seen, limit, sees_block
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -43,7 +43,7 @@ _PUBLISH = "st.release.sys.global.b64"
 def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
     """Blocks [batch] of CHECK_THREADS threads: context_lens and block_table, before cuda_decode.
 
-    Entries of the table past a sequence's last token, and before the first that is seen, may be anything.
+    Entries of the table that name blocks of which no token is seen may be anything.
     """
     arrays, block_size = Arrays(spec), spec.block_size
 
@@ -71,11 +71,12 @@ def cuda_check(spec: PagedAttentionSpec) -> PrimFunc:
             if thread == 0:
                 T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_LENGTH))
         else:
-            used: T.int32 = T.Cast("int32", T.truncdiv(length + T.int64(block_size - 1), T.int64(block_size)))
+            end = T.meta_var(_end(spec, context_lens[seq], length))
+            used: T.int32 = T.Cast("int32", T.truncdiv(end + T.int64(block_size - 1), T.int64(block_size)))
             first = T.meta_var(_first_block(spec, context_lens[seq]))
             for step in range(T.truncdiv(used - first + (CHECK_THREADS - 1), CHECK_THREADS)):
                 i: T.int32 = first + step * CHECK_THREADS + thread
-                if i < used:
+                if _is_seen(spec, i < used, context_lens[seq], i):
                     block: T.int32 = block_table[T.Cast("int64", seq) * table_seq + T.Cast("int64", i)]
                     if (block < 0) | (T.Cast("int64", block) >= num_blocks):
                         T.ptx[_RAISE](status.ptr_to([0]), VIOLATION - (2 * seq + BAD_BLOCK))
@@ -128,7 +129,9 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
             first = T.meta_var(_first_block(spec, context_lens[seq]).astype("int64"))
             i: T.int64 = first
             block: T.int64 = T.Cast("int64", block_table[seq * table_seq + first])
-            while (block >= T.int64(0)) & (block < num_blocks) & ((i + T.int64(1)) * T.int64(block_size) < length):
+            while _passes(spec, (block >= T.int64(0)) & (block < num_blocks), context_lens[seq], i) & (
+                (i + T.int64(1)) * T.int64(block_size) < length
+            ):
                 i = i + T.int64(1)
                 block = T.Cast("int64", block_table[seq * table_seq + i])
             report[POSITION] = i
@@ -142,6 +145,24 @@ def report_indices(spec: PagedAttentionSpec) -> Callable[..., None]:
 def _first_block(spec: PagedAttentionSpec, length: Expr) -> Expr:
     """The entry of a sequence's row of block_table that is the first to be checked; int32."""
     return T.truncdiv(first_seen(spec, length), spec.block_size)
+
+
+def _end(spec: PagedAttentionSpec, length: Expr, wide: Expr) -> Expr:
+    """One past the last key that is seen, int64; wide is the length as int64."""
+    end = limit(spec, length)
+    return wide if end is length else end.astype("int64")
+
+
+def _is_seen(spec: PagedAttentionSpec, in_row: Expr, length: Expr, block_idx: Expr) -> Expr:
+    """Whether a block that is before the last that is seen is itself seen."""
+    sees = sees_block(spec, length, block_idx)
+    return in_row if sees is None else T.And(in_row, sees)
+
+
+def _passes(spec: PagedAttentionSpec, is_good: Expr, length: Expr, block_idx: Expr) -> Expr:
+    """Whether an entry, for a block_idx of int64, names a block that there is, or one that is not seen."""
+    sees = sees_block(spec, length, block_idx.astype("int32"))
+    return is_good if sees is None else T.Or(is_good, T.Not(sees))
 
 
 def report_slots(spec: PagedAttentionSpec) -> Callable[..., None]:

@@ -10,7 +10,7 @@ from pa_compiler.cuda.kernels.arrays import Arrays, Cache
 from pa_compiler.cuda.kernels.join import join_warps, warp_results
 from pa_compiler.cuda.kernels.plan import find_item
 from pa_compiler.cuda.kernels.ring import copy_tile, look_up
-from pa_compiler.cuda.kernels.scores import Scoring, Tile, load_slopes
+from pa_compiler.cuda.kernels.scores import Functions, Scoring, Tile, load_slopes
 from pa_compiler.cuda.kernels.state import allocate, start
 from pa_compiler.cuda.kernels.strategy import Strategy
 from pa_compiler.cuda.tiles import WARP, CudaTiling, FmaTiling, TensorCoreTiling
@@ -35,6 +35,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
     arrays, strategy = Arrays(spec), STRATEGIES[tiling.strategy](spec, tiling)
     registers, row_tiles, head_tiles = strategy.registers, tiling.row_tiles(spec), tiling.head_tiles(spec)
     find_item_stage, start_stage, load_slopes_stage = find_item(spec, tiling), start(registers), load_slopes(registers)
+    functions = Functions(spec)
     attend_range_stage, join_stage = attend_range(spec, tiling, strategy), join_warps(spec, tiling)
 
     @T.prim_func
@@ -84,6 +85,7 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             alibi_slopes = arrays.alibi_slopes(alibi_slopes_handle)
         if spec.sinks:
             sinks = arrays.sinks(sinks_handle)
+        of_functions = T.meta_var(arrays.of_functions(functions.arrays, batch))
         T.device_entry()
         cta = T.cta_id([items * head_tiles])
         warp_id = T.warp_id([tiling.warps])
@@ -115,7 +117,16 @@ def cuda_decode(spec: PagedAttentionSpec, tiling: CudaTiling) -> PrimFunc:
             if spec.alibi:
                 load_slopes_stage(alibi_slopes, slope_head, kv_head * spec.group + first_row, rows, lane, slopes)
             start_stage(state)
-            scoring = T.meta_var(Scoring(found[4] - 1, slopes if spec.alibi else None))
+            scoring = T.meta_var(
+                Scoring(
+                    found[0],
+                    found[4],
+                    batch,
+                    kv_head * spec.group + first_row,
+                    slopes if spec.alibi else None,
+                    of_functions,
+                )
+            )
             attend_range_stage(
                 keys, values, block_table, seq * table_seq, ring, found[1], found[2], warp, lane, q,
                 score_scale, T.Cast("float32", places), scoring, state,
@@ -137,7 +148,7 @@ def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strateg
     """A warp's tiles of the tokens [range_start, range_end), each on its way while those before it are computed."""
     tokens, stages, step_tokens = tiling.tile_tokens, tiling.stages, tiling.step_tokens
     stage_words = tiling.stage_words(spec)
-    look_up_stage, copy_tile_stage = look_up(spec, tiling), copy_tile(spec, tiling)
+    look_up_stage, copy_tile_stage, functions = look_up(spec, tiling), copy_tile(spec, tiling), Functions(spec)
 
     @inline
     def stage(key_cache, value_cache, block_table, table_offset, ring, range_start, range_end, warp, lane, q,
@@ -151,7 +162,10 @@ def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strateg
         for step in range(num_tiles + stages - 1):
             if step < num_tiles:
                 tile = T.meta_var((warp * stages + T.truncmod(step, stages)) * stage_words)
-                copy_tile_stage(key_cache, value_cache, ring, tile, block, own + step * step_tokens, end, lane)
+                if functions.tile_is_seen(scoring, own + step * step_tokens, tokens):
+                    copy_tile_stage(
+                        key_cache, value_cache, ring, tile, block, own + step * step_tokens, end, lane, scoring
+                    )  # fmt: skip
                 look_up_stage(block_table, table_offset, own + (step + 1) * step_tokens, end, lane, block)
             T.ptx["cp.async.commit_group"]()
             if step >= stages - 1:
@@ -160,7 +174,8 @@ def attend_range(spec: PagedAttentionSpec, tiling: CudaTiling, strategy: Strateg
                 ready: T.int32 = step - (stages - 1)
                 keys: T.int32 = (warp * stages + T.truncmod(ready, stages)) * stage_words
                 tile = T.meta_var(Tile(own + ready * step_tokens, end - own - ready * step_tokens))
-                strategy.attend(ring, keys, score_scale, headroom, tile, scoring, lane, q, state)
+                if functions.tile_is_seen(scoring, own + ready * step_tokens, tokens):
+                    strategy.attend(ring, keys, score_scale, headroom, tile, scoring, lane, q, state)
                 T.cuda.warp_sync()
         T.ptx["cp.async.wait_group"](0)
 

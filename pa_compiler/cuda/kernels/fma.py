@@ -11,9 +11,10 @@ from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
+from tvm.tirx import Buffer
 
 from pa_compiler.cuda.kernels.ring import chunk_offset
-from pa_compiler.cuda.kernels.scores import scored
+from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.kernels.state import (
     EXP2,
     NEGATIVE_INFINITY,
@@ -81,14 +82,18 @@ def attend(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
     """A tile of the ring: scores, their softmax, and what it adds to acc. Tokens past its end weigh nothing."""
     scores_of_lane, values_at = tiling.tile_tokens * tiling.lanes // WARP * tiling.row_tile, tiling.values_at(spec)
     qk_stage, softmax_stage, pv_stage = qk_matmul(spec, tiling), softmax(spec, tiling), pv_matmul(spec, tiling)
+    functions, rows = Functions(spec), tiling.row_tile
 
     @inline
     def stage(ring, keys, score_scale, headroom, tile, scoring, lane, q, state):
         words = T.alloc_buffer((CHUNK_WORDS,), "uint32", scope="local")
         scores = T.alloc_buffer((scores_of_lane,), "float32", scope="local")
+        if functions.by_head:
+            seen = T.alloc_buffer((rows,), "uint32", scope="local")
+        shown = T.meta_var(seen if functions.by_head else None)
         qk_stage(ring, keys, q, lane, words, scores)
-        softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state)
-        pv_stage(ring, keys + values_at, scores, lane, words, state)
+        softmax_stage(scores, score_scale, headroom, tile, scoring, lane, state, shown)
+        pv_stage(ring, keys + values_at, scores, lane, words, state, shown)
 
     return stage
 
@@ -117,21 +122,32 @@ def qk_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None
 
 
 def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
-    """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum."""
+    """scores -> the weights of a team's tokens; the state is rescaled for them, and has them in row_sum.
+
+    With a mask that goes by the head bit t of shown[r], uint32, says whether row r sees token t of the team's.
+    """
     lanes, rows = tiling.lanes, tiling.row_tile
     teams, levels = WARP // lanes, lanes.bit_length() - 1
-    tokens, rescale_stage = tiling.tile_tokens // teams, rescale(registers(spec, tiling))
+    tokens, rescale_stage, functions = tiling.tile_tokens // teams, rescale(registers(spec, tiling)), Functions(spec)
 
     @inline
-    def stage(scores, score_scale, headroom, tile, scoring, lane, state):
+    def stage(scores, score_scale, headroom, tile, scoring, lane, state, shown):
         for r in T.unroll(rows):
+            if functions.by_head:
+                shown[r] = T.uint32(0)
             highest: T.float32 = state.row_max[r]
             for t in T.unroll(tokens):
                 for level in T.unroll(levels):
                     scores[t * rows + r] = scores[t * rows + r] + exchange(scores[t * rows + r], 1 << level)
                 token = T.meta_var(t * teams + T.truncdiv(lane, lanes))
-                score = T.meta_var(scored(spec, scores[t * rows + r] * score_scale, scoring, r, tile, token))
-                scores[t * rows + r] = T.Select(token < tile.valid_len, score, T.float32(NEGATIVE_INFINITY))
+                score = T.meta_var(functions.scored(scores[t * rows + r] * score_scale, scoring, r, r, tile, token))
+                if functions.by_head:
+                    is_seen: T.bool = functions.sees(scoring, r, tile, token)
+                    shown[r] = T.bitwise_or(
+                        shown[r], T.Select(is_seen, T.shift_left(T.uint32(1), T.Cast("uint32", t)), T.uint32(0))
+                    )
+                sees = T.meta_var(is_seen if functions.by_head else functions.sees(scoring, r, tile, token))
+                scores[t * rows + r] = T.Select(sees, score, T.float32(NEGATIVE_INFINITY))
                 highest = T.max(highest, scores[t * rows + r])
             shift: T.float32 = shift_of(highest)
             rescale_stage(state, r, highest, shift)
@@ -143,13 +159,13 @@ def softmax(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
 
 
 def pv_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None]:
-    """acc[row, elements of this lane] += weight * value of this team's tokens."""
+    """acc[row, elements of this lane] += weight * value of this team's tokens; of a token that shown hides, 0."""
     lanes, rows, width, in_ring = tiling.lanes, tiling.row_tile, tiling.chunk_elements(spec), tiling.value_rows(spec)
     teams, own_chunks = WARP // lanes, in_ring.chunks // lanes
     elements = own_chunks * width
 
     @inline
-    def stage(ring, values, scores, lane, words, state):
+    def stage(ring, values, scores, lane, words, state, shown):
         for t in T.unroll(tiling.tile_tokens // teams):
             for c in T.unroll(own_chunks):
                 row = T.meta_var(t * teams + T.truncdiv(lane, lanes))
@@ -159,7 +175,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., None
                     value: T.float32 = _element(spec, words, i)
                     for r in T.unroll(rows):
                         a = T.meta_var(r * elements + c * width + i)
-                        state.acc[a] = state.acc[a] + scores[t * rows + r] * value
+                        state.acc[a] = state.acc[a] + scores[t * rows + r] * _shown(value, shown, r, t)
 
     return stage
 
@@ -183,6 +199,14 @@ def store_warp(spec: PagedAttentionSpec, tiling: FmaTiling) -> Callable[..., Non
                 results.row_sum[warp * rows + r] = state.row_sum[r]
 
     return stage
+
+
+def _shown(value: Expr, shown: Buffer | None, row: Expr, token: Expr) -> Expr:
+    """A value, or 0 where its row does not see its token."""
+    if shown is None:
+        return value
+    bit = T.bitwise_and(T.shift_right(shown[row], T.Cast("uint32", token)), T.uint32(1))
+    return T.Select(bit != T.uint32(0), value, T.float32(0))
 
 
 def _element(spec: PagedAttentionSpec, words: Expr, i: Expr) -> Expr:

@@ -5,7 +5,7 @@ has up to total / extra steps. Sequence b is cut into ceil(steps_b / range) equa
 sum_b max(1, ceil(steps_b / range)) <= batch + total / range, batch + extra items are enough for any lengths. Items are
 numbered sequence after sequence. Every warp finds its own, from the same integers: no kernel leaves a plan for another.
 
-Of a window a sequence has those tokens alone: its ranges begin at the first that is seen, in the midst of a block.
+A sequence has the tokens from the first that is seen to the last: its ranges begin there, in the midst of a block.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.tiles import WARP, CudaTiling
-from pa_compiler.kernels.rows import first_seen
+from pa_compiler.kernels.rows import first_seen, limit
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
 
@@ -76,7 +76,7 @@ def find_item(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., Non
                 found[0] = first + owner
                 found[1] = first_seen(spec, context_lens[first + owner]) + number * length * step
                 found[4] = context_lens[first + owner]
-                found[2] = T.min(found[4], first_seen(spec, found[4]) + (number + 1) * length * step)
+                found[2] = T.min(limit(spec, found[4]), first_seen(spec, found[4]) + (number + 1) * length * step)
                 found[3] = owned
             before = before + T.cuda.__shfl_sync(T.uint32(ALL_LANES), end, WARP - 1, WARP)
             first = first + WARP
@@ -105,9 +105,8 @@ def find_partials(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[...,
 
 
 def _steps(spec: PagedAttentionSpec, length: Expr, step: int) -> Expr:
-    """Steps of a sequence: of what is seen of it."""
-    seen = length if spec.window is None else T.min(length, spec.window)
-    return T.truncdiv(T.max(seen, 0) + (step - 1), step)
+    """Steps of a sequence: from the first key that is seen to the last."""
+    return T.truncdiv(T.max(limit(spec, length) - first_seen(spec, length), 0) + (step - 1), step)
 
 
 def _ranges(steps: Expr, range_steps: Expr) -> Expr:

@@ -17,6 +17,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.plan import ALL_LANES
+from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.tiles import BANK_CHUNKS, CHUNK_BYTES, CHUNK_WORDS, WARP, CudaTiling, RingRows, copy_lanes
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tvmscript import inline
@@ -46,21 +47,27 @@ def look_up(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]
 def copy_tile(spec: PagedAttentionSpec, tiling: CudaTiling) -> Callable[..., None]:
     """Start to copy the keys and values of tokens [start, start + tile_tokens) to the ring, from word `tile` on.
 
-    block[0] is what look_up left for the same start. key_cache and value_cache are of arrays.Cache.
+    block[0] is what look_up left for the same start. key_cache and value_cache are of arrays.Cache. Of a token that no
+    head sees nothing is read, whatever block_table names for it: its rows are zeros, as those past the end.
     """
     side, values_at = copy_lanes(spec), tiling.values_at(spec)
     rows = WARP // side  # that the lanes of a warp copy at once
     copy_key = copy_row(spec, tiling, tiling.key_rows(spec))
     copy_value = copy_row(spec, tiling, tiling.value_rows(spec))
+    functions = Functions(spec)
 
     @inline
-    def stage(key_cache, value_cache, ring, tile, block, start, range_end, lane):
+    def stage(key_cache, value_cache, ring, tile, block, start, range_end, lane, scoring):
         for i in T.unroll(tiling.tile_tokens // rows):
             row: T.int32 = i * rows + T.truncdiv(lane, side)
             token: T.int32 = start + row
             number: T.int32 = T.cuda.__shfl_sync(T.uint32(ALL_LANES), block[0], row, WARP)
             slot: T.int32 = T.truncmod(token, spec.block_size)
-            size: T.uint32 = T.Select(token < range_end, T.uint32(CHUNK_BYTES), T.uint32(0))
+            if functions.hides_tokens:
+                shown: T.bool = (token < range_end) & functions.shows(scoring, token)
+                number = T.Select(shown, number, 0)
+            copied = T.meta_var(shown if functions.hides_tokens else token < range_end)
+            size: T.uint32 = T.Select(copied, T.uint32(CHUNK_BYTES), T.uint32(0))
             copy_key(key_cache, number, slot, ring, tile, row, T.truncmod(lane, side), size)
             if not spec.shared_kv:
                 copy_value(value_cache, number, slot, ring, tile + values_at, row, T.truncmod(lane, side), size)

@@ -18,7 +18,7 @@ from tvm.ir import Expr
 from tvm.script import tirx as T
 
 from pa_compiler.cuda.kernels.ring import chunk_offset
-from pa_compiler.cuda.kernels.scores import scored
+from pa_compiler.cuda.kernels.scores import Functions
 from pa_compiler.cuda.kernels.state import (
     EXP2,
     NEGATIVE_INFINITY,
@@ -59,11 +59,14 @@ def registers(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Registers:
     def element_of(row: Row, i: Expr) -> Expr:
         return (row[0] * depth + i // 2) * 4 + i % 2 * 2 + row[1]
 
+    def head_of(i: Expr, lane: Expr) -> Expr:
+        return i // 2 * MMA_HEADS + T.truncmod(lane, 4) * 2 + i % 2
+
     return Registers(
         rows=tiles * 2,
         sums=tiles * 4,
         elements=depth * 2,
-        head_of=lambda i, lane: i // 2 * MMA_HEADS + T.truncmod(lane, 4) * 2 + i % 2,
+        head_of=head_of,
         max_of=lambda row: row[0] * 2 + row[1],
         sum_of=lambda row: row[0] * 4 + row[1],
         element_of=element_of,
@@ -156,6 +159,7 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[...,
     """
     tiles, blocks = tiling.mma_tiles, tiling.tile_tokens // MMA_TOKENS
     max_of_tokens, rescale_stage = over_lanes(T.max, first=4), rescale(registers(spec, tiling))
+    functions, head_of = Functions(spec), registers(spec, tiling).head_of
     pack = f"cvt.rn.{_PTX[spec.dtype]}x2.f32"
 
     @inline
@@ -167,8 +171,13 @@ def softmax(spec: PagedAttentionSpec, tiling: TensorCoreTiling) -> Callable[...,
                 for i in T.unroll(4):
                     token = T.meta_var(m * MMA_TOKENS + i // 2 * 8 + T.truncdiv(lane, 4))
                     s = T.meta_var((m * tiles + n) * 4 + i)
-                    score = T.meta_var(scored(spec, scores[s] * score_scale, scoring, n * 2 + i % 2, tile, token))
-                    scores[s] = T.Select(token < tile.valid_len, score, T.float32(NEGATIVE_INFINITY))
+                    head = T.meta_var(head_of(n * 2 + i % 2, lane))
+                    score = T.meta_var(
+                        functions.scored(scores[s] * score_scale, scoring, n * 2 + i % 2, head, tile, token)
+                    )
+                    scores[s] = T.Select(
+                        functions.sees(scoring, head, tile, token), score, T.float32(NEGATIVE_INFINITY)
+                    )
         for n in T.unroll(tiles):
             for h in T.unroll(2):
                 highest: T.float32 = state.row_max[n * 2 + h]
