@@ -1,7 +1,7 @@
 """Functions written for torch's FlexAttention, compiled as they are, against FlexAttention itself in eager mode.
 
-Each is called by torch in float64, with keys and values of a sequence side by side and the query at its last position, and
-by no code of ours but the one that is tested. The bounds are those of the table of tolerances.
+torch calls them in float64, with keys and values of a sequence side by side and the query at its last position. The bounds
+are those of the table of tolerances, and the reference, which has them, is compared with FlexAttention too.
 """
 
 from __future__ import annotations
@@ -28,20 +28,24 @@ SHAPES = {  # sweeps, which take tokens in an order of their own, and others
     "6/1_float32_packed": PagedAttentionSpec(6, 1, 32, 32, "float32", kv_layout="packed"),
     "8/2_float16": PagedAttentionSpec(8, 2, 32, 5, "float16"),
 }
-EVERY = list(SHAPES)[:2]
-SOME = list(SHAPES)[2:]
-
 FUNCTIONS = {name: {"score_mod": make} for name, make in SCORES.items()}
 FUNCTIONS |= {name: {"mask_mod": make} for name, make in MASKS.items()}
 FUNCTIONS |= {
     f"{score}_and_{mask}": {"score_mod": SCORES[score], "mask_mod": MASKS[mask]}
     for score, mask in (("alibi", "document"), ("t5_buckets", "first_and_last"), ("tanh_soft_cap", "natten_2d"))
 }
-CASES = [
-    (name, shape)
-    for number, name in enumerate(FUNCTIONS)
-    for shape in (*EVERY, *([SOME[number // 3 % len(SOME)]] if number % 3 == 0 else []))
-]
+
+
+def cases():
+    """Every function in float32 or bfloat16, and one in three in another shape; with `-m slow` in both types."""
+    first, second, *others = SHAPES
+    for number, name in enumerate(FUNCTIONS):
+        every = (first, second) if number % 2 else (second, first)
+        yield pytest.param(name, every[0])
+        yield pytest.param(name, every[1], marks=pytest.mark.slow)
+        if number % 3 == 0:
+            yield pytest.param(name, others[number // 3 % len(others)])
+
 
 CONTEXTS = [1, 17, 130, 700]
 SCALE = 0.75  # scores from about -3 to 3 for 64 elements of both signs
@@ -86,7 +90,7 @@ def expected_of(functions, spec, inputs, plain):
     return [np.stack(each) for each in zip(*results, strict=True)]
 
 
-@pytest.mark.parametrize(("name", "shape"), CASES)
+@pytest.mark.parametrize(("name", "shape"), cases())
 def test_as_flex_attention(compiled, name, shape):
     shape = SHAPES[shape]
     functions = {field: make(shape.num_heads) for field, make in FUNCTIONS[name].items()}
@@ -97,6 +101,7 @@ def test_as_flex_attention(compiled, name, shape):
     results = compiled(spec).decode(*inputs.arguments, SCALE, return_lse=True)
     reference = oracle(spec, *inputs.arguments, SCALE, spec.kv_layout)
     for field, actual, wanted in zip(("out", "lse"), results, expected, strict=True):
+        np.testing.assert_allclose(reference[field][0], wanted, rtol=1e-9, atol=1e-12)
         _, wrong = compare(field, actual, wanted, reference[field][1], inputs.context_lens)
         assert not wrong, wrong
 

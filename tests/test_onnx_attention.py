@@ -42,7 +42,9 @@ def check_scores(compiled, case, made, decode):
     mode = case.attributes.get("qk_matmul_output_mode", 0)
     expected = rows(case.outputs["qk_matmul_output"]).astype(np.float64)
     if mode == 3:
-        unit = np.broadcast_to(np.eye(expected.shape[2], dtype=made.values.dtype), made.values.shape[:3] + expected.shape[2:])
+        unit = np.broadcast_to(
+            np.eye(expected.shape[2], dtype=made.values.dtype), made.values.shape[:3] + expected.shape[2:]
+        )
         spec = dataclasses.replace(made.spec, value_dim=expected.shape[2])
         out, _ = decode(spec, unit, made.context_lens)
         check("out", out, expected, out_bound(spec, made.context_lens, expected, expected), made)

@@ -187,7 +187,9 @@ def tree(heads):
 
     def tree_mask(b, h, q_idx, kv_idx):
         distance = q_idx - kv_idx
-        return (distance >= 30) | (distance == 0) | is_ancestor[b, torch.minimum(distance, torch.full_like(distance, 29))]
+        return (
+            (distance >= 30) | (distance == 0) | is_ancestor[b, torch.minimum(distance, torch.full_like(distance, 29))]
+        )
 
     return tree_mask
 

@@ -14,7 +14,9 @@ from flex_masks import POSITIONS, SEQUENCES
 
 def uniform(*shape, low=-1.0, high=1.0):
     """A tensor, the same each time."""
-    return torch.empty(shape, dtype=torch.float32).uniform_(low, high, generator=torch.Generator().manual_seed(len(shape)))
+    return torch.empty(shape, dtype=torch.float32).uniform_(
+        low, high, generator=torch.Generator().manual_seed(len(shape))
+    )
 
 
 def causal_inf(heads):
