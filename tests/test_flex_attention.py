@@ -1,7 +1,7 @@
 """Functions written for torch's FlexAttention, compiled as they are, against FlexAttention itself in eager mode.
 
-torch calls them in float64, with keys and values of a sequence side by side and the query at its last position. The bounds
-are those of the table of tolerances, and the reference, which has them, is compared with FlexAttention too.
+torch calls them in float64, with keys and values of a sequence side by side and the query at its last position. The
+bounds are those of the table of tolerances, and the reference, which has them, is compared with FlexAttention too.
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ def expected_of(functions, spec, inputs, plain):
     return [np.stack(each) for each in zip(*results, strict=True)]
 
 
-@pytest.mark.parametrize(("name", "shape"), cases())
+@pytest.mark.parametrize(("name", "shape"), [*cases()])
 def test_as_flex_attention(compiled, name, shape):
     shape = SHAPES[shape]
     functions = {field: make(shape.num_heads) for field, make in FUNCTIONS[name].items()}

@@ -1,7 +1,7 @@
 """Masks as FlexAttention's users write them, for torch and for a compiler that has never seen them.
 
-A function of MASKS takes the number of query heads and returns a mask_mod. Tensors that a mask closes over are of SEQUENCES
-sequences and of POSITIONS positions.
+A function of MASKS takes the number of query heads and returns a mask_mod. Tensors that a mask closes over are of
+SEQUENCES sequences and of POSITIONS positions.
 """
 
 from __future__ import annotations

@@ -52,14 +52,19 @@ def collect() -> tuple[dict[str, Case], dict[str, object]]:
         nodes = each.model.graph.node
         if len(nodes) == 1 and nodes[0].op_type == "Attention":
             ((inputs, outputs),) = each.data_sets
+            attributes = {attribute.name: helper.get_attribute_value(attribute) for attribute in nodes[0].attribute}
             cases[name] = Case(
-                {attribute.name: helper.get_attribute_value(attribute) for attribute in nodes[0].attribute},
-                dict(zip((formal for formal, given in zip(INPUTS, nodes[0].input) if given), inputs, strict=True)),
-                dict(zip((formal for formal, given in zip(OUTPUTS, nodes[0].output) if given), outputs, strict=True)),
+                attributes, named(INPUTS, nodes[0].input, inputs), named(OUTPUTS, nodes[0].output, outputs)
             )
         elif name != each.name:
             expanded[name] = each
     return cases, expanded
+
+
+def named(formal, actual, arrays) -> dict[str, np.ndarray]:
+    """Arrays by the operator's names for them: those that a node leaves out are "" or not there."""
+    present = [name for name, given in zip(formal, actual, strict=False) if given]
+    return dict(zip(present, arrays, strict=True))
 
 
 def masked(b, h, q, k, *, mask):
@@ -149,7 +154,7 @@ class Rows:
         return fields
 
     def caches(self, module: pa_compiler.Module, values: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Caches with NaN where no token is, and the blocks of each batch: past tokens are there, append_kv adds others."""
+        """Caches with NaN where no token is, and each batch's blocks. append_kv adds all tokens but the past ones."""
         per_batch = -(-self.keys.shape[2] // BLOCK_SIZE)
         num_blocks = len(self.keys) * per_batch + 2
         table = np.random.default_rng(0).permutation(num_blocks)[:-2].reshape(-1, per_batch).astype(np.int32)
