@@ -30,7 +30,7 @@ ARROWS = {
     },  # a module verifies itself, by what compares it with the reference
     "verification": {
         *("spec", "interface", "layout", "reference", "reference_functions", "runtime"),
-        *("score", "tracing"),
+        *("score", "bounds", "tracing"),
     },
     "score": set(),
     "score_text": {"score"},

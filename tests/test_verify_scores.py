@@ -61,7 +61,9 @@ class InFloat32:
         spec = self.spec
         window = length if spec.window is None else spec.window + self.more
         position = np.arange(max(0, length - window), length)
-        keys, values = reference._gathered(key_cache, value_cache, blocks, position, spec.kv_layout)
+        keys, values = reference._gathered(
+            key_cache, value_cache, blocks, position, np.ones(len(position), bool), spec.kv_layout
+        )
         rows = []
         for head in range(spec.num_heads):
             scores = self.scores(query, keys[head // spec.group], scale, slopes)[head].astype(np.float64)

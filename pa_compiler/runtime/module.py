@@ -287,7 +287,7 @@ class Module(ThreadSettings):
         return verify.verify(module, seconds, seed=seed, draw=draw, advance=advance)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        return results.new_like(query, dtype, extents, self._functions["view_as_bfloat16"])
+        return results.new_like(query, dtype, extents, self._functions)
 
 
 def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:
