@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import numpy as np
@@ -12,7 +11,7 @@ from tvm.script import tirx as T
 
 from pa_compiler import backends
 from pa_compiler import tvmscript as script
-from pa_compiler.cpu import target
+from pa_compiler.cpu import build, target
 from pa_compiler.kernels import functions
 
 COUNT, LANES = 1 << 22, 16
@@ -29,7 +28,7 @@ BOUNDS = {"exp": 2e-7, "log": 2e-7, "sqrt": 2.0**-24, "tanh": 5e-7, "sigmoid": 4
 """On the relative error, as the functions say of themselves."""
 
 
-def compile_for(name, config):
+def compile_for(name, cpu):
     function = getattr(functions, name)
 
     @script.prim_func(s_tir=True)
@@ -44,18 +43,17 @@ def compile_for(name, config):
     sch = tvm.s_tir.Schedule(tvm.IRModule({"evaluate": evaluate}))
     sch.work_on("evaluate")
     sch.vectorize(sch.get_loops("function")[-1])
-    with tvm.transform.PassContext(config={"tirx.disable_assert": True}):
-        return tvm.compile(sch.mod, target=tvm.target.Target(config))
+    return build.translate(sch.mod, cpu)
 
 
 @pytest.fixture(scope="module")
 def evaluated():
     """evaluated(name, x) -> what a function makes of COUNT numbers, on this CPU."""
-    config, kept = json.loads(target.resolve(backends.normalize("llvm")).config), {}
+    cpu, kept = target.resolve(backends.normalize("llvm")), {}
 
     def evaluate(name, x):
         if name not in kept:
-            kept[name] = compile_for(name, config)
+            kept[name] = compile_for(name, cpu)
         y = tvm.runtime.tensor(np.empty_like(x))
         kept[name]["evaluate"](tvm.runtime.tensor(x), y)
         return y.numpy()
@@ -106,7 +104,7 @@ def test_of_every_number(evaluated, name):
 @pytest.mark.parametrize("name", REFERENCES)
 def test_no_lane_is_alone(name, mcpu):
     """No call of libm, and no arithmetic of single numbers."""
-    asm = compile_for(name, {"kind": "llvm", "mcpu": mcpu}).mod.inspect_source("asm")
+    asm = compile_for(name, target.resolve({"kind": "llvm", "mcpu": mcpu})).mod.inspect_source("asm")
     assert not re.findall(rf"call\S*\s+{name}", asm)
     assert not re.findall(r"^\s+v?(?:mul|add|sub|div|sqrt|round)s[sd]\s", asm, re.MULTILINE)
     assert re.findall(r"^\s+v?(?:mul|add|sub|div|sqrt)ps\s", asm, re.MULTILINE)

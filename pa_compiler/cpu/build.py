@@ -15,6 +15,7 @@ from pa_compiler.cpu.target import CpuTarget
 
 if TYPE_CHECKING:
     from tvm import IRModule
+    from tvm.runtime import Executable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,21 +36,8 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
         RuntimeError: it cannot be read back, as from a directory whose name is not UTF-8.
     """
     import tvm
-    from tvm.target import Target
 
-    # The asserts are TVM's own checks of the arguments: only the host calls the kernels, and has checked more.
-    # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
-    config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
-    # Nor do these leave less to LLVM, which simplifies indices, hoists what is invariant and drops empty loops itself.
-    needless = [
-        "s_tir.HoistIfThenElse",
-        "s_tir.RenormalizeSplitPattern",
-        "s_tir.StmtSimplify",
-        "tirx.CommonSubexprElim",
-        "tirx.RemoveNoOp",
-    ]
-    with tvm.transform.PassContext(config=config, disabled_pass=needless):
-        executable = tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
+    executable = translate(mod, target)
     interrupts.check()
     text = directory / "kernels.ll"
     text.write_text(_without_debug_info(executable.mod.inspect_source("ll")))
@@ -65,6 +53,30 @@ def compile_kernels(mod: IRModule, target: CpuTarget, directory: Path) -> Kernel
     llvm = module.inspect_source("ll").removeprefix(f"; ModuleID = '{text}'\n")
     interrupts.check()
     return Kernels(llvm=llvm, asm=module.inspect_source("asm"))
+
+
+def translate(mod: IRModule, target: CpuTarget) -> Executable:
+    """Scheduled PrimFuncs in LLVM's terms, which TVM can call.
+
+    TVM's simplification is left out, which takes float32 for real numbers and divisors for what is not 0: what kernels
+    say of NaN and of a division by 0 would not last.
+    """
+    import tvm
+    from tvm.target import Target
+
+    # The asserts are TVM's own checks of the arguments: only the host calls the kernels, and has checked more.
+    # Rewriting storage would put register sums into the memory of larger buffers, where LLVM leaves them.
+    config = {"tirx.disable_assert": True, "tirx.disable_storage_rewrite": True}
+    # Nor do these leave less to LLVM, which simplifies indices, hoists what is invariant and drops empty loops itself.
+    needless = [
+        "s_tir.HoistIfThenElse",
+        "s_tir.RenormalizeSplitPattern",
+        "s_tir.StmtSimplify",
+        "tirx.CommonSubexprElim",
+        "tirx.RemoveNoOp",
+    ]
+    with tvm.transform.PassContext(config=config, disabled_pass=needless):
+        return tvm.compile(instructions.select(mod, target), target=Target(json.loads(target.config)))
 
 
 def _without_debug_info(llvm: str) -> str:

@@ -17,6 +17,10 @@ _INT32_ENDS = (-(2.0**31), 2.0**31 - 128)
 """The least and the largest number of float32 that int32 has."""
 
 
+_MAGNITUDE = 0x7FFFFFFF
+"""The bits of a float32 without its sign."""
+
+
 def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]) -> Expr:
     """A term as an expression. What is used more than once in it is computed once.
 
@@ -36,7 +40,7 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
         value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
         if uses[each] > 1 and each.op != "number":
             variable = Var(each.op, each.dtype)
-            bound.append((variable, value))
+            bound.append((variable, _opaque(value, each.dtype)))
             value = variable
         known[each] = value
     result = known[term]
@@ -68,6 +72,19 @@ def _operation(term: Term, args: list[Expr], arguments: Mapping[str, Expr], arra
     return (_OPERATIONS.get((term.op, of)) or _OPERATIONS[term.op, ""])(*args)
 
 
+def _opaque(value: Expr, dtype: str) -> Expr:
+    """The same value, of which TVM knows nothing, by a fence that is no instruction.
+
+    TVM would replace a variable by its value wherever it stands, and knows no NaN: it takes what is not less for
+    greater or equal.
+    """
+    if dtype == "float32":
+        return T.call_llvm_intrin("float32", "llvm.arithmetic.fence", value)
+    bits = T.Select(value, T.int32(-1), T.int32(0)) if dtype == "bool" else value
+    fenced = T.reinterpret("int32", _opaque(T.reinterpret("float32", bits), "float32"))
+    return tir.NE(fenced, T.int32(0)) if dtype == "bool" else fenced
+
+
 def _element(array: Buffer, indices: Iterable[Expr]) -> Expr:
     """An element of an array: float32, int32 or bool."""
     element = array[tuple(indices) or (0,)]
@@ -97,11 +114,12 @@ def _divided(operation: Callable[[Expr, Expr], Expr], by_minus_one: Callable[[Ex
     def divided(a: Expr, b: Expr) -> Expr:
         if isinstance(b, tir.IntImm) and b.value not in (0, -1):
             return operation(a, b)
-        divisor = Var("divisor", "int32")
+        divisor, safe, result = (Var(name, "int32") for name in ("divisor", "safe_divisor", "quotient"))
         special = T.Or(tir.EQ(divisor, T.int32(0)), tir.EQ(divisor, T.int32(-1)))
-        quotient = operation(a, T.Select(special, T.int32(1), divisor))
         of_special = T.Select(tir.EQ(divisor, T.int32(0)), T.int32(0), by_minus_one(a))
-        return Let(divisor, b, T.Select(special, of_special, quotient))
+        # outside of the choice, which is between numbers that both are computed: within, TVM takes the guard off again
+        quotient = Let(result, operation(a, safe), T.Select(special, of_special, result))
+        return Let(divisor, b, Let(safe, T.Select(special, T.int32(1), divisor), quotient))
 
     return divided
 
@@ -145,11 +163,12 @@ def _chosen(a: Expr, b: Expr, before: Callable[[Expr, Expr], Expr]) -> Expr:
     x, y = Var("first", "float32"), Var("second", "float32")
     if isinstance(b, tir.FloatImm):
         return Let(x, a, T.Select(before(b, x), b, x))  # x of NaN
-    return Let(x, a, Let(y, b, T.Select(before(x, y), x, T.Select(before(y, x), y, T.Select(x <= y, x, x + y)))))
+    is_nan = T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE) > T.int32(0x7F800000)  # of bits: TVM knows no NaN
+    return Let(x, a, Let(y, b, T.Select(is_nan, x, T.Select(before(x, y), x, y))))
 
 
 def _absolute(x: Expr) -> Expr:
-    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x), T.int32(0x7FFFFFFF)))
+    return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE))
 
 
 def _negative(x: Expr) -> Expr:
@@ -164,10 +183,10 @@ def _truncated(x: Expr) -> Expr:
 
 
 def _not(x: Expr) -> Expr:
-    return T.Not(x)
+    return T.Not(_opaque(x, "bool"))
 
 
-_REPEATING = {"tanh", "absolute", "floor_divide", "remainder", "equal", "xor"}
+_REPEATING = {"tanh", "exp", "absolute", "floor_divide", "remainder", "equal", "xor"}
 """Operations whose expressions have an operand more than once."""
 
 _NUMBERS = {
@@ -178,7 +197,7 @@ _NUMBERS = {
 
 _CASTS = {
     ("float32", "int32"): _truncated,
-    ("float32", "bool"): lambda x: T.Not(tir.EQ(x, T.float32(0))),
+    ("float32", "bool"): lambda x: tir.NE(T.bitwise_and(T.reinterpret("int32", x), _MAGNITUDE), T.int32(0)),
     ("int32", "float32"): lambda x: T.Cast("float32", x),
     ("int32", "bool"): lambda x: tir.NE(x, T.int32(0)),
     ("bool", "float32"): lambda x: T.Select(x, T.float32(1), T.float32(0)),
@@ -210,15 +229,13 @@ _OPERATIONS: dict[tuple[str, str], Callable[..., Expr]] = {
     ("or", "int32"): T.bitwise_or,
     ("xor", "int32"): T.bitwise_xor,
     ("not", "int32"): lambda x: T.bitwise_xor(x, T.int32(-1)),
-    ("less", "bool"): lambda a, b: T.And(T.Not(a), b),
-    ("less_equal", "bool"): lambda a, b: T.Or(T.Not(a), b),
-    ("equal", "bool"): lambda a, b: T.Select(a, b, T.Not(b)),
+    ("equal", "bool"): lambda a, b: T.Select(a, b, _not(b)),
     ("less", ""): tir.LT,
     ("less_equal", ""): tir.LE,
     ("equal", ""): tir.EQ,
     ("and", "bool"): T.And,
     ("or", "bool"): T.Or,
-    ("xor", "bool"): lambda a, b: T.Select(a, T.Not(b), b),
+    ("xor", "bool"): lambda a, b: T.Select(a, _not(b), b),
     ("not", "bool"): _not,
     ("where", ""): T.Select,
     ("exp", ""): functions.exp,
