@@ -19,8 +19,8 @@ PYTEST := $(BIN)/python -m pytest
 # C++ that is C++: the headers of the hosts, and the programs that test them.
 HEADERS := $(wildcard templates/*/*.h tests/headers/*)
 
-# The tests that need torch, or do more where it is.
-TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors memory openmp shared_kv threads torch_errors tracing_torch)
+# The tests that need torch or onnx, or do more where it is.
+TORCH_TESTS := $(patsubst %,tests/test_%.py,arrays cuda_errors flex_attention memory onnx_attention openmp shared_kv threads torch_errors tracing_torch)
 
 .PHONY: run test test-torch slow soak bench test-cuda bench-cuda cuda-tools runtime-envs lint format generate check-generated clean
 .DEFAULT_GOAL := run
@@ -89,6 +89,7 @@ clean:
 # torch for CPUs, into the environment that is being made. It comes from an index of its own, which is asked once: PyPI's
 # torch is for CUDA and brings some GB with it.
 TORCH_PIN = $$(grep '^torch==' benchmarks/peers.txt)
+ONNX_PIN = $$(grep '^onnx==' benchmarks/peers.txt)
 define install-torch
 @$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --retries 0 --timeout 15 \
   --index-url $(TORCH_INDEX) $(TORCH_PIN) || \
@@ -106,10 +107,10 @@ $(PEERS)/.installed: $(STAMP) benchmarks/peers.txt
 	@touch $@
 
 $(TORCH)/.installed: $(STAMP) benchmarks/peers.txt
-	@echo 'Installing into $(TORCH): torch for CPUs, about 1 GB the first time.'
+	@echo 'Installing into $(TORCH): torch for CPUs and onnx, about 1 GB the first time.'
 	@$(PYTHON) -m venv $(TORCH)
 	$(install-torch)
-	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)"
+	@$(TORCH)/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[compiler,test]' "$(TORCH_PIN)" "$(ONNX_PIN)"
 	@touch $@
 
 $(CUDA)/.installed: $(STAMP) benchmarks/cuda_peers.txt

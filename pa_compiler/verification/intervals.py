@@ -28,7 +28,7 @@ _MONOTONE: dict[str, Callable[[np.ndarray], np.ndarray]] = {
     "log": np.log,
     "sqrt": np.sqrt,
     "tanh": np.tanh,
-    "sigmoid": lambda x: 0.5 * (1 + np.tanh(x / 2)),
+    "sigmoid": lambda x: np.exp(-np.logaddexp(0, -x)),
 }
 _EXACT: dict[str, Callable[..., np.ndarray]] = {"minimum": np.minimum, "maximum": np.maximum}
 _BITS: dict[str, Callable[..., np.ndarray]] = {"and": np.bitwise_and, "or": np.bitwise_or, "xor": np.bitwise_xor}
