@@ -44,8 +44,8 @@ MMA_TILES |= {"scores": 1, "scores_group_16_of_256": 2}
 
 
 SPILLED = (8, 16)
-"""Bytes of the stack, and stored and loaded, of "scores": for sm_90 ptxas keeps a pointer there rather than take more than
-96 registers. All fields together do so; each alone does not."""
+"""Bytes of the stack, and stored and loaded, of "scores": for sm_90 ptxas keeps a pointer there rather than take more
+than 96 registers, with a soft cap and ALiBi together. Each field alone does without."""
 
 
 def tool_or_skip(name):
