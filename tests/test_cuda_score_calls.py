@@ -1,4 +1,4 @@
-"""Modules for a GPU with windows, soft caps, ALiBi and sinks, on the fake driver: their hosts, and checks of indices."""
+"""Modules for a GPU with windows, soft caps, ALiBi and sinks, on the fake driver: hosts, and checks of indices."""
 
 from __future__ import annotations
 

@@ -54,7 +54,7 @@ ARROWS = {
     },
     "cuda": {
         *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
-        *("backend", "native", "interrupts", "words", "commands"),
+        *("backend", "native", "interrupts", "words", "commands", "score", "bounds"),
     },
     "backends": {"backend", "cpu", "cuda"},
     "dependencies": {"spec", "backends", "commands", "installation", "native"},

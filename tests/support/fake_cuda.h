@@ -149,3 +149,14 @@ void Execute(const Kernel& kernel, std::vector<uint64_t> values, Dim grid, Dim b
 }
 
 }  // namespace
+
+// How a function of the driver begins.
+#define BEGIN(function)                                  \
+  const std::lock_guard<std::mutex> lock(world.mutex); \
+  if (const int failure = Failure(function)) return failure
+#define NEEDS_CONTEXT() \
+  if (contexts.empty()) return kInvalidContext
+
+// What blocks or allocates at once may not be called while a stream is captured, unless the thread is relaxed.
+#define UNSAFE() \
+  if (AnyCapture() && capture_mode != 2) return kCaptureUnsupported

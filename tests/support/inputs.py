@@ -19,7 +19,7 @@ class Inputs:
     """The five arrays of one decode call. Blocks lie in any order; everything that is not used holds poison.
 
     value_cache is None for shared_kv. out_dtype and out_dim are those of out. heads are the arrays by head that the
-    spec's score functions read, by keyword. given are the arrays of inputs, by name: make_inputs leaves them to the test.
+    spec's score functions read, by keyword. given are the arrays of inputs, by name, which tests add.
     """
 
     query: np.ndarray

@@ -24,6 +24,7 @@ _DECODE = (
     "test_poison.py test_ends.py test_decode.py test_invariance.py"
 )
 _KERNELS = "pa_compiler/kernels/"
+_CUDA = "pa_compiler/cuda/kernels/"
 _SCORES = "test_scores.py"
 _MASKS = "test_mask_bounds.py"
 
@@ -156,6 +157,36 @@ FAULTS = {
         "lane >= self.first_seen - self.start - before",
         "lane > self.first_seen - self.start - before",
         _SCORES,
+    ),
+    "a window's ranges end too early on a GPU": Fault(
+        f"{_CUDA}plan.py",
+        "first_seen(spec, found[4]) + (number + 1)",
+        "(number + 1)",
+        "test_cuda_scores.py::test_windows",
+    ),
+    "the slope of another kv head's rows on a GPU": Fault(
+        f"{_CUDA}scores.py",
+        'alibi_slopes[T.Cast("int64", first_head + head)',
+        'alibi_slopes[T.Cast("int64", head)',
+        "test_cuda_scores.py::test_each_alone",
+    ),
+    "a sink without the sequence's headroom on a GPU": Fault(
+        f"{_CUDA}state.py",
+        'exponent(spec, sink - shift_of(peak), T.Cast("float32", headroom))',
+        "exponent(spec, sink - shift_of(peak), T.float32(0))",
+        "test_cuda_scores.py::test_sinks",
+    ),
+    "what a mask hides copied on a GPU": Fault(
+        f"{_CUDA}ring.py",
+        "T.meta_var(shown if functions.hides_tokens else token < range_end)",
+        "T.meta_var(token < range_end)",
+        "test_cuda_functions.py::test_masks",
+    ),
+    "a value that other heads see multiplied by 0 on a GPU": Fault(
+        f"{_CUDA}fma.py",
+        "scores[t * rows + r] * _shown(value, shown, r, t)",
+        "scores[t * rows + r] * value",
+        "test_cuda_functions.py::test_what_one_head_does_not_see_another_may",
     ),
     "append_kv skips slot 0": Fault(
         f"{_KERNELS}append_kv.py", "if target >= T.int64(0):", "if target > T.int64(0):", "test_append.py"

@@ -90,7 +90,7 @@ class Arrays:
         return _span("sinks", handle, "float32")
 
     def of_functions(self, names: Collection[str], batch: Var) -> dict[str, Buffer]:
-        """The inputs and constants that are named, by name: C-contiguous, with the shapes of the spec; bool as its bytes.
+        """The inputs and constants that are named, by name: C-contiguous, of the spec's shapes; bool as its bytes.
 
         They become further parameters of the PrimFunc that is being parsed, as in kernels/arrays.py. batch is the
         kernel's parameter, int32.

@@ -120,7 +120,7 @@ class Functions:
             value = Var("score", "float32")
             of_head = self._head(scoring, head)
             score = Let(value, score, self._value(function, scoring, tile.position(row), head=of_head, score=value))
-        if spec.alibi:
+        if scoring.slopes is not None:
             distance = tile.position(row) - (scoring.context_len - 1)
             score = score + scoring.slopes[register] * T.Cast("float32", distance)
         return score
