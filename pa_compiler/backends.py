@@ -2,48 +2,53 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pa_compiler.backend import Backend
-from pa_compiler.cpu import backend as cpu
-from pa_compiler.cpu import explain as cpu_explain
-from pa_compiler.cpu import target as cpu_target
-from pa_compiler.cpu import tiles as cpu_tiling
-from pa_compiler.cuda import backend as cuda
-from pa_compiler.cuda import explain as cuda_explain
-from pa_compiler.cuda import target as cuda_target
-from pa_compiler.cuda import tiling as cuda_tiling
 
 TargetLike = str | Mapping[str, Any]
 
-BACKENDS = {
-    "llvm": Backend(
-        normalize=cpu_target.normalize,
-        check=cpu_tiling.check,
-        fingerprint=cpu_target.fingerprint,
+
+@functools.cache
+def _llvm() -> Backend:
+    from pa_compiler.cpu import backend, explain, target, tiles
+
+    return Backend(
+        normalize=target.normalize,
+        check=tiles.check,
+        fingerprint=target.fingerprint,
         tools=dict,
-        emit=cpu.emit,
-        emit_portable=cpu.emit,
-        build=cpu.build,
-        explain=cpu_explain.explain,
-        origins=cpu.ORIGINS,
+        emit=backend.emit,
+        emit_portable=backend.emit,
+        build=backend.build,
+        explain=explain.explain,
+        origins=backend.ORIGINS,
         takes_numpy=True,
-    ),
-    "cuda": Backend(
-        normalize=cuda_target.normalize,
-        check=cuda_tiling.check,
-        fingerprint=cuda.fingerprint,
-        tools=cuda.tools,
-        emit=cuda.emit,
-        emit_portable=cuda.emit_portable,
-        build=cuda.build,
-        explain=cuda_explain.explain,
-        origins=cuda.ORIGINS,
+    )
+
+
+@functools.cache
+def _cuda() -> Backend:
+    from pa_compiler.cuda import backend, explain, target, tiling
+
+    return Backend(
+        normalize=target.normalize,
+        check=tiling.check,
+        fingerprint=backend.fingerprint,
+        tools=backend.tools,
+        emit=backend.emit,
+        emit_portable=backend.emit_portable,
+        build=backend.build,
+        explain=explain.explain,
+        origins=backend.ORIGINS,
         takes_numpy=False,
-    ),
-}
-"""By the kind of a TVM target dict."""
+    )
+
+
+BACKENDS: dict[str, Callable[[], Backend]] = {"llvm": _llvm, "cuda": _cuda}
+"""By the kind of a TVM target dict. A target's room is imported when it is asked for."""
 
 
 def normalize(target: TargetLike) -> dict[str, Any]:
@@ -67,7 +72,7 @@ def normalize(target: TargetLike) -> dict[str, Any]:
         raise TypeError(f"target: expected 'llvm', 'cuda' or a dict of that kind, got {type(target).__name__}")
     elif target.get("kind") not in BACKENDS:
         raise ValueError(f"target: expected kind 'llvm' or 'cuda', got {target.get('kind')!r}")
-    return BACKENDS[target["kind"]].normalize(target)
+    return BACKENDS[target["kind"]]().normalize(target)
 
 
 def named(name: str) -> TargetLike:
@@ -79,4 +84,4 @@ def named(name: str) -> TargetLike:
 
 def of(config: dict[str, Any]) -> Backend:
     """The backend of a normalized target."""
-    return BACKENDS[config["kind"]]
+    return BACKENDS[config["kind"]]()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from pa_compiler import installation
 from pa_compiler.bounds import affine, bounds
@@ -118,7 +118,7 @@ def render(
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
-        instruction_sets=[f'{{"{name}", " {INSTRUCTION_SETS[name]} "}}' for name in instruction_sets(target)],
+        instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
     )
 
 
@@ -178,8 +178,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters = (_identifier, _constant, _type, _extents, _intervals, _product, _initializers)
-    filters += (_runs, _arguments, _address, _fill)
+    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
+    filters += [_initializers, _members, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -187,6 +187,17 @@ def _environment() -> jinja2.Environment:
 def _constant(name: str) -> str:
     """The name of a C++ constant: kScoreScale of score_scale."""
     return f"k{_type(name)}"
+
+
+def _function(kernel: str) -> str:
+    """The name by which TVM exports a kernel."""
+    return f"__tvm_ffi_{_identifier(kernel)}"
+
+
+def _instruction_set(name: str) -> str:
+    """An initializer of an InstructionSet: LLVM's name, and Linux's where that is another."""
+    flag = INSTRUCTION_SETS[name]
+    return f'"{name}"' if flag == name else f'{{"{name}", "{flag}"}}'
 
 
 def _type(name: str) -> str:
@@ -199,12 +210,17 @@ def _initializers(parameters: Sequence[Parameter]) -> list[str]:
     return [f'{_constant(each.name)}{{{position}, "{each.said}"}}' for position, each in enumerate(parameters)]
 
 
-def _runs(kernel: Kernel) -> list[tuple[str, list[str]]]:
-    """A kernel's parameters in order, by type: neighbours of one type together, as one declaration has them."""
-    return [
-        (type_, [_member(parameter.name) for parameter in run])
-        for type_, run in itertools.groupby(kernel.parameters, key=lambda parameter: parameter.type)
-    ]
+def _members(kernel: Kernel) -> list[str]:
+    """Declarations of a kernel's parameters in order, neighbours of one type together. Those of numbers share lines."""
+    lines: list[str] = []
+    for type_, run in itertools.groupby(kernel.parameters, key=lambda parameter: parameter.type):
+        names = [_member(parameter.name) for parameter in run]
+        declaration = f"Passed<{type_}> {_fill(names, 6, 11 + len(type_))};"
+        if lines and "<Array>" not in lines[-1] and len(lines[-1]) + len(declaration) < 110:
+            lines[-1] += f" {declaration}"
+        else:
+            lines.append(declaration)
+    return lines
 
 
 def _arguments(kernel: Kernel, values: Mapping[str, str]) -> list[str]:
@@ -252,9 +268,9 @@ def _extents(shape: Sequence[str | int]) -> str:
 
 
 def _intervals(spec: PagedAttentionSpec) -> list[str]:
-    """The intervals of keys that a query sees, as C++'s initializers; an empty one where there are none."""
+    """The intervals of keys that a query sees, as C++'s initializers."""
     texts = ([affine.text(end, affine.CPP) for end in interval] for interval in bounds(spec).intervals)
-    return [f"{{{begin}, {end}}}" for begin, end in texts] or ["{0, 0}"]
+    return [f"{{{begin}, {end}}}" for begin, end in texts]
 
 
 def _product(shape: Sequence[int]) -> int:

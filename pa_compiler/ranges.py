@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from typing import Any
+
+import numpy
 
 from pa_compiler.score import BATCH, Term, parts
 
@@ -18,11 +21,11 @@ Range = tuple[int, int]
 def interval(term: Term, num_heads: int) -> tuple[int | None, int | None]:
     """The least and the greatest number that an int32 term can be; None for an end of which nothing is known.
 
-    A term that reads no more than the head is computed for each head, so its ends are reached. Of others, all numbers
-    are inside of the interval, and not all of the interval need be reached.
+    A term that reads no argument but the head is computed for each head, so its ends are reached. Of others all numbers
+    are inside of the interval, and its ends need not be reached.
     """
     exact = _for_each_head(term, num_heads)
-    low, high = (min(exact), max(exact)) if exact else _bounds(term, num_heads)
+    low, high = _bounds(term, num_heads) if exact is None else (int(exact.min()), int(exact.max()))
     return None if low == _INT32[0] else low, None if high == _INT32[1] else high
 
 
@@ -41,63 +44,57 @@ def outside(index: Term, extent: int | str, num_heads: int) -> int | None:
     """A number that an index certainly becomes and that its axis does not have; None where none is known."""
     if extent == BATCH:
         return None
-    numbers = _for_each_head(index, num_heads)
-    if not numbers:
-        low, high = interval(index, num_heads)
-        numbers = [low] if low is not None and low >= int(extent) else []
-        numbers += [high] if high is not None and high < 0 else []
+    exact = _for_each_head(index, num_heads)
+    if exact is not None:
+        numbers = exact.tolist()
+    else:
+        low, high = _bounds(index, num_heads)
+        numbers = [low] if low >= int(extent) else [high] if high < 0 else []
     return next((each for each in numbers if not 0 <= each < int(extent)), None)
 
 
-def _wrapped(value: int) -> int:
-    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
-
-
-_EXACT: dict[str, Callable[..., int]] = {
-    "add": operator.add,
-    "subtract": operator.sub,
-    "multiply": operator.mul,
-    "negative": operator.neg,
-    "absolute": abs,
-    "minimum": min,
-    "maximum": max,
-    "floor_divide": operator.floordiv,
-    "remainder": operator.mod,
-    "less": operator.lt,
-    "less_equal": operator.le,
-    "equal": operator.eq,
-    "and": operator.and_,
-    "or": operator.or_,
-    "xor": operator.xor,
-    "where": lambda condition, yes, no: yes if condition else no,
+_EXACT: dict[str, Callable[..., Any]] = {
+    "add": numpy.add,
+    "subtract": numpy.subtract,
+    "multiply": numpy.multiply,
+    "negative": numpy.negative,
+    "absolute": numpy.absolute,
+    "minimum": numpy.minimum,
+    "maximum": numpy.maximum,
+    "floor_divide": numpy.floor_divide,
+    "remainder": numpy.remainder,
+    "less": numpy.less,
+    "less_equal": numpy.less_equal,
+    "equal": numpy.equal,
+    "and": numpy.bitwise_and,
+    "or": numpy.bitwise_or,
+    "xor": numpy.bitwise_xor,
+    "not": numpy.invert,
+    "where": numpy.where,
 }
 
 
-def _for_each_head(term: Term, num_heads: int) -> list[int]:
-    """The numbers of an int32 term for every head; empty where it reads something else, or divides by 0."""
+def _for_each_head(term: Term, num_heads: int) -> Any:
+    """The numbers of an int32 term for every head, int64; None where it reads something else, or divides by 0."""
     every = parts(term)
-    if any(each.dtype == "float32" or each.op not in (*_EXACT, "head", "number", "cast", "not") for each in every):
-        return []
-    numbers = []
-    for head in range(num_heads):
-        known: dict[Term, int] = {}
-        for each in every:
-            args = [known[arg] for arg in each.args]
-            if each.op == "head":
-                value = head
-            elif each.op == "number":
-                value = int(each.value or 0)
-            elif each.op == "cast":
-                value = int(bool(args[0])) if each.dtype == "bool" else args[0]
-            elif each.op == "not":
-                value = 1 - args[0] if each.dtype == "bool" else ~args[0]
-            elif each.op in ("floor_divide", "remainder") and not args[1]:
-                return []
-            else:
-                value = int(_EXACT[each.op](*args))
-            known[each] = _wrapped(value)
-        numbers.append(known[term])
-    return numbers
+    if any(each.dtype == "float32" or each.op not in (*_EXACT, "head", "number", "cast") for each in every):
+        return None
+    known: dict[Term, Any] = {}
+    for each in every:
+        args = [known[arg] for arg in each.args]
+        if each.op == "head":
+            known[each] = numpy.arange(num_heads)
+        elif each.op == "number":
+            known[each] = numpy.array(each.value)
+        elif each.op == "cast":
+            known[each] = args[0] != 0 if each.dtype == "bool" else args[0].astype(numpy.int64)
+        elif each.op in ("floor_divide", "remainder") and not args[1].all():
+            return None
+        else:
+            known[each] = _EXACT[each.op](*args)
+        if each.dtype == "int32":
+            known[each] = (known[each].astype(numpy.int64) + (1 << 31)) % (1 << 32) - (1 << 31)  # as int32 wraps
+    return known[term].reshape(-1)
 
 
 def _bounds(term: Term, num_heads: int) -> Range:

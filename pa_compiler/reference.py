@@ -27,6 +27,8 @@ class Weighed(NamedTuple):
         values: [num_kv_heads, tokens, value_dim]; 0 where a mask hides the token from all heads that share it.
         lse: [num_heads], the logarithm of the denominator.
         given: As scores: what score_mod was given.
+        magnitude: As scores: sum(abs(query) * abs(key)) with the scale, of the products that a score is summed of; 0
+            without score_mod.
         visible: bool, as scores: what mask_mod leaves. None without one.
     """
 
@@ -35,6 +37,7 @@ class Weighed(NamedTuple):
     values: np.ndarray
     lse: np.ndarray
     given: np.ndarray
+    magnitude: np.ndarray
     visible: np.ndarray | None
 
     def out(self) -> np.ndarray:
@@ -179,17 +182,24 @@ def weigh(
     """
     num_heads, head_dim = query.shape
     position = np.arange(0 if window is None else max(0, context_len - window), context_len)
-    key, values = _gathered(key_cache, value_cache, blocks, position, kv_layout)
-    by_kv_head = (len(key), num_heads // len(key), 1)
-    grouped = query.astype(np.float64).reshape(len(key), -1, head_dim)
+    kv_heads = key_cache.shape[2 if kv_layout == "NHD" else 1]
+    by_kv_head = (kv_heads, num_heads // kv_heads, 1)
+    grouped = query.astype(np.float64).reshape(kv_heads, -1, head_dim)
     places = reference_functions.Places(batch, context_len - 1, position, inputs or {})
     visible = is_nan = None
     if mask_mod is not None:
-        visible, is_nan = places.mask(mask_mod, (len(key), grouped.shape[1], len(position)))
+        visible, is_nan = places.mask(mask_mod, (kv_heads, grouped.shape[1], len(position)))
+    is_seen: np.ndarray = np.ones(len(position), bool)
+    if visible is not None:
+        is_seen = np.asarray(visible.any(axis=(0, 1)))
+    key, values = _gathered(key_cache, value_cache, blocks, position, is_seen, kv_layout)
+    if visible is not None:
         key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
         values[~visible.any(axis=1)] = 0
+    factor = 1 / math.sqrt(head_dim) if scale is None else float(scale)
     with np.errstate(invalid="ignore"):  # a key of infinities may be hidden from some heads
-        scores = (1 / math.sqrt(head_dim) if scale is None else float(scale)) * (grouped @ key)
+        scores = factor * (grouped @ key)
+        magnitude = np.zeros(()) if score_mod is None else abs(factor) * (np.abs(grouped) @ np.abs(key))
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     given = scores
@@ -206,17 +216,25 @@ def weigh(
     row_sum = weights.sum(axis=-1, keepdims=True) + np.exp(sink - np.where(has_weight, peak, 0))
     row_sum = np.where(has_weight, row_sum, 1)
     lse = (peak + np.log(row_sum)).reshape(num_heads)
-    return Weighed(scores, weights / row_sum, values, lse, given, visible)
+    return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible)
 
 
 def _gathered(
-    key_cache: np.ndarray, value_cache: np.ndarray, blocks: np.ndarray, position: np.ndarray, kv_layout: str
+    key_cache: np.ndarray,
+    value_cache: np.ndarray,
+    blocks: np.ndarray,
+    position: np.ndarray,
+    is_seen: np.ndarray,
+    kv_layout: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64."""
+    """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64.
+
+    Of a token that is not seen they are those of any other: the id of its block is not looked at.
+    """
     if kv_layout == "packed":  # gathered element by element: [tokens, dim, num_kv_heads]
         pair = 2 if key_cache.dtype.name == "bfloat16" else 1
         block_size = pair * value_cache.shape[2]
-        block, slot = blocks[position // block_size][:, None], (position % block_size)[:, None]
+        block, slot = np.where(is_seen, blocks[position // block_size], 0)[:, None], (position % block_size)[:, None]
         dim, out_dim = np.arange(pair * key_cache.shape[2]), np.arange(value_cache.shape[3] // pair)
         keys = key_cache[block, :, dim // pair, pair * slot + dim % pair].swapaxes(1, 2)
         values = value_cache[block, :, slot // pair, pair * out_dim + slot % pair].swapaxes(1, 2)
@@ -224,7 +242,7 @@ def _gathered(
         if kv_layout == "HND":
             key_cache, value_cache = key_cache.swapaxes(1, 2), value_cache.swapaxes(1, 2)
         block_size = value_cache.shape[1]
-        block, slot = blocks[position // block_size], position % block_size
+        block, slot = np.where(is_seen, blocks[position // block_size], 0), position % block_size
         keys, values = key_cache[block, slot], value_cache[block, slot]
     # in C's order whatever the layout, since BLAS may sum in an order that depends on the strides
     return (

@@ -64,7 +64,7 @@ def _say(term: Term, args: list[tuple[str, int]]) -> tuple[str, int]:
         words = _float32(float(term.value or 0)) if term.dtype == "float32" else str(term.value)
         return words, _UNARY if words.startswith("-") else _ATOM
     if term.op == "element":
-        return f"{term.value}[{inside}]", _ATOM
+        return f"{term.value}[{inside or '()'}]", _ATOM
     if term.op == "cast":
         return f"{term.dtype}({inside})", _ATOM
     return f"{term.op}({inside})" if args else term.op, _ATOM
@@ -76,7 +76,7 @@ def _at_least(said: tuple[str, int], binding: int) -> str:
 
 
 def _float32(value: float) -> str:
-    bits = struct.pack("f", value)
+    bits = struct.pack("<f", value)
     return next(
         repr(each)
         for each in (float(f"{value:.{digits}g}") for digits in range(1, 10))
@@ -87,6 +87,6 @@ def _float32(value: float) -> str:
 def _packed(value: float) -> bytes | None:
     """The bits of a number as float32; None of NaN, of which there are many."""
     try:
-        return struct.pack("f", value) if value == value else None
+        return struct.pack("<f", value) if value == value else None
     except OverflowError:  # the largest numbers, rounded up
         return b""

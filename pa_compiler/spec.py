@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from pa_compiler import score_checks, tracing
+from pa_compiler import score_checks
 from pa_compiler.score import Constant, Function
 
 ITEMSIZES = {"float32": 4, "float16": 2, "bfloat16": 2}
@@ -150,7 +150,11 @@ class PagedAttentionSpec:
             if function.source is None:
                 return function
             function = function.source
-        return None if function is None else tracing.trace(field, function, self.inputs, num_heads=self.num_heads)
+        if function is None:
+            return None
+        from pa_compiler.tracing import trace  # most specs have no function
+
+        return trace(field, function, self.inputs, num_heads=self.num_heads)
 
     def _check_shapes(self) -> None:
         if self.num_heads % self.num_kv_heads:

@@ -75,6 +75,9 @@ CHANGES = {
     "shared_kv": {"shared_kv": True},
     **{name: {name: 8} for name in ("window", "softcap")},
     **{name: {name: True} for name in ("alibi", "sinks")},
+    "score_mod": {"score_mod": lambda score, *_: 2.0 * score},
+    "mask_mod": {"mask_mod": lambda batch, head, query_pos, key_pos: key_pos % 2 == 0},
+    "inputs": {"score_mod": lambda score, *_, bias: score + bias[0], "inputs": {"bias": ("float32", (1,))}},
 }
 
 
@@ -82,8 +85,8 @@ CHANGES = {
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 def test_every_field_of_the_spec_misses(builds, change, figure, monkeypatch):
     assert len(CHANGES) == len(dataclasses.fields(BASE))
-    any_spec = backends.BACKENDS["llvm"]._replace(check=lambda *_: None)  # nothing is built
-    monkeypatch.setitem(backends.BACKENDS, "llvm", any_spec)
+    any_spec = backends.BACKENDS["llvm"]()._replace(check=lambda *_: None)  # nothing is built
+    monkeypatch.setitem(backends.BACKENDS, "llvm", lambda: any_spec)
     pa_compiler.compile(BASE)
     pa_compiler.compile(dataclasses.replace(BASE, **change))
     assert len(builds) == 2

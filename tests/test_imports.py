@@ -28,7 +28,10 @@ ARROWS = {
         "interface",
         "verification",
     },  # a module verifies itself, by what compares it with the reference
-    "verification": {"spec", "bounds", "interface", "layout", "reference", "runtime"},
+    "verification": {
+        *("spec", "interface", "layout", "reference", "reference_functions", "runtime"),
+        *("score", "bounds", "tracing"),
+    },
     "score": set(),
     "score_text": {"score"},
     "ranges": {"score"},
@@ -41,12 +44,12 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "bounds", "tiles", "tvmscript"},
+    "kernels": {"spec", "score", "ranges", "bounds", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
     "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},
     "cpu": {
-        *("spec", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
+        *("spec", "bounds", "interface", "tiles", "runtime", "kernels", "schedules", "host", "tvmscript"),
         *("backend", "native", "interrupts", "words"),
     },
     "cuda": {

@@ -1,41 +1,50 @@
-"""Bounds of masks against the masks themselves, asked for every key of many lengths."""
+"""Bounds of masks: against the masks themselves, asked for every key of many lengths, and in compiled libraries."""
 
 from __future__ import annotations
 
 import dataclasses
 import operator
+import random
 
 import numpy as np
 import pytest
-from specs import BASE
+from inputs import make_inputs
+from specs import BASE, SPECS, every_pipeline
+from tolerances import assert_close_to_oracle
 
-from pa_compiler.bounds import MOST_INTERVALS, affine, bounds, residual_mask
+from pa_compiler import score_text
+from pa_compiler.bounds import MOST_INTERVALS, NO_KEYS, affine, bounds, in_words, residual_mask
 from pa_compiler.score import Function, Term
+from pa_compiler.verification.inputs import needed_entries
 
 QUERY, KEY, HEAD = (Term(name, "int32") for name in ("query_pos", "key_pos", "head"))
-LENGTHS = [*range(1, 140), 191, 192, 193, 255, 256, 257, 300]
+LENGTHS = np.array([*range(1, 20), 31, 32, 33, 50, 63, 64, 65, 66, 100, 127, 128, 129, 191, 192, 193, 256, 300])
 
-
-def number(value):
-    return Term("number", "bool" if isinstance(value, bool) else "int32", value=value)
-
-
-def of(op, *args):
-    is_bool = op in ("less", "less_equal", "equal", "not") or args[0].dtype == "bool" or args[-1].dtype == "bool"
-    return Term(op, "bool" if is_bool else "int32", args)
-
-
-def last(count):
-    return of("less", of("subtract", QUERY, KEY), number(count))
-
-
-def before(count):
-    return of("less", KEY, number(count))
-
-
-def block(term, size):
-    return of("floor_divide", term, number(size))
-
+MASKS = {  # with what is said of them: words, and whether they are nothing else than their bounds
+    "last": (lambda b, h, q, k: q - k < 100, "query_pos - 99 .. query_pos", True),
+    "causal": (lambda b, h, q, k: k <= q, "0 .. query_pos", True),
+    "first": (lambda b, h, q, k: k < 7, "0 .. 6", True),
+    "first_and_last": (
+        lambda b, h, q, k: (k < 4) | (q - k < 150),
+        "0 .. 3 and query_pos - 149 .. query_pos",
+        True,
+    ),
+    "three": (
+        lambda b, h, q, k: (k < 4) | (q - k < 70) | (k // 50 == 3),
+        "0 .. 3 and 150 .. 199 and query_pos - 69 .. query_pos",
+        True,
+    ),
+    "chunk": (lambda b, h, q, k: k // 64 == q // 64, "64 * (query_pos // 64) .. query_pos", True),
+    "two_chunks": (lambda b, h, q, k: q // 32 - k // 32 < 2, "32 * (query_pos // 32) - 32 .. query_pos", True),
+    "late": (lambda b, h, q, k: k > 30, "31 .. query_pos", True),
+    "middle": (lambda b, h, q, k: (k >= 5) & (k + 33 < q), "5 .. query_pos - 34", True),
+    "far": (lambda b, h, q, k: abs(q - k) >= 40, "0 .. query_pos - 40", True),
+    "halves": (lambda b, h, q, k: 2 * k >= q, "((query_pos + 1) // 2) .. query_pos", True),
+    "some_heads": (lambda b, h, q, k: (q - k < 50) & (h % 2 == 0), "query_pos - 49 .. query_pos", False),
+    "dilated": (lambda b, h, q, k: (q - k < 50) & ((q - k) % 3 == 0), "query_pos - 49 .. query_pos", False),
+    "prefix": (lambda b, h, q, k: (k <= q) | (k < h), "0 .. query_pos", True),
+    "never": (lambda b, h, q, k: k > q, "", True),
+}
 
 OPERATIONS = {
     "add": operator.add,
@@ -58,79 +67,157 @@ OPERATIONS = {
 }
 
 
-def evaluated(term, **arguments):
+def evaluated(term, arguments):
     """A term by NumPy, in int64."""
     if term.op == "number":
         return term.value
     if term.op in arguments:
         return arguments[term.op]
-    return OPERATIONS[term.op](*(evaluated(each, **arguments) for each in term.args))
+    return OPERATIONS[term.op](*(evaluated(each, arguments) for each in term.args))
 
 
-def spec_of(mask, **fields):
-    return dataclasses.replace(BASE, mask_mod=Function(str(mask), mask), **fields)
+def asked(term):
+    """A mask for every head, length and key: bool [3, lengths, keys], False beyond the lengths."""
+    keys, lengths = np.arange(LENGTHS.max()), LENGTHS[:, None]
+    arguments = {"head": np.array([0, 1, 3])[:, None, None], "query_pos": lengths - 1, "key_pos": keys}
+    return np.broadcast_to(evaluated(term, arguments), (3, len(LENGTHS), len(keys))) & (keys < lengths)
 
 
-def seen_by(mask, length, head, window=None):
-    keys = np.arange(length)
-    seen = np.broadcast_to(evaluated(mask, query_pos=np.int64(length - 1), key_pos=keys, head=np.int64(head)), length)
-    return seen if window is None else seen & (keys >= length - window)
-
-
-def within(intervals, length):
-    """Which keys are in a union of intervals, and which are between the first and the last of these."""
-    ends = [
-        (max(affine.value(each.begin, length), 0), min(affine.value(each.end, length), length)) for each in intervals
-    ]
-    keys, ends = np.arange(length), [(begin, end) for begin, end in ends if begin < end]
-    inside = np.zeros(length, bool)
-    for begin, end in ends:
-        inside |= (keys >= begin) & (keys < end)
-    hull = (keys >= min(each[0] for each in ends)) & (keys < max(each[1] for each in ends)) if ends else inside
+def between(intervals):
+    """Which keys are in a union of intervals, and which are from the first to the last of these: [lengths, keys]."""
+    keys, inside = np.arange(LENGTHS.max()), np.zeros((len(LENGTHS), LENGTHS.max()), bool)
+    operations = affine.Operations(minimum=np.minimum, maximum=np.maximum)
+    for interval in intervals:
+        begin, end = (affine.value(each, LENGTHS[:, None], operations) for each in interval)
+        inside |= (keys >= begin) & (keys < np.minimum(end, LENGTHS[:, None]))
+    hull = np.maximum.accumulate(inside, axis=1) & np.maximum.accumulate(inside[:, ::-1], axis=1)[:, ::-1]
     return inside, hull
 
 
-def check(mask, window=None):
-    """The bounds of a mask hold for it, and what is left to be asked makes up for the rest."""
-    spec = spec_of(mask, window=window)
-    found, residual = bounds(spec), residual_mask(spec)
-    assert len(found.intervals) <= MOST_INTERVALS
+def check_bounds(spec):
+    """The bounds of a mask have all keys that it leaves, and what is left to be asked makes up for the others."""
+    found, residual, mask = bounds(spec), residual_mask(spec), spec.mask_mod.result
+    assert 1 <= len(found.intervals) <= MOST_INTERVALS
     assert all(affine.fits(end) for interval in found.intervals for end in interval)
-    for length in LENGTHS:
-        inside, hull = within(found.intervals, length)
-        for head in (0, 1, 3):
-            seen = seen_by(mask, length, head, window)
-            assert not (seen & ~inside).any(), (length, found)
-            if found.exact:
-                np.testing.assert_array_equal(seen, inside, str((length, found)))
-            asked = hull if residual is None else hull & seen_by(residual, length, head)
-            if residual is None or len(found.intervals) == 1:
-                np.testing.assert_array_equal(seen, asked, str((length, found, residual)))
-            else:
-                np.testing.assert_array_equal(seen, asked & inside, str((length, found, residual)))
-    return found, residual
+    inside, hull = between(found.intervals)
+    seen = asked(mask) & (np.arange(LENGTHS.max()) >= LENGTHS[:, None] - (spec.window or LENGTHS.max()))
+    assert not (seen & ~inside).any()
+    if found.exact:
+        np.testing.assert_array_equal(seen, np.broadcast_to(inside, seen.shape))
+    left = hull if residual is None else hull & asked(residual)
+    np.testing.assert_array_equal(seen, np.broadcast_to(left, seen.shape))
 
 
-def said(found):
-    return " and ".join(interval.text() for interval in found.intervals)
+def masked(spec, name, **fields):
+    return dataclasses.replace(spec, mask_mod=MASKS[name][0], **fields)
 
 
-@pytest.mark.parametrize(
-    ("mask", "words", "exact"),
-    [
-        (last(100), "query_pos - 99 .. query_pos", True),
-        (of("less", of("subtract", KEY, QUERY), number(5)), "0 .. query_pos", True),
-        (before(7), "0 .. 6", True),
-        (of("or", before(4), last(64)), "0 .. 3 and query_pos - 63 .. query_pos", True),
-        (of("equal", block(KEY, 64), block(QUERY, 64)), "64 * (query_pos // 64) .. query_pos", True),
-        (of("and", last(50), of("equal", HEAD, number(3))), "query_pos - 49 .. query_pos", False),
-        (of("less", number(30), KEY), "31 .. query_pos", True),
-        (of("or", of("less_equal", KEY, QUERY), of("less", KEY, HEAD)), "0 .. query_pos", True),
-        (of("not", of("less", of("absolute", of("subtract", QUERY, KEY)), number(40))), "0 .. query_pos - 40", True),
-        (number(False), "", True),
-    ],
-    ids=["last", "causal", "first", "first_and_last", "chunk", "head", "late", "prefix", "far", "none"],
-)
-def test_what_bounds_say(mask, words, exact):
-    found, _ = check(mask)
-    assert (said(found), found.exact) == (words, exact)
+@pytest.mark.parametrize("name", MASKS)
+def test_what_bounds_say(name):
+    spec = masked(BASE, name)
+    found = bounds(spec)
+    assert " and ".join(each.text() for each in found.intervals if each != NO_KEYS) == MASKS[name][1]
+    assert found.exact == MASKS[name][2]
+    check_bounds(spec)
+    for window in (1, 60):
+        check_bounds(dataclasses.replace(spec, window=window))
+
+
+def test_in_words():
+    assert in_words(masked(BASE, "never")) == "none: the mask is never True"
+    assert in_words(masked(BASE, "chunk")).endswith("; nothing is left of the mask")
+    assert in_words(masked(BASE, "dilated")).endswith("; what is left of the mask is asked of each of these")
+
+
+def test_a_conjunction_is_asked_without_what_bounds_say():
+    residual = residual_mask(masked(BASE, "dilated"))
+    assert score_text.text(residual) == score_text.text(
+        dataclasses.replace(BASE, mask_mod=lambda b, h, q, k: (q - k) % 3 == 0).mask_mod.result
+    )
+
+
+def test_a_window_is_what_it_is_as_a_mask():
+    assert bounds(dataclasses.replace(BASE, window=100)) == bounds(masked(BASE, "last"))
+
+
+def drawn_integer(rng, depth):
+    leaves = [QUERY, KEY, KEY, HEAD, Term("number", "int32", value=rng.randint(-70, 130))]
+    if depth == 0:
+        return rng.choice(leaves)
+    op = rng.choice(["add", "subtract", "negative", "absolute", "minimum", "maximum", "multiply", "divide", "where"])
+    first, second = drawn_integer(rng, depth - 1), drawn_integer(rng, depth - 1)
+    if op == "where":
+        return Term(op, "int32", (drawn_condition(rng, depth - 1), first, second))
+    if op in ("multiply", "divide"):
+        second = Term("number", "int32", value=rng.randint(-4, 4) if op == "multiply" else rng.randint(1, 70))
+        op = rng.choice(["floor_divide", "remainder"]) if op == "divide" else op
+    return Term(op, "int32", (first,) if op in ("negative", "absolute") else (first, second))
+
+
+def drawn_condition(rng, depth):
+    if depth == 0 or rng.random() < 0.4:
+        sides = drawn_integer(rng, rng.randint(0, 2)), drawn_integer(rng, rng.randint(0, 2))
+        return Term(rng.choice(["less", "less_equal", "equal"]), "bool", sides)
+    op = rng.choice(["and", "or", "not", "xor", "where", "equal"])
+    return Term(op, "bool", tuple(drawn_condition(rng, depth - 1) for _ in range({"not": 1, "where": 3}.get(op, 2))))
+
+
+@pytest.mark.parametrize("first", range(4))
+def test_bounds_of_drawn_masks(first, count):
+    for seed in range(first * 10_000, first * 10_000 + count(60, 2000)):
+        rng = random.Random(seed)
+        term = drawn_condition(rng, rng.randint(0, 4))
+        mask = Function(score_text.text(term), term)
+        check_bounds(dataclasses.replace(BASE, mask_mod=mask, window=rng.choice([None, None, 1, 50])))
+
+
+def test_a_mask_of_many_terms():
+    """The intervals stay few and short, and deriving them does not take long."""
+
+    def either(b, h, q, k):
+        seen = k < 3
+        for number in range(60):
+            seen = seen | ((k >= 10 * number) & (k < 10 * number + 5 + h % 2))
+        return seen
+
+    check_bounds(dataclasses.replace(BASE, mask_mod=either))
+
+
+CALLS = [5000, 0, 1, 17, 33, 64, 65, 99, 100, 101, 127, 128, 129, 200, 0, 257, 700, 2049, 3000]
+BASES = {
+    "sweep": dataclasses.replace(SPECS["bfloat16_HND"], num_heads=32, num_kv_heads=32, head_dim=16),
+    "packed": SPECS["bfloat16_packed"],
+    "float32": SPECS["float32"],
+    "MQA": SPECS["float32_MQA"],
+}
+
+
+@every_pipeline
+@pytest.mark.parametrize("name", ["first_and_last", "three", "chunk", "middle", "never", "late", "some_heads"])
+@pytest.mark.parametrize("base", BASES)
+def test_what_bounds_leave_out_is_not_read(compiled, base, name, pipeline):
+    """Ids that would fault stand in the table for blocks outside, and NaN in the keys and values outside."""
+    spec = masked(BASES[base], name)
+    inputs = make_inputs(spec, CALLS)
+    out, lse = compiled(spec, pipeline).decode(*inputs.arguments, None, inputs.out, lse=inputs.lse)
+    assert_close_to_oracle(spec, inputs, out, lse)
+
+
+@every_pipeline
+@pytest.mark.parametrize("name", ["first_and_last", "three", "chunk", "middle", "never"])
+def test_a_plan_has_the_blocks_that_are_seen(compiled, name, pipeline):
+    """Each block once; of the staged pipeline, which takes sequences of a chunk together, no fewer."""
+    spec = masked(BASE, name)
+    lengths = np.array(CALLS, np.int32)
+    width = -(-max(CALLS) // spec.block_size)
+    needed, visits = needed_entries(spec, lengths, width), np.zeros((len(CALLS), width), int)
+    items = compiled(spec, pipeline).plan(lengths)
+    for item in items:
+        visits[item.batch_start : item.batch_start + item.num_seqs, item.block_begin : item.block_end] += 1
+    for item in items:
+        if item.num_seqs == 1 and pipeline == "fused":  # sequences that share an item have the blocks of all of them
+            np.testing.assert_array_equal(visits[item.batch_start], needed[item.batch_start])
+    assert (visits >= needed).all()
+    tokens = np.minimum(spec.block_size, lengths[:, None] - np.arange(width) * spec.block_size)
+    read, most = sum(item.num_tokens for item in items), tokens[needed].sum()
+    assert most - 2 * spec.block_size * len(CALLS) <= read <= most

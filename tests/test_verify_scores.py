@@ -61,7 +61,9 @@ class InFloat32:
         spec = self.spec
         window = length if spec.window is None else spec.window + self.more
         position = np.arange(max(0, length - window), length)
-        keys, values = reference._gathered(key_cache, value_cache, blocks, position, spec.kv_layout)
+        keys, values = reference._gathered(
+            key_cache, value_cache, blocks, position, np.ones(len(position), bool), spec.kv_layout
+        )
         rows = []
         for head in range(spec.num_heads):
             scores = self.scores(query, keys[head // spec.group], scale, slopes)[head].astype(np.float64)
@@ -130,7 +132,7 @@ def test_a_token_before_the_window_is_poison():
     spec, found = SPECS["window"], 0
     for number in range(DRAWS):
         call = draws.draw(spec, SEED, number)
-        seen = needed_entries(call.context_lens, spec.block_size, call.block_table.shape[1], spec.window)
+        seen = needed_entries(spec, call.context_lens, call.block_table.shape[1])
         before = ~seen & (np.arange(seen.shape[1]) < (call.context_lens // spec.block_size)[:, None])
         ids = call.block_table[before]
         assert not ((ids >= 0) & (ids < len(call.keys))).any()

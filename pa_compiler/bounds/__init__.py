@@ -10,7 +10,6 @@ say that nothing is read.
 from __future__ import annotations
 
 from pa_compiler.bounds.affine import LENGTH, add, constant
-from pa_compiler.bounds.conditions import Conditions
 from pa_compiler.bounds.intervals import (
     ALL,
     ANY,
@@ -27,11 +26,17 @@ from pa_compiler.bounds.intervals import (
 from pa_compiler.score import Term
 from pa_compiler.spec import PagedAttentionSpec
 
-__all__ = ["MOST_INTERVALS", "Bounds", "Interval", "bounds", "residual_mask"]
+__all__ = ["MOST_INTERVALS", "NO_KEYS", "Bounds", "Interval", "bounds", "in_words", "residual_mask"]
+
+NO_KEYS = Interval(HIGHEST, LENGTH)
+"""What is seen under a mask that is never True."""
 
 
 def bounds(spec: PagedAttentionSpec) -> Bounds:
-    """The bounds of a spec's mask_mod and window; of a mask that was read from a library, without its term, any."""
+    """The bounds of a spec's mask_mod and window; of a mask that was read from a library, without its term, any.
+
+    There is one interval at least.
+    """
     return _bounds_and_residual(spec)[0]
 
 
@@ -41,6 +46,16 @@ def residual_mask(spec: PagedAttentionSpec) -> Term | None:
     Conditions of a conjunction that are an interval each are left out: every key between the ends fulfils them.
     """
     return _bounds_and_residual(spec)[1]
+
+
+def in_words(spec: PagedAttentionSpec) -> str:
+    """What bounds and residual_mask are, for readers."""
+    found, residual = _bounds_and_residual(spec)
+    if found.intervals == (NO_KEYS,):
+        return "none: the mask is never True"
+    keys = " and ".join(interval.text() for interval in found.intervals)
+    rest = "what is left of the mask is asked of each of these" if residual else "nothing is left of the mask"
+    return f"{keys}; other blocks are neither looked up nor read; {rest}"
 
 
 def _bounds_and_residual(spec: PagedAttentionSpec) -> tuple[Bounds, Term | None]:
@@ -58,11 +73,13 @@ def _bounds_and_residual(spec: PagedAttentionSpec) -> tuple[Bounds, Term | None]
         Interval(constant(0) if begin == LOWEST else begin, LENGTH if end == HIGHEST else end)
         for begin, end in seen.intervals
     ]
-    return Bounds(tuple(ends), seen.exact), rest if ends else None
+    return Bounds(tuple(ends) or (NO_KEYS,), seen.exact), rest if ends else None
 
 
 def _of_mask(mask: Term) -> tuple[Bounds, Term | None]:
     """Its bounds, and those conditions of the conjunction that it is that are not intervals."""
+    from pa_compiler.bounds.conditions import Conditions  # most specs have no mask
+
     derivation = Conditions()
     conditions = [(condition, derivation.of(condition, True)) for condition in _conjuncts(mask)]
     seen, rest = ALL, None

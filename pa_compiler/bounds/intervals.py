@@ -35,8 +35,7 @@ class Bounds(NamedTuple):
     """Where the keys are that a query token sees.
 
     Attributes:
-        intervals: Whose union has all of them; up to MOST_INTERVALS, none where it sees no key. They may overlap, and
-            be empty.
+        intervals: Whose union has all of them; up to MOST_INTERVALS. They may overlap, and be empty.
         exact: Whether the union has no other keys.
     """
 

@@ -10,11 +10,11 @@ import shutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import tvm_ffi
 
-from pa_compiler.cli import text
+from pa_compiler.cli import functions, text
 from pa_compiler.runtime import load as modules
 from pa_compiler.runtime import manifest, versions
 from pa_compiler.words import counted
@@ -43,7 +43,7 @@ def main(words: Sequence[str]) -> None:
         argument, _, rest = str(error).partition(": ")
         if argument not in arguments:
             raise
-        parsers[name].error(f"argument --{argument}: {rest}")
+        parsers[name].error(f"argument --{argument.replace('_', '-')}: {rest}")
     except (ImportError, OSError, RuntimeError) as error:
         fail(str(error))
     except KeyboardInterrupt:
@@ -85,19 +85,32 @@ def _unfit_runtime() -> str:
     return ""
 
 
-def verify(library: Path, seconds: float, seed: int | None, draw: int | None) -> None:
+def verify(
+    library: Path, seconds: float, seed: int | None, draw: int | None, score_mod: str | None, mask_mod: str | None
+) -> None:
     """Compare a library with NumPy in float64, on random calls that its spec allows.
 
     The exit status is 1 if a draw fails; each that does is shown with the command that makes it again.
     """
     module = modules.load(library)
+    named = {field: name for field, name in (("score_mod", score_mod), ("mask_mod", mask_mod)) if name}
+    given = {field: _imported(field, name) for field, name in named.items()}
     with _progress("Verifying", seconds) as advance:
-        found = module.verify(seconds, seed=seed, draw=draw, advance=advance)
+        found = module.verify(seconds, seed=seed, draw=draw, advance=advance, **given)
     _print(*_verification_rows(module, found))
     for failure in found.failures[:_SHOWN_FAILURES]:  # in whole lines, to be copied
-        print(f"pa-compiler verify {shlex.quote(str(library))} --seed {failure.seed} --draw {failure.draw}")
+        options = [f"--{field.replace('_', '-')}={name}" for field, name in named.items()]
+        words = [str(library), "--seed", str(failure.seed), "--draw", str(failure.draw), *options]
+        print(f"pa-compiler verify {shlex.join(words)}")
     if not found.passed:
         sys.exit(1)
+
+
+def _imported(field: str, name: str) -> Callable[..., Any]:
+    try:
+        return functions.imported(name)
+    except ValueError as error:
+        raise ValueError(f"{field}: {error}") from error
 
 
 def _verification_rows(module: Module, found: Verification) -> list[tuple[str, str]]:
@@ -137,6 +150,8 @@ def _parsers() -> tuple[argparse.ArgumentParser, dict[str, argparse.ArgumentPars
     option("--seconds", type=float, default=10, help="Time to spend on draws; one is made at least. [default: 10]")
     option("--seed", type=int, help="Seed of the draws. [default: a new one]")
     option("--draw", type=int, help="The one draw of the seed to make. [default: all]")
+    for field, said in functions.FIELDS.items():
+        option(f"--{field.replace('_', '-')}", metavar="MODULE:FUNCTION", help=f"That of the spec: {said}")
     return parser, parsers
 
 

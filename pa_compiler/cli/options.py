@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
@@ -12,6 +13,7 @@ import click
 from click.core import ParameterSource
 
 from pa_compiler import backends
+from pa_compiler.cli import functions
 from pa_compiler.compiler import PIPELINES
 from pa_compiler.spec import DTYPES, KV_LAYOUTS
 from pa_compiler.verification import cases
@@ -50,6 +52,40 @@ class Target(click.ParamType):
             self.fail(f"expected llvm, cuda, the name of a CPU or a GPU, or a target as JSON, got {value!r}: {error}")
 
 
+class FunctionOf(click.ParamType):
+    """A Python function by its module and its name."""
+
+    name = "MODULE:FUNCTION"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Callable[..., Any]:
+        """Import it."""
+        try:
+            return functions.imported(value)
+        except ValueError as error:
+            self.fail(str(error))
+
+
+class DeclaredInput(click.ParamType):
+    """An input of functions: its name, its dtype and its extents."""
+
+    name = "NAME=DTYPE:EXTENTS"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, Any]:
+        """Parse an option's value. What the spec checks is left to it."""
+        match = re.fullmatch(r"(\w+)=(\w+):(\w+)", value)
+        if not match:
+            self.fail(f"expected name=dtype:extents, such as bias=float32:8x1024 or doc=int32:batchx64, got {value!r}")
+        name, dtype, extents = match.groups()
+        return name, (dtype, tuple(int(each) if each.isdecimal() else each for each in extents.split("x")))
+
+
+def _as_mapping(ctx: click.Context, param: click.Parameter, values: tuple[tuple[str, Any], ...]) -> dict[str, Any]:
+    names = [name for name, _ in values]
+    if len(set(names)) < len(names):
+        raise click.BadParameter(f"expected different names, got {', '.join(names)}", ctx, param)
+    return dict(values)
+
+
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each field of the spec, and --target and --pipeline."""
     integers = {
@@ -77,6 +113,17 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
         option("softcap", "Scores become C tanh(score / C).", float, show_default="none", metavar="C"),
         option("alibi", "Scores get a bias by their distance, with a slope for each head.", is_flag=True),
         option("sinks", "The softmax of each head has one more score, without a value.", is_flag=True),
+    ]
+    decorators += [option(field, text, FunctionOf(), show_default="none") for field, text in functions.FIELDS.items()]
+    decorators += [
+        click.option(
+            "--input",
+            "inputs",
+            type=DeclaredInput(),
+            multiple=True,
+            callback=_as_mapping,
+            help='An array that these functions take by keyword, such as bias=float32:8x1024; "batch" is an extent.',
+        )
     ]
     decorators += [option(field, text, click.Choice(choices)) for field, (choices, text) in names.items()]
     decorators += [
@@ -168,7 +215,7 @@ def usage_errors() -> Iterator[None]:
         name, _, rest = str(error).partition(": ")
         ctx = click.get_current_context()
         for param in ctx.command.params:
-            if param.name == name:
+            if param.name == name.partition("[")[0]:  # of inputs['bias'] too
                 raise click.BadParameter(rest, ctx, param) from error
         raise
     except (ImportError, OSError, RuntimeError) as error:

@@ -98,7 +98,7 @@ def print_errors(console: Console, case: Case, errors: Errors) -> bool:
     passed = errors.of_tolerance <= 1
     of_out, of_magnitude = tolerance(case.spec, case.longest)
     bound = f"{of_out:g} |out| + {of_magnitude:g} sum(p |v|)" if of_out else f"{of_magnitude:g} sum(p |v|)"
-    if case.spec.softcap is not None or case.spec.alibi or case.spec.sinks:
+    if case.spec.softcap is not None or case.spec.alibi or case.spec.sinks or case.spec.score_mod:
         bound += " + the rounding of scores"
     print_facts(
         console,

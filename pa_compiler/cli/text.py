@@ -56,13 +56,24 @@ def spec_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
 def _score_rows(spec: PagedAttentionSpec) -> list[tuple[str, str]]:
     """What is said of score functions, and of the keys that a window leaves: nothing of a spec without them."""
     functions = [] if spec.softcap is None else [f"capped at {spec.softcap:g}"]
+    functions += [] if spec.score_mod is None else [spec.score_mod.text]
     functions += ["ALiBi, a slope for each head"] if spec.alibi else []
     functions += ["a sink for each head"] if spec.sinks else []
     rows = [("scores", "; ".join(functions))] if functions else []
     if spec.window is not None:
         last = "the last one" if spec.window == 1 else f"the last {spec.window:,}"
         rows.append(("keys", f"{last} of a sequence; blocks before them are neither looked up nor read"))
+    if spec.mask_mod is not None:
+        rows.append(("mask", spec.mask_mod.text))
+    arrays = [f"{name} {dtype} [{', '.join(map(str, shape))}]" for name, dtype, shape, *_ in _arrays(spec)]
+    if arrays:
+        rows.append(("arrays", "; ".join(arrays)))
     return rows
+
+
+def _arrays(spec: PagedAttentionSpec) -> list[tuple[Any, ...]]:
+    """What functions read: the inputs of a call, and the tensors in the library, which a manifest does not list."""
+    return [*spec.inputs, *spec.constants]
 
 
 def target_text(target: Mapping[str, Any]) -> str:

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from pa_compiler import bounds
 from pa_compiler.backend import Explanation, Limits
 from pa_compiler.cpu import backend
 from pa_compiler.cpu import target as _target
@@ -79,6 +80,7 @@ def explain(
         ("threads", threads.from_environment().description),
         ("strategy", f"{strategy}. {reason}"),
         *_tile_rows(spec, tiles, cpu),
+        *([] if spec.mask_mod is None else [("keys", bounds.in_words(spec))]),
         *_work_rows(spec, tiles.keys.terms, limits),
     ]
     rows, others = _loop_rows(loops)

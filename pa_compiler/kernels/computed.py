@@ -46,10 +46,6 @@ class Visible(NamedTuple):
         """Whether the key in a column is seen."""
         return tir.NE(_at(self.columns, slot, row, column), T.int32(0))
 
-    def of_operand(self, slot: Expr, row: Expr, index: Expr) -> Expr:
-        """The word for an operand of pv_matmul."""
-        return _at(self.words, slot, row, index)
-
 
 class Computed(NamedTuple):
     """What the functions of a spec take, and what has been computed of them for a tile of tokens.
@@ -87,43 +83,44 @@ class Computed(NamedTuple):
         return {term: _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
 
 
-def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[[Computed, Tile, Expr], Computed]:
-    """The sblock columns: all that goes by no head, over the first num_groups token groups.
+def words_of(computed: Computed | None, slot: Expr, row: Expr, index: Expr) -> list[Expr]:
+    """The word for an operand of pv_matmul, where a mask has one."""
+    visible = None if computed is None else computed.visible
+    return [] if visible is None else [_at(visible.words, slot, row, index)]
+
+
+def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed | None]:
+    """The sblock columns: all that goes by no head, over the first num_groups token groups of a tile.
+
+    None of a spec without functions.
 
     A column without a token stands for the last token of the sequence: arrays are read within.
     """
     tokens = tiling.padded_kv_tile
 
-    def stage(computed: Computed, tile: Tile, num_groups: Expr) -> Computed:
+    def stage(
+        arrays: Mapping[str, Buffer], seq: Expr, context_len: Expr, tile: Tile, num_groups: Expr
+    ) -> Computed | None:
+        if not functions.present:
+            return None
+        computed = Computed(arrays, seq, T.bind(T.max(context_len - 1, 0)))
         if not functions.any_columns:
             return computed
         kept = [_allocate("column_term", (tokens,), _kept_dtype(term)) for term in functions.columns]
-        visible = None if functions.by_row or functions.mask is None else _allocate_visible(tiling)
-
-        def value(term: Term, column: Expr) -> Expr:
-            key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
-            return _written(term, computed.value(term, {}, key_pos=key_pos))
-
+        fills = [(f"column_{number}", *pair) for number, pair in enumerate(zip(kept, functions.columns, strict=True))]
+        visible = None
+        if functions.mask is not None and not functions.by_row:
+            visible = _allocate_visible(tiling)
+            fills.append(("visible", visible.columns, functions.mask))
         with _sblock("columns", computed.regions, [*kept, *_buffers(visible)]):
-            for number, (term, buffer) in enumerate(zip(functions.columns, kept, strict=True)):
-                _fill(
-                    f"column_{number}",
-                    buffer,
-                    computed.regions,
-                    lambda t, term=term: value(term, t),
-                    num_groups,
-                    tiling.token_group,
-                )
-            if visible is not None:
-                _fill(
-                    "visible",
-                    visible.columns,
-                    computed.regions,
-                    lambda t: value(functions.mask, t),
-                    num_groups,
-                    tiling.token_group,
-                )
-                _fill_pairs(visible, num_groups, tiling)
+            for name, buffer, term in fills:
+
+                def value(column: Expr, term: Term = term) -> Expr:
+                    key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
+                    return _written(term, computed.value(term, {}, key_pos=key_pos))
+
+                _fill(name, buffer, computed.regions, value, num_groups, tiling.token_group)
+            _fill_pairs(visible, num_groups, tiling)
         return computed._replace(columns=kept, visible=visible)
 
     return stage
@@ -134,21 +131,18 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
 
     Nothing of other masks.
     """
-    rows = tiling.row_tile
+    rows, mask = tiling.row_tile, functions.mask
 
-    def stage(computed: Computed, of: Rows, slot: Expr, num_groups: Expr) -> None:
-        visible = computed.visible
-        if not functions.by_row or visible is None:
+    def stage(given: Computed | None, of: Rows, slot: Expr, num_groups: Expr) -> None:
+        if given is None or given.visible is None or mask is None or not functions.by_row:
             return
-        computed = computed._replace(visible=None)
+        visible, computed = given.visible, given._replace(visible=None)
         with _sblock("visible_rows", computed.regions, _buffers(visible)):
             kept = compute_rows(functions.mask_rows, rows, computed, of, functions.num_heads)
 
             def value(row: Expr, column: Expr) -> Expr:
-                known = computed.of_columns(functions, column) | kept(row)
-                return _written(
-                    functions.mask, computed.value(functions.mask, known, head=head_of(of, row, functions.num_heads))
-                )
+                known, head = computed.of_columns(functions, column) | kept(row), head_of(of, row, functions.num_heads)
+                return _written(mask, computed.value(mask, known, head=head))
 
             regions = [*computed.regions, *map(whole, kept.buffers)]
             _fill("visible", visible.columns, regions, value, num_groups, tiling.token_group, rows, slot)
@@ -157,9 +151,11 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
     return stage
 
 
-def allocate_visible(functions: ScoreFunctions, tiling: Tiling, computed: Computed, slots: int) -> Computed:
+def allocate_visible(
+    functions: ScoreFunctions, tiling: Tiling, computed: Computed | None, slots: int
+) -> Computed | None:
     """computed with a place for what compute_visible computes."""
-    if not functions.by_row:
+    if computed is None or not functions.by_row:
         return computed
     return computed._replace(visible=_allocate_visible(tiling, slots, tiling.row_tile))
 
@@ -217,15 +213,16 @@ def _fill(
 
 
 def _fill_pairs(
-    visible: Visible, num_groups: Expr, tiling: Tiling, rows: int | None = None, slot: Expr | None = None
+    visible: Visible | None, num_groups: Expr, tiling: Tiling, rows: int | None = None, slot: Expr | None = None
 ) -> None:
     """The words for pairs of columns, where there are such."""
-    if visible.words is visible.columns:
+    if visible is None or visible.words is visible.columns:
         return
 
     def value(*axes: Expr) -> Expr:
         *row, pair = axes if slot is None else (slot, *axes)
-        even, odd = (visible.columns[(*row, 2 * pair + half)] for half in (0, 1))
+        places = [(*row, 2 * pair + half) for half in (0, 1)]
+        even, odd = (visible.columns[place] for place in places)
         return T.bitwise_or(T.bitwise_and(even, LOW), T.bitwise_and(odd, HIGH))
 
     regions = [whole(visible.columns)]

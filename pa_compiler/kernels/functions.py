@@ -18,8 +18,8 @@ from pa_compiler.kernels.exp import EXP_P, LN2_HIGH, LN2_LOW, LOG2_E
 _TANH_END = 9.0
 """From here on float32 has no number between tanh and 1 that is nearer."""
 
-_TANH_P = (1.0, 0.133810505, 0.00349561684, 2.06096195e-05, 1.33551967e-08)
-_TANH_Q = (1.0, 0.467143655, 0.0258770939, 0.000328568014, 7.77679247e-07)
+_TANH_P = (1.0, 0.133810177, 0.00349557796, 2.06088844e-05, 1.33543381e-08)
+_TANH_Q = (1.0, 0.467143327, 0.0258769467, 0.000328561699, 7.77643606e-07)
 
 _EXP_ENDS = (-104.0, 89.0)
 """Beyond them exp is 0, or infinite."""
@@ -41,8 +41,8 @@ _WHOLE = 2.0**23
 def tanh(x: Expr, divide: Callable[[Expr, Expr], Expr] = operator.truediv) -> Expr:
     """tanh(x) for float32, with a relative error below 5e-7; NaN for NaN.
 
-    x * P(x**2) / Q(x**2) for |x| up to 9, where P and Q have the least relative error for their degrees, 2e-8. Q is
-    from 1 to 500: a target may know a division for such numbers.
+    x * P(x**2) / Q(x**2) for |x| up to 9, where P and Q have the least relative error for their degrees, 2e-8; the rest
+    is rounding. Q is from 1 to 500: a target may know a division for such numbers.
     """
     end = T.float32(_TANH_END)
     clamped, square = Var("tanh_x", "float32"), Var("tanh_square", "float32")

@@ -3,49 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
-from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
-from pa_compiler.kernels.computed import Computed, allocate_visible, compute_columns, compute_visible
+from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
 from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import begins_late, first_read, first_seen, limit, masks_first_tile, rows_of_tiles
 from pa_compiler.kernels.score_functions import ScoreFunctions
-from pa_compiler.kernels.scores import Scoring
+from pa_compiler.kernels.scores import Scoring, Sequence
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
-
-
-class Sequence(NamedTuple):
-    """What the stages need of the sequence that they work on.
-
-    Attributes:
-        seq: Its number in the batch.
-        query_pos: Position of its query token.
-        slopes: alibi_slopes, or None.
-        scale: What products are multiplied by.
-        headroom: Its binary places (kernels/headroom.py).
-        computed: What functions of scores take; None where there are none.
-    """
-
-    seq: Expr
-    query_pos: Expr
-    slopes: Buffer | None
-    scale: Expr
-    headroom: Expr
-    computed: Computed | None
 
 
 def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
@@ -149,11 +127,8 @@ def fused_decode(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                             keys if spec.shared_kv else Cache(value_cache, v_block, v_row, v_head, value_offsets)
                         )
                         look_up(block_table, keys, values, tile, seq, range_begin + range_len - 1, has_next)
-                        if functions.present:
-                            query_pos: T.let = T.max(context_lens[seq] - 1, 0)
-                            taken = T.meta_var(Computed(of_functions, seq, query_pos))
                         computed = T.meta_var(
-                            columns_stage(taken, tile, tile.num_groups) if functions.present else None
+                            columns_stage(of_functions, seq, context_lens[seq], tile, tile.num_groups)
                         )
                         attend(
                             q_tile, keys, values, tile, has_next, State(row_max, row_sum, acc, 0), vstep, num_steps,
@@ -273,9 +248,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
         if in_pairs:
             prob_pairs = T.sblock_alloc_buffer((num_tiles, rows, tokens // 2), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
-        taken = T.meta_var(sequence.computed)
-        computed = T.meta_var(allocate_visible(functions, tiling, taken, num_tiles) if functions.present else None)
-        visible = T.meta_var(computed.visible if functions.present else None)
+        computed = T.meta_var(allocate_visible(functions, tiling, sequence.computed, num_tiles))
         for i in range(num_tiles):
             with T.sblock("softmax"):
                 vslot = T.axis.spatial(num_tiles, i)
@@ -284,8 +257,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 added = T.meta_var(State(tile_max, tile_sum, None, vslot))
                 of = T.meta_var(rows_of(sequence.seq, first + vslot))
                 scoring = T.meta_var(Scoring(of, sequence.query_pos, sequence.slopes, computed))
-                if functions.by_row:
-                    visible_stage(computed, of, vslot, tile.num_groups)
+                visible_stage(computed, of, vslot, tile.num_groups)
                 softmax_stage(scores, probs, added, sequence.scale, sequence.headroom, tile, tile.num_groups, scoring)
                 if in_pairs:
                     pairs_stage(probs, weights, vslot, tile.num_groups)
@@ -295,7 +267,7 @@ def _attend(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             T.reads()
             T.writes()
             tile_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
-            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, visible)
+            pv_stage(weights, values, value_head, tile, num_full, tile_acc, 0, computed)
             fold_stage(tile_acc, 0, Factors(alpha, beta, 0), running.acc, first, step, num_steps)
 
     return stage

@@ -1,4 +1,4 @@
-"""Indices of the arrays that functions of scores read: nothing outside of an array is read, whatever a function says."""
+"""Indices of the arrays that functions of scores read: nothing outside of an array is read, whatever they say."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from tvm.script import tirx as T
 
 from pa_compiler.kernels.caches import reader, value_access, whole
+from pa_compiler.kernels.computed import words_of
 from pa_compiler.kernels.elements import HIGH, LOW, dot_pairs
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -18,7 +19,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     In the caller's sblock, for head tiles, slots and a head as in qk_matmul. The sum stops at valid_len: values in
     unused slots are not multiplied by 0, they are not read. First come all whole groups of token_group tokens, then the
     rest of the last one. num_full counts the first, and is bound outside of the caller's sblock: schedules allocate as
-    much in it. A value that visible, of computed.py, does not show counts as 0.
+    much in it. A value that a mask, of which computed has the words, does not show counts as 0.
 
     Where pairs are multiplied it is the sum over t of dot_pairs(weights[slot, r, t], values of the tokens in the
     columns 2t and 2t + 1). The value past an odd valid_len is replaced by 0.
@@ -39,20 +40,16 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
             return T.Select(tile.sees(t), value, T.float32(0))
         return T.bitwise_and(value, T.Select(tile.sees(2 * t), -1, T.Select(tile.sees(2 * t + 1), HIGH, 0)))
 
-    def shown(value, visible, slot, row, t):
+    def shown(value, computed, slot, row, t):
         """The same of what a mask does not show."""
-        if visible is None:
-            return value
-        word = visible.of_operand(slot, row, t)
-        if terms == 2:
-            return T.bitwise_and(value, word)
-        return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", value), word))
-
-    def words(visible, slot, row, t):
-        return [] if visible is None else [visible.of_operand(slot, row, t)]
+        for word in words_of(computed, slot, row, t):
+            if terms == 2:
+                return T.bitwise_and(value, word)
+            return T.reinterpret("float32", T.bitwise_and(T.reinterpret("int32", value), word))
+        return value
 
     @inline
-    def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, visible=None):
+    def stage(weights, values, head_offset, tile, num_full, tile_acc, slot, computed=None):
         full_acc = T.sblock_alloc_buffer((num_tiles, rows, dim), "float32")
         for i, to, ti, r, d in T.grid(num_tiles, num_full, group // terms, rows, dim):
             with T.sblock("full_groups"):
@@ -64,13 +61,13 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     weights[at, vr, vt],
                     whole(values.memory),
                     values.offsets[vt * terms : vt * terms + terms],
-                    *words(visible, at, vr, vt),
+                    *words_of(computed, at, vr, vt),
                 )
                 T.writes(full_acc[vi, vr, vd])
                 with T.init():
                     full_acc[vi, vr, vd] = T.float32(0)
                 value = T.meta_var(seen(read(values, vt, now, vd), vt, tile))
-                full_acc[vi, vr, vd] += product(weights[at, vr, vt], shown(value, visible, at, vr, vt))
+                full_acc[vi, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
         for i, ti, r, d in T.grid(num_tiles, T.ceildiv(T.floormod(tile.valid_len, group), terms), rows, dim):
             with T.sblock("tile_acc"):
                 vt = T.axis.reduce(tokens // terms, num_full * (group // terms) + ti)
@@ -82,12 +79,12 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                     weights[at, vr, vt],
                     whole(values.memory),
                     values.offsets[vt * terms : vt * terms + terms],
-                    *words(visible, at, vr, vt),
+                    *words_of(computed, at, vr, vt),
                 )
                 T.writes(tile_acc[at, vr, vd])
                 with T.init():
                     tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
                 value = T.meta_var(valid(seen(read(values, vt, now, vd), vt, tile), vt, tile.valid_len))
-                tile_acc[at, vr, vd] += product(weights[at, vr, vt], shown(value, visible, at, vr, vt))
+                tile_acc[at, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
 
     return stage

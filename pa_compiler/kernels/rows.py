@@ -9,7 +9,7 @@ from typing import NamedTuple
 from tvm.ir import Expr
 from tvm.script import tirx as T
 
-from pa_compiler.bounds import affine, bounds
+from pa_compiler.bounds import Interval, affine, bounds
 from pa_compiler.spec import PACKED_TOKENS, PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -60,15 +60,15 @@ def limit(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
     ends = _ends(spec, context_len)
     if len(ends) == 1:
         return ends[0][1]
-    return functools.reduce(T.max, (T.Select(begin < end, end, T.int32(0)) for begin, end in ends), T.int32(0))
+    return functools.reduce(T.max, (T.Select(begin < end, end, T.int32(0)) for begin, end in ends))
 
 
 def first_seen(spec: PagedAttentionSpec, context_len: Expr) -> Expr:
-    """The first key position that they see; one that no sequence has where they see none."""
+    """The first key position that they see; one beyond every sequence where they see none."""
     ends, beyond = _ends(spec, context_len), T.int32(affine.MAX_LENGTH)
-    if len(ends) == 1:
+    if len(ends) == 1 and (not begins_late(spec) or _sees_the_last(bounds(spec).intervals[0])):
         return ends[0][0]
-    return functools.reduce(T.min, (T.Select(begin < end, begin, beyond) for begin, end in ends), beyond)
+    return functools.reduce(T.min, (T.Select(begin < end, begin, beyond) for begin, end in ends))
 
 
 def sees_block(spec: PagedAttentionSpec, context_len: Expr, block_idx: Expr) -> Expr | None:
@@ -84,20 +84,35 @@ def sees_any(spec: PagedAttentionSpec, context_len: Expr, first: Expr, after: Ex
     ends = _ends(spec, context_len)
     if len(ends) == 1:
         return None
-    return functools.reduce(
-        T.Or, (T.And(T.max(begin, first) < T.min(end, after), begin < end) for begin, end in ends), T.bool(False)
-    )
+    return functools.reduce(T.Or, (T.max(begin, first) < T.min(end, after) for begin, end in ends))
 
 
 def _ends(spec: PagedAttentionSpec, context_len: Expr) -> list[tuple[Expr, Expr]]:
-    """The intervals of key positions that are seen, from 0 to context_len at most, and empty where end <= begin."""
+    """The intervals of key positions that are seen, from 0 to context_len at most, and empty where end <= begin.
+
+    Ends that are numbers go by context_len too: by a number alone TVM would say how many tokens a block has, block by
+    block, and allocate as much.
+    """
     operations = affine.Operations(T.floordiv, T.min, T.max)
     ends = []
     for interval in bounds(spec).intervals:
         begin, end = (affine.value(each, context_len, operations) for each in interval)
-        begin = T.int32(begin) if isinstance(begin, int) else T.max(begin, 0)
-        ends.append((begin, context_len if interval.end == affine.LENGTH else T.min(context_len, end)))
+        if isinstance(begin, int):
+            begin = T.min(T.int32(begin), context_len) if begin > 0 else T.int32(0)
+        else:
+            begin = T.max(begin, 0)
+        if isinstance(end, int):
+            end = T.Select(context_len < end, context_len, T.int32(end))
+        elif interval.end != affine.LENGTH:
+            end = T.min(context_len, end)
+        ends.append((begin, end))
     return ends
+
+
+def _sees_the_last(interval: Interval) -> bool:
+    """Whether the query token sees its own key, whatever the length."""
+    query_pos = affine.add(affine.LENGTH, affine.constant(-1))
+    return interval.end == affine.LENGTH and affine.at_least(query_pos, interval.begin)
 
 
 def begins_late(spec: PagedAttentionSpec) -> bool:

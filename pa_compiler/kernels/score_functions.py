@@ -22,7 +22,7 @@ class ScoreFunctions:
     Attributes:
         score: score_mod's term; NaN where an index of it or of the mask is outside of an array. None where scores stay
             as they are.
-        mask: mask_mod's term. None where all keys are seen.
+        mask: What bounds leave of mask_mod's term. None where all keys between them are seen.
         by_row: Whether the mask goes by the head.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.

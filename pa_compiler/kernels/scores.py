@@ -1,4 +1,4 @@
-"""What a score becomes between qk_matmul and the softmax: scale, soft cap, score_mod, ALiBi; and which keys are seen."""
+"""What a score becomes between qk_matmul and the softmax: soft cap, score_mod, ALiBi; and which keys are seen."""
 
 from __future__ import annotations
 
@@ -7,15 +7,24 @@ from typing import Any, NamedTuple
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import BufferRegion
+from tvm.tirx import Buffer, BufferRegion
 
 from pa_compiler.kernels import functions
 from pa_compiler.kernels.caches import whole
-from pa_compiler.kernels.computed import Computed, KeptRows, compute_rows, head_of
+from pa_compiler.kernels.computed import (
+    Computed,
+    KeptRows,
+    allocate_visible,
+    compute_columns,
+    compute_rows,
+    compute_visible,
+    head_of,
+)
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import Tiling
 
 
 class Scoring(NamedTuple):
@@ -38,6 +47,26 @@ class Scoring(NamedTuple):
         """The arrays that are read besides scores, for T.reads."""
         slopes = [] if self.slopes is None else [whole(self.slopes)]
         return slopes + ([] if self.computed is None else self.computed.regions)
+
+
+class Sequence(NamedTuple):
+    """What the stages need of the sequence that they work on.
+
+    Attributes:
+        seq: Its number in the batch.
+        query_pos: Position of its query token.
+        slopes: alibi_slopes, or None.
+        scale: What products are multiplied by.
+        headroom: Its binary places (kernels/headroom.py).
+        computed: What functions of scores take; None where there are none.
+    """
+
+    seq: Expr
+    query_pos: Expr
+    slopes: Buffer | None
+    scale: Expr
+    headroom: Expr
+    computed: Computed | None
 
 
 def slope_of(scoring: Scoring, row: Expr) -> Expr:
@@ -82,8 +111,9 @@ class Scores:
         """
         spec, of_spec = self._spec, self._functions
         score = capped(spec, score)
-        if kept is not None:
-            computed, head = scoring.computed, head_of(scoring.rows, row, spec.num_heads)
+        computed = scoring.computed
+        if kept is not None and computed is not None and of_spec.score is not None:
+            head = head_of(scoring.rows, row, spec.num_heads)
             known = computed.of_columns(of_spec, column) | kept(row)
             score = computed.value(of_spec.score, known, score=score, head=head)
         if spec.alibi:
@@ -96,3 +126,18 @@ def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Exp
     holds = tile.holds(group, lane)
     visible = None if scoring.computed is None else scoring.computed.visible
     return holds if visible is None else T.And(holds, visible.sees(*place))
+
+
+def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed | None]:
+    """What of the functions of scores does not go by the score, for a block of one sequence."""
+    columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
+
+    def stage(
+        arrays: dict[str, Buffer], rows: Rows, context_len: Expr, tile: Tile, num_groups: Expr
+    ) -> Computed | None:
+        columns = columns_stage(arrays, rows.token, context_len, tile, num_groups)
+        computed = allocate_visible(functions, tiling, columns, 1)
+        visible_stage(computed, rows, 0, num_groups)
+        return computed
+
+    return stage

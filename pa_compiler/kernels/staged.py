@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, PrimFunc
+from tvm.tirx import PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.kernels import pv_matmul as pv
@@ -18,12 +18,11 @@ from pa_compiler.kernels import qk_matmul as qk
 from pa_compiler.kernels import softmax, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, CacheAccess, key_access, value_access
-from pa_compiler.kernels.computed import Computed, allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.headroom import headroom
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.rows import Rows, begins_late, first_read, first_seen, limit, masks_first_tile, sees_block
 from pa_compiler.kernels.score_functions import ScoreFunctions
-from pa_compiler.kernels.scores import Scoring
+from pa_compiler.kernels.scores import Scoring, compute_block
 from pa_compiler.kernels.state import State
 from pa_compiler.kernels.tokens import Tile, token_offsets
 from pa_compiler.spec import PagedAttentionSpec
@@ -64,19 +63,6 @@ def _look_up(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess) -> C
     def stage(block_table, cache, tile, seq):
         num_offsets: T.let = tile.num_groups * tiling.token_group
         offsets_stage(block_table, cache, tile, seq, tile.start + tile.valid_len - 1, num_offsets)
-
-    return stage
-
-
-def _compute(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed]:
-    """What of the functions of scores does not go by the score, for a block of one sequence."""
-    columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
-
-    def stage(arrays: dict[str, Buffer], rows: Rows, query_pos: Expr, tile: Tile, num_groups: Expr) -> Computed:
-        computed = columns_stage(Computed(arrays, rows.token, query_pos), tile, num_groups)
-        computed = allocate_visible(functions, tiling, computed, 1)
-        visible_stage(computed, rows, 0, num_groups)
-        return computed
 
     return stage
 
@@ -137,7 +123,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     arrays, num_groups = Arrays(spec, tiling), tiling.padded_kv_tile // tiling.token_group
     softmax_stage = softmax.softmax_prepare(spec, tiling)
     functions = ScoreFunctions(spec)
-    compute = _compute(functions, tiling)
+    compute = compute_block(functions, tiling)
 
     @script.prim_func(s_tir=True)
     def softmax_prepare(
@@ -172,11 +158,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 tile = T.meta_var(_tile(spec, tiling, context_lens[seq], block_idx, valid_len))
                 added = T.meta_var(State(tile_max, tile_sum, None, vs))
                 rows = T.meta_var(Rows(seq, head_start, num_rows))
-                if functions.present:
-                    last: T.let = T.max(context_lens[seq] - 1, 0)
-                computed = T.meta_var(
-                    compute(of_functions, rows, last, tile, num_groups) if functions.present else None
-                )
+                computed = T.meta_var(compute(of_functions, rows, context_lens[seq], tile, num_groups))
                 scoring = T.meta_var(
                     Scoring(rows, context_lens[seq] - 1, alibi_slopes if spec.alibi else None, computed)
                 )
@@ -190,7 +172,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
     """tile_acc of block block_idx of every sequence of the chunk. A mask is computed again."""
     arrays, pv_stage = Arrays(spec, tiling), pv.pv_matmul(spec, tiling)
     functions = ScoreFunctions(spec, only_mask=True)
-    compute = _compute(functions, tiling)
+    compute = compute_block(functions, tiling)
     look_up = _look_up(spec, tiling, value_access(spec, tiling))
 
     @script.prim_func(s_tir=True)
@@ -230,16 +212,11 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> PrimFunc:
                 look_up(block_table, values, tile, seq)
                 num_full: T.let = tile.num_full
                 rows = T.meta_var(Rows(seq, head_start, num_rows))
-                if functions.present:
-                    last: T.let = T.max(context_lens[seq] - 1, 0)
-                computed = T.meta_var(
-                    compute(of_mask, rows, last, tile, tile.num_groups) if functions.present else None
-                )
-                visible = T.meta_var(None if computed is None else computed.visible)
+                computed = T.meta_var(compute(of_mask, rows, context_lens[seq], tile, tile.num_groups))
                 with T.sblock("pv_matmul"):
                     T.reads()
                     T.writes()
-                    pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs, visible)
+                    pv_stage(probs, values, head_offset, tile, num_full, tile_acc, vs, computed)
 
     return without(pv_matmul, *(() if functions.by_row else ("head_start", "num_rows")))
 

@@ -109,6 +109,8 @@ class CudaModule(Module):
         *,
         seed: int | None = None,
         draw: int | None = None,
+        score_mod: Callable[..., Any] | None = None,
+        mask_mod: Callable[..., Any] | None = None,
         advance: Callable[[int], object] = lambda milliseconds: None,
         device: Any = "cuda",
     ) -> Verification:
@@ -119,8 +121,10 @@ class CudaModule(Module):
             RuntimeError: torch finds no GPU.
         """
         from pa_compiler.verification import verify
+        from pa_compiler.verification.functions import with_functions
 
         on_gpu = cuda_verify.OnGpu(self, cuda_verify.TorchMemory(device))
+        on_gpu.spec = with_functions(self.spec, score_mod, mask_mod)
         return verify.verify(on_gpu, seconds, seed=seed, draw=draw, advance=advance)
 
     def checks(self, of: str) -> tuple[str, ...]:

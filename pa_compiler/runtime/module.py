@@ -255,6 +255,8 @@ class Module(ThreadSettings):
         *,
         seed: int | None = None,
         draw: int | None = None,
+        score_mod: Callable[..., Any] | None = None,
+        mask_mod: Callable[..., Any] | None = None,
         advance: Callable[[int], object] = lambda milliseconds: None,
     ) -> Verification:
         """Compare decode and append_kv with the float64 reference on random calls that the spec allows.
@@ -266,21 +268,26 @@ class Module(ThreadSettings):
             seconds: Draws until so much time has passed; one draw at least.
             seed: Of the draws; a new one where it is None.
             draw: The one draw to make, as a failure names it beside its seed.
+            score_mod: The function of the spec, where the module was loaded: the reference calls it.
+            mask_mod: Likewise.
             advance: Called with the milliseconds that a draw took, for a progress bar.
 
         Returns:
             The draws, the worst errors, and what failed, each with the line that draws it again.
 
         Raises:
-            TypeError, ValueError: a bad argument.
+            TypeError, ValueError: a bad argument; or no function, or another, where the spec has one.
             RuntimeError: this CPU lacks features that the module is compiled for.
         """
         from pa_compiler.verification import verify
+        from pa_compiler.verification.functions import with_functions
 
-        return verify.verify(copy.copy(self), seconds, seed=seed, draw=draw, advance=advance)
+        module = copy.copy(self)
+        module.spec = with_functions(self.spec, score_mod, mask_mod)
+        return verify.verify(module, seconds, seed=seed, draw=draw, advance=advance)
 
     def _new_like(self, query: Any, dtype: str, extents: tuple[int, ...]) -> Any:
-        return results.new_like(query, dtype, extents, self._functions["view_as_bfloat16"])
+        return results.new_like(query, dtype, extents, self._functions)
 
 
 def _again(kind: type[Module], library: bytes, sources: Mapping[str, str], settings: Mapping[str, Any]) -> Module:

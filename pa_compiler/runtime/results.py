@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -13,8 +12,8 @@ from pa_compiler.runtime.arguments import NUMPY_DTYPES
 from pa_compiler.runtime.dlpack import as_tensor
 
 
-def new_like(query: Any, dtype: str, extents: tuple[int, ...], view_as_bfloat16: Callable[[Any], Any]) -> Any:
-    """A new array [batch, *extents] of query's kind; view_as_bfloat16 is a library's."""
+def new_like(query: Any, dtype: str, extents: tuple[int, ...], functions: tvm_ffi.Module) -> Any:
+    """A new array [batch, *extents] of query's kind. Of a library's functions it may need view_as_bfloat16."""
     if isinstance(query, np.ndarray):
         return np.empty(query.shape[:1] + extents, NUMPY_DTYPES[dtype])
     if torch_tensors.is_tensor(query):
@@ -22,5 +21,5 @@ def new_like(query: Any, dtype: str, extents: tuple[int, ...], view_as_bfloat16:
     shape = (*as_tensor("query", query).shape[:1], *extents)
     array = np.empty(shape, NUMPY_DTYPES[dtype])
     if dtype == "bfloat16":
-        return view_as_bfloat16(tvm_ffi.from_dlpack(array.view(np.uint16)))
+        return functions["view_as_bfloat16"](tvm_ffi.from_dlpack(array.view(np.uint16)))
     return tvm_ffi.from_dlpack(array)

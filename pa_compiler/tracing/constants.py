@@ -1,4 +1,4 @@
-"""Tensors of torch that a function closes over, as constants of the library, and the names of types."""
+"""Tensors of torch that a function closes over, as constants of the library."""
 
 from __future__ import annotations
 
@@ -6,17 +6,8 @@ import hashlib
 import sys
 from typing import Any
 
-import numpy
-
 from pa_compiler.score import CONSTANT_BYTES, INPUT_DTYPES, Constant
 from pa_compiler.tracing.operations import RefusedTypeError, RefusedValueError
-
-_SAME = {
-    **dict.fromkeys(("float32", "float64", "float", "double"), "float32"),
-    **dict.fromkeys(("int32", "int64", "int", "long"), "int32"),
-    "bool": "bool",
-}
-"""The type that is computed in, of those that functions name: double precision is taken as single."""
 
 _KEPT = {
     **{name: name for name in INPUT_DTYPES},
@@ -26,20 +17,6 @@ _KEPT = {
 """Types of tensors, and as what their elements are in a library."""
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4, "bool": 1}
-
-
-def dtype_named(dtype: object) -> str:
-    """float32, int32 or bool, of a type of Python, NumPy or torch, or of its name."""
-    if isinstance(dtype, type):
-        name = dtype.__name__
-    elif isinstance(dtype, numpy.dtype):
-        name = dtype.name
-    else:
-        name = str(dtype).removeprefix("torch.")
-    name = name.rstrip("_")  # numpy.bool_ of NumPy 1
-    if name not in _SAME:
-        raise RefusedTypeError(f"a cast to {name}: only to float32, int32 and bool, or float64 and int64 as those")
-    return _SAME[name]
 
 
 class Constants:

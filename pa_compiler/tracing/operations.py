@@ -43,7 +43,7 @@ def number(value: bool | int | float, dtype: str) -> Term:
             raise RefusedValueError(f"expected numbers that int32 holds, got {value}")
         return Term("number", dtype, (), int(value))
     try:
-        return Term("number", dtype, (), struct.unpack("f", struct.pack("f", value))[0])
+        return Term("number", dtype, (), struct.unpack("<f", struct.pack("<f", value))[0])
     except OverflowError:
         raise RefusedValueError(f"expected numbers that float32 holds, got {value}") from None
 

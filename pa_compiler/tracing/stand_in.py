@@ -9,13 +9,14 @@ from typing import Any, NoReturn
 
 import numpy
 
-from pa_compiler.ranges import outside
 from pa_compiler.score import BATCH, Input, Term
 from pa_compiler.score_text import text
 from pa_compiler.tracing import names
 from pa_compiler.tracing import operations as ops
-from pa_compiler.tracing.constants import Constants, dtype_named
-from pa_compiler.tracing.operations import Operand, RefusedTypeError, RefusedValueError
+from pa_compiler.tracing.constants import Constants
+from pa_compiler.tracing.elements import element, indices_of
+from pa_compiler.tracing.operations import Operand, RefusedTypeError
+from pa_compiler.tracing.types import ValueType, dtype_named
 
 _TO_INPUTS = "arrays of NumPy are given as `inputs`, tensors of torch can be closed over"
 
@@ -71,32 +72,8 @@ class Call:
 
     def element(self, name: str, dtype: str, shape: tuple[int | str, ...], index: object, shown: str) -> StandIn:
         """An element of an array; shown is what an error calls that."""
-        indices = index if isinstance(index, tuple) else (index,)
-        if any(each is None or each is Ellipsis or isinstance(each, slice) for each in indices):
-            raise RefusedTypeError(f"{shown} with a slice, None or ...: one number for each of {len(shape)} axes")
-        if len(indices) != len(shape):
-            raise RefusedTypeError(f"{shown} with {len(indices)} of {len(shape)} indices: all in one pair of brackets")
-        terms = tuple(
-            self._index(axis, extent, each, shown)
-            for axis, (extent, each) in enumerate(zip(shape, indices, strict=True))
-        )
-        return StandIn(self, Term("element", dtype if dtype in ("int32", "bool") else "float32", terms, name))
-
-    def _index(self, axis: int, extent: int | str, index: object, shown: str) -> Term:
-        operand = self.operand(index)
-        if ops.type_of(operand) != "int32":
-            raise RefusedTypeError(f"{shown}, axis {axis}, with a {ops.type_of(operand)}: expected whole numbers")
-        if not isinstance(operand, Term) and operand < 0 and extent != BATCH:
-            operand = operand + int(extent) if operand + int(extent) >= 0 else operand
-        if not isinstance(operand, Term) and operand < 0:
-            raise RefusedValueError(f"{shown}, axis {axis}: expected an index inside of {extent}, got {index}")
-        term = ops.cast(operand, "int32")
-        wrong = outside(term, extent, self.num_heads)
-        if wrong is not None:
-            raise RefusedValueError(
-                f"{shown}, axis {axis}: expected 0 to {int(extent) - 1}, got {wrong} from {text(term)}"
-            )
-        return term
+        indices = tuple(map(self.operand, indices_of(shape, index, shown)))
+        return StandIn(self, element(name, dtype, shape, indices, shown, self.num_heads))
 
 
 def _call_in(values: object) -> Call:
@@ -139,12 +116,29 @@ class StandIn:
 
     def astype(self, dtype: object) -> StandIn:
         """A cast, as arrays of NumPy have it."""
-        name = dtype.name if isinstance(dtype, ValueType) else dtype_named(dtype)
-        return StandIn(self._call, ops.cast(self._read(), name))
+        return StandIn(self._call, ops.cast(self._read(), dtype_named(dtype)))
+
+    def new_full(self, size: object, fill_value: object, *, dtype: object = None, device: object = None) -> StandIn:
+        """A number as torch makes one that has the type of another where none is named."""
+        self._call.uses_torch = True
+        if size != ():
+            raise RefusedTypeError(f"a tensor of size {size!r} made of a value: only () is one number")
+        wanted = self.dtype.name if dtype is None else dtype_named(dtype)
+        return StandIn(self._call, ops.cast(self._call.operand(fill_value), wanted))
+
+    def new_ones(self, size: object, *, dtype: object = None, device: object = None) -> StandIn:
+        """The number 1, or True, as functions of torch.nn.attention.flex_attention begin with."""
+        return self.new_full(size, 1, dtype=dtype)
+
+    def new_zeros(self, size: object, *, dtype: object = None, device: object = None) -> StandIn:
+        """The number 0, or False."""
+        return self.new_full(size, 0, dtype=dtype)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)
+        if name == "device":
+            return getattr(sys.modules.get("torch"), "device", str)("cpu")
         if name in _CASTS:
             return lambda: self.to(_CASTS[name])
         if name in names.METHODS:
@@ -227,18 +221,6 @@ class ArrayStandIn(StandIn):
         if not self._array.shape:
             raise RefusedTypeError(f"len() of input {self._array.name}, which is one number")
         return self.shape[0]
-
-
-class ValueType:
-    """The type of a value, for casts. It is compared with nothing: the reference computes in larger types."""
-
-    def __init__(self, name: str) -> None:
-        self.name = name
-
-    def __eq__(self, other: object) -> NoReturn:
-        raise RefusedTypeError("a .dtype compared: it is for casts, as in x.to(score.dtype)")
-
-    __hash__ = None  # type: ignore[assignment]
 
 
 _CASTS = {"float": "float32", "double": "float64", "int": "int32", "long": "int64", "bool": "bool"}

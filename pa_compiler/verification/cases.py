@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.verification import comparison
 from pa_compiler.verification import inputs as inputs_of
 from pa_compiler.verification.comparison import Errors
-from pa_compiler.verification.inputs import fill, place
+from pa_compiler.verification.inputs import fill
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,9 +149,9 @@ def make_inputs(
     return Inputs(query, keys, values, block_table, case.context_lens)
 
 
-def head_arrays(case: Case, seed: int = 0) -> dict[str, np.ndarray]:
-    """alibi_slopes and sinks, as far as the case's spec has them: keywords of decode and compare."""
-    return inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec)
+def head_arrays(case: Case, seed: int = 0) -> dict[str, Any]:
+    """alibi_slopes, sinks and inputs, as far as the case's spec has them: keywords of decode and compare."""
+    return inputs_of.head_arrays(np.random.default_rng((1, seed)), case.spec, case.batch)
 
 
 def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
@@ -159,27 +159,28 @@ def distinct_blocks(case: Case, seed: int = 0) -> np.ndarray:
 
     So a call reads all of the case's kv_bytes from memory that no other sequence has just read.
     """
-    surplus = np.full((case.batch, case.max_blocks), -1, np.int32)
-    blocks = np.random.default_rng(seed).permutation(case.num_blocks)
-    return place(blocks, case.context_lens, case.spec.block_size, surplus)
+    is_needed = np.arange(case.max_blocks) * case.spec.block_size < case.context_lens[:, None]
+    table = np.full((case.batch, case.max_blocks), -1, np.int32)
+    table[is_needed] = np.random.default_rng(seed).permutation(case.num_blocks)[: is_needed.sum()]
+    return table
 
 
 def compare(
     out: np.ndarray,
     case: Case,
-    inputs: Inputs,
+    arrays: Inputs,
     advance: Callable[[int], object] = lambda sequences: None,
-    **heads: np.ndarray,
+    **heads: Any,
 ) -> Errors:
     """Compare a result of decode with the float64 reference, under pa_compiler.verification.tolerances.
 
     Args:
-        out: [batch, num_heads, result_dim], what decode returned for inputs.
-        case: What inputs were made for.
-        inputs: What decode was given.
+        out: [batch, num_heads, result_dim], what decode returned for arrays.
+        case: What they were made for.
+        arrays: What decode was given.
         advance: Called with the number of sequences that the reference has just done, for a progress bar.
         **heads: The head_arrays() that decode was given.
     """
-    expected = comparison.oracle(case.spec, *inputs, case.scale, case.spec.kv_layout, advance, **heads)
-    errors, _ = comparison.compare("out", out, *expected["out"], inputs.context_lens)
+    expected = comparison.oracle(case.spec, *arrays, case.scale, case.spec.kv_layout, advance, **heads)
+    errors, _ = comparison.compare("out", out, *expected["out"], arrays.context_lens)
     return errors

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pa_compiler import reference
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.verification.tolerances import lse_bound, of_weights, out_bound, score_bound
+from pa_compiler.verification.inputs import constant_arrays
+from pa_compiler.verification.intervals import error_bound
+from pa_compiler.verification.tolerances import (
+    CAP_ERROR,
+    ROUNDING,
+    SUM_ERRORS,
+    lse_bound,
+    of_weights,
+    out_bound,
+    score_bound,
+)
 
 
 class Errors(NamedTuple):
@@ -34,6 +44,7 @@ def oracle(
     *,
     alibi_slopes: np.ndarray | None = None,
     sinks: np.ndarray | None = None,
+    inputs: Mapping[str, np.ndarray] | None = None,
 ) -> dict[str, tuple[np.ndarray, np.ndarray]]:
     """What "out" and "lse" should be, in float64, each with the bound on every element's error.
 
@@ -51,6 +62,7 @@ def oracle(
         advance: Called with the number of sequences that are done, for a progress bar.
         alibi_slopes: Of reference.decode, for a spec with alibi.
         sinks: Of reference.decode, for a spec with sinks.
+        inputs: Of reference.decode, for a spec with inputs.
     """
     out, magnitude, of_out = (np.zeros((*query.shape[:2], spec.result_dim)) for _ in range(3))
     lse, of_lse = np.full(query.shape[:2], -np.inf), np.zeros(query.shape[:2])
@@ -60,17 +72,44 @@ def oracle(
         value_cache = key_cache[..., : spec.result_dim]
     fields: dict[str, Any] = {"kv_layout": kv_layout, "window": spec.window, "softcap": spec.softcap}
     fields |= {"alibi_slopes": alibi_slopes, "sinks": sinks}
+    fields |= {"score_mod": spec.score_mod, "mask_mod": spec.mask_mod, "inputs": inputs}
+    arrays = {**(inputs or {}), **constant_arrays(spec)}
     for i, length in enumerate(np.asarray(context_lens).tolist()):
         if length:
-            seen = reference.weigh(query[i], key_cache, value_cache, block_table[i], length, scale, **fields)
-            out[i] = (seen.weights @ seen.values).reshape(out[i].shape)
+            seen = reference.weigh(query[i], key_cache, value_cache, block_table[i], length, scale, **fields, batch=i)
+            out[i] = seen.out()
             magnitude[i] = (seen.weights @ np.abs(seen.values)).reshape(out[i].shape)
             lse[i] = seen.lse
-            of_scores = score_bound(spec, seen.scores, _bias(alibi_slopes, seen.scores.shape))
+            bias = _bias(alibi_slopes, seen.scores.shape)
+            of_scores = score_bound(spec, seen.scores, bias)
+            if spec.score_mod is not None:
+                of_scores += _of_function(spec, seen, bias, {"batch": i, "query_pos": length - 1}, arrays)
             of_out[i], of_lse[i] = of_weights(spec, seen.weights, seen.values, of_scores)
         advance(1)
     of_out += out_bound(spec, context_lens, out, magnitude)
     return {"out": (out, of_out), "lse": (lse, of_lse + lse_bound(spec, lse))}
+
+
+def _of_function(
+    spec: PagedAttentionSpec,
+    seen: reference.Weighed,
+    bias: np.ndarray | None,
+    places: Mapping[str, int],
+    arrays: Mapping[str, np.ndarray],
+) -> np.ndarray:
+    """What score_mod adds to the errors of weights: by its own rounding, and by what was wrong with a score before.
+
+    The latter is in TOLERANCES as far as the function does not make it larger. A weight is wrong by exp(e) - 1.
+    """
+    tokens = seen.scores.shape[2]
+    head = np.arange(spec.num_heads).reshape(*seen.scores.shape[:2], 1)
+    arguments = {name: np.array(place) for name, place in places.items()}
+    arguments |= {"score": seen.given, "head": head, "key_pos": np.arange(1 - tokens, 1) + places["query_pos"]}
+    before = SUM_ERRORS * np.sqrt(spec.head_dim) * ROUNDING * seen.magnitude
+    of_given = before + (0 if spec.softcap is None else CAP_ERROR * np.abs(seen.given))
+    exact = seen.scores if bias is None else seen.scores - bias
+    error = error_bound(spec.score_mod.result, exact, arguments, of_given, arrays)
+    return np.asarray(np.expm1(np.clip(error - before, 0, 700)))
 
 
 def _bias(slopes: np.ndarray | None, shape: tuple[int, ...]) -> np.ndarray | None:
@@ -90,6 +129,7 @@ def compare(
         return Errors(0.0, 0.0), ""
     exact = actual.astype(np.float64)
     error = np.abs(np.subtract(exact, expected, out=np.zeros(exact.shape), where=exact != expected))
+    error[np.isnan(exact) & np.isnan(expected)] = 0  # as of a function that reads outside of its inputs
     error[np.isnan(error)] = np.inf
     # Where the bound is 0, as of an empty sequence, a result has to be met exactly.
     fraction = np.divide(error, bound, out=np.where(error == 0, 0.0, np.inf), where=bound > 0)

@@ -6,12 +6,22 @@ A draw is a pure function of the spec, a seed and a number: verify() names these
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
 from pa_compiler.interface import split_blocks
+from pa_compiler.reference_functions import Places
+from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
-from pa_compiler.verification.inputs import GARBAGE_IDS, needed_entries, noise, place, used_slots
+from pa_compiler.verification.inputs import (
+    GARBAGE_IDS,
+    function_inputs,
+    needed_entries,
+    noise,
+    place,
+    used_slots,
+)
 
 _ELEMENTS = 1 << 20
 """Multiplications of a query with keys in an ordinary draw: it takes some milliseconds."""
@@ -42,7 +52,8 @@ class Draw:
         is_used: [num_blocks, block_size], bool: the slots that hold a token that is seen.
         poison: What the other slots hold: NaN or an infinity.
         scale: Factor of the scores, or None.
-        heads: alibi_slopes and sinks, float32 [num_heads], as far as the spec has them; keywords of decode.
+        heads: alibi_slopes and sinks, float32 [num_heads], and the dict of inputs: those of these keywords of decode
+            that the spec has.
         append: Whether append_kv writes the tokens into the caches.
         one_buffer: Whether both caches lie in one buffer, block beside block.
         give_out: Whether out is given, as a view into a larger array.
@@ -59,7 +70,7 @@ class Draw:
     is_used: np.ndarray
     poison: float
     scale: float | None
-    heads: dict[str, np.ndarray]
+    heads: dict[str, Any]
     append: bool
     one_buffer: bool
     give_out: bool
@@ -72,8 +83,15 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
     """The draw of a number from a seed, both 0 or more."""
     rng = np.random.default_rng((seed, number))
     context_lens = _context_lens(rng, spec, _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW == _LONG_DRAW - 1 else 1))
+    if spec.inputs or spec.constants:
+        context_lens = _within_arrays(rng, spec, context_lens)
+    inputs = {"inputs": function_inputs(rng, spec, len(context_lens))} if spec.inputs else {}
     block_table, is_used = _place(rng, spec, context_lens)
-    kind = (_ordinary, _huge_scores, _ends)[rng.choice(3, p=[0.5, 0.25, 0.25])]
+    if spec.mask_mod is not None:
+        is_used &= _unmasked(spec, context_lens, block_table, is_used.shape, inputs.get("inputs", {}))
+    # A function has a bound on the error of its results where scores and what it makes of them are ordinary numbers.
+    kinds = (_ordinary, _huge_scores, _ends) if spec.score_mod is None else (_ordinary,)
+    kind = kinds[rng.choice(len(kinds), p=[0.5, 0.25, 0.25] if len(kinds) > 1 else None)]
     query, keys, values, scale = kind(rng, spec, len(context_lens), len(is_used))
     if spec.shared_kv:
         values = keys[..., : spec.result_dim]
@@ -89,7 +107,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int) -> Draw:
         is_used=is_used,
         poison=poison,
         scale=scale,
-        heads=_heads(rng, spec, scale if kind is _huge_scores else None),
+        heads=_heads(rng, spec, scale if kind is _huge_scores else None) | inputs,
         append=bool(rng.random() < 0.5),
         one_buffer=bool(rng.random() < 0.5),
         give_out=bool(rng.random() < 0.5),
@@ -137,17 +155,43 @@ def _place(
     rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """block_table, with its blocks anywhere in a cache that has more, and the slots that hold tokens."""
-    needed, window = -(-context_lens // spec.block_size), spec.window
-    seen = needed_entries(context_lens, spec.block_size, int(needed.max(initial=0)), window)
+    needed = -(-context_lens // spec.block_size)
+    seen = needed_entries(spec, context_lens, int(needed.max(initial=0)))
     num_blocks = int(seen.sum()) + int(rng.integers(1, 4))
     surplus = rng.choice(GARBAGE_IDS, (len(needed), int(needed.max(initial=0)) + int(rng.integers(0, 3))))
-    table = place(rng.permutation(num_blocks), context_lens, spec.block_size, surplus, window)
-    sees_all = window is None or context_lens <= window
+    table = place(spec, rng.permutation(num_blocks), context_lens, surplus)
+    sees_all = (spec.mask_mod is None) & (context_lens <= (spec.window or context_lens))
     whole = np.flatnonzero((context_lens >= spec.block_size) & sees_all)
     if len(whole) > 1 and rng.random() < 0.25:  # sequences that begin alike share their first block
         first, second = rng.choice(whole, 2, replace=False)
         table[second, 0] = table[first, 0]
-    return table, used_slots(table, context_lens, num_blocks, spec.block_size, window)
+    return table, used_slots(spec, table, context_lens, num_blocks)
+
+
+def _within_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, context_lens: np.ndarray) -> np.ndarray:
+    """In three of four draws lengths up to the largest extent of the arrays: positions may be indices of them."""
+    extents = [extent for each in (*spec.inputs, *spec.constants) for extent in each.shape if extent != BATCH]
+    return np.minimum(context_lens, max(extents, default=1)) if rng.random() < 0.75 else context_lens
+
+
+def _unmasked(
+    spec: PagedAttentionSpec,
+    context_lens: np.ndarray,
+    table: np.ndarray,
+    shape: tuple[int, ...],
+    inputs: dict[str, np.ndarray],
+) -> np.ndarray:
+    """The slots of a cache with a token that mask_mod leaves for a head of a sequence that has it."""
+    found = np.zeros(shape, bool)
+    for sequence, length in enumerate(context_lens.tolist()):
+        position = np.arange(max(0, length - (spec.window or length)), length)
+        if not length:
+            continue
+        places = Places(sequence, length - 1, position, inputs)
+        seen, _ = places.mask(spec.mask_mod, (1, spec.num_heads, len(position)))
+        position = position[seen.any(axis=(0, 1))]
+        found[table[sequence, position // spec.block_size], position % spec.block_size] = True
+    return found
 
 
 def _heads(rng: np.random.Generator, spec: PagedAttentionSpec, huge: float | None) -> dict[str, np.ndarray]:

@@ -5,11 +5,15 @@ Cases, draws, tests and benchmarks make theirs of these, each with the lengths, 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import ml_dtypes  # noqa: F401  (gives NumPy its bfloat16)
 import numpy as np
 
+from pa_compiler.bounds import affine, bounds
+from pa_compiler.score import BATCH
 from pa_compiler.spec import PagedAttentionSpec
 
 GARBAGE_IDS = np.array([-1, -(2**31), 2**31 - 1, 1 << 30, -7], np.int32)
@@ -43,55 +47,90 @@ def noise(rng: np.random.Generator, shape: Sequence[int], half: float, dtype: st
     return fill(rng, np.empty(shape, dtype), half)
 
 
-def needed_entries(context_lens: np.ndarray, block_size: int, max_blocks: int, window: int | None = None) -> np.ndarray:
-    """Which entries of a block_table name blocks with tokens that are seen: bool [batch, max_blocks]."""
-    entry = np.arange(max_blocks)
-    first = 0 if window is None else np.maximum(context_lens[:, None] - window, 0) // block_size
-    return (entry >= first) & (entry < -(-context_lens[:, None] // block_size))
+def seen_keys(spec: PagedAttentionSpec, context_lens: np.ndarray) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Between which positions keys may be seen: for each of the spec's bounds the first and the end, [batch, 1]."""
+    lengths = context_lens[:, None].astype(np.int64)
+    operations = affine.Operations(minimum=np.minimum, maximum=np.maximum)
+    ends = [[affine.value(end, lengths, operations) for end in interval] for interval in bounds(spec).intervals]
+    return [(np.maximum(begin, 0), np.minimum(end, lengths)) for begin, end in ends]
 
 
-def place(
-    blocks: np.ndarray, context_lens: np.ndarray, block_size: int, surplus: np.ndarray, window: int | None = None
-) -> np.ndarray:
+def needed_entries(spec: PagedAttentionSpec, context_lens: np.ndarray, max_blocks: int) -> np.ndarray:
+    """Which entries of a block_table name blocks with tokens that may be seen: bool [batch, max_blocks]."""
+    starts = np.arange(max_blocks) * spec.block_size
+    is_needed = np.zeros((len(context_lens), max_blocks), bool)
+    for begin, end in seen_keys(spec, context_lens):
+        is_needed |= np.maximum(begin, starts) < np.minimum(end, starts + spec.block_size)
+    return is_needed
+
+
+def place(spec: PagedAttentionSpec, blocks: np.ndarray, context_lens: np.ndarray, surplus: np.ndarray) -> np.ndarray:
     """A block_table that names blocks in their order, sequence after sequence.
 
     Args:
+        spec: With the block_size, and with what says which keys are seen.
         blocks: At least as many as the lengths need.
         context_lens: [batch], tokens.
-        block_size: Tokens of a block.
-        surplus: [batch, max_blocks], int32: what entries hold that no length needs, and those before the window.
-        window: Tokens of each sequence that are seen, the last ones; None is all of them.
+        surplus: [batch, max_blocks], int32: what entries hold that are not needed.
     """
-    is_needed = needed_entries(context_lens, block_size, surplus.shape[1], window)
+    is_needed = needed_entries(spec, context_lens, surplus.shape[1])
     table = surplus.copy()
     table[is_needed] = blocks[: is_needed.sum()]
     return table
 
 
-def used_slots(
-    table: np.ndarray, context_lens: np.ndarray, num_blocks: int, block_size: int, window: int | None = None
-) -> np.ndarray:
-    """Which slots of a cache hold tokens that a block_table names and that are seen: bool [num_blocks, block_size].
+def used_slots(spec: PagedAttentionSpec, table: np.ndarray, context_lens: np.ndarray, num_blocks: int) -> np.ndarray:
+    """Which slots of a cache hold tokens that a block_table names and that may be seen: bool [num_blocks, block_size].
 
     Sequences may share a block of which all of them see all slots.
     """
-    tokens = np.arange(table.shape[1] * block_size).reshape(1, -1, block_size)
-    is_needed = needed_entries(context_lens, block_size, table.shape[1], window)
-    ends = context_lens[:, None, None]
-    is_seen = (tokens < ends) & (tokens >= (0 if window is None else ends - window))
-    is_used = np.zeros((num_blocks, block_size), bool)
-    is_used[table[is_needed]] = is_seen[is_needed]
+    tokens = np.arange(table.shape[1] * spec.block_size)
+    is_seen = np.zeros((len(table), len(tokens)), bool)
+    for begin, end in seen_keys(spec, context_lens):
+        is_seen |= (tokens >= begin) & (tokens < end)
+    is_needed = needed_entries(spec, context_lens, table.shape[1])
+    is_used = np.zeros((num_blocks, spec.block_size), bool)
+    is_used[table[is_needed]] = is_seen.reshape(*table.shape, spec.block_size)[is_needed]
     return is_used
 
 
-def head_arrays(rng: np.random.Generator, spec: PagedAttentionSpec) -> dict[str, np.ndarray]:
-    """The arrays that decode takes for a spec's score functions, by name: float32 [num_heads].
+def head_arrays(rng: np.random.Generator, spec: PagedAttentionSpec, batch: int) -> dict[str, Any]:
+    """What decode takes for a spec's score functions, by keyword: float32 arrays [num_heads], and a dict of inputs.
 
     Slopes are those of ALiBi's paper, 2**(-8 i / num_heads) from i = 1 on, and sinks are standard normal.
     """
-    arrays = {}
+    arrays: dict[str, Any] = {}
     if spec.alibi:
         arrays["alibi_slopes"] = (2.0 ** (-8 / spec.num_heads * np.arange(1, spec.num_heads + 1))).astype(np.float32)
     if spec.sinks:
         arrays["sinks"] = rng.standard_normal(spec.num_heads, np.float32)
+    if spec.inputs:
+        arrays["inputs"] = function_inputs(rng, spec, batch)
     return arrays
+
+
+def function_inputs(rng: np.random.Generator, spec: PagedAttentionSpec, batch: int) -> dict[str, np.ndarray]:
+    """Arrays for the inputs of a spec's functions. Each is contiguous, and begins anywhere in a larger one.
+
+    Floating numbers are standard normal, and a bool is as often True as False. Whole numbers may be indices, so they
+    are from 0 to 3, and below the least extent of all arrays.
+    """
+    fixed = [extent for each in (*spec.inputs, *spec.constants) for extent in each.shape if extent != BATCH]
+    arrays = {}
+    for name, dtype, declared in spec.inputs:
+        shape = tuple(batch if extent == BATCH else extent for extent in declared)
+        count, before = math.prod(shape), int(rng.integers(0, 4))
+        numbers: np.ndarray
+        if dtype == "bool":
+            numbers = rng.random(before + count) < 0.5
+        elif dtype == "int32":
+            numbers = rng.integers(0, min([4, *fixed]), before + count)
+        else:
+            numbers = rng.standard_normal(before + count)
+        arrays[name] = numbers.astype(dtype)[before:].reshape(shape)
+    return arrays
+
+
+def constant_arrays(spec: PagedAttentionSpec) -> dict[str, np.ndarray]:
+    """The tensors that the functions of a spec close over, by their names in its terms."""
+    return {each.name: np.frombuffer(each.data, each.dtype).reshape(each.shape) for each in spec.constants}

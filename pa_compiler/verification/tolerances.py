@@ -48,6 +48,10 @@ CAP_ERROR = 4 * ROUNDING + TANH_ERROR
 quotient (twice where it is a product with a rounded 1 / cap; |t| tanh'(t) <= |tanh(t)|), of tanh, and of the product
 with the cap. What was wrong with s before becomes no larger: the derivative of a cap is at most 1."""
 
+SUM_ERRORS = 4.0
+"""A sum of n products in float32 is wrong by this * sqrt(n) * ROUNDING of the sum of their magnitudes, at most: errors
+of either sign add up like a random walk (N. Higham and T. Mary, 2019). It counts where a score_mod makes it larger."""
+
 LOST_WEIGHT = 1e-28
 """Weights below it, of the largest, may count as 0. Beside a large sink that may be all of them."""
 
@@ -103,7 +107,7 @@ def score_bound(spec: PagedAttentionSpec, scores: np.ndarray, bias: np.ndarray |
         bias: slope * distance, of the same shape; None without ALiBi.
     """
     bound = np.zeros(scores.shape)
-    if spec.softcap is not None:
+    if spec.softcap is not None and spec.score_mod is None:  # else that of the function has it
         bound += CAP_ERROR * np.abs(scores if bias is None else scores - bias)
     for rounded in () if bias is None else (bias, scores):
         with np.errstate(over="ignore"):

@@ -139,7 +139,9 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
         if call.append:
             _append(module, call, key_cache, value_cache)
             wrong += _differences("after append_kv", (key_cache, value_cache), converted)
-        inputs = (*arguments, *call.heads.values())
+        heads = {**call.heads, **call.heads.get("inputs", {})}
+        heads.pop("inputs", None)
+        inputs = (*arguments, *heads.values())
         before = _copies(inputs)
         returned = module.decode(
             *arguments,
@@ -154,7 +156,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
     errors, messages = _compared(spec, call, values, results)
     wrong += messages
-    names = ("query", *_CACHES, "block_table", "context_lens", *call.heads)
+    names = ("query", *_CACHES, "block_table", "context_lens", *heads)
     wrong += _differences("after decode", inputs, before, names)
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
         view.fill(np.nan)

@@ -9,7 +9,6 @@
 #include "cpu/cpu_set.h"
 #include "cpu/features.h"
 #include "cpu/floating_point.h"
-#include "cpu/kernel_call.h"
 #include "cpu/parallel.h"
 #include "cpu/partials.h"
 #include "cpu/plan.h"
@@ -25,11 +24,16 @@ using Spec = SpecOf<3, false>;  // ranges of 3 blocks of 4 tokens, items of 10 t
 void TestCuts() {
   for (const int64_t len : {0, 1, 4, 12, 13, 24, 25, 100}) {
     const Cut<Spec> cut(len);
-    EXPECT(cut.blocks == (len + 3) / 4);
-    EXPECT(cut.step <= 3 && cut.num_ranges == std::max<int64_t>(1, (cut.blocks + 2) / 3));
-    EXPECT(cut.blocks == 0 || (cut.num_ranges - 1) * cut.step < cut.blocks);
-    EXPECT(cut.num_ranges * cut.step >= cut.blocks);
+    const int64_t blocks = (len + 3) / 4;
+    EXPECT(cut.num_ranges == std::max<int64_t>(1, (blocks + 2) / 3));
     EXPECT(cut.num_partials() == (cut.num_ranges == 1 ? 0 : cut.num_ranges));
+    int64_t end = 0, tokens = 0;
+    for (int64_t i = 0; i < cut.num_ranges; ++i) {
+      const Interval range = cut.Range(i);
+      EXPECT(range.begin == end && range.end - range.begin <= 3 && (len == 0 || range.end > range.begin));
+      end = range.end, tokens += cut.Tokens(range);
+    }
+    EXPECT(end == blocks && tokens == len);
   }
 }
 
@@ -59,10 +63,30 @@ using Windowed = SpecOf<3, false, 9>;  // of tokens
 void TestCutsOfAWindow() {
   for (int64_t len = 0; len < 60; ++len) {
     const Cut<Windowed> cut(len);
-    EXPECT(cut.first == std::max<int64_t>(len - 9, 0) / 4 && cut.first + cut.blocks == (len + 3) / 4);
-    EXPECT(cut.blocks <= 4 && cut.num_ranges == (cut.blocks > 3 ? 2 : 1));
-    EXPECT(cut.num_ranges * cut.step >= cut.blocks);
+    const int64_t first = std::max<int64_t>(len - 9, 0) / 4, blocks = (len + 3) / 4 - first;
+    EXPECT(blocks <= 4 && cut.num_ranges == (blocks > 3 ? 2 : 1));
+    EXPECT(len == 0 || cut.Range(0).begin == first);
+    EXPECT(cut.Range(cut.num_ranges - 1).end == (len + 3) / 4);
   }
+}
+
+struct Uncut : Union {
+  static constexpr int64_t kSplitBlocks = INT64_MAX;
+};
+
+// Each run of blocks is cut; where none is, there is one range with the blocks between them, whose tokens do not count.
+void TestPlanOfAUnion() {
+  const int32_t lens[] = {100, 10, 0, 3};
+  const Plan<Union> plan(lens, 4);
+  const WorkItem expected[] = {
+      {1, 2, 0, 3, -1, 10}, {0, 1, 10, 12, 1, 8}, {0, 1, 0, 1, 0, 4}, {0, 1, 24, 25, 2, 4}, {3, 1, 0, 1, -1, 3},
+  };
+  EXPECT(plan.num_items == 5 && plan.num_partials == 3 && plan.partials_of(0) == 3 && plan.num_tokens == 29);
+  for (int64_t i = 0; i < 5; ++i) EXPECT(std::memcmp(&plan.item(i), &expected[i], sizeof(WorkItem)) == 0);
+  const Plan<Uncut> uncut(lens, 1);
+  const WorkItem whole = {0, 1, 0, 25, -1, 16};
+  EXPECT(uncut.num_items == 1 && std::memcmp(&uncut.item(0), &whole, sizeof(WorkItem)) == 0);
+  EXPECT(Plan<NoKeys>(lens, 4).num_tokens == 0 && Plan<NoKeys>(lens, 4).num_items == 1);
 }
 
 void TestPlanOfAWindow() {
@@ -118,46 +142,18 @@ void TestConverted() {
   EXPECT(converted.array.tensor.dtype.bits == 32 && converted.array.strides[0] == 3);
 }
 
-// A kernel that writes down what it is called with.
-TVMFFIAny seen[8];
-int32_t num_seen;
-
-int Record(void*, const TVMFFIAny* args, int32_t num_args, TVMFFIAny*) {
-  std::copy_n(args, num_args, seen);
-  return (num_seen = num_args) == 0;
-}
-
-struct Recorded {
-  static constexpr TVMFFISafeCallType kFunction = Record;
-  Passed<Array> array;
-  Passed<RowStride<Keys>> k_row;
-  Passed<HeadStride<Values>> v_head;
-  Passed<int64_t> number;
-  Passed<float> scale;
-};
-
-void TestKernelCall() {
-  float memory[4] = {};
-  const Array array(memory, {4});
-  const Cache<Keys> keys{array, {1}, {2}, {3}};
-  Call(Recorded{.array = array,
-                .k_row = keys.row_stride,
-                .v_head = ValuesIn(keys).head_stride,
-                .number = int64_t{-7},
-                .scale = 0.5f});
-  EXPECT(num_seen == 5 && seen[0].type_index == kTVMFFIDLTensorPtr && seen[0].v_ptr == &array.tensor);
-  EXPECT(seen[1].v_int64 == 2 && seen[2].v_int64 == 3 && seen[3].v_int64 == -7 && seen[4].v_float64 == 0.5);
-  static_assert(!std::is_convertible_v<HeadStride<Keys>, Passed<RowStride<Keys>>>);
-  static_assert(!std::is_convertible_v<RowStride<Values>, Passed<RowStride<Keys>>>);
-  static_assert(!std::is_convertible_v<int64_t, Passed<RowStride<Keys>>>);
-  static_assert(!std::is_convertible_v<RowStride<Keys>, Passed<int64_t>>);
-  static_assert(!std::is_convertible_v<float, Passed<int64_t>> && !std::is_convertible_v<int64_t, Passed<float>>);
-}
-
 void TestPartials() {
-  const Partials<Spec> partials(5);
-  EXPECT(partials.max.shape[0] == 5 && partials.sum.shape[1] == 4 && partials.acc.shape[2] == Spec::kValueDim);
+  const int32_t lens[] = {3, 60, 30};  // in 1, 5 and 3 ranges
+  const Plan<Spec> plan(lens, 3);
+  const Partials<Spec> partials(plan, 3);
+  EXPECT(partials.max.shape[0] == 8 && partials.sum.shape[1] == 4 && partials.acc.shape[2] == Spec::kValueDim);
   EXPECT(!Overlap(partials.max, partials.sum) && !Overlap(partials.sum, partials.acc));
+  int64_t left[] = {0, 5, 3};
+  for (int64_t i = 0; i < plan.num_items; ++i) {
+    const int64_t seq = plan.item(i).batch_start;
+    EXPECT(partials.Complete(plan.item(i)) == (--left[seq] == 0));
+  }
+  EXPECT(left[0] == -1 && left[1] == 0 && left[2] == 0);
 }
 
 void TestThreads() {
@@ -193,11 +189,10 @@ void TestFloatingPoint() {
 }
 
 void TestFeatures() {
-  static constexpr InstructionSet kThere[] = {{"sse2", " sse2 "}, {nullptr, nullptr}};
-  static constexpr InstructionSet kNotThere[] = {
-      {"sse2", " sse2 "}, {"x", " none "}, {"y", " neither "}, {nullptr, nullptr}};
+  static constexpr InstructionSet kThere[] = {"sse2", {"lzcnt", "abm"}, nullptr};
+  static constexpr InstructionSet kNotThere[] = {"sse2", {"x", "none"}, "y", "sse", {"z", "sse2 "}, nullptr};
   CheckCpuFeatures(kThere);
-  EXPECT_RAISES("RuntimeError: target: this module is built for a CPU with features that this one lacks: x y",
+  EXPECT_RAISES("RuntimeError: target: this module is built for a CPU with features that this one lacks: x y z",
                 CheckCpuFeatures(kNotThere));
 }
 
@@ -215,10 +210,10 @@ int main() {
   TestPlan();
   TestCutsOfAWindow();
   TestPlanOfAWindow();
+  TestPlanOfAUnion();
   TestItemsOfAWindow();
   TestScratch();
   TestConverted();
-  TestKernelCall();
   TestPartials();
   TestThreads();
   TestFloatingPoint();

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "shared/caches.h"
+#include "shared/window.h"
 
 static int failures = 0;
 
@@ -80,10 +81,22 @@ struct SpecOf {
   static constexpr int64_t kNumHeads = 4, kNumKVHeads = 2, kHeadDim = 6, kValueDim = value_dim, kBlockSize = 4;
   static constexpr int64_t kWindow = window;
   static constexpr bool kAlibi = alibi, kSinks = sinks;
-  static constexpr bool kSharedKV = shared_kv, kWideRange = true, kSlotsApart = true, kConvertsIndices = true;
+  static constexpr bool kSharedKV = shared_kv, kWideRange = true, kSlotsApart = true;
   static constexpr DLDataType kDType = pa::kFloat32, kOutDType = pa::kFloat32;
   static constexpr pa::Extents kKeyCache = {-1, 4, 2, 6}, kValueCache = {-1, 4, 2, value_dim};
   static constexpr int kRowAxis = 1, kHeadAxis = 2, kWordElements = 1;
   static constexpr int64_t kCacheAlignment = 0, kBatchChunk = 4, kSplitBlocks = 3, kItemTokens = 10;
+  static constexpr int64_t kThreadTokens = 7, kRowTile = 2, kTileTokens = 8;
   static constexpr pa::DeviceKind kDevice = pa::kCpu;
+};
+
+// The same with masks: the first 3 keys, the last 4, and 5 in between; and one that no key fulfils.
+struct Union : SpecOf<3, false, -1> {
+  static constexpr pa::Intervals<3> SeenKeys(int64_t context_len) {
+    return {{{context_len - 4, context_len}, {0, 3}, {40, 45}}};
+  }
+};
+
+struct NoKeys : SpecOf<3, false, -1> {
+  static constexpr pa::Intervals<1> SeenKeys(int64_t context_len) { return {{{1 << 30, context_len}}}; }
 };

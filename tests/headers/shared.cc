@@ -112,12 +112,47 @@ void TestIndices() {
                 CheckSlots(slots_array, 8));
 }
 
-void TestFirstSeen() {
-  EXPECT(FirstSeen<Narrow>(100) == 0 && FirstBlock<Narrow>(100) == 0);
-  EXPECT(FirstSeen<Windowed>(0) == 0 && FirstSeen<Windowed>(5) == 0 && FirstSeen<Windowed>(6) == 1);
-  EXPECT(FirstBlock<Windowed>(8) == 0 && FirstBlock<Windowed>(9) == 1 && FirstBlock<Windowed>(13) == 2);
+void TestSeen() {
+  EXPECT(Seen<Narrow>(100).keys.begin == 0 && Seen<Narrow>(100).keys.end == 100 && Seen<Narrow>(0).count == 0);
+  const auto first_key = [](int64_t len) { return Seen<Windowed>(len).keys.begin; };
+  EXPECT(first_key(0) == 0 && first_key(5) == 0 && first_key(6) == 1);
+  const auto first_block = [](int64_t len) { return Seen<Windowed>(len).blocks[0].begin; };
+  EXPECT(first_block(8) == 0 && first_block(9) == 1 && first_block(13) == 2);
   using One = SpecOf<3, false, 1>;
-  EXPECT(FirstBlock<One>(1) == 0 && FirstBlock<One>(4) == 0 && FirstBlock<One>(5) == 1);
+  EXPECT(Seen<One>(1).blocks[0].begin == 0 && Seen<One>(4).blocks[0].begin == 0 && Seen<One>(5).blocks[0].begin == 1);
+  EXPECT(FloorDivide(7, 4) == 1 && FloorDivide(-1, 4) == -1 && FloorDivide(-4, 4) == -1 && FloorDivide(-5, 4) == -2);
+}
+
+// Unions of intervals: apart, in either order, meeting in a block, in neighbouring blocks, empty, beyond the length.
+void TestSeenUnions() {
+  const Seen<Union> apart(100);  // [96, 100), [0, 3), [40, 45), in blocks [24, 25), [0, 1), [10, 12)
+  EXPECT(apart.count == 3 && apart.keys.begin == 0 && apart.keys.end == 100);
+  const Interval blocks[] = {{0, 1}, {10, 12}, {24, 25}};
+  EXPECT(std::memcmp(apart.blocks, blocks, sizeof blocks) == 0);
+  const Seen<Union> met(51);  // [47, 51), in blocks [11, 13)
+  EXPECT(met.count == 2 && met.blocks[1].begin == 10 && met.blocks[1].end == 13);
+  const Seen<Union> one(10);  // [6, 10) in [1, 3), beside [0, 1)
+  EXPECT(one.count == 1 && one.blocks[0].begin == 0 && one.blocks[0].end == 3 && one.keys.end == 10);
+  EXPECT(Seen<Union>(2).keys.end == 2 && Seen<Union>(2).count == 1 && Seen<Union>(0).count == 0);
+  const Seen<Union> cut(42);  // [38, 42) and [40, 42)
+  EXPECT(cut.count == 2 && cut.blocks[1].begin == 9 && cut.blocks[1].end == 11 && cut.keys.end == 42);
+  EXPECT(Seen<NoKeys>(1000).count == 0);
+}
+
+// The ids between the blocks that are seen may be anything.
+void TestIndicesOfAUnion() {
+  Made table(kInt32, {1, 25}), lens(kInt32, {1});
+  lens.data<int32_t>()[0] = 100;
+  for (int i = 0; i < 25; ++i) table.data<int32_t>()[i] = -7;
+  for (const int i : {0, 10, 11, 24}) table.data<int32_t>()[i] = 3;
+  CheckIndices<Union>(Checked(table), Checked(lens), 4);
+  for (const int i : {0, 10, 11, 24}) {
+    table.data<int32_t>()[i] = 4;
+    EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " +
+                      std::to_string(i),
+                  CheckIndices<Union>(Checked(table), Checked(lens), 4));
+    table.data<int32_t>()[i] = 3;
+  }
 }
 
 // Sequences of 8 and of 13 tokens, of which a window of 5 shows blocks [0, 2) and [2, 4).
@@ -180,7 +215,9 @@ int main() {
   TestArrays();
   TestOverlaps();
   TestIndices();
-  TestFirstSeen();
+  TestSeen();
+  TestSeenUnions();
+  TestIndicesOfAUnion();
   TestIndicesOfAWindow();
   TestScale();
   TestSharedSlots();

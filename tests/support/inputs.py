@@ -74,12 +74,12 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
     context_lens = np.asarray(context_lens, np.int32)
     dtype = DTYPES[spec.dtype]
     longest = -(-int(context_lens.max(initial=0)) // spec.block_size)
-    used = int(needed_entries(context_lens, spec.block_size, longest, spec.window).sum())
+    used = int(needed_entries(spec, context_lens, longest).sum())
     num_blocks = used + spare_blocks
     blocks = np.random.default_rng(seed if placement is None else placement).permutation(num_blocks)[:used]
     garbage = np.resize(GARBAGE_IDS, (len(context_lens), longest + surplus))
-    block_table = place(blocks, context_lens, spec.block_size, garbage, spec.window)
-    valid = used_slots(block_table, context_lens, num_blocks, spec.block_size, spec.window)
+    block_table = place(spec, blocks, context_lens, garbage)
+    valid = used_slots(spec, block_table, context_lens, num_blocks)
 
     query = noise(rng, (len(context_lens), spec.num_heads, spec.head_dim), 0.5, dtype)
     caches = []
@@ -92,7 +92,7 @@ def make_inputs(spec, context_lens, *, seed=0, poison="nan", placement=None, spa
     if spec.shared_kv:
         caches[1] = None
     laid_out = lay_out(spec, *caches)
-    heads = head_arrays(np.random.default_rng((1, seed)), spec)
+    heads = head_arrays(np.random.default_rng((1, seed)), spec, len(context_lens))
     return Inputs(query, *laid_out, block_table, context_lens, DTYPES[spec.result_dtype], spec.result_dim, heads)
 
 

@@ -26,6 +26,7 @@ _DECODE = (
 _KERNELS = "pa_compiler/kernels/"
 _CUDA = "pa_compiler/cuda/kernels/"
 _SCORES = "test_scores.py"
+_MASKS = "test_mask_bounds.py"
 
 FAULTS = {
     "tail mask one too long": Fault(f"{_KERNELS}tokens.py", "lane < self.valid_len", "lane <= self.valid_len", _DECODE),
@@ -96,7 +97,25 @@ FAULTS = {
     ),
     "lse in base 2": Fault(f"{_KERNELS}state.py", "T.log(lifted", "T.log2(lifted", _DECODE),
     "a window one key too short": Fault(
-        f"{_KERNELS}rows.py", "T.max(end - spec.window, 0)", "T.max(end - spec.window + 1, 0)", _SCORES
+        "pa_compiler/bounds/__init__.py", "constant(-spec.window)", "constant(1 - spec.window)", _SCORES
+    ),
+    "bounds of the key before the query's": Fault(
+        "pa_compiler/bounds/conditions.py", "add(LENGTH, constant(-1))", "add(LENGTH, constant(-2))", _MASKS
+    ),
+    "less taken for less or equal": Fault(
+        "pa_compiler/bounds/conditions.py", 'constant(0 if op == "less" else 1)', "constant(1)", _MASKS
+    ),
+    "quotients rounded up": Fault(
+        "pa_compiler/bounds/conditions.py",
+        "floor_divide(add(each, constant(divisor - 1)), divisor)",
+        "floor_divide(add(each, constant(divisor)), divisor)",
+        _MASKS,
+    ),
+    "the last of two intervals alone is read": Fault(
+        f"{_KERNELS}rows.py", "functools.reduce(T.min, (", "functools.reduce(T.max, (", _MASKS
+    ),
+    "blocks between intervals looked up": Fault(
+        f"{_KERNELS}rows.py", "if len(ends) == 1:\n        return None", "if ends:\n        return None", _MASKS
     ),
     "a window's blocks begin too late": Fault(
         "templates/shared/window.h",
@@ -207,8 +226,8 @@ FAULTS = {
     ),
     "the last block of a sequence unchecked": Fault(
         "templates/shared/indices.h",
-        "used = (context_len + kBlockSize - 1) / kBlockSize",
-        "used = context_len / kBlockSize",
+        "CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, first, used,",
+        "CheckBlockIds(seq, static_cast<const int32_t*>(block_table.tensor.data) + start, first, used - 1,",
         "test_errors.py test_bounds.py",
     ),
     "a length over capacity accepted": Fault(
@@ -284,10 +303,10 @@ FAULTS = {
         "pa_compiler/runtime/dlpack.py", "if managed.flags & _READ_ONLY:", "if False:", "test_writable.py"
     ),
     "partial results merged after the first": Fault(
-        "templates/cpu/host.cc.j2",
-        "--missing.data()[seq] > 0) return;",
-        "--missing.data()[seq] + 1 < plan.partials_of(seq)) return;",
-        "test_decode.py::test_lengths_around_the_splits",
+        "templates/cpu/partials.h",
+        "--missing_.data()[item.batch_start] == 0",
+        "--missing_.data()[item.batch_start] >= 0",
+        "test_headers.py test_decode.py::test_lengths_around_the_splits",
     ),
     "all ranges write one partial result": Fault(
         "templates/cpu/plan.h", "-1 : num_partials + i, tokens", "-1 : num_partials, tokens", _DECODE
@@ -300,8 +319,8 @@ FAULTS = {
     ),
     "the last range of a sequence dropped": Fault(
         "templates/cpu/plan.h",
-        "num_ranges = (blocks - 1) / step + 1",
-        "num_ranges = blocks / step",
+        "run_ranges[run] = (blocks - 1) / steps[run] + 1",
+        "run_ranges[run] = blocks / steps[run]",
         "test_decode.py::test_lengths_around_the_splits",
     ),
     "work items across chunks": Fault("templates/cpu/plan.h", "seq % Spec::kBatchChunk != 0 && ", "", "test_plan.py"),

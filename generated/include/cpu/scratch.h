@@ -5,6 +5,7 @@
 // Memory that threads keep from call to call, for the host and, by TVM's workspace hooks, for the kernels.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
@@ -26,6 +27,7 @@ class ScratchStack {
   void* Push(size_t num_bytes) {
     if (depth_ == size_) Grow();
     Buffer& buffer = buffers_[depth_];
+    num_bytes = std::max<size_t>(num_bytes, 1);  // to a kernel that needs nothing nullptr would be an error
     if (buffer.capacity < num_bytes) {
       std::free(buffer.data);
       buffer.capacity = (num_bytes + 63) / 64 * 64;
