@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import gpu_memory
 import numpy as np
 import pytest
 import test_score_functions as functions
@@ -11,6 +12,8 @@ from cuda_driver import OnGpu, stream
 from test_cuda_functions import assert_close, inputs_of, sinks_and_window, spec_of, with_table
 from test_cuda_score_calls import every_way
 from test_cuda_scores import BASES, assert_same
+
+from pa_compiler.verification import on_gpu, verify
 
 LENGTHS = [0, 1, 190, 33, 41]
 
@@ -72,6 +75,16 @@ def test_tables(gpu, gpu_module, pipeline):
     gpu.run()
     assert not any(line.startswith("upload") for line in gpu.log())
     assert_same(call.results, expected)
+
+
+@pytest.mark.parametrize("pipeline", ["fused", "staged"])
+def test_verify(gpu, gpu_module, pipeline):
+    spec = spec_of("mma", score_mod=functions.by_sequence, mask_mod=functions.documents, window=120, sinks=True)
+    module = on_gpu.OnGpu(gpu_module(spec, pipeline), gpu_memory.FakeMemory(gpu))
+    for number in range(3):
+        result = verify.verify(module, seed=1, draw=number)
+        assert result.passed, result.failures
+        gpu.release()
 
 
 def test_inputs_are_checked(gpu, gpu_module):

@@ -144,9 +144,7 @@ def drawn_integer(rng, depth):
     leaves = [QUERY, KEY, KEY, HEAD, Term("number", "int32", value=rng.randint(-70, 130))]
     if depth == 0:
         return rng.choice(leaves)
-    op = rng.choice(
-        ["add", "subtract", "negative", "absolute", "minimum", "maximum", "multiply", "divide", "where"]
-    )
+    op = rng.choice(["add", "subtract", "negative", "absolute", "minimum", "maximum", "multiply", "divide", "where"])
     first, second = drawn_integer(rng, depth - 1), drawn_integer(rng, depth - 1)
     if op == "where":
         return Term(op, "int32", (drawn_condition(rng, depth - 1), first, second))

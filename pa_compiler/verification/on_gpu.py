@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
 
+from pa_compiler.interface import INPUT_PREFIX
 from pa_compiler.runtime.arguments import NUMPY_DTYPES
 
 ROW_BYTES = 16
@@ -79,11 +81,13 @@ class OnGpu:
         *,
         lse: np.ndarray | None = None,
         return_lse: bool = False,
+        inputs: Mapping[str, np.ndarray] | None = None,
         **heads: np.ndarray,
     ) -> Any:
         """As Module.decode, with NumPy arrays; heads are alibi_slopes and sinks, as the spec has them."""
         arrays = {"query": query, "key_cache": key_cache, "value_cache": value_cache, "block_table": block_table}
         arrays |= {"context_lens": context_lens, **heads}
+        arrays |= {f"{INPUT_PREFIX}{name}": array for name, array in (inputs or {}).items()}
         shape = (*query.shape[:2], self.spec.result_dim)
         arrays["out"] = np.full(shape, np.nan, NUMPY_DTYPES[self.spec.result_dtype]) if out is None else out
         if return_lse and lse is None:
@@ -123,10 +127,19 @@ class OnGpu:
         self, function: str, arrays: dict[str, np.ndarray], check: str, others: dict[str, Any]
     ) -> dict[str, np.ndarray]:
         tensors = {
-            name: self._memory.put(array, 0 if array.ndim == 1 else ROW_BYTES // array.itemsize)
+            name: self._memory.put(array, 0 if _is_contiguous(name, array) else ROW_BYTES // array.itemsize)
             for name, array in arrays.items()
         }
-        getattr(self._module, function)(**tensors, **others, check=check)
+        inputs = {name: each for name, each in tensors.items() if name.startswith(INPUT_PREFIX)}
+        arguments = {name: each for name, each in tensors.items() if name not in inputs}
+        if inputs:
+            arguments["inputs"] = {name.removeprefix(INPUT_PREFIX): each for name, each in inputs.items()}
+        getattr(self._module, function)(**arguments, **others, check=check)
         self._memory.synchronize()
         self._module.check_status()
         return {name: self._memory.get(tensor) for name, tensor in tensors.items()}
+
+
+def _is_contiguous(name: str, array: np.ndarray) -> bool:
+    """Whether there is to be nothing between rows: inputs of functions lie in C's order, and a vector has one row."""
+    return array.ndim == 1 or name.startswith(INPUT_PREFIX)
