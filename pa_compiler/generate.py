@@ -19,6 +19,16 @@ _PACKED = PagedAttentionSpec(32, 8, 128, 16, "bfloat16", kv_layout="packed")
 _MLA = PagedAttentionSpec(128, 1, 576, 64, "bfloat16", value_dim=512, shared_kv=True)  # DeepSeek-V3
 
 
+def _decay(score: Any, batch: Any, head: Any, query_pos: Any, key_pos: Any) -> Any:
+    """A score falls with the distance of its key, the faster the higher the head."""
+    return score - (head + 1) * 0.0625 * (query_pos - key_pos) / 128
+
+
+_LOCAL = PagedAttentionSpec(  # a local layer of Gemma 2, with a function
+    16, 8, 256, 16, "bfloat16", window=4096, softcap=50.0, score_mod=_decay
+)
+
+
 class _Entry(NamedTuple):
     spec: PagedAttentionSpec
     pipeline: str
@@ -35,6 +45,7 @@ ENTRIES = {
     "gqa_fused": _Entry(_GQA, "fused", "x86-64-v4"),
     "gqa_packed_fused": _Entry(_PACKED, "fused", "sapphirerapids"),  # with AVX512_BF16
     "mla_fused": _Entry(_MLA, "fused", "sapphirerapids"),
+    "local_fused": _Entry(_LOCAL, "fused", "x86-64-v4"),
     "gqa_cuda": _Entry(_GQA, "fused", "sm_90"),
 }
 """Folder under generated/ -> what is emitted there."""

@@ -86,6 +86,25 @@ def _as_mapping(ctx: click.Context, param: click.Parameter, values: tuple[tuple[
     return dict(values)
 
 
+def _score_options(option: Callable[..., Callable[[Any], Any]]) -> list[Callable[[Any], Any]]:
+    """Options of what becomes of scores; option makes one of a field."""
+    return [
+        option("window", "Tokens that a query sees, the last ones, its own among them.", int, show_default="all"),
+        option("softcap", "Scores become C tanh(score / C).", float, show_default="none", metavar="C"),
+        option("alibi", "Scores get a bias by their distance, with a slope for each head.", is_flag=True),
+        option("sinks", "The softmax of each head has one more score, without a value.", is_flag=True),
+        *(option(field, text, FunctionOf(), show_default="none") for field, text in functions.FIELDS.items()),
+        click.option(
+            "--input",
+            "inputs",
+            type=DeclaredInput(),
+            multiple=True,
+            callback=_as_mapping,
+            help='An array that these functions take by keyword, such as bias=float32:8x1024; "batch" is an extent.',
+        ),
+    ]
+
+
 def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     """Add an option for each field of the spec, and --target and --pipeline."""
     integers = {
@@ -109,21 +128,7 @@ def spec_options(command: Callable[..., Any]) -> Callable[..., Any]:
     decorators += [
         option("value_dim", "Elements of one value and of one head of out.", int, show_default="head_dim"),
         option("shared_kv", "The value of a token is the first elements of its key: one cache.", is_flag=True),
-        option("window", "Tokens that a query sees, the last ones, its own among them.", int, show_default="all"),
-        option("softcap", "Scores become C tanh(score / C).", float, show_default="none", metavar="C"),
-        option("alibi", "Scores get a bias by their distance, with a slope for each head.", is_flag=True),
-        option("sinks", "The softmax of each head has one more score, without a value.", is_flag=True),
-    ]
-    decorators += [option(field, text, FunctionOf(), show_default="none") for field, text in functions.FIELDS.items()]
-    decorators += [
-        click.option(
-            "--input",
-            "inputs",
-            type=DeclaredInput(),
-            multiple=True,
-            callback=_as_mapping,
-            help='An array that these functions take by keyword, such as bias=float32:8x1024; "batch" is an extent.',
-        )
+        *_score_options(option),
     ]
     decorators += [option(field, text, click.Choice(choices)) for field, (choices, text) in names.items()]
     decorators += [
