@@ -115,7 +115,7 @@ def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
                     key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
                     return written(term, computed.value(term, before(column), key_pos=key_pos))
 
-                fill(name, buffer, [*computed.regions, *before.regions], value, num_groups, tiling.token_group)
+                fill(name, buffer, value, num_groups, tiling.token_group)
             _fill_pairs(visible, num_groups, tiling)
         return computed._replace(columns=kept, visible=visible)
 
@@ -140,14 +140,12 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
                 known = {**computed.of_columns(functions, column), **kept(row), **steps}
                 return computed.value(term, known, head=head_of(of, row, functions.num_heads))
 
-            regions = [*computed.regions, *kept.regions]
-            steps = compute_steps("mask_step", functions.mask_steps, tiling, regions, value, num_groups)
-            regions += steps.regions
+            steps = compute_steps("mask_step", functions.mask_steps, tiling, value, num_groups)
 
             def word(row: Expr, column: Expr) -> Expr:
                 return written(mask, value(mask, steps(row, column), row, column))
 
-            fill("visible", visible.columns, regions, word, num_groups, tiling.token_group, rows, slot)
+            fill("visible", visible.columns, word, num_groups, tiling.token_group, rows, slot)
             _fill_pairs(visible, num_groups, tiling, rows, slot)
 
     return stage
@@ -165,20 +163,17 @@ def allocate_visible(
 def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> Kept:
     """Sblocks that compute terms for each of some rows."""
     buffers = [allocate("row_term", (rows,), kept_dtype(term)) for term in terms]
-    arrays = [whole(each) for each in computed.arrays.values()]
     for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
         before = Kept(terms[:number], buffers[:number])
 
         def value(row: Expr, term: Term = term, before: Kept = before) -> Expr:
             return written(term, computed.value(term, before(row), head=head_of(of, row, num_heads)))
 
-        fill(f"row_{number}", buffer, [*arrays, *before.regions], value, rows=rows)
+        fill(f"row_{number}", buffer, value, rows=rows)
     return Kept(terms, buffers)
 
 
-def compute_steps(
-    name: str, terms: Sequence[Term], tiling: Tiling, regions: Sequence[BufferRegion], value: Values, num_groups: Expr
-) -> Kept:
+def compute_steps(name: str, terms: Sequence[Term], tiling: Tiling, value: Values, num_groups: Expr) -> Kept:
     """Sblocks that compute terms for each score of a head tile: value(term, what is kept of it, row, column)."""
     shape = (tiling.row_tile, tiling.padded_kv_tile)
     buffers = [allocate("step", shape, kept_dtype(term)) for term in terms]
@@ -188,16 +183,7 @@ def compute_steps(
         def of_place(row: Expr, column: Expr, term: Term = term, before: Kept = before) -> Expr:
             return written(term, value(term, before(row, column), row, column))
 
-        fill(
-            f"{name}_{number}",
-            buffer,
-            regions,
-            of_place,
-            num_groups,
-            tiling.token_group,
-            tiling.row_tile,
-            before=before,
-        )
+        fill(f"{name}_{number}", buffer, of_place, num_groups, tiling.token_group, tiling.row_tile)
     return Kept(terms, buffers)
 
 
@@ -220,8 +206,7 @@ def _fill_pairs(
         even, odd = (visible.columns[place] for place in places)
         return T.bitwise_or(T.bitwise_and(even, LOW), T.bitwise_and(odd, HIGH))
 
-    regions = [whole(visible.columns)]
-    fill("visible_pairs", visible.words, regions, value, num_groups, tiling.token_group // 2, rows, slot)
+    fill("visible_pairs", visible.words, value, num_groups, tiling.token_group // 2, rows, slot)
 
 
 def _allocate_visible(tiling: Tiling, *rows: int) -> Visible:

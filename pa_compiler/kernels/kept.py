@@ -28,11 +28,6 @@ class Kept(NamedTuple):
     terms: Sequence[Term]
     buffers: Sequence[Buffer]
 
-    @property
-    def regions(self) -> list[BufferRegion]:
-        """All of it, for T.reads."""
-        return [whole(each) for each in self.buffers]
-
     def __call__(self, *place: Expr) -> dict[Term, Expr]:
         """Their values in a place."""
         return {term: _read(term, of[place]) for term, of in zip(self.terms, self.buffers, strict=True)}
@@ -41,17 +36,15 @@ class Kept(NamedTuple):
 def fill(
     name: str,
     target: Buffer,
-    regions: Sequence[BufferRegion],
     value: Values,
     num_groups: Expr | None = None,
     group: int = 0,
     rows: int | None = None,
     slot: Expr | None = None,
-    before: Kept | None = None,
 ) -> None:
     """An sblock: target[slot, row, column] = value(row, column) for all rows and num_groups groups, as there are.
 
-    It reads regions, and of before what is in the same place.
+    TVM finds what it reads, which value says.
     """
     extents = [*([] if rows is None else [rows]), *([] if num_groups is None else [num_groups, group])]
     with T.grid(*extents) as loops, T.sblock(name):
@@ -60,13 +53,12 @@ def fill(
         if num_groups is not None:
             axes.append(T.axis.spatial(target.shape[-1], loops[-2] * group + loops[-1]))
         place = axes if slot is None else [slot, *axes]
-        T.reads(*regions, *(each[tuple(axes)] for each in ([] if before is None else before.buffers)))
-        T.writes(target[tuple(place)])
         T.buffer_store(target, value(*axes), place)
 
 
 @contextmanager
 def stage_block(name: str, regions: Sequence[BufferRegion], written: Sequence[Buffer]) -> Iterator[None]:
+    """The sblock of a stage, which reads regions and writes buffers."""
     with T.sblock(name):
         T.reads(*regions)
         T.writes(*map(whole, written))
@@ -74,12 +66,14 @@ def stage_block(name: str, regions: Sequence[BufferRegion], written: Sequence[Bu
 
 
 def allocate(name: str, shape: Sequence[int], dtype: str) -> Buffer:
+    """A buffer of the sblock that is being built."""
     buffer = T.sblock_alloc_buffer(shape, dtype)
     IRBuilder.name(name, buffer)
     return buffer
 
 
 def kept_dtype(term: Term) -> str:
+    """The type of a term in memory."""
     return "float32" if term.dtype == "float32" else "int32"
 
 

@@ -89,10 +89,10 @@ class Scores:
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
         self._spec, self._tiling, self._functions = spec, tiling, ScoreFunctions(spec)
 
-    def keep(self, score: Callable[..., Expr], scoring: Scoring, regions: list[Any], groups: Expr) -> KeptScores | None:
+    def keep(self, score: Callable[..., Expr], scoring: Scoring, groups: Expr) -> KeptScores | None:
         """Emit what is kept of score_mod, over some token groups.
 
-        score is that of a row and a column, scaled; regions are what it reads.
+        score is that of a row and a column, scaled.
         """
         functions, computed = self._functions, scoring.computed
         if functions.score is None or computed is None:
@@ -102,10 +102,7 @@ class Scores:
         def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Expr:
             return self._modified(term, score(row, column), scoring, {**rows(row), **steps}, row, column)
 
-        regions = [*regions, *computed.regions, *rows.regions]
-        return KeptScores(
-            rows, compute_steps("score_step", functions.score_steps, self._tiling, regions, value, groups)
-        )
+        return KeptScores(rows, compute_steps("score_step", functions.score_steps, self._tiling, value, groups))
 
     def scored(
         self,

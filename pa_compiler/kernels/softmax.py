@@ -46,7 +46,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                         vr = T.axis.spatial(rows, r)
                         slope[vr] = slope_of(scoring, vr)
             product = T.meta_var(lambda row, column: scores[slot, row, column] * scale)
-            kept = T.meta_var(functions.keep(product, scoring, [scores[slot, 0:rows, 0:tokens]], num_groups))
+            kept = T.meta_var(functions.keep(product, scoring, num_groups))
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("scaled"):
                     vo = T.axis.spatial(tokens // group, to)
