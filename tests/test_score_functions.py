@@ -170,3 +170,60 @@ def test_a_mask_of_all_keys(compiled, base, pipeline):
         out, lse = check(compiled, spec, pipeline, poison=poison)
         assert not out.any()
         assert (lse == -np.inf).all()
+
+
+def nested(score, batch, head, query_pos, key_pos):
+    """So many functions of functions that no expression can hold them."""
+    far = np.sqrt(np.log(np.exp(np.tanh(np.log(query_pos - key_pos + 2.0))) + 1.0))
+    near = np.tanh(np.exp(np.log(np.abs(np.tanh(np.exp(np.tanh(score))) + score) + 1.0)) * 0.5)
+    return near * far + np.exp(-np.log(np.exp(np.tanh(head * 0.1)) + 1.0))
+
+
+def far_off(batch, head, query_pos, key_pos):
+    return np.tanh(np.exp(np.tanh((key_pos % 7) * 0.2)) * np.exp(np.tanh(head * 0.1))) < 0.98
+
+
+@every_pipeline
+@pytest.mark.parametrize("base", one_in_three(["32/32_float32", "8/2_bfloat16", "16/1_float32", "16/1_bfloat16"]))
+def test_functions_of_functions(compiled, base, pipeline):
+    check(compiled, spec_of(base, score_mod=nested, mask_mod=far_off), pipeline)
+    check(compiled, dataclasses.replace(spec_of(base, score_mod=nested), softcap=1.5), pipeline)
+
+
+def beyond(score, batch, head, query_pos, key_pos, *, bias):
+    return score + bias[head, query_pos - key_pos]
+
+
+def beyond_in_mask(batch, head, query_pos, key_pos, *, document):
+    return (document[key_pos] >= 0) & (key_pos != 70)
+
+
+@every_pipeline
+@pytest.mark.parametrize("base", ["32/32_bfloat16_HND", "8/2_float32_sweep", "16/1_bfloat16", "32/8_float32_packed"])
+def test_an_index_outside_of_an_input_shows(compiled, base, pipeline):
+    """The rows of 64 tokens and fewer are right, and the longer ones NaN; nothing outside is read."""
+    lengths = [1, 17, TABLE, TABLE + 1, 300, 0, 2500]
+    spec = spec_of(base, score_mod=beyond)
+    inputs, given = make_inputs(spec, lengths), arrays(spec, len(lengths))
+    out, lse = decode(compiled(spec, pipeline), inputs, given)
+    inside = inputs.context_lens <= TABLE
+    assert np.isnan(out[~inside].astype(np.float32)).all()
+    assert np.isnan(lse[~inside]).all()
+    wanted = [each[inside] for each in expected(spec, inputs, given)]
+    assert_close(spec, (out[inside], lse[inside]), wanted)
+    masked = spec_of(base, mask_mod=beyond_in_mask)
+    given = arrays(masked, len(lengths))
+    out, lse = decode(compiled(masked, pipeline), inputs, given)
+    np.testing.assert_array_equal(np.isnan(lse).any(axis=1), ~inside)
+
+
+def test_a_key_that_is_masked_may_have_any_index(compiled):
+    """Of a table that ends before it."""
+    spec = spec_of(
+        "8/2_bfloat16", score_mod=beyond, mask_mod=lambda batch, head, query_pos, key_pos: near(query_pos, key_pos)
+    )
+    check(compiled, spec, "fused")
+
+
+def near(query_pos, key_pos):
+    return (query_pos - key_pos) // 64 == 0

@@ -1,33 +1,28 @@
 """What functions of scores compute, in sblocks: for columns, for rows, and which keys a mask shows.
 
 Whether a key is seen is a word of ones or of zeros, with which the words of its values are ANDed: nothing enters of a
-value that is not seen, whatever memory holds. The sblocks are built in Python, since how many there are and of which
-types depends on the functions.
+value that is not seen, whatever memory holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.script.ir_builder import IRBuilder
 from tvm.tirx import Buffer, BufferRegion
 
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import HIGH, LOW
+from pa_compiler.kernels.kept import Kept, Values, allocate, fill, kept_dtype, stage_block, written
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.terms import lowered
 from pa_compiler.kernels.tokens import Tile
 from pa_compiler.score import Term
 from pa_compiler.tiles import Tiling
-
-Values = Callable[..., Expr]
-"""Indices of an sblock -> what it stores there."""
 
 
 class Visible(NamedTuple):
@@ -80,7 +75,7 @@ class Computed(NamedTuple):
 
     def of_columns(self, functions: ScoreFunctions, column: Expr) -> dict[Term, Expr]:
         """What is kept for a column."""
-        return {term: _read(term, of[column]) for term, of in zip(functions.columns, self.columns, strict=True)}
+        return Kept(functions.columns, self.columns)(column)
 
 
 def words_of(computed: Computed | None, slot: Expr, row: Expr, index: Expr) -> list[Expr]:
@@ -106,20 +101,21 @@ def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
         computed = Computed(arrays, seq, T.bind(T.max(context_len - 1, 0)))
         if not functions.any_columns:
             return computed
-        kept = [_allocate("column_term", (tokens,), _kept_dtype(term)) for term in functions.columns]
+        kept = [allocate("column_term", (tokens,), kept_dtype(term)) for term in functions.columns]
         fills = [(f"column_{number}", *pair) for number, pair in enumerate(zip(kept, functions.columns, strict=True))]
         visible = None
         if functions.mask is not None and not functions.by_row:
             visible = _allocate_visible(tiling)
             fills.append(("visible", visible.columns, functions.mask))
-        with _sblock("columns", computed.regions, [*kept, *_buffers(visible)]):
-            for name, buffer, term in fills:
+        with stage_block("columns", computed.regions, [*kept, *_buffers(visible)]):
+            for number, (name, buffer, term) in enumerate(fills):
+                before = Kept(functions.columns[:number], kept[:number])
 
-                def value(column: Expr, term: Term = term) -> Expr:
+                def value(column: Expr, term: Term = term, before: Kept = before) -> Expr:
                     key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
-                    return _written(term, computed.value(term, {}, key_pos=key_pos))
+                    return written(term, computed.value(term, before(column), key_pos=key_pos))
 
-                _fill(name, buffer, computed.regions, value, num_groups, tiling.token_group)
+                fill(name, buffer, value, num_groups, tiling.token_group)
             _fill_pairs(visible, num_groups, tiling)
         return computed._replace(columns=kept, visible=visible)
 
@@ -137,15 +133,19 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
         if given is None or given.visible is None or mask is None or not functions.by_row:
             return
         visible, computed = given.visible, given._replace(visible=None)
-        with _sblock("visible_rows", computed.regions, _buffers(visible)):
+        with stage_block("visible_rows", computed.regions, _buffers(visible)):
             kept = compute_rows(functions.mask_rows, rows, computed, of, functions.num_heads)
 
-            def value(row: Expr, column: Expr) -> Expr:
-                known, head = computed.of_columns(functions, column) | kept(row), head_of(of, row, functions.num_heads)
-                return _written(mask, computed.value(mask, known, head=head))
+            def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Expr:
+                known = {**computed.of_columns(functions, column), **kept(row), **steps}
+                return computed.value(term, known, head=head_of(of, row, functions.num_heads))
 
-            regions = [*computed.regions, *map(whole, kept.buffers)]
-            _fill("visible", visible.columns, regions, value, num_groups, tiling.token_group, rows, slot)
+            steps = compute_steps("mask_step", functions.mask_steps, tiling, value, num_groups)
+
+            def word(row: Expr, column: Expr) -> Expr:
+                return written(mask, value(mask, steps(row, column), row, column))
+
+            fill("visible", visible.columns, word, num_groups, tiling.token_group, rows, slot)
             _fill_pairs(visible, num_groups, tiling, rows, slot)
 
     return stage
@@ -160,56 +160,37 @@ def allocate_visible(
     return computed._replace(visible=_allocate_visible(tiling, slots, tiling.row_tile))
 
 
-class KeptRows(NamedTuple):
-    """Terms of rows, and their values, [rows]."""
-
-    terms: Sequence[Term]
-    buffers: Sequence[Buffer]
-
-    def __call__(self, row: Expr) -> dict[Term, Expr]:
-        """The values of a row."""
-        return {term: _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
-
-
-def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> KeptRows:
+def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> Kept:
     """Sblocks that compute terms for each of some rows."""
-    buffers = [_allocate("row_term", (rows,), _kept_dtype(term)) for term in terms]
+    buffers = [allocate("row_term", (rows,), kept_dtype(term)) for term in terms]
     for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
+        before = Kept(terms[:number], buffers[:number])
 
-        def value(row: Expr, term: Term = term) -> Expr:
-            return _written(term, computed.value(term, {}, head=head_of(of, row, num_heads)))
+        def value(row: Expr, term: Term = term, before: Kept = before) -> Expr:
+            return written(term, computed.value(term, before(row), head=head_of(of, row, num_heads)))
 
-        _fill(f"row_{number}", buffer, [whole(each) for each in computed.arrays.values()], value, rows=rows)
-    return KeptRows(terms, buffers)
+        fill(f"row_{number}", buffer, value, rows=rows)
+    return Kept(terms, buffers)
+
+
+def compute_steps(name: str, terms: Sequence[Term], tiling: Tiling, value: Values, num_groups: Expr) -> Kept:
+    """Sblocks that compute terms for each score of a head tile: value(term, what is kept of it, row, column)."""
+    shape = (tiling.row_tile, tiling.padded_kv_tile)
+    buffers = [allocate("step", shape, kept_dtype(term)) for term in terms]
+    for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
+        before = Kept(terms[:number], buffers[:number])
+
+        def of_place(row: Expr, column: Expr, term: Term = term, before: Kept = before) -> Expr:
+            return written(term, value(term, before(row, column), row, column))
+
+        fill(f"{name}_{number}", buffer, of_place, num_groups, tiling.token_group, tiling.row_tile)
+    return Kept(terms, buffers)
 
 
 def head_of(rows: Rows, row: Expr, num_heads: int) -> Expr:
     """The head of a row; of one that pads the tile a head that there is."""
     head = rows.at(row)[1]
     return head if isinstance(rows.num, int) else T.min(head, num_heads - 1)
-
-
-def _fill(
-    name: str,
-    target: Buffer,
-    regions: Sequence[BufferRegion],
-    value: Values,
-    num_groups: Expr | None = None,
-    group: int = 0,
-    rows: int | None = None,
-    slot: Expr | None = None,
-) -> None:
-    """An sblock: target[slot, row, column] = value(row, column) for all rows and num_groups groups, as there are."""
-    extents = [*([] if rows is None else [rows]), *([] if num_groups is None else [num_groups, group])]
-    with T.grid(*extents) as loops, T.sblock(name):
-        loops = list(loops) if len(extents) > 1 else [loops]
-        axes = [] if rows is None else [T.axis.spatial(rows, loops[0])]
-        if num_groups is not None:
-            axes.append(T.axis.spatial(target.shape[-1], loops[-2] * group + loops[-1]))
-        place = axes if slot is None else [slot, *axes]
-        T.reads(*regions)
-        T.writes(target[tuple(place)])
-        T.buffer_store(target, value(*axes), place)
 
 
 def _fill_pairs(
@@ -225,29 +206,14 @@ def _fill_pairs(
         even, odd = (visible.columns[place] for place in places)
         return T.bitwise_or(T.bitwise_and(even, LOW), T.bitwise_and(odd, HIGH))
 
-    regions = [whole(visible.columns)]
-    _fill("visible_pairs", visible.words, regions, value, num_groups, tiling.token_group // 2, rows, slot)
-
-
-@contextmanager
-def _sblock(name: str, regions: Sequence[BufferRegion], written: Sequence[Buffer]) -> Iterator[None]:
-    with T.sblock(name):
-        T.reads(*regions)
-        T.writes(*map(whole, written))
-        yield
-
-
-def _allocate(name: str, shape: Sequence[int], dtype: str) -> Buffer:
-    buffer = T.sblock_alloc_buffer(shape, dtype)
-    IRBuilder.name(name, buffer)
-    return buffer
+    fill("visible_pairs", visible.words, value, num_groups, tiling.token_group // 2, rows, slot)
 
 
 def _allocate_visible(tiling: Tiling, *rows: int) -> Visible:
-    columns = _allocate("visible", (*rows, tiling.padded_kv_tile), "int32")
+    columns = allocate("visible", (*rows, tiling.padded_kv_tile), "int32")
     if tiling.values.terms == 1:
         return Visible(columns, columns)
-    return Visible(columns, _allocate("visible_pairs", (*rows, tiling.padded_kv_tile // 2), "int32"))
+    return Visible(columns, allocate("visible_pairs", (*rows, tiling.padded_kv_tile // 2), "int32"))
 
 
 def _buffers(visible: Visible | None) -> list[Buffer]:
@@ -260,16 +226,3 @@ def _at(buffer: Buffer, slot: Expr, row: Expr, column: Expr) -> Expr:
     if len(buffer.shape) == 1:
         return buffer[column]
     return buffer[0 if int(buffer.shape[0]) == 1 else slot, row, column]
-
-
-def _kept_dtype(term: Term) -> str:
-    return "float32" if term.dtype == "float32" else "int32"
-
-
-def _written(term: Term, value: Expr) -> Expr:
-    """A value as it is kept: bool as a word of ones or zeros."""
-    return T.Select(value, T.int32(-1), T.int32(0)) if term.dtype == "bool" else value
-
-
-def _read(term: Term, kept: Expr) -> Expr:
-    return tir.NE(kept, T.int32(0)) if term.dtype == "bool" else kept

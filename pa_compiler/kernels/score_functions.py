@@ -6,7 +6,7 @@ that goes neither by the key nor by the score, once for a row.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from pa_compiler.bounds import residual_mask
 from pa_compiler.kernels.indices import any_of, held_inside, nan_where
@@ -26,6 +26,8 @@ class ScoreFunctions:
         by_row: Whether the mask goes by the head.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.
+        score_steps, mask_steps: Terms that are computed before either, for each score: parts of what would be too long
+            for one expression. Columns and rows have such steps too, before what is made of them.
         arrays: The names of the arrays that are read.
         num_heads: Query heads.
     """
@@ -37,9 +39,14 @@ class ScoreFunctions:
         self.score = None if only_mask else nan_where(any_of(outside, outside_of_mask), score)
         self.mask = mask
         self.by_row = self.mask is not None and "head" in _arguments(self.mask)[self.mask]
-        columns, self.score_rows = _parts(self.score)
-        of_mask, self.mask_rows = _parts(self.mask if self.by_row else None)
-        self.columns = tuple(dict.fromkeys((*columns, *of_mask)))
+        columns, score_rows = _parts(self.score)
+        of_mask, mask_rows = _parts(self.mask if self.by_row else None)
+        by_column = [] if self.by_row else _steps(self.mask, ())
+        self.columns = _in_steps(*columns, *of_mask, *by_column)
+        self.score_rows, self.mask_rows = _in_steps(*score_rows), _in_steps(*mask_rows)
+        of_score = 2 if spec.softcap is None else 240
+        self.score_steps = _steps(self.score, {*self.columns, *self.score_rows}, of_score)
+        self.mask_steps = _steps(self.mask, {*self.columns, *self.mask_rows}) if self.by_row else []
         self.arrays = _names(self.score, self.mask)
         self.num_heads = spec.num_heads
 
@@ -89,6 +96,45 @@ def _parts(term: Term | None) -> tuple[list[Term], list[Term]]:
         else:
             wanted.update(each.args)
     return columns, rows
+
+
+_LONGEST = 2000
+"""Operations of an expression, at most. TVM's passes put the value of a variable into what it is used for, so that an
+operand counts as often as it is used; of what is read from memory they know nothing."""
+
+_OPERATIONS = {"exp": (150, 25), "log": (200, 40), "tanh": (150, 85), "sigmoid": (400, 150), "floor": (20, 6)}
+_OPERATIONS |= {"floor_divide": (30, 8), "remainder": (30, 10), "absolute": (2, 3), "equal": (1, 2), "xor": (1, 2)}
+"""About how many operations a function is made of, and how often its operand is in them."""
+
+
+def _steps(term: Term | None, kept: Collection[Term], of_score: int = 1) -> list[Term]:
+    """The parts of a term that are kept for its expression not to become too long, after those that they take.
+
+    of_score: Operations that the score is made of.
+    """
+    steps: list[Term] = []
+    sizes = dict.fromkeys(kept, 1)
+    for each in [] if term is None else parts(term):
+        if each in kept or not each.args:
+            sizes[each] = of_score if each.op == "score" else 1
+            continue
+        operations, times = _OPERATIONS.get(each.op, (1, 1))
+        sizes[each] = operations + sum(times * sizes[arg] for arg in each.args)
+        if sizes[each] > _LONGEST:
+            longest = max(each.args, key=lambda arg: sizes[arg])
+            if sizes[longest] > 1 and longest not in steps:
+                steps.append(longest)
+                sizes[longest] = 1
+            sizes[each] = operations + sum(times * sizes[arg] for arg in each.args)
+    return steps
+
+
+def _in_steps(*terms: Term) -> tuple[Term, ...]:
+    """Terms with the steps before them."""
+    found: dict[Term, None] = {}
+    for term in terms:
+        found |= dict.fromkeys([*_steps(term, found), term])
+    return tuple(found)
 
 
 def _names(*terms: Term | None) -> set[str]:

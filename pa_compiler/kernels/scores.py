@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 from tvm.ir import Expr
@@ -13,16 +13,18 @@ from pa_compiler.kernels import functions
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.computed import (
     Computed,
-    KeptRows,
     allocate_visible,
     compute_columns,
     compute_rows,
+    compute_steps,
     compute_visible,
     head_of,
 )
+from pa_compiler.kernels.kept import Kept
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
+from pa_compiler.score import Term
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
 
@@ -81,44 +83,66 @@ def capped(spec: PagedAttentionSpec, score: Expr, tanh: Callable[[Expr], Expr] =
     return T.float32(spec.softcap) * tanh(score * T.float32(1 / spec.softcap))
 
 
+class KeptScores(NamedTuple):
+    """What of score_mod is computed before it: for rows, and steps for each score."""
+
+    rows: Kept
+    steps: Kept
+
+
 class Scores:
     """What becomes of the scores of one stage."""
 
-    def __init__(self, spec: PagedAttentionSpec, rows: int) -> None:
-        self._spec, self._rows, self._functions = spec, rows, ScoreFunctions(spec)
+    def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
+        self._spec, self._tiling, self._functions = spec, tiling, ScoreFunctions(spec)
 
-    def of_rows(self, scoring: Scoring) -> KeptRows | None:
-        """Emit what of score_mod goes by the row alone."""
-        if self._functions.score is None or scoring.computed is None:
+    def keep(self, score: Callable[..., Expr], scoring: Scoring, groups: Expr) -> KeptScores | None:
+        """Emit what is kept of score_mod, over some token groups.
+
+        score is that of a row and a column, scaled.
+        """
+        of_spec, computed = self._functions, scoring.computed
+        if of_spec.score is None or computed is None:
             return None
-        return compute_rows(
-            self._functions.score_rows, self._rows, scoring.computed, scoring.rows, self._spec.num_heads
-        )
+        rows = compute_rows(of_spec.score_rows, self._tiling.row_tile, computed, scoring.rows, of_spec.num_heads)
+
+        def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Expr:
+            return self._modified(term, score(row, column), scoring, {**rows(row), **steps}, row, column)
+
+        return KeptScores(rows, compute_steps("score_step", of_spec.score_steps, self._tiling, value, groups))
 
     def scored(
         self,
         score: Expr,
         scoring: Scoring,
         slope: Expr | None,
-        kept: KeptRows | None,
+        kept: KeptScores | None,
         tile: Tile,
         row: Expr,
         column: Expr,
     ) -> Expr:
         """A scaled score with the soft cap, with score_mod, and with the bias of the distance of its key.
 
-        slope is slope_of its row, kept is of_rows; column is the key's in its tile.
+        slope is slope_of its row, kept is keep's; column is the key's in its tile.
         """
-        spec, of_spec = self._spec, self._functions
-        score = capped(spec, score)
-        computed = scoring.computed
-        if kept is not None and computed is not None and of_spec.score is not None:
-            head = head_of(scoring.rows, row, spec.num_heads)
-            known = computed.of_columns(of_spec, column) | kept(row)
-            score = computed.value(of_spec.score, known, score=score, head=head)
-        if spec.alibi:
+        if kept is None or self._functions.score is None:
+            score = capped(self._spec, score)
+        else:
+            known = {**kept.rows(row), **kept.steps(row, column)}
+            score = self._modified(self._functions.score, score, scoring, known, row, column)
+        if self._spec.alibi:
             score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
         return score
+
+    def _modified(
+        self, term: Term, score: Expr, scoring: Scoring, kept: Mapping[Term, Expr], row: Expr, column: Expr
+    ) -> Expr:
+        """A term of score_mod for a scaled score."""
+        computed = scoring.computed
+        assert computed is not None  # as there are functions
+        known = {**computed.of_columns(self._functions, column), **kept}
+        head = head_of(scoring.rows, row, self._spec.num_heads)
+        return computed.value(term, known, score=capped(self._spec, score), head=head)
 
 
 def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Expr:

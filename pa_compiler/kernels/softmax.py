@@ -27,7 +27,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    functions = Scores(spec, rows)
+    functions = Scores(spec, tiling)
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
@@ -45,7 +45,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("slope"):
                         vr = T.axis.spatial(rows, r)
                         slope[vr] = slope_of(scoring, vr)
-            kept = T.meta_var(functions.of_rows(scoring))
+            product = T.meta_var(lambda row, column: scores[slot, row, column] * scale)
+            kept = T.meta_var(functions.keep(product, scoring, num_groups))
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("scaled"):
                     vo = T.axis.spatial(tokens // group, to)

@@ -83,13 +83,21 @@ def columns(sch: Schedule, tiling: VectorTiling) -> None:
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
     """What a mask shows each row: columns in lanes."""
-    for name in ("visible", "visible_pairs") if tiling.values.terms == 2 else ("visible",):
+    pairs = ("visible_pairs",) if tiling.values.terms == 2 else ()
+    for name in (*steps(sch, "visible_rows", "mask_step"), "visible", *pairs):
         sch.vectorize(sch.get_loops(name)[-1])
+
+
+def steps(sch: Schedule, stage: str, prefix: str) -> list[str]:
+    """The sblocks of a stage that compute steps of a function for each score."""
+    names = [sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock(stage))]
+    return [name for name in names if name.startswith(prefix)]
 
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
-    for name in ("scaled", "exact", "probs") if tiling.values.terms == 2 else ("scaled", "probs"):
+    exact = ("exact",) if tiling.values.terms == 2 else ()
+    for name in (*steps(sch, "softmax_prepare", "score_step"), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)

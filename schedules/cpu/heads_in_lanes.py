@@ -66,7 +66,8 @@ def qk_matmul(sch: Schedule, tiling: VectorTiling) -> None:
 
 def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
     """What a mask shows each row: vertical too."""
-    for name in ("visible", "visible_pairs") if tiling.values.terms == 2 else ("visible",):
+    pairs = ("visible_pairs",) if tiling.values.terms == 2 else ()
+    for name in (*head_dim_in_lanes.steps(sch, "visible_rows", "mask_step"), "visible", *pairs):
         _rows_last(sch, name)
         row, group, token = sch.get_loops(name)[-3:]
         sch.reorder(group, token, row)
@@ -76,8 +77,9 @@ def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
     exact = ("exact",) if tiling.values.terms == 2 else ()
-    _rows_last(sch, "scaled", *exact, "probs")
-    for name in ("scaled", "peak", *exact, "probs", "tile_sum"):
+    steps = head_dim_in_lanes.steps(sch, "softmax_prepare", "score_step")
+    _rows_last(sch, *steps, "scaled", *exact, "probs")
+    for name in (*steps, "scaled", "peak", *exact, "probs", "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
         sch.vectorize(row)
