@@ -2,7 +2,7 @@
 
     python -m benchmarks.scores [ROUNDS]
 
-A soft cap, ALiBi and sinks are measured on the arrays of the plain call. A window of 1024 tokens in a context of 32768
+A soft cap, ALiBi, sinks, functions and a mask are measured on the arrays of the plain call. A window of 1024 tokens in a context of 32768
 is measured beside a context of 1024, on the same blocks: the entries of its block table before the window are -1, as
 where an engine has freed those blocks. Keys and values exceed the last-level cache. A row has the median of a call's
 time in all rounds, and its ratio to the plain call of the same round, with the 10th and the 90th percentile.
@@ -27,12 +27,31 @@ from benchmarks.machine import last_level_cache
 from pa_compiler.verification import cases
 from pa_compiler.verification.comparison import compare, oracle
 
+
+def distance(score: Any, batch: Any, head: Any, query_pos: Any, key_pos: Any) -> Any:
+    """ALiBi written as a function: a bias by the distance, with a slope for each head."""
+    return score - (head + 1) * 0.0625 * (query_pos - key_pos)
+
+
+def sigmoid_gate(score: Any, batch: Any, head: Any, query_pos: Any, key_pos: Any) -> Any:
+    """A function with an exponential and a division."""
+    return score / (1 + np.exp(-score))
+
+
+def every_other(batch: Any, head: Any, query_pos: Any, key_pos: Any) -> Any:
+    """A mask that has no bounds."""
+    return (query_pos - key_pos) % 2 == 0
+
+
 CASE_NAMES = ("32/8-bf16", "32/8-f32", "16/1-bf16", "16/1-f32")
 FUNCTIONS: dict[str, dict[str, Any]] = {
     "soft cap": {"softcap": 50.0},
     "ALiBi": {"alibi": True},
     "sinks": {"sinks": True},
     "all three": {"softcap": 50.0, "alibi": True, "sinks": True},
+    "score_mod, a bias": {"score_mod": distance},
+    "score_mod, a gate": {"score_mod": sigmoid_gate},
+    "mask_mod, every other": {"mask_mod": every_other},
 }
 WINDOW, CONTEXT = 1024, 32768
 TURN = 0.1  # seconds, at least three calls
