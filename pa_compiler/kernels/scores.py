@@ -20,7 +20,7 @@ from pa_compiler.kernels.computed import (
     head_of,
 )
 from pa_compiler.kernels.functions import tanh
-from pa_compiler.kernels.kept import Kept
+from pa_compiler.kernels.kept import Kept, Value
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
@@ -89,7 +89,7 @@ class Scores:
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
         self._spec, self._tiling, self._functions = spec, tiling, ScoreFunctions(spec)
 
-    def keep(self, score: Callable[..., Expr], scoring: Scoring, groups: Expr) -> KeptScores | None:
+    def keep(self, score: Callable[..., Value], scoring: Scoring, groups: Expr) -> KeptScores | None:
         """Emit what is kept of score_mod, over some token groups.
 
         score is that of a row and a column, scaled.
@@ -99,8 +99,10 @@ class Scores:
             return None
         rows = compute_rows(functions.score_rows, self._tiling.row_tile, computed, scoring.rows, functions.num_heads)
 
-        def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Expr:
-            return self._modified(term, score(row, column), scoring, {**rows(row), **steps}, row, column)
+        def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Value:
+            product = score(row, column)
+            found = self._modified(term, product.expression, scoring, {**rows(row), **steps}, row, column)
+            return found._replace(reads=[*found.reads, *product.reads])
 
         return KeptScores(rows, compute_steps("score_step", functions.score_steps, self._tiling, value, groups))
 
@@ -113,19 +115,21 @@ class Scores:
         tile: Tile,
         row: Expr,
         column: Expr,
-    ) -> Expr:
+    ) -> Value:
         """A scaled score with the soft cap, with score_mod, and with the bias of the distance of its key.
 
-        slope is slope_of its row, kept is keep's; column is the key's in its tile.
+        slope is slope_of its row, kept is keep's; column is the key's in its tile. What is read is said besides score
+        and slope.
         """
         if kept is None or self._functions.score is None:
-            score = self._capped(score)
+            result = Value(self._capped(score), ())
         else:
             known = {**kept.rows(row), **kept.steps(row, column)}
-            score = self._modified(self._functions.score, score, scoring, known, row, column)
+            result = self._modified(self._functions.score, score, scoring, known, row, column)
         if self._spec.alibi:
-            score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
-        return score
+            distance = T.Cast("float32", tile.position(column) - scoring.query_pos)
+            result = result._replace(expression=result.expression + slope * distance)
+        return result
 
     def _capped(self, score: Expr) -> Expr:
         cap = self._spec.softcap
@@ -133,7 +137,7 @@ class Scores:
 
     def _modified(
         self, term: Term, score: Expr, scoring: Scoring, kept: Mapping[Term, Expr], row: Expr, column: Expr
-    ) -> Expr:
+    ) -> Value:
         """A term of score_mod for a scaled score."""
         computed = scoring.computed
         assert computed is not None  # as there are functions
@@ -142,11 +146,13 @@ class Scores:
         return computed.value(term, known, score=self._capped(score), head=head)
 
 
-def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Expr:
+def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Value:
     """Whether lane `lane` of token group `group` has a token that is seen; place is its slot, row and column."""
     holds = tile.holds(group, lane)
-    visible = None if scoring.computed is None else scoring.computed.visible
-    return holds if visible is None else T.And(holds, visible.sees(*place))
+    if scoring.computed is None or scoring.computed.visible is None:
+        return Value(holds, ())
+    visible = scoring.computed.visible.sees(*place)
+    return visible._replace(expression=T.And(holds, visible.expression))
 
 
 def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed | None]:

@@ -11,6 +11,8 @@ from tvm.script import tirx as T
 from tvm.tirx import Buffer, Let, Var
 
 from pa_compiler.kernels import functions
+from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.kept import Value
 from pa_compiler.score import Term, parts
 
 _INT32_ENDS = (-(2.0**31), 2.0**31 - 128)
@@ -21,7 +23,9 @@ _MAGNITUDE = 0x7FFFFFFF
 """The bits of a float32 without its sign."""
 
 
-def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]) -> Expr:
+def lowered(
+    term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]
+) -> Value:
     """A term as an expression. What is used more than once in it is computed once.
 
     Integers wrap around at 32 bits, and no operation is undefined: a division by 0 is 0, and a float32 that int32 does
@@ -31,11 +35,13 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
         term: What is computed.
         arguments: By name; also "batch_size", the sequences of the call.
         arrays: By name; as arrays.py matches them.
-        kept: The values of some terms.
+        kept: Where the values of some terms are, those of bools as int32.
     """
     order = _without_kept(term, kept)
-    uses = Counter(arg for each in order for arg in each.args * (1 + (each.op in _REPEATING)))
-    known, bound = dict(kept), []
+    operands = [arg for each in order for arg in each.args * (1 + (each.op in _REPEATING))]
+    uses, used = Counter(operands), {each: kept[each] for each in (*operands, term) if each in kept}
+    known = {each: tir.NE(at, T.int32(0)) if each.dtype == "bool" else at for each, at in used.items()}
+    bound = []
     for each in order:
         value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
         if uses[each] > 1 and each.op != "number":
@@ -46,7 +52,8 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
     result = known[term]
     for variable, value in reversed(bound):
         result = Let(variable, value, result)
-    return result
+    elements = dict.fromkeys(str(each.value) for each in order if each.op == "element")
+    return Value(result, [*(whole(arrays[name]) for name in elements), *used.values()])
 
 
 def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
