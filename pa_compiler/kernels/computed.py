@@ -66,9 +66,9 @@ class Computed(NamedTuple):
         visible = [] if self.visible is None else [self.visible.columns]
         return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
 
-    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr) -> Value:
+    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr | Value) -> Value:
         """A term; kept says where the values of some are."""
-        known = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
+        known: dict[str, Expr | Value] = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])

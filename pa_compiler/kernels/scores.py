@@ -100,15 +100,13 @@ class Scores:
         rows = compute_rows(functions.score_rows, self._tiling.row_tile, computed, scoring.rows, functions.num_heads)
 
         def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Value:
-            product = score(row, column)
-            found = self._modified(term, product.expression, scoring, {**rows(row), **steps}, row, column)
-            return found._replace(reads=[*found.reads, *product.reads])
+            return self._modified(term, score(row, column), scoring, {**rows(row), **steps}, row, column)
 
         return KeptScores(rows, compute_steps("score_step", functions.score_steps, self._tiling, value, groups))
 
     def scored(
         self,
-        score: Expr,
+        score: Value,
         scoring: Scoring,
         slope: Expr | None,
         kept: KeptScores | None,
@@ -118,25 +116,26 @@ class Scores:
     ) -> Value:
         """A scaled score with the soft cap, with score_mod, and with the bias of the distance of its key.
 
-        slope is slope_of its row, kept is keep's; column is the key's in its tile. What is read is said besides score
-        and slope.
+        slope is slope_of its row, kept is keep's; column is the key's in its tile.
         """
         if kept is None or self._functions.score is None:
-            result = Value(self._capped(score), ())
+            result = self._capped(score)
         else:
             known = {**kept.rows(row), **kept.steps(row, column)}
             result = self._modified(self._functions.score, score, scoring, known, row, column)
         if self._spec.alibi:
             distance = T.Cast("float32", tile.position(column) - scoring.query_pos)
-            result = result._replace(expression=result.expression + slope * distance)
+            result = Value(result.expression + slope * distance, [*result.reads, slope])
         return result
 
-    def _capped(self, score: Expr) -> Expr:
+    def _capped(self, score: Value) -> Value:
         cap = self._spec.softcap
-        return score if cap is None else T.float32(cap) * tanh(score * T.float32(1 / cap))
+        if cap is None:
+            return score
+        return score._replace(expression=T.float32(cap) * tanh(score.expression * T.float32(1 / cap)))
 
     def _modified(
-        self, term: Term, score: Expr, scoring: Scoring, kept: Mapping[Term, Expr], row: Expr, column: Expr
+        self, term: Term, score: Value, scoring: Scoring, kept: Mapping[Term, Expr], row: Expr, column: Expr
     ) -> Value:
         """A term of score_mod for a scaled score."""
         computed = scoring.computed

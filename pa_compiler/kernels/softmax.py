@@ -54,13 +54,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     vi = T.axis.spatial(group, ti)
                     vr = T.axis.spatial(rows, r)
                     column = T.meta_var(vo * group + vi)
-                    score = T.meta_var(scores[slot, vr, column] * scale)
                     bias = T.meta_var(slope[vr] if spec.alibi else None)
-                    biased = T.meta_var(functions.scored(score, scoring, bias, kept, tile, vr, column))
+                    biased = T.meta_var(functions.scored(product(vr, column), scoring, bias, kept, tile, vr, column))
                     seen = T.meta_var(sees(scoring, tile, vo, vi, (slot, vr, column)))
                     if scoring.computed is not None:
-                        of_slope = T.meta_var([slope[vr]] if spec.alibi else [])
-                        T.reads(scores[slot, vr, column], *of_slope, *seen.reads, *biased.reads)
+                        T.reads(*seen.reads, *biased.reads)
                         T.writes(scaled[vr, column])
                     scaled[vr, column] = T.Select(seen.expression, biased.expression, T.float32("-inf"))
             for r, to, ti in T.grid(rows, num_groups, group):

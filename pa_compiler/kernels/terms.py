@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Mapping
 import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, Let, Var
+from tvm.tirx import Buffer, BufferRegion, Let, Var
 
 from pa_compiler.kernels import functions
 from pa_compiler.kernels.caches import whole
@@ -24,7 +24,7 @@ _MAGNITUDE = 0x7FFFFFFF
 
 
 def lowered(
-    term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]
+    term: Term, arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]
 ) -> Value:
     """A term as an expression. What is used more than once in it is computed once.
 
@@ -33,7 +33,7 @@ def lowered(
 
     Args:
         term: What is computed.
-        arguments: By name; also "batch_size", the sequences of the call.
+        arguments: By name; also "batch_size", the sequences of the call. Those that are read as Values.
         arrays: By name; as arrays.py matches them.
         kept: Where the values of some terms are, those of bools as int32.
     """
@@ -41,8 +41,11 @@ def lowered(
     operands = [arg for each in order for arg in each.args * (1 + (each.op in _REPEATING))]
     uses, used = Counter(operands), {each: kept[each] for each in (*operands, term) if each in kept}
     known = {each: tir.NE(at, T.int32(0)) if each.dtype == "bool" else at for each, at in used.items()}
-    bound = []
+    bound: list[tuple[Var, Expr]] = []
+    reads: list[Expr | BufferRegion] = []
     for each in order:
+        if isinstance(argument := arguments.get(each.op), Value):
+            reads += argument.reads
         value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
         if uses[each] > 1 and each.op != "number":
             variable = Var(each.op, each.dtype)
@@ -53,7 +56,7 @@ def lowered(
     for variable, value in reversed(bound):
         result = Let(variable, value, result)
     elements = dict.fromkeys(str(each.value) for each in order if each.op == "element")
-    return Value(result, [*(whole(arrays[name]) for name in elements), *used.values()])
+    return Value(result, [*(whole(arrays[name]) for name in elements), *used.values(), *reads])
 
 
 def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
@@ -65,9 +68,12 @@ def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
     return [each for each in order if each in needed and each not in kept]
 
 
-def _operation(term: Term, args: list[Expr], arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer]) -> Expr:
+def _operation(
+    term: Term, args: list[Expr], arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer]
+) -> Expr:
     if term.op in arguments:
-        return arguments[term.op]
+        argument = arguments[term.op]
+        return argument.expression if isinstance(argument, Value) else argument
     if term.op == "number":
         return _NUMBERS[term.dtype](term.value)
     if term.op == "element":
