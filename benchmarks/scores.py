@@ -2,7 +2,7 @@
 
     python -m benchmarks.scores [ROUNDS]
 
-A soft cap, ALiBi, sinks, functions and a mask are measured on the arrays of the plain call. A window of 1024 tokens in a
+A soft cap, ALiBi, sinks, functions and a mask are measured on the arrays of the plain call. A window of 1024 in a
 context of 32768 is measured beside a context of 1024, on the same blocks: the entries of its block table before the
 window are -1, as where an engine has freed those blocks. Keys and values exceed the last-level cache. A row has the
 median of a call's time in all rounds, and its ratio to the plain call of the same round, with the 10th and the 90th

@@ -227,3 +227,19 @@ def test_a_key_that_is_masked_may_have_any_index(compiled):
 
 def near(query_pos, key_pos):
     return (query_pos - key_pos) // 64 == 0
+
+
+def twisted(score, batch, head, query_pos, key_pos, *, bias, document):
+    """Indices that go by the head and by the key."""
+    return score + bias[head, (head + key_pos) % 64] * document[np.minimum(key_pos * (head + 1), 63)]
+
+
+@every_pipeline
+@pytest.mark.parametrize(
+    "base", one_in_three(["32/32_float32", "8/2_bfloat16", "16/1_bfloat16", "32/8_float32_packed"])
+)
+def test_indices_of_every_score(compiled, base, pipeline):
+    def mask_mod(batch, head, query_pos, key_pos, *, document):
+        return document[(key_pos + head) % 64] % 3 != 1
+
+    check(compiled, spec_of(base, score_mod=twisted, mask_mod=mask_mod), pipeline)

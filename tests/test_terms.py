@@ -112,7 +112,7 @@ def evaluate(numbers):
                     T.reads(x[at], y[at], i[at], j[at])
                     T.writes(out[at])
                     given = T.meta_var(dict(zip(ARGUMENTS, (x[at], y[at], i[at], j[at]), strict=True)))
-                    out[at] = lowered(term, given, {}, {})
+                    out[at] = lowered(term, given, {}, {}).expression
 
         sch = tvm.s_tir.Schedule(tvm.IRModule({"kernel": kernel}))
         sch.work_on("kernel")

@@ -290,7 +290,7 @@ class Module:
                                                             with T.sblock("scaled"):
                                                                 vo = T.axis.spatial(4, to)
                                                                 vi, vr = T.axis.remap("SS", [ti, r])
-                                                                T.reads(scores[vslot, vr, vo * 16 + vi], row_term[vr], column_term[vo * 16 + vi])
+                                                                T.reads(row_term[vr], column_term[vo * 16 + vi], scores[vslot, vr, vo * 16 + vi])
                                                                 T.writes(scaled[vr, vo * 16 + vi])
                                                                 tanh_x = T.float32()
                                                                 tanh_square = T.float32()

@@ -16,7 +16,7 @@ from tvm.tirx import Buffer, BufferRegion
 
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import HIGH, LOW
-from pa_compiler.kernels.kept import Kept, Values, allocate, fill, kept_dtype, stage_block, written
+from pa_compiler.kernels.kept import Kept, Value, allocate, fill, kept_dtype, stage_block, written
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.terms import lowered
@@ -37,9 +37,10 @@ class Visible(NamedTuple):
     columns: Buffer
     words: Buffer
 
-    def sees(self, slot: Expr, row: Expr, column: Expr) -> Expr:
+    def sees(self, slot: Expr, row: Expr, column: Expr) -> Value:
         """Whether the key in a column is seen."""
-        return tir.NE(_at(self.columns, slot, row, column), T.int32(0))
+        word = _at(self.columns, slot, row, column)
+        return Value(tir.NE(word, T.int32(0)), [word])
 
 
 class Computed(NamedTuple):
@@ -65,9 +66,9 @@ class Computed(NamedTuple):
         visible = [] if self.visible is None else [self.visible.columns]
         return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
 
-    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr) -> Expr:
-        """A term; kept are the values of some."""
-        known = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
+    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr | Value) -> Value:
+        """A term; kept says where the values of some are."""
+        known: dict[str, Expr | Value] = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])
@@ -111,7 +112,7 @@ def compute_columns(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
             for number, (name, buffer, term) in enumerate(fills):
                 before = Kept(functions.columns[:number], kept[:number])
 
-                def value(column: Expr, term: Term = term, before: Kept = before) -> Expr:
+                def value(column: Expr, term: Term = term, before: Kept = before) -> Value:
                     key_pos = T.max(T.min(tile.position(column), computed.query_pos), T.int32(0))
                     return written(term, computed.value(term, before(column), key_pos=key_pos))
 
@@ -136,13 +137,13 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
         with stage_block("visible_rows", computed.regions, _buffers(visible)):
             kept = compute_rows(functions.mask_rows, rows, computed, of, functions.num_heads)
 
-            def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Expr:
+            def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Value:
                 known = {**computed.of_columns(functions, column), **kept(row), **steps}
                 return computed.value(term, known, head=head_of(of, row, functions.num_heads))
 
             steps = compute_steps("mask_step", functions.mask_steps, tiling, value, num_groups)
 
-            def word(row: Expr, column: Expr) -> Expr:
+            def word(row: Expr, column: Expr) -> Value:
                 return written(mask, value(mask, steps(row, column), row, column))
 
             fill("visible", visible.columns, word, num_groups, tiling.token_group, rows, slot)
@@ -166,21 +167,23 @@ def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows,
     for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
         before = Kept(terms[:number], buffers[:number])
 
-        def value(row: Expr, term: Term = term, before: Kept = before) -> Expr:
+        def value(row: Expr, term: Term = term, before: Kept = before) -> Value:
             return written(term, computed.value(term, before(row), head=head_of(of, row, num_heads)))
 
         fill(f"row_{number}", buffer, value, rows=rows)
     return Kept(terms, buffers)
 
 
-def compute_steps(name: str, terms: Sequence[Term], tiling: Tiling, value: Values, num_groups: Expr) -> Kept:
+def compute_steps(
+    name: str, terms: Sequence[Term], tiling: Tiling, value: Callable[..., Value], num_groups: Expr
+) -> Kept:
     """Sblocks that compute terms for each score of a head tile: value(term, what is kept of it, row, column)."""
     shape = (tiling.row_tile, tiling.padded_kv_tile)
     buffers = [allocate("step", shape, kept_dtype(term)) for term in terms]
     for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
         before = Kept(terms[:number], buffers[:number])
 
-        def of_place(row: Expr, column: Expr, term: Term = term, before: Kept = before) -> Expr:
+        def of_place(row: Expr, column: Expr, term: Term = term, before: Kept = before) -> Value:
             return written(term, value(term, before(row, column), row, column))
 
         fill(f"{name}_{number}", buffer, of_place, num_groups, tiling.token_group, tiling.row_tile)
@@ -200,11 +203,11 @@ def _fill_pairs(
     if visible is None or visible.words is visible.columns:
         return
 
-    def value(*axes: Expr) -> Expr:
+    def value(*axes: Expr) -> Value:
         *row, pair = axes if slot is None else (slot, *axes)
         places = [(*row, 2 * pair + half) for half in (0, 1)]
         even, odd = (visible.columns[place] for place in places)
-        return T.bitwise_or(T.bitwise_and(even, LOW), T.bitwise_and(odd, HIGH))
+        return Value(T.bitwise_or(T.bitwise_and(even, LOW), T.bitwise_and(odd, HIGH)), [whole(visible.columns)])
 
     fill("visible_pairs", visible.words, value, num_groups, tiling.token_group // 2, rows, slot)
 

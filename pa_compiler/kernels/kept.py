@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.script import tirx as T
 from tvm.script.ir_builder import IRBuilder
@@ -18,8 +17,12 @@ from tvm.tirx import Buffer, BufferRegion
 from pa_compiler.kernels.caches import whole
 from pa_compiler.score import Term
 
-Values = Callable[..., Expr]
-"""Indices of an sblock -> what it stores there."""
+
+class Value(NamedTuple):
+    """An expression, and what it reads, for T.reads: TVM would not see through variables that are bound in it."""
+
+    expression: Expr
+    reads: Sequence[Expr | BufferRegion]
 
 
 class Kept(NamedTuple):
@@ -29,31 +32,30 @@ class Kept(NamedTuple):
     buffers: Sequence[Buffer]
 
     def __call__(self, *place: Expr) -> dict[Term, Expr]:
-        """Their values in a place."""
-        return {term: _read(term, of[place]) for term, of in zip(self.terms, self.buffers, strict=True)}
+        """Where their values in a place are."""
+        return {term: of[place] for term, of in zip(self.terms, self.buffers, strict=True)}
 
 
 def fill(
     name: str,
     target: Buffer,
-    value: Values,
+    value: Callable[..., Value],
     num_groups: Expr | None = None,
     group: int = 0,
     rows: int | None = None,
     slot: Expr | None = None,
 ) -> None:
-    """An sblock: target[slot, row, column] = value(row, column) for all rows and num_groups groups, as there are.
-
-    TVM finds what it reads, which value says.
-    """
+    """An sblock: target[slot, row, column] = value(row, column) for all rows and num_groups groups, as there are."""
     extents = [*([] if rows is None else [rows]), *([] if num_groups is None else [num_groups, group])]
     with T.grid(*extents) as loops, T.sblock(name):
         loops = list(loops) if len(extents) > 1 else [loops]
         axes = [] if rows is None else [T.axis.spatial(rows, loops[0])]
         if num_groups is not None:
             axes.append(T.axis.spatial(target.shape[-1], loops[-2] * group + loops[-1]))
-        place = axes if slot is None else [slot, *axes]
-        T.buffer_store(target, value(*axes), place)
+        place, stored = axes if slot is None else [slot, *axes], value(*axes)
+        T.reads(*stored.reads)
+        T.writes(target[tuple(place)])
+        T.buffer_store(target, stored.expression, place)
 
 
 @contextmanager
@@ -77,10 +79,8 @@ def kept_dtype(term: Term) -> str:
     return "float32" if term.dtype == "float32" else "int32"
 
 
-def written(term: Term, value: Expr) -> Expr:
+def written(term: Term, value: Value) -> Value:
     """A value as it is kept: bool as a word of ones or zeros."""
-    return T.Select(value, T.int32(-1), T.int32(0)) if term.dtype == "bool" else value
-
-
-def _read(term: Term, kept: Expr) -> Expr:
-    return tir.NE(kept, T.int32(0)) if term.dtype == "bool" else kept
+    if term.dtype != "bool":
+        return value
+    return value._replace(expression=T.Select(value.expression, T.int32(-1), T.int32(0)))

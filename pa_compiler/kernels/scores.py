@@ -20,7 +20,7 @@ from pa_compiler.kernels.computed import (
     compute_visible,
     head_of,
 )
-from pa_compiler.kernels.kept import Kept
+from pa_compiler.kernels.kept import Kept, Value
 from pa_compiler.kernels.rows import Rows
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
@@ -96,7 +96,7 @@ class Scores:
     def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
         self._spec, self._tiling, self._functions = spec, tiling, ScoreFunctions(spec)
 
-    def keep(self, score: Callable[..., Expr], scoring: Scoring, groups: Expr) -> KeptScores | None:
+    def keep(self, score: Callable[..., Value], scoring: Scoring, groups: Expr) -> KeptScores | None:
         """Emit what is kept of score_mod, over some token groups.
 
         score is that of a row and a column, scaled.
@@ -106,50 +106,54 @@ class Scores:
             return None
         rows = compute_rows(of_spec.score_rows, self._tiling.row_tile, computed, scoring.rows, of_spec.num_heads)
 
-        def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Expr:
+        def value(term: Term, steps: Mapping[Term, Expr], row: Expr, column: Expr) -> Value:
             return self._modified(term, score(row, column), scoring, {**rows(row), **steps}, row, column)
 
         return KeptScores(rows, compute_steps("score_step", of_spec.score_steps, self._tiling, value, groups))
 
     def scored(
         self,
-        score: Expr,
+        score: Value,
         scoring: Scoring,
         slope: Expr | None,
         kept: KeptScores | None,
         tile: Tile,
         row: Expr,
         column: Expr,
-    ) -> Expr:
+    ) -> Value:
         """A scaled score with the soft cap, with score_mod, and with the bias of the distance of its key.
 
         slope is slope_of its row, kept is keep's; column is the key's in its tile.
         """
         if kept is None or self._functions.score is None:
-            score = capped(self._spec, score)
+            result = score._replace(expression=capped(self._spec, score.expression))
         else:
             known = {**kept.rows(row), **kept.steps(row, column)}
-            score = self._modified(self._functions.score, score, scoring, known, row, column)
+            result = self._modified(self._functions.score, score, scoring, known, row, column)
         if self._spec.alibi:
-            score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
-        return score
+            distance = T.Cast("float32", tile.position(column) - scoring.query_pos)
+            result = Value(result.expression + slope * distance, [*result.reads, slope])
+        return result
 
     def _modified(
-        self, term: Term, score: Expr, scoring: Scoring, kept: Mapping[Term, Expr], row: Expr, column: Expr
-    ) -> Expr:
+        self, term: Term, score: Value, scoring: Scoring, kept: Mapping[Term, Expr], row: Expr, column: Expr
+    ) -> Value:
         """A term of score_mod for a scaled score."""
         computed = scoring.computed
         assert computed is not None  # as there are functions
         known = {**computed.of_columns(self._functions, column), **kept}
         head = head_of(scoring.rows, row, self._spec.num_heads)
-        return computed.value(term, known, score=capped(self._spec, score), head=head)
+        modified = score._replace(expression=capped(self._spec, score.expression))
+        return computed.value(term, known, score=modified, head=head)
 
 
-def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Expr:
+def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Value:
     """Whether lane `lane` of token group `group` has a token that is seen; place is its slot, row and column."""
     holds = tile.holds(group, lane)
-    visible = None if scoring.computed is None else scoring.computed.visible
-    return holds if visible is None else T.And(holds, visible.sees(*place))
+    if scoring.computed is None or scoring.computed.visible is None:
+        return Value(holds, ())
+    visible = scoring.computed.visible.sees(*place)
+    return visible._replace(expression=T.And(holds, visible.expression))
 
 
 def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Computed | None]:

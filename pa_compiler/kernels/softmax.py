@@ -6,6 +6,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.kept import Value
 from pa_compiler.kernels.scores import Scores, sees, slope_of
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
@@ -45,7 +46,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("slope"):
                         vr = T.axis.spatial(rows, r)
                         slope[vr] = slope_of(scoring, vr)
-            product = T.meta_var(lambda row, column: scores[slot, row, column] * scale)
+            product = T.meta_var(lambda r, t: Value(scores[slot, r, t] * scale, [scores[slot, r, t]]))
             kept = T.meta_var(functions.keep(product, scoring, num_groups))
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("scaled"):
@@ -53,12 +54,13 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     vi = T.axis.spatial(group, ti)
                     vr = T.axis.spatial(rows, r)
                     column = T.meta_var(vo * group + vi)
-                    score = T.meta_var(scores[slot, vr, column] * scale)
-                    scaled[vr, column] = T.Select(
-                        sees(scoring, tile, vo, vi, (slot, vr, column)),
-                        functions.scored(score, scoring, slope[vr] if spec.alibi else None, kept, tile, vr, column),
-                        T.float32("-inf"),
-                    )
+                    bias = T.meta_var(slope[vr] if spec.alibi else None)
+                    biased = T.meta_var(functions.scored(product(vr, column), scoring, bias, kept, tile, vr, column))
+                    seen = T.meta_var(sees(scoring, tile, vo, vi, (slot, vr, column)))
+                    if scoring.computed is not None:
+                        T.reads(*seen.reads, *biased.reads)
+                        T.writes(scaled[vr, column])
+                    scaled[vr, column] = T.Select(seen.expression, biased.expression, T.float32("-inf"))
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterable, Mapping
 import tvm.tirx as tir
 from tvm.ir import Expr
 from tvm.script import tirx as T
-from tvm.tirx import Buffer, Let, Var
+from tvm.tirx import Buffer, BufferRegion, Let, Var
 
 from pa_compiler.kernels import functions
+from pa_compiler.kernels.caches import whole
+from pa_compiler.kernels.kept import Value
 from pa_compiler.score import Term, parts
 
 _INT32_ENDS = (-(2.0**31), 2.0**31 - 128)
@@ -21,7 +23,9 @@ _MAGNITUDE = 0x7FFFFFFF
 """The bits of a float32 without its sign."""
 
 
-def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]) -> Expr:
+def lowered(
+    term: Term, arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer], kept: Mapping[Term, Expr]
+) -> Value:
     """A term as an expression. What is used more than once in it is computed once.
 
     Integers wrap around at 32 bits, and no operation is undefined: a division by 0 is 0, and a float32 that int32 does
@@ -29,14 +33,19 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
 
     Args:
         term: What is computed.
-        arguments: By name; also "batch_size", the sequences of the call.
+        arguments: By name; also "batch_size", the sequences of the call. Those that are read as Values.
         arrays: By name; as arrays.py matches them.
-        kept: The values of some terms.
+        kept: Where the values of some terms are, those of bools as int32.
     """
     order = _without_kept(term, kept)
-    uses = Counter(arg for each in order for arg in each.args * (1 + (each.op in _REPEATING)))
-    known, bound = dict(kept), []
+    operands = [arg for each in order for arg in each.args * (1 + (each.op in _REPEATING))]
+    uses, used = Counter(operands), {each: kept[each] for each in (*operands, term) if each in kept}
+    known = {each: tir.NE(at, T.int32(0)) if each.dtype == "bool" else at for each, at in used.items()}
+    bound: list[tuple[Var, Expr]] = []
+    reads: list[Expr | BufferRegion] = []
     for each in order:
+        if isinstance(argument := arguments.get(each.op), Value):
+            reads += argument.reads
         value = _operation(each, [known[arg] for arg in each.args], arguments, arrays)
         if uses[each] > 1 and each.op != "number":
             variable = Var(each.op, each.dtype)
@@ -46,7 +55,8 @@ def lowered(term: Term, arguments: Mapping[str, Expr], arrays: Mapping[str, Buff
     result = known[term]
     for variable, value in reversed(bound):
         result = Let(variable, value, result)
-    return result
+    elements = dict.fromkeys(str(each.value) for each in order if each.op == "element")
+    return Value(result, [*(whole(arrays[name]) for name in elements), *used.values(), *reads])
 
 
 def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
@@ -58,9 +68,12 @@ def _without_kept(term: Term, kept: Mapping[Term, Expr]) -> list[Term]:
     return [each for each in order if each in needed and each not in kept]
 
 
-def _operation(term: Term, args: list[Expr], arguments: Mapping[str, Expr], arrays: Mapping[str, Buffer]) -> Expr:
+def _operation(
+    term: Term, args: list[Expr], arguments: Mapping[str, Expr | Value], arrays: Mapping[str, Buffer]
+) -> Expr:
     if term.op in arguments:
-        return arguments[term.op]
+        argument = arguments[term.op]
+        return argument.expression if isinstance(argument, Value) else argument
     if term.op == "number":
         return _NUMBERS[term.dtype](term.value)
     if term.op == "element":
