@@ -86,10 +86,7 @@ def log(x: Expr) -> Expr:
     """
 
     def of_normal(y: Expr, subnormal: Expr) -> Expr:
-        from_half = T.reinterpret("int32", y) - _SQRT_HALF_BITS
-        return _let("log_bits", from_half, lambda bits: of_bits(bits, subnormal))
-
-    def of_bits(bits: Expr, subnormal: Expr) -> Expr:
+        bits = T.reinterpret("int32", y) - _SQRT_HALF_BITS  # no variable: TVM would bound it, in two ways in an index
         exponent = T.Cast("float32", T.shift_right(bits, 23)) - T.Select(subnormal, T.float32(23), T.float32(0))
         significand = T.reinterpret("float32", T.bitwise_and(bits, 0x7FFFFF) + _SQRT_HALF_BITS)
         return _let("log_e", exponent, lambda e: _let("log_f", significand - T.float32(1), lambda f: of_fraction(e, f)))
