@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 
@@ -21,7 +22,13 @@ CPUS = {
     name: target.CpuTarget('{"kind": "llvm"}', frozenset(features.split()))
     for name, features in {"avx2": "avx avx2 fma", "avx512bf16": "avx avx512f avx512vl avx512bf16"}.items()
 }
-ALL_SPECS = [*SPECS.values(), PagedAttentionSpec(16, 1, 32, 16, "bfloat16")]  # heads in lanes, in pairs
+HEADS_IN_LANES = PagedAttentionSpec(16, 1, 32, 16, "bfloat16")  # in pairs
+MASKED = {"mask_mod": lambda batch, head, query_pos, key_pos: (key_pos % 3 + head) % 2 == 0}
+WITH_MASKS = [
+    dataclasses.replace(spec, **MASKED)
+    for spec in (HEADS_IN_LANES, BASE, PagedAttentionSpec(8, 2, 32, 16, "bfloat16", kv_layout="packed"))
+]
+ALL_SPECS = [*SPECS.values(), HEADS_IN_LANES, *WITH_MASKS]
 
 ON_CUDA = PagedAttentionSpec(8, 2, 64, 16, "bfloat16")
 
