@@ -1,4 +1,4 @@
-"""Tiling: the sizes that kernels and schedules agree on. A target's policy chooses them. Importing it imports no TVM."""
+"""Tiling: the sizes that kernels and schedules agree on. A target's policy chooses them, without importing TVM."""
 
 from __future__ import annotations
 
