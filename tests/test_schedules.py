@@ -43,8 +43,9 @@ def worked_on():
     for spec, cpu, pipeline in itertools.product(ALL_SPECS, CPUS.values(), PIPELINES):
         tiles = tiling.choose(spec, cpu, pipeline)
         modules.append((kernels.build(spec, tiles, pipeline), tiles))
-    tiles = cuda_tiling.staged(ON_CUDA)
-    modules.append((cuda.build_staged(ON_CUDA, tiles)[0], tiles))
+    for spec in (ON_CUDA, dataclasses.replace(ON_CUDA, **MASKED)):
+        tiles = cuda_tiling.staged(spec)
+        modules.append((cuda.build_staged(spec, tiles)[0], tiles))
     found = []
     for mod, tiles in modules:
         for variable in mod.get_global_vars():
