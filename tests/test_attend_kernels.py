@@ -53,9 +53,13 @@ def test_any_block_size(block_size):
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "packed"])
-def test_values_of_another_size_and_shared_caches(kv_layout):
+def test_values_of_another_size(kv_layout):
     check(Spec(4, 2, 32, 16, "bfloat16", value_dim=48, kv_layout=kv_layout))
-    check(Spec(4, 1, 48, 16, "float32", value_dim=32, shared_kv=True, kv_layout=kv_layout))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_shared_caches(dtype):
+    check(Spec(4, 1, 48, 16, dtype, value_dim=32, shared_kv=True))
 
 
 @pytest.mark.parametrize("kv_layout", ["NHD", "packed"])

@@ -6,7 +6,7 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
-from pa_compiler.kernels.rows import of_row
+from pa_compiler.kernels.rows import OfRows, of_row
 from pa_compiler.kernels.scores import Scores, sees, slope_of
 from pa_compiler.kernels.sight import hide_scores
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
@@ -30,6 +30,11 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
     scale_stage = _scale(spec, tiling)
+
+    of_rows = tiling.many_tokens and spec.wide_range
+
+    def rounded(x):
+        return round_to_bfloat16(x) if tiling.values.terms == 2 else x
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
@@ -65,7 +70,22 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                 with T.sblock("tile_max"):
                     vr = T.axis.spatial(rows, r)
                     tile_max[slot, vr] = T.Select(0 < tile.valid_len, peak[vr], T.float32(EMPTY_ROW_MAX))
-            if tiling.values.terms == 2:
+            if tiling.many_tokens:
+                if of_rows:
+                    room = T.sblock_alloc_buffer((1, rows), "int32")
+                    for r in range(rows):
+                        with T.sblock("room"):
+                            vr = T.axis.spatial(rows, r)
+                            room[0, vr] = of_row(headroom, vr)
+                places = T.meta_var(OfRows(room, 0) if of_rows else headroom)
+                for r, to, ti in T.grid(rows, num_groups, group):
+                    with T.sblock("probs"):
+                        vt = T.axis.spatial(tokens, to * group + ti)
+                        vr = T.axis.spatial(rows, r)
+                        store_exp(
+                            probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(places, vr), rounded
+                        )
+            elif tiling.values.terms == 2:
                 exact = T.sblock_alloc_buffer((rows, tokens), "float32")
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("exact"):

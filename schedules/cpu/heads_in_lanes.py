@@ -75,15 +75,19 @@ def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Vertical in every step."""
-    exact = ("exact",) if tiling.values.terms == 2 else ()
+    exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
     _rows_last(sch, "scaled", *exact, "probs")
     for name in ("scaled", "peak", *exact, "probs", "tile_sum"):
         row, group, token = sch.get_loops(sch.get_sblock(name))[-3:]
         sch.reorder(group, token, row)
+        if name == "tile_sum" and tiling.many_tokens:  # a chain of sums beside the exponentials of the next group
+            group = sch.get_loops("probs")[-3]
+            sch.reverse_compute_at(name, group, preserve_unit_loops=True)
+            row = sch.get_loops(name)[-1]
         sch.vectorize(row)
         if name in ("peak", "tile_sum"):
             sch.decompose_reduction(sch.get_sblock(name), group)
-    vectorize_rows(sch, "tile_max")
+    vectorize_rows(sch, "tile_max", *(("room",) if "room" in _names(sch) else ()))
 
 
 def pair_probs(sch: Schedule, tiling: VectorTiling) -> None:
@@ -177,6 +181,11 @@ def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
     """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
+
+
+def _names(sch: Schedule) -> set[str]:
+    """What is in the softmax."""
+    return {sch.get(each).name_hint for each in sch.get_child_blocks(sch.get_sblock("softmax_prepare"))}
 
 
 def _vertical(sch: Schedule, sblock: str) -> None:

@@ -134,9 +134,8 @@ class Kernels:
     def strides(self, call: Call) -> dict[str, int]:
         """The strides of the caches, in words."""
         spec, found = self.spec, {}
-        for name, cache, word in (("k", call.key_cache, self.tiles.keys.word), ("v", call.value_cache, self.tiles.values.word)):
-            if cache is None:
-                continue
+        values = call.key_cache if call.value_cache is None else call.value_cache
+        for name, cache, word in (("k", call.key_cache, self.tiles.keys.word), ("v", values, self.tiles.values.word)):
             block, *inner = [stride // cache.itemsize for stride in cache.strides[:3]]
             row, head = inner if spec.kv_layout == "NHD" else reversed(inner)
             found |= {f"{name}_block": block // word, f"{name}_row": row // word, f"{name}_head": head // word}
@@ -160,8 +159,8 @@ class Kernels:
             "alibi_slopes": tvm.runtime.tensor(call.alibi_slopes),
             "sinks": tvm.runtime.tensor(call.sinks),
         }
-        if call.value_cache is not None:
-            arrays["value_cache"] = words(call.value_cache, self.tiles.values)
+        shared = call.value_cache is None
+        arrays["value_cache"] = arrays["key_cache"] if shared else words(call.value_cache, self.tiles.values)
         for name, array in call.inputs.items():
             arrays[f"input_{name}"] = tvm.runtime.tensor(array.view(np.int8) if array.dtype == bool else array)
         return arrays | {each.name: tvm.runtime.tensor(_table(each)) for each in self.spec.constants}
