@@ -140,7 +140,7 @@ class VectorTiling(Tiling):
     def of_merge(self) -> VectorTiling:
         """Sizes for partial results, alike in every strategy: value_dim lies in order and is gone through once."""
         values = dataclasses.replace(self.values, word=1, halves=1, terms=1)
-        return dataclasses.replace(self, values=values, pv_rows=1, pv_dims=self.pv_lanes)
+        return dataclasses.replace(self, values=values, pv_rows=1, pv_dims=self.pv_lanes, many_tokens=False)
 
 
 def equal_tile(group: int, limit: int) -> int:

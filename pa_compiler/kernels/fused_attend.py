@@ -256,6 +256,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, spec.result_dim, "load_values")
     attend, k_dtype, v_dtype = _attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
+    fetch_keys, fetch_values = (
+        _fetch(tiling, access(spec, tiling)) for access in (key_access, value_access)
+    )
 
     @script.inline
     def stage(
@@ -265,7 +268,8 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
         tile_start: T.let = start
         valid_len: T.let = T.min(range_end - tile_start, tiling.kv_tile)
         tile = T.meta_var(Tile(tiling, tile_start, valid_len))
-        num_offsets: T.let = tile.num_groups * tiling.token_group
+        next_len: T.let = T.max(T.min(range_end - tile_start - tiling.kv_tile, tiling.kv_tile), 0)
+        num_offsets: T.let = tile.num_groups * tiling.token_group + (next_len if tiling.prefetches else 0)
         last: T.let = range_end - 1
         key_offsets_stage(block_table, key_cache, tile, item.seq, last, num_offsets, first_token)
         if not spec.shared_kv:
@@ -292,12 +296,32 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                         T.reads()
                         T.writes()
                         first: T.let = vkv * item.head_tiles + vrt
+                        if tiling.prefetches:
+                            fetch_keys(key_cache, key_head, vrt, item.head_tiles, next_len)
+                            if not spec.shared_kv:
+                                fetch_values(value_cache, value_head, vrt, item.head_tiles, next_len)
                         if tile_start < item.bounds.reach[first, LIMIT]:
                             attend(
                                 q_tile, first, keys, key_head, values, value_head, tile,
                                 running._replace(slot=first), step, num_steps, item, computed,
                             )  # fmt: skip
 
+    return stage
+
+
+def _fetch(tiling, access):
+    lines = access.num_lines
+
+    @script.inline
+    def stage(cache, head_offset, share, shares, next_len):
+        for t in range(T.ceildiv(next_len, shares)):
+            with T.sblock("fetch"):
+                vt = T.axis.opaque(tiling.kv_tile, t)
+                T.reads()
+                T.writes()
+                token: T.let = T.min(share * T.ceildiv(next_len, shares) + vt, next_len - 1)
+                for n in range(lines):
+                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(cache.memory[access.line(cache, tiling.kv_tile, token * lines + n, head_offset)]), 0, 2, 1))
     return stage
 
 
@@ -363,7 +387,7 @@ def _attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None
 def _finish(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
     """out and lse of the item's tokens, or their partial results."""
     rows_of = _rows_of(spec, tiling)
-    normalize_stage = state.normalize(spec, tiling.row_tile)
+    normalize_stage = state.normalize(spec, tiling.row_tile, many_tokens=True)
     store_stage = state.store(tiling.row_tile, spec.result_dim)
 
     @script.inline

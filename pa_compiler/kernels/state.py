@@ -195,11 +195,12 @@ def store(capacity: int, dim: int) -> Callable[..., None]:
     return stage
 
 
-def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
+def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False) -> Callable[..., None]:
     """out = acc / row_sum and lse = row_max + ln(row_sum) of the rows that there are of a state of `capacity` rows.
 
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
-    lse = -inf. With sinks, the sum has exp(sink - row_max) besides, which has no value; a sink of -inf is none.
+    lse = -inf. With many_tokens all rows are normalized, those that pad the tile too, before those that there are are
+    copied: in vectors whatever their number. With sinks, the sum has exp(sink - row_max) besides, which has no value; a sink of -inf is none.
     """
     dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
 
@@ -227,11 +228,19 @@ def normalize(spec: PagedAttentionSpec, capacity: int) -> Callable[..., None]:
                         factor[vr] = T.Select(total == T.float32(0), T.float32(0), T.float32(1) / total)
             maxima = T.meta_var(peak if spec.sinks else state.row_max)
             sums = T.meta_var(total_sum if spec.sinks else state.row_sum)
+            if many_tokens:
+                ordered = T.sblock_alloc_buffer((capacity, dim), "float32")
+                for r, d in T.grid(capacity, dim):
+                    with T.sblock("ordered"):
+                        vr, vd = T.axis.remap("SS", [r, d])
+                        ordered[vr, vd] = state.acc[slot, vr, vd] * factor[vr]
             for r, d in T.grid(rows.num, dim):
                 with T.sblock("out"):
                     vr = T.axis.spatial(capacity, r)
                     vd = T.axis.spatial(dim, d)
-                    out[rows.at(vr, vd)] = T.Cast(out_dtype, state.acc[slot, vr, vd] * factor[vr])
+                    out[rows.at(vr, vd)] = T.Cast(
+                        out_dtype, ordered[vr, vd] if many_tokens else state.acc[slot, vr, vd] * factor[vr]
+                    )
             for r in range(rows.num):
                 with T.sblock("lse"):
                     vr = T.axis.spatial(capacity, r)

@@ -217,6 +217,8 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
     _vectorize_in_order(sch, tiling, "out")
+    if tiling.many_tokens and tiling.scores_in_lanes:
+        _vectorize_in_order(sch, tiling, "ordered")
 
 
 def bounds(sch: Schedule, tiling: VectorTiling) -> None:
@@ -279,6 +281,7 @@ SCALAR = {
     "online_update": _AROUND,
     "key_range": _AROUND,
     "row_tile": _AROUND,
+    "fetch": "no computation",
     "seen_scores": _AROUND,
     "range_state": _AROUND,
     "span": "two numbers for each tile of rows, once for a work item",

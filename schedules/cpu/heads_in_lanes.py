@@ -119,9 +119,13 @@ def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
     vectorize_rows(sch, "factor")
-    in_order = sch.cache_read("out", 0, "global")
+    stored = "out"
+    if tiling.many_tokens:
+        stored = "ordered"
+        sch.vectorize(sch.split(sch.get_loops("out")[-1], [None, tiling.pv_lanes * tiling.values.halves])[1])
+    in_order = sch.cache_read(stored, 0, "global")
     _rows_last(sch, in_order)
-    row, dim = sch.get_loops("out")[-2:]
+    row, dim = sch.get_loops(stored)[-2:]
     row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
     dim_outer, lane = sch.split(dim, [None, tiling.pv_lanes])
     sch.reorder(row_outer, dim_outer, row, lane)
@@ -162,9 +166,9 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "pair_probs": pair_probs,
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
+    "empty_state": empty_state,
     "normalize": normalize,
     "bounds": head_dim_in_lanes.bounds,
-    "empty_state": empty_state,
     "edges": edges,
     "range_rescale": head_dim_in_lanes.range_rescale,
     "range_fold": range_fold,

@@ -44,13 +44,13 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
     return _strategy(known)[0].choose(known)
 
 
-def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
+def choose_attend(spec: PagedAttentionSpec, target: CpuTarget, prefetches=False) -> CpuTiling:
     """The tiles of attend, of ATTEND_ROWS rows whatever the group is: in lanes, or, packed, beside tokens in lanes."""
     known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
     strategy = TokensInLanes if spec.kv_layout == "packed" else HeadsInLanes
     tiles = strategy.choose(known)
     kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(tiles.kv_tile, tiles.token_group))
-    return dataclasses.replace(tiles, kv_tile=kv_tile, prefetches=False, many_tokens=True)
+    return dataclasses.replace(tiles, kv_tile=kv_tile, prefetches=prefetches, many_tokens=True)
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
