@@ -56,10 +56,10 @@ def split_blocks(spec: PagedAttentionSpec) -> int:
 ATTEND_ROWS = 16
 """Rows, pairs of a query token and a query head, of one tile of attend."""
 
-ATTEND_TILES = 16
+ATTEND_TILES = 32
 """Tiles of rows that a work item of attend has at most; more only where a single query token has more."""
 
-ATTEND_KV_TILE = 128
+ATTEND_KV_TILE = 256
 """Tokens of one step of attend's online softmax: a divisor of this."""
 
 ATTEND_RANGE_TOKENS = 4096

@@ -11,7 +11,7 @@ from tvm.tirx import Buffer, PrimFunc
 
 from pa_compiler import tvmscript as script
 from pa_compiler.interface import attend_range_blocks, attend_tiles
-from pa_compiler.kernels import state
+from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, without
 from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
@@ -256,9 +256,7 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, spec.result_dim, "load_values")
     attend, k_dtype, v_dtype = _attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
-    fetch_keys, fetch_values = (
-        _fetch(tiling, access(spec, tiling)) for access in (key_access, value_access)
-    )
+    fetch_keys, fetch_values = (ahead.fetch(tiling, access(spec, tiling)) for access in (key_access, value_access))
 
     @script.inline
     def stage(
@@ -306,22 +304,6 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                                 running._replace(slot=first), step, num_steps, item, computed,
                             )  # fmt: skip
 
-    return stage
-
-
-def _fetch(tiling, access):
-    lines = access.num_lines
-
-    @script.inline
-    def stage(cache, head_offset, share, shares, next_len):
-        for t in range(T.ceildiv(next_len, shares)):
-            with T.sblock("fetch"):
-                vt = T.axis.opaque(tiling.kv_tile, t)
-                T.reads()
-                T.writes()
-                token: T.let = T.min(share * T.ceildiv(next_len, shares) + vt, next_len - 1)
-                for n in range(lines):
-                    T.evaluate(T.call_llvm_intrin("void", "llvm.prefetch", T.address_of(cache.memory[access.line(cache, tiling.kv_tile, token * lines + n, head_offset)]), 0, 2, 1))
     return stage
 
 

@@ -281,7 +281,7 @@ SCALAR = {
     "online_update": _AROUND,
     "key_range": _AROUND,
     "row_tile": _AROUND,
-    "fetch": "no computation",
+    "fetch": "no computation: it asks for lines",
     "seen_scores": _AROUND,
     "range_state": _AROUND,
     "span": "two numbers for each tile of rows, once for a work item",
