@@ -1,7 +1,7 @@
 """What the algorithm reads next: said where it is known, so that a schedule can have it fetched meanwhile.
 
-The statement of announce computes nothing. It is made where tiles have `prefetches`; cpu/prefetch.py takes it out, and puts
-instructions into the loops that a schedule has marked.
+The statement of announce computes nothing. It is made where tiles have `prefetches`; cpu/prefetch.py takes it out, and
+puts instructions into the loops that a schedule has marked.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ def announce(name: str) -> Callable[..., None]:
 def fetch(tiling: Tiling, access: CacheAccess) -> Callable[..., None]:
     """The sblock fetch: ask for share `share` of `shares` equal ones of the next next_len tokens, in one head.
 
-    Their places follow those of the kv_tile tokens that are read now. Where a tile of tokens is read once for many tiles
-    of rows, each of these asks for a share, outside of all loops of matmuls; so no pass has to find a place for it.
+    Their places follow those of the kv_tile tokens that are read now. Where a tile of tokens is read once for many
+    tiles of rows, each of these asks for a share, outside of all loops of matmuls; no pass has to find a place for it.
     """
     lines = access.num_lines
 

@@ -1,4 +1,4 @@
-"""Several query tokens of a sequence at once: the stages of fused_decode over rows that are pairs of a token and a head."""
+"""Several query tokens of a sequence at once: the stages of fused_decode over rows that are pairs of token and head."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pa_compiler import tvmscript as script
 from pa_compiler.interface import attend_range_blocks, attend_tiles
 from pa_compiler.kernels import ahead, state
 from pa_compiler.kernels.arrays import Arrays, without
-from pa_compiler.kernels.caches import Cache, copy_shape, key_access, load_tile, value_access
+from pa_compiler.kernels.caches import Cache, copy_shape, key_access, key_copy_shape, load_tile, value_access
 from pa_compiler.kernels.computed import allocate_visible, compute_columns, compute_visible
 from pa_compiler.kernels.load_query import load_query
 from pa_compiler.kernels.pv_matmul import pv_matmul
@@ -21,7 +21,17 @@ from pa_compiler.kernels.qk_matmul import qk_matmul
 from pa_compiler.kernels.rows import OfRows, TokenRows, begins_late
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.scores import Scoring
-from pa_compiler.kernels.sight import BEGIN, LAST_BEGIN, LEAST_LIMIT, LIMIT, Bounds, Sight, Tree, find_bounds, find_edges
+from pa_compiler.kernels.sight import (
+    BEGIN,
+    LAST_BEGIN,
+    LEAST_LIMIT,
+    LIMIT,
+    Bounds,
+    Sight,
+    Tree,
+    find_bounds,
+    find_edges,
+)
 from pa_compiler.kernels.softmax import pair_probs, softmax_prepare
 from pa_compiler.kernels.state import EMPTY_ROW_MAX, Factors, State
 from pa_compiler.kernels.tokens import Tile, token_offsets
@@ -252,8 +262,9 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
     """A tile of tokens through the four stages: kv head by kv head, and in each tile of rows by tile of rows."""
     key_offsets_stage = token_offsets(spec, tiling, key_access(spec, tiling))
     value_offsets_stage = token_offsets(spec, tiling, value_access(spec, tiling))
-    load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, spec.head_dim, "load_keys")
-    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, spec.result_dim, "load_values")
+    key_copy, value_copy = key_copy_shape(spec, tiling), copy_shape(tiling, tiling.values, spec.result_dim)
+    load_keys = load_tile(tiling, key_access(spec, tiling), tiling.keys, key_copy, "load_keys")
+    load_values = load_tile(tiling, value_access(spec, tiling), tiling.values, value_copy, "load_values")
     attend, k_dtype, v_dtype = _attend_rows(spec, tiling), tiling.keys.factor_dtype, tiling.values.factor_dtype
     columns_stage = compute_columns(ScoreFunctions(spec, many_tokens=True), tiling)
     fetch_keys, fetch_values = (ahead.fetch(tiling, access(spec, tiling)) for access in (key_access, value_access))
@@ -281,10 +292,10 @@ def _attend_range(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., Non
                 key_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * key_cache.head
                 value_head: T.let = T.Cast("int64", item.kv_head_begin + vkv) * value_cache.head
                 if tiling.copy_keys:
-                    k_tile = T.sblock_alloc_buffer(copy_shape(tiling, tiling.keys, spec.head_dim), k_dtype)
+                    k_tile = T.sblock_alloc_buffer(key_copy, k_dtype)
                     load_keys(key_cache, k_tile, key_head, tile.num_groups)
                 if tiling.copy_values:
-                    v_tile = T.sblock_alloc_buffer(copy_shape(tiling, tiling.values, spec.result_dim), v_dtype)
+                    v_tile = T.sblock_alloc_buffer(value_copy, v_dtype)
                     load_values(value_cache, v_tile, value_head, tile.num_groups)
                 keys = T.meta_var(key_cache._replace(memory=k_tile) if tiling.copy_keys else key_cache)
                 values = T.meta_var(value_cache._replace(memory=v_tile) if tiling.copy_values else value_cache)
@@ -344,9 +355,7 @@ def _attend_rows(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None
             prob_pairs = T.sblock_alloc_buffer((1, rows, tokens // 2), "int32")
         weights = T.meta_var(prob_pairs if in_pairs else probs)
         query_pos = T.meta_var(OfRows(item.bounds.positions, first))
-        computed = T.meta_var(
-            allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1)
-        )
+        computed = T.meta_var(allocate_visible(functions, tiling, given and given._replace(query_pos=query_pos), 1))
         added = T.meta_var(State(tile_max, tile_sum, None, 0))
         scoring = T.meta_var(Scoring(of, query_pos, item.slopes, computed))
         visible_stage(computed, of, 0, tile.num_groups)

@@ -95,9 +95,7 @@ def pv_matmul(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
                 T.writes(tile_acc[at, vr, vd])
                 with T.init():
                     tile_acc[at, vr, vd] = full_acc[vi, vr, vd]
-                value = T.meta_var(
-                    valid(at_edge(seen(read(values, vt, now, vd), vt, tile), edges, vr, vt), vt, tile)
-                )
+                value = T.meta_var(valid(at_edge(seen(read(values, vt, now, vd), vt, tile), edges, vr, vt), vt, tile))
                 tile_acc[at, vr, vd] += product(weights[at, vr, vt], shown(value, computed, at, vr, vt))
 
     return stage

@@ -23,7 +23,7 @@ class ScoreFunctions:
         score: score_mod's term; NaN where an index of it or of the mask is outside of an array. None where scores stay
             as they are.
         mask: What bounds leave of mask_mod's term. None where all keys between them are seen.
-        by_row: Whether the mask goes by the head; or, with many_tokens, where rows have several query tokens, by theirs.
+        by_row: Whether the mask goes by the head; or, with many_tokens, as rows have several query tokens, by theirs.
         columns: Terms that are computed once for a column, for all heads.
         score_rows, mask_rows: Terms that are computed once for a row, for either.
         arrays: The names of the arrays that are read.

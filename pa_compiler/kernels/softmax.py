@@ -83,7 +83,12 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
                         store_exp(
-                            probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(places, vr), rounded
+                            probs,
+                            (slot, vr, vt),
+                            scaled[vr, vt] - tile_max[slot, vr],
+                            True,
+                            of_row(places, vr),
+                            rounded,
                         )
             elif tiling.values.terms == 2:
                 exact = T.sblock_alloc_buffer((rows, tokens), "float32")
@@ -102,7 +107,9 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr))
+                        store_exp(
+                            probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr)
+                        )
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)

@@ -200,7 +200,8 @@ def normalize(spec: PagedAttentionSpec, capacity: int, many_tokens: bool = False
 
     ln of row_sum without the sequence's headroom, which is in acc and row_sum. A row whose sum is 0 gives out = 0 and
     lse = -inf. With many_tokens all rows are normalized, those that pad the tile too, before those that there are are
-    copied: in vectors whatever their number. With sinks, the sum has exp(sink - row_max) besides, which has no value; a sink of -inf is none.
+    copied: in vectors whatever their number. With sinks, the sum has exp(sink - row_max) besides, which has no value; a
+    sink of -inf is none.
     """
     dim, out_dtype, add_sinks = spec.result_dim, spec.result_dtype, _add_sinks(capacity)
 

@@ -78,8 +78,9 @@ def token_offsets(spec: PagedAttentionSpec, tiling: Tiling, access: CacheAccess)
     """cache.offsets[t] = words from the start of a cache to the token in column t of a tile, in kv head 0; int64.
 
     For t < num_offsets, which may reach into the tile that is read next. Past last_token the last valid token is named
-    again, and before first_token that: an offset is always that of a token within the sequence's length, so that whatever
-    is read through the table may be read. Products with a stride are int64: caches of more than 2**31 elements are ordinary.
+    again, and before first_token that: an offset is always that of a token within the sequence's length, so that what
+    is read through the table may be read. Products with a stride are int64: caches of more than 2**31 elements are
+    ordinary.
     """
     block_size, size = spec.block_size, tiling.num_offsets
 

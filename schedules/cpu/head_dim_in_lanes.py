@@ -89,7 +89,9 @@ def visible_rows(sch: Schedule, tiling: VectorTiling) -> None:
 
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
-    for name in ("scaled", "exact", "probs") if tiling.values.terms == 2 and not tiling.many_tokens else ("scaled", "probs"):
+    for name in (
+        ("scaled", "exact", "probs") if tiling.values.terms == 2 and not tiling.many_tokens else ("scaled", "probs")
+    ):
         sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)

@@ -1,4 +1,4 @@
-"""fused_attend and merge_attend by themselves, through TVM: work items as a host would make them, and attention in NumPy."""
+"""fused_attend and merge_attend by themselves, through TVM: work items as a host makes them, and attention in NumPy."""
 
 from __future__ import annotations
 
@@ -176,7 +176,11 @@ class Kernels:
             "causal": int(call.causal), "query_scale": query_scale, "score_scale": score_scale,
         }  # fmt: skip
         most = attend_tiles(spec) * ATTEND_ROWS // spec.group
-        heads = heads or max(h for h in range(1, spec.num_kv_heads + 1) if h == 1 or -(-spec.group // ATTEND_ROWS) * h <= attend_tiles(spec))
+        heads = heads or max(
+            h
+            for h in range(1, spec.num_kv_heads + 1)
+            if h == 1 or -(-spec.group // ATTEND_ROWS) * h <= attend_tiles(spec)
+        )
         per_head = attend_tiles(spec) // heads * ATTEND_ROWS // spec.group
         chunk = max(1, min(chunk or most, per_head))
         range_blocks, tree_at = attend_range_blocks(spec), 0
@@ -194,7 +198,11 @@ class Kernels:
                 for head in range(0, spec.num_kv_heads, heads):
                     item |= {"kv_head_begin": head, "num_kv_heads": min(heads, spec.num_kv_heads - head)}
                     if not split:
-                        blocks = {"block_begin": 0, "block_end": -(-int(context) // spec.block_size), "partial_start": -1}
+                        blocks = {
+                            "block_begin": 0,
+                            "block_end": -(-int(context) // spec.block_size),
+                            "partial_start": -1,
+                        }
                         self._call("fused_attend", whole, item | blocks)
                         continue
                     for nth in range(ranges):
