@@ -40,6 +40,11 @@ def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
     return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
 
 
+def build_attend(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
+    """The PrimFuncs of attend, unscheduled, under their own names. No library has them yet."""
+    return IRModule({kernel.__name__: kernel(spec, tiling) for kernel in ATTEND})
+
+
 def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], PrimFunc], ...]:
     """The PrimFuncs of append_kv, the same for every pipeline: where keys and values are rows alike, one for both."""
     alike = spec.kv_layout != "packed" and (spec.shared_kv or spec.result_dim == spec.head_dim)

@@ -212,41 +212,15 @@ def fold(sch: Schedule, tiling: VectorTiling) -> None:
 
 def store_partial(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of acc as vectors."""
-    _vectorize_in_order(sch, tiling, "store_acc")
+    vectorize_in_order(sch, tiling, "store_acc")
 
 
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
-    _vectorize_in_order(sch, tiling, "out")
+    vectorize_in_order(sch, tiling, "out")
     if tiling.many_tokens and tiling.scores_in_lanes:
-        _vectorize_in_order(sch, tiling, "ordered")
-
-
-def bounds(sch: Schedule, tiling: VectorTiling) -> None:
-    """Rows in lanes."""
-    vectorize_rows(sch, "row_bounds")
-
-
-def empty_state(sch: Schedule, tiling: VectorTiling) -> None:
-    """Rows of acc as vectors."""
-    vectorize_rows(sch, "empty_row")
-    _vectorize_in_order(sch, tiling, "empty_acc")
-
-
-def edges(sch: Schedule, tiling: VectorTiling) -> None:
-    """Tokens in lanes."""
-    sch.vectorize(sch.get_loops("edge")[-1])
-
-
-def range_rescale(sch: Schedule, tiling: VectorTiling) -> None:
-    """As rescale."""
-    vectorize_rows(sch, "range_factors", "range_new_sum", "range_row")
-
-
-def range_fold(sch: Schedule, tiling: VectorTiling) -> None:
-    """Rows of acc as vectors."""
-    _vectorize_in_order(sch, tiling, "range_acc")
+        vectorize_in_order(sch, tiling, "ordered")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
@@ -262,11 +236,6 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "fold": fold,
     "store_partial": store_partial,
     "normalize": normalize,
-    "bounds": bounds,
-    "empty_state": empty_state,
-    "edges": edges,
-    "range_rescale": range_rescale,
-    "range_fold": range_fold,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
@@ -281,12 +250,6 @@ SCALAR = {
     "result": _AROUND,
     "partial": _AROUND,
     "online_update": _AROUND,
-    "key_range": _AROUND,
-    "row_tile": _AROUND,
-    "fetch": "no computation: it asks for lines",
-    "seen_scores": _AROUND,
-    "range_state": _AROUND,
-    "span": "two numbers for each tile of rows, once for a work item",
     KEYS: "no computation: it says what is read next",
     VALUES: "no computation: it says what is read next",
     "token_offsets": "a look-up of block_table for each token, once for all heads",
@@ -303,7 +266,7 @@ def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
         sch.vectorize(row)
 
 
-def _vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
+def vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
     """Vectorize the innermost loop, which is over value_dim."""
     _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])
     sch.vectorize(lane)

@@ -16,7 +16,7 @@ from tvm.s_tir.schedule import SBlockRV
 from tvm.tirx import IntImm
 
 from pa_compiler.kernels.ahead import KEYS, VALUES
-from pa_compiler.schedules.cpu import head_dim_in_lanes
+from pa_compiler.schedules.cpu import attend, head_dim_in_lanes
 from pa_compiler.schedules.cpu.head_dim_in_lanes import evens_first, in_registers, vectorize_rows
 from pa_compiler.schedules.fetch import fetch
 from pa_compiler.schedules.intrinsics.transpose import turn
@@ -168,16 +168,18 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "pv_update": pv_update,
     "empty_state": empty_state,
     "normalize": normalize,
-    "bounds": head_dim_in_lanes.bounds,
+    "bounds": attend.bounds,
     "edges": edges,
-    "range_rescale": head_dim_in_lanes.range_rescale,
+    "range_rescale": attend.range_rescale,
     "range_fold": range_fold,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
-SCALAR = head_dim_in_lanes.SCALAR | {
-    "store_partial": "acc is turned back element by element, once for a range of a long sequence"
-}
+SCALAR = (
+    head_dim_in_lanes.SCALAR
+    | attend.SCALAR
+    | {"store_partial": "acc is turned back element by element, once for a range of a long sequence"}
+)
 """The sblocks that run as they are written, and why."""
 
 

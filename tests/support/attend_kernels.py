@@ -10,13 +10,12 @@ import json
 import numpy as np
 import tvm
 from inputs import DTYPES, lay_out, poison_value
-from tvm import IRModule
 
 from pa_compiler import backends, schedules
 from pa_compiler.cpu import instructions, target
 from pa_compiler.cpu import tiles as tiling
 from pa_compiler.interface import ATTEND_ROWS, attend_range_blocks, attend_tiles
-from pa_compiler.kernels import ATTEND
+from pa_compiler.kernels import build_attend
 from pa_compiler.score import Function
 from pa_compiler.verification.tolerances import SMALLEST, lse_bound, tolerance
 
@@ -119,9 +118,10 @@ class Kernels:
     def __init__(self, spec, cpu=None, **sizes) -> None:
         cpu = cpu or this_cpu()
         self.spec, self.tiles = spec, dataclasses.replace(tiling.choose_attend(spec, cpu), **sizes)
-        functions = {kernel.__name__: kernel(spec, self.tiles) for kernel in ATTEND}
-        self.params = {name: [param.name for param in function.params] for name, function in functions.items()}
-        scheduled = schedules.schedule(IRModule(functions), self.tiles)
+        module = build_attend(spec, self.tiles)
+        names = [variable.name_hint for variable in module.get_global_vars()]
+        self.params = {name: [param.name for param in module[name].params] for name in names}
+        scheduled = schedules.schedule(module, self.tiles)
         with tvm.transform.PassContext(config=_CONFIG):
             self.executable = tvm.compile(
                 instructions.select(scheduled, cpu), target=tvm.target.Target(json.loads(cpu.config))
