@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import numpy as np
 import pytest
 from attend_calls import assert_close, make_call, spoil
-from attend_kernels import Kernels
+from attend_kernels import Kernels, this_cpu
 from tolerances import assert_same_bits
 
 from pa_compiler import PagedAttentionSpec as Spec
@@ -145,3 +146,13 @@ def test_nothing_enters_of_keys_that_a_row_does_not_see(poison, dtype, kv_layout
         got, got_lse = kernels(spec).attend(spoiled)
         assert_same_bits(got[: token + 1], out[: token + 1])
         assert_same_bits(got_lse[: token + 1], lse[: token + 1])
+
+
+@pytest.mark.parametrize("features", ["avx512f", "avx", ""], ids=["lanes16", "lanes8", "lanes4"])
+@pytest.mark.parametrize(("dtype", "kv_layout"), [("bfloat16", "NHD"), ("float32", "packed"), ("bfloat16", "packed")])
+def test_the_tiles_of_every_vector_width(features, dtype, kv_layout):
+    """The tiles follow another target's features; the code generator splits their vectors for this one."""
+    spec = Spec(6, 2, 48, 16, dtype, kv_layout=kv_layout)
+    call = make_call(spec, LENS)
+    cpu = dataclasses.replace(this_cpu(), features=frozenset(features.split()))
+    assert_close(spec, call, *Kernels(spec, cpu).attend(call))
