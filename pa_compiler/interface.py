@@ -6,6 +6,7 @@ where a library for a CPU cuts a sequence, since the bits of a result depend on 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -50,6 +51,30 @@ REPORT_FIELDS = ("code", "index", "position", "value", "limit")
 def split_blocks(spec: PagedAttentionSpec) -> int:
     """Blocks of one range of a long sequence in the fused pipeline, the same for every CPU."""
     return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
+
+
+ATTEND_ROWS = 16
+"""Rows, pairs of a query token and a query head, of one tile of attend."""
+
+ATTEND_TILES = 32
+"""Tiles of rows that a work item of attend has at most; more only where a single query token has more."""
+
+ATTEND_KV_TILE = 256
+"""Tokens of one step of attend's online softmax: a divisor of this."""
+
+ATTEND_RANGE_TOKENS = 4096
+"""Tokens of a range of keys in attend, about: whole blocks, and whole steps."""
+
+
+def attend_tiles(spec: PagedAttentionSpec) -> int:
+    """Tiles of rows that a work item of attend has at most."""
+    return max(ATTEND_TILES, -(-spec.group // ATTEND_ROWS))
+
+
+def attend_range_blocks(spec: PagedAttentionSpec) -> int:
+    """Blocks of one range of keys in attend: ranges are cut at multiples of it from the first block on."""
+    unit = math.lcm(spec.block_size, ATTEND_KV_TILE)
+    return -(-ATTEND_RANGE_TOKENS // unit) * unit // spec.block_size
 
 
 class Parameter(NamedTuple):

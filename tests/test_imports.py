@@ -44,7 +44,7 @@ ARROWS = {
     "store": {"interrupts"},
     "native": {"commands"},
     "tvmscript": set(),
-    "kernels": {"spec", "score", "ranges", "bounds", "tiles", "tvmscript"},
+    "kernels": {"spec", "score", "ranges", "bounds", "interface", "tiles", "tvmscript"},
     "schedules": {"tiles", "spec", "kernels", "tvmscript"},
     "host": {"spec", "bounds", "interface", "tiles", "installation", "runtime", "cpu"},
     "backend": {"spec"},

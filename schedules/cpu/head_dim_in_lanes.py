@@ -94,10 +94,15 @@ def steps(sch: Schedule, stage: str, prefix: str) -> list[str]:
     return [name for name in names if name.startswith(prefix)]
 
 
+def score_steps(sch: Schedule, tiling: VectorTiling) -> list[str]:
+    """The sblocks that compute steps of score_mod."""
+    return steps(sch, "seen_scores" if tiling.many_tokens else "softmax_prepare", "score_step")
+
+
 def softmax_prepare(sch: Schedule, tiling: VectorTiling) -> None:
     """Tokens in lanes; the maximum and the sum of a row first lane by lane."""
-    exact = ("exact",) if tiling.values.terms == 2 else ()
-    for name in (*steps(sch, "softmax_prepare", "score_step"), "scaled", *exact, "probs"):
+    exact = ("exact",) if tiling.values.terms == 2 and not tiling.many_tokens else ()
+    for name in (*score_steps(sch, tiling), "scaled", *exact, "probs"):
         sch.vectorize(sch.get_loops(name)[-1])
     for name, axis in (("peak", 1), ("tile_sum", 2)):
         total = sch.get_sblock(name)
@@ -218,13 +223,15 @@ def fold(sch: Schedule, tiling: VectorTiling) -> None:
 
 def store_partial(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of acc as vectors."""
-    _vectorize_in_order(sch, tiling, "store_acc")
+    vectorize_in_order(sch, tiling, "store_acc")
 
 
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Rows of out as vectors."""
     vectorize_rows(sch, "factor")
-    _vectorize_in_order(sch, tiling, "out")
+    vectorize_in_order(sch, tiling, "out")
+    if tiling.many_tokens and tiling.scores_in_lanes:
+        vectorize_in_order(sch, tiling, "ordered")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
@@ -270,7 +277,7 @@ def vectorize_rows(sch: Schedule, *sblocks: str) -> None:
         sch.vectorize(row)
 
 
-def _vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
+def vectorize_in_order(sch: Schedule, tiling: VectorTiling, sblock: str) -> None:
     """Vectorize the innermost loop, which is over value_dim."""
     _, lane = sch.split(sch.get_loops(sblock)[-1], [None, tiling.pv_lanes * tiling.values.halves])
     sch.vectorize(lane)
