@@ -12,14 +12,18 @@ from pa_compiler import installation
 from pa_compiler.bounds import affine, bounds
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
 from pa_compiler.interface import (
+    ATTEND_ROWS,
+    ATTEND_TILES,
     CHECKS,
     CPU_ENTRY_POINTS,
     CUDA_ENTRY_POINTS,
     REPORT_CODES,
     REPORT_FIELDS,
     THREADING,
+    AttendItem,
     Parameter,
     WorkItem,
+    attend_range,
     with_inputs,
 )
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
@@ -112,13 +116,17 @@ def render(
         tiling=tiling,
         pipeline=pipeline,
         decode_parameters=with_inputs(CPU_ENTRY_POINTS["decode"], spec),
-        function_values={name: f"args.{name}" for name in arrays},
+        attend_parameters=with_inputs(CPU_ENTRY_POINTS["attend"], spec),
+        function_values={name: f"functions.{name}" for name in arrays},
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
+        range_blocks=attend_range(spec.block_size, tiling.kv_tile) // spec.block_size,
+        attend_rows=ATTEND_ROWS,
+        attend_tiles=ATTEND_TILES,
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
-        instruction_sets=[f'{{"{name}", " {INSTRUCTION_SETS[name]} "}}' for name in instruction_sets(target)],
+        instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],
     )
 
 
@@ -160,6 +168,7 @@ def _interface(place: str) -> str:
             cuda_entry_points=CUDA_ENTRY_POINTS,
             threading=THREADING,
             work_item_fields=[f"&WorkItem::{name}" for name in WorkItem._fields],
+            attend_item_fields=[f"&AttendItem::{name}" for name in AttendItem._fields],
             checks=[f"check_{name}" for name in CHECKS],
             report_codes=REPORT_CODES,
             report_fields=REPORT_FIELDS,
@@ -178,8 +187,8 @@ def _environment() -> jinja2.Environment:
         keep_trailing_newline=True,
         autoescape=False,
     )
-    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _extents, _intervals, _product, _initializers]
-    filters += [_runs, _arguments, _address, _fill]
+    filters: list[Callable[..., Any]] = [_identifier, _constant, _type, _function, _extents, _intervals, _product]
+    filters += [_initializers, _members, _arguments, _address, _fill]
     environment.filters |= {each.__name__.removeprefix("_"): each for each in filters}
     return environment
 
@@ -187,6 +196,17 @@ def _environment() -> jinja2.Environment:
 def _constant(name: str) -> str:
     """The name of a C++ constant: kScoreScale of score_scale."""
     return f"k{_type(name)}"
+
+
+def _function(kernel: str) -> str:
+    """The name by which TVM exports a kernel."""
+    return f"__tvm_ffi_{_identifier(kernel)}"
+
+
+def _instruction_set(name: str) -> str:
+    """An initializer of an InstructionSet: LLVM's name, and Linux's where that is another."""
+    flag = INSTRUCTION_SETS[name]
+    return f'"{name}"' if flag == name else f'{{"{name}", "{flag}"}}'
 
 
 def _type(name: str) -> str:
@@ -199,12 +219,17 @@ def _initializers(parameters: Sequence[Parameter]) -> list[str]:
     return [f'{_constant(each.name)}{{{position}, "{each.said}"}}' for position, each in enumerate(parameters)]
 
 
-def _runs(kernel: Kernel) -> list[tuple[str, list[str]]]:
-    """A kernel's parameters in order, by type: neighbours of one type together, as one declaration has them."""
-    return [
-        (type_, [_member(parameter.name) for parameter in run])
-        for type_, run in itertools.groupby(kernel.parameters, key=lambda parameter: parameter.type)
-    ]
+def _members(kernel: Kernel) -> list[str]:
+    """Declarations of a kernel's parameters in order, neighbours of one type together. Those of numbers share lines."""
+    lines: list[str] = []
+    for type_, run in itertools.groupby(kernel.parameters, key=lambda parameter: parameter.type):
+        names = [_member(parameter.name) for parameter in run]
+        declaration = f"Passed<{type_}> {_fill(names, 6, 11 + len(type_))};"
+        if lines and "<Array>" not in lines[-1] and len(lines[-1]) + len(declaration) < 110:
+            lines[-1] += f" {declaration}"
+        else:
+            lines.append(declaration)
+    return lines
 
 
 def _arguments(kernel: Kernel, values: Mapping[str, str]) -> list[str]:

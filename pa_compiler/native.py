@@ -15,7 +15,7 @@ import tvm_ffi.libinfo
 
 from pa_compiler import commands
 
-_COMPILE_FLAGS = ("-std=c++17", "-O1", "-fPIC", "-pthread", "-fvisibility=hidden")
+_COMPILE_FLAGS = ("-std=c++17", "-Og", "-fPIC", "-pthread", "-fvisibility=hidden")
 
 _EMBEDDED = """\
     .section .rodata

@@ -26,7 +26,12 @@ _STRATEGIES = {
 
 
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
-    """The module with every PrimFunc scheduled. The one given may be changed: use it no more.
+    """The module with every PrimFunc scheduled, as in the schedule of `scheduled`."""
+    return scheduled(mod, tiling).mod
+
+
+def scheduled(mod: IRModule, tiling: Tiling) -> Schedule:
+    """The schedule of a module with every PrimFunc scheduled. The module given may be changed: use it no more.
 
     Raises:
         ValueError: an sblock that neither is a stage of the strategy, nor lies within one, nor is listed as scalar.
@@ -37,7 +42,7 @@ def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
         sch.work_on(variable.name_hint)
         for apply in _stages(sch, variable.name_hint, strategy):
             apply(sch, tiles)
-    return sch.mod
+    return sch
 
 
 def _strategy_of(function: str, tiling: Tiling) -> tuple[str, Tiling]:

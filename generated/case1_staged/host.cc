@@ -9,93 +9,66 @@
 //   staged pipeline; num_heads=16, num_kv_heads=1, head_dim=128, block_size=128, dtype=bfloat16, out_dtype=float32, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128
 
 #include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <new>
 
 #include "cpu/append.h"
-#include "cpu/converted.h"
+#include "cpu/chunk.h"
+#include "cpu/decode.h"
 #include "cpu/entry_points.h"
 #include "cpu/features.h"
-#include "cpu/floating_point.h"
-#include "cpu/interface.h"
 #include "cpu/kernel_call.h"
-#include "cpu/parallel.h"
-#include "cpu/partials.h"
-#include "cpu/plan.h"
-#include "cpu/scratch.h"
-#include "shared/append_checks.h"
-#include "shared/decode_checks.h"
 
 // The kernels, compiled by TVM from TensorIR.
-extern "C" {
-int __tvm_ffi_qk_matmul(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_softmax_prepare(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_pv_matmul(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_online_update(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_normalize(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_append_row(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-}
+extern "C" pa::KernelFunction __tvm_ffi_qk_matmul, __tvm_ffi_softmax_prepare, __tvm_ffi_pv_matmul,
+    __tvm_ffi_online_update, __tvm_ffi_normalize, __tvm_ffi_append_row;
 
 namespace pa {
 namespace {
 
 struct Spec {
-  static constexpr int64_t kNumHeads = 16, kNumKVHeads = 1;
-  static constexpr int64_t kGroup = 16;  // query heads that share a kv head
+  static constexpr int64_t kNumHeads = 16, kNumKVHeads = 1, kGroup = 16;  // query heads of a kv head
   static constexpr int64_t kHeadDim = 128, kValueDim = 128;  // elements of a key, and of a value
   static constexpr int64_t kBlockSize = 128;  // tokens
-  static constexpr bool kSharedKV = false;  // whether the values are the first elements of the keys
   static constexpr int64_t kWindow = 0;  // keys that a query sees; 0: all
   static constexpr bool kAlibi = false, kSinks = false;  // whether decode takes alibi_slopes, and sinks
   static constexpr DLDataType kDType = {kDLBfloat, 16, 1}, kOutDType = {kDLFloat, 32, 1};
   static constexpr bool kWideRange = true;  // whether products may come near the ends of float32
   static constexpr Extents kKeyCache = {-1, 128, 1, 128}, kValueCache = {-1, 128, 1, 128};
   static constexpr int kRowAxis = 1, kHeadAxis = 2;  // NHD
-  static constexpr bool kSlotsApart = true;  // whether each slot of a cache is a row
-  static constexpr int kWordElements = 1;  // of a cache, that kernels read as one
-  static constexpr int64_t kCacheAlignment = 0;  // bytes, beyond that of an element
+  static constexpr bool kSlotsApart = true, kSharedKV = false;  // a slot is a row; values are in the keys
+  static constexpr int64_t kWordElements = 1, kCacheAlignment = 0;  // of a cache: elements read as one; bytes, if more
   static constexpr DeviceKind kDevice = kCpu;
-  static constexpr bool kConvertsIndices = true;  // int32 or int64 as the kernels read them
   static constexpr int64_t kRowTile = 16;  // query heads of one tile
+  static constexpr int64_t kTileTokens = 128;  // block_size, padded to the kernels' token groups
   static constexpr int64_t kBatchChunk = 16;  // sequences
-  static constexpr int64_t kSplitBlocks = INT64_MAX;  // blocks of one range of a long sequence
-  static constexpr int64_t kItemTokens = INT64_MAX;  // tokens after which a work item takes no further sequence
+  static constexpr int64_t kSplitBlocks = INT64_MAX, kItemTokens = INT64_MAX;  // no sequence is cut, no work item is full
   static constexpr int64_t kThreadTokens = 61;  // KV tokens of work items that are worth one more thread
 };
 
 // The instruction sets that the kernels may use.
 constexpr InstructionSet kInstructionSets[] = {
-    {"avx", " avx "}, {"avx2", " avx2 "}, {"avx512bw", " avx512bw "}, {"avx512cd", " avx512cd "},
-    {"avx512dq", " avx512dq "}, {"avx512f", " avx512f "}, {"avx512vl", " avx512vl "}, {"bmi", " bmi1 "},
-    {"bmi2", " bmi2 "}, {"cmov", " cmov "}, {"f16c", " f16c "}, {"fma", " fma "}, {"lzcnt", " abm "},
-    {"movbe", " movbe "}, {"popcnt", " popcnt "}, {"sahf", " lahf_lm "}, {"sse", " sse "}, {"sse2", " sse2 "},
-    {"sse3", " pni "}, {"sse4.1", " sse4_1 "}, {"sse4.2", " sse4_2 "}, {"ssse3", " ssse3 "}, {nullptr, nullptr}};
+    "avx", "avx2", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl", {"bmi", "bmi1"}, "bmi2", "cmov",
+    "f16c", "fma", {"lzcnt", "abm"}, "movbe", "popcnt", {"sahf", "lahf_lm"}, "sse", "sse2", {"sse3", "pni"},
+    {"sse4.1", "sse4_1"}, {"sse4.2", "sse4_2"}, "ssse3", nullptr};
 
 // What each kernel takes, in its order; a call names all of it.
 struct QkMatmul {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_qk_matmul;
   Passed<Array> query, key_cache, block_table, context_lens, scores;
-  Passed<BlockStride<Keys>> k_block;
-  Passed<RowStride<Keys>> k_row;
-  Passed<HeadStride<Keys>> k_head;
-  Passed<int64_t> batch_start, num_seqs, kv_head, head_start, num_rows, block_idx;
-  Passed<float> query_scale;
+  Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
+  Passed<int64_t> batch_start, num_seqs, kv_head, head_start, num_rows, block_idx; Passed<float> query_scale;
 };
 
 struct SoftmaxPrepare {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_softmax_prepare;
   Passed<Array> context_lens, scores, probs, tile_max, tile_sum;
-  Passed<int64_t> batch_start, num_seqs, block_idx;
-  Passed<float> score_scale;
+  Passed<int64_t> batch_start, num_seqs, block_idx; Passed<float> score_scale;
 };
 
 struct PvMatmul {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_pv_matmul;
   Passed<Array> value_cache, block_table, context_lens, probs, tile_acc;
-  Passed<BlockStride<Values>> v_block;
-  Passed<RowStride<Values>> v_row;
-  Passed<HeadStride<Values>> v_head;
+  Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
   Passed<int64_t> batch_start, num_seqs, kv_head, block_idx;
 };
 
@@ -121,100 +94,58 @@ struct AppendRow {
 // and then its results. A sequence that has ended, or that sees none of a block, takes part with valid_len == 0; a chunk
 // of empty sequences takes one such step.
 void RunItem(const WorkItem& item, const DecodeArguments& args) {
-  constexpr int64_t kSeqs = Spec::kBatchChunk, kRows = Spec::kRowTile, kDim = Spec::kValueDim;
-  constexpr int64_t kTokens = 128;  // block_size, padded to the kernel's token groups
-  constexpr int64_t kTileFloats = Aligned(kSeqs * kRows * kTokens), kAccFloats = Aligned(kSeqs * kRows * kDim);
-  constexpr int64_t kRowFloats = Aligned(kSeqs * kRows);
-  const Borrowed<float> memory(kernel_scratch, 2 * kTileFloats + 2 * kAccFloats + 4 * kRowFloats);
-  float* data = memory.data();
-  auto take = [&](const Extents& extents) {
-    const Array array(data, extents);
-    data += Aligned(array.shape[0] * array.strides[0]);
-    return array;
-  };
-  const Array scores = take({kSeqs, kRows, kTokens}), probs = take({kSeqs, kRows, kTokens});
-  const Array tile_acc = take({kSeqs, kRows, kDim}), acc = take({kSeqs, kRows, kDim});
-  const Array tile_max = take({kSeqs, kRows}), row_max = take({kSeqs, kRows});
-  const Array tile_sum = take({kSeqs, kRows}), row_sum = take({kSeqs, kRows});
+  const Chunk<Spec> chunk;
   const int64_t num_steps = std::max<int64_t>(1, item.block_end - item.block_begin);
   for (int64_t head_start = 0; head_start < Spec::kNumHeads;) {
     const int64_t kv_head = head_start / Spec::kGroup;
-    const int64_t num_rows = std::min(kRows, (kv_head + 1) * Spec::kGroup - head_start);
+    const int64_t num_rows = std::min(Spec::kRowTile, (kv_head + 1) * Spec::kGroup - head_start);
     for (int64_t step = 0; step < num_steps; ++step) {
       const int64_t block_idx = item.block_begin + step;
       Call(QkMatmul{
           .query = args.query, .key_cache = args.key_cache.memory, .block_table = args.block_table,
-          .context_lens = args.context_lens, .scores = scores, .k_block = args.key_cache.block_stride,
+          .context_lens = args.context_lens, .scores = chunk.scores, .k_block = args.key_cache.block_stride,
           .k_row = args.key_cache.row_stride, .k_head = args.key_cache.head_stride, .batch_start = item.batch_start,
           .num_seqs = item.num_seqs, .kv_head = kv_head, .head_start = head_start, .num_rows = num_rows,
           .block_idx = block_idx, .query_scale = args.scale.query});
       Call(SoftmaxPrepare{
-          .context_lens = args.context_lens, .scores = scores, .probs = probs, .tile_max = tile_max,
-          .tile_sum = tile_sum, .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_idx = block_idx,
-          .score_scale = args.scale.scores});
+          .context_lens = args.context_lens, .scores = chunk.scores, .probs = chunk.probs, .tile_max = chunk.tile_max,
+          .tile_sum = chunk.tile_sum, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
+          .block_idx = block_idx, .score_scale = args.scale.scores});
       Call(PvMatmul{
           .value_cache = args.value_cache.memory, .block_table = args.block_table, .context_lens = args.context_lens,
-          .probs = probs, .tile_acc = tile_acc, .v_block = args.value_cache.block_stride,
+          .probs = chunk.probs, .tile_acc = chunk.tile_acc, .v_block = args.value_cache.block_stride,
           .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
           .batch_start = item.batch_start, .num_seqs = item.num_seqs, .kv_head = kv_head, .block_idx = block_idx});
       Call(OnlineUpdate{
-          .tile_max = tile_max, .tile_sum = tile_sum, .tile_acc = tile_acc, .row_max = row_max, .row_sum = row_sum,
-          .acc = acc, .num_seqs = item.num_seqs, .block_idx = step, .num_steps = num_steps});
+          .tile_max = chunk.tile_max, .tile_sum = chunk.tile_sum, .tile_acc = chunk.tile_acc,
+          .row_max = chunk.row_max, .row_sum = chunk.row_sum, .acc = chunk.acc, .num_seqs = item.num_seqs,
+          .block_idx = step, .num_steps = num_steps});
     }
     Call(Normalize{
-        .context_lens = args.context_lens, .row_max = row_max, .row_sum = row_sum, .acc = acc, .out = args.out,
-        .lse = args.lse, .batch_start = item.batch_start, .num_seqs = item.num_seqs, .head_start = head_start,
-        .num_rows = num_rows});
+        .context_lens = args.context_lens, .row_max = chunk.row_max, .row_sum = chunk.row_sum, .acc = chunk.acc,
+        .out = args.out, .lse = args.lse, .batch_start = item.batch_start, .num_seqs = item.num_seqs,
+        .head_start = head_start, .num_rows = num_rows});
     head_start += num_rows;
   }
 }
 
-// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked
-// before anything is written.
+// decode: attention of one query token per sequence.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  const DefaultFloatingPoint state;
-  Threads threads = CheckThreads<DecodeParameters>(in);
-  DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
-  const Converted<int32_t> block_table(args.block_table), context_lens(args.context_lens);
-  CheckIndices<Spec>(args.block_table, args.context_lens, args.num_blocks, context_lens.to(), block_table.to());
-  args.block_table = block_table.array, args.context_lens = context_lens.array;
-  const Plan<Spec> plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
-  const bool has_lse = args.has_lse();
-  const Borrowed<float> unused_lse(call_workspace, has_lse ? 0 : args.batch * Spec::kNumHeads);
-  if (!has_lse) args.lse = Array(unused_lse.data(), {args.batch, Spec::kNumHeads});
-  threads.limit = std::min(threads.limit, plan.num_tokens / Spec::kThreadTokens + 1);
-  ParallelFor(plan.num_items, threads, [&](int64_t i) { RunItem(plan.item(i), args); });
+  const DecodeCall<Spec> decode(in);
+  ParallelFor(decode.plan.num_items, decode.threads, [&](int64_t i) { RunItem(decode.plan.item(i), decode.args); });
 }
 
-// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is
-// written. The work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with
-// the same slot the later stays, at any number of threads.
+// append_kv: write the keys and values of new tokens into their slots.
 void AppendKV(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  Threads threads = CheckThreads<AppendKvParameters>(in);
-  const AppendArguments args = CheckAppend<Spec, AppendKvParameters>(in);
-  const Converted<int64_t> slots(args.slot_mapping);
-  CheckSlots(args.slot_mapping, args.num_slots, slots.to());
-  CheckSharedSlots(slots.array, args.sharing);
-  const Array key = AsBits(args.key), key_cache = AsBits(args.key_cache);
-  const Array value = AsBits(args.value), value_cache = AsBits(args.value_cache);
-  const int64_t num_tokens = key.shape[0];
-  if (num_tokens == 0) return;
-  const bool few = AreFew<Spec>(num_tokens);
-  const int64_t heads = few ? Spec::kNumKVHeads : 1, num_calls = Spec::kNumKVHeads / heads;
-  if (few) threads.limit = 1;
-  ParallelFor(2 * num_calls, threads, [&](int64_t i) {
-    const int64_t head_begin = i / 2 * heads;
-    if (i % 2 == 0) {
-      Call(AppendRow{
-          .new_ = key, .cache = key_cache, .slot_mapping = slots.array, .head_begin = head_begin, .num_heads = heads});
-    } else {
-      Call(AppendRow{
-          .new_ = value, .cache = value_cache, .slot_mapping = slots.array, .head_begin = head_begin,
-          .num_heads = heads});
-    }
-  });
+  const AppendCall<Spec> append(in);
+  auto write = [&](const Array& given, const Array& cache, int64_t head_begin, int64_t num_heads) {
+    Call(AppendRow{
+        .new_ = given, .cache = cache, .slot_mapping = append.slot_mapping, .head_begin = head_begin,
+        .num_heads = num_heads});
+  };
+  append.ForHeads(write, write);
 }
 
 }  // namespace

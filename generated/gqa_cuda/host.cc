@@ -24,22 +24,18 @@ namespace pa {
 namespace {
 
 struct Spec {
-  static constexpr int64_t kNumHeads = 32, kNumKVHeads = 8;
-  static constexpr int64_t kGroup = 4;  // query heads that share a kv head
+  static constexpr int64_t kNumHeads = 32, kNumKVHeads = 8, kGroup = 4;  // query heads of a kv head
   static constexpr int64_t kHeadDim = 128, kValueDim = 128;  // elements of a key, and of a value
   static constexpr int64_t kBlockSize = 16;  // tokens
-  static constexpr bool kSharedKV = false;  // whether the values are the first elements of the keys
   static constexpr int64_t kWindow = 0;  // keys that a query sees; 0: all
   static constexpr bool kAlibi = false, kSinks = false;  // whether decode takes alibi_slopes, and sinks
   static constexpr DLDataType kDType = {kDLBfloat, 16, 1}, kOutDType = {kDLBfloat, 16, 1};
   static constexpr bool kWideRange = true;  // whether products may come near the ends of float32
   static constexpr Extents kKeyCache = {-1, 16, 8, 128}, kValueCache = {-1, 16, 8, 128};
   static constexpr int kRowAxis = 1, kHeadAxis = 2;  // NHD
-  static constexpr bool kSlotsApart = true;  // whether each slot of a cache is a row
-  static constexpr int kWordElements = 1;  // of a cache, that kernels read as one
-  static constexpr int64_t kCacheAlignment = 16;  // bytes, beyond that of an element
+  static constexpr bool kSlotsApart = true, kSharedKV = false;  // a slot is a row; values are in the keys
+  static constexpr int64_t kWordElements = 1, kCacheAlignment = 16;  // of a cache: elements read as one; bytes, if more
   static constexpr DeviceKind kDevice = kCuda;
-  static constexpr bool kConvertsIndices = false;  // int32 or int64 as the kernels read them
   static constexpr int64_t kMaxBatch = 33554432;  // keeps the kernels' numbers of blocks within int32
   static constexpr int kArch = 90;  // compute capability, times ten, of the machine code
   static constexpr char kArchName[] = "sm_90";

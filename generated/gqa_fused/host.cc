@@ -8,53 +8,34 @@
 // append_kv, which fills the cache.
 //   fused pipeline; num_heads=32, num_kv_heads=8, head_dim=128, block_size=16, dtype=bfloat16, out_dtype=bfloat16, kv_layout=NHD, head_tile=16, batch_chunk=16, value_dim=128
 
-#include <algorithm>
-#include <atomic>
 #include <cstdint>
-#include <new>
 
 #include "cpu/append.h"
-#include "cpu/converted.h"
+#include "cpu/decode.h"
 #include "cpu/entry_points.h"
 #include "cpu/features.h"
-#include "cpu/floating_point.h"
-#include "cpu/interface.h"
 #include "cpu/kernel_call.h"
-#include "cpu/parallel.h"
 #include "cpu/partials.h"
-#include "cpu/plan.h"
-#include "cpu/scratch.h"
-#include "shared/append_checks.h"
-#include "shared/decode_checks.h"
 
 // The kernels, compiled by TVM from TensorIR.
-extern "C" {
-int __tvm_ffi_fused_decode(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_merge_partials(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-int __tvm_ffi_append_row(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
-}
+extern "C" pa::KernelFunction __tvm_ffi_fused_decode, __tvm_ffi_merge_partials, __tvm_ffi_append_row;
 
 namespace pa {
 namespace {
 
 struct Spec {
-  static constexpr int64_t kNumHeads = 32, kNumKVHeads = 8;
-  static constexpr int64_t kGroup = 4;  // query heads that share a kv head
+  static constexpr int64_t kNumHeads = 32, kNumKVHeads = 8, kGroup = 4;  // query heads of a kv head
   static constexpr int64_t kHeadDim = 128, kValueDim = 128;  // elements of a key, and of a value
   static constexpr int64_t kBlockSize = 16;  // tokens
-  static constexpr bool kSharedKV = false;  // whether the values are the first elements of the keys
   static constexpr int64_t kWindow = 0;  // keys that a query sees; 0: all
   static constexpr bool kAlibi = false, kSinks = false;  // whether decode takes alibi_slopes, and sinks
   static constexpr DLDataType kDType = {kDLBfloat, 16, 1}, kOutDType = {kDLBfloat, 16, 1};
   static constexpr bool kWideRange = true;  // whether products may come near the ends of float32
   static constexpr Extents kKeyCache = {-1, 16, 8, 128}, kValueCache = {-1, 16, 8, 128};
   static constexpr int kRowAxis = 1, kHeadAxis = 2;  // NHD
-  static constexpr bool kSlotsApart = true;  // whether each slot of a cache is a row
-  static constexpr int kWordElements = 2;  // of a cache, that kernels read as one
-  static constexpr int64_t kCacheAlignment = 0;  // bytes, beyond that of an element
+  static constexpr bool kSlotsApart = true, kSharedKV = false;  // a slot is a row; values are in the keys
+  static constexpr int64_t kWordElements = 2, kCacheAlignment = 0;  // of a cache: elements read as one; bytes, if more
   static constexpr DeviceKind kDevice = kCpu;
-  static constexpr bool kConvertsIndices = true;  // int32 or int64 as the kernels read them
-  static constexpr int64_t kRowTile = 4;  // query heads of one tile
   static constexpr int64_t kBatchChunk = 16;  // sequences
   static constexpr int64_t kSplitBlocks = 16;  // blocks of one range of a long sequence
   static constexpr int64_t kItemTokens = 120;  // tokens after which a work item takes no further sequence
@@ -63,23 +44,17 @@ struct Spec {
 
 // The instruction sets that the kernels may use.
 constexpr InstructionSet kInstructionSets[] = {
-    {"avx", " avx "}, {"avx2", " avx2 "}, {"avx512bw", " avx512bw "}, {"avx512cd", " avx512cd "},
-    {"avx512dq", " avx512dq "}, {"avx512f", " avx512f "}, {"avx512vl", " avx512vl "}, {"bmi", " bmi1 "},
-    {"bmi2", " bmi2 "}, {"cmov", " cmov "}, {"f16c", " f16c "}, {"fma", " fma "}, {"lzcnt", " abm "},
-    {"movbe", " movbe "}, {"popcnt", " popcnt "}, {"sahf", " lahf_lm "}, {"sse", " sse "}, {"sse2", " sse2 "},
-    {"sse3", " pni "}, {"sse4.1", " sse4_1 "}, {"sse4.2", " sse4_2 "}, {"ssse3", " ssse3 "}, {nullptr, nullptr}};
+    "avx", "avx2", "avx512bw", "avx512cd", "avx512dq", "avx512f", "avx512vl", {"bmi", "bmi1"}, "bmi2", "cmov",
+    "f16c", "fma", {"lzcnt", "abm"}, "movbe", "popcnt", {"sahf", "lahf_lm"}, "sse", "sse2", {"sse3", "pni"},
+    {"sse4.1", "sse4_1"}, {"sse4.2", "sse4_2"}, "ssse3", nullptr};
 
 // What each kernel takes, in its order; a call names all of it.
 struct FusedDecode {
   static constexpr TVMFFISafeCallType kFunction = __tvm_ffi_fused_decode;
   Passed<Array> query, key_cache, value_cache, block_table, context_lens, partial_max, partial_sum, partial_acc,
       out, lse;
-  Passed<BlockStride<Keys>> k_block;
-  Passed<RowStride<Keys>> k_row;
-  Passed<HeadStride<Keys>> k_head;
-  Passed<BlockStride<Values>> v_block;
-  Passed<RowStride<Values>> v_row;
-  Passed<HeadStride<Values>> v_head;
+  Passed<BlockStride<Keys>> k_block; Passed<RowStride<Keys>> k_row; Passed<HeadStride<Keys>> k_head;
+  Passed<BlockStride<Values>> v_block; Passed<RowStride<Values>> v_row; Passed<HeadStride<Values>> v_head;
   Passed<int64_t> batch_start, num_seqs, block_begin, block_end, partial_start;
   Passed<float> query_scale, score_scale;
 };
@@ -96,44 +71,28 @@ struct AppendRow {
   Passed<int64_t> head_begin, num_heads;
 };
 
-// One kernel takes the item through all four stages, tile by tile.
-void RunItem(const WorkItem& item, const DecodeArguments& args, const Partials<Spec>& partials) {
-  Call(FusedDecode{
-      .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
-      .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
-      .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
-      .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
-      .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
-      .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
-      .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
-      .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
-      .score_scale = args.scale.scores});
-}
-
-// decode: attention of one query token per sequence. Indices are int32 or int64, each by itself. Everything is checked
-// before anything is written.
+// decode: attention of one query token per sequence. One kernel takes a work item through all four stages, tile by
+// tile.
 void Decode(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  const DefaultFloatingPoint state;
-  Threads threads = CheckThreads<DecodeParameters>(in);
-  DecodeArguments args = CheckDecode<Spec, DecodeParameters>(in);
-  const Converted<int32_t> block_table(args.block_table), context_lens(args.context_lens);
-  CheckIndices<Spec>(args.block_table, args.context_lens, args.num_blocks, context_lens.to(), block_table.to());
-  args.block_table = block_table.array, args.context_lens = context_lens.array;
-  const Plan<Spec> plan(static_cast<const int32_t*>(args.context_lens.tensor.data), args.batch);
-  const bool has_lse = args.has_lse();
-  const Borrowed<float> unused_lse(call_workspace, has_lse ? 0 : args.batch * Spec::kNumHeads);
-  if (!has_lse) args.lse = Array(unused_lse.data(), {args.batch, Spec::kNumHeads});
-  threads.limit = std::min(threads.limit, plan.num_tokens / Spec::kThreadTokens + 1);
-  const Partials<Spec> partials(plan.num_partials);
-  const Borrowed<std::atomic<int32_t>> missing(call_workspace, args.batch);  // partial results not yet computed
-  for (int64_t seq = 0; seq < args.batch; ++seq) new (&missing.data()[seq]) std::atomic<int32_t>(plan.partials_of(seq));
-  ParallelFor(plan.num_items, threads, [&](int64_t i) {
+  const DecodeCall<Spec> decode(in);
+  const DecodeArguments& args = decode.args;
+  const Plan<Spec>& plan = decode.plan;
+  const Partials<Spec> partials(plan, args.batch);
+  ParallelFor(plan.num_items, decode.threads, [&](int64_t i) {
     const WorkItem& item = plan.item(i);
-    RunItem(item, args, partials);
-    // Whoever computes the last of a sequence's partial results merges all of them, in their order.
+    Call(FusedDecode{
+        .query = args.query, .key_cache = args.key_cache.memory, .value_cache = args.value_cache.memory,
+        .block_table = args.block_table, .context_lens = args.context_lens, .partial_max = partials.max,
+        .partial_sum = partials.sum, .partial_acc = partials.acc, .out = args.out, .lse = args.lse,
+        .k_block = args.key_cache.block_stride, .k_row = args.key_cache.row_stride,
+        .k_head = args.key_cache.head_stride, .v_block = args.value_cache.block_stride,
+        .v_row = args.value_cache.row_stride, .v_head = args.value_cache.head_stride,
+        .batch_start = item.batch_start, .num_seqs = item.num_seqs, .block_begin = item.block_begin,
+        .block_end = item.block_end, .partial_start = item.partial_start, .query_scale = args.scale.query,
+        .score_scale = args.scale.scores});
+    if (!partials.Complete(item)) return;
     const int64_t seq = item.batch_start;
-    if (item.partial_start < 0 || --missing.data()[seq] > 0) return;
     Call(MergePartials{
         .context_lens = args.context_lens, .partial_max = partials.max, .partial_sum = partials.sum,
         .partial_acc = partials.acc, .out = args.out, .lse = args.lse, .seq = seq,
@@ -141,34 +100,16 @@ void Decode(const Inputs& in, TVMFFIAny*) {
   });
 }
 
-// append_kv: write the keys and values of new tokens into their slots. Everything is checked before anything is
-// written. The work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with
-// the same slot the later stays, at any number of threads.
+// append_kv: write the keys and values of new tokens into their slots.
 void AppendKV(const Inputs& in, TVMFFIAny*) {
   CheckCpuFeatures(kInstructionSets);
-  Threads threads = CheckThreads<AppendKvParameters>(in);
-  const AppendArguments args = CheckAppend<Spec, AppendKvParameters>(in);
-  const Converted<int64_t> slots(args.slot_mapping);
-  CheckSlots(args.slot_mapping, args.num_slots, slots.to());
-  CheckSharedSlots(slots.array, args.sharing);
-  const Array key = AsBits(args.key), key_cache = AsBits(args.key_cache);
-  const Array value = AsBits(args.value), value_cache = AsBits(args.value_cache);
-  const int64_t num_tokens = key.shape[0];
-  if (num_tokens == 0) return;
-  const bool few = AreFew<Spec>(num_tokens);
-  const int64_t heads = few ? Spec::kNumKVHeads : 1, num_calls = Spec::kNumKVHeads / heads;
-  if (few) threads.limit = 1;
-  ParallelFor(2 * num_calls, threads, [&](int64_t i) {
-    const int64_t head_begin = i / 2 * heads;
-    if (i % 2 == 0) {
-      Call(AppendRow{
-          .new_ = key, .cache = key_cache, .slot_mapping = slots.array, .head_begin = head_begin, .num_heads = heads});
-    } else {
-      Call(AppendRow{
-          .new_ = value, .cache = value_cache, .slot_mapping = slots.array, .head_begin = head_begin,
-          .num_heads = heads});
-    }
-  });
+  const AppendCall<Spec> append(in);
+  auto write = [&](const Array& given, const Array& cache, int64_t head_begin, int64_t num_heads) {
+    Call(AppendRow{
+        .new_ = given, .cache = cache, .slot_mapping = append.slot_mapping, .head_begin = head_begin,
+        .num_heads = num_heads});
+  };
+  append.ForHeads(write, write);
 }
 
 }  // namespace

@@ -51,13 +51,14 @@ def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str) -> IRM
 def lower(unscheduled: IRModule, spec: PagedAttentionSpec, tiles: Tiling) -> Lowered:
     """kernels -> schedules -> prefetches."""
     from pa_compiler import tvmscript
-    from pa_compiler.schedules import schedule
+    from pa_compiler.schedules import scheduled
 
     tensorir = tvmscript.text(unscheduled)  # now: what follows may change the PrimFuncs that it is given
     interrupts.check()
-    scheduled = prefetch.insert(schedule(unscheduled, tiles), spec, tiles)
+    schedule = scheduled(unscheduled, tiles)
+    prefetch.insert(schedule, spec, tiles)
     interrupts.check()
-    return Lowered(tensorir, tvmscript.text(scheduled), scheduled)
+    return Lowered(tensorir, tvmscript.text(schedule.mod), schedule.mod)
 
 
 def host_text(

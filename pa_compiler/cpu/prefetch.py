@@ -15,7 +15,6 @@ from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling, divisors
 
 if TYPE_CHECKING:
-    from tvm import IRModule
     from tvm.ir import Expr
     from tvm.s_tir import Schedule
     from tvm.s_tir.schedule import LoopRV, SBlockRV
@@ -25,19 +24,13 @@ if TYPE_CHECKING:
     from pa_compiler.kernels.caches import Cache, CacheAccess
 
 
-def insert(mod: IRModule, spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
-    """The scheduled module with prefetch instructions, and without what its kernels and schedules have said for them.
-
-    The module given may be changed: use it no more.
-    """
+def insert(sch: Schedule, spec: PagedAttentionSpec, tiling: Tiling) -> None:
+    """Put prefetch instructions into scheduled kernels, and take out what these and schedules have said for them."""
     if not tiling.prefetches:
-        return mod
-    from tvm.s_tir import Schedule
-
+        return
     from pa_compiler.kernels import ahead
     from pa_compiler.kernels.caches import key_access, value_access
 
-    sch = Schedule(mod)
     sch.work_on("fused_decode")
     accesses = {ahead.KEYS: key_access(spec, tiling), ahead.VALUES: value_access(spec, tiling)}
     said = [sblock for sblock in sblocks(sch) if sch.get(sblock).name_hint in accesses]
@@ -46,7 +39,6 @@ def insert(mod: IRModule, spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
         announced = ahead.announced(sch.get(sblock).body)
         _remove(sch, sblock)
         _fetch(sch, name, announced, accesses[name], tiling.token_group)
-    return sch.mod
 
 
 def fetching_passes(passes: int, group: int, lines: int) -> int:

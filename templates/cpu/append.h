@@ -1,12 +1,16 @@
-// What append_kv does beside its kernels.
+// A call of append_kv as the kernels take it. For Spec see caches.h.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 
+#include "cpu/converted.h"
+#include "cpu/interface.h"
+#include "cpu/parallel.h"
 #include "cpu/scratch.h"
 #include "shared/append_checks.h"
 #include "shared/arrays.h"
+#include "shared/indices.h"
 
 namespace pa {
 
@@ -34,5 +38,55 @@ bool AreFew(int64_t num_tokens) {
   const int64_t elements = Spec::kNumKVHeads * (Spec::kHeadDim + (Spec::kSharedKV ? 0 : Spec::kValueDim));
   return num_tokens * elements * (Spec::kDType.bits / 8) < kFewBytes;
 }
+
+// The arguments, all of which are checked before anything is written, and the threads that they are worth. Arrays are
+// declared as bits. Each array of indices is int32 or int64 by itself; here it is as kernels read it.
+template <typename Spec>
+class AppendCall {
+ public:
+  explicit AppendCall(const Inputs& in)
+      : threads_(CheckThreads<AppendKvParameters>(in)),
+        args_(CheckAppend<Spec, AppendKvParameters>(in)),
+        slots_(args_.slot_mapping),
+        key(AsBits(args_.key)),
+        value(AsBits(args_.value)),
+        key_cache(AsBits(args_.key_cache)),
+        value_cache(AsBits(args_.value_cache)),
+        slot_mapping(slots_.array) {
+    CheckSlots(args_.slot_mapping, args_.num_slots, slots_.to());
+    CheckSharedSlots(slot_mapping, args_.sharing);
+  }
+
+  // Run write_key(key, key_cache, head_begin, num_heads) for all kv heads, and write_value, where one is given, for the
+  // values. The work is divided by heads and never by tokens, and a kernel takes the tokens in their order: of two with
+  // the same slot the later stays, at any number of threads.
+  template <typename WriteKey, typename... WriteValue>
+  void ForHeads(const WriteKey& write_key, const WriteValue&... write_value) const {
+    const int64_t num_tokens = key.shape[0];
+    if (num_tokens == 0) return;
+    const bool few = AreFew<Spec>(num_tokens);
+    const int64_t num_heads = few ? Spec::kNumKVHeads : 1;
+    Threads threads = threads_;
+    if (few) threads.limit = 1;
+    constexpr int64_t kCaches = 1 + sizeof...(write_value);
+    ParallelFor(kCaches * (Spec::kNumKVHeads / num_heads), threads, [&](int64_t i) {
+      const int64_t head_begin = i / kCaches * num_heads;
+      if (i % kCaches == 0) {
+        write_key(key, key_cache, head_begin, num_heads);
+      } else {
+        (write_value(value, value_cache, head_begin, num_heads), ...);
+      }
+    });
+  }
+
+ private:
+  const Threads threads_;
+  const AppendArguments args_;
+  const Converted<int64_t> slots_;
+
+ public:
+  const Array key, value, key_cache, value_cache;
+  const Array& slot_mapping;
+};
 
 }  // namespace pa

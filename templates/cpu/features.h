@@ -29,16 +29,23 @@ class CpuFlags {
   ~CpuFlags() { std::free(line_); }
 
   bool is_known() const { return is_known_; }
-  bool Has(const char* flag) const { return std::strstr(line_, flag) != nullptr; }
+  bool Has(const char* flag) const {
+    char word[32];
+    std::snprintf(word, sizeof word, " %s ", flag);
+    return std::strstr(line_, word) != nullptr;
+  }
 
  private:
   char* line_ = nullptr;
   bool is_known_ = false;
 };
 
-// An instruction set that kernels may use: LLVM's name, and Linux's between spaces.
+// An instruction set that kernels may use: LLVM's name, and Linux's where that is another.
 struct InstructionSet {
   const char *name, *flag;
+
+  constexpr InstructionSet(const char* name) : name(name), flag(name) {}
+  constexpr InstructionSet(const char* name, const char* flag) : name(name), flag(flag) {}
 };
 
 // Those of a list, which ends with nullptr, that this CPU does not have, with a space before each.

@@ -18,7 +18,9 @@ constexpr DLDataType kInt32 = {kDLInt, 32, 1};
 constexpr DLDataType kInt64 = {kDLInt, 64, 1};
 constexpr DLDataType kFloat32 = {kDLFloat, 32, 1};
 constexpr DLDataType kBfloat16 = {kDLBfloat, 16, 1};
+constexpr DLDataType kUint8 = {kDLUInt, 8, 1};
 constexpr DLDataType kUint16 = {kDLUInt, 16, 1};
+constexpr DLDataType kBool = {kDLBool, 8, 1};
 
 // The kind of device whose memory arrays have to be in.
 struct DeviceKind {
@@ -53,11 +55,12 @@ struct Array {
     int64_t stride = 1;
     for (int i = tensor.ndim - 1; i >= 0; stride *= shape[i--]) strides[i] = stride;
   }
-  Array(const Array& other) { *this = other; }
-  Array& operator=(const Array& other) {
+  // Out of line, for calls copy arrays in many places.
+  [[gnu::noinline]] Array(const Array& other) { *this = other; }
+  [[gnu::noinline]] Array& operator=(const Array& other) {
     tensor = other.tensor;
-    std::copy(other.shape, other.shape + 4, shape);
-    std::copy(other.strides, other.strides + 4, strides);
+    __builtin_memcpy(shape, other.shape, sizeof shape);
+    __builtin_memcpy(strides, other.strides, sizeof strides);
     tensor.shape = shape;
     tensor.strides = strides;
     return *this;

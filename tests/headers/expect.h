@@ -81,11 +81,13 @@ struct SpecOf {
   static constexpr int64_t kNumHeads = 4, kNumKVHeads = 2, kHeadDim = 6, kValueDim = value_dim, kBlockSize = 4;
   static constexpr int64_t kWindow = window;
   static constexpr bool kAlibi = alibi, kSinks = sinks;
-  static constexpr bool kSharedKV = shared_kv, kWideRange = true, kSlotsApart = true, kConvertsIndices = true;
+  static constexpr bool kSharedKV = shared_kv, kWideRange = true, kSlotsApart = true;
   static constexpr DLDataType kDType = pa::kFloat32, kOutDType = pa::kFloat32;
   static constexpr pa::Extents kKeyCache = {-1, 4, 2, 6}, kValueCache = {-1, 4, 2, value_dim};
   static constexpr int kRowAxis = 1, kHeadAxis = 2, kWordElements = 1;
   static constexpr int64_t kCacheAlignment = 0, kBatchChunk = 4, kSplitBlocks = 3, kItemTokens = 10;
+  static constexpr int64_t kGroup = 2, kRangeBlocks = 3, kAttendRows = 4, kAttendTiles = 4;
+  static constexpr int64_t kThreadTokens = 7, kRowTile = 2, kTileTokens = 8;
   static constexpr pa::DeviceKind kDevice = pa::kCpu;
 };
 

@@ -53,6 +53,9 @@ struct Passed {
   Passed(const Other&) = delete;
 };
 
+// A kernel as TVM compiles it.
+using KernelFunction = int(void*, const TVMFFIAny*, int32_t, TVMFFIAny*);
+
 // Call a kernel with its arguments: a struct of them, each Passed, in the kernel's order.
 template <typename Kernel>
 void Call(const Kernel& arguments) {

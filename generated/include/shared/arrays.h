@@ -57,11 +57,12 @@ struct Array {
     int64_t stride = 1;
     for (int i = tensor.ndim - 1; i >= 0; stride *= shape[i--]) strides[i] = stride;
   }
-  Array(const Array& other) { *this = other; }
-  Array& operator=(const Array& other) {
+  // Out of line, for calls copy arrays in many places.
+  [[gnu::noinline]] Array(const Array& other) { *this = other; }
+  [[gnu::noinline]] Array& operator=(const Array& other) {
     tensor = other.tensor;
-    std::copy(other.shape, other.shape + 4, shape);
-    std::copy(other.strides, other.strides + 4, strides);
+    __builtin_memcpy(shape, other.shape, sizeof shape);
+    __builtin_memcpy(strides, other.strides, sizeof strides);
     tensor.shape = shape;
     tensor.strides = strides;
     return *this;

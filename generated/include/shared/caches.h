@@ -4,7 +4,7 @@
 
 // Key and value caches as kernels see them, and the checks of arguments that calls have in common.
 //
-// A Spec has what a library was compiled for: kDevice, kConvertsIndices, kNumHeads, kNumKVHeads, kHeadDim, kValueDim,
+// A Spec has what a library was compiled for: kDevice, kNumHeads, kNumKVHeads, kHeadDim, kValueDim,
 // kBlockSize, kDType, kOutDType, kWideRange, kSharedKV, kWindow, kAlibi, kSinks, kSlotsApart, kKeyCache, kValueCache,
 // kRowAxis, kHeadAxis, kWordElements, kCacheAlignment.
 #pragma once
@@ -101,22 +101,22 @@ struct ArgumentCheck {
     return OfView(of, in.Tensor(of), dtype, shape, any);
   }
   // The same of a view of the argument.
-  Array OfView(const Parameter& of, const DLTensor& given, DLDataType dtype, const Extents& shape,
-               const char* any = nullptr) const {
+  [[gnu::noinline]] Array OfView(const Parameter& of, const DLTensor& given, DLDataType dtype, const Extents& shape,
+                                 const char* any = nullptr) const {
     const bool is_bfloat16 = as_uint16 >> of.position & 1 && Same(given.dtype, kUint16);
     return CheckArray(of.name, given, is_bfloat16 ? kBfloat16 : given.dtype, dtype, shape, Spec::kDevice, any);
   }
-  // An array of indices, int32 or int64 where those that kernels do not read are converted, otherwise of dtype.
+  // An array of indices, int32 or int64 on a CPU, where those that kernels do not read are converted, else of dtype.
   Array Indices(const Parameter& of, DLDataType dtype, const Extents& shape, const char* any = nullptr) const {
     const DLDataType given = in.Tensor(of).dtype;
-    if (!Spec::kConvertsIndices) return (*this)(of, dtype, shape, any);
+    if (Spec::kDevice.type != kDLCPU) return (*this)(of, dtype, shape, any);
     if (!Same(given, kInt32) && !Same(given, kInt64)) {
       Raise("TypeError", "%s: expected dtype int32 or int64, got %s", of.name, DTypeText(given).c_str());
     }
     return (*this)(of, given, shape, any);
   }
   // An argument that a library does not take, since its spec has something, or has it not.
-  void None(const Parameter& of, const char* has) const {
+  [[gnu::noinline]] void None(const Parameter& of, const char* has) const {
     if (in.IsNone(of)) return;
     const DLTensor& given = in.Tensor(of);
     Raise("TypeError", "%s: expected None, since the spec has %s, got an array of shape %s", of.name, has,

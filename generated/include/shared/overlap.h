@@ -50,14 +50,14 @@ class Sums {
   }
   // Whether one of the sums lies in [first, last]. Where strides are nested, as those of views into one buffer are,
   // this takes a few steps. In general it is a hard problem: after some hundred steps the answer is yes.
-  bool Meet(int64_t first, int64_t last) const {
+  [[gnu::cold]] bool Meet(int64_t first, int64_t last) const {
     int steps = 1000;
     return Meet(0, first, last, &steps);
   }
 
  private:
   // The same for the axes from `at` on, which are in the order of their strides, the largest first.
-  bool Meet(int at, int64_t first, int64_t last, int* steps) const {
+  [[gnu::cold]] bool Meet(int at, int64_t first, int64_t last, int* steps) const {
     if (first <= 0 && 0 <= last) return true;
     if (at == count_ || last < 0) return false;
     int64_t rest = 0;  // what the axes after this one reach
@@ -94,7 +94,8 @@ inline bool Overlap(const Array& a, const Array& b) {
   return sums.Meet(apart - row_bytes[0] + 1, apart + row_bytes[1] - 1);
 }
 
-inline void CheckNoOverlap(const char* name, const Array& written, const char* other_name, const Array& other) {
+[[gnu::noinline]] inline void CheckNoOverlap(const char* name, const Array& written, const char* other_name,
+                                             const Array& other) {
   if (!Overlap(written, other)) return;
   const Span span(written), theirs(other);
   Raise("ValueError",
