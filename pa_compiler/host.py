@@ -13,7 +13,6 @@ from pa_compiler.bounds import affine, bounds
 from pa_compiler.cpu.target import CpuTarget, instruction_sets
 from pa_compiler.interface import (
     ATTEND_ROWS,
-    ATTEND_TILES,
     CHECKS,
     CPU_ENTRY_POINTS,
     CUDA_ENTRY_POINTS,
@@ -23,7 +22,8 @@ from pa_compiler.interface import (
     AttendItem,
     Parameter,
     WorkItem,
-    attend_range,
+    attend_range_blocks,
+    attend_tiles,
     with_inputs,
 )
 from pa_compiler.runtime.cpu_features import INSTRUCTION_SETS
@@ -121,9 +121,9 @@ def render(
         kernels={kernel.name: kernel for kernel in kernels},
         split_blocks=tiling.split_blocks if fused else "INT64_MAX",
         item_tokens=4 * thread_tokens if fused else "INT64_MAX",
-        range_blocks=attend_range(spec.block_size, tiling.kv_tile) // spec.block_size,
+        range_blocks=attend_range_blocks(spec),
         attend_rows=ATTEND_ROWS,
-        attend_tiles=ATTEND_TILES,
+        attend_tiles=attend_tiles(spec),
         word_elements=tiling.keys.word,
         thread_tokens=thread_tokens,
         instruction_sets=[_instruction_set(name) for name in instruction_sets(target)],

@@ -19,16 +19,6 @@ constant, so that a sequence is cut at the same places in every batch and at eve
 MIN_SPLIT_TOKENS = 256
 """Below this a range would not be worth the merge of its result."""
 
-ATTEND_ROWS = 16
-"""Rows of a row tile where a sequence has several query tokens: query tokens with one head each, of one kv head."""
-
-ATTEND_TILES = 16
-"""Row tiles that one work item has at most, of all of its kv heads. A query token whose heads of one kv head are more is
-an item by itself."""
-
-ATTEND_RANGE_TOKENS = 4096
-"""Tokens after which the keys of several query tokens are cut, about: attend_range() says where."""
-
 
 class WorkItem(NamedTuple):
     """What a thread computes at a time: all heads of sequences of a chunk, in the blocks [block_begin, block_end).
@@ -83,14 +73,28 @@ def split_blocks(spec: PagedAttentionSpec) -> int:
     return -(-max(MIN_SPLIT_TOKENS, SPLIT_TOKENS // spec.num_kv_heads) // spec.block_size)
 
 
-def attend_range(block_size: int, kv_tile: int) -> int:
-    """Tokens of one range of keys where a sequence has several query tokens: whole blocks, and whole tiles of tokens.
+ATTEND_ROWS = 16
+"""Rows, pairs of a query token and a query head, of one tile of attend."""
 
-    Ranges begin at the multiples of it in every sequence. A result is a merge of one state for each range, whatever
-    work items computed them.
-    """
-    step = math.lcm(block_size, kv_tile)
-    return max(ATTEND_RANGE_TOKENS // step, 1) * step
+ATTEND_TILES = 16
+"""Tiles of rows that a work item of attend has at most; more only where a single query token has more."""
+
+ATTEND_KV_TILE = 128
+"""Tokens of one step of attend's online softmax: a divisor of this."""
+
+ATTEND_RANGE_TOKENS = 4096
+"""Tokens of a range of keys in attend, about: whole blocks, and whole steps."""
+
+
+def attend_tiles(spec: PagedAttentionSpec) -> int:
+    """Tiles of rows that a work item of attend has at most."""
+    return max(ATTEND_TILES, -(-spec.group // ATTEND_ROWS))
+
+
+def attend_range_blocks(spec: PagedAttentionSpec) -> int:
+    """Blocks of one range of keys in attend: ranges are cut at multiples of it from the first block on."""
+    unit = math.lcm(spec.block_size, ATTEND_KV_TILE)
+    return -(-ATTEND_RANGE_TOKENS // unit) * unit // spec.block_size
 
 
 class Parameter(NamedTuple):

@@ -25,29 +25,36 @@ _STRATEGIES = {
 }
 
 
+OF_ATTEND = ("fused_attend", "merge_attend")
+"""The PrimFuncs that have tiles of their own."""
+
+
 def schedule(mod: IRModule, tiling: Tiling) -> IRModule:
     """The module with every PrimFunc scheduled, as in the schedule of `scheduled`."""
     return scheduled(mod, tiling).mod
 
 
-def scheduled(mod: IRModule, tiling: Tiling) -> Schedule:
-    """The schedule of a module with every PrimFunc scheduled. The module given may be changed: use it no more.
+def scheduled(mod: IRModule, tiling: Tiling, of_attend: Tiling | None = None) -> Schedule:
+    """The schedule of a module with every PrimFunc scheduled, those of attend with tiles of their own.
+
+    The module given may be changed: use it no more.
 
     Raises:
         ValueError: an sblock that neither is a stage of the strategy, nor lies within one, nor is listed as scalar.
     """
     sch = Schedule(mod)
     for variable in mod.get_global_vars():
-        strategy, tiles = _strategy_of(variable.name_hint, tiling)
-        sch.work_on(variable.name_hint)
-        for apply in _stages(sch, variable.name_hint, strategy):
+        name = variable.name_hint
+        strategy, tiles = _strategy_of(name, of_attend if of_attend and name in OF_ATTEND else tiling)
+        sch.work_on(name)
+        for apply in _stages(sch, name, strategy):
             apply(sch, tiles)
     return sch
 
 
 def _strategy_of(function: str, tiling: Tiling) -> tuple[str, Tiling]:
     """How a PrimFunc is scheduled: partial results are merged in one way, whatever the strategy."""
-    if function == "merge_partials" and isinstance(tiling, VectorTiling):
+    if function in ("merge_partials", "merge_attend") and isinstance(tiling, VectorTiling):
         return "head_dim_in_lanes", tiling.of_merge()
     return tiling.strategy, tiling
 

@@ -11,7 +11,9 @@ from tvm.tirx import PrimFunc
 
 from pa_compiler.kernels import staged
 from pa_compiler.kernels.append_kv import append_key, append_row, append_value
+from pa_compiler.kernels.fused_attend import fused_attend
 from pa_compiler.kernels.fused_decode import fused_decode
+from pa_compiler.kernels.merge_attend import merge_attend
 from pa_compiler.kernels.merge_partials import merge_partials
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -28,11 +30,16 @@ PIPELINES = {
 }
 """The PrimFuncs of each pipeline's decode, in the order in which the host calls them."""
 
+ATTEND = (fused_attend, merge_attend)
+"""The PrimFuncs of attend, for sequences of several query tokens; with tiles of their own, cpu.tiles.choose_attend."""
 
-def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
-    """The PrimFuncs of a pipeline and of append_kv, unscheduled, under their own names."""
-    decode = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
-    return IRModule(decode | {kernel.__name__: kernel(spec) for kernel in append(spec)})
+
+def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str, of_attend: Tiling | None = None) -> IRModule:
+    """The PrimFuncs of a pipeline, of attend where it has tiles, and of append_kv, unscheduled, under their own names."""
+    kernels = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
+    if of_attend is not None:
+        kernels |= {kernel.__name__: kernel(spec, of_attend) for kernel in ATTEND}
+    return IRModule(kernels | {kernel.__name__: kernel(spec) for kernel in append(spec)})
 
 
 def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], PrimFunc], ...]:

@@ -19,7 +19,7 @@ from tvm.tirx import Buffer, BufferRegion
 
 from pa_compiler.kernels.caches import whole
 from pa_compiler.kernels.elements import HIGH, LOW
-from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.rows import AnyRows, OfRows, of_row
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.terms import lowered
 from pa_compiler.kernels.tokens import Tile
@@ -53,14 +53,14 @@ class Computed(NamedTuple):
     Attributes:
         arrays: Inputs and constants by name.
         batch: The sequence.
-        query_pos: Position of its query token; 0 of an empty sequence.
+        query_pos: Position of its query token, 0 of an empty sequence; OfRows where it has several.
         columns: For each of ScoreFunctions.columns its values, [tokens].
         visible: Of a mask, where it has been computed.
     """
 
     arrays: Mapping[str, Buffer]
     batch: Expr
-    query_pos: Expr
+    query_pos: Expr | OfRows
     columns: Sequence[Buffer] = ()
     visible: Visible | None = None
 
@@ -70,9 +70,9 @@ class Computed(NamedTuple):
         visible = [] if self.visible is None else [self.visible.columns]
         return [whole(each) for each in (*self.arrays.values(), *self.columns, *visible)]
 
-    def value(self, term: Term, kept: Mapping[Term, Expr], **arguments: Expr) -> Expr:
-        """A term; kept are the values of some."""
-        known = {"batch": self.batch, "query_pos": self.query_pos, **arguments}
+    def value(self, term: Term, kept: Mapping[Term, Expr], row: Expr | None = None, **arguments: Expr) -> Expr:
+        """A term, for a row if it goes by one; kept are the values of some."""
+        known = {"batch": self.batch, "query_pos": of_row(self.query_pos, row), **arguments}
         for array in self.arrays.values():
             if not isinstance(array.shape[0], tir.IntImm):
                 known["batch_size"] = T.Cast("int32", array.shape[0])
@@ -133,7 +133,7 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
     """
     rows, mask = tiling.row_tile, functions.mask
 
-    def stage(given: Computed | None, of: Rows, slot: Expr, num_groups: Expr) -> None:
+    def stage(given: Computed | None, of: AnyRows, slot: Expr, num_groups: Expr) -> None:
         if given is None or given.visible is None or mask is None or not functions.by_row:
             return
         visible, computed = given.visible, given._replace(visible=None)
@@ -142,7 +142,7 @@ def compute_visible(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., 
 
             def value(row: Expr, column: Expr) -> Expr:
                 known, head = computed.of_columns(functions, column) | kept(row), head_of(of, row, functions.num_heads)
-                return _written(mask, computed.value(mask, known, head=head))
+                return _written(mask, computed.value(mask, known, row, head=head))
 
             regions = [*computed.regions, *map(whole, kept.buffers)]
             _fill("visible", visible.columns, regions, value, num_groups, tiling.token_group, rows, slot)
@@ -171,19 +171,19 @@ class KeptRows(NamedTuple):
         return {term: _read(term, of[row]) for term, of in zip(self.terms, self.buffers, strict=True)}
 
 
-def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: Rows, num_heads: int) -> KeptRows:
+def compute_rows(terms: Sequence[Term], rows: int, computed: Computed, of: AnyRows, num_heads: int) -> KeptRows:
     """Sblocks that compute terms for each of some rows."""
     buffers = [_allocate("row_term", (rows,), _kept_dtype(term)) for term in terms]
     for number, (term, buffer) in enumerate(zip(terms, buffers, strict=True)):
 
         def value(row: Expr, term: Term = term) -> Expr:
-            return _written(term, computed.value(term, {}, head=head_of(of, row, num_heads)))
+            return _written(term, computed.value(term, {}, row, head=head_of(of, row, num_heads)))
 
         _fill(f"row_{number}", buffer, [whole(each) for each in computed.arrays.values()], value, rows=rows)
     return KeptRows(terms, buffers)
 
 
-def head_of(rows: Rows, row: Expr, num_heads: int) -> Expr:
+def head_of(rows: AnyRows, row: Expr, num_heads: int) -> Expr:
     """The head of a row; of one that pads the tile a head that there is."""
     head = rows.at(row)[1]
     return head if isinstance(rows.num, int) else T.min(head, num_heads - 1)

@@ -20,7 +20,7 @@ from pa_compiler.kernels.computed import (
     compute_visible,
     head_of,
 )
-from pa_compiler.kernels.rows import Rows
+from pa_compiler.kernels.rows import AnyRows, OfRows, of_row
 from pa_compiler.kernels.score_functions import ScoreFunctions
 from pa_compiler.kernels.tokens import Tile
 from pa_compiler.spec import PagedAttentionSpec
@@ -32,13 +32,13 @@ class Scoring(NamedTuple):
 
     Attributes:
         rows: The rows of the head tile.
-        query_pos: Position of their query token in its sequence.
+        query_pos: Position of their query token in its sequence; OfRows where they have several.
         slopes: alibi_slopes, float32 [num_heads]; None where the spec has none.
         computed: What its functions take; None where it has none.
     """
 
-    rows: Rows
-    query_pos: Expr
+    rows: AnyRows
+    query_pos: Expr | OfRows
     slopes: Any
     computed: Computed | None = None
 
@@ -84,8 +84,9 @@ def capped(spec: PagedAttentionSpec, score: Expr, tanh: Callable[[Expr], Expr] =
 class Scores:
     """What becomes of the scores of one stage."""
 
-    def __init__(self, spec: PagedAttentionSpec, rows: int) -> None:
-        self._spec, self._rows, self._functions = spec, rows, ScoreFunctions(spec)
+    def __init__(self, spec: PagedAttentionSpec, tiling: Tiling) -> None:
+        self._spec, self._rows = spec, tiling.row_tile
+        self._functions = ScoreFunctions(spec, many_tokens=tiling.many_tokens)
 
     def of_rows(self, scoring: Scoring) -> KeptRows | None:
         """Emit what of score_mod goes by the row alone."""
@@ -115,15 +116,18 @@ class Scores:
         if kept is not None and computed is not None and of_spec.score is not None:
             head = head_of(scoring.rows, row, spec.num_heads)
             known = computed.of_columns(of_spec, column) | kept(row)
-            score = computed.value(of_spec.score, known, score=score, head=head)
+            score = computed.value(of_spec.score, known, row, score=score, head=head)
         if spec.alibi:
-            score = score + slope * T.Cast("float32", tile.position(column) - scoring.query_pos)
+            score = score + slope * T.Cast("float32", tile.position(column) - of_row(scoring.query_pos, row))
         return score
 
 
 def sees(scoring: Scoring, tile: Tile, group: Expr, lane: Expr, place: tuple[Expr, Expr, Expr]) -> Expr:
     """Whether lane `lane` of token group `group` has a token that is seen; place is its slot, row and column."""
-    holds = tile.holds(group, lane)
+    if tile.sight is None:
+        holds = tile.holds(group, lane)
+    else:
+        holds = tile.sight.sees(place[1], tile.start + group * tile.tiling.token_group + lane)
     visible = None if scoring.computed is None else scoring.computed.visible
     return holds if visible is None else T.And(holds, visible.sees(*place))
 
@@ -133,7 +137,7 @@ def compute_block(functions: ScoreFunctions, tiling: Tiling) -> Callable[..., Co
     columns_stage, visible_stage = compute_columns(functions, tiling), compute_visible(functions, tiling)
 
     def stage(
-        arrays: dict[str, Buffer], rows: Rows, context_len: Expr, tile: Tile, num_groups: Expr
+        arrays: dict[str, Buffer], rows: AnyRows, context_len: Expr, tile: Tile, num_groups: Expr
     ) -> Computed | None:
         columns = columns_stage(arrays, rows.token, context_len, tile, num_groups)
         computed = allocate_visible(functions, tiling, columns, 1)

@@ -6,7 +6,9 @@ from tvm.script import tirx as T
 
 from pa_compiler.kernels.elements import pair_floats, round_to_bfloat16
 from pa_compiler.kernels.exp import store_exp
+from pa_compiler.kernels.rows import of_row
 from pa_compiler.kernels.scores import Scores, sees, slope_of
+from pa_compiler.kernels.sight import hide_scores
 from pa_compiler.kernels.state import EMPTY_ROW_MAX
 from pa_compiler.spec import PagedAttentionSpec
 from pa_compiler.tiles import Tiling
@@ -27,7 +29,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    functions = Scores(spec, rows)
+    functions = Scores(spec, tiling)
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
@@ -58,6 +60,8 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                         functions.scored(score, scoring, slope[vr] if spec.alibi else None, kept, tile, vr, column),
                         T.float32("-inf"),
                     )
+            if tile.sight is not None:
+                hide_scores(scaled, tile)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -75,7 +79,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("exact"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, headroom)
+                        store_exp(exact, (vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr))
                 for r, to, ti in T.grid(rows, num_groups, group):
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
@@ -86,7 +90,7 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.sblock("probs"):
                         vt = T.axis.spatial(tokens, to * group + ti)
                         vr = T.axis.spatial(rows, r)
-                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, headroom)
+                        store_exp(probs, (slot, vr, vt), scaled[vr, vt] - tile_max[slot, vr], True, of_row(headroom, vr))
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("tile_sum"):
                     vt = T.axis.reduce(tokens, to * group + ti)

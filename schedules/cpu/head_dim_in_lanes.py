@@ -219,6 +219,32 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     _vectorize_in_order(sch, tiling, "out")
 
 
+def bounds(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows in lanes."""
+    vectorize_rows(sch, "row_bounds")
+
+
+def empty_state(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows of acc as vectors."""
+    vectorize_rows(sch, "empty_row")
+    _vectorize_in_order(sch, tiling, "empty_acc")
+
+
+def edges(sch: Schedule, tiling: VectorTiling) -> None:
+    """Tokens in lanes."""
+    sch.vectorize(sch.get_loops("edge")[-1])
+
+
+def range_rescale(sch: Schedule, tiling: VectorTiling) -> None:
+    """As rescale."""
+    vectorize_rows(sch, "range_factors", "range_new_sum", "range_row")
+
+
+def range_fold(sch: Schedule, tiling: VectorTiling) -> None:
+    """Rows of acc as vectors."""
+    _vectorize_in_order(sch, tiling, "range_acc")
+
+
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "load_query": load_query,
     "columns": columns,
@@ -232,6 +258,11 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "fold": fold,
     "store_partial": store_partial,
     "normalize": normalize,
+    "bounds": bounds,
+    "empty_state": empty_state,
+    "edges": edges,
+    "range_rescale": range_rescale,
+    "range_fold": range_fold,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
@@ -246,6 +277,10 @@ SCALAR = {
     "result": _AROUND,
     "partial": _AROUND,
     "online_update": _AROUND,
+    "key_range": _AROUND,
+    "row_tile": _AROUND,
+    "range_state": _AROUND,
+    "span": "two numbers for each tile of rows, once for a work item",
     KEYS: "no computation: it says what is read next",
     VALUES: "no computation: it says what is read next",
     "token_offsets": "a look-up of block_table for each token, once for all heads",

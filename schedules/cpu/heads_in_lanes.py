@@ -115,7 +115,7 @@ def pv_update(sch: Schedule, tiling: VectorTiling) -> None:
 def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     """Turned back in registers, then in vectors of head_dim; row by row where a tile may be one short."""
     vectorize_rows(sch, "factor")
-    in_order = sch.cache_read("out", "acc", "global")
+    in_order = sch.cache_read("out", 0, "global")
     _rows_last(sch, in_order)
     row, dim = sch.get_loops("out")[-2:]
     row_outer, row = sch.split(row, [None, 4 if isinstance(sch.get(row).extent, IntImm) else 1])
@@ -125,6 +125,26 @@ def normalize(sch: Schedule, tiling: VectorTiling) -> None:
     turn(sch, in_order, 4, 4)
     sch.unroll(row)
     sch.vectorize(lane)
+
+
+def empty_state(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    vectorize_rows(sch, "empty_row")
+    _rows_last(sch, "empty_acc")
+    _vertical(sch, "empty_acc")
+
+
+def edges(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical."""
+    _rows_last(sch, "edge")
+    row, group, token = sch.get_loops("edge")[-3:]
+    sch.reorder(group, token, row)
+    sch.vectorize(row)
+
+
+def range_fold(sch: Schedule, tiling: VectorTiling) -> None:
+    """Vertical; empty_state has laid out what is written."""
+    _vertical(sch, "range_acc")
 
 
 STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
@@ -139,6 +159,11 @@ STAGES: dict[str, Callable[[Schedule, VectorTiling], None]] = {
     "rescale": head_dim_in_lanes.rescale,
     "pv_update": pv_update,
     "normalize": normalize,
+    "bounds": head_dim_in_lanes.bounds,
+    "empty_state": empty_state,
+    "edges": edges,
+    "range_rescale": head_dim_in_lanes.range_rescale,
+    "range_fold": range_fold,
 }
 """How each stage is scheduled, by the name of its sblock."""
 
@@ -152,6 +177,13 @@ def _rows_last(sch: Schedule, *sblocks: str | SBlockRV) -> None:
     """Lay the buffer that an sblock writes out with its last two axes exchanged, for all who read it."""
     for name in sblocks:
         sch.transform_layout(name, ("write", 0), lambda *axes: (*axes[:-2], axes[-1], axes[-2]))
+
+
+def _vertical(sch: Schedule, sblock: str) -> None:
+    """Rows in lanes, where the last two loops are over rows and value_dim."""
+    row, dim = sch.get_loops(sblock)[-2:]
+    sch.reorder(dim, row)
+    sch.vectorize(row)
 
 
 def _load_rows(sch: Schedule, element: Element, lanes: int, sblock: str) -> None:

@@ -57,15 +57,18 @@ class AttendCall {
     threads.limit = plan.num_threads;
   }
 
-  // The arguments as decode's kernels take them: row `seq` of query, out and lse is that of a query token of it.
-  DecodeArguments Row(int64_t seq, int64_t token) const {
-    DecodeArguments row = args;
-    for (Array* array : {&row.query, &row.out, &row.lse}) *array = MovedBy(*array, token - seq);
-    return row;
-  }
-  // The same for an item of decode, whose sequences have their tokens side by side.
+  // The arguments as decode's kernels take them for an item of its plan, whose sequences have their query tokens side by
+  // side: row `seq` of query, out and lse is that of the token of it.
   DecodeArguments RowsOf(const WorkItem& item) const {
-    return Row(item.batch_start, queries.Begin(item.batch_start));
+    DecodeArguments rows = args;
+    const int64_t seq = item.batch_start;
+    for (Array* array : {&rows.query, &rows.out, &rows.lse}) *array = MovedBy(*array, queries.Begin(seq) - seq);
+    return rows;
+  }
+  // Keys that a query token of an item may see.
+  int64_t NumKeys(const AttendItem& item, int64_t token) const {
+    if (queries.SeesAhead()) return queries.context_lens[item.seq];
+    return item.first_pos + (token - item.token_begin) + 1;
   }
 
  private:

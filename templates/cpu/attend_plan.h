@@ -26,10 +26,9 @@ struct AttendItem {
   int64_t kv_head_begin, num_kv_heads;
   int64_t block_begin, block_end;
   int64_t work;           // how long it takes, in FLOPs, be it to compute or to read
-  int64_t partial_start;  // slot of the partial result of token_begin; -1 where the kernels write out and lse
-  int64_t partial_step;   // slots of a query token
-  int64_t merge;          // the number of its merge, of all partial results of these tokens,
-  int64_t merge_start;    // and the first slot of that
+  int64_t partial_start;  // slot of the partial result of token_begin, before those of the others; -1 where the kernels
+                          // write out and lse
+  int64_t merge, merge_start, num_ranges;  // of these tokens: the number of their merge, its first slot, their ranges
   int64_t tree_start, tree_size;  // where the row of token_begin is in tree_mask, -1 without one, and of what length
 };
 
@@ -58,7 +57,7 @@ struct Shares {
 // How long so many query tokens of one item take over these keys: a row tile computes the keys up to the last one that
 // its last token sees.
 template <typename Spec>
-int64_t WorkOf(const AttendItem& item, const Interval& keys, bool causal) {
+int64_t WorkOf(const AttendItem& item, const Interval& keys, bool sees_ahead) {
   constexpr int64_t kDim = Spec::kHeadDim + Spec::kValueDim;
   constexpr int64_t kTokenBytes = (Spec::kSharedKV ? Spec::kHeadDim : kDim) * (Spec::kDType.bits / 8);
   if (keys.end <= keys.begin) return 0;
@@ -66,7 +65,7 @@ int64_t WorkOf(const AttendItem& item, const Interval& keys, bool causal) {
   int64_t computed = 0;
   for (int64_t row = 0; row < rows; row += Spec::kAttendRows) {
     const int64_t last = item.first_pos + (std::min(row + Spec::kAttendRows, rows) - 1) / Spec::kGroup;
-    computed += std::max<int64_t>((causal ? std::min(last + 1, keys.end) : keys.end) - keys.begin, 0);
+    computed += std::max<int64_t>((sees_ahead ? keys.end : std::min(last + 1, keys.end)) - keys.begin, 0);
   }
   const int64_t flops = 2 * kDim * Spec::kAttendRows * computed, bytes = (keys.end - keys.begin) * kTokenBytes;
   return item.num_kv_heads * std::max(flops, kFlopsOfByte * bytes);
@@ -166,26 +165,26 @@ class AttendPlan {
   void VisitTokens(AttendItem item, const Visit& visit) {
     constexpr int64_t kFloats = Spec::kNumHeads * (Spec::kValueDim + 2);
     const Interval keys =
-        KeysSeen<Spec>(item.first_pos, item.first_pos + item.num_query, queries_.context_lens[item.seq], queries_.causal);
+        KeysSeen<Spec>(item.first_pos, item.first_pos + item.num_query, queries_.context_lens[item.seq], queries_.SeesAhead());
     const Interval blocks = BlocksOf<Spec>(keys);
-    const int64_t work = WorkOf<Spec>(item, keys, queries_.causal), first = blocks.begin / Spec::kRangeBlocks;
+    const int64_t work = WorkOf<Spec>(item, keys, queries_.SeesAhead()), first = blocks.begin / Spec::kRangeBlocks;
     const int64_t ranges = std::max<int64_t>((blocks.end - 1) / Spec::kRangeBlocks + 1 - first, 1);
     const int64_t partials = num_partials - decode.num_partials + ranges * item.num_query;
     const bool is_split = work > target_ && ranges > 1 && partials <= kMostPartialFloats / kFloats;
     const double parts = static_cast<double>(is_split ? work / ranges : work) / static_cast<double>(target_);
     const int64_t heads = EvenShare(Spec::kNumKVHeads, parts <= 1 ? item.num_kv_heads : std::max<int64_t>(item.num_kv_heads / parts, 1));
     const int64_t merge_items = is_split ? ranges * ((Spec::kNumKVHeads - 1) / heads + 1) : 0;
-    item.merge = num_merges, item.merge_start = num_partials;
+    item.merge = num_merges, item.merge_start = num_partials, item.num_ranges = ranges;
     for (int64_t range = 0; range < (is_split ? ranges : 1); ++range) {
       const int64_t begin = (first + range) * Spec::kRangeBlocks;
       item.block_begin = std::max(blocks.begin, begin);
       item.block_end = is_split ? std::min(blocks.end, begin + Spec::kRangeBlocks) : blocks.end;
-      item.partial_start = is_split ? num_partials + range : -1, item.partial_step = is_split ? ranges : 0;
+      item.partial_start = is_split ? num_partials + range * item.num_query : -1;
       const Interval read = {std::max(keys.begin, item.block_begin * Spec::kBlockSize),
                              std::min(keys.end, item.block_end * Spec::kBlockSize)};
       for (int64_t head = 0; head < Spec::kNumKVHeads; head += heads) {
         item.kv_head_begin = head, item.num_kv_heads = std::min(heads, Spec::kNumKVHeads - head);
-        item.work = WorkOf<Spec>(item, read, queries_.causal);
+        item.work = WorkOf<Spec>(item, read, queries_.SeesAhead());
         visit(static_cast<const AttendItem&>(item), merge_items);
       }
     }

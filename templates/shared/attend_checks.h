@@ -96,7 +96,7 @@ void CheckQueries(const AttendArguments& args, const Queries& queries, int32_t* 
         CheckBlocks(args.block_table, seq, seen.blocks[i], args.num_blocks, table_to);
       }
     } else if (count > 0) {
-      const Interval keys = KeysSeen<Spec>(queries.FirstPos(seq), context_len, context_len, queries.causal);
+      const Interval keys = KeysSeen<Spec>(queries.FirstPos(seq), context_len, context_len, queries.SeesAhead());
       CheckBlocks(args.block_table, seq, BlocksOf<Spec>(keys), args.num_blocks, table_to);
     }
     tree_start += count * count;

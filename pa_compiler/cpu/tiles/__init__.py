@@ -5,12 +5,16 @@ A strategy is a class in a file of its own, which says whether it is for a spec 
 
 from __future__ import annotations
 
+import dataclasses
+
 from pa_compiler.cpu.target import CpuTarget
 from pa_compiler.cpu.tiles.basis import Basis, CpuTiling, basis, rows
 from pa_compiler.cpu.tiles.head_dim_in_lanes import HeadDimInLanes
 from pa_compiler.cpu.tiles.heads_in_lanes import HeadsInLanes
 from pa_compiler.cpu.tiles.tokens_in_lanes import TokensInLanes
+from pa_compiler.interface import ATTEND_KV_TILE, ATTEND_ROWS
 from pa_compiler.spec import PagedAttentionSpec
+from pa_compiler.tiles import divisors
 
 STRATEGIES: tuple[type[CpuTiling], ...] = (TokensInLanes, HeadsInLanes, HeadDimInLanes)
 """In the order in which they are asked; the last takes what no other does."""
@@ -38,6 +42,15 @@ def choose(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> CpuTil
     """Choose the tiles from the spec and the target's features alone."""
     known = basis(spec, target, pipeline)
     return _strategy(known)[0].choose(known)
+
+
+def choose_attend(spec: PagedAttentionSpec, target: CpuTarget) -> CpuTiling:
+    """The tiles of attend, of ATTEND_ROWS rows whatever the group is: in lanes, or, packed, beside tokens in lanes."""
+    known = basis(spec, target, "fused")._replace(rows=ATTEND_ROWS)
+    strategy = TokensInLanes if spec.kv_layout == "packed" else HeadsInLanes
+    tiles = strategy.choose(known)
+    kv_tile = max(tile for tile in divisors(ATTEND_KV_TILE) if tile <= max(tiles.kv_tile, tiles.token_group))
+    return dataclasses.replace(tiles, kv_tile=kv_tile, prefetches=False, many_tokens=True)
 
 
 def choose_strategy(spec: PagedAttentionSpec, target: CpuTarget, pipeline: str) -> tuple[str, str]:
