@@ -79,11 +79,19 @@ def decode(
     starts = np.concatenate([[0], np.cumsum(lengths > 0)])  # an empty sequence has no token to ask for
     used = np.flatnonzero(lengths)
     arrays = (key_cache, value_cache, block_table, context_lens, starts)
-    fields = {"kv_layout": kv_layout, "window": window, "softcap": softcap, "alibi_slopes": alibi_slopes, "sinks": sinks}
+    fields: dict[str, Any] = {
+        "kv_layout": kv_layout,
+        "window": window,
+        "softcap": softcap,
+        "alibi_slopes": alibi_slopes,
+        "sinks": sinks,
+    }
     fields |= {"score_mod": score_mod, "mask_mod": mask_mod, "inputs": inputs}
     found, found_lse = attend(query[used], *arrays, scale, return_lse=True, **fields)
     out = np.zeros((len(query), *found.shape[1:]))
-    lse = np.full(query.shape[:2], -np.inf) if sinks is None else np.tile(np.asarray(sinks, np.float64), (len(query), 1))
+    lse = (
+        np.full(query.shape[:2], -np.inf) if sinks is None else np.tile(np.asarray(sinks, np.float64), (len(query), 1))
+    )
     out[used], lse[used] = found, found_lse
     return (out, lse) if return_lse else out
 

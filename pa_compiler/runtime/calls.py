@@ -188,6 +188,11 @@ class Calls(ThreadSettings):
         self._attend.call(arrays, (scale, int(bool(causal)), *self._manner(check, "attend")))
         return out if lse is None else (out, lse)
 
+    @property
+    def has_attend(self) -> bool:
+        """Whether the library has attend: those for a CPU, of the fused pipeline."""
+        return self._attend is not None
+
     def _lacks_attend(self) -> str:
         where = "for a GPU" if self._on_gpu else f"of the {self.pipeline} pipeline"
         return f"attend: expected a module for a CPU, of the fused pipeline, got one {where}"

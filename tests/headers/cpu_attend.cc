@@ -72,7 +72,7 @@ void ExpectCoverage(const Queries& queries, const AttendPlan<Spec>& plan) {
   for (int64_t seq = 0; seq < queries.batch; ++seq) {
     for (int64_t token = queries.Begin(seq); token < queries.Begin(seq + 1); ++token) {
       const int64_t pos = queries.FirstPos(seq) + token - queries.Begin(seq);
-      const Interval blocks = BlocksOf<Spec>(KeysSeen<Spec>(pos, pos + 1, queries.context_lens[seq], queries.causal));
+      const Interval blocks = BlocksOf<Spec>(KeysSeen<Spec>(pos, pos + 1, queries.context_lens[seq], queries.SeesAhead()));
       for (int64_t head = 0; head < 2; ++head) {
         EXPECT((rows[{token, head}] > 0));
         for (int64_t block = blocks.begin; block < blocks.end; ++block) EXPECT((visits[{token, head, block}] >= 1));
@@ -100,9 +100,9 @@ void ExpectItems(const AttendPlan<Spec>& plan, int64_t most_threads) {
     EXPECT(item.block_begin / 3 == (item.block_end - 1) / 3);  // one range
     ++of_merge[item.merge];
     for (int64_t token = 0; token < item.num_query; ++token) {
-      const int64_t slot = item.partial_start + token * item.partial_step;
-      const int64_t first = item.merge_start + token * item.partial_step;
-      EXPECT(first <= slot && slot < first + item.partial_step && slot < plan.num_partials);
+      const int64_t slot = item.partial_start + token, range = (slot - item.merge_start - token) / item.num_query;
+      EXPECT((slot - item.merge_start - token) % item.num_query == 0 && range < item.num_ranges);
+      EXPECT(slot < plan.num_partials);
       for (int64_t head = 0; head < item.num_kv_heads; ++head) {
         EXPECT((++slots[{slot, item.kv_head_begin + head}] == 1));
       }
@@ -142,12 +142,12 @@ void TestShares() {
 void TestWork() {
   AttendItem item = {};
   item.num_query = 32, item.num_kv_heads = 1;
-  const int64_t square = WorkOf<Spec>(item, {0, 32}, false), triangle = WorkOf<Spec>(item, {0, 32}, true);
+  const int64_t square = WorkOf<Spec>(item, {0, 32}, true), triangle = WorkOf<Spec>(item, {0, 32}, false);
   EXPECT(square == 2 * 9 * 64 * 32 && triangle == 2 * 9 * 4 * 2 * (16 * 17 / 2));
   item.num_query = 1;
-  EXPECT(WorkOf<Spec>(item, {0, 8}, false) == kFlopsOfByte * 9 * 4 * 8 && WorkOf<Spec>(item, {8, 8}, false) == 0);
+  EXPECT(WorkOf<Spec>(item, {0, 8}, true) == kFlopsOfByte * 9 * 4 * 8 && WorkOf<Spec>(item, {8, 8}, true) == 0);
   item.first_pos = 100, item.num_query = 2, item.num_kv_heads = 2;
-  EXPECT(WorkOf<Spec>(item, {96, 102}, true) == 2 * kFlopsOfByte * 9 * 4 * 6);
+  EXPECT(WorkOf<Spec>(item, {96, 102}, false) == 2 * kFlopsOfByte * 9 * 4 * 6);
 }
 
 // A long context of few rows is divided where there are threads for it, and then at the multiples of a range.
@@ -164,10 +164,10 @@ void TestSplits() {
 }
 
 void TestWindows() {
-  EXPECT((KeysSeen<Windowed>(20, 24, 24, true).begin == 12 && KeysSeen<Windowed>(20, 24, 24, true).end == 24));
-  EXPECT((KeysSeen<Windowed>(3, 4, 30, false).begin == 0 && KeysSeen<Windowed>(3, 4, 30, false).end == 30));
-  EXPECT((KeysSeen<Union>(99, 101, 101, true).begin == 0 && KeysSeen<Union>(99, 101, 101, true).end == 101));
-  EXPECT((KeysSeen<NoKeys>(5, 7, 9, true).end == 0 && KeysSeen<NoKeys>(5, 7, 9, false).end == 9));
+  EXPECT((KeysSeen<Windowed>(20, 24, 24, false).begin == 12 && KeysSeen<Windowed>(20, 24, 24, false).end == 24));
+  EXPECT((KeysSeen<Windowed>(3, 4, 30, true).begin == 0 && KeysSeen<Windowed>(3, 4, 30, true).end == 30));
+  EXPECT((KeysSeen<Union>(99, 101, 101, false).begin == 0 && KeysSeen<Union>(99, 101, 101, false).end == 101));
+  EXPECT((KeysSeen<NoKeys>(5, 7, 9, false).end == 0 && KeysSeen<NoKeys>(5, 7, 9, true).end == 9));
   EXPECT((BlocksOf<Spec>({3, 3}).end == 0 && BlocksOf<Spec>({3, 5}).begin == 0 && BlocksOf<Spec>({4, 5}).end == 2));
   const Lengths lengths({{2, 100}});
   const AttendPlan<Windowed> plan(lengths.With(), 1);
