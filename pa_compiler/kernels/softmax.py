@@ -29,39 +29,31 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
     scoring is what scores.py has besides the product; None where the spec has no function of scores.
     """
     rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
-    functions = Scores(spec, tiling)
+    scale_stage = _scale(spec, tiling)
 
     @inline
     def stage(scores, probs, state, scale, headroom, tile, num_groups, scoring):
         slot = T.meta_var(state.slot)
         tile_max = T.meta_var(state.row_max)
         tile_sum = T.meta_var(state.row_sum)
-        with T.sblock("softmax_prepare"):
-            T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
-            T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
+        if tiling.many_tokens:
             scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
-            peak = T.sblock_alloc_buffer((rows,), "float32")
-            if spec.alibi:
-                slope = T.sblock_alloc_buffer((rows,), "float32")
-                for r in range(rows):
-                    with T.sblock("slope"):
-                        vr = T.axis.spatial(rows, r)
-                        slope[vr] = slope_of(scoring, vr)
-            kept = T.meta_var(functions.of_rows(scoring))
-            for r, to, ti in T.grid(rows, num_groups, group):
-                with T.sblock("scaled"):
-                    vo = T.axis.spatial(tokens // group, to)
-                    vi = T.axis.spatial(group, ti)
-                    vr = T.axis.spatial(rows, r)
-                    column = T.meta_var(vo * group + vi)
-                    score = T.meta_var(scores[slot, vr, column] * scale)
-                    scaled[vr, column] = T.Select(
-                        sees(scoring, tile, vo, vi, (slot, vr, column)),
-                        functions.scored(score, scoring, slope[vr] if spec.alibi else None, kept, tile, vr, column),
-                        T.float32("-inf"),
-                    )
-            if tile.sight is not None:
+            with T.sblock("seen_scores"):
+                T.reads(scores[slot, 0:rows, 0:tokens], *scoring.regions)
+                T.writes(scaled[0:rows, 0:tokens])
+                scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
                 hide_scores(scaled, tile)
+        read = T.meta_var(
+            [scaled[0:rows, 0:tokens]] if tiling.many_tokens else [scores[slot, 0:rows, 0:tokens], *scoring.regions]
+        )
+        with T.sblock("softmax_prepare"):
+            T.reads(*read)
+            T.writes(probs[slot, 0:rows, 0:tokens], tile_max[slot, 0:rows], tile_sum[slot, 0:rows])
+            if not tiling.many_tokens:
+                scaled = T.sblock_alloc_buffer((rows, tokens), "float32")
+            peak = T.sblock_alloc_buffer((rows,), "float32")
+            if not tiling.many_tokens:
+                scale_stage(scores, scaled, slot, scale, tile, num_groups, scoring)
             for r, to, ti in T.grid(rows, num_groups, group):
                 with T.sblock("peak"):
                     vt = T.axis.reduce(tokens, to * group + ti)
@@ -98,6 +90,36 @@ def softmax_prepare(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., N
                     with T.init():
                         tile_sum[slot, vr] = T.float32(0)
                     tile_sum[slot, vr] = tile_sum[slot, vr] + probs[slot, vr, vt]
+
+    return stage
+
+
+def _scale(spec: PagedAttentionSpec, tiling: Tiling) -> Callable[..., None]:
+    """scaled = scored(scale * scores), or -inf where a row does not see the key; in the caller's sblock."""
+    rows, group, tokens = tiling.row_tile, tiling.token_group, tiling.padded_kv_tile
+    functions = Scores(spec, tiling)
+
+    @inline
+    def stage(scores, scaled, slot, scale, tile, num_groups, scoring):
+        if spec.alibi:
+            slope = T.sblock_alloc_buffer((rows,), "float32")
+            for r in range(rows):
+                with T.sblock("slope"):
+                    vr = T.axis.spatial(rows, r)
+                    slope[vr] = slope_of(scoring, vr)
+        kept = T.meta_var(functions.of_rows(scoring))
+        for r, to, ti in T.grid(rows, num_groups, group):
+            with T.sblock("scaled"):
+                vo = T.axis.spatial(tokens // group, to)
+                vi = T.axis.spatial(group, ti)
+                vr = T.axis.spatial(rows, r)
+                column = T.meta_var(vo * group + vi)
+                score = T.meta_var(scores[slot, vr, column] * scale)
+                scaled[vr, column] = T.Select(
+                    sees(scoring, tile, vo, vi, (slot, vr, column)),
+                    functions.scored(score, scoring, slope[vr] if spec.alibi else None, kept, tile, vr, column),
+                    T.float32("-inf"),
+                )
 
     return stage
 

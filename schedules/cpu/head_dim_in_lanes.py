@@ -279,6 +279,7 @@ SCALAR = {
     "online_update": _AROUND,
     "key_range": _AROUND,
     "row_tile": _AROUND,
+    "seen_scores": _AROUND,
     "range_state": _AROUND,
     "span": "two numbers for each tile of rows, once for a work item",
     KEYS: "no computation: it says what is read next",

@@ -93,6 +93,26 @@ def make_call(spec, lens, *, seed=0, poison="nan", inputs=None, **fields) -> Cal
     )  # fmt: skip
 
 
+def spoil(spec, call: Call, poison: str, position: int) -> Call:
+    """A call of one sequence with poison in the keys and the values of all tokens after a position."""
+    caches = [np.array(cache) if cache is not None else None for cache in (call.key_cache, call.value_cache)]
+    table, size = call.block_table[0], spec.block_size
+    pair = spec.packed_pair
+    for token in range(position + 1, len(call.keys[0])):
+        block, slot = table[token // size], token % size
+        for cache, of_values in zip(caches, (False, True), strict=True):
+            if cache is None:
+                continue
+            value = poison_value(poison, cache.dtype)
+            if spec.kv_layout == "packed" and of_values:
+                cache[block, :, slot // pair, slot % pair :: pair] = value
+            elif spec.kv_layout == "packed":
+                cache[block, :, :, pair * slot : pair * (slot + 1)] = value
+            else:
+                cache[(block, slot) if spec.kv_layout == "NHD" else (block, slice(None), slot)] = value
+    return dataclasses.replace(call, key_cache=caches[0], value_cache=caches[1])
+
+
 class Kernels:
     """The compiled kernels of a spec."""
 
