@@ -64,7 +64,7 @@ inline void CheckLengths(const Array& context_lens, const Array& query_start_loc
     if (end - begin > context_len) {
       Raise("ValueError",
             "query_start_loc: expected up to %" PRId64 " query tokens of sequence %" PRId64
-            ", which has as many in context_lens, got %" PRId64,
+            ", its tokens in context_lens, got %" PRId64,
             context_len, seq, end - begin);
     }
     if (lens_to != nullptr) lens_to[seq] = static_cast<int32_t>(context_len);
