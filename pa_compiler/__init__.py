@@ -19,7 +19,17 @@ from pa_compiler.spec import PagedAttentionSpec
 if TYPE_CHECKING:
     from pa_compiler.compiler import compile  # noqa: A004  (the public name)
 
-__all__ = ["AttendItem", "CudaModule", "Module", "PagedAttentionSpec", "WorkItem", "compile", "convert_cache", "load", "reference"]
+__all__ = [
+    "AttendItem",
+    "CudaModule",
+    "Module",
+    "PagedAttentionSpec",
+    "WorkItem",
+    "compile",
+    "convert_cache",
+    "load",
+    "reference",
+]
 
 
 def __getattr__(name: str) -> Any:

@@ -219,7 +219,9 @@ def test_out_is_made_like_query(compiled):
 def test_the_staged_pipeline_has_none(compiled):
     module, ragged = compiled(BASE, "staged"), make_ragged(BASE, [(3, 5)])
     assert not module.has_attend
-    with pytest.raises(NotImplementedError, match=r"^attend: expected .* fused pipeline, got one of the staged pipeline$"):
+    with pytest.raises(
+        NotImplementedError, match=r"^attend: expected .* fused pipeline, got one of the staged pipeline$"
+    ):
         module.attend(*ragged.arguments)
     with pytest.raises(NotImplementedError, match=r"^attend: "):
         module.plan(np.array([5]), np.array([0, 3]))

@@ -12,7 +12,12 @@ from ragged_inputs import make_ragged
 from refusals import SPEC, assert_refused, misaligned, nowhere, over, strided, with_at
 
 V, T, I = ValueError, TypeError, IndexError  # noqa: E741  (a column of this table)
-SEQUENCES = [(3, 9), (0, 4), (1, 20), (2, 7)]  # 7 blocks in use and 3 spare; max_blocks is 3 + 2, a capacity of 40 tokens
+SEQUENCES = [
+    (3, 9),
+    (0, 4),
+    (1, 20),
+    (2, 7),
+]  # 7 blocks in use and 3 spare; max_blocks is 3 + 2, a capacity of 40 tokens
 
 
 def good_call():
@@ -83,7 +88,9 @@ BAD = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "argument", "shows", "change"), [each[1:] for each in BAD], ids=[each[0] for each in BAD])
+@pytest.mark.parametrize(
+    ("error", "argument", "shows", "change"), [each[1:] for each in BAD], ids=[each[0] for each in BAD]
+)
 def test_bad_arguments(compiled, error, argument, shows, change):
     module, call = compiled(SPEC), good_call()
     arguments = vars(call) | change(call)

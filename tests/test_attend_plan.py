@@ -41,7 +41,10 @@ def visits(spec, items, starts):
     found = {}
     for item in items:
         if isinstance(item, WorkItem):
-            rows = [(starts[seq], range(spec.num_kv_heads)) for seq in range(item.batch_start, item.batch_start + item.num_seqs)]
+            rows = [
+                (starts[seq], range(spec.num_kv_heads))
+                for seq in range(item.batch_start, item.batch_start + item.num_seqs)
+            ]
         else:
             heads = range(item.kv_head_begin, item.kv_head_begin + item.num_kv_heads)
             rows = [(token, heads) for token in range(item.token_begin, item.token_begin + item.num_query)]
@@ -113,7 +116,9 @@ def test_keys_are_cut_at_multiples_of_a_range(compiled):
         *((begin, begin + cut) for begin in (0, cut, 2 * cut)), (3 * cut, 3 * cut + 1)
     }  # fmt: skip
     for threads, sequences in ((1, [(2, length)]), (2, [(2, length)] * 20)):
-        assert {(item.block_begin, item.block_end) for item in plan(module, sequences, threads)[0]} == {(0, 3 * cut + 1)}
+        assert {(item.block_begin, item.block_end) for item in plan(module, sequences, threads)[0]} == {
+            (0, 3 * cut + 1)
+        }
 
 
 def test_work_is_divided_for_the_threads(compiled):

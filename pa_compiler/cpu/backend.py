@@ -41,9 +41,7 @@ class Lowered:
     mod: IRModule
 
 
-def build_kernels(
-    spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_attend: Tiling | None = None
-) -> IRModule:
+def build_kernels(spec: PagedAttentionSpec, tiles: Tiling, pipeline: str, of_attend: Tiling | None = None) -> IRModule:
     """spec -> kernels, which is most of what the host has to wait for; those of attend where it has tiles."""
     from pa_compiler import kernels
 

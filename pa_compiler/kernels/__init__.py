@@ -35,7 +35,7 @@ ATTEND = (fused_attend, merge_attend)
 
 
 def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str, of_attend: Tiling | None = None) -> IRModule:
-    """The PrimFuncs of a pipeline, of attend where it has tiles, and of append_kv, unscheduled, under their own names."""
+    """The PrimFuncs of a pipeline, of attend where it has tiles, and of append_kv, unscheduled, by their own names."""
     kernels = {kernel.__name__: kernel(spec, tiling) for kernel in PIPELINES[pipeline]}
     if of_attend is not None:
         kernels |= {kernel.__name__: kernel(spec, of_attend) for kernel in ATTEND}
