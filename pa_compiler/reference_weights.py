@@ -120,7 +120,7 @@ def weigh(
     """
     num_heads, head_dim = query.shape
     position = seen.position if window is None else seen.position[seen.position > seen.query_pos - window]
-    key, values = _gathered(key_cache, value_cache, blocks, position, kv_layout)
+    key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
     by_kv_head = (len(key), num_heads // len(key), 1)
     grouped = query.astype(np.float64).reshape(len(key), -1, head_dim)
     places = reference_functions.Places(batch, seen.query_pos, position, inputs or {})
@@ -152,7 +152,7 @@ def weigh(
     return Weighed(scores, weights / row_sum, values, lse, given, magnitude, visible, position)
 
 
-def _gathered(
+def gathered(
     key_cache: np.ndarray, value_cache: np.ndarray, blocks: np.ndarray, position: np.ndarray, kv_layout: str
 ) -> tuple[np.ndarray, np.ndarray]:
     """Keys [num_kv_heads, head_dim, tokens] and values [num_kv_heads, tokens, value_dim] of some tokens, in float64."""

@@ -85,7 +85,7 @@ class Draw:
 
 
 def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False) -> Draw:
-    """The draw of a number from a seed, both 0 or more: a call of decode, or, each second one, of attend if it may be."""
+    """The draw of a number from a seed, both 0 or more: a call of decode; with attends, every second one of attend."""
     rng = np.random.default_rng((seed, number))
     elements = _ELEMENTS * (_LONG_DRAW if number % _LONG_DRAW >= _LONG_DRAW - 1 - attends else 1)
     context_lens = _context_lens(rng, spec, elements)

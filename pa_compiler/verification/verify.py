@@ -143,11 +143,12 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     lse, whole_lse = inside(np.full(rows, np.nan, np.float32), np.nan, call.rng)
     arguments = [call.query, key_cache, value_cache, call.block_table, call.context_lens]
     names = ["query", *_CACHES, "block_table", "context_lens"]
-    run, options = module.decode, call.heads
+    kind, run, options = "decode", module.decode, call.heads
     if call.queries is not None:
         arguments.append(call.queries.query_start_loc)
         names.append("query_start_loc")
-        run, options = module.attend, options | {"causal": call.queries.causal, "tree_mask": call.queries.tree_mask}
+        told = {"causal": call.queries.causal, "tree_mask": call.queries.tree_mask}
+        kind, run, options = "attend", module.attend, options | told
     try:
         if call.append:
             _append(module, call, key_cache, value_cache)
@@ -169,7 +170,7 @@ def _run(module: Verifiable, call: Draw) -> tuple[dict[str, Errors], list[str]]:
     results = dict(zip(("out", "lse"), returned if call.lse != "none" else (returned,), strict=False))
     errors, messages = _compared(spec, call, values, results)
     wrong += messages
-    wrong += _differences("after the call", inputs, before, (*names, *heads))
+    wrong += _differences(f"after {kind}", inputs, before, (*names, *heads))
     for name, view, whole in (("out", out, whole_out), ("lse", lse, whole_lse)):
         view.fill(np.nan)
         if not np.isnan(whole).all():

@@ -57,8 +57,8 @@ class AttendCall {
     threads.limit = plan.num_threads;
   }
 
-  // The arguments as decode's kernels take them for an item of its plan, whose sequences have their query tokens side by
-  // side: row `seq` of query, out and lse is that of the token of it.
+  // The arguments as decode's kernels take them for an item of its plan, whose sequences have their query tokens side
+  // by side: row `seq` of query, out and lse is that of the token of it.
   DecodeArguments RowsOf(const WorkItem& item) const {
     DecodeArguments rows = args;
     const int64_t seq = item.batch_start;
@@ -96,8 +96,8 @@ class AttendCall {
   const Borrowed<float> unused_lse_;
 };
 
-// attend_plan: the work items that attend would run, as PlanText has those of decode. The lines of items of several query
-// tokens have the numbers of kAttendPlanFields.
+// attend_plan: the work items that attend would run, as PlanText has those of decode. The lines of items of several
+// query tokens have the numbers of kAttendPlanFields.
 template <typename Spec>
 void AttendPlanText(const Inputs& in, TVMFFIAny* result) {
   using Given = AttendPlanParameters;

@@ -45,7 +45,8 @@ struct Shares {
   int64_t tokens, heads;
 
   explicit Shares(int64_t num_query) {
-    constexpr int64_t kWhole = Spec::kAttendRows / std::gcd(Spec::kAttendRows, Spec::kGroup);  // tokens that fill row tiles
+    constexpr int64_t kWhole =
+        Spec::kAttendRows / std::gcd(Spec::kAttendRows, Spec::kGroup);  // tokens that fill row tiles
     constexpr int64_t kFit = std::max<int64_t>(Spec::kAttendTiles * Spec::kAttendRows / Spec::kGroup, 1);
     constexpr int64_t kMost = kFit < kWhole ? kFit : kFit / kWhole * kWhole;
     tokens = std::min(kMost, (EvenShare(num_query, kMost) - 1) / kWhole * kWhole + kWhole);
@@ -164,15 +165,16 @@ class AttendPlan {
   template <typename Visit>
   void VisitTokens(AttendItem item, const Visit& visit) {
     constexpr int64_t kFloats = Spec::kNumHeads * (Spec::kValueDim + 2);
-    const Interval keys =
-        KeysSeen<Spec>(item.first_pos, item.first_pos + item.num_query, queries_.context_lens[item.seq], queries_.SeesAhead());
+    const Interval keys = KeysSeen<Spec>(item.first_pos, item.first_pos + item.num_query,
+                                         queries_.context_lens[item.seq], queries_.SeesAhead());
     const Interval blocks = BlocksOf<Spec>(keys);
     const int64_t work = WorkOf<Spec>(item, keys, queries_.SeesAhead()), first = blocks.begin / Spec::kRangeBlocks;
     const int64_t ranges = std::max<int64_t>((blocks.end - 1) / Spec::kRangeBlocks + 1 - first, 1);
     const int64_t partials = num_partials - decode.num_partials + ranges * item.num_query;
     const bool is_split = work > target_ && ranges > 1 && partials <= kMostPartialFloats / kFloats;
     const double parts = static_cast<double>(is_split ? work / ranges : work) / static_cast<double>(target_);
-    const int64_t heads = EvenShare(Spec::kNumKVHeads, parts <= 1 ? item.num_kv_heads : std::max<int64_t>(item.num_kv_heads / parts, 1));
+    const int64_t heads =
+        EvenShare(Spec::kNumKVHeads, parts <= 1 ? item.num_kv_heads : std::max<int64_t>(item.num_kv_heads / parts, 1));
     const int64_t merge_items = is_split ? ranges * ((Spec::kNumKVHeads - 1) / heads + 1) : 0;
     item.merge = num_merges, item.merge_start = num_partials, item.num_ranges = ranges;
     for (int64_t range = 0; range < (is_split ? ranges : 1); ++range) {

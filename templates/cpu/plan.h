@@ -21,16 +21,16 @@ struct WorkItem {
   int64_t num_tokens;     // KV tokens that it reads
 };
 
-// How the blocks of a sequence that its query sees are cut into ranges: those of each run of blocks into ranges of equal
-// numbers of them. By the sequence's own length alone. Where sequences are not cut, there is one range, from the first
-// such block to the last.
+// How the blocks of a sequence that its query sees are cut into ranges: those of each run of blocks into ranges of
+// equal numbers of them. By the sequence's own length alone. Where sequences are not cut, there is one range, from the
+// first such block to the last.
 template <typename Spec>
 struct Cut {
   static constexpr bool kIsCut = Spec::kSplitBlocks < INT64_MAX;
 
   Seen<Spec> seen;
   Interval runs[Seen<Spec>::kMost] = {};
-  int64_t steps[Seen<Spec>::kMost] = {1};        // blocks of a range of each run
+  int64_t steps[Seen<Spec>::kMost] = {1};       // blocks of a range of each run
   int64_t run_ranges[Seen<Spec>::kMost] = {1};  // ranges of each run
   int64_t num_ranges = 1;
 

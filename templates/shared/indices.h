@@ -59,9 +59,10 @@ void CheckBlockIds(int64_t seq, const Index* row, int64_t first, int64_t used, i
   }
 }
 
-// The same of a run of a sequence's blocks. Entries that are int64 are read once: what has been checked goes, row by row,
-// to `to`.
-inline void CheckBlocks(const Array& block_table, int64_t seq, const Interval& blocks, int64_t num_blocks, int32_t* to) {
+// The same of a run of a sequence's blocks. Entries that are int64 are read once: what has been checked goes, row by
+// row, to `to`.
+inline void CheckBlocks(const Array& block_table, int64_t seq, const Interval& blocks, int64_t num_blocks,
+                        int32_t* to) {
   const int64_t num_ids = std::min(num_blocks, int64_t{1} << 31);  // block ids of 32 bits
   const int64_t start = seq * block_table.strides[0];
   if (block_table.tensor.dtype.bits == 32) {

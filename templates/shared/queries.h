@@ -15,8 +15,8 @@ struct Queries {
   const int32_t* query_start_loc;  // [batch + 1]
   int64_t batch;
   bool causal;
-  const uint8_t* tree_mask;  // which of its sequence's query tokens each one sees; nullptr: those up to itself, or, where
-                             // the call is not causal, all
+  const uint8_t* tree_mask;  // which of its sequence's query tokens each one sees; nullptr: those up to itself, or,
+                             // where the call is not causal, all
 
   int64_t Begin(int64_t seq) const { return query_start_loc[seq]; }
   int64_t Count(int64_t seq) const { return Begin(seq + 1) - Begin(seq); }

@@ -21,8 +21,8 @@ constexpr int64_t FloorDivide(int64_t dividend, int64_t divisor) {
   return dividend / divisor - (dividend % divisor < 0 ? 1 : 0);
 }
 
-// What is seen of a sequence of context_len tokens: all keys where Spec::kWindow is 0, the last kWindow ones where it is
-// positive, and otherwise those in the union of Spec::SeenKeys(context_len), as far as the sequence has them.
+// What is seen of a sequence of context_len tokens: all keys where Spec::kWindow is 0, the last kWindow ones where it
+// is positive, and otherwise those in the union of Spec::SeenKeys(context_len), as far as the sequence has them.
 template <typename Spec>
 constexpr auto SeenKeys(int64_t context_len) {
   if constexpr (Spec::kWindow < 0) {
@@ -33,13 +33,13 @@ constexpr auto SeenKeys(int64_t context_len) {
   }
 }
 
-// The logical blocks that hold these keys. Those between and before them may have been freed: their ids are neither read
-// nor checked.
+// The logical blocks that hold these keys. Those between and before them may have been freed: their ids are neither
+// read nor checked.
 template <typename Spec>
 struct Seen {
   static constexpr int kMost = sizeof(SeenKeys<Spec>(0)) / sizeof(Interval);
 
-  Interval keys = {0, 0};     // from the first key that is seen to the last
+  Interval keys = {0, 0};       // from the first key that is seen to the last
   Interval blocks[kMost] = {};  // ascending, with blocks between them
   int count = 0;
 

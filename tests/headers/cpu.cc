@@ -5,15 +5,12 @@
 #include <numeric>
 
 #include "cpu/append.h"
-#include "cpu/chunk.h"
 #include "cpu/converted.h"
 #include "cpu/cpu_set.h"
-#include "cpu/decode.h"
 #include "cpu/features.h"
 #include "cpu/floating_point.h"
 #include "cpu/kernel_call.h"
 #include "cpu/parallel.h"
-#include "cpu/partials.h"
 #include "cpu/plan.h"
 #include "cpu/scratch.h"
 #include "expect.h"
@@ -181,65 +178,6 @@ void TestKernelCall() {
   static_assert(!std::is_convertible_v<float, Passed<int64_t>> && !std::is_convertible_v<int64_t, Passed<float>>);
 }
 
-void TestPartials() {
-  const int32_t lens[] = {3, 60, 30};  // in 1, 5 and 3 ranges
-  const Plan<Spec> plan(lens, 3);
-  const Partials<Spec> partials(plan, 3);
-  EXPECT(partials.max.shape[0] == 8 && partials.sum.shape[1] == 4 && partials.acc.shape[2] == Spec::kValueDim);
-  EXPECT(!Overlap(partials.max, partials.sum) && !Overlap(partials.sum, partials.acc));
-  int64_t left[] = {0, 5, 3};
-  for (int64_t i = 0; i < plan.num_items; ++i) {
-    const int64_t seq = plan.item(i).batch_start;
-    EXPECT(plan.item(i).partial_start < 0 || partials.Complete(seq) == (--left[seq] == 0));
-  }
-  EXPECT(left[0] == 0 && left[1] == 0 && left[2] == 0);
-}
-
-void TestChunk() {
-  const Chunk<Spec> chunk;
-  const Array* const arrays[] = {&chunk.scores,   &chunk.probs,   &chunk.tile_acc, &chunk.acc,
-                                 &chunk.tile_max, &chunk.row_max, &chunk.tile_sum, &chunk.row_sum};
-  for (const Array* one : arrays) {
-    EXPECT(reinterpret_cast<uintptr_t>(one->tensor.data) % 64 == 0 && one->shape[0] == 4 && one->shape[1] == 2);
-    for (const Array* other : arrays) EXPECT(one == other || !Overlap(*one, *other));
-  }
-  EXPECT(chunk.scores.shape[2] == 8 && chunk.acc.shape[2] == Spec::kValueDim && chunk.row_max.tensor.ndim == 2);
-}
-
-// A call of decode with int64 indices, from arrays that are contiguous.
-void TestDecodeCall() {
-  Made query(kFloat32, {2, 4, 6}), keys(kFloat32, {9, 4, 2, 6}), values(kFloat32, {9, 4, 2, 3});
-  Made table(kInt64, {2, 8}), lens(kInt64, {2}), out(kFloat32, {2, 4, 3});
-  auto* const len = static_cast<int64_t*>(lens.tensor.data);
-  len[0] = 5, len[1] = 30;
-  for (int i = 0; i < 16; ++i) static_cast<int64_t*>(table.tensor.data)[i] = i % 9;
-  const TVMFFIAny none{}, given[] = {Any(query.tensor),
-                                     Any(keys.tensor),
-                                     Any(values.tensor),
-                                     Any(table.tensor),
-                                     Any(lens.tensor),
-                                     Any(out.tensor),
-                                     none,
-                                     none,
-                                     none,
-                                     Packed(1.0f),
-                                     Packed(int64_t{8}),
-                                     Packed(int64_t{kOwn}),
-                                     Packed(int64_t{0}),
-                                     Packed(int64_t{0})};
-  {
-    DecodeCall<Spec> call(Inputs(given, 14, 14));
-    EXPECT(call.plan.num_items == 4 && call.plan.num_partials == 3 && call.args.batch == 2);
-    EXPECT(call.threads.limit == 35 / Spec::kThreadTokens + 1);
-    EXPECT(static_cast<const int32_t*>(call.args.context_lens.tensor.data)[1] == 30);
-    EXPECT(static_cast<const int32_t*>(call.args.block_table.tensor.data)[15] == 15 % 9);
-    EXPECT(call.args.has_lse() && call.args.lse.shape[0] == 2 && call.args.lse.shape[1] == 4);
-  }
-  len[1] = 33;
-  EXPECT_RAISES("ValueError: context_lens: expected a length from 0 to 32 for sequence 1, got 33",
-                DecodeCall<Spec>(Inputs(given, 14, 14)));
-}
-
 void TestThreads() {
   const int32_t cpus[] = {0, 1}, other[] = {0, 2};
   const int64_t number = CpuSet::NumberOf(cpus, 2);
@@ -287,33 +225,6 @@ void TestAppend() {
   EXPECT(AreFew<Spec>(kFewBytes / 72 - 1) && !AreFew<Spec>(kFewBytes / 72 + 1));  // 2 heads of 6 + 3 floats
 }
 
-// Which heads of which cache are written, by so many tokens.
-template <typename Spec>
-void TestHeads(int64_t num_tokens, int64_t heads_of_a_call) {
-  Made key(kFloat32, {num_tokens, 2, 6}), value(kFloat32, {num_tokens, 2, 3}), slots(kInt32, {num_tokens});
-  Made keys(kFloat32, {1, 4, 2, 6}), values(kFloat32, {1, 4, 2, 3});
-  const TVMFFIAny given[] = {Any(key.tensor),       Any(value.tensor),  Any(keys.tensor),
-                             Any(values.tensor),    Any(slots.tensor),  Packed(int64_t{2}),
-                             Packed(int64_t{kOwn}), Packed(int64_t{0}), Packed(int64_t{0})};
-  const AppendCall<Spec> call(Inputs(given, 9, 9));
-  EXPECT(call.slot_mapping.tensor.dtype.bits == 64 && Same(call.key.tensor.dtype, {kDLUInt, 32, 1}));
-  std::atomic<int> written[2][2] = {};
-  auto write_to = [&](int which, const Made& cache) {
-    return [&, which](const Array&, const Array& to, int64_t head_begin, int64_t num_heads) {
-      EXPECT(num_heads == heads_of_a_call && to.tensor.data == cache.tensor.data);
-      for (int64_t head = head_begin; head < head_begin + num_heads; ++head) ++written[which][head];
-    };
-  };
-  call.ForHeads(write_to(0, keys), write_to(1, values));
-  for (const auto& heads : written) EXPECT(heads[0] == (num_tokens > 0) && heads[1] == (num_tokens > 0));
-}
-
-void TestAppendCall() {
-  TestHeads<Spec>(0, 2);
-  TestHeads<Spec>(3, 2);
-  TestHeads<Spec>(kFewBytes / 72 + 1, 1);
-}
-
 }  // namespace
 
 int main() {
@@ -326,13 +237,9 @@ int main() {
   TestScratch();
   TestConverted();
   TestKernelCall();
-  TestPartials();
-  TestChunk();
-  TestDecodeCall();
   TestThreads();
   TestFloatingPoint();
   TestFeatures();
   TestAppend();
-  TestAppendCall();
   return failures;
 }

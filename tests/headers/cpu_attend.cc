@@ -12,7 +12,8 @@ using namespace pa;
 
 namespace {
 
-using Spec = SpecOf<3, false>;  // ranges of 3 blocks of 4 tokens; items of up to 4 tiles of 4 rows, 2 heads to a kv head
+using Spec =
+    SpecOf<3, false>;  // ranges of 3 blocks of 4 tokens; items of up to 4 tiles of 4 rows, 2 heads to a kv head
 using Windowed = SpecOf<3, false, 9>;
 
 // Lengths of sequences, and of their query tokens.
@@ -49,7 +50,8 @@ void ExpectCoverage(const Queries& queries, const AttendPlan<Spec>& plan) {
   for (int64_t i = 0; i < plan.num_dealt; ++i) {
     if (const WorkItem* one = plan.OfDecode(i)) {
       for (int64_t seq = one->batch_start; seq < one->batch_start + one->num_seqs; ++seq) {
-        EXPECT(queries.Count(seq) == 1 && queries.Begin(seq) - seq == queries.Begin(one->batch_start) - one->batch_start);
+        EXPECT(queries.Count(seq) == 1 &&
+               queries.Begin(seq) - seq == queries.Begin(one->batch_start) - one->batch_start);
         for (int64_t head = 0; head < 2; ++head) {
           ++rows[{queries.Begin(seq), head}];
           for (int64_t block = one->block_begin; block < one->block_end; ++block) {
@@ -72,7 +74,8 @@ void ExpectCoverage(const Queries& queries, const AttendPlan<Spec>& plan) {
   for (int64_t seq = 0; seq < queries.batch; ++seq) {
     for (int64_t token = queries.Begin(seq); token < queries.Begin(seq + 1); ++token) {
       const int64_t pos = queries.FirstPos(seq) + token - queries.Begin(seq);
-      const Interval blocks = BlocksOf<Spec>(KeysSeen<Spec>(pos, pos + 1, queries.context_lens[seq], queries.SeesAhead()));
+      const Interval blocks =
+          BlocksOf<Spec>(KeysSeen<Spec>(pos, pos + 1, queries.context_lens[seq], queries.SeesAhead()));
       for (int64_t head = 0; head < 2; ++head) {
         EXPECT((rows[{token, head}] > 0));
         for (int64_t block = blocks.begin; block < blocks.end; ++block) EXPECT((visits[{token, head, block}] >= 1));
@@ -132,7 +135,8 @@ void TestPlans(bool causal) {
 }
 
 void TestShares() {
-  for (const auto& [count, tokens, heads] : {std::tuple{2, 2, 2}, {4, 4, 2}, {5, 6, 1}, {8, 8, 1}, {9, 6, 1}, {17, 6, 1}}) {
+  for (const auto& [count, tokens, heads] :
+       {std::tuple{2, 2, 2}, {4, 4, 2}, {5, 6, 1}, {8, 8, 1}, {9, 6, 1}, {17, 6, 1}}) {
     const Shares<Spec> shares(count);
     EXPECT(shares.tokens == tokens && shares.heads == heads);
   }
@@ -204,10 +208,22 @@ void TestCall() {
   for (int i = 0; i < 16; ++i) table.data<int64_t>()[i] = i < 2 || i > 7 ? i % 9 : 99;
   std::fill_n(tree.data<char>(), 10, 1);
   TVMFFIAny none{};
-  TVMFFIAny given[] = {Any(query.tensor), Any(keys.tensor),    Any(values.tensor), Any(table.tensor),
-                       Any(lens.tensor),  Any(starts.tensor),  Any(out.tensor),    none,
-                       none,              none,                Any(tree.tensor),   Packed(1.0f),
-                       Any(1),            Packed(int64_t{8}),  Any(kOwn),          Any(0),
+  TVMFFIAny given[] = {Any(query.tensor),
+                       Any(keys.tensor),
+                       Any(values.tensor),
+                       Any(table.tensor),
+                       Any(lens.tensor),
+                       Any(starts.tensor),
+                       Any(out.tensor),
+                       none,
+                       none,
+                       none,
+                       Any(tree.tensor),
+                       Packed(1.0f),
+                       Any(1),
+                       Packed(int64_t{8}),
+                       Any(kOwn),
+                       Any(0),
                        Any(0)};
   {
     const AttendCall<Spec> call(Inputs(given, 17, 17));

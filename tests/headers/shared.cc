@@ -148,9 +148,9 @@ void TestIndicesOfAUnion() {
   CheckIndices<Union>(Checked(table), Checked(lens), 4);
   for (const int i : {0, 10, 11, 24}) {
     table.data<int32_t>()[i] = 4;
-    EXPECT_RAISES("IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " +
-                      std::to_string(i),
-                  CheckIndices<Union>(Checked(table), Checked(lens), 4));
+    EXPECT_RAISES(
+        "IndexError: block_table: expected a block id in [0, 4), got 4 for sequence 0 at position " + std::to_string(i),
+        CheckIndices<Union>(Checked(table), Checked(lens), 4));
     table.data<int32_t>()[i] = 3;
   }
 }

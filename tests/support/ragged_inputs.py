@@ -48,7 +48,7 @@ class Ragged:
         return dataclasses.replace(self, query=query, inputs=self.inputs.take(sequences), query_start_loc=starts)
 
     def chunk(self, first, count) -> Ragged:
-        """Of the one sequence the query tokens from the first on, as a call has them that was made when they were its last."""
+        """The call in which so many query tokens of the one sequence, from the first on, are its last tokens."""
         before = int(self.inputs.context_lens[0]) - len(self.query)
         inputs = self.inputs.replace(context_lens=np.array([before + first + count]))
         query = self.query[first : first + count]

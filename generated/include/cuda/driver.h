@@ -81,6 +81,7 @@ enum : int {
   F(cuMemFreeAsync, CUdeviceptr, CUstream)                                                                         \
   F(cuMemsetD32Async, CUdeviceptr, unsigned value, size_t count, CUstream)                                         \
   F(cuMemcpyDtoHAsync_v2, void*, CUdeviceptr, size_t bytes, CUstream)                                              \
+  F(cuMemcpyHtoDAsync_v2, CUdeviceptr, const void*, size_t bytes, CUstream)                                        \
   F(cuStreamCreate, CUstream*, unsigned flags)                                                                     \
   F(cuStreamDestroy_v2, CUstream)                                                                                  \
   F(cuStreamSynchronize, CUstream)                                                                                 \
