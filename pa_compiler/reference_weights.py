@@ -120,13 +120,18 @@ def weigh(
     """
     num_heads, head_dim = query.shape
     position = seen.position if window is None else seen.position[seen.position > seen.query_pos - window]
-    key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
-    by_kv_head = (len(key), num_heads // len(key), 1)
-    grouped = query.astype(np.float64).reshape(len(key), -1, head_dim)
     places = reference_functions.Places(batch, seen.query_pos, position, inputs or {})
+    num_kv_heads = key_cache.shape[2 if kv_layout == "NHD" else 1]
     visible = is_nan = None
     if mask_mod is not None:
-        visible, is_nan = places.mask(mask_mod, (len(key), grouped.shape[1], len(position)))
+        visible, is_nan = places.mask(mask_mod, (num_kv_heads, num_heads // num_kv_heads, len(position)))
+        is_read = visible.any(axis=(0, 1))
+        position, visible, is_nan = position[is_read], visible[..., is_read], is_nan[..., is_read]
+        places = places._replace(key_pos=position)
+    key, values = gathered(key_cache, value_cache, blocks, position, kv_layout)
+    by_kv_head = (num_kv_heads, num_heads // num_kv_heads, 1)
+    grouped = query.astype(np.float64).reshape(num_kv_heads, -1, head_dim)
+    if visible is not None:
         key.swapaxes(1, 2)[~visible.any(axis=1)] = 0
         values[~visible.any(axis=1)] = 0
     factor = 1 / math.sqrt(head_dim) if scale is None else float(scale)

@@ -108,7 +108,7 @@ def draw(spec: PagedAttentionSpec, seed: int, number: int, attends: bool = False
     keys[~is_used] = poison
     values[~is_used] = poison
     if queries is not None and kind is _ordinary and spec.score_mod is None and rng.random() < 0.25:
-        poison_the_last(values, block_table, context_lens, spec.block_size)
+        poison_the_last(values, is_used, block_table, context_lens, spec.block_size)
     return Draw(
         query=inside(query, poison, rng)[0],
         keys=keys,

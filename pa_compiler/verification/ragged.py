@@ -128,9 +128,11 @@ def used_slots(
     return is_used
 
 
-def poison_the_last(values: np.ndarray, table: np.ndarray, context_lens: np.ndarray, block_size: int) -> None:
-    """NaN in the value of each sequence's last token: query tokens that do not see it have nothing of it."""
+def poison_the_last(
+    values: np.ndarray, is_used: np.ndarray, table: np.ndarray, context_lens: np.ndarray, block_size: int
+) -> None:
+    """NaN in the value of each sequence's last token, if some query token sees it: the others have nothing of it."""
     for blocks, length in zip(table, context_lens.tolist(), strict=True):
-        block = blocks[(length - 1) // block_size] if length else -1
-        if 0 <= block < len(values):
-            values[block, (length - 1) % block_size] = np.nan
+        block, slot = blocks[(length - 1) // block_size] if length else -1, (length - 1) % block_size
+        if 0 <= block < len(values) and is_used[block, slot]:
+            values[block, slot] = np.nan
