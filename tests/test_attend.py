@@ -101,6 +101,24 @@ def test_functions(compiled):
     check(module, [(40, 200), (2, 5)], causal=False)
 
 
+def by_table(score, batch, head, query_pos, key_pos, *, table):
+    return score + table[head, key_pos]
+
+
+def of_sequence(batch, head, query_pos, key_pos, *, first):
+    return key_pos >= first[batch]
+
+
+def test_functions_with_inputs(compiled):
+    inputs = {"table": ("float32", (6, 300)), "first": ("int32", ("batch",))}
+    module = compiled(dataclasses.replace(BASE, score_mod=by_table, mask_mod=of_sequence, inputs=inputs))
+    rng = np.random.default_rng(0)
+    given = {"table": rng.standard_normal((6, 300), np.float32), "first": np.arange(len(MIX), dtype=np.int32)}
+    ragged = make_ragged(module.spec, MIX)
+    ragged = dataclasses.replace(ragged, options={"inputs": given})
+    assert_near_float64(module.spec, ragged, *ragged.attend(module))
+
+
 @every_layout
 @pytest.mark.parametrize("window", [None, 50])
 def test_one_query_token_each_is_decode(compiled, spec, window):

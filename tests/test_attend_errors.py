@@ -78,7 +78,7 @@ BAD = [
     ("tree_int8_of_dlpack", T, "tree_mask", "bool uint8 int8",
      lambda c: {"tree_mask": Exported(c.tree_mask.view(np.int8), dtype=(0, 8))}),
     ("tree_strided", V, "tree_mask", "1 2", lambda c: {"tree_mask": strided(c.tree_mask)}),
-    ("tree_nowhere", V, "tree_mask", "memory", lambda c: {"tree_mask": nowhere(c.tree_mask.view("u1"))}),
+    ("tree_nowhere", V, "tree_mask", "memory", lambda c: {"tree_mask": Exported(c.tree_mask, dtype=(1, 8), address=0)}),
     ("tree_list", T, "tree_mask", "list", lambda c: {"tree_mask": c.tree_mask.tolist()}),
     ("tree_not_causal", V, "tree_mask", "causal=True causal=False", lambda c: {"causal": False}),
     ("scale", V, "scale", "inf", lambda c: {"scale": float("inf")}),
