@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from dlpack import Exported
 from ragged_inputs import make_ragged
-from refusals import SPEC, assert_refused, misaligned, nowhere, over, strided, with_at
+from refusals import SPEC, assert_refused, misaligned, over, strided, with_at
 
 V, T, I = ValueError, TypeError, IndexError  # noqa: E741  (a column of this table)
 SEQUENCES = [
