@@ -249,6 +249,7321 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor502.i = alloca [16 x float], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %13 = load ptr, ptr %12, align 8
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %21 = load ptr, ptr %20, align 8
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_head = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_head = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %58 = load i64, ptr %57, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %60 = load i64, ptr %59, align 8
+  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %62 = load i64, ptr %61, align 8
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %64 = load i64, ptr %63, align 8
+  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %tree_start = load i64, ptr %65, align 8
+  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %67 = load i64, ptr %66, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
+  %query_scale.type_index = load i32, ptr %68, align 8
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %70 = load i64, ptr %69, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %score_scale.type_index = load i32, ptr %71, align 8
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %73 = load i64, ptr %72, align 8
+  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %75, align 8
+  %76 = icmp eq ptr %fused_attend.query_strides, null
+  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %76, ptr %77, ptr %78
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %76, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %entry
+  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %80 = load i64, ptr %79, align 8
+  %81 = load i64, ptr %77, align 8
+  %82 = mul nsw i64 %81, %80
+  br label %if_end36
+
+if_else35:                                        ; preds = %entry
+  %83 = load i64, ptr %fused_attend.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
+  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %84, align 4
+  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
+  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
+  %87 = icmp eq ptr %fused_attend.block_table_strides, null
+  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %90, align 8
+  %91 = icmp eq ptr %fused_attend.out_strides, null
+  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %91, ptr %92, ptr %93
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %91, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %95 = load i64, ptr %94, align 8
+  %96 = load i64, ptr %92, align 8
+  %97 = mul nsw i64 %96, %95
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %98 = load i64, ptr %fused_attend.out_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
+  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %99, align 8
+  %100 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %100, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %101, align 8
+  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %103 = icmp eq i32 %score_scale.type_index, 3
+  %.cast63 = bitcast i64 %73 to double
+  %104 = fptrunc double %.cast63 to float
+  %105 = sitofp i64 %73 to float
+  %score_scale = select i1 %103, float %104, float %105
+  %106 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %70 to double
+  %107 = fptrunc double %.cast to float
+  %108 = sitofp i64 %70 to float
+  %query_scale = select i1 %106, float %107, float %108
+  %tree_size = trunc i64 %67 to i32
+  %block_end = trunc i64 %60 to i32
+  %block_begin = trunc i64 %58 to i32
+  %num_kv_heads = trunc i64 %56 to i32
+  %first_pos = trunc i64 %52 to i32
+  %num_query = trunc i64 %50 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor502.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %109 = add nsw i32 %num_kv_heads, -1
+  %110 = mul nsw i32 %109, %num_query
+  %111 = icmp sgt i32 %num_query, -1
+  %112 = tail call i32 @llvm.smin.i32(i32 %110, i32 0)
+  %113 = select i1 %111, i32 0, i32 %112
+  %114 = mul i32 %num_kv_heads, %num_query
+  %115 = select i1 %111, i32 %110, i32 0
+  %116 = add nsw i32 %115, %num_query
+  %117 = tail call i32 @llvm.smax.i32(i32 %114, i32 %116)
+  %118 = sub nsw i32 %117, %113
+  %119 = tail call i32 @llvm.smin.i32(i32 %118, i32 16)
+  %120 = shl nsw i32 %119, 11
+  %121 = sext i32 %120 to i64
+  %122 = shl nuw nsw i64 %121, 2
+  %123 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %123(i32 1, i32 %dev_id, i64 %122, i32 2, i32 32)
+  %124 = icmp eq ptr %q_tile.i, null
+  br i1 %124, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
+
+if_end.i:                                         ; preds = %if_end48
+  %125 = tail call i32 @llvm.smin.i32(i32 %114, i32 16)
+  %126 = shl nsw i32 %125, 4
+  %127 = sext i32 %126 to i64
+  %128 = shl nuw nsw i64 %127, 2
+  %129 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_max.i = tail call ptr %129(i32 1, i32 %dev_id, i64 %128, i32 2, i32 32)
+  %130 = icmp eq ptr %total_max.i, null
+  br i1 %130, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
+
+if_end2.i:                                        ; preds = %if_end.i
+  %131 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_sum.i = tail call ptr %131(i32 1, i32 %dev_id, i64 %128, i32 2, i32 32)
+  %132 = icmp eq ptr %total_sum.i, null
+  br i1 %132, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
+
+if_end5.i:                                        ; preds = %if_end2.i
+  %133 = shl nsw i32 %125, 11
+  %134 = sext i32 %133 to i64
+  %135 = shl nuw nsw i64 %134, 2
+  %136 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_acc.i = tail call ptr %136(i32 1, i32 %dev_id, i64 %135, i32 2, i32 32)
+  %137 = icmp eq ptr %total_acc.i, null
+  br i1 %137, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
+
+if_end8.i:                                        ; preds = %if_end5.i
+  %138 = shl nsw i32 %119, 4
+  %139 = sext i32 %138 to i64
+  %140 = shl nuw nsw i64 %139, 2
+  %141 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %limits.i = tail call ptr %141(i32 1, i32 %dev_id, i64 %140, i32 0, i32 32)
+  %142 = icmp eq ptr %limits.i, null
+  br i1 %142, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
+
+if_end11.i:                                       ; preds = %if_end8.i
+  %143 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %places.i = tail call ptr %143(i32 1, i32 %dev_id, i64 %140, i32 0, i32 32)
+  %144 = icmp eq ptr %places.i, null
+  br i1 %144, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
+
+if_end14.i:                                       ; preds = %if_end11.i
+  %145 = shl nsw i32 %119, 2
+  %146 = sext i32 %145 to i64
+  %147 = shl nuw nsw i64 %146, 2
+  %148 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %reach.i = tail call ptr %148(i32 1, i32 %dev_id, i64 %147, i32 0, i32 32)
+  %149 = icmp eq ptr %reach.i, null
+  br i1 %149, label %fused_attend_compute_.exit, label %if_end17.i, !prof !8
+
+if_end17.i:                                       ; preds = %if_end14.i
+  %sext = shl i64 %46, 32
+  %150 = ashr exact i64 %sext, 32
+  %151 = getelementptr inbounds i32, ptr %context_lens, i64 %150
+  %context_len.i = load i32, ptr %151, align 4, !tbaa !5
+  %152 = icmp sgt i64 %tree_start, -1
+  %153 = icmp slt i32 %114, 1
+  br i1 %153, label %for_end_tile110.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
+
+for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end17.i
+  %154 = and i64 %64, 4294967295
+  %155 = icmp eq i64 %154, 0
+  %156 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %157 = shufflevector <4 x float> %156, <4 x float> poison, <4 x i32> zeroinitializer
+  %sext64 = shl i64 %54, 32
+  %158 = ashr exact i64 %sext64, 32
+  %sext65 = shl i64 %48, 32
+  %159 = ashr exact i64 %sext65, 32
+  %.scalar.i = add i32 %first_pos, 1
+  %160 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %161 = shufflevector <16 x i32> %160, <16 x i32> poison, <16 x i32> zeroinitializer
+  %162 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %163 = shufflevector <16 x i32> %162, <16 x i32> poison, <16 x i32> zeroinitializer
+  %164 = or i1 %155, %152
+  %165 = insertelement <16 x i1> poison, i1 %164, i64 0
+  %166 = shufflevector <16 x i1> %165, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %114 to i64
+  br label %for_begin_ax1_0.preheader.i
+
+for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
+  %indvars.iv863.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next864.i, %for_body_r.peel.next.i ]
+  %167 = trunc nuw nsw i64 %indvars.iv863.i to i32
+  %rmod.i = srem i32 %167, %num_query
+  %rdiv42.i = sdiv i32 %167, %num_query
+  %168 = icmp eq i32 %rmod.i, 0
+  %169 = or i1 %111, %168
+  %170 = select i1 %169, i32 0, i32 %num_query
+  %171 = add nsw i32 %170, %rmod.i
+  %172 = icmp slt i32 %171, %num_query
+  %173 = sub nsw i32 %num_query, %171
+  %174 = shl nsw i32 %173, 4
+  %175 = sub i32 %171, %num_query
+  %invariant.op629.i = shl i32 %175, 3
+  %not.543.i = xor i1 %169, true
+  %176 = sext i1 %not.543.i to i32
+  %177 = sext i32 %171 to i64
+  %178 = add nsw i64 %159, %177
+  %179 = mul nsw i64 %178, %q_batch
+  %180 = getelementptr i16, ptr %query, i64 %179
+  %181 = sext i32 %174 to i64
+  %182 = shl i64 %indvars.iv863.i, 11
+  %183 = and i64 %182, 4294965248
+  %invariant.gep1167.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %183
+  br label %for_begin_ax2_0.preheader.i
+
+for_begin_tile108.preheader.i:                    ; preds = %for_body_r.peel.next.i
+  %184 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
+  %185 = load <2 x i32>, ptr %184, align 4, !tbaa !5
+  %exitcond871.peel.not.i = icmp eq i32 %114, 1
+  %186 = extractelement <2 x i32> %185, i64 0
+  %187 = extractelement <2 x i32> %185, i64 1
+  br i1 %exitcond871.peel.not.i, label %for_end_tile110.loopexit.i, label %iter.check, !prof !13
+
+iter.check:                                       ; preds = %for_begin_tile108.preheader.i
+  %188 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %114, 6
+  br i1 %min.iters.check, label %if_end118.i.preheader, label %vector.main.loop.iter.check, !prof !16
+
+vector.main.loop.iter.check:                      ; preds = %iter.check
+  %min.iters.check380 = icmp ult i32 %114, 34
+  br i1 %min.iters.check380, label %vec.epilog.ph, label %vector.ph, !prof !16
+
+vector.ph:                                        ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %188, 31
+  %189 = icmp eq i64 %n.mod.vf, 0
+  %190 = select i1 %189, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %188, %190
+  %broadcast.splat = shufflevector <2 x i32> %185, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat382 = shufflevector <2 x i32> %185, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body
+
+vector.body:                                      ; preds = %vector.body, %vector.ph
+  %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %203, %vector.body ]
+  %vec.phi383 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %204, %vector.body ]
+  %vec.phi384 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %205, %vector.body ]
+  %vec.phi385 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %206, %vector.body ]
+  %vec.phi386 = phi <8 x i32> [ %broadcast.splat382, %vector.ph ], [ %207, %vector.body ]
+  %vec.phi387 = phi <8 x i32> [ %broadcast.splat382, %vector.ph ], [ %208, %vector.body ]
+  %vec.phi388 = phi <8 x i32> [ %broadcast.splat382, %vector.ph ], [ %209, %vector.body ]
+  %vec.phi389 = phi <8 x i32> [ %broadcast.splat382, %vector.ph ], [ %210, %vector.body ]
+  %191 = shl i64 %index, 4
+  %192 = shl i64 %index, 4
+  %193 = shl i64 %index, 4
+  %194 = shl i64 %index, 4
+  %195 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %191
+  %196 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %192
+  %197 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %193
+  %198 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %194
+  %199 = getelementptr inbounds nuw i8, ptr %195, i64 20
+  %200 = getelementptr inbounds nuw i8, ptr %196, i64 148
+  %201 = getelementptr inbounds nuw i8, ptr %197, i64 276
+  %202 = getelementptr inbounds nuw i8, ptr %198, i64 404
+  %wide.vec = load <32 x i32>, ptr %199, align 4, !tbaa !5
+  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec390 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec391 = load <32 x i32>, ptr %200, align 4, !tbaa !5
+  %strided.vec392 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec393 = shufflevector <32 x i32> %wide.vec391, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec394 = load <32 x i32>, ptr %201, align 4, !tbaa !5
+  %strided.vec395 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec396 = shufflevector <32 x i32> %wide.vec394, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec397 = load <32 x i32>, ptr %202, align 4, !tbaa !5
+  %strided.vec398 = shufflevector <32 x i32> %wide.vec397, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec399 = shufflevector <32 x i32> %wide.vec397, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %203 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec390)
+  %204 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi383, <8 x i32> %strided.vec393)
+  %205 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi384, <8 x i32> %strided.vec396)
+  %206 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi385, <8 x i32> %strided.vec399)
+  %207 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi386, <8 x i32> %strided.vec)
+  %208 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi387, <8 x i32> %strided.vec392)
+  %209 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi388, <8 x i32> %strided.vec395)
+  %210 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi389, <8 x i32> %strided.vec398)
+  %index.next = add nuw i64 %index, 32
+  %211 = icmp eq i64 %index.next, %n.vec
+  br i1 %211, label %vec.epilog.iter.check, label %vector.body, !prof !17, !llvm.loop !18
+
+vec.epilog.iter.check:                            ; preds = %vector.body
+  %rdx.minmax402 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %207, <8 x i32> %208)
+  %rdx.minmax403 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax402, <8 x i32> %209)
+  %rdx.minmax404 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax403, <8 x i32> %210)
+  %212 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax404)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %203, <8 x i32> %204)
+  %rdx.minmax400 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %205)
+  %rdx.minmax401 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax400, <8 x i32> %206)
+  %213 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax401)
+  %ind.end = add nsw i64 %n.vec, 1
+  %min.epilog.iters.check = icmp samesign ult i64 %190, 5
+  %214 = insertelement <2 x i32> poison, i32 %212, i64 0
+  %215 = insertelement <2 x i32> %214, i32 %213, i64 1
+  br i1 %min.epilog.iters.check, label %if_end118.i.preheader, label %vec.epilog.ph, !prof !23
+
+vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
+  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
+  %216 = phi <2 x i32> [ %215, %vec.epilog.iter.check ], [ %185, %vector.main.loop.iter.check ]
+  %n.mod.vf406 = and i64 %188, 3
+  %217 = icmp eq i64 %n.mod.vf406, 0
+  %218 = select i1 %217, i64 4, i64 %n.mod.vf406
+  %n.vec407 = sub nsw i64 %188, %218
+  %219 = add nsw i64 %n.vec407, 1
+  %broadcast.splat409 = shufflevector <2 x i32> %216, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat411 = shufflevector <2 x i32> %216, <2 x i32> poison, <4 x i32> zeroinitializer
+  br label %vec.epilog.vector.body
+
+vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
+  %index412 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next418, %vec.epilog.vector.body ]
+  %vec.phi413 = phi <4 x i32> [ %broadcast.splat409, %vec.epilog.ph ], [ %222, %vec.epilog.vector.body ]
+  %vec.phi414 = phi <4 x i32> [ %broadcast.splat411, %vec.epilog.ph ], [ %223, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index412, 4
+  %220 = getelementptr i8, ptr %reach.i, i64 %offset.idx
+  %221 = getelementptr i8, ptr %220, i64 20
+  %wide.vec415 = load <16 x i32>, ptr %221, align 4, !tbaa !5
+  %strided.vec416 = shufflevector <16 x i32> %wide.vec415, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec417 = shufflevector <16 x i32> %wide.vec415, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %222 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi413, <4 x i32> %strided.vec417)
+  %223 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi414, <4 x i32> %strided.vec416)
+  %index.next418 = add nuw i64 %index412, 4
+  %224 = icmp eq i64 %index.next418, %n.vec407
+  br i1 %224, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !24
+
+vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
+  %225 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %222)
+  %226 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %223)
+  br label %if_end118.i.preheader
+
+if_end118.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv867.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %219, %vec.epilog.middle.block ]
+  %span518.sroa.0.0636.i.ph = phi i32 [ %187, %iter.check ], [ %213, %vec.epilog.iter.check ], [ %225, %vec.epilog.middle.block ]
+  %span518.sroa.3.0635.i.ph = phi i32 [ %186, %iter.check ], [ %212, %vec.epilog.iter.check ], [ %226, %vec.epilog.middle.block ]
+  br label %if_end118.i
+
+for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv849.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next850.i, %for_end_ax2_0.i ]
+  %227 = shl nuw nsw i64 %indvars.iv849.i, 2
+  %228 = or disjoint i64 %227, 1
+  %229 = icmp slt i64 %228, %181
+  %indvars.iv849.tr.i = trunc i64 %indvars.iv849.i to i32
+  %230 = shl i32 %indvars.iv849.tr.i, 1
+  %231 = add i32 %230, %invariant.op629.i
+  %232 = icmp slt i32 %231, -1
+  %233 = or disjoint i64 %227, 3
+  %234 = icmp slt i64 %233, %181
+  %235 = or disjoint i64 %227, 2
+  %invariant.gep1169.i = getelementptr inbounds nuw float, ptr %invariant.gep1167.i, i64 %227
+  br label %for_body_ax2_0.i
+
+for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
+  %236 = tail call i32 @llvm.smin.i32(i32 %173, i32 1)
+  %237 = shl nsw i32 %236, 4
+  %238 = add nsw i32 %237, -1
+  %239 = insertelement <16 x i32> poison, i32 %238, i64 0
+  %240 = shufflevector <16 x i32> %239, <16 x i32> poison, <16 x i32> zeroinitializer
+  %241 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %240, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %242 = shl nsw i32 %171, 4
+  %243 = insertelement <16 x i32> poison, i32 %242, i64 0
+  %244 = shufflevector <16 x i32> %243, <16 x i32> poison, <16 x i32> zeroinitializer
+  %245 = add nsw <16 x i32> %241, %244
+  %246 = ashr <16 x i32> %245, splat (i32 4)
+  %247 = add <16 x i32> %246, %161
+  %248 = select <16 x i1> %166, <16 x i32> %163, <16 x i32> %247
+  %249 = shl nsw i64 %indvars.iv863.i, 4
+  %250 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %249
+  store <16 x i32> %248, ptr %250, align 4, !tbaa !5
+  %251 = add nsw <16 x i32> %248, splat (i32 -1)
+  %252 = sitofp <16 x i32> %251 to <16 x float>
+  %253 = bitcast <16 x float> %252 to <16 x i32>
+  %254 = ashr <16 x i32> %253, splat (i32 23)
+  %255 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %254, <16 x i32> splat (i32 125))
+  %256 = add nsw <16 x i32> %255, splat (i32 -125)
+  %257 = getelementptr inbounds nuw i32, ptr %places.i, i64 %249
+  store <16 x i32> %256, ptr %257, align 4, !tbaa !5
+  %258 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %249
+  %259 = getelementptr inbounds nuw i8, ptr %258, i64 4
+  %260 = getelementptr inbounds nuw i8, ptr %258, i64 8
+  %261 = getelementptr inbounds nuw i8, ptr %258, i64 12
+  %262 = and i64 %249, 4294967280
+  %263 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %262
+  %own.peel.i = load i32, ptr %263, align 4, !tbaa !5
+  store i32 %own.peel.i, ptr %258, align 4, !tbaa !5
+  store i32 %own.peel.i, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i = getelementptr inbounds nuw i8, ptr %263, i64 4
+  %own.i = load i32, ptr %gep1172.i, align 4, !tbaa !5
+  %264 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %264, ptr %258, align 4, !tbaa !5
+  %265 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %265, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.1 = getelementptr inbounds nuw i8, ptr %263, i64 8
+  %own.i.1 = load i32, ptr %gep1172.i.1, align 4, !tbaa !5
+  %266 = tail call i32 @llvm.smin.i32(i32 %264, i32 %own.i.1)
+  store i32 %266, ptr %258, align 4, !tbaa !5
+  %267 = tail call i32 @llvm.smax.i32(i32 %265, i32 %own.i.1)
+  store i32 %267, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.2 = getelementptr inbounds nuw i8, ptr %263, i64 12
+  %own.i.2 = load i32, ptr %gep1172.i.2, align 4, !tbaa !5
+  %268 = tail call i32 @llvm.smin.i32(i32 %266, i32 %own.i.2)
+  store i32 %268, ptr %258, align 4, !tbaa !5
+  %269 = tail call i32 @llvm.smax.i32(i32 %267, i32 %own.i.2)
+  store i32 %269, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.3 = getelementptr inbounds nuw i8, ptr %263, i64 16
+  %own.i.3 = load i32, ptr %gep1172.i.3, align 4, !tbaa !5
+  %270 = tail call i32 @llvm.smin.i32(i32 %268, i32 %own.i.3)
+  store i32 %270, ptr %258, align 4, !tbaa !5
+  %271 = tail call i32 @llvm.smax.i32(i32 %269, i32 %own.i.3)
+  store i32 %271, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.4 = getelementptr inbounds nuw i8, ptr %263, i64 20
+  %own.i.4 = load i32, ptr %gep1172.i.4, align 4, !tbaa !5
+  %272 = tail call i32 @llvm.smin.i32(i32 %270, i32 %own.i.4)
+  store i32 %272, ptr %258, align 4, !tbaa !5
+  %273 = tail call i32 @llvm.smax.i32(i32 %271, i32 %own.i.4)
+  store i32 %273, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.5 = getelementptr inbounds nuw i8, ptr %263, i64 24
+  %own.i.5 = load i32, ptr %gep1172.i.5, align 4, !tbaa !5
+  %274 = tail call i32 @llvm.smin.i32(i32 %272, i32 %own.i.5)
+  store i32 %274, ptr %258, align 4, !tbaa !5
+  %275 = tail call i32 @llvm.smax.i32(i32 %273, i32 %own.i.5)
+  store i32 %275, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.6 = getelementptr inbounds nuw i8, ptr %263, i64 28
+  %own.i.6 = load i32, ptr %gep1172.i.6, align 4, !tbaa !5
+  %276 = tail call i32 @llvm.smin.i32(i32 %274, i32 %own.i.6)
+  store i32 %276, ptr %258, align 4, !tbaa !5
+  %277 = tail call i32 @llvm.smax.i32(i32 %275, i32 %own.i.6)
+  store i32 %277, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.7 = getelementptr inbounds nuw i8, ptr %263, i64 32
+  %own.i.7 = load i32, ptr %gep1172.i.7, align 4, !tbaa !5
+  %278 = tail call i32 @llvm.smin.i32(i32 %276, i32 %own.i.7)
+  store i32 %278, ptr %258, align 4, !tbaa !5
+  %279 = tail call i32 @llvm.smax.i32(i32 %277, i32 %own.i.7)
+  store i32 %279, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.8 = getelementptr inbounds nuw i8, ptr %263, i64 36
+  %own.i.8 = load i32, ptr %gep1172.i.8, align 4, !tbaa !5
+  %280 = tail call i32 @llvm.smin.i32(i32 %278, i32 %own.i.8)
+  store i32 %280, ptr %258, align 4, !tbaa !5
+  %281 = tail call i32 @llvm.smax.i32(i32 %279, i32 %own.i.8)
+  store i32 %281, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.9 = getelementptr inbounds nuw i8, ptr %263, i64 40
+  %own.i.9 = load i32, ptr %gep1172.i.9, align 4, !tbaa !5
+  %282 = tail call i32 @llvm.smin.i32(i32 %280, i32 %own.i.9)
+  store i32 %282, ptr %258, align 4, !tbaa !5
+  %283 = tail call i32 @llvm.smax.i32(i32 %281, i32 %own.i.9)
+  store i32 %283, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.10 = getelementptr inbounds nuw i8, ptr %263, i64 44
+  %own.i.10 = load i32, ptr %gep1172.i.10, align 4, !tbaa !5
+  %284 = tail call i32 @llvm.smin.i32(i32 %282, i32 %own.i.10)
+  store i32 %284, ptr %258, align 4, !tbaa !5
+  %285 = tail call i32 @llvm.smax.i32(i32 %283, i32 %own.i.10)
+  store i32 %285, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.11 = getelementptr inbounds nuw i8, ptr %263, i64 48
+  %own.i.11 = load i32, ptr %gep1172.i.11, align 4, !tbaa !5
+  %286 = tail call i32 @llvm.smin.i32(i32 %284, i32 %own.i.11)
+  store i32 %286, ptr %258, align 4, !tbaa !5
+  %287 = tail call i32 @llvm.smax.i32(i32 %285, i32 %own.i.11)
+  store i32 %287, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.12 = getelementptr inbounds nuw i8, ptr %263, i64 52
+  %own.i.12 = load i32, ptr %gep1172.i.12, align 4, !tbaa !5
+  %288 = tail call i32 @llvm.smin.i32(i32 %286, i32 %own.i.12)
+  store i32 %288, ptr %258, align 4, !tbaa !5
+  %289 = tail call i32 @llvm.smax.i32(i32 %287, i32 %own.i.12)
+  store i32 %289, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.13 = getelementptr inbounds nuw i8, ptr %263, i64 56
+  %own.i.13 = load i32, ptr %gep1172.i.13, align 4, !tbaa !5
+  %290 = tail call i32 @llvm.smin.i32(i32 %288, i32 %own.i.13)
+  store i32 %290, ptr %258, align 4, !tbaa !5
+  %291 = tail call i32 @llvm.smax.i32(i32 %289, i32 %own.i.13)
+  store i32 %291, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %gep1172.i.14 = getelementptr inbounds nuw i8, ptr %263, i64 60
+  %own.i.14 = load i32, ptr %gep1172.i.14, align 4, !tbaa !5
+  %292 = tail call i32 @llvm.smin.i32(i32 %290, i32 %own.i.14)
+  store i32 %292, ptr %258, align 4, !tbaa !5
+  %293 = tail call i32 @llvm.smax.i32(i32 %291, i32 %own.i.14)
+  store i32 %293, ptr %259, align 4, !tbaa !5
+  store i32 0, ptr %260, align 4, !tbaa !5
+  store i32 0, ptr %261, align 4, !tbaa !5
+  %294 = shl i64 %indvars.iv863.i, 13
+  %295 = and i64 %294, 17179860992
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %295
+  %296 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %249
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %296, align 4, !tbaa !5
+  %297 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %249
+  store <16 x float> zeroinitializer, ptr %297, align 4, !tbaa !5
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
+  %indvars.iv.next864.i = add nuw nsw i64 %indvars.iv863.i, 1
+  %exitcond866.not.i = icmp eq i64 %indvars.iv.next864.i, %wide.trip.count.i
+  br i1 %exitcond866.not.i, label %for_begin_tile108.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+
+for_body_ax2_0.i:                                 ; preds = %if_end39.i, %for_begin_ax2_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end39.i ]
+  br i1 %172, label %if_then19.i, label %if_end20.i
+
+for_end_ax2_0.i:                                  ; preds = %if_end39.i
+  %indvars.iv.next850.i = add nuw nsw i64 %indvars.iv849.i, 1
+  %exitcond854.not.i = icmp eq i64 %indvars.iv.next850.i, 4
+  br i1 %exitcond854.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !26
+
+if_then19.i:                                      ; preds = %for_body_ax2_0.i
+  %rdiv.i = sdiv i32 %167, %num_query
+  %298 = add nsw i32 %rdiv.i, %176
+  %299 = sext i32 %298 to i64
+  %300 = add nsw i64 %158, %299
+  %301 = shl nsw i64 %300, 4
+  %302 = add nuw nsw i64 %301, %227
+  %303 = mul nsw i64 %302, %q_head
+  %.idx1095.i = shl i64 %indvars.iv.i, 3
+  %304 = getelementptr i8, ptr %180, i64 %.idx1095.i
+  %305 = getelementptr i16, ptr %304, i64 %303
+  %306 = load <4 x i16>, ptr %305, align 2, !tbaa !5
+  %307 = zext <4 x i16> %306 to <4 x i32>
+  %308 = shl nuw <4 x i32> %307, splat (i32 16)
+  %309 = bitcast <4 x i32> %308 to <4 x float>
+  %310 = fmul <4 x float> %157, %309
+  br label %if_end20.i
+
+if_end20.i:                                       ; preds = %if_then19.i, %for_body_ax2_0.i
+  %311 = phi <4 x float> [ %310, %if_then19.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  br i1 %229, label %if_then23.i, label %if_end25.i
+
+if_then23.i:                                      ; preds = %if_end20.i
+  %rdiv28.i = sdiv i32 %167, %num_query
+  %312 = add nsw i32 %rdiv28.i, %176
+  %313 = sext i32 %312 to i64
+  %314 = add nsw i64 %158, %313
+  %315 = shl nsw i64 %314, 4
+  %.reass624.i = add nuw nsw i64 %315, %228
+  %316 = mul nsw i64 %.reass624.i, %q_head
+  %.idx1096.i = shl i64 %indvars.iv.i, 3
+  %317 = getelementptr i8, ptr %180, i64 %.idx1096.i
+  %318 = getelementptr i16, ptr %317, i64 %316
+  %319 = load <4 x i16>, ptr %318, align 2, !tbaa !5
+  %320 = zext <4 x i16> %319 to <4 x i32>
+  %321 = shl nuw <4 x i32> %320, splat (i32 16)
+  %322 = bitcast <4 x i32> %321 to <4 x float>
+  %323 = fmul <4 x float> %157, %322
+  br label %if_end25.i
+
+if_end25.i:                                       ; preds = %if_then23.i, %if_end20.i
+  %324 = phi <4 x float> [ %323, %if_then23.i ], [ zeroinitializer, %if_end20.i ]
+  br i1 %232, label %if_then30.i, label %if_end32.i
+
+if_then30.i:                                      ; preds = %if_end25.i
+  %rdiv35.i = sdiv i32 %167, %num_query
+  %325 = add nsw i32 %rdiv35.i, %176
+  %326 = sext i32 %325 to i64
+  %327 = add nsw i64 %158, %326
+  %328 = shl nsw i64 %327, 4
+  %.reass626.i = add nuw nsw i64 %235, %328
+  %329 = mul nsw i64 %.reass626.i, %q_head
+  %.idx1097.i = shl i64 %indvars.iv.i, 3
+  %330 = getelementptr i8, ptr %180, i64 %.idx1097.i
+  %331 = getelementptr i16, ptr %330, i64 %329
+  %332 = load <4 x i16>, ptr %331, align 2, !tbaa !5
+  %333 = zext <4 x i16> %332 to <4 x i32>
+  %334 = shl nuw <4 x i32> %333, splat (i32 16)
+  %335 = bitcast <4 x i32> %334 to <4 x float>
+  %336 = fmul <4 x float> %157, %335
+  br label %if_end32.i
+
+if_end32.i:                                       ; preds = %if_then30.i, %if_end25.i
+  %337 = phi <4 x float> [ %336, %if_then30.i ], [ zeroinitializer, %if_end25.i ]
+  br i1 %234, label %if_then37.i, label %if_end39.i
+
+if_then37.i:                                      ; preds = %if_end32.i
+  %338 = add nsw i32 %rdiv42.i, %176
+  %339 = sext i32 %338 to i64
+  %340 = add nsw i64 %158, %339
+  %341 = shl nsw i64 %340, 4
+  %.reass628.i = add nuw nsw i64 %341, %233
+  %342 = mul nsw i64 %.reass628.i, %q_head
+  %.idx1098.i = shl i64 %indvars.iv.i, 3
+  %343 = getelementptr i8, ptr %180, i64 %.idx1098.i
+  %344 = getelementptr i16, ptr %343, i64 %342
+  %345 = load <4 x i16>, ptr %344, align 2, !tbaa !5
+  %346 = zext <4 x i16> %345 to <4 x i32>
+  %347 = shl nuw <4 x i32> %346, splat (i32 16)
+  %348 = bitcast <4 x i32> %347 to <4 x float>
+  %349 = fmul <4 x float> %157, %348
+  br label %if_end39.i
+
+if_end39.i:                                       ; preds = %if_then37.i, %if_end32.i
+  %350 = phi <4 x float> [ %349, %if_then37.i ], [ zeroinitializer, %if_end32.i ]
+  %351 = shufflevector <4 x float> %311, <4 x float> %337, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %352 = shufflevector <4 x float> %324, <4 x float> %350, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %353 = shufflevector <4 x float> %311, <4 x float> %337, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %354 = shufflevector <4 x float> %324, <4 x float> %350, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %355 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1099.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1170.i = getelementptr inbounds nuw i8, ptr %invariant.gep1169.i, i64 %.idx1099.i
+  store <4 x float> %355, ptr %gep1170.i, align 4, !tbaa !5
+  %356 = shufflevector <4 x float> %351, <4 x float> %352, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %357 = getelementptr inbounds nuw i8, ptr %gep1170.i, i64 64
+  store <4 x float> %356, ptr %357, align 4, !tbaa !5
+  %358 = shufflevector <4 x float> %353, <4 x float> %354, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %359 = getelementptr inbounds nuw i8, ptr %gep1170.i, i64 128
+  store <4 x float> %358, ptr %359, align 4, !tbaa !5
+  %360 = shufflevector <4 x float> %353, <4 x float> %354, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %361 = getelementptr inbounds nuw i8, ptr %gep1170.i, i64 192
+  store <4 x float> %360, ptr %361, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
+
+for_end_tile110.loopexit.i:                       ; preds = %if_end118.i, %for_begin_tile108.preheader.i
+  %.lcssa846.i = phi i32 [ %187, %for_begin_tile108.preheader.i ], [ %394, %if_end118.i ]
+  %.lcssa845.i = phi i32 [ %186, %for_begin_tile108.preheader.i ], [ %397, %if_end118.i ]
+  %362 = and i32 %.lcssa846.i, -128
+  br label %for_end_tile110.i
+
+for_end_tile110.i:                                ; preds = %for_end_tile110.loopexit.i, %if_end17.i
+  %span518.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa845.i, %for_end_tile110.loopexit.i ]
+  %span518.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %362, %for_end_tile110.loopexit.i ]
+  %363 = shl nsw i32 %block_end, 7
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %363, i32 %span518.sroa.3.0.lcssa.i)
+  %364 = shl nsw i32 %block_begin, 7
+  %365 = sub nsw i32 %key_end.i, %364
+  %366 = tail call i32 @llvm.smax.i32(i32 %365, i32 0)
+  %367 = add nuw nsw i32 %366, 4095
+  %368 = lshr i32 %367, 12
+  %.not809.i = icmp eq i32 %368, 0
+  br i1 %.not809.i, label %for_begin_tile413.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
+  %369 = mul nsw i64 %table_seq, %150
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %369
+  %370 = icmp sgt i32 %num_kv_heads, 0
+  %sext66 = shl i64 %54, 32
+  %371 = ashr exact i64 %sext66, 32
+  %372 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %373 = insertelement <16 x float> poison, float %372, i64 0
+  %374 = bitcast <16 x float> %373 to <16 x i32>
+  %375 = shufflevector <16 x i32> %374, <16 x i32> poison, <16 x i32> zeroinitializer
+  %376 = icmp sgt i32 %num_query, 0
+  %377 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %378 = shufflevector <16 x float> %377, <16 x float> poison, <16 x i32> zeroinitializer
+  %379 = sext i32 %context_len.i to i64
+  %sext67 = shl i64 %67, 32
+  %380 = ashr exact i64 %sext67, 32
+  %381 = add i64 %380, %tree_start
+  %382 = sub i64 %381, %379
+  %383 = and i64 %50, 4294967295
+  %wide.trip.count996.i = and i64 %56, 4294967295
+  %384 = getelementptr i8, ptr %tree_mask, i64 %382
+  %wide.trip.count1010.i = zext nneg i32 %114 to i64
+  %385 = add i64 %tree_start, %380
+  %386 = sub i64 %385, %379
+  %387 = add i64 %tree_start, %380
+  %388 = sub i64 %387, %379
+  %389 = getelementptr i8, ptr %tree_mask, i64 %388
+  %390 = getelementptr i8, ptr %tree_mask, i64 %386
+  br label %for_body_number.i
+
+if_end118.i:                                      ; preds = %if_end118.i, %if_end118.i.preheader
+  %indvars.iv867.i = phi i64 [ %indvars.iv.next868.i, %if_end118.i ], [ %indvars.iv867.i.ph, %if_end118.i.preheader ]
+  %span518.sroa.0.0636.i = phi i32 [ %394, %if_end118.i ], [ %span518.sroa.0.0636.i.ph, %if_end118.i.preheader ]
+  %span518.sroa.3.0635.i = phi i32 [ %397, %if_end118.i ], [ %span518.sroa.3.0635.i.ph, %if_end118.i.preheader ]
+  %.idx1101.i = shl nsw i64 %indvars.iv867.i, 4
+  %391 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1101.i
+  %392 = getelementptr inbounds nuw i8, ptr %391, i64 8
+  %393 = load i32, ptr %392, align 4, !tbaa !5
+  %394 = tail call i32 @llvm.smin.i32(i32 %span518.sroa.0.0636.i, i32 %393)
+  %395 = getelementptr inbounds nuw i8, ptr %391, i64 4
+  %396 = load i32, ptr %395, align 4, !tbaa !5
+  %397 = tail call i32 @llvm.smax.i32(i32 %span518.sroa.3.0635.i, i32 %396)
+  %indvars.iv.next868.i = add nuw nsw i64 %indvars.iv867.i, 1
+  %exitcond871.not.i = icmp eq i64 %indvars.iv.next868.i, %wide.trip.count.i
+  br i1 %exitcond871.not.i, label %for_end_tile110.loopexit.i, label %if_end118.i, !prof !27, !llvm.loop !28
+
+for_begin_number.i:                               ; preds = %if_end408.i
+  %398 = add nuw nsw i32 %number796.i, 1
+  %exitcond1012.not.i = icmp eq i32 %398, %368
+  %indvars.iv.next211 = add i32 %indvars.iv210, 4096
+  br i1 %exitcond1012.not.i, label %for_begin_tile413.preheader.i, label %for_body_number.i, !prof !13
+
+for_begin_tile413.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile110.i
+  br i1 %153, label %for_end_tile415.i, label %for_body_tile414.lr.ph.i, !prof !16
+
+for_body_tile414.lr.ph.i:                         ; preds = %for_begin_tile413.preheader.i
+  %399 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %399, 0
+  %sext79 = shl i64 %54, 32
+  %400 = ashr exact i64 %sext79, 32
+  %401 = and i64 %62, 4294967295
+  %402 = add nsw i64 %401, %400
+  %sext80 = shl i64 %48, 32
+  %403 = ashr exact i64 %sext80, 32
+  %wide.trip.count1059.i = zext nneg i32 %114 to i64
+  br i1 %.not, label %for_body_tile414.i.preheader, label %for_body_tile414.us.i
+
+for_body_tile414.i.preheader:                     ; preds = %for_body_tile414.lr.ph.i
+  %scevgep485 = getelementptr i8, ptr %partial_acc, i64 8192
+  %scevgep487 = getelementptr i8, ptr %total_acc.i, i64 60
+  %scevgep489 = getelementptr i8, ptr %total_acc.i, i64 8192
+  %scevgep507 = getelementptr i8, ptr %partial_acc, i64 7680
+  %scevgep509 = getelementptr i8, ptr %total_acc.i, i64 56
+  %scevgep511 = getelementptr i8, ptr %total_acc.i, i64 8188
+  %scevgep532 = getelementptr i8, ptr %partial_acc, i64 7168
+  %scevgep534 = getelementptr i8, ptr %total_acc.i, i64 52
+  %scevgep536 = getelementptr i8, ptr %total_acc.i, i64 8184
+  %scevgep557 = getelementptr i8, ptr %partial_acc, i64 6656
+  %scevgep559 = getelementptr i8, ptr %total_acc.i, i64 48
+  %scevgep561 = getelementptr i8, ptr %total_acc.i, i64 8180
+  %scevgep582 = getelementptr i8, ptr %partial_acc, i64 6144
+  %scevgep584 = getelementptr i8, ptr %total_acc.i, i64 44
+  %scevgep586 = getelementptr i8, ptr %total_acc.i, i64 8176
+  %scevgep607 = getelementptr i8, ptr %partial_acc, i64 5632
+  %scevgep609 = getelementptr i8, ptr %total_acc.i, i64 40
+  %scevgep611 = getelementptr i8, ptr %total_acc.i, i64 8172
+  %scevgep632 = getelementptr i8, ptr %partial_acc, i64 5120
+  %scevgep634 = getelementptr i8, ptr %total_acc.i, i64 36
+  %scevgep636 = getelementptr i8, ptr %total_acc.i, i64 8168
+  %scevgep657 = getelementptr i8, ptr %partial_acc, i64 4608
+  %scevgep659 = getelementptr i8, ptr %total_acc.i, i64 32
+  %scevgep661 = getelementptr i8, ptr %total_acc.i, i64 8164
+  %scevgep682 = getelementptr i8, ptr %partial_acc, i64 4096
+  %scevgep684 = getelementptr i8, ptr %total_acc.i, i64 28
+  %scevgep686 = getelementptr i8, ptr %total_acc.i, i64 8160
+  %scevgep707 = getelementptr i8, ptr %partial_acc, i64 3584
+  %scevgep709 = getelementptr i8, ptr %total_acc.i, i64 24
+  %scevgep711 = getelementptr i8, ptr %total_acc.i, i64 8156
+  %scevgep732 = getelementptr i8, ptr %partial_acc, i64 3072
+  %scevgep734 = getelementptr i8, ptr %total_acc.i, i64 20
+  %scevgep736 = getelementptr i8, ptr %total_acc.i, i64 8152
+  %scevgep757 = getelementptr i8, ptr %partial_acc, i64 2560
+  %scevgep759 = getelementptr i8, ptr %total_acc.i, i64 16
+  %scevgep761 = getelementptr i8, ptr %total_acc.i, i64 8148
+  %scevgep782 = getelementptr i8, ptr %partial_acc, i64 2048
+  %scevgep784 = getelementptr i8, ptr %total_acc.i, i64 12
+  %scevgep786 = getelementptr i8, ptr %total_acc.i, i64 8144
+  %scevgep807 = getelementptr i8, ptr %partial_acc, i64 1536
+  %scevgep809 = getelementptr i8, ptr %total_acc.i, i64 8
+  %scevgep811 = getelementptr i8, ptr %total_acc.i, i64 8140
+  %scevgep832 = getelementptr i8, ptr %partial_acc, i64 1024
+  %scevgep834 = getelementptr i8, ptr %total_acc.i, i64 4
+  %scevgep836 = getelementptr i8, ptr %total_acc.i, i64 8136
+  %scevgep857 = getelementptr i8, ptr %partial_acc, i64 512
+  %scevgep860 = getelementptr i8, ptr %total_acc.i, i64 8132
+  br label %for_body_tile414.i
+
+for_body_tile414.us.i:                            ; preds = %if_end419.loopexit.us.i, %for_body_tile414.lr.ph.i
+  %total_acc_global501.sroa.0.0.i = phi <16 x float> [ %total_acc_global501.sroa.0.31109.i, %if_end419.loopexit.us.i ], [ undef, %for_body_tile414.lr.ph.i ]
+  %indvars.iv1056.i = phi i64 [ %indvars.iv.next1057.i, %if_end419.loopexit.us.i ], [ 0, %for_body_tile414.lr.ph.i ]
+  %404 = shl nsw i64 %indvars.iv1056.i, 4
+  %405 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %404
+  %total.us.i = load <16 x float>, ptr %405, align 4, !tbaa !5
+  %406 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %407 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %408 = select <16 x i1> %407, <16 x float> zeroinitializer, <16 x float> %406
+  store <16 x float> %408, ptr %factor502.i, align 16, !tbaa !29
+  %409 = trunc nuw nsw i64 %indvars.iv1056.i to i32
+  %rmod421.us.i = srem i32 %409, %num_query
+  %rdiv433.us.i = sdiv i32 %409, %num_query
+  %410 = icmp eq i32 %rmod421.us.i, 0
+  %411 = or i1 %111, %410
+  %412 = select i1 %411, i32 0, i32 %num_query
+  %413 = add nsw i32 %412, %rmod421.us.i
+  %414 = icmp slt i32 %413, %num_query
+  br i1 %414, label %for_begin_d_0422.preheader.lr.ph.us.i, label %if_end419.loopexit.us.i, !prof !3
+
+if_else442.us.i:                                  ; preds = %for_begin_r436.preheader.us.i
+  %415 = getelementptr inbounds nuw i32, ptr %places.i, i64 %404
+  %416 = load i32, ptr %415, align 4, !tbaa !5
+  %417 = shl i32 %416, 23
+  %418 = add i32 %417, 1065353216
+  %419 = bitcast i32 %418 to float
+  %420 = fmul float %708, %419
+  %421 = tail call float @llvm.log.f32(float %420)
+  %422 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %404
+  %423 = load float, ptr %422, align 4, !tbaa !5
+  %424 = fadd float %423, %421
+  br label %if_end443.us.i
+
+if_end443.us.i:                                   ; preds = %for_begin_r436.preheader.us.i, %if_else442.us.i
+  %425 = phi float [ %424, %if_else442.us.i ], [ 0xFFF0000000000000, %for_begin_r436.preheader.us.i ]
+  store float %425, ptr %707, align 4, !tbaa !5
+  %426 = or disjoint i64 %404, 1
+  %427 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %426
+  %428 = load float, ptr %427, align 4, !tbaa !5
+  %429 = fcmp oeq float %428, 0.000000e+00
+  br i1 %429, label %if_end443.us.i.1, label %if_else442.us.i.1
+
+if_else442.us.i.1:                                ; preds = %if_end443.us.i
+  %430 = getelementptr inbounds nuw i32, ptr %places.i, i64 %426
+  %431 = load i32, ptr %430, align 4, !tbaa !5
+  %432 = shl i32 %431, 23
+  %433 = add i32 %432, 1065353216
+  %434 = bitcast i32 %433 to float
+  %435 = fmul float %428, %434
+  %436 = tail call float @llvm.log.f32(float %435)
+  %437 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %426
+  %438 = load float, ptr %437, align 4, !tbaa !5
+  %439 = fadd float %438, %436
+  br label %if_end443.us.i.1
+
+if_end443.us.i.1:                                 ; preds = %if_else442.us.i.1, %if_end443.us.i
+  %440 = phi float [ %439, %if_else442.us.i.1 ], [ 0xFFF0000000000000, %if_end443.us.i ]
+  %441 = getelementptr i8, ptr %707, i64 4
+  store float %440, ptr %441, align 4, !tbaa !5
+  %442 = or disjoint i64 %404, 2
+  %443 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %442
+  %444 = load float, ptr %443, align 4, !tbaa !5
+  %445 = fcmp oeq float %444, 0.000000e+00
+  br i1 %445, label %if_end443.us.i.2, label %if_else442.us.i.2
+
+if_else442.us.i.2:                                ; preds = %if_end443.us.i.1
+  %446 = getelementptr inbounds nuw i32, ptr %places.i, i64 %442
+  %447 = load i32, ptr %446, align 4, !tbaa !5
+  %448 = shl i32 %447, 23
+  %449 = add i32 %448, 1065353216
+  %450 = bitcast i32 %449 to float
+  %451 = fmul float %444, %450
+  %452 = tail call float @llvm.log.f32(float %451)
+  %453 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %442
+  %454 = load float, ptr %453, align 4, !tbaa !5
+  %455 = fadd float %454, %452
+  br label %if_end443.us.i.2
+
+if_end443.us.i.2:                                 ; preds = %if_else442.us.i.2, %if_end443.us.i.1
+  %456 = phi float [ %455, %if_else442.us.i.2 ], [ 0xFFF0000000000000, %if_end443.us.i.1 ]
+  %457 = getelementptr i8, ptr %707, i64 8
+  store float %456, ptr %457, align 4, !tbaa !5
+  %458 = or disjoint i64 %404, 3
+  %459 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %458
+  %460 = load float, ptr %459, align 4, !tbaa !5
+  %461 = fcmp oeq float %460, 0.000000e+00
+  br i1 %461, label %if_end443.us.i.3, label %if_else442.us.i.3
+
+if_else442.us.i.3:                                ; preds = %if_end443.us.i.2
+  %462 = getelementptr inbounds nuw i32, ptr %places.i, i64 %458
+  %463 = load i32, ptr %462, align 4, !tbaa !5
+  %464 = shl i32 %463, 23
+  %465 = add i32 %464, 1065353216
+  %466 = bitcast i32 %465 to float
+  %467 = fmul float %460, %466
+  %468 = tail call float @llvm.log.f32(float %467)
+  %469 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %458
+  %470 = load float, ptr %469, align 4, !tbaa !5
+  %471 = fadd float %470, %468
+  br label %if_end443.us.i.3
+
+if_end443.us.i.3:                                 ; preds = %if_else442.us.i.3, %if_end443.us.i.2
+  %472 = phi float [ %471, %if_else442.us.i.3 ], [ 0xFFF0000000000000, %if_end443.us.i.2 ]
+  %473 = getelementptr i8, ptr %707, i64 12
+  store float %472, ptr %473, align 4, !tbaa !5
+  %474 = or disjoint i64 %404, 4
+  %475 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %474
+  %476 = load float, ptr %475, align 4, !tbaa !5
+  %477 = fcmp oeq float %476, 0.000000e+00
+  br i1 %477, label %if_end443.us.i.4, label %if_else442.us.i.4
+
+if_else442.us.i.4:                                ; preds = %if_end443.us.i.3
+  %478 = getelementptr inbounds nuw i32, ptr %places.i, i64 %474
+  %479 = load i32, ptr %478, align 4, !tbaa !5
+  %480 = shl i32 %479, 23
+  %481 = add i32 %480, 1065353216
+  %482 = bitcast i32 %481 to float
+  %483 = fmul float %476, %482
+  %484 = tail call float @llvm.log.f32(float %483)
+  %485 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %474
+  %486 = load float, ptr %485, align 4, !tbaa !5
+  %487 = fadd float %486, %484
+  br label %if_end443.us.i.4
+
+if_end443.us.i.4:                                 ; preds = %if_else442.us.i.4, %if_end443.us.i.3
+  %488 = phi float [ %487, %if_else442.us.i.4 ], [ 0xFFF0000000000000, %if_end443.us.i.3 ]
+  %489 = getelementptr i8, ptr %707, i64 16
+  store float %488, ptr %489, align 4, !tbaa !5
+  %490 = or disjoint i64 %404, 5
+  %491 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %490
+  %492 = load float, ptr %491, align 4, !tbaa !5
+  %493 = fcmp oeq float %492, 0.000000e+00
+  br i1 %493, label %if_end443.us.i.5, label %if_else442.us.i.5
+
+if_else442.us.i.5:                                ; preds = %if_end443.us.i.4
+  %494 = getelementptr inbounds nuw i32, ptr %places.i, i64 %490
+  %495 = load i32, ptr %494, align 4, !tbaa !5
+  %496 = shl i32 %495, 23
+  %497 = add i32 %496, 1065353216
+  %498 = bitcast i32 %497 to float
+  %499 = fmul float %492, %498
+  %500 = tail call float @llvm.log.f32(float %499)
+  %501 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %490
+  %502 = load float, ptr %501, align 4, !tbaa !5
+  %503 = fadd float %502, %500
+  br label %if_end443.us.i.5
+
+if_end443.us.i.5:                                 ; preds = %if_else442.us.i.5, %if_end443.us.i.4
+  %504 = phi float [ %503, %if_else442.us.i.5 ], [ 0xFFF0000000000000, %if_end443.us.i.4 ]
+  %505 = getelementptr i8, ptr %707, i64 20
+  store float %504, ptr %505, align 4, !tbaa !5
+  %506 = or disjoint i64 %404, 6
+  %507 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %506
+  %508 = load float, ptr %507, align 4, !tbaa !5
+  %509 = fcmp oeq float %508, 0.000000e+00
+  br i1 %509, label %if_end443.us.i.6, label %if_else442.us.i.6
+
+if_else442.us.i.6:                                ; preds = %if_end443.us.i.5
+  %510 = getelementptr inbounds nuw i32, ptr %places.i, i64 %506
+  %511 = load i32, ptr %510, align 4, !tbaa !5
+  %512 = shl i32 %511, 23
+  %513 = add i32 %512, 1065353216
+  %514 = bitcast i32 %513 to float
+  %515 = fmul float %508, %514
+  %516 = tail call float @llvm.log.f32(float %515)
+  %517 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %506
+  %518 = load float, ptr %517, align 4, !tbaa !5
+  %519 = fadd float %518, %516
+  br label %if_end443.us.i.6
+
+if_end443.us.i.6:                                 ; preds = %if_else442.us.i.6, %if_end443.us.i.5
+  %520 = phi float [ %519, %if_else442.us.i.6 ], [ 0xFFF0000000000000, %if_end443.us.i.5 ]
+  %521 = getelementptr i8, ptr %707, i64 24
+  store float %520, ptr %521, align 4, !tbaa !5
+  %522 = or disjoint i64 %404, 7
+  %523 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %522
+  %524 = load float, ptr %523, align 4, !tbaa !5
+  %525 = fcmp oeq float %524, 0.000000e+00
+  br i1 %525, label %if_end443.us.i.7, label %if_else442.us.i.7
+
+if_else442.us.i.7:                                ; preds = %if_end443.us.i.6
+  %526 = getelementptr inbounds nuw i32, ptr %places.i, i64 %522
+  %527 = load i32, ptr %526, align 4, !tbaa !5
+  %528 = shl i32 %527, 23
+  %529 = add i32 %528, 1065353216
+  %530 = bitcast i32 %529 to float
+  %531 = fmul float %524, %530
+  %532 = tail call float @llvm.log.f32(float %531)
+  %533 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %522
+  %534 = load float, ptr %533, align 4, !tbaa !5
+  %535 = fadd float %534, %532
+  br label %if_end443.us.i.7
+
+if_end443.us.i.7:                                 ; preds = %if_else442.us.i.7, %if_end443.us.i.6
+  %536 = phi float [ %535, %if_else442.us.i.7 ], [ 0xFFF0000000000000, %if_end443.us.i.6 ]
+  %537 = getelementptr i8, ptr %707, i64 28
+  store float %536, ptr %537, align 4, !tbaa !5
+  %538 = or disjoint i64 %404, 8
+  %539 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %538
+  %540 = load float, ptr %539, align 4, !tbaa !5
+  %541 = fcmp oeq float %540, 0.000000e+00
+  br i1 %541, label %if_end443.us.i.8, label %if_else442.us.i.8
+
+if_else442.us.i.8:                                ; preds = %if_end443.us.i.7
+  %542 = getelementptr inbounds nuw i32, ptr %places.i, i64 %538
+  %543 = load i32, ptr %542, align 4, !tbaa !5
+  %544 = shl i32 %543, 23
+  %545 = add i32 %544, 1065353216
+  %546 = bitcast i32 %545 to float
+  %547 = fmul float %540, %546
+  %548 = tail call float @llvm.log.f32(float %547)
+  %549 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %538
+  %550 = load float, ptr %549, align 4, !tbaa !5
+  %551 = fadd float %550, %548
+  br label %if_end443.us.i.8
+
+if_end443.us.i.8:                                 ; preds = %if_else442.us.i.8, %if_end443.us.i.7
+  %552 = phi float [ %551, %if_else442.us.i.8 ], [ 0xFFF0000000000000, %if_end443.us.i.7 ]
+  %553 = getelementptr i8, ptr %707, i64 32
+  store float %552, ptr %553, align 4, !tbaa !5
+  %554 = or disjoint i64 %404, 9
+  %555 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %554
+  %556 = load float, ptr %555, align 4, !tbaa !5
+  %557 = fcmp oeq float %556, 0.000000e+00
+  br i1 %557, label %if_end443.us.i.9, label %if_else442.us.i.9
+
+if_else442.us.i.9:                                ; preds = %if_end443.us.i.8
+  %558 = getelementptr inbounds nuw i32, ptr %places.i, i64 %554
+  %559 = load i32, ptr %558, align 4, !tbaa !5
+  %560 = shl i32 %559, 23
+  %561 = add i32 %560, 1065353216
+  %562 = bitcast i32 %561 to float
+  %563 = fmul float %556, %562
+  %564 = tail call float @llvm.log.f32(float %563)
+  %565 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %554
+  %566 = load float, ptr %565, align 4, !tbaa !5
+  %567 = fadd float %566, %564
+  br label %if_end443.us.i.9
+
+if_end443.us.i.9:                                 ; preds = %if_else442.us.i.9, %if_end443.us.i.8
+  %568 = phi float [ %567, %if_else442.us.i.9 ], [ 0xFFF0000000000000, %if_end443.us.i.8 ]
+  %569 = getelementptr i8, ptr %707, i64 36
+  store float %568, ptr %569, align 4, !tbaa !5
+  %570 = or disjoint i64 %404, 10
+  %571 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %570
+  %572 = load float, ptr %571, align 4, !tbaa !5
+  %573 = fcmp oeq float %572, 0.000000e+00
+  br i1 %573, label %if_end443.us.i.10, label %if_else442.us.i.10
+
+if_else442.us.i.10:                               ; preds = %if_end443.us.i.9
+  %574 = getelementptr inbounds nuw i32, ptr %places.i, i64 %570
+  %575 = load i32, ptr %574, align 4, !tbaa !5
+  %576 = shl i32 %575, 23
+  %577 = add i32 %576, 1065353216
+  %578 = bitcast i32 %577 to float
+  %579 = fmul float %572, %578
+  %580 = tail call float @llvm.log.f32(float %579)
+  %581 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %570
+  %582 = load float, ptr %581, align 4, !tbaa !5
+  %583 = fadd float %582, %580
+  br label %if_end443.us.i.10
+
+if_end443.us.i.10:                                ; preds = %if_else442.us.i.10, %if_end443.us.i.9
+  %584 = phi float [ %583, %if_else442.us.i.10 ], [ 0xFFF0000000000000, %if_end443.us.i.9 ]
+  %585 = getelementptr i8, ptr %707, i64 40
+  store float %584, ptr %585, align 4, !tbaa !5
+  %586 = or disjoint i64 %404, 11
+  %587 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %586
+  %588 = load float, ptr %587, align 4, !tbaa !5
+  %589 = fcmp oeq float %588, 0.000000e+00
+  br i1 %589, label %if_end443.us.i.11, label %if_else442.us.i.11
+
+if_else442.us.i.11:                               ; preds = %if_end443.us.i.10
+  %590 = getelementptr inbounds nuw i32, ptr %places.i, i64 %586
+  %591 = load i32, ptr %590, align 4, !tbaa !5
+  %592 = shl i32 %591, 23
+  %593 = add i32 %592, 1065353216
+  %594 = bitcast i32 %593 to float
+  %595 = fmul float %588, %594
+  %596 = tail call float @llvm.log.f32(float %595)
+  %597 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %586
+  %598 = load float, ptr %597, align 4, !tbaa !5
+  %599 = fadd float %598, %596
+  br label %if_end443.us.i.11
+
+if_end443.us.i.11:                                ; preds = %if_else442.us.i.11, %if_end443.us.i.10
+  %600 = phi float [ %599, %if_else442.us.i.11 ], [ 0xFFF0000000000000, %if_end443.us.i.10 ]
+  %601 = getelementptr i8, ptr %707, i64 44
+  store float %600, ptr %601, align 4, !tbaa !5
+  %602 = or disjoint i64 %404, 12
+  %603 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %602
+  %604 = load float, ptr %603, align 4, !tbaa !5
+  %605 = fcmp oeq float %604, 0.000000e+00
+  br i1 %605, label %if_end443.us.i.12, label %if_else442.us.i.12
+
+if_else442.us.i.12:                               ; preds = %if_end443.us.i.11
+  %606 = getelementptr inbounds nuw i32, ptr %places.i, i64 %602
+  %607 = load i32, ptr %606, align 4, !tbaa !5
+  %608 = shl i32 %607, 23
+  %609 = add i32 %608, 1065353216
+  %610 = bitcast i32 %609 to float
+  %611 = fmul float %604, %610
+  %612 = tail call float @llvm.log.f32(float %611)
+  %613 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %602
+  %614 = load float, ptr %613, align 4, !tbaa !5
+  %615 = fadd float %614, %612
+  br label %if_end443.us.i.12
+
+if_end443.us.i.12:                                ; preds = %if_else442.us.i.12, %if_end443.us.i.11
+  %616 = phi float [ %615, %if_else442.us.i.12 ], [ 0xFFF0000000000000, %if_end443.us.i.11 ]
+  %617 = getelementptr i8, ptr %707, i64 48
+  store float %616, ptr %617, align 4, !tbaa !5
+  %618 = or disjoint i64 %404, 13
+  %619 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %618
+  %620 = load float, ptr %619, align 4, !tbaa !5
+  %621 = fcmp oeq float %620, 0.000000e+00
+  br i1 %621, label %if_end443.us.i.13, label %if_else442.us.i.13
+
+if_else442.us.i.13:                               ; preds = %if_end443.us.i.12
+  %622 = getelementptr inbounds nuw i32, ptr %places.i, i64 %618
+  %623 = load i32, ptr %622, align 4, !tbaa !5
+  %624 = shl i32 %623, 23
+  %625 = add i32 %624, 1065353216
+  %626 = bitcast i32 %625 to float
+  %627 = fmul float %620, %626
+  %628 = tail call float @llvm.log.f32(float %627)
+  %629 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %618
+  %630 = load float, ptr %629, align 4, !tbaa !5
+  %631 = fadd float %630, %628
+  br label %if_end443.us.i.13
+
+if_end443.us.i.13:                                ; preds = %if_else442.us.i.13, %if_end443.us.i.12
+  %632 = phi float [ %631, %if_else442.us.i.13 ], [ 0xFFF0000000000000, %if_end443.us.i.12 ]
+  %633 = getelementptr i8, ptr %707, i64 52
+  store float %632, ptr %633, align 4, !tbaa !5
+  %634 = or disjoint i64 %404, 14
+  %635 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %634
+  %636 = load float, ptr %635, align 4, !tbaa !5
+  %637 = fcmp oeq float %636, 0.000000e+00
+  br i1 %637, label %if_end443.us.i.14, label %if_else442.us.i.14
+
+if_else442.us.i.14:                               ; preds = %if_end443.us.i.13
+  %638 = getelementptr inbounds nuw i32, ptr %places.i, i64 %634
+  %639 = load i32, ptr %638, align 4, !tbaa !5
+  %640 = shl i32 %639, 23
+  %641 = add i32 %640, 1065353216
+  %642 = bitcast i32 %641 to float
+  %643 = fmul float %636, %642
+  %644 = tail call float @llvm.log.f32(float %643)
+  %645 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %634
+  %646 = load float, ptr %645, align 4, !tbaa !5
+  %647 = fadd float %646, %644
+  br label %if_end443.us.i.14
+
+if_end443.us.i.14:                                ; preds = %if_else442.us.i.14, %if_end443.us.i.13
+  %648 = phi float [ %647, %if_else442.us.i.14 ], [ 0xFFF0000000000000, %if_end443.us.i.13 ]
+  %649 = getelementptr i8, ptr %707, i64 56
+  store float %648, ptr %649, align 4, !tbaa !5
+  %650 = or disjoint i64 %404, 15
+  %651 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %650
+  %652 = load float, ptr %651, align 4, !tbaa !5
+  %653 = fcmp oeq float %652, 0.000000e+00
+  br i1 %653, label %if_end443.us.i.15, label %if_else442.us.i.15
+
+if_else442.us.i.15:                               ; preds = %if_end443.us.i.14
+  %654 = getelementptr inbounds nuw i32, ptr %places.i, i64 %650
+  %655 = load i32, ptr %654, align 4, !tbaa !5
+  %656 = shl i32 %655, 23
+  %657 = add i32 %656, 1065353216
+  %658 = bitcast i32 %657 to float
+  %659 = fmul float %652, %658
+  %660 = tail call float @llvm.log.f32(float %659)
+  %661 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %650
+  %662 = load float, ptr %661, align 4, !tbaa !5
+  %663 = fadd float %662, %660
+  br label %if_end443.us.i.15
+
+if_end443.us.i.15:                                ; preds = %if_else442.us.i.15, %if_end443.us.i.14
+  %664 = phi float [ %663, %if_else442.us.i.15 ], [ 0xFFF0000000000000, %if_end443.us.i.14 ]
+  %665 = getelementptr i8, ptr %707, i64 60
+  store float %664, ptr %665, align 4, !tbaa !5
+  br label %if_end419.loopexit.us.i
+
+for_end_d_0424.us.i:                              ; preds = %for_begin_ax2_0427.preheader.us.i
+  %indvars.iv.next1045.i = add nuw nsw i64 %indvars.iv1044.i, 1
+  %exitcond1049.not.i = icmp eq i64 %indvars.iv.next1045.i, 16
+  br i1 %exitcond1049.not.i, label %for_begin_r436.preheader.us.i, label %for_begin_d_0422.preheader.us.i, !prof !13
+
+for_begin_ax2_0427.preheader.us.i:                ; preds = %for_begin_d_0422.preheader.us.i, %for_begin_ax2_0427.preheader.us.i
+  %total_acc_global501.sroa.0.1.i = phi <16 x float> [ %total_acc_global501.sroa.0.2.i, %for_begin_d_0422.preheader.us.i ], [ %total_acc_global501.sroa.0.60.vec.insert.i, %for_begin_ax2_0427.preheader.us.i ]
+  %indvars.iv1040.i = phi i64 [ 0, %for_begin_d_0422.preheader.us.i ], [ %indvars.iv.next1041.i, %for_begin_ax2_0427.preheader.us.i ]
+  %.idx81 = shl nuw nsw i64 %indvars.iv1040.i, 10
+  %666 = getelementptr inbounds nuw i8, ptr %gep151, i64 %.idx81
+  %667 = load float, ptr %666, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.0.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.1.i, float %667, i64 0
+  %668 = getelementptr inbounds nuw i8, ptr %666, i64 64
+  %669 = load float, ptr %668, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.4.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.0.vec.insert.i, float %669, i64 1
+  %670 = getelementptr inbounds nuw i8, ptr %666, i64 128
+  %671 = load float, ptr %670, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.8.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.4.vec.insert.i, float %671, i64 2
+  %672 = getelementptr inbounds nuw i8, ptr %666, i64 192
+  %673 = load float, ptr %672, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.12.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.8.vec.insert.i, float %673, i64 3
+  %674 = getelementptr inbounds nuw i8, ptr %666, i64 256
+  %675 = load float, ptr %674, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.16.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.12.vec.insert.i, float %675, i64 4
+  %676 = getelementptr inbounds nuw i8, ptr %666, i64 320
+  %677 = load float, ptr %676, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.20.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.16.vec.insert.i, float %677, i64 5
+  %678 = getelementptr inbounds nuw i8, ptr %666, i64 384
+  %679 = load float, ptr %678, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.24.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.20.vec.insert.i, float %679, i64 6
+  %680 = getelementptr inbounds nuw i8, ptr %666, i64 448
+  %681 = load float, ptr %680, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.28.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.24.vec.insert.i, float %681, i64 7
+  %682 = getelementptr inbounds nuw i8, ptr %666, i64 512
+  %683 = load float, ptr %682, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.32.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.28.vec.insert.i, float %683, i64 8
+  %684 = getelementptr inbounds nuw i8, ptr %666, i64 576
+  %685 = load float, ptr %684, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.36.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.32.vec.insert.i, float %685, i64 9
+  %686 = getelementptr inbounds nuw i8, ptr %666, i64 640
+  %687 = load float, ptr %686, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.40.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.36.vec.insert.i, float %687, i64 10
+  %688 = getelementptr inbounds nuw i8, ptr %666, i64 704
+  %689 = load float, ptr %688, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.44.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.40.vec.insert.i, float %689, i64 11
+  %690 = getelementptr inbounds nuw i8, ptr %666, i64 768
+  %691 = load float, ptr %690, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.48.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.44.vec.insert.i, float %691, i64 12
+  %692 = getelementptr inbounds nuw i8, ptr %666, i64 832
+  %693 = load float, ptr %692, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.52.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.48.vec.insert.i, float %693, i64 13
+  %694 = getelementptr inbounds nuw i8, ptr %666, i64 896
+  %695 = load float, ptr %694, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.56.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.52.vec.insert.i, float %695, i64 14
+  %696 = getelementptr inbounds nuw i8, ptr %666, i64 960
+  %697 = load float, ptr %696, align 4, !tbaa !5
+  %total_acc_global501.sroa.0.60.vec.insert.i = insertelement <16 x float> %total_acc_global501.sroa.0.56.vec.insert.i, float %697, i64 15
+  %698 = fmul <16 x float> %702, %total_acc_global501.sroa.0.60.vec.insert.i
+  %gep802.us.idx.i = shl i64 %indvars.iv1040.i, 6
+  %gep802.us.i = getelementptr i8, ptr %invariant.gep801.us.i, i64 %gep802.us.idx.i
+  store <16 x float> %698, ptr %gep802.us.i, align 4, !tbaa !5
+  %indvars.iv.next1041.i = add nuw nsw i64 %indvars.iv1040.i, 1
+  %exitcond1043.not.i = icmp eq i64 %indvars.iv.next1041.i, 8
+  br i1 %exitcond1043.not.i, label %for_end_d_0424.us.i, label %for_begin_ax2_0427.preheader.us.i, !prof !26
+
+for_begin_d_0422.preheader.us.i:                  ; preds = %for_begin_d_0422.preheader.lr.ph.us.i, %for_end_d_0424.us.i
+  %total_acc_global501.sroa.0.2.i = phi <16 x float> [ %total_acc_global501.sroa.0.0.i, %for_begin_d_0422.preheader.lr.ph.us.i ], [ %total_acc_global501.sroa.0.60.vec.insert.i, %for_end_d_0424.us.i ]
+  %indvars.iv1044.i = phi i64 [ 0, %for_begin_d_0422.preheader.lr.ph.us.i ], [ %indvars.iv.next1045.i, %for_end_d_0424.us.i ]
+  %699 = getelementptr inbounds nuw float, ptr %factor502.i, i64 %indvars.iv1044.i
+  %700 = load float, ptr %699, align 4, !tbaa !36
+  %701 = insertelement <16 x float> poison, float %700, i64 0
+  %702 = shufflevector <16 x float> %701, <16 x float> poison, <16 x i32> zeroinitializer
+  %703 = add nuw nsw i64 %indvars.iv1044.i, %714
+  %704 = mul nsw i64 %703, %out_head
+  %invariant.gep801.us.i = getelementptr float, ptr %718, i64 %704
+  %gep151 = getelementptr inbounds nuw float, ptr %invariant.gep150, i64 %indvars.iv1044.i
+  br label %for_begin_ax2_0427.preheader.us.i
+
+for_begin_r436.preheader.us.i:                    ; preds = %for_end_d_0424.us.i
+  %705 = mul nsw i64 %716, %lse_batch
+  %.idx528.us.i = shl nsw i64 %713, 6
+  %706 = getelementptr i8, ptr %lse, i64 %.idx528.us.i
+  %707 = getelementptr float, ptr %706, i64 %705
+  %708 = load float, ptr %405, align 4, !tbaa !5
+  %709 = fcmp oeq float %708, 0.000000e+00
+  br i1 %709, label %if_end443.us.i, label %if_else442.us.i
+
+if_end419.loopexit.us.i:                          ; preds = %if_end443.us.i.15, %for_body_tile414.us.i
+  %total_acc_global501.sroa.0.31109.i = phi <16 x float> [ %total_acc_global501.sroa.0.0.i, %for_body_tile414.us.i ], [ %total_acc_global501.sroa.0.60.vec.insert.i, %if_end443.us.i.15 ]
+  %indvars.iv.next1057.i = add nuw nsw i64 %indvars.iv1056.i, 1
+  %exitcond1060.not.i = icmp eq i64 %indvars.iv.next1057.i, %wide.trip.count1059.i
+  br i1 %exitcond1060.not.i, label %for_end_tile415.i, label %for_body_tile414.us.i, !prof !13
+
+for_begin_d_0422.preheader.lr.ph.us.i:            ; preds = %for_body_tile414.us.i
+  %not.529.us.i = xor i1 %411, true
+  %710 = sext i1 %not.529.us.i to i32
+  %711 = add nsw i32 %rdiv433.us.i, %710
+  %712 = sext i32 %711 to i64
+  %713 = add nsw i64 %400, %712
+  %714 = shl nsw i64 %713, 4
+  %715 = sext i32 %413 to i64
+  %716 = add nsw i64 %403, %715
+  %717 = mul nsw i64 %716, %out_batch
+  %718 = getelementptr float, ptr %out, i64 %717
+  %719 = shl i64 %indvars.iv1056.i, 11
+  %720 = and i64 %719, 4294965248
+  %invariant.gep150 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %720
+  br label %for_begin_d_0422.preheader.us.i
+
+for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
+  %indvars.iv220.in = phi i32 [ %indvars.iv220, %for_begin_number.i ], [ %364, %for_body_number.lr.ph.i ]
+  %indvars.iv210 = phi i32 [ %indvars.iv.next211, %for_begin_number.i ], [ %364, %for_body_number.lr.ph.i ]
+  %number796.i = phi i32 [ %398, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %721 = tail call i32 @llvm.smax.i32(i32 %span518.sroa.0.0.lcssa.i, i32 %indvars.iv210)
+  %smax450 = sext i32 %721 to i64
+  %722 = tail call i32 @llvm.smax.i32(i32 %span518.sroa.0.0.lcssa.i, i32 %indvars.iv210)
+  %smax421 = sext i32 %722 to i64
+  %indvars.iv220 = add i32 %indvars.iv220.in, 4096
+  %smax212 = tail call i32 @llvm.smax.i32(i32 %span518.sroa.0.0.lcssa.i, i32 %indvars.iv210)
+  %723 = add i32 %smax212, %tree_size
+  %724 = sub i32 %context_len.i, %723
+  %725 = tail call i32 @llvm.smax.i32(i32 %span518.sroa.0.0.lcssa.i, i32 %indvars.iv210)
+  %726 = sub i32 0, %725
+  %727 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_max.i = tail call ptr %727(i32 1, i32 %dev_id, i64 %140, i32 2, i32 32)
+  %728 = icmp eq ptr %row_max.i, null
+  br i1 %728, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+
+if_end120.i:                                      ; preds = %for_body_number.i
+  %729 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_sum.i = tail call ptr %729(i32 1, i32 %dev_id, i64 %140, i32 2, i32 32)
+  %730 = icmp eq ptr %row_sum.i, null
+  br i1 %730, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
+
+if_end123.i:                                      ; preds = %if_end120.i
+  %731 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %731(i32 1, i32 %dev_id, i64 %122, i32 2, i32 32)
+  %732 = icmp eq ptr %acc.i, null
+  br i1 %732, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+
+if_end126.i:                                      ; preds = %if_end123.i
+  %733 = shl nsw i32 %number796.i, 12
+  %734 = add nsw i32 %733, %364
+  %735 = add nsw i32 %734, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %734, i32 %span518.sroa.0.0.lcssa.i)
+  %736 = tail call i32 @llvm.smin.i32(i32 %735, i32 %key_end.i)
+  %737 = sub nsw i32 %736, %read_begin.i
+  %.fr812.i = freeze i32 %737
+  %738 = icmp slt i32 %.fr812.i, 1
+  %739 = tail call i32 @llvm.smax.i32(i32 %.fr812.i, i32 0)
+  %740 = add nuw nsw i32 %739, 127
+  %741 = lshr i32 %740, 7
+  %.not810.i = icmp eq i32 %741, 0
+  br i1 %.not810.i, label %for_begin_tile344.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+
+for_body_step.lr.ph.i:                            ; preds = %if_end126.i
+  %742 = add nsw i32 %736, -1
+  %743 = sext i32 %read_begin.i to i64
+  %744 = sext i32 %.fr812.i to i64
+  %wide.trip.count1001.i = zext nneg i32 %741 to i64
+  %745 = getelementptr i8, ptr %384, i64 %743
+  %746 = add i32 %read_begin.i, %tree_size
+  %747 = getelementptr i8, ptr %389, i64 %smax450
+  %748 = getelementptr i8, ptr %390, i64 %smax421
+  br label %for_body_step.i
+
+for_begin_step.i:                                 ; preds = %if_end339.i
+  %indvars.iv.next999.i = add nuw nsw i64 %indvars.iv998.i, 1
+  %exitcond1002.not.i = icmp eq i64 %indvars.iv.next999.i, %wide.trip.count1001.i
+  %indvars.iv.next = add i32 %indvars.iv, -128
+  %indvars.iv.next214 = add i32 %indvars.iv213, -128
+  %indvars.iv.next218 = add i32 %indvars.iv217, -128
+  br i1 %exitcond1002.not.i, label %for_begin_tile344.preheader.i, label %for_body_step.i, !prof !13
+
+for_begin_tile344.preheader.i:                    ; preds = %for_begin_step.i, %if_end126.i
+  %brmerge.i = or i1 %153, %738
+  br i1 %brmerge.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !37
+
+for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
+  %indvars.iv217 = phi i32 [ %indvars.iv.next218, %for_begin_step.i ], [ %726, %for_body_step.lr.ph.i ]
+  %indvars.iv213 = phi i32 [ %indvars.iv.next214, %for_begin_step.i ], [ %724, %for_body_step.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr812.i, %for_body_step.lr.ph.i ]
+  %indvars.iv998.i = phi i64 [ %indvars.iv.next999.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smin965 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %749 = add nsw i32 %smin965, 7
+  %750 = and i32 %749, -8
+  %smax966 = tail call i32 @llvm.smax.i32(i32 %750, i32 1)
+  %751 = zext nneg i32 %smax966 to i64
+  %smin962 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %752 = add nsw i32 %smin962, 7
+  %753 = and i32 %752, -8
+  %smax963 = tail call i32 @llvm.smax.i32(i32 %753, i32 1)
+  %754 = zext nneg i32 %smax963 to i64
+  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv213, i32 0)
+  %755 = shl nuw nsw i64 %indvars.iv998.i, 7
+  %scevgep451 = getelementptr i8, ptr %747, i64 %755
+  %smax452 = tail call i32 @llvm.smax.i32(i32 %indvars.iv213, i32 0)
+  %756 = zext nneg i32 %smax452 to i64
+  %757 = shl i32 %smax452, 4
+  %758 = sext i32 %757 to i64
+  %759 = shl nsw i64 %758, 2
+  %smax441 = tail call i32 @llvm.smax.i32(i32 %indvars.iv213, i32 0)
+  %760 = shl i32 %smax441, 4
+  %761 = sext i32 %760 to i64
+  %762 = shl nuw nsw i64 %indvars.iv998.i, 7
+  %scevgep = getelementptr i8, ptr %748, i64 %762
+  %smax422 = tail call i32 @llvm.smax.i32(i32 %indvars.iv213, i32 0)
+  %763 = zext nneg i32 %smax422 to i64
+  %764 = shl i32 %smax422, 4
+  %765 = sext i32 %764 to i64
+  %766 = shl nsw i64 %765, 2
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv213, i32 0)
+  %767 = shl i32 %smax, 4
+  %smax226 = tail call i32 @llvm.smax.i32(i32 %indvars.iv213, i32 0)
+  %768 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %768(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %769 = icmp eq ptr %key_offsets.i, null
+  br i1 %769, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+
+if_end129.i:                                      ; preds = %for_body_step.i
+  %770 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %770(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %771 = icmp eq ptr %value_offsets.i, null
+  br i1 %771, label %fused_attend_compute_.exit, label %if_end132.i, !prof !8
+
+if_end132.i:                                      ; preds = %if_end129.i
+  %772 = shl nsw i64 %indvars.iv998.i, 7
+  %773 = sub nsw i64 %744, %772
+  %774 = trunc nsw i64 %773 to i32
+  %775 = tail call i32 @llvm.smin.i32(i32 %774, i32 128)
+  %776 = add nsw i32 %775, 7
+  %777 = ashr i32 %776, 3
+  %778 = icmp sgt i64 %773, 0
+  br i1 %778, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+
+for_body_t.lr.ph.i:                               ; preds = %if_end132.i
+  %779 = add nsw i64 %772, %743
+  %xtraiter = and i64 %754, 1
+  %780 = icmp eq i32 %smax963, 1
+  br i1 %780, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
+
+for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
+  %unroll_iter = and i64 %754, 2147483640
+  br label %for_body_t.i
+
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
+  %indvars.iv873.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next874.i.1, %for_body_t.i ]
+  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
+  %781 = add nsw i64 %indvars.iv873.i, %779
+  %782 = trunc nsw i64 %781 to i32
+  %783 = tail call i32 @llvm.smin.i32(i32 %782, i32 %742)
+  %784 = sext i32 %783 to i64
+  %785 = ashr i64 %784, 7
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %785
+  %786 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %786 to i64
+  %787 = and i64 %784, 127
+  %788 = mul nsw i64 %787, %k_row
+  %789 = mul nsw i64 %k_block, %block.i
+  %790 = add nsw i64 %788, %789
+  %791 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv873.i
+  store i64 %790, ptr %791, align 8, !tbaa !5
+  %indvars.iv.next874.i = or disjoint i64 %indvars.iv873.i, 1
+  %792 = add nsw i64 %indvars.iv.next874.i, %779
+  %793 = trunc nsw i64 %792 to i32
+  %794 = tail call i32 @llvm.smin.i32(i32 %793, i32 %742)
+  %795 = sext i32 %794 to i64
+  %796 = ashr i64 %795, 7
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %796
+  %797 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %797 to i64
+  %798 = and i64 %795, 127
+  %799 = mul nsw i64 %798, %k_row
+  %800 = mul nsw i64 %k_block, %block.i.1
+  %801 = add nsw i64 %799, %800
+  %802 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next874.i
+  store i64 %801, ptr %802, align 8, !tbaa !5
+  %indvars.iv.next874.i.1 = add nuw nsw i64 %indvars.iv873.i, 2
+  %niter.next.1 = add i64 %niter, 2
+  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
+  br i1 %niter.ncmp.1, label %for_body_t135.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !38
+
+for_body_t135.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_body_t135.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
+
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t135.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
+  %indvars.iv873.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next874.i.1, %for_body_t135.i.preheader.unr-lcssa ]
+  %lcmp.mod964 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod964)
+  %803 = add nsw i64 %indvars.iv873.i.epil.init, %779
+  %804 = trunc nsw i64 %803 to i32
+  %805 = tail call i32 @llvm.smin.i32(i32 %804, i32 %742)
+  %806 = sext i32 %805 to i64
+  %807 = ashr i64 %806, 7
+  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %807
+  %808 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
+  %block.i.epil = sext i32 %808 to i64
+  %809 = and i64 %806, 127
+  %810 = mul nsw i64 %809, %k_row
+  %811 = mul nsw i64 %k_block, %block.i.epil
+  %812 = add nsw i64 %810, %811
+  %813 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv873.i.epil.init
+  store i64 %812, ptr %813, align 8, !tbaa !5
+  br label %for_body_t135.i.preheader
+
+for_body_t135.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t135.i.preheader.unr-lcssa
+  %xtraiter967 = and i64 %751, 1
+  %814 = icmp eq i32 %smax966, 1
+  br i1 %814, label %for_body_t135.i.epil.preheader, label %for_body_t135.i.preheader.new, !prof !4
+
+for_body_t135.i.preheader.new:                    ; preds = %for_body_t135.i.preheader
+  %unroll_iter970 = and i64 %751, 2147483640
+  br label %for_body_t135.i
+
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t135.i
+  %lcmp.mod968.not = icmp eq i64 %xtraiter967, 0
+  br i1 %lcmp.mod968.not, label %for_begin_kv_head.preheader.i, label %for_body_t135.i.epil.preheader, !prof !12
+
+for_body_t135.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t135.i.preheader
+  %indvars.iv876.i.epil.init = phi i64 [ 0, %for_body_t135.i.preheader ], [ %indvars.iv.next877.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod969 = icmp ne i64 %xtraiter967, 0
+  tail call void @llvm.assume(i1 %lcmp.mod969)
+  %815 = add nsw i64 %indvars.iv876.i.epil.init, %779
+  %816 = trunc nsw i64 %815 to i32
+  %817 = tail call i32 @llvm.smin.i32(i32 %816, i32 %742)
+  %818 = sext i32 %817 to i64
+  %819 = ashr i64 %818, 7
+  %gep642.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %819
+  %820 = load i32, ptr %gep642.i.epil, align 4, !tbaa !5
+  %block142.i.epil = sext i32 %820 to i64
+  %821 = and i64 %818, 127
+  %822 = mul nsw i64 %821, %v_row
+  %823 = mul nsw i64 %v_block, %block142.i.epil
+  %824 = add nsw i64 %822, %823
+  %825 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv876.i.epil.init
+  store i64 %824, ptr %825, align 8, !tbaa !5
+  br label %for_begin_kv_head.preheader.i
+
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t135.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end132.i
+  br i1 %370, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
+  %826 = icmp sgt i32 %777, 0
+  %827 = add nsw i64 %772, %743
+  %828 = trunc nuw nsw i64 %772 to i32
+  %829 = add i32 %read_begin.i, %828
+  %830 = add i32 %746, %828
+  %.reass713.reass.i = sub i32 %context_len.i, %830
+  %831 = tail call i32 @llvm.smax.i32(i32 %.reass713.reass.i, i32 0)
+  %832 = zext nneg i32 %831 to i64
+  %833 = icmp eq i64 %indvars.iv998.i, 0
+  %834 = insertelement <16 x i1> poison, i1 %833, i64 0
+  %835 = shufflevector <16 x i1> %834, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count886.i = zext nneg i32 %777 to i64
+  %836 = trunc nsw i64 %827 to i32
+  %837 = getelementptr i8, ptr %745, i64 %772
+  %838 = getelementptr i8, ptr %837, i64 %832
+  %scevgep423 = getelementptr i8, ptr %scevgep, i64 %763
+  %scevgep453 = getelementptr i8, ptr %scevgep451, i64 %756
+  %scevgep455 = getelementptr i8, ptr %scevgep451, i64 %756
+  %broadcast.splatinsert472 = insertelement <8 x i32> poison, i32 %831, i64 0
+  %broadcast.splat473 = shufflevector <8 x i32> %broadcast.splatinsert472, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert433 = insertelement <8 x i32> poison, i32 %831, i64 0
+  %broadcast.splat434 = shufflevector <8 x i32> %broadcast.splatinsert433, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %for_body_kv_head.i
+
+for_body_t135.i:                                  ; preds = %for_body_t135.i, %for_body_t135.i.preheader.new
+  %indvars.iv876.i = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %indvars.iv.next877.i.1, %for_body_t135.i ]
+  %niter971 = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %niter971.next.1, %for_body_t135.i ]
+  %839 = add nsw i64 %indvars.iv876.i, %779
+  %840 = trunc nsw i64 %839 to i32
+  %841 = tail call i32 @llvm.smin.i32(i32 %840, i32 %742)
+  %842 = sext i32 %841 to i64
+  %843 = ashr i64 %842, 7
+  %gep642.i = getelementptr i32, ptr %invariant.gep.i, i64 %843
+  %844 = load i32, ptr %gep642.i, align 4, !tbaa !5
+  %block142.i = sext i32 %844 to i64
+  %845 = and i64 %842, 127
+  %846 = mul nsw i64 %845, %v_row
+  %847 = mul nsw i64 %v_block, %block142.i
+  %848 = add nsw i64 %846, %847
+  %849 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv876.i
+  store i64 %848, ptr %849, align 8, !tbaa !5
+  %indvars.iv.next877.i = or disjoint i64 %indvars.iv876.i, 1
+  %850 = add nsw i64 %indvars.iv.next877.i, %779
+  %851 = trunc nsw i64 %850 to i32
+  %852 = tail call i32 @llvm.smin.i32(i32 %851, i32 %742)
+  %853 = sext i32 %852 to i64
+  %854 = ashr i64 %853, 7
+  %gep642.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %854
+  %855 = load i32, ptr %gep642.i.1, align 4, !tbaa !5
+  %block142.i.1 = sext i32 %855 to i64
+  %856 = and i64 %853, 127
+  %857 = mul nsw i64 %856, %v_row
+  %858 = mul nsw i64 %v_block, %block142.i.1
+  %859 = add nsw i64 %857, %858
+  %860 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next877.i
+  store i64 %859, ptr %860, align 8, !tbaa !5
+  %indvars.iv.next877.i.1 = add nuw nsw i64 %indvars.iv876.i, 2
+  %niter971.next.1 = add i64 %niter971, 2
+  %niter971.ncmp.1 = icmp eq i64 %niter971.next.1, %unroll_iter970
+  br i1 %niter971.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t135.i, !prof !9, !llvm.loop !39
+
+for_begin_kv_head.i:                              ; preds = %if_end333.i
+  %indvars.iv.next994.i = add nuw nsw i64 %indvars.iv993.i, 1
+  %exitcond997.not.i = icmp eq i64 %indvars.iv.next994.i, %wide.trip.count996.i
+  br i1 %exitcond997.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+
+for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
+  %indvars.iv993.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next994.i, %for_begin_kv_head.i ]
+  %861 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %861(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %862 = icmp eq ptr %k_tile.i, null
+  br i1 %862, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
+
+for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
+  %863 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %864 = tail call i32 %863(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not533.i = icmp eq i32 %864, 0
+  br i1 %.not533.i, label %if_end339.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end146.i:                                      ; preds = %for_body_kv_head.i
+  %865 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %865(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %866 = icmp eq ptr %v_tile.i, null
+  br i1 %866, label %fused_attend_compute_.exit, label %if_end149.i, !prof !8
+
+if_end149.i:                                      ; preds = %if_end146.i
+  %867 = add nsw i64 %indvars.iv993.i, %371
+  br i1 %826, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end149.i
+  %868 = mul nsw i64 %867, %k_head
+  %invariant.gep643.i = getelementptr i32, ptr %key_cache, i64 %868
+  br label %for_begin_ti.preheader.i
+
+for_begin_ti156.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+  %869 = mul nsw i64 %867, %v_head
+  %invariant.gep661.i = getelementptr i32, ptr %value_cache, i64 %869
+  br label %for_begin_ti156.preheader.i
+
+for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
+  %indvars.iv883.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next884.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv883.i, 6
+  %870 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %871 = load i64, ptr %870, align 8, !tbaa !5
+  %gep644.i = getelementptr i32, ptr %invariant.gep643.i, i64 %871
+  %872 = load <16 x i32>, ptr %gep644.i, align 4, !tbaa !5
+  %873 = shl <16 x i32> %872, splat (i32 16)
+  %.idx68 = shl nsw i64 %indvars.iv883.i, 12
+  %874 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
+  store <16 x i32> %873, ptr %874, align 4, !tbaa !5
+  %875 = load i64, ptr %870, align 8, !tbaa !5
+  %gep646.i = getelementptr i32, ptr %invariant.gep643.i, i64 %875
+  %876 = load <16 x i32>, ptr %gep646.i, align 4, !tbaa !5
+  %877 = and <16 x i32> %876, %375
+  %878 = getelementptr inbounds nuw i8, ptr %874, i64 64
+  store <16 x i32> %877, ptr %878, align 4, !tbaa !5
+  %879 = load i64, ptr %870, align 8, !tbaa !5
+  %gep648.i = getelementptr i32, ptr %invariant.gep643.i, i64 %879
+  %880 = getelementptr i8, ptr %gep648.i, i64 64
+  %881 = load <16 x i32>, ptr %880, align 4, !tbaa !5
+  %882 = shl <16 x i32> %881, splat (i32 16)
+  %883 = getelementptr inbounds nuw i8, ptr %874, i64 128
+  store <16 x i32> %882, ptr %883, align 4, !tbaa !5
+  %884 = load i64, ptr %870, align 8, !tbaa !5
+  %gep650.i = getelementptr i32, ptr %invariant.gep643.i, i64 %884
+  %885 = getelementptr i8, ptr %gep650.i, i64 64
+  %886 = load <16 x i32>, ptr %885, align 4, !tbaa !5
+  %887 = and <16 x i32> %886, %375
+  %888 = getelementptr inbounds nuw i8, ptr %874, i64 192
+  store <16 x i32> %887, ptr %888, align 4, !tbaa !5
+  %889 = load i64, ptr %870, align 8, !tbaa !5
+  %gep652.i = getelementptr i32, ptr %invariant.gep643.i, i64 %889
+  %890 = getelementptr i8, ptr %gep652.i, i64 128
+  %891 = load <16 x i32>, ptr %890, align 4, !tbaa !5
+  %892 = shl <16 x i32> %891, splat (i32 16)
+  %893 = getelementptr inbounds nuw i8, ptr %874, i64 256
+  store <16 x i32> %892, ptr %893, align 4, !tbaa !5
+  %894 = load i64, ptr %870, align 8, !tbaa !5
+  %gep654.i = getelementptr i32, ptr %invariant.gep643.i, i64 %894
+  %895 = getelementptr i8, ptr %gep654.i, i64 128
+  %896 = load <16 x i32>, ptr %895, align 4, !tbaa !5
+  %897 = and <16 x i32> %896, %375
+  %898 = getelementptr inbounds nuw i8, ptr %874, i64 320
+  store <16 x i32> %897, ptr %898, align 4, !tbaa !5
+  %899 = load i64, ptr %870, align 8, !tbaa !5
+  %gep656.i = getelementptr i32, ptr %invariant.gep643.i, i64 %899
+  %900 = getelementptr i8, ptr %gep656.i, i64 192
+  %901 = load <16 x i32>, ptr %900, align 4, !tbaa !5
+  %902 = shl <16 x i32> %901, splat (i32 16)
+  %903 = getelementptr inbounds nuw i8, ptr %874, i64 384
+  store <16 x i32> %902, ptr %903, align 4, !tbaa !5
+  %904 = load i64, ptr %870, align 8, !tbaa !5
+  %gep658.i = getelementptr i32, ptr %invariant.gep643.i, i64 %904
+  %905 = getelementptr i8, ptr %gep658.i, i64 192
+  %906 = load <16 x i32>, ptr %905, align 4, !tbaa !5
+  %907 = and <16 x i32> %906, %375
+  %908 = getelementptr inbounds nuw i8, ptr %874, i64 448
+  store <16 x i32> %907, ptr %908, align 4, !tbaa !5
+  %909 = getelementptr inbounds nuw i8, ptr %870, i64 8
+  %910 = load i64, ptr %909, align 8, !tbaa !5
+  %gep644.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %910
+  %911 = load <16 x i32>, ptr %gep644.1.i, align 4, !tbaa !5
+  %912 = shl <16 x i32> %911, splat (i32 16)
+  %913 = getelementptr inbounds nuw i8, ptr %874, i64 512
+  store <16 x i32> %912, ptr %913, align 4, !tbaa !5
+  %914 = load i64, ptr %909, align 8, !tbaa !5
+  %gep646.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %914
+  %915 = load <16 x i32>, ptr %gep646.1.i, align 4, !tbaa !5
+  %916 = and <16 x i32> %915, %375
+  %917 = getelementptr inbounds nuw i8, ptr %874, i64 576
+  store <16 x i32> %916, ptr %917, align 4, !tbaa !5
+  %918 = load i64, ptr %909, align 8, !tbaa !5
+  %gep648.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %918
+  %919 = getelementptr i8, ptr %gep648.1.i, i64 64
+  %920 = load <16 x i32>, ptr %919, align 4, !tbaa !5
+  %921 = shl <16 x i32> %920, splat (i32 16)
+  %922 = getelementptr inbounds nuw i8, ptr %874, i64 640
+  store <16 x i32> %921, ptr %922, align 4, !tbaa !5
+  %923 = load i64, ptr %909, align 8, !tbaa !5
+  %gep650.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %923
+  %924 = getelementptr i8, ptr %gep650.1.i, i64 64
+  %925 = load <16 x i32>, ptr %924, align 4, !tbaa !5
+  %926 = and <16 x i32> %925, %375
+  %927 = getelementptr inbounds nuw i8, ptr %874, i64 704
+  store <16 x i32> %926, ptr %927, align 4, !tbaa !5
+  %928 = load i64, ptr %909, align 8, !tbaa !5
+  %gep652.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %928
+  %929 = getelementptr i8, ptr %gep652.1.i, i64 128
+  %930 = load <16 x i32>, ptr %929, align 4, !tbaa !5
+  %931 = shl <16 x i32> %930, splat (i32 16)
+  %932 = getelementptr inbounds nuw i8, ptr %874, i64 768
+  store <16 x i32> %931, ptr %932, align 4, !tbaa !5
+  %933 = load i64, ptr %909, align 8, !tbaa !5
+  %gep654.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %933
+  %934 = getelementptr i8, ptr %gep654.1.i, i64 128
+  %935 = load <16 x i32>, ptr %934, align 4, !tbaa !5
+  %936 = and <16 x i32> %935, %375
+  %937 = getelementptr inbounds nuw i8, ptr %874, i64 832
+  store <16 x i32> %936, ptr %937, align 4, !tbaa !5
+  %938 = load i64, ptr %909, align 8, !tbaa !5
+  %gep656.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %938
+  %939 = getelementptr i8, ptr %gep656.1.i, i64 192
+  %940 = load <16 x i32>, ptr %939, align 4, !tbaa !5
+  %941 = shl <16 x i32> %940, splat (i32 16)
+  %942 = getelementptr inbounds nuw i8, ptr %874, i64 896
+  store <16 x i32> %941, ptr %942, align 4, !tbaa !5
+  %943 = load i64, ptr %909, align 8, !tbaa !5
+  %gep658.1.i = getelementptr i32, ptr %invariant.gep643.i, i64 %943
+  %944 = getelementptr i8, ptr %gep658.1.i, i64 192
+  %945 = load <16 x i32>, ptr %944, align 4, !tbaa !5
+  %946 = and <16 x i32> %945, %375
+  %947 = getelementptr inbounds nuw i8, ptr %874, i64 960
+  store <16 x i32> %946, ptr %947, align 4, !tbaa !5
+  %948 = getelementptr inbounds nuw i8, ptr %870, i64 16
+  %949 = load i64, ptr %948, align 8, !tbaa !5
+  %gep644.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %949
+  %950 = load <16 x i32>, ptr %gep644.2.i, align 4, !tbaa !5
+  %951 = shl <16 x i32> %950, splat (i32 16)
+  %952 = getelementptr inbounds nuw i8, ptr %874, i64 1024
+  store <16 x i32> %951, ptr %952, align 4, !tbaa !5
+  %953 = load i64, ptr %948, align 8, !tbaa !5
+  %gep646.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %953
+  %954 = load <16 x i32>, ptr %gep646.2.i, align 4, !tbaa !5
+  %955 = and <16 x i32> %954, %375
+  %956 = getelementptr inbounds nuw i8, ptr %874, i64 1088
+  store <16 x i32> %955, ptr %956, align 4, !tbaa !5
+  %957 = load i64, ptr %948, align 8, !tbaa !5
+  %gep648.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %957
+  %958 = getelementptr i8, ptr %gep648.2.i, i64 64
+  %959 = load <16 x i32>, ptr %958, align 4, !tbaa !5
+  %960 = shl <16 x i32> %959, splat (i32 16)
+  %961 = getelementptr inbounds nuw i8, ptr %874, i64 1152
+  store <16 x i32> %960, ptr %961, align 4, !tbaa !5
+  %962 = load i64, ptr %948, align 8, !tbaa !5
+  %gep650.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %962
+  %963 = getelementptr i8, ptr %gep650.2.i, i64 64
+  %964 = load <16 x i32>, ptr %963, align 4, !tbaa !5
+  %965 = and <16 x i32> %964, %375
+  %966 = getelementptr inbounds nuw i8, ptr %874, i64 1216
+  store <16 x i32> %965, ptr %966, align 4, !tbaa !5
+  %967 = load i64, ptr %948, align 8, !tbaa !5
+  %gep652.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %967
+  %968 = getelementptr i8, ptr %gep652.2.i, i64 128
+  %969 = load <16 x i32>, ptr %968, align 4, !tbaa !5
+  %970 = shl <16 x i32> %969, splat (i32 16)
+  %971 = getelementptr inbounds nuw i8, ptr %874, i64 1280
+  store <16 x i32> %970, ptr %971, align 4, !tbaa !5
+  %972 = load i64, ptr %948, align 8, !tbaa !5
+  %gep654.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %972
+  %973 = getelementptr i8, ptr %gep654.2.i, i64 128
+  %974 = load <16 x i32>, ptr %973, align 4, !tbaa !5
+  %975 = and <16 x i32> %974, %375
+  %976 = getelementptr inbounds nuw i8, ptr %874, i64 1344
+  store <16 x i32> %975, ptr %976, align 4, !tbaa !5
+  %977 = load i64, ptr %948, align 8, !tbaa !5
+  %gep656.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %977
+  %978 = getelementptr i8, ptr %gep656.2.i, i64 192
+  %979 = load <16 x i32>, ptr %978, align 4, !tbaa !5
+  %980 = shl <16 x i32> %979, splat (i32 16)
+  %981 = getelementptr inbounds nuw i8, ptr %874, i64 1408
+  store <16 x i32> %980, ptr %981, align 4, !tbaa !5
+  %982 = load i64, ptr %948, align 8, !tbaa !5
+  %gep658.2.i = getelementptr i32, ptr %invariant.gep643.i, i64 %982
+  %983 = getelementptr i8, ptr %gep658.2.i, i64 192
+  %984 = load <16 x i32>, ptr %983, align 4, !tbaa !5
+  %985 = and <16 x i32> %984, %375
+  %986 = getelementptr inbounds nuw i8, ptr %874, i64 1472
+  store <16 x i32> %985, ptr %986, align 4, !tbaa !5
+  %987 = getelementptr inbounds nuw i8, ptr %870, i64 24
+  %988 = load i64, ptr %987, align 8, !tbaa !5
+  %gep644.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %988
+  %989 = load <16 x i32>, ptr %gep644.3.i, align 4, !tbaa !5
+  %990 = shl <16 x i32> %989, splat (i32 16)
+  %991 = getelementptr inbounds nuw i8, ptr %874, i64 1536
+  store <16 x i32> %990, ptr %991, align 4, !tbaa !5
+  %992 = load i64, ptr %987, align 8, !tbaa !5
+  %gep646.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %992
+  %993 = load <16 x i32>, ptr %gep646.3.i, align 4, !tbaa !5
+  %994 = and <16 x i32> %993, %375
+  %995 = getelementptr inbounds nuw i8, ptr %874, i64 1600
+  store <16 x i32> %994, ptr %995, align 4, !tbaa !5
+  %996 = load i64, ptr %987, align 8, !tbaa !5
+  %gep648.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %996
+  %997 = getelementptr i8, ptr %gep648.3.i, i64 64
+  %998 = load <16 x i32>, ptr %997, align 4, !tbaa !5
+  %999 = shl <16 x i32> %998, splat (i32 16)
+  %1000 = getelementptr inbounds nuw i8, ptr %874, i64 1664
+  store <16 x i32> %999, ptr %1000, align 4, !tbaa !5
+  %1001 = load i64, ptr %987, align 8, !tbaa !5
+  %gep650.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1001
+  %1002 = getelementptr i8, ptr %gep650.3.i, i64 64
+  %1003 = load <16 x i32>, ptr %1002, align 4, !tbaa !5
+  %1004 = and <16 x i32> %1003, %375
+  %1005 = getelementptr inbounds nuw i8, ptr %874, i64 1728
+  store <16 x i32> %1004, ptr %1005, align 4, !tbaa !5
+  %1006 = load i64, ptr %987, align 8, !tbaa !5
+  %gep652.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1006
+  %1007 = getelementptr i8, ptr %gep652.3.i, i64 128
+  %1008 = load <16 x i32>, ptr %1007, align 4, !tbaa !5
+  %1009 = shl <16 x i32> %1008, splat (i32 16)
+  %1010 = getelementptr inbounds nuw i8, ptr %874, i64 1792
+  store <16 x i32> %1009, ptr %1010, align 4, !tbaa !5
+  %1011 = load i64, ptr %987, align 8, !tbaa !5
+  %gep654.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1011
+  %1012 = getelementptr i8, ptr %gep654.3.i, i64 128
+  %1013 = load <16 x i32>, ptr %1012, align 4, !tbaa !5
+  %1014 = and <16 x i32> %1013, %375
+  %1015 = getelementptr inbounds nuw i8, ptr %874, i64 1856
+  store <16 x i32> %1014, ptr %1015, align 4, !tbaa !5
+  %1016 = load i64, ptr %987, align 8, !tbaa !5
+  %gep656.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1016
+  %1017 = getelementptr i8, ptr %gep656.3.i, i64 192
+  %1018 = load <16 x i32>, ptr %1017, align 4, !tbaa !5
+  %1019 = shl <16 x i32> %1018, splat (i32 16)
+  %1020 = getelementptr inbounds nuw i8, ptr %874, i64 1920
+  store <16 x i32> %1019, ptr %1020, align 4, !tbaa !5
+  %1021 = load i64, ptr %987, align 8, !tbaa !5
+  %gep658.3.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1021
+  %1022 = getelementptr i8, ptr %gep658.3.i, i64 192
+  %1023 = load <16 x i32>, ptr %1022, align 4, !tbaa !5
+  %1024 = and <16 x i32> %1023, %375
+  %1025 = getelementptr inbounds nuw i8, ptr %874, i64 1984
+  store <16 x i32> %1024, ptr %1025, align 4, !tbaa !5
+  %1026 = getelementptr inbounds nuw i8, ptr %870, i64 32
+  %1027 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep644.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1027
+  %1028 = load <16 x i32>, ptr %gep644.4.i, align 4, !tbaa !5
+  %1029 = shl <16 x i32> %1028, splat (i32 16)
+  %1030 = getelementptr inbounds nuw i8, ptr %874, i64 2048
+  store <16 x i32> %1029, ptr %1030, align 4, !tbaa !5
+  %1031 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep646.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1031
+  %1032 = load <16 x i32>, ptr %gep646.4.i, align 4, !tbaa !5
+  %1033 = and <16 x i32> %1032, %375
+  %1034 = getelementptr inbounds nuw i8, ptr %874, i64 2112
+  store <16 x i32> %1033, ptr %1034, align 4, !tbaa !5
+  %1035 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep648.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1035
+  %1036 = getelementptr i8, ptr %gep648.4.i, i64 64
+  %1037 = load <16 x i32>, ptr %1036, align 4, !tbaa !5
+  %1038 = shl <16 x i32> %1037, splat (i32 16)
+  %1039 = getelementptr inbounds nuw i8, ptr %874, i64 2176
+  store <16 x i32> %1038, ptr %1039, align 4, !tbaa !5
+  %1040 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep650.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1040
+  %1041 = getelementptr i8, ptr %gep650.4.i, i64 64
+  %1042 = load <16 x i32>, ptr %1041, align 4, !tbaa !5
+  %1043 = and <16 x i32> %1042, %375
+  %1044 = getelementptr inbounds nuw i8, ptr %874, i64 2240
+  store <16 x i32> %1043, ptr %1044, align 4, !tbaa !5
+  %1045 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep652.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1045
+  %1046 = getelementptr i8, ptr %gep652.4.i, i64 128
+  %1047 = load <16 x i32>, ptr %1046, align 4, !tbaa !5
+  %1048 = shl <16 x i32> %1047, splat (i32 16)
+  %1049 = getelementptr inbounds nuw i8, ptr %874, i64 2304
+  store <16 x i32> %1048, ptr %1049, align 4, !tbaa !5
+  %1050 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep654.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1050
+  %1051 = getelementptr i8, ptr %gep654.4.i, i64 128
+  %1052 = load <16 x i32>, ptr %1051, align 4, !tbaa !5
+  %1053 = and <16 x i32> %1052, %375
+  %1054 = getelementptr inbounds nuw i8, ptr %874, i64 2368
+  store <16 x i32> %1053, ptr %1054, align 4, !tbaa !5
+  %1055 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep656.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1055
+  %1056 = getelementptr i8, ptr %gep656.4.i, i64 192
+  %1057 = load <16 x i32>, ptr %1056, align 4, !tbaa !5
+  %1058 = shl <16 x i32> %1057, splat (i32 16)
+  %1059 = getelementptr inbounds nuw i8, ptr %874, i64 2432
+  store <16 x i32> %1058, ptr %1059, align 4, !tbaa !5
+  %1060 = load i64, ptr %1026, align 8, !tbaa !5
+  %gep658.4.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1060
+  %1061 = getelementptr i8, ptr %gep658.4.i, i64 192
+  %1062 = load <16 x i32>, ptr %1061, align 4, !tbaa !5
+  %1063 = and <16 x i32> %1062, %375
+  %1064 = getelementptr inbounds nuw i8, ptr %874, i64 2496
+  store <16 x i32> %1063, ptr %1064, align 4, !tbaa !5
+  %1065 = getelementptr inbounds nuw i8, ptr %870, i64 40
+  %1066 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep644.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1066
+  %1067 = load <16 x i32>, ptr %gep644.5.i, align 4, !tbaa !5
+  %1068 = shl <16 x i32> %1067, splat (i32 16)
+  %1069 = getelementptr inbounds nuw i8, ptr %874, i64 2560
+  store <16 x i32> %1068, ptr %1069, align 4, !tbaa !5
+  %1070 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep646.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1070
+  %1071 = load <16 x i32>, ptr %gep646.5.i, align 4, !tbaa !5
+  %1072 = and <16 x i32> %1071, %375
+  %1073 = getelementptr inbounds nuw i8, ptr %874, i64 2624
+  store <16 x i32> %1072, ptr %1073, align 4, !tbaa !5
+  %1074 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep648.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1074
+  %1075 = getelementptr i8, ptr %gep648.5.i, i64 64
+  %1076 = load <16 x i32>, ptr %1075, align 4, !tbaa !5
+  %1077 = shl <16 x i32> %1076, splat (i32 16)
+  %1078 = getelementptr inbounds nuw i8, ptr %874, i64 2688
+  store <16 x i32> %1077, ptr %1078, align 4, !tbaa !5
+  %1079 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep650.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1079
+  %1080 = getelementptr i8, ptr %gep650.5.i, i64 64
+  %1081 = load <16 x i32>, ptr %1080, align 4, !tbaa !5
+  %1082 = and <16 x i32> %1081, %375
+  %1083 = getelementptr inbounds nuw i8, ptr %874, i64 2752
+  store <16 x i32> %1082, ptr %1083, align 4, !tbaa !5
+  %1084 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep652.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1084
+  %1085 = getelementptr i8, ptr %gep652.5.i, i64 128
+  %1086 = load <16 x i32>, ptr %1085, align 4, !tbaa !5
+  %1087 = shl <16 x i32> %1086, splat (i32 16)
+  %1088 = getelementptr inbounds nuw i8, ptr %874, i64 2816
+  store <16 x i32> %1087, ptr %1088, align 4, !tbaa !5
+  %1089 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep654.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1089
+  %1090 = getelementptr i8, ptr %gep654.5.i, i64 128
+  %1091 = load <16 x i32>, ptr %1090, align 4, !tbaa !5
+  %1092 = and <16 x i32> %1091, %375
+  %1093 = getelementptr inbounds nuw i8, ptr %874, i64 2880
+  store <16 x i32> %1092, ptr %1093, align 4, !tbaa !5
+  %1094 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep656.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1094
+  %1095 = getelementptr i8, ptr %gep656.5.i, i64 192
+  %1096 = load <16 x i32>, ptr %1095, align 4, !tbaa !5
+  %1097 = shl <16 x i32> %1096, splat (i32 16)
+  %1098 = getelementptr inbounds nuw i8, ptr %874, i64 2944
+  store <16 x i32> %1097, ptr %1098, align 4, !tbaa !5
+  %1099 = load i64, ptr %1065, align 8, !tbaa !5
+  %gep658.5.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1099
+  %1100 = getelementptr i8, ptr %gep658.5.i, i64 192
+  %1101 = load <16 x i32>, ptr %1100, align 4, !tbaa !5
+  %1102 = and <16 x i32> %1101, %375
+  %1103 = getelementptr inbounds nuw i8, ptr %874, i64 3008
+  store <16 x i32> %1102, ptr %1103, align 4, !tbaa !5
+  %1104 = getelementptr inbounds nuw i8, ptr %870, i64 48
+  %1105 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep644.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1105
+  %1106 = load <16 x i32>, ptr %gep644.6.i, align 4, !tbaa !5
+  %1107 = shl <16 x i32> %1106, splat (i32 16)
+  %1108 = getelementptr inbounds nuw i8, ptr %874, i64 3072
+  store <16 x i32> %1107, ptr %1108, align 4, !tbaa !5
+  %1109 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep646.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1109
+  %1110 = load <16 x i32>, ptr %gep646.6.i, align 4, !tbaa !5
+  %1111 = and <16 x i32> %1110, %375
+  %1112 = getelementptr inbounds nuw i8, ptr %874, i64 3136
+  store <16 x i32> %1111, ptr %1112, align 4, !tbaa !5
+  %1113 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep648.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1113
+  %1114 = getelementptr i8, ptr %gep648.6.i, i64 64
+  %1115 = load <16 x i32>, ptr %1114, align 4, !tbaa !5
+  %1116 = shl <16 x i32> %1115, splat (i32 16)
+  %1117 = getelementptr inbounds nuw i8, ptr %874, i64 3200
+  store <16 x i32> %1116, ptr %1117, align 4, !tbaa !5
+  %1118 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep650.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1118
+  %1119 = getelementptr i8, ptr %gep650.6.i, i64 64
+  %1120 = load <16 x i32>, ptr %1119, align 4, !tbaa !5
+  %1121 = and <16 x i32> %1120, %375
+  %1122 = getelementptr inbounds nuw i8, ptr %874, i64 3264
+  store <16 x i32> %1121, ptr %1122, align 4, !tbaa !5
+  %1123 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep652.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1123
+  %1124 = getelementptr i8, ptr %gep652.6.i, i64 128
+  %1125 = load <16 x i32>, ptr %1124, align 4, !tbaa !5
+  %1126 = shl <16 x i32> %1125, splat (i32 16)
+  %1127 = getelementptr inbounds nuw i8, ptr %874, i64 3328
+  store <16 x i32> %1126, ptr %1127, align 4, !tbaa !5
+  %1128 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep654.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1128
+  %1129 = getelementptr i8, ptr %gep654.6.i, i64 128
+  %1130 = load <16 x i32>, ptr %1129, align 4, !tbaa !5
+  %1131 = and <16 x i32> %1130, %375
+  %1132 = getelementptr inbounds nuw i8, ptr %874, i64 3392
+  store <16 x i32> %1131, ptr %1132, align 4, !tbaa !5
+  %1133 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep656.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1133
+  %1134 = getelementptr i8, ptr %gep656.6.i, i64 192
+  %1135 = load <16 x i32>, ptr %1134, align 4, !tbaa !5
+  %1136 = shl <16 x i32> %1135, splat (i32 16)
+  %1137 = getelementptr inbounds nuw i8, ptr %874, i64 3456
+  store <16 x i32> %1136, ptr %1137, align 4, !tbaa !5
+  %1138 = load i64, ptr %1104, align 8, !tbaa !5
+  %gep658.6.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1138
+  %1139 = getelementptr i8, ptr %gep658.6.i, i64 192
+  %1140 = load <16 x i32>, ptr %1139, align 4, !tbaa !5
+  %1141 = and <16 x i32> %1140, %375
+  %1142 = getelementptr inbounds nuw i8, ptr %874, i64 3520
+  store <16 x i32> %1141, ptr %1142, align 4, !tbaa !5
+  %1143 = getelementptr inbounds nuw i8, ptr %870, i64 56
+  %1144 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep644.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1144
+  %1145 = load <16 x i32>, ptr %gep644.7.i, align 4, !tbaa !5
+  %1146 = shl <16 x i32> %1145, splat (i32 16)
+  %1147 = getelementptr inbounds nuw i8, ptr %874, i64 3584
+  store <16 x i32> %1146, ptr %1147, align 4, !tbaa !5
+  %1148 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep646.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1148
+  %1149 = load <16 x i32>, ptr %gep646.7.i, align 4, !tbaa !5
+  %1150 = and <16 x i32> %1149, %375
+  %1151 = getelementptr inbounds nuw i8, ptr %874, i64 3648
+  store <16 x i32> %1150, ptr %1151, align 4, !tbaa !5
+  %1152 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep648.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1152
+  %1153 = getelementptr i8, ptr %gep648.7.i, i64 64
+  %1154 = load <16 x i32>, ptr %1153, align 4, !tbaa !5
+  %1155 = shl <16 x i32> %1154, splat (i32 16)
+  %1156 = getelementptr inbounds nuw i8, ptr %874, i64 3712
+  store <16 x i32> %1155, ptr %1156, align 4, !tbaa !5
+  %1157 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep650.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1157
+  %1158 = getelementptr i8, ptr %gep650.7.i, i64 64
+  %1159 = load <16 x i32>, ptr %1158, align 4, !tbaa !5
+  %1160 = and <16 x i32> %1159, %375
+  %1161 = getelementptr inbounds nuw i8, ptr %874, i64 3776
+  store <16 x i32> %1160, ptr %1161, align 4, !tbaa !5
+  %1162 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep652.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1162
+  %1163 = getelementptr i8, ptr %gep652.7.i, i64 128
+  %1164 = load <16 x i32>, ptr %1163, align 4, !tbaa !5
+  %1165 = shl <16 x i32> %1164, splat (i32 16)
+  %1166 = getelementptr inbounds nuw i8, ptr %874, i64 3840
+  store <16 x i32> %1165, ptr %1166, align 4, !tbaa !5
+  %1167 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep654.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1167
+  %1168 = getelementptr i8, ptr %gep654.7.i, i64 128
+  %1169 = load <16 x i32>, ptr %1168, align 4, !tbaa !5
+  %1170 = and <16 x i32> %1169, %375
+  %1171 = getelementptr inbounds nuw i8, ptr %874, i64 3904
+  store <16 x i32> %1170, ptr %1171, align 4, !tbaa !5
+  %1172 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep656.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1172
+  %1173 = getelementptr i8, ptr %gep656.7.i, i64 192
+  %1174 = load <16 x i32>, ptr %1173, align 4, !tbaa !5
+  %1175 = shl <16 x i32> %1174, splat (i32 16)
+  %1176 = getelementptr inbounds nuw i8, ptr %874, i64 3968
+  store <16 x i32> %1175, ptr %1176, align 4, !tbaa !5
+  %1177 = load i64, ptr %1143, align 8, !tbaa !5
+  %gep658.7.i = getelementptr i32, ptr %invariant.gep643.i, i64 %1177
+  %1178 = getelementptr i8, ptr %gep658.7.i, i64 192
+  %1179 = load <16 x i32>, ptr %1178, align 4, !tbaa !5
+  %1180 = and <16 x i32> %1179, %375
+  %1181 = getelementptr inbounds nuw i8, ptr %874, i64 4032
+  store <16 x i32> %1180, ptr %1181, align 4, !tbaa !5
+  %indvars.iv.next884.i = add nuw nsw i64 %indvars.iv883.i, 1
+  %exitcond887.not.i = icmp eq i64 %indvars.iv.next884.i, %wide.trip.count886.i
+  br i1 %exitcond887.not.i, label %for_begin_ti156.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti156.preheader.i, %if_end149.i
+  br i1 %376, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
+
+for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
+  %1182 = mul i64 %indvars.iv993.i, %50
+  br label %for_body_row_tile.i
+
+for_begin_ti156.preheader.i:                      ; preds = %for_begin_ti156.preheader.i, %for_begin_ti156.preheader.lr.ph.i
+  %indvars.iv892.i = phi i64 [ 0, %for_begin_ti156.preheader.lr.ph.i ], [ %indvars.iv.next893.i, %for_begin_ti156.preheader.i ]
+  %.idx69 = shl nsw i64 %indvars.iv892.i, 6
+  %1183 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
+  %1184 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep662.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1184
+  %1185 = load <16 x i32>, ptr %gep662.i, align 4, !tbaa !5
+  %1186 = shl <16 x i32> %1185, splat (i32 16)
+  %.idx70 = shl nsw i64 %indvars.iv892.i, 12
+  %1187 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
+  store <16 x i32> %1186, ptr %1187, align 4, !tbaa !5
+  %1188 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep664.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1188
+  %1189 = load <16 x i32>, ptr %gep664.i, align 4, !tbaa !5
+  %1190 = and <16 x i32> %1189, %375
+  %1191 = getelementptr inbounds nuw i8, ptr %1187, i64 64
+  store <16 x i32> %1190, ptr %1191, align 4, !tbaa !5
+  %1192 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep666.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1192
+  %1193 = getelementptr i8, ptr %gep666.i, i64 64
+  %1194 = load <16 x i32>, ptr %1193, align 4, !tbaa !5
+  %1195 = shl <16 x i32> %1194, splat (i32 16)
+  %1196 = getelementptr inbounds nuw i8, ptr %1187, i64 128
+  store <16 x i32> %1195, ptr %1196, align 4, !tbaa !5
+  %1197 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep668.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1197
+  %1198 = getelementptr i8, ptr %gep668.i, i64 64
+  %1199 = load <16 x i32>, ptr %1198, align 4, !tbaa !5
+  %1200 = and <16 x i32> %1199, %375
+  %1201 = getelementptr inbounds nuw i8, ptr %1187, i64 192
+  store <16 x i32> %1200, ptr %1201, align 4, !tbaa !5
+  %1202 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep670.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1202
+  %1203 = getelementptr i8, ptr %gep670.i, i64 128
+  %1204 = load <16 x i32>, ptr %1203, align 4, !tbaa !5
+  %1205 = shl <16 x i32> %1204, splat (i32 16)
+  %1206 = getelementptr inbounds nuw i8, ptr %1187, i64 256
+  store <16 x i32> %1205, ptr %1206, align 4, !tbaa !5
+  %1207 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep672.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1207
+  %1208 = getelementptr i8, ptr %gep672.i, i64 128
+  %1209 = load <16 x i32>, ptr %1208, align 4, !tbaa !5
+  %1210 = and <16 x i32> %1209, %375
+  %1211 = getelementptr inbounds nuw i8, ptr %1187, i64 320
+  store <16 x i32> %1210, ptr %1211, align 4, !tbaa !5
+  %1212 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep674.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1212
+  %1213 = getelementptr i8, ptr %gep674.i, i64 192
+  %1214 = load <16 x i32>, ptr %1213, align 4, !tbaa !5
+  %1215 = shl <16 x i32> %1214, splat (i32 16)
+  %1216 = getelementptr inbounds nuw i8, ptr %1187, i64 384
+  store <16 x i32> %1215, ptr %1216, align 4, !tbaa !5
+  %1217 = load i64, ptr %1183, align 8, !tbaa !5
+  %gep676.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1217
+  %1218 = getelementptr i8, ptr %gep676.i, i64 192
+  %1219 = load <16 x i32>, ptr %1218, align 4, !tbaa !5
+  %1220 = and <16 x i32> %1219, %375
+  %1221 = getelementptr inbounds nuw i8, ptr %1187, i64 448
+  store <16 x i32> %1220, ptr %1221, align 4, !tbaa !5
+  %1222 = getelementptr inbounds nuw i8, ptr %1183, i64 8
+  %1223 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep662.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1223
+  %1224 = load <16 x i32>, ptr %gep662.1.i, align 4, !tbaa !5
+  %1225 = shl <16 x i32> %1224, splat (i32 16)
+  %1226 = getelementptr inbounds nuw i8, ptr %1187, i64 512
+  store <16 x i32> %1225, ptr %1226, align 4, !tbaa !5
+  %1227 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep664.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1227
+  %1228 = load <16 x i32>, ptr %gep664.1.i, align 4, !tbaa !5
+  %1229 = and <16 x i32> %1228, %375
+  %1230 = getelementptr inbounds nuw i8, ptr %1187, i64 576
+  store <16 x i32> %1229, ptr %1230, align 4, !tbaa !5
+  %1231 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep666.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1231
+  %1232 = getelementptr i8, ptr %gep666.1.i, i64 64
+  %1233 = load <16 x i32>, ptr %1232, align 4, !tbaa !5
+  %1234 = shl <16 x i32> %1233, splat (i32 16)
+  %1235 = getelementptr inbounds nuw i8, ptr %1187, i64 640
+  store <16 x i32> %1234, ptr %1235, align 4, !tbaa !5
+  %1236 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep668.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1236
+  %1237 = getelementptr i8, ptr %gep668.1.i, i64 64
+  %1238 = load <16 x i32>, ptr %1237, align 4, !tbaa !5
+  %1239 = and <16 x i32> %1238, %375
+  %1240 = getelementptr inbounds nuw i8, ptr %1187, i64 704
+  store <16 x i32> %1239, ptr %1240, align 4, !tbaa !5
+  %1241 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep670.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1241
+  %1242 = getelementptr i8, ptr %gep670.1.i, i64 128
+  %1243 = load <16 x i32>, ptr %1242, align 4, !tbaa !5
+  %1244 = shl <16 x i32> %1243, splat (i32 16)
+  %1245 = getelementptr inbounds nuw i8, ptr %1187, i64 768
+  store <16 x i32> %1244, ptr %1245, align 4, !tbaa !5
+  %1246 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep672.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1246
+  %1247 = getelementptr i8, ptr %gep672.1.i, i64 128
+  %1248 = load <16 x i32>, ptr %1247, align 4, !tbaa !5
+  %1249 = and <16 x i32> %1248, %375
+  %1250 = getelementptr inbounds nuw i8, ptr %1187, i64 832
+  store <16 x i32> %1249, ptr %1250, align 4, !tbaa !5
+  %1251 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep674.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1251
+  %1252 = getelementptr i8, ptr %gep674.1.i, i64 192
+  %1253 = load <16 x i32>, ptr %1252, align 4, !tbaa !5
+  %1254 = shl <16 x i32> %1253, splat (i32 16)
+  %1255 = getelementptr inbounds nuw i8, ptr %1187, i64 896
+  store <16 x i32> %1254, ptr %1255, align 4, !tbaa !5
+  %1256 = load i64, ptr %1222, align 8, !tbaa !5
+  %gep676.1.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1256
+  %1257 = getelementptr i8, ptr %gep676.1.i, i64 192
+  %1258 = load <16 x i32>, ptr %1257, align 4, !tbaa !5
+  %1259 = and <16 x i32> %1258, %375
+  %1260 = getelementptr inbounds nuw i8, ptr %1187, i64 960
+  store <16 x i32> %1259, ptr %1260, align 4, !tbaa !5
+  %1261 = getelementptr inbounds nuw i8, ptr %1183, i64 16
+  %1262 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep662.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1262
+  %1263 = load <16 x i32>, ptr %gep662.2.i, align 4, !tbaa !5
+  %1264 = shl <16 x i32> %1263, splat (i32 16)
+  %1265 = getelementptr inbounds nuw i8, ptr %1187, i64 1024
+  store <16 x i32> %1264, ptr %1265, align 4, !tbaa !5
+  %1266 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep664.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1266
+  %1267 = load <16 x i32>, ptr %gep664.2.i, align 4, !tbaa !5
+  %1268 = and <16 x i32> %1267, %375
+  %1269 = getelementptr inbounds nuw i8, ptr %1187, i64 1088
+  store <16 x i32> %1268, ptr %1269, align 4, !tbaa !5
+  %1270 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep666.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1270
+  %1271 = getelementptr i8, ptr %gep666.2.i, i64 64
+  %1272 = load <16 x i32>, ptr %1271, align 4, !tbaa !5
+  %1273 = shl <16 x i32> %1272, splat (i32 16)
+  %1274 = getelementptr inbounds nuw i8, ptr %1187, i64 1152
+  store <16 x i32> %1273, ptr %1274, align 4, !tbaa !5
+  %1275 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep668.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1275
+  %1276 = getelementptr i8, ptr %gep668.2.i, i64 64
+  %1277 = load <16 x i32>, ptr %1276, align 4, !tbaa !5
+  %1278 = and <16 x i32> %1277, %375
+  %1279 = getelementptr inbounds nuw i8, ptr %1187, i64 1216
+  store <16 x i32> %1278, ptr %1279, align 4, !tbaa !5
+  %1280 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep670.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1280
+  %1281 = getelementptr i8, ptr %gep670.2.i, i64 128
+  %1282 = load <16 x i32>, ptr %1281, align 4, !tbaa !5
+  %1283 = shl <16 x i32> %1282, splat (i32 16)
+  %1284 = getelementptr inbounds nuw i8, ptr %1187, i64 1280
+  store <16 x i32> %1283, ptr %1284, align 4, !tbaa !5
+  %1285 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep672.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1285
+  %1286 = getelementptr i8, ptr %gep672.2.i, i64 128
+  %1287 = load <16 x i32>, ptr %1286, align 4, !tbaa !5
+  %1288 = and <16 x i32> %1287, %375
+  %1289 = getelementptr inbounds nuw i8, ptr %1187, i64 1344
+  store <16 x i32> %1288, ptr %1289, align 4, !tbaa !5
+  %1290 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep674.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1290
+  %1291 = getelementptr i8, ptr %gep674.2.i, i64 192
+  %1292 = load <16 x i32>, ptr %1291, align 4, !tbaa !5
+  %1293 = shl <16 x i32> %1292, splat (i32 16)
+  %1294 = getelementptr inbounds nuw i8, ptr %1187, i64 1408
+  store <16 x i32> %1293, ptr %1294, align 4, !tbaa !5
+  %1295 = load i64, ptr %1261, align 8, !tbaa !5
+  %gep676.2.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1295
+  %1296 = getelementptr i8, ptr %gep676.2.i, i64 192
+  %1297 = load <16 x i32>, ptr %1296, align 4, !tbaa !5
+  %1298 = and <16 x i32> %1297, %375
+  %1299 = getelementptr inbounds nuw i8, ptr %1187, i64 1472
+  store <16 x i32> %1298, ptr %1299, align 4, !tbaa !5
+  %1300 = getelementptr inbounds nuw i8, ptr %1183, i64 24
+  %1301 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep662.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1301
+  %1302 = load <16 x i32>, ptr %gep662.3.i, align 4, !tbaa !5
+  %1303 = shl <16 x i32> %1302, splat (i32 16)
+  %1304 = getelementptr inbounds nuw i8, ptr %1187, i64 1536
+  store <16 x i32> %1303, ptr %1304, align 4, !tbaa !5
+  %1305 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep664.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1305
+  %1306 = load <16 x i32>, ptr %gep664.3.i, align 4, !tbaa !5
+  %1307 = and <16 x i32> %1306, %375
+  %1308 = getelementptr inbounds nuw i8, ptr %1187, i64 1600
+  store <16 x i32> %1307, ptr %1308, align 4, !tbaa !5
+  %1309 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep666.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1309
+  %1310 = getelementptr i8, ptr %gep666.3.i, i64 64
+  %1311 = load <16 x i32>, ptr %1310, align 4, !tbaa !5
+  %1312 = shl <16 x i32> %1311, splat (i32 16)
+  %1313 = getelementptr inbounds nuw i8, ptr %1187, i64 1664
+  store <16 x i32> %1312, ptr %1313, align 4, !tbaa !5
+  %1314 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep668.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1314
+  %1315 = getelementptr i8, ptr %gep668.3.i, i64 64
+  %1316 = load <16 x i32>, ptr %1315, align 4, !tbaa !5
+  %1317 = and <16 x i32> %1316, %375
+  %1318 = getelementptr inbounds nuw i8, ptr %1187, i64 1728
+  store <16 x i32> %1317, ptr %1318, align 4, !tbaa !5
+  %1319 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep670.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1319
+  %1320 = getelementptr i8, ptr %gep670.3.i, i64 128
+  %1321 = load <16 x i32>, ptr %1320, align 4, !tbaa !5
+  %1322 = shl <16 x i32> %1321, splat (i32 16)
+  %1323 = getelementptr inbounds nuw i8, ptr %1187, i64 1792
+  store <16 x i32> %1322, ptr %1323, align 4, !tbaa !5
+  %1324 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep672.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1324
+  %1325 = getelementptr i8, ptr %gep672.3.i, i64 128
+  %1326 = load <16 x i32>, ptr %1325, align 4, !tbaa !5
+  %1327 = and <16 x i32> %1326, %375
+  %1328 = getelementptr inbounds nuw i8, ptr %1187, i64 1856
+  store <16 x i32> %1327, ptr %1328, align 4, !tbaa !5
+  %1329 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep674.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1329
+  %1330 = getelementptr i8, ptr %gep674.3.i, i64 192
+  %1331 = load <16 x i32>, ptr %1330, align 4, !tbaa !5
+  %1332 = shl <16 x i32> %1331, splat (i32 16)
+  %1333 = getelementptr inbounds nuw i8, ptr %1187, i64 1920
+  store <16 x i32> %1332, ptr %1333, align 4, !tbaa !5
+  %1334 = load i64, ptr %1300, align 8, !tbaa !5
+  %gep676.3.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1334
+  %1335 = getelementptr i8, ptr %gep676.3.i, i64 192
+  %1336 = load <16 x i32>, ptr %1335, align 4, !tbaa !5
+  %1337 = and <16 x i32> %1336, %375
+  %1338 = getelementptr inbounds nuw i8, ptr %1187, i64 1984
+  store <16 x i32> %1337, ptr %1338, align 4, !tbaa !5
+  %1339 = getelementptr inbounds nuw i8, ptr %1183, i64 32
+  %1340 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep662.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1340
+  %1341 = load <16 x i32>, ptr %gep662.4.i, align 4, !tbaa !5
+  %1342 = shl <16 x i32> %1341, splat (i32 16)
+  %1343 = getelementptr inbounds nuw i8, ptr %1187, i64 2048
+  store <16 x i32> %1342, ptr %1343, align 4, !tbaa !5
+  %1344 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep664.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1344
+  %1345 = load <16 x i32>, ptr %gep664.4.i, align 4, !tbaa !5
+  %1346 = and <16 x i32> %1345, %375
+  %1347 = getelementptr inbounds nuw i8, ptr %1187, i64 2112
+  store <16 x i32> %1346, ptr %1347, align 4, !tbaa !5
+  %1348 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep666.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1348
+  %1349 = getelementptr i8, ptr %gep666.4.i, i64 64
+  %1350 = load <16 x i32>, ptr %1349, align 4, !tbaa !5
+  %1351 = shl <16 x i32> %1350, splat (i32 16)
+  %1352 = getelementptr inbounds nuw i8, ptr %1187, i64 2176
+  store <16 x i32> %1351, ptr %1352, align 4, !tbaa !5
+  %1353 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep668.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1353
+  %1354 = getelementptr i8, ptr %gep668.4.i, i64 64
+  %1355 = load <16 x i32>, ptr %1354, align 4, !tbaa !5
+  %1356 = and <16 x i32> %1355, %375
+  %1357 = getelementptr inbounds nuw i8, ptr %1187, i64 2240
+  store <16 x i32> %1356, ptr %1357, align 4, !tbaa !5
+  %1358 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep670.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1358
+  %1359 = getelementptr i8, ptr %gep670.4.i, i64 128
+  %1360 = load <16 x i32>, ptr %1359, align 4, !tbaa !5
+  %1361 = shl <16 x i32> %1360, splat (i32 16)
+  %1362 = getelementptr inbounds nuw i8, ptr %1187, i64 2304
+  store <16 x i32> %1361, ptr %1362, align 4, !tbaa !5
+  %1363 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep672.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1363
+  %1364 = getelementptr i8, ptr %gep672.4.i, i64 128
+  %1365 = load <16 x i32>, ptr %1364, align 4, !tbaa !5
+  %1366 = and <16 x i32> %1365, %375
+  %1367 = getelementptr inbounds nuw i8, ptr %1187, i64 2368
+  store <16 x i32> %1366, ptr %1367, align 4, !tbaa !5
+  %1368 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep674.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1368
+  %1369 = getelementptr i8, ptr %gep674.4.i, i64 192
+  %1370 = load <16 x i32>, ptr %1369, align 4, !tbaa !5
+  %1371 = shl <16 x i32> %1370, splat (i32 16)
+  %1372 = getelementptr inbounds nuw i8, ptr %1187, i64 2432
+  store <16 x i32> %1371, ptr %1372, align 4, !tbaa !5
+  %1373 = load i64, ptr %1339, align 8, !tbaa !5
+  %gep676.4.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1373
+  %1374 = getelementptr i8, ptr %gep676.4.i, i64 192
+  %1375 = load <16 x i32>, ptr %1374, align 4, !tbaa !5
+  %1376 = and <16 x i32> %1375, %375
+  %1377 = getelementptr inbounds nuw i8, ptr %1187, i64 2496
+  store <16 x i32> %1376, ptr %1377, align 4, !tbaa !5
+  %1378 = getelementptr inbounds nuw i8, ptr %1183, i64 40
+  %1379 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep662.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1379
+  %1380 = load <16 x i32>, ptr %gep662.5.i, align 4, !tbaa !5
+  %1381 = shl <16 x i32> %1380, splat (i32 16)
+  %1382 = getelementptr inbounds nuw i8, ptr %1187, i64 2560
+  store <16 x i32> %1381, ptr %1382, align 4, !tbaa !5
+  %1383 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep664.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1383
+  %1384 = load <16 x i32>, ptr %gep664.5.i, align 4, !tbaa !5
+  %1385 = and <16 x i32> %1384, %375
+  %1386 = getelementptr inbounds nuw i8, ptr %1187, i64 2624
+  store <16 x i32> %1385, ptr %1386, align 4, !tbaa !5
+  %1387 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep666.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1387
+  %1388 = getelementptr i8, ptr %gep666.5.i, i64 64
+  %1389 = load <16 x i32>, ptr %1388, align 4, !tbaa !5
+  %1390 = shl <16 x i32> %1389, splat (i32 16)
+  %1391 = getelementptr inbounds nuw i8, ptr %1187, i64 2688
+  store <16 x i32> %1390, ptr %1391, align 4, !tbaa !5
+  %1392 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep668.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1392
+  %1393 = getelementptr i8, ptr %gep668.5.i, i64 64
+  %1394 = load <16 x i32>, ptr %1393, align 4, !tbaa !5
+  %1395 = and <16 x i32> %1394, %375
+  %1396 = getelementptr inbounds nuw i8, ptr %1187, i64 2752
+  store <16 x i32> %1395, ptr %1396, align 4, !tbaa !5
+  %1397 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep670.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1397
+  %1398 = getelementptr i8, ptr %gep670.5.i, i64 128
+  %1399 = load <16 x i32>, ptr %1398, align 4, !tbaa !5
+  %1400 = shl <16 x i32> %1399, splat (i32 16)
+  %1401 = getelementptr inbounds nuw i8, ptr %1187, i64 2816
+  store <16 x i32> %1400, ptr %1401, align 4, !tbaa !5
+  %1402 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep672.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1402
+  %1403 = getelementptr i8, ptr %gep672.5.i, i64 128
+  %1404 = load <16 x i32>, ptr %1403, align 4, !tbaa !5
+  %1405 = and <16 x i32> %1404, %375
+  %1406 = getelementptr inbounds nuw i8, ptr %1187, i64 2880
+  store <16 x i32> %1405, ptr %1406, align 4, !tbaa !5
+  %1407 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep674.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1407
+  %1408 = getelementptr i8, ptr %gep674.5.i, i64 192
+  %1409 = load <16 x i32>, ptr %1408, align 4, !tbaa !5
+  %1410 = shl <16 x i32> %1409, splat (i32 16)
+  %1411 = getelementptr inbounds nuw i8, ptr %1187, i64 2944
+  store <16 x i32> %1410, ptr %1411, align 4, !tbaa !5
+  %1412 = load i64, ptr %1378, align 8, !tbaa !5
+  %gep676.5.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1412
+  %1413 = getelementptr i8, ptr %gep676.5.i, i64 192
+  %1414 = load <16 x i32>, ptr %1413, align 4, !tbaa !5
+  %1415 = and <16 x i32> %1414, %375
+  %1416 = getelementptr inbounds nuw i8, ptr %1187, i64 3008
+  store <16 x i32> %1415, ptr %1416, align 4, !tbaa !5
+  %1417 = getelementptr inbounds nuw i8, ptr %1183, i64 48
+  %1418 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep662.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1418
+  %1419 = load <16 x i32>, ptr %gep662.6.i, align 4, !tbaa !5
+  %1420 = shl <16 x i32> %1419, splat (i32 16)
+  %1421 = getelementptr inbounds nuw i8, ptr %1187, i64 3072
+  store <16 x i32> %1420, ptr %1421, align 4, !tbaa !5
+  %1422 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep664.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1422
+  %1423 = load <16 x i32>, ptr %gep664.6.i, align 4, !tbaa !5
+  %1424 = and <16 x i32> %1423, %375
+  %1425 = getelementptr inbounds nuw i8, ptr %1187, i64 3136
+  store <16 x i32> %1424, ptr %1425, align 4, !tbaa !5
+  %1426 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep666.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1426
+  %1427 = getelementptr i8, ptr %gep666.6.i, i64 64
+  %1428 = load <16 x i32>, ptr %1427, align 4, !tbaa !5
+  %1429 = shl <16 x i32> %1428, splat (i32 16)
+  %1430 = getelementptr inbounds nuw i8, ptr %1187, i64 3200
+  store <16 x i32> %1429, ptr %1430, align 4, !tbaa !5
+  %1431 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep668.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1431
+  %1432 = getelementptr i8, ptr %gep668.6.i, i64 64
+  %1433 = load <16 x i32>, ptr %1432, align 4, !tbaa !5
+  %1434 = and <16 x i32> %1433, %375
+  %1435 = getelementptr inbounds nuw i8, ptr %1187, i64 3264
+  store <16 x i32> %1434, ptr %1435, align 4, !tbaa !5
+  %1436 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep670.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1436
+  %1437 = getelementptr i8, ptr %gep670.6.i, i64 128
+  %1438 = load <16 x i32>, ptr %1437, align 4, !tbaa !5
+  %1439 = shl <16 x i32> %1438, splat (i32 16)
+  %1440 = getelementptr inbounds nuw i8, ptr %1187, i64 3328
+  store <16 x i32> %1439, ptr %1440, align 4, !tbaa !5
+  %1441 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep672.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1441
+  %1442 = getelementptr i8, ptr %gep672.6.i, i64 128
+  %1443 = load <16 x i32>, ptr %1442, align 4, !tbaa !5
+  %1444 = and <16 x i32> %1443, %375
+  %1445 = getelementptr inbounds nuw i8, ptr %1187, i64 3392
+  store <16 x i32> %1444, ptr %1445, align 4, !tbaa !5
+  %1446 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep674.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1446
+  %1447 = getelementptr i8, ptr %gep674.6.i, i64 192
+  %1448 = load <16 x i32>, ptr %1447, align 4, !tbaa !5
+  %1449 = shl <16 x i32> %1448, splat (i32 16)
+  %1450 = getelementptr inbounds nuw i8, ptr %1187, i64 3456
+  store <16 x i32> %1449, ptr %1450, align 4, !tbaa !5
+  %1451 = load i64, ptr %1417, align 8, !tbaa !5
+  %gep676.6.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1451
+  %1452 = getelementptr i8, ptr %gep676.6.i, i64 192
+  %1453 = load <16 x i32>, ptr %1452, align 4, !tbaa !5
+  %1454 = and <16 x i32> %1453, %375
+  %1455 = getelementptr inbounds nuw i8, ptr %1187, i64 3520
+  store <16 x i32> %1454, ptr %1455, align 4, !tbaa !5
+  %1456 = getelementptr inbounds nuw i8, ptr %1183, i64 56
+  %1457 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep662.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1457
+  %1458 = load <16 x i32>, ptr %gep662.7.i, align 4, !tbaa !5
+  %1459 = shl <16 x i32> %1458, splat (i32 16)
+  %1460 = getelementptr inbounds nuw i8, ptr %1187, i64 3584
+  store <16 x i32> %1459, ptr %1460, align 4, !tbaa !5
+  %1461 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep664.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1461
+  %1462 = load <16 x i32>, ptr %gep664.7.i, align 4, !tbaa !5
+  %1463 = and <16 x i32> %1462, %375
+  %1464 = getelementptr inbounds nuw i8, ptr %1187, i64 3648
+  store <16 x i32> %1463, ptr %1464, align 4, !tbaa !5
+  %1465 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep666.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1465
+  %1466 = getelementptr i8, ptr %gep666.7.i, i64 64
+  %1467 = load <16 x i32>, ptr %1466, align 4, !tbaa !5
+  %1468 = shl <16 x i32> %1467, splat (i32 16)
+  %1469 = getelementptr inbounds nuw i8, ptr %1187, i64 3712
+  store <16 x i32> %1468, ptr %1469, align 4, !tbaa !5
+  %1470 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep668.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1470
+  %1471 = getelementptr i8, ptr %gep668.7.i, i64 64
+  %1472 = load <16 x i32>, ptr %1471, align 4, !tbaa !5
+  %1473 = and <16 x i32> %1472, %375
+  %1474 = getelementptr inbounds nuw i8, ptr %1187, i64 3776
+  store <16 x i32> %1473, ptr %1474, align 4, !tbaa !5
+  %1475 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep670.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1475
+  %1476 = getelementptr i8, ptr %gep670.7.i, i64 128
+  %1477 = load <16 x i32>, ptr %1476, align 4, !tbaa !5
+  %1478 = shl <16 x i32> %1477, splat (i32 16)
+  %1479 = getelementptr inbounds nuw i8, ptr %1187, i64 3840
+  store <16 x i32> %1478, ptr %1479, align 4, !tbaa !5
+  %1480 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep672.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1480
+  %1481 = getelementptr i8, ptr %gep672.7.i, i64 128
+  %1482 = load <16 x i32>, ptr %1481, align 4, !tbaa !5
+  %1483 = and <16 x i32> %1482, %375
+  %1484 = getelementptr inbounds nuw i8, ptr %1187, i64 3904
+  store <16 x i32> %1483, ptr %1484, align 4, !tbaa !5
+  %1485 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep674.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1485
+  %1486 = getelementptr i8, ptr %gep674.7.i, i64 192
+  %1487 = load <16 x i32>, ptr %1486, align 4, !tbaa !5
+  %1488 = shl <16 x i32> %1487, splat (i32 16)
+  %1489 = getelementptr inbounds nuw i8, ptr %1187, i64 3968
+  store <16 x i32> %1488, ptr %1489, align 4, !tbaa !5
+  %1490 = load i64, ptr %1456, align 8, !tbaa !5
+  %gep676.7.i = getelementptr i32, ptr %invariant.gep661.i, i64 %1490
+  %1491 = getelementptr i8, ptr %gep676.7.i, i64 192
+  %1492 = load <16 x i32>, ptr %1491, align 4, !tbaa !5
+  %1493 = and <16 x i32> %1492, %375
+  %1494 = getelementptr inbounds nuw i8, ptr %1187, i64 4032
+  store <16 x i32> %1493, ptr %1494, align 4, !tbaa !5
+  %indvars.iv.next893.i = add nuw nsw i64 %indvars.iv892.i, 1
+  %exitcond896.not.i = icmp eq i64 %indvars.iv.next893.i, %wide.trip.count886.i
+  br i1 %exitcond896.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti156.preheader.i, !prof !13
+
+for_begin_row_tile.i:                             ; preds = %if_end327.i
+  %indvars.iv.next989.i = add nuw nsw i64 %indvars.iv988.i, 1
+  %exitcond992.not.i = icmp eq i64 %indvars.iv.next989.i, %383
+  br i1 %exitcond992.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+
+for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
+  %indvars.iv988.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next989.i, %for_begin_row_tile.i ]
+  %1495 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1495(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1496 = icmp eq ptr %scores.i, null
+  br i1 %1496, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+
+for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
+  %1497 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1498 = tail call i32 %1497(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not535.i = icmp eq i32 %1498, 0
+  br i1 %.not535.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end162.i:                                      ; preds = %for_body_row_tile.i
+  %1499 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1499(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1500 = icmp eq ptr %probs.i, null
+  br i1 %1500, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
+
+if_end165.i:                                      ; preds = %if_end162.i
+  %1501 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1501(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1502 = icmp eq ptr %edges.i, null
+  br i1 %1502, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
+
+if_end168.i:                                      ; preds = %if_end165.i
+  %1503 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1503(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1504 = icmp eq ptr %scaled.i, null
+  br i1 %1504, label %fused_attend_compute_.exit, label %if_end171.i, !prof !8
+
+if_end171.i:                                      ; preds = %if_end168.i
+  %1505 = add i64 %indvars.iv988.i, %1182
+  %1506 = trunc i64 %1505 to i32
+  %1507 = shl i32 %1506, 2
+  %1508 = sext i32 %1507 to i64
+  %1509 = getelementptr i32, ptr %reach.i, i64 %1508
+  %1510 = getelementptr i8, ptr %1509, i64 4
+  %1511 = load i32, ptr %1510, align 4, !tbaa !5
+  %1512 = sext i32 %1511 to i64
+  %1513 = icmp slt i64 %827, %1512
+  br i1 %1513, label %if_then173.i, label %if_end174.i, !prof !8
+
+if_then173.i:                                     ; preds = %if_end171.i
+  %1514 = tail call i32 @llvm.smin.i32(i32 %736, i32 %1511)
+  %1515 = sub i32 %1514, %836
+  %valid_len176.i = tail call i32 @llvm.smin.i32(i32 %1515, i32 128)
+  %1516 = add nsw i32 %valid_len176.i, 7
+  %1517 = ashr i32 %1516, 3
+  %1518 = icmp sgt i32 %1517, 0
+  br i1 %1518, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to184.i, !prof !3
+
+for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then173.i
+  %1519 = shl i32 %1506, 11
+  %1520 = sext i32 %1519 to i64
+  %wide.trip.count913.i = zext nneg i32 %1517 to i64
+  %invariant.gep = getelementptr float, ptr %q_tile.i, i64 %1520
+  br label %for_begin_d_0.preheader.i
+
+if_end174.i:                                      ; preds = %if_end319.i, %if_end171.i
+  %1521 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1522 = tail call i32 %1521(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not537.i = icmp eq i32 %1522, 0
+  br i1 %.not537.i, label %if_end321.i, label %fused_attend_compute_.exit, !prof !40
+
+for_begin_to182.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %1523 = shl i32 %1506, 4
+  %1524 = sext i32 %1523 to i64
+  %1525 = getelementptr inbounds i32, ptr %limits.i, i64 %1524
+  br label %for_begin_ti187.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
+  %indvars.iv910.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next911.i, %for_end_d_1.3.i ]
+  %.idx268 = shl nsw i64 %indvars.iv910.i, 12
+  %1526 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx268
+  br label %for_begin_d_2.preheader.i
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
+  %indvars.iv901.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next902.i, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.0.1697.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1574, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.4.1696.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1579, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.8.1695.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1584, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.12.1694.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1589, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.16.1693.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1594, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.20.1692.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1599, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.24.1691.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1604, %for_begin_d_2.preheader.i ]
+  %scores_global512.sroa.28.1690.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1609, %for_begin_d_2.preheader.i ]
+  %.idx71 = shl i64 %indvars.iv901.i, 7
+  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
+  %1527 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1528 = getelementptr inbounds nuw float, ptr %1526, i64 %indvars.iv901.i
+  %1529 = load float, ptr %1528, align 4, !tbaa !5
+  %1530 = insertelement <16 x float> poison, float %1529, i64 0
+  %1531 = shufflevector <16 x float> %1530, <16 x float> poison, <16 x i32> zeroinitializer
+  %1532 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1531, <16 x float> %scores_global512.sroa.0.1697.i)
+  %1533 = getelementptr inbounds nuw i8, ptr %1528, i64 512
+  %1534 = load float, ptr %1533, align 4, !tbaa !5
+  %1535 = insertelement <16 x float> poison, float %1534, i64 0
+  %1536 = shufflevector <16 x float> %1535, <16 x float> poison, <16 x i32> zeroinitializer
+  %1537 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1536, <16 x float> %scores_global512.sroa.4.1696.i)
+  %1538 = getelementptr inbounds nuw i8, ptr %1528, i64 1024
+  %1539 = load float, ptr %1538, align 4, !tbaa !5
+  %1540 = insertelement <16 x float> poison, float %1539, i64 0
+  %1541 = shufflevector <16 x float> %1540, <16 x float> poison, <16 x i32> zeroinitializer
+  %1542 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1541, <16 x float> %scores_global512.sroa.8.1695.i)
+  %1543 = getelementptr inbounds nuw i8, ptr %1528, i64 1536
+  %1544 = load float, ptr %1543, align 4, !tbaa !5
+  %1545 = insertelement <16 x float> poison, float %1544, i64 0
+  %1546 = shufflevector <16 x float> %1545, <16 x float> poison, <16 x i32> zeroinitializer
+  %1547 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1546, <16 x float> %scores_global512.sroa.12.1694.i)
+  %1548 = getelementptr inbounds nuw i8, ptr %1528, i64 2048
+  %1549 = load float, ptr %1548, align 4, !tbaa !5
+  %1550 = insertelement <16 x float> poison, float %1549, i64 0
+  %1551 = shufflevector <16 x float> %1550, <16 x float> poison, <16 x i32> zeroinitializer
+  %1552 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1551, <16 x float> %scores_global512.sroa.16.1693.i)
+  %1553 = getelementptr inbounds nuw i8, ptr %1528, i64 2560
+  %1554 = load float, ptr %1553, align 4, !tbaa !5
+  %1555 = insertelement <16 x float> poison, float %1554, i64 0
+  %1556 = shufflevector <16 x float> %1555, <16 x float> poison, <16 x i32> zeroinitializer
+  %1557 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1556, <16 x float> %scores_global512.sroa.20.1692.i)
+  %1558 = getelementptr inbounds nuw i8, ptr %1528, i64 3072
+  %1559 = load float, ptr %1558, align 4, !tbaa !5
+  %1560 = insertelement <16 x float> poison, float %1559, i64 0
+  %1561 = shufflevector <16 x float> %1560, <16 x float> poison, <16 x i32> zeroinitializer
+  %1562 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1561, <16 x float> %scores_global512.sroa.24.1691.i)
+  %1563 = getelementptr inbounds nuw i8, ptr %1528, i64 3584
+  %1564 = load float, ptr %1563, align 4, !tbaa !5
+  %1565 = insertelement <16 x float> poison, float %1564, i64 0
+  %1566 = shufflevector <16 x float> %1565, <16 x float> poison, <16 x i32> zeroinitializer
+  %1567 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1527, <16 x float> %1566, <16 x float> %scores_global512.sroa.28.1690.i)
+  %1568 = getelementptr i8, ptr %gep, i64 64
+  %1569 = load <16 x float>, ptr %1568, align 4, !tbaa !5
+  %1570 = getelementptr inbounds nuw i8, ptr %1528, i64 64
+  %1571 = load float, ptr %1570, align 4, !tbaa !5
+  %1572 = insertelement <16 x float> poison, float %1571, i64 0
+  %1573 = shufflevector <16 x float> %1572, <16 x float> poison, <16 x i32> zeroinitializer
+  %1574 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1573, <16 x float> %1532)
+  %1575 = getelementptr inbounds nuw i8, ptr %1528, i64 576
+  %1576 = load float, ptr %1575, align 4, !tbaa !5
+  %1577 = insertelement <16 x float> poison, float %1576, i64 0
+  %1578 = shufflevector <16 x float> %1577, <16 x float> poison, <16 x i32> zeroinitializer
+  %1579 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1578, <16 x float> %1537)
+  %1580 = getelementptr inbounds nuw i8, ptr %1528, i64 1088
+  %1581 = load float, ptr %1580, align 4, !tbaa !5
+  %1582 = insertelement <16 x float> poison, float %1581, i64 0
+  %1583 = shufflevector <16 x float> %1582, <16 x float> poison, <16 x i32> zeroinitializer
+  %1584 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1583, <16 x float> %1542)
+  %1585 = getelementptr inbounds nuw i8, ptr %1528, i64 1600
+  %1586 = load float, ptr %1585, align 4, !tbaa !5
+  %1587 = insertelement <16 x float> poison, float %1586, i64 0
+  %1588 = shufflevector <16 x float> %1587, <16 x float> poison, <16 x i32> zeroinitializer
+  %1589 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1588, <16 x float> %1547)
+  %1590 = getelementptr inbounds nuw i8, ptr %1528, i64 2112
+  %1591 = load float, ptr %1590, align 4, !tbaa !5
+  %1592 = insertelement <16 x float> poison, float %1591, i64 0
+  %1593 = shufflevector <16 x float> %1592, <16 x float> poison, <16 x i32> zeroinitializer
+  %1594 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1593, <16 x float> %1552)
+  %1595 = getelementptr inbounds nuw i8, ptr %1528, i64 2624
+  %1596 = load float, ptr %1595, align 4, !tbaa !5
+  %1597 = insertelement <16 x float> poison, float %1596, i64 0
+  %1598 = shufflevector <16 x float> %1597, <16 x float> poison, <16 x i32> zeroinitializer
+  %1599 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1598, <16 x float> %1557)
+  %1600 = getelementptr inbounds nuw i8, ptr %1528, i64 3136
+  %1601 = load float, ptr %1600, align 4, !tbaa !5
+  %1602 = insertelement <16 x float> poison, float %1601, i64 0
+  %1603 = shufflevector <16 x float> %1602, <16 x float> poison, <16 x i32> zeroinitializer
+  %1604 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1603, <16 x float> %1562)
+  %1605 = getelementptr inbounds nuw i8, ptr %1528, i64 3648
+  %1606 = load float, ptr %1605, align 4, !tbaa !5
+  %1607 = insertelement <16 x float> poison, float %1606, i64 0
+  %1608 = shufflevector <16 x float> %1607, <16 x float> poison, <16 x i32> zeroinitializer
+  %1609 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1569, <16 x float> %1608, <16 x float> %1567)
+  %indvars.iv.next902.i = add nuw nsw i64 %indvars.iv901.i, 1
+  %exitcond905.not.i = icmp eq i64 %indvars.iv.next902.i, 16
+  br i1 %exitcond905.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
+
+for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
+  %1610 = getelementptr inbounds nuw i8, ptr %1526, i64 128
+  br label %for_begin_d_2.preheader.1.i
+
+for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
+  %indvars.iv901.1.i = phi i64 [ %indvars.iv.next902.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.0.1697.1.i = phi <16 x float> [ %1659, %for_begin_d_2.preheader.1.i ], [ %1574, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.4.1696.1.i = phi <16 x float> [ %1664, %for_begin_d_2.preheader.1.i ], [ %1579, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.8.1695.1.i = phi <16 x float> [ %1669, %for_begin_d_2.preheader.1.i ], [ %1584, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.12.1694.1.i = phi <16 x float> [ %1674, %for_begin_d_2.preheader.1.i ], [ %1589, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.16.1693.1.i = phi <16 x float> [ %1679, %for_begin_d_2.preheader.1.i ], [ %1594, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.20.1692.1.i = phi <16 x float> [ %1684, %for_begin_d_2.preheader.1.i ], [ %1599, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.24.1691.1.i = phi <16 x float> [ %1689, %for_begin_d_2.preheader.1.i ], [ %1604, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global512.sroa.28.1690.1.i = phi <16 x float> [ %1694, %for_begin_d_2.preheader.1.i ], [ %1609, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx72 = shl i64 %indvars.iv901.1.i, 7
+  %gep141 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
+  %1611 = getelementptr i8, ptr %gep141, i64 2048
+  %1612 = load <16 x float>, ptr %1611, align 4, !tbaa !5
+  %1613 = getelementptr inbounds nuw float, ptr %1610, i64 %indvars.iv901.1.i
+  %1614 = load float, ptr %1613, align 4, !tbaa !5
+  %1615 = insertelement <16 x float> poison, float %1614, i64 0
+  %1616 = shufflevector <16 x float> %1615, <16 x float> poison, <16 x i32> zeroinitializer
+  %1617 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1616, <16 x float> %scores_global512.sroa.0.1697.1.i)
+  %1618 = getelementptr inbounds nuw i8, ptr %1613, i64 512
+  %1619 = load float, ptr %1618, align 4, !tbaa !5
+  %1620 = insertelement <16 x float> poison, float %1619, i64 0
+  %1621 = shufflevector <16 x float> %1620, <16 x float> poison, <16 x i32> zeroinitializer
+  %1622 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1621, <16 x float> %scores_global512.sroa.4.1696.1.i)
+  %1623 = getelementptr inbounds nuw i8, ptr %1613, i64 1024
+  %1624 = load float, ptr %1623, align 4, !tbaa !5
+  %1625 = insertelement <16 x float> poison, float %1624, i64 0
+  %1626 = shufflevector <16 x float> %1625, <16 x float> poison, <16 x i32> zeroinitializer
+  %1627 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1626, <16 x float> %scores_global512.sroa.8.1695.1.i)
+  %1628 = getelementptr inbounds nuw i8, ptr %1613, i64 1536
+  %1629 = load float, ptr %1628, align 4, !tbaa !5
+  %1630 = insertelement <16 x float> poison, float %1629, i64 0
+  %1631 = shufflevector <16 x float> %1630, <16 x float> poison, <16 x i32> zeroinitializer
+  %1632 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1631, <16 x float> %scores_global512.sroa.12.1694.1.i)
+  %1633 = getelementptr inbounds nuw i8, ptr %1613, i64 2048
+  %1634 = load float, ptr %1633, align 4, !tbaa !5
+  %1635 = insertelement <16 x float> poison, float %1634, i64 0
+  %1636 = shufflevector <16 x float> %1635, <16 x float> poison, <16 x i32> zeroinitializer
+  %1637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1636, <16 x float> %scores_global512.sroa.16.1693.1.i)
+  %1638 = getelementptr inbounds nuw i8, ptr %1613, i64 2560
+  %1639 = load float, ptr %1638, align 4, !tbaa !5
+  %1640 = insertelement <16 x float> poison, float %1639, i64 0
+  %1641 = shufflevector <16 x float> %1640, <16 x float> poison, <16 x i32> zeroinitializer
+  %1642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1641, <16 x float> %scores_global512.sroa.20.1692.1.i)
+  %1643 = getelementptr inbounds nuw i8, ptr %1613, i64 3072
+  %1644 = load float, ptr %1643, align 4, !tbaa !5
+  %1645 = insertelement <16 x float> poison, float %1644, i64 0
+  %1646 = shufflevector <16 x float> %1645, <16 x float> poison, <16 x i32> zeroinitializer
+  %1647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1646, <16 x float> %scores_global512.sroa.24.1691.1.i)
+  %1648 = getelementptr inbounds nuw i8, ptr %1613, i64 3584
+  %1649 = load float, ptr %1648, align 4, !tbaa !5
+  %1650 = insertelement <16 x float> poison, float %1649, i64 0
+  %1651 = shufflevector <16 x float> %1650, <16 x float> poison, <16 x i32> zeroinitializer
+  %1652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1612, <16 x float> %1651, <16 x float> %scores_global512.sroa.28.1690.1.i)
+  %1653 = getelementptr i8, ptr %gep141, i64 2112
+  %1654 = load <16 x float>, ptr %1653, align 4, !tbaa !5
+  %1655 = getelementptr inbounds nuw i8, ptr %1613, i64 64
+  %1656 = load float, ptr %1655, align 4, !tbaa !5
+  %1657 = insertelement <16 x float> poison, float %1656, i64 0
+  %1658 = shufflevector <16 x float> %1657, <16 x float> poison, <16 x i32> zeroinitializer
+  %1659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1658, <16 x float> %1617)
+  %1660 = getelementptr inbounds nuw i8, ptr %1613, i64 576
+  %1661 = load float, ptr %1660, align 4, !tbaa !5
+  %1662 = insertelement <16 x float> poison, float %1661, i64 0
+  %1663 = shufflevector <16 x float> %1662, <16 x float> poison, <16 x i32> zeroinitializer
+  %1664 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1663, <16 x float> %1622)
+  %1665 = getelementptr inbounds nuw i8, ptr %1613, i64 1088
+  %1666 = load float, ptr %1665, align 4, !tbaa !5
+  %1667 = insertelement <16 x float> poison, float %1666, i64 0
+  %1668 = shufflevector <16 x float> %1667, <16 x float> poison, <16 x i32> zeroinitializer
+  %1669 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1668, <16 x float> %1627)
+  %1670 = getelementptr inbounds nuw i8, ptr %1613, i64 1600
+  %1671 = load float, ptr %1670, align 4, !tbaa !5
+  %1672 = insertelement <16 x float> poison, float %1671, i64 0
+  %1673 = shufflevector <16 x float> %1672, <16 x float> poison, <16 x i32> zeroinitializer
+  %1674 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1673, <16 x float> %1632)
+  %1675 = getelementptr inbounds nuw i8, ptr %1613, i64 2112
+  %1676 = load float, ptr %1675, align 4, !tbaa !5
+  %1677 = insertelement <16 x float> poison, float %1676, i64 0
+  %1678 = shufflevector <16 x float> %1677, <16 x float> poison, <16 x i32> zeroinitializer
+  %1679 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1678, <16 x float> %1637)
+  %1680 = getelementptr inbounds nuw i8, ptr %1613, i64 2624
+  %1681 = load float, ptr %1680, align 4, !tbaa !5
+  %1682 = insertelement <16 x float> poison, float %1681, i64 0
+  %1683 = shufflevector <16 x float> %1682, <16 x float> poison, <16 x i32> zeroinitializer
+  %1684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1683, <16 x float> %1642)
+  %1685 = getelementptr inbounds nuw i8, ptr %1613, i64 3136
+  %1686 = load float, ptr %1685, align 4, !tbaa !5
+  %1687 = insertelement <16 x float> poison, float %1686, i64 0
+  %1688 = shufflevector <16 x float> %1687, <16 x float> poison, <16 x i32> zeroinitializer
+  %1689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1688, <16 x float> %1647)
+  %1690 = getelementptr inbounds nuw i8, ptr %1613, i64 3648
+  %1691 = load float, ptr %1690, align 4, !tbaa !5
+  %1692 = insertelement <16 x float> poison, float %1691, i64 0
+  %1693 = shufflevector <16 x float> %1692, <16 x float> poison, <16 x i32> zeroinitializer
+  %1694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1654, <16 x float> %1693, <16 x float> %1652)
+  %indvars.iv.next902.1.i = add nuw nsw i64 %indvars.iv901.1.i, 1
+  %exitcond905.1.not.i = icmp eq i64 %indvars.iv.next902.1.i, 16
+  br i1 %exitcond905.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
+
+for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
+  %1695 = getelementptr inbounds nuw i8, ptr %1526, i64 256
+  br label %for_begin_d_2.preheader.2.i
+
+for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
+  %indvars.iv901.2.i = phi i64 [ %indvars.iv.next902.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.0.1697.2.i = phi <16 x float> [ %1744, %for_begin_d_2.preheader.2.i ], [ %1659, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.4.1696.2.i = phi <16 x float> [ %1749, %for_begin_d_2.preheader.2.i ], [ %1664, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.8.1695.2.i = phi <16 x float> [ %1754, %for_begin_d_2.preheader.2.i ], [ %1669, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.12.1694.2.i = phi <16 x float> [ %1759, %for_begin_d_2.preheader.2.i ], [ %1674, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.16.1693.2.i = phi <16 x float> [ %1764, %for_begin_d_2.preheader.2.i ], [ %1679, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.20.1692.2.i = phi <16 x float> [ %1769, %for_begin_d_2.preheader.2.i ], [ %1684, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.24.1691.2.i = phi <16 x float> [ %1774, %for_begin_d_2.preheader.2.i ], [ %1689, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global512.sroa.28.1690.2.i = phi <16 x float> [ %1779, %for_begin_d_2.preheader.2.i ], [ %1694, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx73 = shl i64 %indvars.iv901.2.i, 7
+  %gep143 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
+  %1696 = getelementptr i8, ptr %gep143, i64 4096
+  %1697 = load <16 x float>, ptr %1696, align 4, !tbaa !5
+  %1698 = getelementptr inbounds nuw float, ptr %1695, i64 %indvars.iv901.2.i
+  %1699 = load float, ptr %1698, align 4, !tbaa !5
+  %1700 = insertelement <16 x float> poison, float %1699, i64 0
+  %1701 = shufflevector <16 x float> %1700, <16 x float> poison, <16 x i32> zeroinitializer
+  %1702 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1701, <16 x float> %scores_global512.sroa.0.1697.2.i)
+  %1703 = getelementptr inbounds nuw i8, ptr %1698, i64 512
+  %1704 = load float, ptr %1703, align 4, !tbaa !5
+  %1705 = insertelement <16 x float> poison, float %1704, i64 0
+  %1706 = shufflevector <16 x float> %1705, <16 x float> poison, <16 x i32> zeroinitializer
+  %1707 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1706, <16 x float> %scores_global512.sroa.4.1696.2.i)
+  %1708 = getelementptr inbounds nuw i8, ptr %1698, i64 1024
+  %1709 = load float, ptr %1708, align 4, !tbaa !5
+  %1710 = insertelement <16 x float> poison, float %1709, i64 0
+  %1711 = shufflevector <16 x float> %1710, <16 x float> poison, <16 x i32> zeroinitializer
+  %1712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1711, <16 x float> %scores_global512.sroa.8.1695.2.i)
+  %1713 = getelementptr inbounds nuw i8, ptr %1698, i64 1536
+  %1714 = load float, ptr %1713, align 4, !tbaa !5
+  %1715 = insertelement <16 x float> poison, float %1714, i64 0
+  %1716 = shufflevector <16 x float> %1715, <16 x float> poison, <16 x i32> zeroinitializer
+  %1717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1716, <16 x float> %scores_global512.sroa.12.1694.2.i)
+  %1718 = getelementptr inbounds nuw i8, ptr %1698, i64 2048
+  %1719 = load float, ptr %1718, align 4, !tbaa !5
+  %1720 = insertelement <16 x float> poison, float %1719, i64 0
+  %1721 = shufflevector <16 x float> %1720, <16 x float> poison, <16 x i32> zeroinitializer
+  %1722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1721, <16 x float> %scores_global512.sroa.16.1693.2.i)
+  %1723 = getelementptr inbounds nuw i8, ptr %1698, i64 2560
+  %1724 = load float, ptr %1723, align 4, !tbaa !5
+  %1725 = insertelement <16 x float> poison, float %1724, i64 0
+  %1726 = shufflevector <16 x float> %1725, <16 x float> poison, <16 x i32> zeroinitializer
+  %1727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1726, <16 x float> %scores_global512.sroa.20.1692.2.i)
+  %1728 = getelementptr inbounds nuw i8, ptr %1698, i64 3072
+  %1729 = load float, ptr %1728, align 4, !tbaa !5
+  %1730 = insertelement <16 x float> poison, float %1729, i64 0
+  %1731 = shufflevector <16 x float> %1730, <16 x float> poison, <16 x i32> zeroinitializer
+  %1732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1731, <16 x float> %scores_global512.sroa.24.1691.2.i)
+  %1733 = getelementptr inbounds nuw i8, ptr %1698, i64 3584
+  %1734 = load float, ptr %1733, align 4, !tbaa !5
+  %1735 = insertelement <16 x float> poison, float %1734, i64 0
+  %1736 = shufflevector <16 x float> %1735, <16 x float> poison, <16 x i32> zeroinitializer
+  %1737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1697, <16 x float> %1736, <16 x float> %scores_global512.sroa.28.1690.2.i)
+  %1738 = getelementptr i8, ptr %gep143, i64 4160
+  %1739 = load <16 x float>, ptr %1738, align 4, !tbaa !5
+  %1740 = getelementptr inbounds nuw i8, ptr %1698, i64 64
+  %1741 = load float, ptr %1740, align 4, !tbaa !5
+  %1742 = insertelement <16 x float> poison, float %1741, i64 0
+  %1743 = shufflevector <16 x float> %1742, <16 x float> poison, <16 x i32> zeroinitializer
+  %1744 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1743, <16 x float> %1702)
+  %1745 = getelementptr inbounds nuw i8, ptr %1698, i64 576
+  %1746 = load float, ptr %1745, align 4, !tbaa !5
+  %1747 = insertelement <16 x float> poison, float %1746, i64 0
+  %1748 = shufflevector <16 x float> %1747, <16 x float> poison, <16 x i32> zeroinitializer
+  %1749 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1748, <16 x float> %1707)
+  %1750 = getelementptr inbounds nuw i8, ptr %1698, i64 1088
+  %1751 = load float, ptr %1750, align 4, !tbaa !5
+  %1752 = insertelement <16 x float> poison, float %1751, i64 0
+  %1753 = shufflevector <16 x float> %1752, <16 x float> poison, <16 x i32> zeroinitializer
+  %1754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1753, <16 x float> %1712)
+  %1755 = getelementptr inbounds nuw i8, ptr %1698, i64 1600
+  %1756 = load float, ptr %1755, align 4, !tbaa !5
+  %1757 = insertelement <16 x float> poison, float %1756, i64 0
+  %1758 = shufflevector <16 x float> %1757, <16 x float> poison, <16 x i32> zeroinitializer
+  %1759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1758, <16 x float> %1717)
+  %1760 = getelementptr inbounds nuw i8, ptr %1698, i64 2112
+  %1761 = load float, ptr %1760, align 4, !tbaa !5
+  %1762 = insertelement <16 x float> poison, float %1761, i64 0
+  %1763 = shufflevector <16 x float> %1762, <16 x float> poison, <16 x i32> zeroinitializer
+  %1764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1763, <16 x float> %1722)
+  %1765 = getelementptr inbounds nuw i8, ptr %1698, i64 2624
+  %1766 = load float, ptr %1765, align 4, !tbaa !5
+  %1767 = insertelement <16 x float> poison, float %1766, i64 0
+  %1768 = shufflevector <16 x float> %1767, <16 x float> poison, <16 x i32> zeroinitializer
+  %1769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1768, <16 x float> %1727)
+  %1770 = getelementptr inbounds nuw i8, ptr %1698, i64 3136
+  %1771 = load float, ptr %1770, align 4, !tbaa !5
+  %1772 = insertelement <16 x float> poison, float %1771, i64 0
+  %1773 = shufflevector <16 x float> %1772, <16 x float> poison, <16 x i32> zeroinitializer
+  %1774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1773, <16 x float> %1732)
+  %1775 = getelementptr inbounds nuw i8, ptr %1698, i64 3648
+  %1776 = load float, ptr %1775, align 4, !tbaa !5
+  %1777 = insertelement <16 x float> poison, float %1776, i64 0
+  %1778 = shufflevector <16 x float> %1777, <16 x float> poison, <16 x i32> zeroinitializer
+  %1779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1739, <16 x float> %1778, <16 x float> %1737)
+  %indvars.iv.next902.2.i = add nuw nsw i64 %indvars.iv901.2.i, 1
+  %exitcond905.2.not.i = icmp eq i64 %indvars.iv.next902.2.i, 16
+  br i1 %exitcond905.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
+
+for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
+  %1780 = getelementptr inbounds nuw i8, ptr %1526, i64 384
+  br label %for_begin_d_2.preheader.3.i
+
+for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
+  %indvars.iv901.3.i = phi i64 [ %indvars.iv.next902.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.0.1697.3.i = phi <16 x float> [ %1829, %for_begin_d_2.preheader.3.i ], [ %1744, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.4.1696.3.i = phi <16 x float> [ %1834, %for_begin_d_2.preheader.3.i ], [ %1749, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.8.1695.3.i = phi <16 x float> [ %1839, %for_begin_d_2.preheader.3.i ], [ %1754, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.12.1694.3.i = phi <16 x float> [ %1844, %for_begin_d_2.preheader.3.i ], [ %1759, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.16.1693.3.i = phi <16 x float> [ %1849, %for_begin_d_2.preheader.3.i ], [ %1764, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.20.1692.3.i = phi <16 x float> [ %1854, %for_begin_d_2.preheader.3.i ], [ %1769, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.24.1691.3.i = phi <16 x float> [ %1859, %for_begin_d_2.preheader.3.i ], [ %1774, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global512.sroa.28.1690.3.i = phi <16 x float> [ %1864, %for_begin_d_2.preheader.3.i ], [ %1779, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx74 = shl i64 %indvars.iv901.3.i, 7
+  %gep145 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
+  %1781 = getelementptr i8, ptr %gep145, i64 6144
+  %1782 = load <16 x float>, ptr %1781, align 4, !tbaa !5
+  %1783 = getelementptr inbounds nuw float, ptr %1780, i64 %indvars.iv901.3.i
+  %1784 = load float, ptr %1783, align 4, !tbaa !5
+  %1785 = insertelement <16 x float> poison, float %1784, i64 0
+  %1786 = shufflevector <16 x float> %1785, <16 x float> poison, <16 x i32> zeroinitializer
+  %1787 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1786, <16 x float> %scores_global512.sroa.0.1697.3.i)
+  %1788 = getelementptr inbounds nuw i8, ptr %1783, i64 512
+  %1789 = load float, ptr %1788, align 4, !tbaa !5
+  %1790 = insertelement <16 x float> poison, float %1789, i64 0
+  %1791 = shufflevector <16 x float> %1790, <16 x float> poison, <16 x i32> zeroinitializer
+  %1792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1791, <16 x float> %scores_global512.sroa.4.1696.3.i)
+  %1793 = getelementptr inbounds nuw i8, ptr %1783, i64 1024
+  %1794 = load float, ptr %1793, align 4, !tbaa !5
+  %1795 = insertelement <16 x float> poison, float %1794, i64 0
+  %1796 = shufflevector <16 x float> %1795, <16 x float> poison, <16 x i32> zeroinitializer
+  %1797 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1796, <16 x float> %scores_global512.sroa.8.1695.3.i)
+  %1798 = getelementptr inbounds nuw i8, ptr %1783, i64 1536
+  %1799 = load float, ptr %1798, align 4, !tbaa !5
+  %1800 = insertelement <16 x float> poison, float %1799, i64 0
+  %1801 = shufflevector <16 x float> %1800, <16 x float> poison, <16 x i32> zeroinitializer
+  %1802 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1801, <16 x float> %scores_global512.sroa.12.1694.3.i)
+  %1803 = getelementptr inbounds nuw i8, ptr %1783, i64 2048
+  %1804 = load float, ptr %1803, align 4, !tbaa !5
+  %1805 = insertelement <16 x float> poison, float %1804, i64 0
+  %1806 = shufflevector <16 x float> %1805, <16 x float> poison, <16 x i32> zeroinitializer
+  %1807 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1806, <16 x float> %scores_global512.sroa.16.1693.3.i)
+  %1808 = getelementptr inbounds nuw i8, ptr %1783, i64 2560
+  %1809 = load float, ptr %1808, align 4, !tbaa !5
+  %1810 = insertelement <16 x float> poison, float %1809, i64 0
+  %1811 = shufflevector <16 x float> %1810, <16 x float> poison, <16 x i32> zeroinitializer
+  %1812 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1811, <16 x float> %scores_global512.sroa.20.1692.3.i)
+  %1813 = getelementptr inbounds nuw i8, ptr %1783, i64 3072
+  %1814 = load float, ptr %1813, align 4, !tbaa !5
+  %1815 = insertelement <16 x float> poison, float %1814, i64 0
+  %1816 = shufflevector <16 x float> %1815, <16 x float> poison, <16 x i32> zeroinitializer
+  %1817 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1816, <16 x float> %scores_global512.sroa.24.1691.3.i)
+  %1818 = getelementptr inbounds nuw i8, ptr %1783, i64 3584
+  %1819 = load float, ptr %1818, align 4, !tbaa !5
+  %1820 = insertelement <16 x float> poison, float %1819, i64 0
+  %1821 = shufflevector <16 x float> %1820, <16 x float> poison, <16 x i32> zeroinitializer
+  %1822 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1782, <16 x float> %1821, <16 x float> %scores_global512.sroa.28.1690.3.i)
+  %1823 = getelementptr i8, ptr %gep145, i64 6208
+  %1824 = load <16 x float>, ptr %1823, align 4, !tbaa !5
+  %1825 = getelementptr inbounds nuw i8, ptr %1783, i64 64
+  %1826 = load float, ptr %1825, align 4, !tbaa !5
+  %1827 = insertelement <16 x float> poison, float %1826, i64 0
+  %1828 = shufflevector <16 x float> %1827, <16 x float> poison, <16 x i32> zeroinitializer
+  %1829 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1828, <16 x float> %1787)
+  %1830 = getelementptr inbounds nuw i8, ptr %1783, i64 576
+  %1831 = load float, ptr %1830, align 4, !tbaa !5
+  %1832 = insertelement <16 x float> poison, float %1831, i64 0
+  %1833 = shufflevector <16 x float> %1832, <16 x float> poison, <16 x i32> zeroinitializer
+  %1834 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1833, <16 x float> %1792)
+  %1835 = getelementptr inbounds nuw i8, ptr %1783, i64 1088
+  %1836 = load float, ptr %1835, align 4, !tbaa !5
+  %1837 = insertelement <16 x float> poison, float %1836, i64 0
+  %1838 = shufflevector <16 x float> %1837, <16 x float> poison, <16 x i32> zeroinitializer
+  %1839 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1838, <16 x float> %1797)
+  %1840 = getelementptr inbounds nuw i8, ptr %1783, i64 1600
+  %1841 = load float, ptr %1840, align 4, !tbaa !5
+  %1842 = insertelement <16 x float> poison, float %1841, i64 0
+  %1843 = shufflevector <16 x float> %1842, <16 x float> poison, <16 x i32> zeroinitializer
+  %1844 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1843, <16 x float> %1802)
+  %1845 = getelementptr inbounds nuw i8, ptr %1783, i64 2112
+  %1846 = load float, ptr %1845, align 4, !tbaa !5
+  %1847 = insertelement <16 x float> poison, float %1846, i64 0
+  %1848 = shufflevector <16 x float> %1847, <16 x float> poison, <16 x i32> zeroinitializer
+  %1849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1848, <16 x float> %1807)
+  %1850 = getelementptr inbounds nuw i8, ptr %1783, i64 2624
+  %1851 = load float, ptr %1850, align 4, !tbaa !5
+  %1852 = insertelement <16 x float> poison, float %1851, i64 0
+  %1853 = shufflevector <16 x float> %1852, <16 x float> poison, <16 x i32> zeroinitializer
+  %1854 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1853, <16 x float> %1812)
+  %1855 = getelementptr inbounds nuw i8, ptr %1783, i64 3136
+  %1856 = load float, ptr %1855, align 4, !tbaa !5
+  %1857 = insertelement <16 x float> poison, float %1856, i64 0
+  %1858 = shufflevector <16 x float> %1857, <16 x float> poison, <16 x i32> zeroinitializer
+  %1859 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1858, <16 x float> %1817)
+  %1860 = getelementptr inbounds nuw i8, ptr %1783, i64 3648
+  %1861 = load float, ptr %1860, align 4, !tbaa !5
+  %1862 = insertelement <16 x float> poison, float %1861, i64 0
+  %1863 = shufflevector <16 x float> %1862, <16 x float> poison, <16 x i32> zeroinitializer
+  %1864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1824, <16 x float> %1863, <16 x float> %1822)
+  %indvars.iv.next902.3.i = add nuw nsw i64 %indvars.iv901.3.i, 1
+  %exitcond905.3.not.i = icmp eq i64 %indvars.iv.next902.3.i, 16
+  br i1 %exitcond905.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
+
+for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
+  %.idx1102.i = shl nsw i64 %indvars.iv910.i, 9
+  %1865 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1102.i
+  store <16 x float> %1829, ptr %1865, align 4, !tbaa !5
+  %1866 = getelementptr inbounds nuw i8, ptr %1865, i64 64
+  store <16 x float> %1834, ptr %1866, align 4, !tbaa !5
+  %1867 = getelementptr inbounds nuw i8, ptr %1865, i64 128
+  store <16 x float> %1839, ptr %1867, align 4, !tbaa !5
+  %1868 = getelementptr inbounds nuw i8, ptr %1865, i64 192
+  store <16 x float> %1844, ptr %1868, align 4, !tbaa !5
+  %1869 = getelementptr inbounds nuw i8, ptr %1865, i64 256
+  store <16 x float> %1849, ptr %1869, align 4, !tbaa !5
+  %1870 = getelementptr inbounds nuw i8, ptr %1865, i64 320
+  store <16 x float> %1854, ptr %1870, align 4, !tbaa !5
+  %1871 = getelementptr inbounds nuw i8, ptr %1865, i64 384
+  store <16 x float> %1859, ptr %1871, align 4, !tbaa !5
+  %1872 = getelementptr inbounds nuw i8, ptr %1865, i64 448
+  store <16 x float> %1864, ptr %1872, align 4, !tbaa !5
+  %indvars.iv.next911.i = add nuw nsw i64 %indvars.iv910.i, 1
+  %exitcond914.not.i = icmp eq i64 %indvars.iv.next911.i, %wide.trip.count913.i
+  br i1 %exitcond914.not.i, label %for_begin_to182.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+
+for_begin_ti187.preheader.i:                      ; preds = %for_begin_ti187.preheader.i, %for_begin_to182.preheader.i
+  %indvars.iv919.i = phi i64 [ 0, %for_begin_to182.preheader.i ], [ %indvars.iv.next920.i, %for_begin_ti187.preheader.i ]
+  %1873 = shl nsw i64 %indvars.iv919.i, 7
+  %indvars.iv919.tr.i = trunc i64 %indvars.iv919.i to i32
+  %1874 = shl i32 %indvars.iv919.tr.i, 3
+  %1875 = add i32 %1874, %829
+  %1876 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1873
+  %1877 = load <16 x float>, ptr %1876, align 4, !tbaa !5
+  %1878 = fmul <16 x float> %378, %1877
+  %1879 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1880 = insertelement <16 x i32> poison, i32 %1875, i64 0
+  %1881 = shufflevector <16 x i32> %1880, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1882 = icmp slt <16 x i32> %1881, %1879
+  %1883 = select <16 x i1> %1882, <16 x float> %1878, <16 x float> splat (float 0xFFF0000000000000)
+  %1884 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1873
+  store <16 x float> %1883, ptr %1884, align 4, !tbaa !5
+  %1885 = or disjoint i64 %1873, 16
+  %1886 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1885
+  %1887 = load <16 x float>, ptr %1886, align 4, !tbaa !5
+  %1888 = fmul <16 x float> %378, %1887
+  %1889 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1890 = or disjoint i32 %1875, 1
+  %1891 = insertelement <16 x i32> poison, i32 %1890, i64 0
+  %1892 = shufflevector <16 x i32> %1891, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1893 = icmp slt <16 x i32> %1892, %1889
+  %1894 = select <16 x i1> %1893, <16 x float> %1888, <16 x float> splat (float 0xFFF0000000000000)
+  %1895 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1885
+  store <16 x float> %1894, ptr %1895, align 4, !tbaa !5
+  %1896 = or disjoint i64 %1873, 32
+  %1897 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1896
+  %1898 = load <16 x float>, ptr %1897, align 4, !tbaa !5
+  %1899 = fmul <16 x float> %378, %1898
+  %1900 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1901 = or disjoint i32 %1875, 2
+  %1902 = insertelement <16 x i32> poison, i32 %1901, i64 0
+  %1903 = shufflevector <16 x i32> %1902, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1904 = icmp slt <16 x i32> %1903, %1900
+  %1905 = select <16 x i1> %1904, <16 x float> %1899, <16 x float> splat (float 0xFFF0000000000000)
+  %1906 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1896
+  store <16 x float> %1905, ptr %1906, align 4, !tbaa !5
+  %1907 = or disjoint i64 %1873, 48
+  %1908 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1907
+  %1909 = load <16 x float>, ptr %1908, align 4, !tbaa !5
+  %1910 = fmul <16 x float> %378, %1909
+  %1911 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1912 = or disjoint i32 %1875, 3
+  %1913 = insertelement <16 x i32> poison, i32 %1912, i64 0
+  %1914 = shufflevector <16 x i32> %1913, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1915 = icmp slt <16 x i32> %1914, %1911
+  %1916 = select <16 x i1> %1915, <16 x float> %1910, <16 x float> splat (float 0xFFF0000000000000)
+  %1917 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1907
+  store <16 x float> %1916, ptr %1917, align 4, !tbaa !5
+  %1918 = or disjoint i64 %1873, 64
+  %1919 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1918
+  %1920 = load <16 x float>, ptr %1919, align 4, !tbaa !5
+  %1921 = fmul <16 x float> %378, %1920
+  %1922 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1923 = or disjoint i32 %1875, 4
+  %1924 = insertelement <16 x i32> poison, i32 %1923, i64 0
+  %1925 = shufflevector <16 x i32> %1924, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1926 = icmp slt <16 x i32> %1925, %1922
+  %1927 = select <16 x i1> %1926, <16 x float> %1921, <16 x float> splat (float 0xFFF0000000000000)
+  %1928 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1918
+  store <16 x float> %1927, ptr %1928, align 4, !tbaa !5
+  %1929 = or disjoint i64 %1873, 80
+  %1930 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1929
+  %1931 = load <16 x float>, ptr %1930, align 4, !tbaa !5
+  %1932 = fmul <16 x float> %378, %1931
+  %1933 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1934 = or disjoint i32 %1875, 5
+  %1935 = insertelement <16 x i32> poison, i32 %1934, i64 0
+  %1936 = shufflevector <16 x i32> %1935, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1937 = icmp slt <16 x i32> %1936, %1933
+  %1938 = select <16 x i1> %1937, <16 x float> %1932, <16 x float> splat (float 0xFFF0000000000000)
+  %1939 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1929
+  store <16 x float> %1938, ptr %1939, align 4, !tbaa !5
+  %1940 = or disjoint i64 %1873, 96
+  %1941 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1940
+  %1942 = load <16 x float>, ptr %1941, align 4, !tbaa !5
+  %1943 = fmul <16 x float> %378, %1942
+  %1944 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1945 = or disjoint i32 %1875, 6
+  %1946 = insertelement <16 x i32> poison, i32 %1945, i64 0
+  %1947 = shufflevector <16 x i32> %1946, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1948 = icmp slt <16 x i32> %1947, %1944
+  %1949 = select <16 x i1> %1948, <16 x float> %1943, <16 x float> splat (float 0xFFF0000000000000)
+  %1950 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1940
+  store <16 x float> %1949, ptr %1950, align 4, !tbaa !5
+  %1951 = or disjoint i64 %1873, 112
+  %1952 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1951
+  %1953 = load <16 x float>, ptr %1952, align 4, !tbaa !5
+  %1954 = fmul <16 x float> %378, %1953
+  %1955 = load <16 x i32>, ptr %1525, align 4, !tbaa !5
+  %1956 = or disjoint i32 %1875, 7
+  %1957 = insertelement <16 x i32> poison, i32 %1956, i64 0
+  %1958 = shufflevector <16 x i32> %1957, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1959 = icmp slt <16 x i32> %1958, %1955
+  %1960 = select <16 x i1> %1959, <16 x float> %1954, <16 x float> splat (float 0xFFF0000000000000)
+  %1961 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1951
+  store <16 x float> %1960, ptr %1961, align 4, !tbaa !5
+  %indvars.iv.next920.i = add nuw nsw i64 %indvars.iv919.i, 1
+  %exitcond923.not.i = icmp eq i64 %indvars.iv.next920.i, %wide.trip.count913.i
+  br i1 %exitcond923.not.i, label %for_end_to184.i, label %for_begin_ti187.preheader.i, !prof !13
+
+for_end_to184.i:                                  ; preds = %for_begin_ti187.preheader.i, %if_then173.i
+  %1962 = icmp sgt i32 %valid_len176.i, %831
+  %or.cond = select i1 %152, i1 %1962, i1 false, !prof !41
+  br i1 %or.cond, label %for_body_r195.us.preheader.i, label %if_end193.i, !prof !41
+
+for_body_r195.us.preheader.i:                     ; preds = %for_end_to184.i
+  %1963 = srem i32 %1506, %num_query
+  %1964 = sext i32 %1963 to i64
+  %1965 = mul nsw i64 %380, %1964
+  %1966 = getelementptr i8, ptr %838, i64 %1965
+  %smin219 = tail call i32 @llvm.smin.i32(i32 %span518.sroa.3.0.lcssa.i, i32 %1511)
+  %smin222 = tail call i32 @llvm.smin.i32(i32 %smin219, i32 %indvars.iv220)
+  %smin223 = tail call i32 @llvm.smin.i32(i32 %smin222, i32 %363)
+  %1967 = add i32 %indvars.iv217, %smin223
+  %smin224 = tail call i32 @llvm.smin.i32(i32 %1967, i32 128)
+  %1968 = sub i32 %smin224, %smax226
+  %1969 = zext i32 %1968 to i64
+  %1970 = add i32 %indvars.iv217, %1514
+  %smin = tail call i32 @llvm.smin.i32(i32 %1970, i32 128)
+  %1971 = sub i32 %smin, %smax441
+  %1972 = zext i32 %1971 to i64
+  %1973 = add nsw i64 %1972, -1
+  %scevgep454 = getelementptr i8, ptr %scevgep453, i64 %1965
+  %smin456 = tail call i32 @llvm.smin.i32(i32 %1970, i32 128)
+  %1974 = sub i32 %smin456, %smax452
+  %1975 = zext i32 %1974 to i64
+  %1976 = getelementptr i8, ptr %scevgep455, i64 %1965
+  %scevgep457 = getelementptr i8, ptr %1976, i64 %1975
+  %scevgep458 = getelementptr i8, ptr %scaled.i, i64 %759
+  %1977 = shl nuw nsw i64 %1975, 6
+  %scevgep459 = getelementptr i8, ptr %scevgep458, i64 %1977
+  %1978 = add i32 %indvars.iv217, %1514
+  %smin464 = tail call i32 @llvm.smin.i32(i32 %1978, i32 128)
+  %1979 = sub i32 %smin464, %smax463
+  %1980 = zext i32 %1979 to i64
+  %min.iters.check466 = icmp ult i32 %1979, 24
+  %1981 = trunc i64 %1973 to i32
+  %mul.result443 = shl i32 %1981, 4
+  %1982 = icmp ugt i64 %1973, 268435455
+  %mul.result447 = shl nsw i64 %1973, 6
+  %bound0460 = icmp ult ptr %scevgep454, %scevgep459
+  %bound1461 = icmp ult ptr %scevgep458, %scevgep457
+  %found.conflict462 = and i1 %bound0460, %bound1461
+  %n.vec469 = and i64 %1980, 4294967288
+  %cmp.n482 = icmp eq i64 %n.vec469, %1980
+  %xtraiter972 = and i64 %1980, 3
+  %lcmp.mod973.not = icmp eq i64 %xtraiter972, 0
+  br label %for_body_r195.us.i
+
+for_body_r195.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r195.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r195.us.preheader.i ]
+  %r198714.us.i = phi i32 [ %2042, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r195.us.preheader.i ]
+  br i1 %min.iters.check466, label %for_body_c.us.i.preheader, label %vector.scevcheck440, !prof !16
+
+vector.scevcheck440:                              ; preds = %for_body_r195.us.i
+  %1983 = add i64 %indvar, %761
+  %1984 = shl i64 %1983, 2
+  %scevgep445 = getelementptr i8, ptr %scaled.i, i64 %1984
+  %1985 = add i32 %760, %r198714.us.i
+  %1986 = add i32 %1985, %mul.result443
+  %1987 = icmp slt i32 %1986, %1985
+  %1988 = or i1 %1987, %1982
+  %1989 = getelementptr i8, ptr %scevgep445, i64 %mul.result447
+  %1990 = icmp ult ptr %1989, %scevgep445
+  %1991 = or i1 %1990, %1988
+  %brmerge = select i1 %1991, i1 true, i1 %found.conflict462, !prof !16
+  br i1 %brmerge, label %for_body_c.us.i.preheader, label %vector.ph467, !prof !42
+
+vector.ph467:                                     ; preds = %vector.scevcheck440
+  %broadcast.splatinsert470 = insertelement <8 x i32> poison, i32 %r198714.us.i, i64 0
+  %broadcast.splat471 = shufflevector <8 x i32> %broadcast.splatinsert470, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body474
+
+vector.body474:                                   ; preds = %vector.body474, %vector.ph467
+  %index475 = phi i64 [ 0, %vector.ph467 ], [ %index.next479, %vector.body474 ]
+  %vec.ind476 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph467 ], [ %vec.ind.next480, %vector.body474 ]
+  %1992 = getelementptr i8, ptr %1966, i64 %index475
+  %wide.load477 = load <8 x i8>, ptr %1992, align 1, !tbaa !5, !alias.scope !43, !noalias !46
+  %1993 = icmp ne <8 x i8> %wide.load477, zeroinitializer
+  %1994 = add <8 x i32> %broadcast.splat473, %vec.ind476
+  %1995 = shl <8 x i32> %1994, splat (i32 4)
+  %1996 = add nsw <8 x i32> %1995, %broadcast.splat471
+  %1997 = sext <8 x i32> %1996 to <8 x i64>
+  %1998 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1997
+  %wide.masked.gather478 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1998, <8 x i1> %1993, <8 x float> poison), !tbaa !5, !alias.scope !46
+  %predphi = select <8 x i1> %1993, <8 x float> %wide.masked.gather478, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1998, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !46
+  %index.next479 = add nuw i64 %index475, 8
+  %vec.ind.next480 = add <8 x i32> %vec.ind476, splat (i32 8)
+  %1999 = icmp eq i64 %index.next479, %n.vec469
+  br i1 %1999, label %middle.block481, label %vector.body474, !prof !48, !llvm.loop !49
+
+middle.block481:                                  ; preds = %vector.body474
+  br i1 %cmp.n482, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !51
+
+for_body_c.us.i.preheader:                        ; preds = %middle.block481, %vector.scevcheck440, %for_body_r195.us.i
+  %indvars.iv924.i.ph = phi i64 [ %n.vec469, %middle.block481 ], [ 0, %vector.scevcheck440 ], [ 0, %for_body_r195.us.i ]
+  br i1 %lcmp.mod973.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+
+for_body_c.us.i.prol:                             ; preds = %if_end201.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv924.i.prol = phi i64 [ %indvars.iv.next925.i.prol, %if_end201.us.i.prol ], [ %indvars.iv924.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end201.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %2000 = getelementptr i8, ptr %1966, i64 %indvars.iv924.i.prol
+  %2001 = load i8, ptr %2000, align 1, !tbaa !5
+  %2002 = icmp eq i8 %2001, 0
+  %2003 = trunc i64 %indvars.iv924.i.prol to i32
+  %.pre1065.i.prol = add i32 %831, %2003
+  %.pre1067.i.prol = shl i32 %.pre1065.i.prol, 4
+  %.pre1069.i.prol = add nsw i32 %.pre1067.i.prol, %r198714.us.i
+  %.pre1071.i.prol = sext i32 %.pre1069.i.prol to i64
+  br i1 %2002, label %if_end201.us.i.prol, label %if_else200.us.i.prol
+
+if_else200.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %2004 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.prol
+  %2005 = load float, ptr %2004, align 4, !tbaa !5
+  br label %if_end201.us.i.prol
+
+if_end201.us.i.prol:                              ; preds = %if_else200.us.i.prol, %for_body_c.us.i.prol
+  %2006 = phi float [ %2005, %if_else200.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %2007 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.prol
+  store float %2006, ptr %2007, align 4, !tbaa !5
+  %indvars.iv.next925.i.prol = add nuw nsw i64 %indvars.iv924.i.prol, 1
+  %prol.iter.next = add i64 %prol.iter, 1
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter972
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !52, !llvm.loop !53
+
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end201.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv924.i.unr = phi i64 [ %indvars.iv924.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next925.i.prol, %if_end201.us.i.prol ]
+  %2008 = sub nsw i64 %indvars.iv924.i.ph, %1980
+  %2009 = icmp ugt i64 %2008, -4
+  br i1 %2009, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+
+for_body_c.us.i:                                  ; preds = %if_end201.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv924.i = phi i64 [ %indvars.iv.next925.i.3, %if_end201.us.i.3 ], [ %indvars.iv924.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %2010 = getelementptr i8, ptr %1966, i64 %indvars.iv924.i
+  %2011 = load i8, ptr %2010, align 1, !tbaa !5
+  %2012 = icmp eq i8 %2011, 0
+  %2013 = trunc i64 %indvars.iv924.i to i32
+  %.pre1065.i = add i32 %831, %2013
+  %.pre1067.i = shl i32 %.pre1065.i, 4
+  %.pre1069.i = add nsw i32 %.pre1067.i, %r198714.us.i
+  %.pre1071.i = sext i32 %.pre1069.i to i64
+  br i1 %2012, label %if_end201.us.i, label %if_else200.us.i
+
+if_else200.us.i:                                  ; preds = %for_body_c.us.i
+  %2014 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i
+  %2015 = load float, ptr %2014, align 4, !tbaa !5
+  br label %if_end201.us.i
+
+if_end201.us.i:                                   ; preds = %if_else200.us.i, %for_body_c.us.i
+  %2016 = phi float [ %2015, %if_else200.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %2017 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i
+  store float %2016, ptr %2017, align 4, !tbaa !5
+  %indvars.iv.next925.i = add nuw nsw i64 %indvars.iv924.i, 1
+  %2018 = getelementptr i8, ptr %1966, i64 %indvars.iv.next925.i
+  %2019 = load i8, ptr %2018, align 1, !tbaa !5
+  %2020 = icmp eq i8 %2019, 0
+  %2021 = trunc i64 %indvars.iv.next925.i to i32
+  %.pre1065.i.1 = add i32 %831, %2021
+  %.pre1067.i.1 = shl i32 %.pre1065.i.1, 4
+  %.pre1069.i.1 = add nsw i32 %.pre1067.i.1, %r198714.us.i
+  %.pre1071.i.1 = sext i32 %.pre1069.i.1 to i64
+  br i1 %2020, label %if_end201.us.i.1, label %if_else200.us.i.1
+
+if_else200.us.i.1:                                ; preds = %if_end201.us.i
+  %2022 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.1
+  %2023 = load float, ptr %2022, align 4, !tbaa !5
+  br label %if_end201.us.i.1
+
+if_end201.us.i.1:                                 ; preds = %if_else200.us.i.1, %if_end201.us.i
+  %2024 = phi float [ %2023, %if_else200.us.i.1 ], [ 0xFFF0000000000000, %if_end201.us.i ]
+  %2025 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.1
+  store float %2024, ptr %2025, align 4, !tbaa !5
+  %indvars.iv.next925.i.1 = add nuw nsw i64 %indvars.iv924.i, 2
+  %2026 = getelementptr i8, ptr %1966, i64 %indvars.iv.next925.i.1
+  %2027 = load i8, ptr %2026, align 1, !tbaa !5
+  %2028 = icmp eq i8 %2027, 0
+  %2029 = trunc i64 %indvars.iv.next925.i.1 to i32
+  %.pre1065.i.2 = add i32 %831, %2029
+  %.pre1067.i.2 = shl i32 %.pre1065.i.2, 4
+  %.pre1069.i.2 = add nsw i32 %.pre1067.i.2, %r198714.us.i
+  %.pre1071.i.2 = sext i32 %.pre1069.i.2 to i64
+  br i1 %2028, label %if_end201.us.i.2, label %if_else200.us.i.2
+
+if_else200.us.i.2:                                ; preds = %if_end201.us.i.1
+  %2030 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.2
+  %2031 = load float, ptr %2030, align 4, !tbaa !5
+  br label %if_end201.us.i.2
+
+if_end201.us.i.2:                                 ; preds = %if_else200.us.i.2, %if_end201.us.i.1
+  %2032 = phi float [ %2031, %if_else200.us.i.2 ], [ 0xFFF0000000000000, %if_end201.us.i.1 ]
+  %2033 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.2
+  store float %2032, ptr %2033, align 4, !tbaa !5
+  %indvars.iv.next925.i.2 = add nuw nsw i64 %indvars.iv924.i, 3
+  %2034 = getelementptr i8, ptr %1966, i64 %indvars.iv.next925.i.2
+  %2035 = load i8, ptr %2034, align 1, !tbaa !5
+  %2036 = icmp eq i8 %2035, 0
+  %2037 = trunc i64 %indvars.iv.next925.i.2 to i32
+  %.pre1065.i.3 = add i32 %831, %2037
+  %.pre1067.i.3 = shl i32 %.pre1065.i.3, 4
+  %.pre1069.i.3 = add nsw i32 %.pre1067.i.3, %r198714.us.i
+  %.pre1071.i.3 = sext i32 %.pre1069.i.3 to i64
+  br i1 %2036, label %if_end201.us.i.3, label %if_else200.us.i.3
+
+if_else200.us.i.3:                                ; preds = %if_end201.us.i.2
+  %2038 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.3
+  %2039 = load float, ptr %2038, align 4, !tbaa !5
+  br label %if_end201.us.i.3
+
+if_end201.us.i.3:                                 ; preds = %if_else200.us.i.3, %if_end201.us.i.2
+  %2040 = phi float [ %2039, %if_else200.us.i.3 ], [ 0xFFF0000000000000, %if_end201.us.i.2 ]
+  %2041 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1071.i.3
+  store float %2040, ptr %2041, align 4, !tbaa !5
+  %indvars.iv.next925.i.3 = add nuw nsw i64 %indvars.iv924.i, 4
+  %exitcond225.not.3 = icmp eq i64 %indvars.iv.next925.i.3, %1969
+  br i1 %exitcond225.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !55, !llvm.loop !56
+
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end201.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block481
+  %2042 = add nuw nsw i32 %r198714.us.i, 1
+  %exitcond927.not.i = icmp eq i32 %2042, 16
+  %indvar.next = add i64 %indvar, 1
+  br i1 %exitcond927.not.i, label %if_end193.i, label %for_body_r195.us.i, !prof !13
+
+if_end193.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_end_to184.i
+  br i1 %1518, label %for_begin_ti207.preheader.preheader.i, label %for_begin_to222.preheader.i, !prof !3
+
+for_begin_ti207.preheader.preheader.i:            ; preds = %if_end193.i
+  %wide.trip.count935.i = zext nneg i32 %1517 to i64
+  br label %for_begin_ti207.preheader.i
+
+for_begin_ti207.preheader.i:                      ; preds = %for_begin_ti207.preheader.i, %for_begin_ti207.preheader.preheader.i
+  %indvars.iv932.i = phi i64 [ 0, %for_begin_ti207.preheader.preheader.i ], [ %indvars.iv.next933.i, %for_begin_ti207.preheader.i ]
+  %peak511.sroa.0.0717.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti207.preheader.preheader.i ], [ %2074, %for_begin_ti207.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv932.i, 9
+  %2043 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
+  %2044 = load <16 x float>, ptr %2043, align 4, !tbaa !5
+  %2045 = fcmp ogt <16 x float> %peak511.sroa.0.0717.i, %2044
+  %2046 = select <16 x i1> %2045, <16 x float> %peak511.sroa.0.0717.i, <16 x float> %2044
+  %2047 = getelementptr inbounds nuw i8, ptr %2043, i64 64
+  %2048 = load <16 x float>, ptr %2047, align 4, !tbaa !5
+  %2049 = fcmp ogt <16 x float> %2046, %2048
+  %2050 = select <16 x i1> %2049, <16 x float> %2046, <16 x float> %2048
+  %2051 = getelementptr inbounds nuw i8, ptr %2043, i64 128
+  %2052 = load <16 x float>, ptr %2051, align 4, !tbaa !5
+  %2053 = fcmp ogt <16 x float> %2050, %2052
+  %2054 = select <16 x i1> %2053, <16 x float> %2050, <16 x float> %2052
+  %2055 = getelementptr inbounds nuw i8, ptr %2043, i64 192
+  %2056 = load <16 x float>, ptr %2055, align 4, !tbaa !5
+  %2057 = fcmp ogt <16 x float> %2054, %2056
+  %2058 = select <16 x i1> %2057, <16 x float> %2054, <16 x float> %2056
+  %2059 = getelementptr inbounds nuw i8, ptr %2043, i64 256
+  %2060 = load <16 x float>, ptr %2059, align 4, !tbaa !5
+  %2061 = fcmp ogt <16 x float> %2058, %2060
+  %2062 = select <16 x i1> %2061, <16 x float> %2058, <16 x float> %2060
+  %2063 = getelementptr inbounds nuw i8, ptr %2043, i64 320
+  %2064 = load <16 x float>, ptr %2063, align 4, !tbaa !5
+  %2065 = fcmp ogt <16 x float> %2062, %2064
+  %2066 = select <16 x i1> %2065, <16 x float> %2062, <16 x float> %2064
+  %2067 = getelementptr inbounds nuw i8, ptr %2043, i64 384
+  %2068 = load <16 x float>, ptr %2067, align 4, !tbaa !5
+  %2069 = fcmp ogt <16 x float> %2066, %2068
+  %2070 = select <16 x i1> %2069, <16 x float> %2066, <16 x float> %2068
+  %2071 = getelementptr inbounds nuw i8, ptr %2043, i64 448
+  %2072 = load <16 x float>, ptr %2071, align 4, !tbaa !5
+  %2073 = fcmp ogt <16 x float> %2070, %2072
+  %2074 = select <16 x i1> %2073, <16 x float> %2070, <16 x float> %2072
+  %indvars.iv.next933.i = add nuw nsw i64 %indvars.iv932.i, 1
+  %exitcond936.not.i = icmp eq i64 %indvars.iv.next933.i, %wide.trip.count935.i
+  br i1 %exitcond936.not.i, label %for_begin_ti217.preheader.lr.ph.i, label %for_begin_ti207.preheader.i, !prof !13
+
+for_begin_ti217.preheader.lr.ph.i:                ; preds = %for_begin_ti207.preheader.i
+  %2075 = icmp sgt i32 %1515, 0
+  %2076 = insertelement <16 x i1> poison, i1 %2075, i64 0
+  %2077 = shufflevector <16 x i1> %2076, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2078 = select <16 x i1> %2077, <16 x float> %2074, <16 x float> splat (float 0xC6293E5940000000)
+  %2079 = shl i32 %1506, 4
+  %2080 = sext i32 %2079 to i64
+  %2081 = getelementptr inbounds i32, ptr %places.i, i64 %2080
+  br label %for_begin_ti217.preheader.i
+
+for_begin_to222.preheader.i:                      ; preds = %if_end193.i
+  %2082 = icmp sgt i32 %1515, 0
+  %2083 = insertelement <16 x i1> poison, i1 %2082, i64 0
+  %2084 = shufflevector <16 x i1> %2083, <16 x i1> poison, <16 x i32> zeroinitializer
+  %2085 = select <16 x i1> %2084, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %.pre = shl i32 %1506, 4
+  %.pre238 = sext i32 %.pre to i64
+  br label %for_end_to224.i
+
+for_begin_ti217.preheader.i:                      ; preds = %for_begin_ti217.preheader.i, %for_begin_ti217.preheader.lr.ph.i
+  %indvars.iv941.i = phi i64 [ 0, %for_begin_ti217.preheader.lr.ph.i ], [ %indvars.iv.next942.i, %for_begin_ti217.preheader.i ]
+  %2086 = shl nsw i64 %indvars.iv941.i, 7
+  %2087 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2086
+  %2088 = load <16 x float>, ptr %2087, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %2088, %2078
+  %2089 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2090 = sitofp <16 x i32> %2089 to <16 x float>
+  %2091 = fsub <16 x float> splat (float 0x4168000FE0000000), %2090
+  %2092 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2091)
+  %bits.i = bitcast <16 x float> %2092 to <16 x i32>
+  %n.i = fsub <16 x float> %2092, %2091
+  %2093 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %2094 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %2095 = fsub <16 x float> %arg.i, %2094
+  %2096 = fadd <16 x float> %2093, %2095
+  %2097 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2096, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2097, <16 x float> %2096, <16 x float> splat (float 0x3FA5558F20000000))
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> %2096, <16 x float> splat (float 0x3FC5554920000000))
+  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2096, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2101 = fmul <16 x float> %2096, %2096
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2101, <16 x float> %2096)
+  %2103 = shl <16 x i32> %bits.i, splat (i32 23)
+  %2104 = bitcast <16 x i32> %2103 to <16 x float>
+  %2105 = fadd <16 x float> %2102, splat (float 1.000000e+00)
+  %2106 = fmul <16 x float> %2105, %2104
+  %2107 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2090, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2108 = fcmp olt <16 x float> %arg.i, %2107
+  %2109 = select <16 x i1> %2108, <16 x float> zeroinitializer, <16 x float> %2106
+  %2110 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2086
+  store <16 x float> %2109, ptr %2110, align 4, !tbaa !5
+  %2111 = or disjoint i64 %2086, 16
+  %2112 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2111
+  %2113 = load <16 x float>, ptr %2112, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %2113, %2078
+  %2114 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2115 = sitofp <16 x i32> %2114 to <16 x float>
+  %2116 = fsub <16 x float> splat (float 0x4168000FE0000000), %2115
+  %2117 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2116)
+  %bits.1.i = bitcast <16 x float> %2117 to <16 x i32>
+  %n.1.i = fsub <16 x float> %2117, %2116
+  %2118 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %2119 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %2120 = fsub <16 x float> %arg.1.i, %2119
+  %2121 = fadd <16 x float> %2118, %2120
+  %2122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2121, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2123 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2122, <16 x float> %2121, <16 x float> splat (float 0x3FA5558F20000000))
+  %2124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2123, <16 x float> %2121, <16 x float> splat (float 0x3FC5554920000000))
+  %2125 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2124, <16 x float> %2121, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2126 = fmul <16 x float> %2121, %2121
+  %2127 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2125, <16 x float> %2126, <16 x float> %2121)
+  %2128 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %2129 = bitcast <16 x i32> %2128 to <16 x float>
+  %2130 = fadd <16 x float> %2127, splat (float 1.000000e+00)
+  %2131 = fmul <16 x float> %2130, %2129
+  %2132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2115, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2133 = fcmp olt <16 x float> %arg.1.i, %2132
+  %2134 = select <16 x i1> %2133, <16 x float> zeroinitializer, <16 x float> %2131
+  %2135 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2111
+  store <16 x float> %2134, ptr %2135, align 4, !tbaa !5
+  %2136 = or disjoint i64 %2086, 32
+  %2137 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2136
+  %2138 = load <16 x float>, ptr %2137, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %2138, %2078
+  %2139 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2140 = sitofp <16 x i32> %2139 to <16 x float>
+  %2141 = fsub <16 x float> splat (float 0x4168000FE0000000), %2140
+  %2142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2141)
+  %bits.2.i = bitcast <16 x float> %2142 to <16 x i32>
+  %n.2.i = fsub <16 x float> %2142, %2141
+  %2143 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %2144 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %2145 = fsub <16 x float> %arg.2.i, %2144
+  %2146 = fadd <16 x float> %2143, %2145
+  %2147 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2146, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2148 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2147, <16 x float> %2146, <16 x float> splat (float 0x3FA5558F20000000))
+  %2149 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2148, <16 x float> %2146, <16 x float> splat (float 0x3FC5554920000000))
+  %2150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2149, <16 x float> %2146, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2151 = fmul <16 x float> %2146, %2146
+  %2152 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2150, <16 x float> %2151, <16 x float> %2146)
+  %2153 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %2154 = bitcast <16 x i32> %2153 to <16 x float>
+  %2155 = fadd <16 x float> %2152, splat (float 1.000000e+00)
+  %2156 = fmul <16 x float> %2155, %2154
+  %2157 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2140, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2158 = fcmp olt <16 x float> %arg.2.i, %2157
+  %2159 = select <16 x i1> %2158, <16 x float> zeroinitializer, <16 x float> %2156
+  %2160 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2136
+  store <16 x float> %2159, ptr %2160, align 4, !tbaa !5
+  %2161 = or disjoint i64 %2086, 48
+  %2162 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2161
+  %2163 = load <16 x float>, ptr %2162, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %2163, %2078
+  %2164 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2165 = sitofp <16 x i32> %2164 to <16 x float>
+  %2166 = fsub <16 x float> splat (float 0x4168000FE0000000), %2165
+  %2167 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2166)
+  %bits.3.i = bitcast <16 x float> %2167 to <16 x i32>
+  %n.3.i = fsub <16 x float> %2167, %2166
+  %2168 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %2169 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %2170 = fsub <16 x float> %arg.3.i, %2169
+  %2171 = fadd <16 x float> %2168, %2170
+  %2172 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2171, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2173 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2172, <16 x float> %2171, <16 x float> splat (float 0x3FA5558F20000000))
+  %2174 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2173, <16 x float> %2171, <16 x float> splat (float 0x3FC5554920000000))
+  %2175 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2174, <16 x float> %2171, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2176 = fmul <16 x float> %2171, %2171
+  %2177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2175, <16 x float> %2176, <16 x float> %2171)
+  %2178 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2179 = bitcast <16 x i32> %2178 to <16 x float>
+  %2180 = fadd <16 x float> %2177, splat (float 1.000000e+00)
+  %2181 = fmul <16 x float> %2180, %2179
+  %2182 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2165, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2183 = fcmp olt <16 x float> %arg.3.i, %2182
+  %2184 = select <16 x i1> %2183, <16 x float> zeroinitializer, <16 x float> %2181
+  %2185 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2161
+  store <16 x float> %2184, ptr %2185, align 4, !tbaa !5
+  %2186 = or disjoint i64 %2086, 64
+  %2187 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2186
+  %2188 = load <16 x float>, ptr %2187, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2188, %2078
+  %2189 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2190 = sitofp <16 x i32> %2189 to <16 x float>
+  %2191 = fsub <16 x float> splat (float 0x4168000FE0000000), %2190
+  %2192 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2191)
+  %bits.4.i = bitcast <16 x float> %2192 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2192, %2191
+  %2193 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2194 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2195 = fsub <16 x float> %arg.4.i, %2194
+  %2196 = fadd <16 x float> %2193, %2195
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2198 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2197, <16 x float> %2196, <16 x float> splat (float 0x3FA5558F20000000))
+  %2199 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2198, <16 x float> %2196, <16 x float> splat (float 0x3FC5554920000000))
+  %2200 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2199, <16 x float> %2196, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2201 = fmul <16 x float> %2196, %2196
+  %2202 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2200, <16 x float> %2201, <16 x float> %2196)
+  %2203 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2204 = bitcast <16 x i32> %2203 to <16 x float>
+  %2205 = fadd <16 x float> %2202, splat (float 1.000000e+00)
+  %2206 = fmul <16 x float> %2205, %2204
+  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2190, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2208 = fcmp olt <16 x float> %arg.4.i, %2207
+  %2209 = select <16 x i1> %2208, <16 x float> zeroinitializer, <16 x float> %2206
+  %2210 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2186
+  store <16 x float> %2209, ptr %2210, align 4, !tbaa !5
+  %2211 = or disjoint i64 %2086, 80
+  %2212 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2211
+  %2213 = load <16 x float>, ptr %2212, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2213, %2078
+  %2214 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2215 = sitofp <16 x i32> %2214 to <16 x float>
+  %2216 = fsub <16 x float> splat (float 0x4168000FE0000000), %2215
+  %2217 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2216)
+  %bits.5.i = bitcast <16 x float> %2217 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2217, %2216
+  %2218 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2219 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2220 = fsub <16 x float> %arg.5.i, %2219
+  %2221 = fadd <16 x float> %2218, %2220
+  %2222 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2221, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2223 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2222, <16 x float> %2221, <16 x float> splat (float 0x3FA5558F20000000))
+  %2224 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2223, <16 x float> %2221, <16 x float> splat (float 0x3FC5554920000000))
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> %2221, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2226 = fmul <16 x float> %2221, %2221
+  %2227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2226, <16 x float> %2221)
+  %2228 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2229 = bitcast <16 x i32> %2228 to <16 x float>
+  %2230 = fadd <16 x float> %2227, splat (float 1.000000e+00)
+  %2231 = fmul <16 x float> %2230, %2229
+  %2232 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2215, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2233 = fcmp olt <16 x float> %arg.5.i, %2232
+  %2234 = select <16 x i1> %2233, <16 x float> zeroinitializer, <16 x float> %2231
+  %2235 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2211
+  store <16 x float> %2234, ptr %2235, align 4, !tbaa !5
+  %2236 = or disjoint i64 %2086, 96
+  %2237 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2236
+  %2238 = load <16 x float>, ptr %2237, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2238, %2078
+  %2239 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2240 = sitofp <16 x i32> %2239 to <16 x float>
+  %2241 = fsub <16 x float> splat (float 0x4168000FE0000000), %2240
+  %2242 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2241)
+  %bits.6.i = bitcast <16 x float> %2242 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2242, %2241
+  %2243 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2244 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2245 = fsub <16 x float> %arg.6.i, %2244
+  %2246 = fadd <16 x float> %2243, %2245
+  %2247 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2246, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2248 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2247, <16 x float> %2246, <16 x float> splat (float 0x3FA5558F20000000))
+  %2249 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2248, <16 x float> %2246, <16 x float> splat (float 0x3FC5554920000000))
+  %2250 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2249, <16 x float> %2246, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2251 = fmul <16 x float> %2246, %2246
+  %2252 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2250, <16 x float> %2251, <16 x float> %2246)
+  %2253 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2254 = bitcast <16 x i32> %2253 to <16 x float>
+  %2255 = fadd <16 x float> %2252, splat (float 1.000000e+00)
+  %2256 = fmul <16 x float> %2255, %2254
+  %2257 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2240, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2258 = fcmp olt <16 x float> %arg.6.i, %2257
+  %2259 = select <16 x i1> %2258, <16 x float> zeroinitializer, <16 x float> %2256
+  %2260 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2236
+  store <16 x float> %2259, ptr %2260, align 4, !tbaa !5
+  %2261 = or disjoint i64 %2086, 112
+  %2262 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2261
+  %2263 = load <16 x float>, ptr %2262, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2263, %2078
+  %2264 = load <16 x i32>, ptr %2081, align 4, !tbaa !5
+  %2265 = sitofp <16 x i32> %2264 to <16 x float>
+  %2266 = fsub <16 x float> splat (float 0x4168000FE0000000), %2265
+  %2267 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2266)
+  %bits.7.i = bitcast <16 x float> %2267 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2267, %2266
+  %2268 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2269 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2270 = fsub <16 x float> %arg.7.i, %2269
+  %2271 = fadd <16 x float> %2268, %2270
+  %2272 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2271, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2273 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2272, <16 x float> %2271, <16 x float> splat (float 0x3FA5558F20000000))
+  %2274 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2273, <16 x float> %2271, <16 x float> splat (float 0x3FC5554920000000))
+  %2275 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2274, <16 x float> %2271, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2276 = fmul <16 x float> %2271, %2271
+  %2277 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2275, <16 x float> %2276, <16 x float> %2271)
+  %2278 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2279 = bitcast <16 x i32> %2278 to <16 x float>
+  %2280 = fadd <16 x float> %2277, splat (float 1.000000e+00)
+  %2281 = fmul <16 x float> %2280, %2279
+  %2282 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2265, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2283 = fcmp olt <16 x float> %arg.7.i, %2282
+  %2284 = select <16 x i1> %2283, <16 x float> zeroinitializer, <16 x float> %2281
+  %2285 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2261
+  store <16 x float> %2284, ptr %2285, align 4, !tbaa !5
+  %indvars.iv.next942.i = add nuw nsw i64 %indvars.iv941.i, 1
+  %exitcond945.not.i = icmp eq i64 %indvars.iv.next942.i, %wide.trip.count935.i
+  br i1 %exitcond945.not.i, label %for_begin_ti227.preheader.i.preheader, label %for_begin_ti217.preheader.i, !prof !13
+
+for_begin_ti227.preheader.i.preheader:            ; preds = %for_begin_ti217.preheader.i
+  %xtraiter974 = and i64 %wide.trip.count935.i, 1
+  %2286 = icmp eq i32 %1517, 1
+  br i1 %2286, label %for_begin_ti227.preheader.i.epil.preheader, label %for_begin_ti227.preheader.i.preheader.new, !prof !4
+
+for_begin_ti227.preheader.i.preheader.new:        ; preds = %for_begin_ti227.preheader.i.preheader
+  %unroll_iter978 = and i64 %wide.trip.count935.i, 2147483646
+  br label %for_begin_ti227.preheader.i
+
+for_begin_ti227.preheader.i:                      ; preds = %for_begin_ti227.preheader.i, %for_begin_ti227.preheader.i.preheader.new
+  %indvars.iv950.i = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader.new ], [ %indvars.iv.next951.i.1, %for_begin_ti227.preheader.i ]
+  %tile_sum515.sroa.0.0724.i = phi <16 x float> [ zeroinitializer, %for_begin_ti227.preheader.i.preheader.new ], [ %2335, %for_begin_ti227.preheader.i ]
+  %niter979 = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader.new ], [ %niter979.next.1, %for_begin_ti227.preheader.i ]
+  %.idx76 = shl nsw i64 %indvars.iv950.i, 9
+  %2287 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
+  %2288 = load <16 x float>, ptr %2287, align 4, !tbaa !5
+  %2289 = fadd <16 x float> %tile_sum515.sroa.0.0724.i, %2288
+  %2290 = getelementptr inbounds nuw i8, ptr %2287, i64 64
+  %2291 = load <16 x float>, ptr %2290, align 4, !tbaa !5
+  %2292 = fadd <16 x float> %2289, %2291
+  %2293 = getelementptr inbounds nuw i8, ptr %2287, i64 128
+  %2294 = load <16 x float>, ptr %2293, align 4, !tbaa !5
+  %2295 = fadd <16 x float> %2292, %2294
+  %2296 = getelementptr inbounds nuw i8, ptr %2287, i64 192
+  %2297 = load <16 x float>, ptr %2296, align 4, !tbaa !5
+  %2298 = fadd <16 x float> %2295, %2297
+  %2299 = getelementptr inbounds nuw i8, ptr %2287, i64 256
+  %2300 = load <16 x float>, ptr %2299, align 4, !tbaa !5
+  %2301 = fadd <16 x float> %2298, %2300
+  %2302 = getelementptr inbounds nuw i8, ptr %2287, i64 320
+  %2303 = load <16 x float>, ptr %2302, align 4, !tbaa !5
+  %2304 = fadd <16 x float> %2301, %2303
+  %2305 = getelementptr inbounds nuw i8, ptr %2287, i64 384
+  %2306 = load <16 x float>, ptr %2305, align 4, !tbaa !5
+  %2307 = fadd <16 x float> %2304, %2306
+  %2308 = getelementptr inbounds nuw i8, ptr %2287, i64 448
+  %2309 = load <16 x float>, ptr %2308, align 4, !tbaa !5
+  %2310 = fadd <16 x float> %2307, %2309
+  %indvars.iv.next951.i = shl i64 %indvars.iv950.i, 9
+  %2311 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next951.i
+  %2312 = getelementptr inbounds nuw i8, ptr %2311, i64 512
+  %2313 = load <16 x float>, ptr %2312, align 4, !tbaa !5
+  %2314 = fadd <16 x float> %2310, %2313
+  %2315 = getelementptr inbounds nuw i8, ptr %2311, i64 576
+  %2316 = load <16 x float>, ptr %2315, align 4, !tbaa !5
+  %2317 = fadd <16 x float> %2314, %2316
+  %2318 = getelementptr inbounds nuw i8, ptr %2311, i64 640
+  %2319 = load <16 x float>, ptr %2318, align 4, !tbaa !5
+  %2320 = fadd <16 x float> %2317, %2319
+  %2321 = getelementptr inbounds nuw i8, ptr %2311, i64 704
+  %2322 = load <16 x float>, ptr %2321, align 4, !tbaa !5
+  %2323 = fadd <16 x float> %2320, %2322
+  %2324 = getelementptr inbounds nuw i8, ptr %2311, i64 768
+  %2325 = load <16 x float>, ptr %2324, align 4, !tbaa !5
+  %2326 = fadd <16 x float> %2323, %2325
+  %2327 = getelementptr inbounds nuw i8, ptr %2311, i64 832
+  %2328 = load <16 x float>, ptr %2327, align 4, !tbaa !5
+  %2329 = fadd <16 x float> %2326, %2328
+  %2330 = getelementptr inbounds nuw i8, ptr %2311, i64 896
+  %2331 = load <16 x float>, ptr %2330, align 4, !tbaa !5
+  %2332 = fadd <16 x float> %2329, %2331
+  %2333 = getelementptr inbounds nuw i8, ptr %2311, i64 960
+  %2334 = load <16 x float>, ptr %2333, align 4, !tbaa !5
+  %2335 = fadd <16 x float> %2332, %2334
+  %indvars.iv.next951.i.1 = add nuw nsw i64 %indvars.iv950.i, 2
+  %niter979.next.1 = add i64 %niter979, 2
+  %niter979.ncmp.1 = icmp eq i64 %niter979.next.1, %unroll_iter978
+  br i1 %niter979.ncmp.1, label %for_end_to224.i.loopexit.unr-lcssa, label %for_begin_ti227.preheader.i, !prof !9, !llvm.loop !57
+
+for_end_to224.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti227.preheader.i
+  %lcmp.mod975.not = icmp eq i64 %xtraiter974, 0
+  br i1 %lcmp.mod975.not, label %for_end_to224.i, label %for_begin_ti227.preheader.i.epil.preheader, !prof !12
+
+for_begin_ti227.preheader.i.epil.preheader:       ; preds = %for_end_to224.i.loopexit.unr-lcssa, %for_begin_ti227.preheader.i.preheader
+  %indvars.iv950.i.epil.init = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader ], [ %indvars.iv.next951.i.1, %for_end_to224.i.loopexit.unr-lcssa ]
+  %tile_sum515.sroa.0.0724.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti227.preheader.i.preheader ], [ %2335, %for_end_to224.i.loopexit.unr-lcssa ]
+  %lcmp.mod977 = icmp ne i64 %xtraiter974, 0
+  tail call void @llvm.assume(i1 %lcmp.mod977)
+  %.idx76.epil = shl nsw i64 %indvars.iv950.i.epil.init, 9
+  %2336 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76.epil
+  %2337 = load <16 x float>, ptr %2336, align 4, !tbaa !5
+  %2338 = fadd <16 x float> %tile_sum515.sroa.0.0724.i.epil.init, %2337
+  %2339 = getelementptr inbounds nuw i8, ptr %2336, i64 64
+  %2340 = load <16 x float>, ptr %2339, align 4, !tbaa !5
+  %2341 = fadd <16 x float> %2338, %2340
+  %2342 = getelementptr inbounds nuw i8, ptr %2336, i64 128
+  %2343 = load <16 x float>, ptr %2342, align 4, !tbaa !5
+  %2344 = fadd <16 x float> %2341, %2343
+  %2345 = getelementptr inbounds nuw i8, ptr %2336, i64 192
+  %2346 = load <16 x float>, ptr %2345, align 4, !tbaa !5
+  %2347 = fadd <16 x float> %2344, %2346
+  %2348 = getelementptr inbounds nuw i8, ptr %2336, i64 256
+  %2349 = load <16 x float>, ptr %2348, align 4, !tbaa !5
+  %2350 = fadd <16 x float> %2347, %2349
+  %2351 = getelementptr inbounds nuw i8, ptr %2336, i64 320
+  %2352 = load <16 x float>, ptr %2351, align 4, !tbaa !5
+  %2353 = fadd <16 x float> %2350, %2352
+  %2354 = getelementptr inbounds nuw i8, ptr %2336, i64 384
+  %2355 = load <16 x float>, ptr %2354, align 4, !tbaa !5
+  %2356 = fadd <16 x float> %2353, %2355
+  %2357 = getelementptr inbounds nuw i8, ptr %2336, i64 448
+  %2358 = load <16 x float>, ptr %2357, align 4, !tbaa !5
+  %2359 = fadd <16 x float> %2356, %2358
+  br label %for_end_to224.i
+
+for_end_to224.i:                                  ; preds = %for_begin_ti227.preheader.i.epil.preheader, %for_end_to224.i.loopexit.unr-lcssa, %for_begin_to222.preheader.i
+  %.pre-phi239 = phi i64 [ %.pre238, %for_begin_to222.preheader.i ], [ %2080, %for_end_to224.i.loopexit.unr-lcssa ], [ %2080, %for_begin_ti227.preheader.i.epil.preheader ]
+  %2360 = phi <16 x float> [ %2085, %for_begin_to222.preheader.i ], [ %2078, %for_end_to224.i.loopexit.unr-lcssa ], [ %2078, %for_begin_ti227.preheader.i.epil.preheader ]
+  %tile_sum515.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to222.preheader.i ], [ %2335, %for_end_to224.i.loopexit.unr-lcssa ], [ %2359, %for_begin_ti227.preheader.i.epil.preheader ]
+  %2361 = getelementptr inbounds float, ptr %row_max.i, i64 %.pre-phi239
+  %2362 = load <16 x float>, ptr %2361, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %835, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2362
+  %2363 = getelementptr inbounds float, ptr %row_sum.i, i64 %.pre-phi239
+  %2364 = load <16 x float>, ptr %2363, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %835, <16 x float> zeroinitializer, <16 x float> %2364
+  %2365 = fcmp ogt <16 x float> %old_max.i, %2360
+  %2366 = fcmp oeq <16 x float> %tile_sum515.sroa.0.0.lcssa.i, zeroinitializer
+  %2367 = select <16 x i1> %2366, <16 x i1> splat (i1 true), <16 x i1> %2365
+  %old_or_both.i = select <16 x i1> %2367, <16 x float> %old_max.i, <16 x float> %2360
+  %2368 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2368, <16 x float> %2360, <16 x float> %old_or_both.i
+  %2369 = fsub <16 x float> %old_max.i, %m.i
+  %2370 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2369, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2371 = bitcast <16 x float> %2370 to <16 x i32>
+  %2372 = fadd <16 x float> %2370, splat (float 0xC168000FE0000000)
+  %2373 = fmul <16 x float> %2372, splat (float 0x3F2BD01060000000)
+  %2374 = fmul <16 x float> %2372, splat (float 0x3FE6300000000000)
+  %2375 = fsub <16 x float> %2369, %2374
+  %2376 = fadd <16 x float> %2373, %2375
+  %2377 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2376, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2377, <16 x float> %2376, <16 x float> splat (float 0x3FA5558F20000000))
+  %2379 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2378, <16 x float> %2376, <16 x float> splat (float 0x3FC5554920000000))
+  %2380 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2379, <16 x float> %2376, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2381 = fmul <16 x float> %2376, %2376
+  %2382 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2380, <16 x float> %2381, <16 x float> %2376)
+  %2383 = shl <16 x i32> %2371, splat (i32 23)
+  %2384 = bitcast <16 x i32> %2383 to <16 x float>
+  %2385 = fadd <16 x float> %2382, splat (float 1.000000e+00)
+  %2386 = fmul <16 x float> %2385, %2384
+  %2387 = fcmp olt <16 x float> %2369, splat (float -8.700000e+01)
+  %2388 = select <16 x i1> %2387, <16 x float> zeroinitializer, <16 x float> %2386
+  %2389 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2390 = select <16 x i1> %2389, <16 x float> %2388, <16 x float> zeroinitializer
+  %arg249.i = fsub <16 x float> %2360, %m.i
+  %2391 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg249.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2392 = bitcast <16 x float> %2391 to <16 x i32>
+  %2393 = fadd <16 x float> %2391, splat (float 0xC168000FE0000000)
+  %2394 = fmul <16 x float> %2393, splat (float 0x3F2BD01060000000)
+  %2395 = fmul <16 x float> %2393, splat (float 0x3FE6300000000000)
+  %2396 = fsub <16 x float> %arg249.i, %2395
+  %2397 = fadd <16 x float> %2394, %2396
+  %2398 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2397, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2399 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2398, <16 x float> %2397, <16 x float> splat (float 0x3FA5558F20000000))
+  %2400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2399, <16 x float> %2397, <16 x float> splat (float 0x3FC5554920000000))
+  %2401 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2400, <16 x float> %2397, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2402 = fmul <16 x float> %2397, %2397
+  %2403 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2401, <16 x float> %2402, <16 x float> %2397)
+  %2404 = shl <16 x i32> %2392, splat (i32 23)
+  %2405 = bitcast <16 x i32> %2404 to <16 x float>
+  %2406 = fadd <16 x float> %2403, splat (float 1.000000e+00)
+  %2407 = fmul <16 x float> %2406, %2405
+  %2408 = fcmp olt <16 x float> %arg249.i, splat (float -8.700000e+01)
+  %2409 = select <16 x i1> %2408, <16 x float> zeroinitializer, <16 x float> %2407
+  %2410 = fcmp one <16 x float> %tile_sum515.sroa.0.0.lcssa.i, zeroinitializer
+  %2411 = select <16 x i1> %2410, <16 x float> %2409, <16 x float> zeroinitializer
+  %2412 = fmul <16 x float> %old_sum.i, %2390
+  %2413 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_sum515.sroa.0.0.lcssa.i, <16 x float> %2412)
+  store <16 x float> %m.i, ptr %2361, align 4, !tbaa !5
+  store <16 x float> %2413, ptr %2363, align 4, !tbaa !5
+  %2414 = load i32, ptr %1509, align 4, !tbaa !5
+  %2415 = sub i32 %2414, %836
+  %2416 = tail call i32 @llvm.smin.i32(i32 %2415, i32 %valid_len176.i)
+  %2417 = tail call i32 @llvm.smin.i32(i32 %2416, i32 %.reass713.reass.i)
+  %2418 = select i1 %152, i32 %2417, i32 %2416
+  %2419 = tail call i32 @llvm.smax.i32(i32 %2418, i32 0)
+  %num_full.i = lshr i32 %2419, 3
+  %2420 = sub nsw i32 %1517, %num_full.i
+  %2421 = icmp sgt i32 %2420, 0
+  br i1 %2421, label %for_begin_ti272.preheader.lr.ph.i, label %for_end_to269.i, !prof !3
+
+for_begin_ti272.preheader.lr.ph.i:                ; preds = %for_end_to224.i
+  %2422 = getelementptr inbounds i32, ptr %limits.i, i64 %.pre-phi239
+  %2423 = and i32 %2419, 2147483640
+  %2424 = add i32 %2423, %829
+  %wide.trip.count962.i = zext nneg i32 %2420 to i64
+  br label %for_begin_ti272.preheader.i
+
+for_begin_ti272.preheader.i:                      ; preds = %for_begin_ti272.preheader.i, %for_begin_ti272.preheader.lr.ph.i
+  %indvars.iv959.i = phi i64 [ 0, %for_begin_ti272.preheader.lr.ph.i ], [ %indvars.iv.next960.i, %for_begin_ti272.preheader.i ]
+  %indvars.iv959.tr.i = trunc i64 %indvars.iv959.i to i32
+  %2425 = shl i32 %indvars.iv959.tr.i, 3
+  %2426 = add i32 %2424, %2425
+  %2427 = add i32 %num_full.i, %indvars.iv959.tr.i
+  %2428 = shl i32 %2427, 7
+  %2429 = sext i32 %2428 to i64
+  %2430 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2431 = insertelement <16 x i32> poison, i32 %2426, i64 0
+  %2432 = shufflevector <16 x i32> %2431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2433 = icmp slt <16 x i32> %2432, %2430
+  %2434 = sext <16 x i1> %2433 to <16 x i32>
+  %2435 = getelementptr inbounds i32, ptr %edges.i, i64 %2429
+  store <16 x i32> %2434, ptr %2435, align 4, !tbaa !5
+  %2436 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2437 = or disjoint i32 %2426, 1
+  %2438 = insertelement <16 x i32> poison, i32 %2437, i64 0
+  %2439 = shufflevector <16 x i32> %2438, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2440 = icmp slt <16 x i32> %2439, %2436
+  %2441 = sext <16 x i1> %2440 to <16 x i32>
+  %2442 = getelementptr i8, ptr %2435, i64 64
+  store <16 x i32> %2441, ptr %2442, align 4, !tbaa !5
+  %2443 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2444 = or disjoint i32 %2426, 2
+  %2445 = insertelement <16 x i32> poison, i32 %2444, i64 0
+  %2446 = shufflevector <16 x i32> %2445, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2447 = icmp slt <16 x i32> %2446, %2443
+  %2448 = sext <16 x i1> %2447 to <16 x i32>
+  %2449 = getelementptr i8, ptr %2435, i64 128
+  store <16 x i32> %2448, ptr %2449, align 4, !tbaa !5
+  %2450 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2451 = or disjoint i32 %2426, 3
+  %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
+  %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2454 = icmp slt <16 x i32> %2453, %2450
+  %2455 = sext <16 x i1> %2454 to <16 x i32>
+  %2456 = getelementptr i8, ptr %2435, i64 192
+  store <16 x i32> %2455, ptr %2456, align 4, !tbaa !5
+  %2457 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2458 = or disjoint i32 %2426, 4
+  %2459 = insertelement <16 x i32> poison, i32 %2458, i64 0
+  %2460 = shufflevector <16 x i32> %2459, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2461 = icmp slt <16 x i32> %2460, %2457
+  %2462 = sext <16 x i1> %2461 to <16 x i32>
+  %2463 = getelementptr i8, ptr %2435, i64 256
+  store <16 x i32> %2462, ptr %2463, align 4, !tbaa !5
+  %2464 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2465 = or disjoint i32 %2426, 5
+  %2466 = insertelement <16 x i32> poison, i32 %2465, i64 0
+  %2467 = shufflevector <16 x i32> %2466, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2468 = icmp slt <16 x i32> %2467, %2464
+  %2469 = sext <16 x i1> %2468 to <16 x i32>
+  %2470 = getelementptr i8, ptr %2435, i64 320
+  store <16 x i32> %2469, ptr %2470, align 4, !tbaa !5
+  %2471 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %2472 = or disjoint i32 %2426, 6
+  %2473 = insertelement <16 x i32> poison, i32 %2472, i64 0
+  %2474 = shufflevector <16 x i32> %2473, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2475 = icmp slt <16 x i32> %2474, %2471
+  %2476 = sext <16 x i1> %2475 to <16 x i32>
+  %2477 = getelementptr i8, ptr %2435, i64 384
+  store <16 x i32> %2476, ptr %2477, align 4, !tbaa !5
+  %2478 = load <16 x i32>, ptr %2422, align 4, !tbaa !5
+  %narrow.i = or disjoint i32 %2426, 7
+  %2479 = insertelement <16 x i32> poison, i32 %narrow.i, i64 0
+  %2480 = shufflevector <16 x i32> %2479, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2481 = icmp slt <16 x i32> %2480, %2478
+  %2482 = sext <16 x i1> %2481 to <16 x i32>
+  %2483 = getelementptr i8, ptr %2435, i64 448
+  store <16 x i32> %2482, ptr %2483, align 4, !tbaa !5
+  %indvars.iv.next960.i = add nuw nsw i64 %indvars.iv959.i, 1
+  %exitcond963.not.i = icmp eq i64 %indvars.iv.next960.i, %wide.trip.count962.i
+  br i1 %exitcond963.not.i, label %for_end_to269.i, label %for_begin_ti272.preheader.i, !prof !13
+
+for_end_to269.i:                                  ; preds = %for_begin_ti272.preheader.i, %for_end_to224.i
+  %2484 = icmp sgt i32 %valid_len176.i, %831
+  %or.cond880 = select i1 %152, i1 %2484, i1 false, !prof !41
+  br i1 %or.cond880, label %for_body_r280.us.preheader.i, label %if_end278.i, !prof !41
+
+for_body_r280.us.preheader.i:                     ; preds = %for_end_to269.i
+  %2485 = srem i32 %1506, %num_query
+  %2486 = sext i32 %2485 to i64
+  %2487 = mul nsw i64 %380, %2486
+  %2488 = getelementptr i8, ptr %838, i64 %2487
+  %smin227 = tail call i32 @llvm.smin.i32(i32 %span518.sroa.3.0.lcssa.i, i32 %1511)
+  %smin228 = tail call i32 @llvm.smin.i32(i32 %smin227, i32 %indvars.iv220)
+  %smin229 = tail call i32 @llvm.smin.i32(i32 %smin228, i32 %363)
+  %2489 = add i32 %indvars.iv217, %smin229
+  %smin230 = tail call i32 @llvm.smin.i32(i32 %2489, i32 128)
+  %2490 = sub i32 %smin230, %smax226
+  %2491 = zext i32 %2490 to i64
+  %2492 = add nsw i64 %2491, -1
+  %2493 = getelementptr i8, ptr %scevgep423, i64 %2487
+  %scevgep424 = getelementptr i8, ptr %2493, i64 %2491
+  %scevgep425 = getelementptr i8, ptr %edges.i, i64 %766
+  %2494 = shl nuw nsw i64 %2491, 6
+  %scevgep426 = getelementptr i8, ptr %scevgep425, i64 %2494
+  %min.iters.check427 = icmp ult i32 %2490, 16
+  %2495 = trunc i64 %2492 to i32
+  %2496 = add i32 %smax, %2495
+  %2497 = shl i32 %2496, 4
+  %2498 = icmp ugt i64 %2492, 268435455
+  %bound0 = icmp ult ptr %2488, %scevgep426
+  %bound1 = icmp ult ptr %scevgep425, %scevgep424
+  %found.conflict = and i1 %bound0, %bound1
+  %n.vec430 = and i64 %2491, 536870904
+  %cmp.n = icmp eq i64 %n.vec430, %2491
+  %xtraiter980 = and i64 %2491, 3
+  %lcmp.mod981.not = icmp eq i64 %xtraiter980, 0
+  br label %for_body_r280.us.i
+
+for_body_r280.us.i:                               ; preds = %for_begin_c284.for_end_c286_crit_edge.us.i, %for_body_r280.us.preheader.i
+  %r283732.us.i = phi i32 [ %2564, %for_begin_c284.for_end_c286_crit_edge.us.i ], [ 0, %for_body_r280.us.preheader.i ]
+  br i1 %min.iters.check427, label %for_body_c285.us.i.preheader, label %vector.scevcheck, !prof !16
+
+vector.scevcheck:                                 ; preds = %for_body_r280.us.i
+  %2499 = add i32 %767, %r283732.us.i
+  %2500 = add i32 %2497, %r283732.us.i
+  %2501 = icmp slt i32 %2500, %2499
+  %2502 = or i1 %2501, %2498
+  %brmerge1081 = select i1 %2502, i1 true, i1 %found.conflict, !prof !16
+  br i1 %brmerge1081, label %for_body_c285.us.i.preheader, label %vector.ph428, !prof !42
+
+vector.ph428:                                     ; preds = %vector.scevcheck
+  %broadcast.splatinsert431 = insertelement <8 x i32> poison, i32 %r283732.us.i, i64 0
+  %broadcast.splat432 = shufflevector <8 x i32> %broadcast.splatinsert431, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body435
+
+vector.body435:                                   ; preds = %vector.body435, %vector.ph428
+  %index436 = phi i64 [ 0, %vector.ph428 ], [ %index.next437, %vector.body435 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph428 ], [ %vec.ind.next, %vector.body435 ]
+  %2503 = getelementptr i8, ptr %2488, i64 %index436
+  %wide.load = load <8 x i8>, ptr %2503, align 1, !tbaa !5, !alias.scope !58, !noalias !61
+  %2504 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2505 = add <8 x i32> %broadcast.splat434, %vec.ind
+  %2506 = shl <8 x i32> %2505, splat (i32 4)
+  %2507 = add nsw <8 x i32> %2506, %broadcast.splat432
+  %2508 = sext <8 x i32> %2507 to <8 x i64>
+  %2509 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2508
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2509, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !61
+  %2510 = select <8 x i1> %2504, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2510, <8 x ptr> align 4 %2509, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !61
+  %index.next437 = add nuw i64 %index436, 8
+  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
+  %2511 = icmp eq i64 %index.next437, %n.vec430
+  br i1 %2511, label %middle.block438, label %vector.body435, !prof !48, !llvm.loop !63
+
+middle.block438:                                  ; preds = %vector.body435
+  br i1 %cmp.n, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i.preheader, !prof !51
+
+for_body_c285.us.i.preheader:                     ; preds = %middle.block438, %vector.scevcheck, %for_body_r280.us.i
+  %indvars.iv964.i.ph = phi i64 [ %n.vec430, %middle.block438 ], [ 0, %vector.scevcheck ], [ 0, %for_body_r280.us.i ]
+  br i1 %lcmp.mod981.not, label %for_body_c285.us.i.prol.loopexit, label %for_body_c285.us.i.prol, !prof !3
+
+for_body_c285.us.i.prol:                          ; preds = %for_body_c285.us.i.prol, %for_body_c285.us.i.preheader
+  %indvars.iv964.i.prol = phi i64 [ %indvars.iv.next965.i.prol, %for_body_c285.us.i.prol ], [ %indvars.iv964.i.ph, %for_body_c285.us.i.preheader ]
+  %prol.iter982 = phi i64 [ %prol.iter982.next, %for_body_c285.us.i.prol ], [ 0, %for_body_c285.us.i.preheader ]
+  %2512 = getelementptr i8, ptr %2488, i64 %indvars.iv964.i.prol
+  %2513 = load i8, ptr %2512, align 1, !tbaa !5
+  %.not542.us.i.prol = icmp eq i8 %2513, 0
+  %2514 = trunc i64 %indvars.iv964.i.prol to i32
+  %2515 = add i32 %831, %2514
+  %2516 = shl i32 %2515, 4
+  %2517 = add nsw i32 %2516, %r283732.us.i
+  %2518 = sext i32 %2517 to i64
+  %2519 = getelementptr inbounds i32, ptr %edges.i, i64 %2518
+  %2520 = load i32, ptr %2519, align 4, !tbaa !5
+  %2521 = select i1 %.not542.us.i.prol, i32 0, i32 %2520
+  store i32 %2521, ptr %2519, align 4, !tbaa !5
+  %indvars.iv.next965.i.prol = add nuw nsw i64 %indvars.iv964.i.prol, 1
+  %prol.iter982.next = add i64 %prol.iter982, 1
+  %prol.iter982.cmp.not = icmp eq i64 %prol.iter982.next, %xtraiter980
+  br i1 %prol.iter982.cmp.not, label %for_body_c285.us.i.prol.loopexit, label %for_body_c285.us.i.prol, !prof !52, !llvm.loop !64
+
+for_body_c285.us.i.prol.loopexit:                 ; preds = %for_body_c285.us.i.prol, %for_body_c285.us.i.preheader
+  %indvars.iv964.i.unr = phi i64 [ %indvars.iv964.i.ph, %for_body_c285.us.i.preheader ], [ %indvars.iv.next965.i.prol, %for_body_c285.us.i.prol ]
+  %2522 = sub nsw i64 %indvars.iv964.i.ph, %2491
+  %2523 = icmp ugt i64 %2522, -4
+  br i1 %2523, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i, !prof !16
+
+for_body_c285.us.i:                               ; preds = %for_body_c285.us.i, %for_body_c285.us.i.prol.loopexit
+  %indvars.iv964.i = phi i64 [ %indvars.iv.next965.i.3, %for_body_c285.us.i ], [ %indvars.iv964.i.unr, %for_body_c285.us.i.prol.loopexit ]
+  %2524 = getelementptr i8, ptr %2488, i64 %indvars.iv964.i
+  %2525 = load i8, ptr %2524, align 1, !tbaa !5
+  %.not542.us.i = icmp eq i8 %2525, 0
+  %2526 = trunc i64 %indvars.iv964.i to i32
+  %2527 = add i32 %831, %2526
+  %2528 = shl i32 %2527, 4
+  %2529 = add nsw i32 %2528, %r283732.us.i
+  %2530 = sext i32 %2529 to i64
+  %2531 = getelementptr inbounds i32, ptr %edges.i, i64 %2530
+  %2532 = load i32, ptr %2531, align 4, !tbaa !5
+  %2533 = select i1 %.not542.us.i, i32 0, i32 %2532
+  store i32 %2533, ptr %2531, align 4, !tbaa !5
+  %indvars.iv.next965.i = add nuw nsw i64 %indvars.iv964.i, 1
+  %2534 = getelementptr i8, ptr %2488, i64 %indvars.iv.next965.i
+  %2535 = load i8, ptr %2534, align 1, !tbaa !5
+  %.not542.us.i.1 = icmp eq i8 %2535, 0
+  %2536 = trunc i64 %indvars.iv.next965.i to i32
+  %2537 = add i32 %831, %2536
+  %2538 = shl i32 %2537, 4
+  %2539 = add nsw i32 %2538, %r283732.us.i
+  %2540 = sext i32 %2539 to i64
+  %2541 = getelementptr inbounds i32, ptr %edges.i, i64 %2540
+  %2542 = load i32, ptr %2541, align 4, !tbaa !5
+  %2543 = select i1 %.not542.us.i.1, i32 0, i32 %2542
+  store i32 %2543, ptr %2541, align 4, !tbaa !5
+  %indvars.iv.next965.i.1 = add nuw nsw i64 %indvars.iv964.i, 2
+  %2544 = getelementptr i8, ptr %2488, i64 %indvars.iv.next965.i.1
+  %2545 = load i8, ptr %2544, align 1, !tbaa !5
+  %.not542.us.i.2 = icmp eq i8 %2545, 0
+  %2546 = trunc i64 %indvars.iv.next965.i.1 to i32
+  %2547 = add i32 %831, %2546
+  %2548 = shl i32 %2547, 4
+  %2549 = add nsw i32 %2548, %r283732.us.i
+  %2550 = sext i32 %2549 to i64
+  %2551 = getelementptr inbounds i32, ptr %edges.i, i64 %2550
+  %2552 = load i32, ptr %2551, align 4, !tbaa !5
+  %2553 = select i1 %.not542.us.i.2, i32 0, i32 %2552
+  store i32 %2553, ptr %2551, align 4, !tbaa !5
+  %indvars.iv.next965.i.2 = add nuw nsw i64 %indvars.iv964.i, 3
+  %2554 = getelementptr i8, ptr %2488, i64 %indvars.iv.next965.i.2
+  %2555 = load i8, ptr %2554, align 1, !tbaa !5
+  %.not542.us.i.3 = icmp eq i8 %2555, 0
+  %2556 = trunc i64 %indvars.iv.next965.i.2 to i32
+  %2557 = add i32 %831, %2556
+  %2558 = shl i32 %2557, 4
+  %2559 = add nsw i32 %2558, %r283732.us.i
+  %2560 = sext i32 %2559 to i64
+  %2561 = getelementptr inbounds i32, ptr %edges.i, i64 %2560
+  %2562 = load i32, ptr %2561, align 4, !tbaa !5
+  %2563 = select i1 %.not542.us.i.3, i32 0, i32 %2562
+  store i32 %2563, ptr %2561, align 4, !tbaa !5
+  %indvars.iv.next965.i.3 = add nuw nsw i64 %indvars.iv964.i, 4
+  %exitcond231.not.3 = icmp eq i64 %indvars.iv.next965.i.3, %2491
+  br i1 %exitcond231.not.3, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i, !prof !55, !llvm.loop !65
+
+for_begin_c284.for_end_c286_crit_edge.us.i:       ; preds = %for_body_c285.us.i, %for_body_c285.us.i.prol.loopexit, %middle.block438
+  %2564 = add nuw nsw i32 %r283732.us.i, 1
+  %exitcond968.not.i = icmp eq i32 %2564, 16
+  br i1 %exitcond968.not.i, label %if_end278.i, label %for_body_r280.us.i, !prof !13
+
+if_end278.i:                                      ; preds = %for_begin_c284.for_end_c286_crit_edge.us.i, %for_end_to269.i
+  %.not811.i = icmp eq i32 %num_full.i, 0
+  %2565 = and i32 %2419, 2147483640
+  %2566 = icmp sgt i32 %valid_len176.i, %2565
+  %2567 = shl i32 %1506, 11
+  %2568 = shl nuw nsw i32 %num_full.i, 7
+  %2569 = shl nuw nsw i32 %num_full.i, 10
+  %2570 = fmul <16 x float> %2390, zeroinitializer
+  %2571 = zext nneg i32 %2568 to i64
+  %2572 = sext i32 %2567 to i64
+  %wide.trip.count978.i = zext nneg i32 %num_full.i to i64
+  %smin232 = tail call i32 @llvm.smin.i32(i32 %span518.sroa.3.0.lcssa.i, i32 %1511)
+  %smin233 = tail call i32 @llvm.smin.i32(i32 %smin232, i32 %indvars.iv220)
+  %smin234 = tail call i32 @llvm.smin.i32(i32 %smin233, i32 %363)
+  %2573 = add i32 %indvars.iv217, %smin234
+  %2574 = tail call i32 @llvm.smin.i32(i32 %2573, i32 128)
+  %smin235 = sext i32 %2574 to i64
+  %2575 = shl nuw nsw i64 %wide.trip.count978.i, 3
+  %2576 = sub nsw i64 %smin235, %2575
+  %smax236 = tail call i64 @llvm.smax.i64(i64 %2576, i64 1)
+  br label %for_begin_to289.preheader.i
+
+for_begin_to289.preheader.i:                      ; preds = %if_end319.i, %if_end278.i
+  %indvars.iv984.i = phi i64 [ 0, %if_end278.i ], [ %indvars.iv.next985.i, %if_end319.i ]
+  br i1 %.not811.i, label %for_end_to291.i, label %for_begin_ti294.preheader.lr.ph.i, !prof !16
+
+for_begin_ti294.preheader.lr.ph.i:                ; preds = %for_begin_to289.preheader.i
+  %2577 = shl i64 %indvars.iv984.i, 2
+  %2578 = and i64 %2577, 12
+  %2579 = shl i64 %indvars.iv984.i, 3
+  %2580 = and i64 %2579, 96
+  %invariant.gep146 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2580
+  %invariant.gep148 = getelementptr inbounds nuw float, ptr %invariant.gep146, i64 %2578
+  br label %for_begin_ti294.preheader.i
+
+for_begin_ti294.preheader.i:                      ; preds = %for_begin_ti294.preheader.i, %for_begin_ti294.preheader.lr.ph.i
+  %indvars.iv974.i = phi i64 [ 0, %for_begin_ti294.preheader.lr.ph.i ], [ %indvars.iv.next975.i, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.28.0753.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2915, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.24.0752.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2910, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.20.0751.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2905, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.16.0750.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2900, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.12.0749.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2895, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.8.0748.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2890, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.4.0747.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2885, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.0.0746.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2880, %for_begin_ti294.preheader.i ]
+  %.idx77 = shl nsw i64 %indvars.iv974.i, 9
+  %2581 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx77
+  %2582 = load <16 x float>, ptr %2581, align 4, !tbaa !5
+  %.idx78 = shl nsw i64 %indvars.iv974.i, 12
+  %gep149 = getelementptr inbounds nuw i8, ptr %invariant.gep148, i64 %.idx78
+  %2583 = load float, ptr %gep149, align 4, !tbaa !5
+  %2584 = insertelement <16 x float> poison, float %2583, i64 0
+  %2585 = shufflevector <16 x float> %2584, <16 x float> poison, <16 x i32> zeroinitializer
+  %2586 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2585, <16 x float> %full_acc507.sroa.0.0746.i)
+  %2587 = getelementptr inbounds nuw i8, ptr %gep149, i64 64
+  %2588 = load float, ptr %2587, align 4, !tbaa !5
+  %2589 = insertelement <16 x float> poison, float %2588, i64 0
+  %2590 = shufflevector <16 x float> %2589, <16 x float> poison, <16 x i32> zeroinitializer
+  %2591 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2590, <16 x float> %full_acc507.sroa.4.0747.i)
+  %2592 = getelementptr inbounds nuw i8, ptr %gep149, i64 4
+  %2593 = load float, ptr %2592, align 4, !tbaa !5
+  %2594 = insertelement <16 x float> poison, float %2593, i64 0
+  %2595 = shufflevector <16 x float> %2594, <16 x float> poison, <16 x i32> zeroinitializer
+  %2596 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2595, <16 x float> %full_acc507.sroa.8.0748.i)
+  %2597 = getelementptr inbounds nuw i8, ptr %gep149, i64 68
+  %2598 = load float, ptr %2597, align 4, !tbaa !5
+  %2599 = insertelement <16 x float> poison, float %2598, i64 0
+  %2600 = shufflevector <16 x float> %2599, <16 x float> poison, <16 x i32> zeroinitializer
+  %2601 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2600, <16 x float> %full_acc507.sroa.12.0749.i)
+  %2602 = getelementptr inbounds nuw i8, ptr %gep149, i64 8
+  %2603 = load float, ptr %2602, align 4, !tbaa !5
+  %2604 = insertelement <16 x float> poison, float %2603, i64 0
+  %2605 = shufflevector <16 x float> %2604, <16 x float> poison, <16 x i32> zeroinitializer
+  %2606 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2605, <16 x float> %full_acc507.sroa.16.0750.i)
+  %2607 = getelementptr inbounds nuw i8, ptr %gep149, i64 72
+  %2608 = load float, ptr %2607, align 4, !tbaa !5
+  %2609 = insertelement <16 x float> poison, float %2608, i64 0
+  %2610 = shufflevector <16 x float> %2609, <16 x float> poison, <16 x i32> zeroinitializer
+  %2611 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2610, <16 x float> %full_acc507.sroa.20.0751.i)
+  %2612 = getelementptr inbounds nuw i8, ptr %gep149, i64 12
+  %2613 = load float, ptr %2612, align 4, !tbaa !5
+  %2614 = insertelement <16 x float> poison, float %2613, i64 0
+  %2615 = shufflevector <16 x float> %2614, <16 x float> poison, <16 x i32> zeroinitializer
+  %2616 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2615, <16 x float> %full_acc507.sroa.24.0752.i)
+  %2617 = getelementptr inbounds nuw i8, ptr %gep149, i64 76
+  %2618 = load float, ptr %2617, align 4, !tbaa !5
+  %2619 = insertelement <16 x float> poison, float %2618, i64 0
+  %2620 = shufflevector <16 x float> %2619, <16 x float> poison, <16 x i32> zeroinitializer
+  %2621 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2582, <16 x float> %2620, <16 x float> %full_acc507.sroa.28.0753.i)
+  %2622 = getelementptr inbounds nuw i8, ptr %2581, i64 64
+  %2623 = load <16 x float>, ptr %2622, align 4, !tbaa !5
+  %2624 = getelementptr inbounds nuw i8, ptr %gep149, i64 512
+  %2625 = load float, ptr %2624, align 4, !tbaa !5
+  %2626 = insertelement <16 x float> poison, float %2625, i64 0
+  %2627 = shufflevector <16 x float> %2626, <16 x float> poison, <16 x i32> zeroinitializer
+  %2628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2627, <16 x float> %2586)
+  %2629 = getelementptr inbounds nuw i8, ptr %gep149, i64 576
+  %2630 = load float, ptr %2629, align 4, !tbaa !5
+  %2631 = insertelement <16 x float> poison, float %2630, i64 0
+  %2632 = shufflevector <16 x float> %2631, <16 x float> poison, <16 x i32> zeroinitializer
+  %2633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2632, <16 x float> %2591)
+  %2634 = getelementptr inbounds nuw i8, ptr %gep149, i64 516
+  %2635 = load float, ptr %2634, align 4, !tbaa !5
+  %2636 = insertelement <16 x float> poison, float %2635, i64 0
+  %2637 = shufflevector <16 x float> %2636, <16 x float> poison, <16 x i32> zeroinitializer
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2637, <16 x float> %2596)
+  %2639 = getelementptr inbounds nuw i8, ptr %gep149, i64 580
+  %2640 = load float, ptr %2639, align 4, !tbaa !5
+  %2641 = insertelement <16 x float> poison, float %2640, i64 0
+  %2642 = shufflevector <16 x float> %2641, <16 x float> poison, <16 x i32> zeroinitializer
+  %2643 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2642, <16 x float> %2601)
+  %2644 = getelementptr inbounds nuw i8, ptr %gep149, i64 520
+  %2645 = load float, ptr %2644, align 4, !tbaa !5
+  %2646 = insertelement <16 x float> poison, float %2645, i64 0
+  %2647 = shufflevector <16 x float> %2646, <16 x float> poison, <16 x i32> zeroinitializer
+  %2648 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2647, <16 x float> %2606)
+  %2649 = getelementptr inbounds nuw i8, ptr %gep149, i64 584
+  %2650 = load float, ptr %2649, align 4, !tbaa !5
+  %2651 = insertelement <16 x float> poison, float %2650, i64 0
+  %2652 = shufflevector <16 x float> %2651, <16 x float> poison, <16 x i32> zeroinitializer
+  %2653 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2652, <16 x float> %2611)
+  %2654 = getelementptr inbounds nuw i8, ptr %gep149, i64 524
+  %2655 = load float, ptr %2654, align 4, !tbaa !5
+  %2656 = insertelement <16 x float> poison, float %2655, i64 0
+  %2657 = shufflevector <16 x float> %2656, <16 x float> poison, <16 x i32> zeroinitializer
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2657, <16 x float> %2616)
+  %2659 = getelementptr inbounds nuw i8, ptr %gep149, i64 588
+  %2660 = load float, ptr %2659, align 4, !tbaa !5
+  %2661 = insertelement <16 x float> poison, float %2660, i64 0
+  %2662 = shufflevector <16 x float> %2661, <16 x float> poison, <16 x i32> zeroinitializer
+  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2623, <16 x float> %2662, <16 x float> %2621)
+  %2664 = getelementptr inbounds nuw i8, ptr %2581, i64 128
+  %2665 = load <16 x float>, ptr %2664, align 4, !tbaa !5
+  %2666 = getelementptr inbounds nuw i8, ptr %gep149, i64 1024
+  %2667 = load float, ptr %2666, align 4, !tbaa !5
+  %2668 = insertelement <16 x float> poison, float %2667, i64 0
+  %2669 = shufflevector <16 x float> %2668, <16 x float> poison, <16 x i32> zeroinitializer
+  %2670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2669, <16 x float> %2628)
+  %2671 = getelementptr inbounds nuw i8, ptr %gep149, i64 1088
+  %2672 = load float, ptr %2671, align 4, !tbaa !5
+  %2673 = insertelement <16 x float> poison, float %2672, i64 0
+  %2674 = shufflevector <16 x float> %2673, <16 x float> poison, <16 x i32> zeroinitializer
+  %2675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2674, <16 x float> %2633)
+  %2676 = getelementptr inbounds nuw i8, ptr %gep149, i64 1028
+  %2677 = load float, ptr %2676, align 4, !tbaa !5
+  %2678 = insertelement <16 x float> poison, float %2677, i64 0
+  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
+  %2680 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2679, <16 x float> %2638)
+  %2681 = getelementptr inbounds nuw i8, ptr %gep149, i64 1092
+  %2682 = load float, ptr %2681, align 4, !tbaa !5
+  %2683 = insertelement <16 x float> poison, float %2682, i64 0
+  %2684 = shufflevector <16 x float> %2683, <16 x float> poison, <16 x i32> zeroinitializer
+  %2685 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2684, <16 x float> %2643)
+  %2686 = getelementptr inbounds nuw i8, ptr %gep149, i64 1032
+  %2687 = load float, ptr %2686, align 4, !tbaa !5
+  %2688 = insertelement <16 x float> poison, float %2687, i64 0
+  %2689 = shufflevector <16 x float> %2688, <16 x float> poison, <16 x i32> zeroinitializer
+  %2690 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2689, <16 x float> %2648)
+  %2691 = getelementptr inbounds nuw i8, ptr %gep149, i64 1096
+  %2692 = load float, ptr %2691, align 4, !tbaa !5
+  %2693 = insertelement <16 x float> poison, float %2692, i64 0
+  %2694 = shufflevector <16 x float> %2693, <16 x float> poison, <16 x i32> zeroinitializer
+  %2695 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2694, <16 x float> %2653)
+  %2696 = getelementptr inbounds nuw i8, ptr %gep149, i64 1036
+  %2697 = load float, ptr %2696, align 4, !tbaa !5
+  %2698 = insertelement <16 x float> poison, float %2697, i64 0
+  %2699 = shufflevector <16 x float> %2698, <16 x float> poison, <16 x i32> zeroinitializer
+  %2700 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2699, <16 x float> %2658)
+  %2701 = getelementptr inbounds nuw i8, ptr %gep149, i64 1100
+  %2702 = load float, ptr %2701, align 4, !tbaa !5
+  %2703 = insertelement <16 x float> poison, float %2702, i64 0
+  %2704 = shufflevector <16 x float> %2703, <16 x float> poison, <16 x i32> zeroinitializer
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2665, <16 x float> %2704, <16 x float> %2663)
+  %2706 = getelementptr inbounds nuw i8, ptr %2581, i64 192
+  %2707 = load <16 x float>, ptr %2706, align 4, !tbaa !5
+  %2708 = getelementptr inbounds nuw i8, ptr %gep149, i64 1536
+  %2709 = load float, ptr %2708, align 4, !tbaa !5
+  %2710 = insertelement <16 x float> poison, float %2709, i64 0
+  %2711 = shufflevector <16 x float> %2710, <16 x float> poison, <16 x i32> zeroinitializer
+  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2711, <16 x float> %2670)
+  %2713 = getelementptr inbounds nuw i8, ptr %gep149, i64 1600
+  %2714 = load float, ptr %2713, align 4, !tbaa !5
+  %2715 = insertelement <16 x float> poison, float %2714, i64 0
+  %2716 = shufflevector <16 x float> %2715, <16 x float> poison, <16 x i32> zeroinitializer
+  %2717 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2716, <16 x float> %2675)
+  %2718 = getelementptr inbounds nuw i8, ptr %gep149, i64 1540
+  %2719 = load float, ptr %2718, align 4, !tbaa !5
+  %2720 = insertelement <16 x float> poison, float %2719, i64 0
+  %2721 = shufflevector <16 x float> %2720, <16 x float> poison, <16 x i32> zeroinitializer
+  %2722 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2721, <16 x float> %2680)
+  %2723 = getelementptr inbounds nuw i8, ptr %gep149, i64 1604
+  %2724 = load float, ptr %2723, align 4, !tbaa !5
+  %2725 = insertelement <16 x float> poison, float %2724, i64 0
+  %2726 = shufflevector <16 x float> %2725, <16 x float> poison, <16 x i32> zeroinitializer
+  %2727 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2726, <16 x float> %2685)
+  %2728 = getelementptr inbounds nuw i8, ptr %gep149, i64 1544
+  %2729 = load float, ptr %2728, align 4, !tbaa !5
+  %2730 = insertelement <16 x float> poison, float %2729, i64 0
+  %2731 = shufflevector <16 x float> %2730, <16 x float> poison, <16 x i32> zeroinitializer
+  %2732 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2731, <16 x float> %2690)
+  %2733 = getelementptr inbounds nuw i8, ptr %gep149, i64 1608
+  %2734 = load float, ptr %2733, align 4, !tbaa !5
+  %2735 = insertelement <16 x float> poison, float %2734, i64 0
+  %2736 = shufflevector <16 x float> %2735, <16 x float> poison, <16 x i32> zeroinitializer
+  %2737 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2736, <16 x float> %2695)
+  %2738 = getelementptr inbounds nuw i8, ptr %gep149, i64 1548
+  %2739 = load float, ptr %2738, align 4, !tbaa !5
+  %2740 = insertelement <16 x float> poison, float %2739, i64 0
+  %2741 = shufflevector <16 x float> %2740, <16 x float> poison, <16 x i32> zeroinitializer
+  %2742 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2741, <16 x float> %2700)
+  %2743 = getelementptr inbounds nuw i8, ptr %gep149, i64 1612
+  %2744 = load float, ptr %2743, align 4, !tbaa !5
+  %2745 = insertelement <16 x float> poison, float %2744, i64 0
+  %2746 = shufflevector <16 x float> %2745, <16 x float> poison, <16 x i32> zeroinitializer
+  %2747 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2707, <16 x float> %2746, <16 x float> %2705)
+  %2748 = getelementptr inbounds nuw i8, ptr %2581, i64 256
+  %2749 = load <16 x float>, ptr %2748, align 4, !tbaa !5
+  %2750 = getelementptr inbounds nuw i8, ptr %gep149, i64 2048
+  %2751 = load float, ptr %2750, align 4, !tbaa !5
+  %2752 = insertelement <16 x float> poison, float %2751, i64 0
+  %2753 = shufflevector <16 x float> %2752, <16 x float> poison, <16 x i32> zeroinitializer
+  %2754 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2753, <16 x float> %2712)
+  %2755 = getelementptr inbounds nuw i8, ptr %gep149, i64 2112
+  %2756 = load float, ptr %2755, align 4, !tbaa !5
+  %2757 = insertelement <16 x float> poison, float %2756, i64 0
+  %2758 = shufflevector <16 x float> %2757, <16 x float> poison, <16 x i32> zeroinitializer
+  %2759 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2758, <16 x float> %2717)
+  %2760 = getelementptr inbounds nuw i8, ptr %gep149, i64 2052
+  %2761 = load float, ptr %2760, align 4, !tbaa !5
+  %2762 = insertelement <16 x float> poison, float %2761, i64 0
+  %2763 = shufflevector <16 x float> %2762, <16 x float> poison, <16 x i32> zeroinitializer
+  %2764 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2763, <16 x float> %2722)
+  %2765 = getelementptr inbounds nuw i8, ptr %gep149, i64 2116
+  %2766 = load float, ptr %2765, align 4, !tbaa !5
+  %2767 = insertelement <16 x float> poison, float %2766, i64 0
+  %2768 = shufflevector <16 x float> %2767, <16 x float> poison, <16 x i32> zeroinitializer
+  %2769 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2768, <16 x float> %2727)
+  %2770 = getelementptr inbounds nuw i8, ptr %gep149, i64 2056
+  %2771 = load float, ptr %2770, align 4, !tbaa !5
+  %2772 = insertelement <16 x float> poison, float %2771, i64 0
+  %2773 = shufflevector <16 x float> %2772, <16 x float> poison, <16 x i32> zeroinitializer
+  %2774 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2773, <16 x float> %2732)
+  %2775 = getelementptr inbounds nuw i8, ptr %gep149, i64 2120
+  %2776 = load float, ptr %2775, align 4, !tbaa !5
+  %2777 = insertelement <16 x float> poison, float %2776, i64 0
+  %2778 = shufflevector <16 x float> %2777, <16 x float> poison, <16 x i32> zeroinitializer
+  %2779 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2778, <16 x float> %2737)
+  %2780 = getelementptr inbounds nuw i8, ptr %gep149, i64 2060
+  %2781 = load float, ptr %2780, align 4, !tbaa !5
+  %2782 = insertelement <16 x float> poison, float %2781, i64 0
+  %2783 = shufflevector <16 x float> %2782, <16 x float> poison, <16 x i32> zeroinitializer
+  %2784 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2783, <16 x float> %2742)
+  %2785 = getelementptr inbounds nuw i8, ptr %gep149, i64 2124
+  %2786 = load float, ptr %2785, align 4, !tbaa !5
+  %2787 = insertelement <16 x float> poison, float %2786, i64 0
+  %2788 = shufflevector <16 x float> %2787, <16 x float> poison, <16 x i32> zeroinitializer
+  %2789 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2749, <16 x float> %2788, <16 x float> %2747)
+  %2790 = getelementptr inbounds nuw i8, ptr %2581, i64 320
+  %2791 = load <16 x float>, ptr %2790, align 4, !tbaa !5
+  %2792 = getelementptr inbounds nuw i8, ptr %gep149, i64 2560
+  %2793 = load float, ptr %2792, align 4, !tbaa !5
+  %2794 = insertelement <16 x float> poison, float %2793, i64 0
+  %2795 = shufflevector <16 x float> %2794, <16 x float> poison, <16 x i32> zeroinitializer
+  %2796 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2795, <16 x float> %2754)
+  %2797 = getelementptr inbounds nuw i8, ptr %gep149, i64 2624
+  %2798 = load float, ptr %2797, align 4, !tbaa !5
+  %2799 = insertelement <16 x float> poison, float %2798, i64 0
+  %2800 = shufflevector <16 x float> %2799, <16 x float> poison, <16 x i32> zeroinitializer
+  %2801 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2800, <16 x float> %2759)
+  %2802 = getelementptr inbounds nuw i8, ptr %gep149, i64 2564
+  %2803 = load float, ptr %2802, align 4, !tbaa !5
+  %2804 = insertelement <16 x float> poison, float %2803, i64 0
+  %2805 = shufflevector <16 x float> %2804, <16 x float> poison, <16 x i32> zeroinitializer
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2805, <16 x float> %2764)
+  %2807 = getelementptr inbounds nuw i8, ptr %gep149, i64 2628
+  %2808 = load float, ptr %2807, align 4, !tbaa !5
+  %2809 = insertelement <16 x float> poison, float %2808, i64 0
+  %2810 = shufflevector <16 x float> %2809, <16 x float> poison, <16 x i32> zeroinitializer
+  %2811 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2810, <16 x float> %2769)
+  %2812 = getelementptr inbounds nuw i8, ptr %gep149, i64 2568
+  %2813 = load float, ptr %2812, align 4, !tbaa !5
+  %2814 = insertelement <16 x float> poison, float %2813, i64 0
+  %2815 = shufflevector <16 x float> %2814, <16 x float> poison, <16 x i32> zeroinitializer
+  %2816 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2815, <16 x float> %2774)
+  %2817 = getelementptr inbounds nuw i8, ptr %gep149, i64 2632
+  %2818 = load float, ptr %2817, align 4, !tbaa !5
+  %2819 = insertelement <16 x float> poison, float %2818, i64 0
+  %2820 = shufflevector <16 x float> %2819, <16 x float> poison, <16 x i32> zeroinitializer
+  %2821 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2820, <16 x float> %2779)
+  %2822 = getelementptr inbounds nuw i8, ptr %gep149, i64 2572
+  %2823 = load float, ptr %2822, align 4, !tbaa !5
+  %2824 = insertelement <16 x float> poison, float %2823, i64 0
+  %2825 = shufflevector <16 x float> %2824, <16 x float> poison, <16 x i32> zeroinitializer
+  %2826 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2825, <16 x float> %2784)
+  %2827 = getelementptr inbounds nuw i8, ptr %gep149, i64 2636
+  %2828 = load float, ptr %2827, align 4, !tbaa !5
+  %2829 = insertelement <16 x float> poison, float %2828, i64 0
+  %2830 = shufflevector <16 x float> %2829, <16 x float> poison, <16 x i32> zeroinitializer
+  %2831 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2791, <16 x float> %2830, <16 x float> %2789)
+  %2832 = getelementptr inbounds nuw i8, ptr %2581, i64 384
+  %2833 = load <16 x float>, ptr %2832, align 4, !tbaa !5
+  %2834 = getelementptr inbounds nuw i8, ptr %gep149, i64 3072
+  %2835 = load float, ptr %2834, align 4, !tbaa !5
+  %2836 = insertelement <16 x float> poison, float %2835, i64 0
+  %2837 = shufflevector <16 x float> %2836, <16 x float> poison, <16 x i32> zeroinitializer
+  %2838 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2837, <16 x float> %2796)
+  %2839 = getelementptr inbounds nuw i8, ptr %gep149, i64 3136
+  %2840 = load float, ptr %2839, align 4, !tbaa !5
+  %2841 = insertelement <16 x float> poison, float %2840, i64 0
+  %2842 = shufflevector <16 x float> %2841, <16 x float> poison, <16 x i32> zeroinitializer
+  %2843 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2842, <16 x float> %2801)
+  %2844 = getelementptr inbounds nuw i8, ptr %gep149, i64 3076
+  %2845 = load float, ptr %2844, align 4, !tbaa !5
+  %2846 = insertelement <16 x float> poison, float %2845, i64 0
+  %2847 = shufflevector <16 x float> %2846, <16 x float> poison, <16 x i32> zeroinitializer
+  %2848 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2847, <16 x float> %2806)
+  %2849 = getelementptr inbounds nuw i8, ptr %gep149, i64 3140
+  %2850 = load float, ptr %2849, align 4, !tbaa !5
+  %2851 = insertelement <16 x float> poison, float %2850, i64 0
+  %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
+  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2852, <16 x float> %2811)
+  %2854 = getelementptr inbounds nuw i8, ptr %gep149, i64 3080
+  %2855 = load float, ptr %2854, align 4, !tbaa !5
+  %2856 = insertelement <16 x float> poison, float %2855, i64 0
+  %2857 = shufflevector <16 x float> %2856, <16 x float> poison, <16 x i32> zeroinitializer
+  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2857, <16 x float> %2816)
+  %2859 = getelementptr inbounds nuw i8, ptr %gep149, i64 3144
+  %2860 = load float, ptr %2859, align 4, !tbaa !5
+  %2861 = insertelement <16 x float> poison, float %2860, i64 0
+  %2862 = shufflevector <16 x float> %2861, <16 x float> poison, <16 x i32> zeroinitializer
+  %2863 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2862, <16 x float> %2821)
+  %2864 = getelementptr inbounds nuw i8, ptr %gep149, i64 3084
+  %2865 = load float, ptr %2864, align 4, !tbaa !5
+  %2866 = insertelement <16 x float> poison, float %2865, i64 0
+  %2867 = shufflevector <16 x float> %2866, <16 x float> poison, <16 x i32> zeroinitializer
+  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2867, <16 x float> %2826)
+  %2869 = getelementptr inbounds nuw i8, ptr %gep149, i64 3148
+  %2870 = load float, ptr %2869, align 4, !tbaa !5
+  %2871 = insertelement <16 x float> poison, float %2870, i64 0
+  %2872 = shufflevector <16 x float> %2871, <16 x float> poison, <16 x i32> zeroinitializer
+  %2873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2833, <16 x float> %2872, <16 x float> %2831)
+  %2874 = getelementptr inbounds nuw i8, ptr %2581, i64 448
+  %2875 = load <16 x float>, ptr %2874, align 4, !tbaa !5
+  %2876 = getelementptr inbounds nuw i8, ptr %gep149, i64 3584
+  %2877 = load float, ptr %2876, align 4, !tbaa !5
+  %2878 = insertelement <16 x float> poison, float %2877, i64 0
+  %2879 = shufflevector <16 x float> %2878, <16 x float> poison, <16 x i32> zeroinitializer
+  %2880 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2879, <16 x float> %2838)
+  %2881 = getelementptr inbounds nuw i8, ptr %gep149, i64 3648
+  %2882 = load float, ptr %2881, align 4, !tbaa !5
+  %2883 = insertelement <16 x float> poison, float %2882, i64 0
+  %2884 = shufflevector <16 x float> %2883, <16 x float> poison, <16 x i32> zeroinitializer
+  %2885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2884, <16 x float> %2843)
+  %2886 = getelementptr inbounds nuw i8, ptr %gep149, i64 3588
+  %2887 = load float, ptr %2886, align 4, !tbaa !5
+  %2888 = insertelement <16 x float> poison, float %2887, i64 0
+  %2889 = shufflevector <16 x float> %2888, <16 x float> poison, <16 x i32> zeroinitializer
+  %2890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2889, <16 x float> %2848)
+  %2891 = getelementptr inbounds nuw i8, ptr %gep149, i64 3652
+  %2892 = load float, ptr %2891, align 4, !tbaa !5
+  %2893 = insertelement <16 x float> poison, float %2892, i64 0
+  %2894 = shufflevector <16 x float> %2893, <16 x float> poison, <16 x i32> zeroinitializer
+  %2895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2894, <16 x float> %2853)
+  %2896 = getelementptr inbounds nuw i8, ptr %gep149, i64 3592
+  %2897 = load float, ptr %2896, align 4, !tbaa !5
+  %2898 = insertelement <16 x float> poison, float %2897, i64 0
+  %2899 = shufflevector <16 x float> %2898, <16 x float> poison, <16 x i32> zeroinitializer
+  %2900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2899, <16 x float> %2858)
+  %2901 = getelementptr inbounds nuw i8, ptr %gep149, i64 3656
+  %2902 = load float, ptr %2901, align 4, !tbaa !5
+  %2903 = insertelement <16 x float> poison, float %2902, i64 0
+  %2904 = shufflevector <16 x float> %2903, <16 x float> poison, <16 x i32> zeroinitializer
+  %2905 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2904, <16 x float> %2863)
+  %2906 = getelementptr inbounds nuw i8, ptr %gep149, i64 3596
+  %2907 = load float, ptr %2906, align 4, !tbaa !5
+  %2908 = insertelement <16 x float> poison, float %2907, i64 0
+  %2909 = shufflevector <16 x float> %2908, <16 x float> poison, <16 x i32> zeroinitializer
+  %2910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2909, <16 x float> %2868)
+  %2911 = getelementptr inbounds nuw i8, ptr %gep149, i64 3660
+  %2912 = load float, ptr %2911, align 4, !tbaa !5
+  %2913 = insertelement <16 x float> poison, float %2912, i64 0
+  %2914 = shufflevector <16 x float> %2913, <16 x float> poison, <16 x i32> zeroinitializer
+  %2915 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2875, <16 x float> %2914, <16 x float> %2873)
+  %indvars.iv.next975.i = add nuw nsw i64 %indvars.iv974.i, 1
+  %exitcond979.not.i = icmp eq i64 %indvars.iv.next975.i, %wide.trip.count978.i
+  br i1 %exitcond979.not.i, label %for_end_to291.i, label %for_begin_ti294.preheader.i, !prof !13
+
+for_end_to291.i:                                  ; preds = %for_begin_ti294.preheader.i, %for_begin_to289.preheader.i
+  %full_acc507.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2880, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2885, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2890, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2895, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2900, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2905, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2910, %for_begin_ti294.preheader.i ]
+  %full_acc507.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2915, %for_begin_ti294.preheader.i ]
+  br i1 %2566, label %for_body_ti300.lr.ph.i, label %for_end_ti301.i, !prof !3
+
+for_body_ti300.lr.ph.i:                           ; preds = %for_end_to291.i
+  %indvars.iv984.tr.i = trunc i64 %indvars.iv984.i to i32
+  %2916 = shl i32 %indvars.iv984.tr.i, 2
+  %2917 = and i32 %2916, 12
+  %2918 = shl i32 %indvars.iv984.tr.i, 3
+  %2919 = and i32 %2918, 96
+  %invariant.op781.i = or disjoint i32 %2919, %2569
+  %invariant.op783.i = or disjoint i32 %invariant.op781.i, %2917
+  %2920 = zext nneg i32 %invariant.op783.i to i64
+  %invariant.gep1173.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2920
+  br label %for_body_ti300.i
+
+for_body_ti300.i:                                 ; preds = %for_body_ti300.i, %for_body_ti300.lr.ph.i
+  %indvars.iv980.i = phi i64 [ 0, %for_body_ti300.lr.ph.i ], [ %indvars.iv.next981.i, %for_body_ti300.i ]
+  %tile_acc508.sroa.0.0771.i = phi <16 x float> [ %full_acc507.sroa.0.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2932, %for_body_ti300.i ]
+  %tile_acc508.sroa.4.0770.i = phi <16 x float> [ %full_acc507.sroa.4.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2939, %for_body_ti300.i ]
+  %tile_acc508.sroa.9.0769.i = phi <16 x float> [ %full_acc507.sroa.8.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2946, %for_body_ti300.i ]
+  %tile_acc508.sroa.13.0768.i = phi <16 x float> [ %full_acc507.sroa.12.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2953, %for_body_ti300.i ]
+  %tile_acc508.sroa.18.0767.i = phi <16 x float> [ %full_acc507.sroa.16.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2960, %for_body_ti300.i ]
+  %tile_acc508.sroa.22.0766.i = phi <16 x float> [ %full_acc507.sroa.20.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2967, %for_body_ti300.i ]
+  %tile_acc508.sroa.27.0765.i = phi <16 x float> [ %full_acc507.sroa.24.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2974, %for_body_ti300.i ]
+  %tile_acc508.sroa.31.0764.i = phi <16 x float> [ %full_acc507.sroa.28.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2981, %for_body_ti300.i ]
+  %2921 = shl nsw i64 %indvars.iv980.i, 4
+  %2922 = add nuw nsw i64 %2921, %2571
+  %2923 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2922
+  %2924 = load <16 x float>, ptr %2923, align 4, !tbaa !5
+  %2925 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2922
+  %2926 = load <16 x i32>, ptr %2925, align 4, !tbaa !5
+  %.idx1105.i = shl nsw i64 %indvars.iv980.i, 9
+  %gep1174.i = getelementptr inbounds nuw i8, ptr %invariant.gep1173.i, i64 %.idx1105.i
+  %2927 = load i32, ptr %gep1174.i, align 4, !tbaa !5
+  %2928 = insertelement <16 x i32> poison, i32 %2927, i64 0
+  %2929 = shufflevector <16 x i32> %2928, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2930 = and <16 x i32> %2929, %2926
+  %2931 = bitcast <16 x i32> %2930 to <16 x float>
+  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2931, <16 x float> %tile_acc508.sroa.0.0771.i)
+  %2933 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 64
+  %2934 = load i32, ptr %2933, align 4, !tbaa !5
+  %2935 = insertelement <16 x i32> poison, i32 %2934, i64 0
+  %2936 = shufflevector <16 x i32> %2935, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2937 = and <16 x i32> %2936, %2926
+  %2938 = bitcast <16 x i32> %2937 to <16 x float>
+  %2939 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2938, <16 x float> %tile_acc508.sroa.4.0770.i)
+  %2940 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 4
+  %2941 = load i32, ptr %2940, align 4, !tbaa !5
+  %2942 = insertelement <16 x i32> poison, i32 %2941, i64 0
+  %2943 = shufflevector <16 x i32> %2942, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2944 = and <16 x i32> %2943, %2926
+  %2945 = bitcast <16 x i32> %2944 to <16 x float>
+  %2946 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2945, <16 x float> %tile_acc508.sroa.9.0769.i)
+  %2947 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 68
+  %2948 = load i32, ptr %2947, align 4, !tbaa !5
+  %2949 = insertelement <16 x i32> poison, i32 %2948, i64 0
+  %2950 = shufflevector <16 x i32> %2949, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2951 = and <16 x i32> %2950, %2926
+  %2952 = bitcast <16 x i32> %2951 to <16 x float>
+  %2953 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2952, <16 x float> %tile_acc508.sroa.13.0768.i)
+  %2954 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 8
+  %2955 = load i32, ptr %2954, align 4, !tbaa !5
+  %2956 = insertelement <16 x i32> poison, i32 %2955, i64 0
+  %2957 = shufflevector <16 x i32> %2956, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2958 = and <16 x i32> %2957, %2926
+  %2959 = bitcast <16 x i32> %2958 to <16 x float>
+  %2960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2959, <16 x float> %tile_acc508.sroa.18.0767.i)
+  %2961 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 72
+  %2962 = load i32, ptr %2961, align 4, !tbaa !5
+  %2963 = insertelement <16 x i32> poison, i32 %2962, i64 0
+  %2964 = shufflevector <16 x i32> %2963, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2965 = and <16 x i32> %2964, %2926
+  %2966 = bitcast <16 x i32> %2965 to <16 x float>
+  %2967 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2966, <16 x float> %tile_acc508.sroa.22.0766.i)
+  %2968 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 12
+  %2969 = load i32, ptr %2968, align 4, !tbaa !5
+  %2970 = insertelement <16 x i32> poison, i32 %2969, i64 0
+  %2971 = shufflevector <16 x i32> %2970, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2972 = and <16 x i32> %2971, %2926
+  %2973 = bitcast <16 x i32> %2972 to <16 x float>
+  %2974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2973, <16 x float> %tile_acc508.sroa.27.0765.i)
+  %2975 = getelementptr inbounds nuw i8, ptr %gep1174.i, i64 76
+  %2976 = load i32, ptr %2975, align 4, !tbaa !5
+  %2977 = insertelement <16 x i32> poison, i32 %2976, i64 0
+  %2978 = shufflevector <16 x i32> %2977, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2979 = and <16 x i32> %2978, %2926
+  %2980 = bitcast <16 x i32> %2979 to <16 x float>
+  %2981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2924, <16 x float> %2980, <16 x float> %tile_acc508.sroa.31.0764.i)
+  %indvars.iv.next981.i = add nuw nsw i64 %indvars.iv980.i, 1
+  %exitcond237.not = icmp eq i64 %indvars.iv.next981.i, %smax236
+  br i1 %exitcond237.not, label %for_end_ti301.i, label %for_body_ti300.i, !prof !13
+
+for_end_ti301.i:                                  ; preds = %for_body_ti300.i, %for_end_to291.i
+  %tile_acc508.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.28.0.lcssa.i, %for_end_to291.i ], [ %2981, %for_body_ti300.i ]
+  %tile_acc508.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.24.0.lcssa.i, %for_end_to291.i ], [ %2974, %for_body_ti300.i ]
+  %tile_acc508.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.20.0.lcssa.i, %for_end_to291.i ], [ %2967, %for_body_ti300.i ]
+  %tile_acc508.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.16.0.lcssa.i, %for_end_to291.i ], [ %2960, %for_body_ti300.i ]
+  %tile_acc508.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.12.0.lcssa.i, %for_end_to291.i ], [ %2953, %for_body_ti300.i ]
+  %tile_acc508.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.8.0.lcssa.i, %for_end_to291.i ], [ %2946, %for_body_ti300.i ]
+  %tile_acc508.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.4.0.lcssa.i, %for_end_to291.i ], [ %2939, %for_body_ti300.i ]
+  %tile_acc508.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc507.sroa.0.0.lcssa.i, %for_end_to291.i ], [ %2932, %for_body_ti300.i ]
+  %2982 = shl nuw nsw i64 %indvars.iv984.i, 7
+  %2983 = add nuw nsw i64 %2982, %2572
+  %2984 = getelementptr inbounds float, ptr %acc.i, i64 %2983
+  br i1 %833, label %if_then318.i, label %if_end317.i, !prof !8
+
+if_end317.i:                                      ; preds = %for_end_ti301.i
+  %2985 = load <16 x float>, ptr %2984, align 4, !tbaa !5
+  %2986 = fmul <16 x float> %2390, %2985
+  %2987 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.0.0.lcssa.i, <16 x float> %2986)
+  store <16 x float> %2987, ptr %2984, align 4, !tbaa !5
+  %2988 = getelementptr i8, ptr %2984, i64 64
+  %2989 = load <16 x float>, ptr %2988, align 4, !tbaa !5
+  %2990 = fmul <16 x float> %2390, %2989
+  %2991 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.4.0.lcssa.i, <16 x float> %2990)
+  store <16 x float> %2991, ptr %2988, align 4, !tbaa !5
+  %2992 = getelementptr i8, ptr %2984, i64 128
+  %2993 = load <16 x float>, ptr %2992, align 4, !tbaa !5
+  %2994 = fmul <16 x float> %2390, %2993
+  %2995 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.9.0.lcssa.i, <16 x float> %2994)
+  store <16 x float> %2995, ptr %2992, align 4, !tbaa !5
+  %2996 = getelementptr i8, ptr %2984, i64 192
+  %2997 = load <16 x float>, ptr %2996, align 4, !tbaa !5
+  %2998 = fmul <16 x float> %2390, %2997
+  %2999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.13.0.lcssa.i, <16 x float> %2998)
+  store <16 x float> %2999, ptr %2996, align 4, !tbaa !5
+  %3000 = getelementptr i8, ptr %2984, i64 256
+  %3001 = load <16 x float>, ptr %3000, align 4, !tbaa !5
+  %3002 = fmul <16 x float> %2390, %3001
+  %3003 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.18.0.lcssa.i, <16 x float> %3002)
+  store <16 x float> %3003, ptr %3000, align 4, !tbaa !5
+  %3004 = getelementptr i8, ptr %2984, i64 320
+  %3005 = load <16 x float>, ptr %3004, align 4, !tbaa !5
+  %3006 = fmul <16 x float> %2390, %3005
+  %3007 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.22.0.lcssa.i, <16 x float> %3006)
+  store <16 x float> %3007, ptr %3004, align 4, !tbaa !5
+  %3008 = getelementptr i8, ptr %2984, i64 384
+  %3009 = load <16 x float>, ptr %3008, align 4, !tbaa !5
+  %3010 = fmul <16 x float> %2390, %3009
+  %3011 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.27.0.lcssa.i, <16 x float> %3010)
+  store <16 x float> %3011, ptr %3008, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2984, i64 448
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  %.pre1062.i = fmul <16 x float> %2390, %.pre.i
+  br label %if_end319.i
+
+if_then318.i:                                     ; preds = %for_end_ti301.i
+  %3012 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.0.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3012, ptr %2984, align 4, !tbaa !5
+  %3013 = getelementptr i8, ptr %2984, i64 64
+  %3014 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.4.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3014, ptr %3013, align 4, !tbaa !5
+  %3015 = getelementptr i8, ptr %2984, i64 128
+  %3016 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.9.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3016, ptr %3015, align 4, !tbaa !5
+  %3017 = getelementptr i8, ptr %2984, i64 192
+  %3018 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.13.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3018, ptr %3017, align 4, !tbaa !5
+  %3019 = getelementptr i8, ptr %2984, i64 256
+  %3020 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.18.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3020, ptr %3019, align 4, !tbaa !5
+  %3021 = getelementptr i8, ptr %2984, i64 320
+  %3022 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.22.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3022, ptr %3021, align 4, !tbaa !5
+  %3023 = getelementptr i8, ptr %2984, i64 384
+  %3024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.27.0.lcssa.i, <16 x float> %2570)
+  store <16 x float> %3024, ptr %3023, align 4, !tbaa !5
+  br label %if_end319.i
+
+if_end319.i:                                      ; preds = %if_then318.i, %if_end317.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1062.i, %if_end317.i ], [ %2570, %if_then318.i ]
+  %3025 = getelementptr inbounds float, ptr %acc.i, i64 %2983
+  %3026 = getelementptr i8, ptr %3025, i64 448
+  %3027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2411, <16 x float> %tile_acc508.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %3027, ptr %3026, align 4, !tbaa !5
+  %indvars.iv.next985.i = add nuw nsw i64 %indvars.iv984.i, 1
+  %exitcond987.not.i = icmp eq i64 %indvars.iv.next985.i, 16
+  br i1 %exitcond987.not.i, label %if_end174.i, label %for_begin_to289.preheader.i, !prof !26
+
+if_end321.i:                                      ; preds = %if_end174.i
+  %3028 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3029 = tail call i32 %3028(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not538.i = icmp eq i32 %3029, 0
+  br i1 %.not538.i, label %if_end324.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end324.i:                                      ; preds = %if_end321.i
+  %3030 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3031 = tail call i32 %3030(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not539.i = icmp eq i32 %3031, 0
+  br i1 %.not539.i, label %if_end327.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end327.i:                                      ; preds = %if_end324.i
+  %3032 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3033 = tail call i32 %3032(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not540.i = icmp eq i32 %3033, 0
+  br i1 %.not540.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end333.i:                                      ; preds = %for_end_row_tile.i
+  %3034 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3035 = tail call i32 %3034(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not536.i = icmp eq i32 %3035, 0
+  br i1 %.not536.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end339.i:                                      ; preds = %for_end_kv_head.i
+  %3036 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3037 = tail call i32 %3036(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not534.i = icmp eq i32 %3037, 0
+  br i1 %.not534.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !40
+
+for_body_tile345.i:                               ; preds = %if_end350.i, %for_begin_tile344.preheader.i
+  %indvars.iv1007.i = phi i64 [ %indvars.iv.next1008.i, %if_end350.i ], [ 0, %for_begin_tile344.preheader.i ]
+  %.idx1106.i = shl nsw i64 %indvars.iv1007.i, 4
+  %3038 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1106.i
+  %3039 = getelementptr inbounds nuw i8, ptr %3038, i64 4
+  %3040 = load i32, ptr %3039, align 4, !tbaa !5
+  %3041 = icmp slt i32 %read_begin.i, %3040
+  br i1 %3041, label %if_then349.i, label %if_end350.i, !prof !8
+
+for_end_tile346.i:                                ; preds = %if_end350.i, %for_begin_tile344.preheader.i
+  %3042 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3043 = tail call i32 %3042(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not530.i = icmp eq i32 %3043, 0
+  br i1 %.not530.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !40
+
+if_then349.i:                                     ; preds = %for_body_tile345.i
+  %3044 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1106.i
+  %old_max356.i = load <16 x float>, ptr %3044, align 4, !tbaa !5
+  %3045 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1106.i
+  %old_sum358.i = load <16 x float>, ptr %3045, align 4, !tbaa !5
+  %3046 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1106.i
+  %3047 = load <16 x float>, ptr %3046, align 4, !tbaa !5
+  %3048 = fcmp ogt <16 x float> %old_max356.i, %3047
+  %3049 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1106.i
+  %3050 = load <16 x float>, ptr %3049, align 4, !tbaa !5
+  %3051 = fcmp oeq <16 x float> %3050, zeroinitializer
+  %3052 = select <16 x i1> %3051, <16 x i1> splat (i1 true), <16 x i1> %3048
+  %old_or_both362.i = select <16 x i1> %3052, <16 x float> %old_max356.i, <16 x float> %3047
+  %3053 = fcmp oeq <16 x float> %old_sum358.i, zeroinitializer
+  %m364.i = select <16 x i1> %3053, <16 x float> %3047, <16 x float> %old_or_both362.i
+  %3054 = fsub <16 x float> %old_max356.i, %m364.i
+  %3055 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3054, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3056 = bitcast <16 x float> %3055 to <16 x i32>
+  %3057 = fadd <16 x float> %3055, splat (float 0xC168000FE0000000)
+  %3058 = fmul <16 x float> %3057, splat (float 0x3F2BD01060000000)
+  %3059 = fmul <16 x float> %3057, splat (float 0x3FE6300000000000)
+  %3060 = fsub <16 x float> %3054, %3059
+  %3061 = fadd <16 x float> %3058, %3060
+  %3062 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3061, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3063 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3062, <16 x float> %3061, <16 x float> splat (float 0x3FA5558F20000000))
+  %3064 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3063, <16 x float> %3061, <16 x float> splat (float 0x3FC5554920000000))
+  %3065 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3064, <16 x float> %3061, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3066 = fmul <16 x float> %3061, %3061
+  %3067 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3065, <16 x float> %3066, <16 x float> %3061)
+  %3068 = shl <16 x i32> %3056, splat (i32 23)
+  %3069 = bitcast <16 x i32> %3068 to <16 x float>
+  %3070 = fadd <16 x float> %3067, splat (float 1.000000e+00)
+  %3071 = fmul <16 x float> %3070, %3069
+  %3072 = fcmp olt <16 x float> %3054, splat (float -8.700000e+01)
+  %3073 = select <16 x i1> %3072, <16 x float> zeroinitializer, <16 x float> %3071
+  %3074 = fcmp one <16 x float> %old_sum358.i, zeroinitializer
+  %3075 = select <16 x i1> %3074, <16 x float> %3073, <16 x float> zeroinitializer
+  %arg382.i = fsub <16 x float> %3047, %m364.i
+  %3076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg382.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %3077 = bitcast <16 x float> %3076 to <16 x i32>
+  %3078 = fadd <16 x float> %3076, splat (float 0xC168000FE0000000)
+  %3079 = fmul <16 x float> %3078, splat (float 0x3F2BD01060000000)
+  %3080 = fmul <16 x float> %3078, splat (float 0x3FE6300000000000)
+  %3081 = fsub <16 x float> %arg382.i, %3080
+  %3082 = fadd <16 x float> %3079, %3081
+  %3083 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3082, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %3084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3083, <16 x float> %3082, <16 x float> splat (float 0x3FA5558F20000000))
+  %3085 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3084, <16 x float> %3082, <16 x float> splat (float 0x3FC5554920000000))
+  %3086 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3085, <16 x float> %3082, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %3087 = fmul <16 x float> %3082, %3082
+  %3088 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3086, <16 x float> %3087, <16 x float> %3082)
+  %3089 = shl <16 x i32> %3077, splat (i32 23)
+  %3090 = bitcast <16 x i32> %3089 to <16 x float>
+  %3091 = fadd <16 x float> %3088, splat (float 1.000000e+00)
+  %3092 = fmul <16 x float> %3091, %3090
+  %3093 = fcmp olt <16 x float> %arg382.i, splat (float -8.700000e+01)
+  %3094 = select <16 x i1> %3093, <16 x float> zeroinitializer, <16 x float> %3092
+  %3095 = fcmp one <16 x float> %3050, zeroinitializer
+  %3096 = select <16 x i1> %3095, <16 x float> %3094, <16 x float> zeroinitializer
+  %3097 = fmul <16 x float> %old_sum358.i, %3075
+  %3098 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3096, <16 x float> %3050, <16 x float> %3097)
+  store <16 x float> %m364.i, ptr %3044, align 4, !tbaa !5
+  store <16 x float> %3098, ptr %3045, align 4, !tbaa !5
+  %3099 = shl i64 %indvars.iv1007.i, 11
+  %3100 = and i64 %3099, 4294965248
+  br label %for_body_d400.i
+
+if_end350.i:                                      ; preds = %for_body_d400.i, %for_body_tile345.i
+  %indvars.iv.next1008.i = add nuw nsw i64 %indvars.iv1007.i, 1
+  %exitcond1011.not.i = icmp eq i64 %indvars.iv.next1008.i, %wide.trip.count1010.i
+  br i1 %exitcond1011.not.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !13
+
+for_body_d400.i:                                  ; preds = %for_body_d400.i, %if_then349.i
+  %indvars.iv1003.i = phi i64 [ 0, %if_then349.i ], [ %indvars.iv.next1004.i.3, %for_body_d400.i ]
+  %3101 = shl nuw nsw i64 %indvars.iv1003.i, 4
+  %3102 = add nuw nsw i64 %3101, %3100
+  %3103 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3102
+  %3104 = load <16 x float>, ptr %3103, align 4, !tbaa !5
+  %3105 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3102
+  %3106 = load <16 x float>, ptr %3105, align 4, !tbaa !5
+  %3107 = fmul <16 x float> %3075, %3106
+  %3108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3096, <16 x float> %3104, <16 x float> %3107)
+  store <16 x float> %3108, ptr %3105, align 4, !tbaa !5
+  %indvars.iv.next1004.i = shl i64 %indvars.iv1003.i, 4
+  %3109 = or disjoint i64 %indvars.iv.next1004.i, 16
+  %3110 = add nuw nsw i64 %3109, %3100
+  %3111 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3110
+  %3112 = load <16 x float>, ptr %3111, align 4, !tbaa !5
+  %3113 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3110
+  %3114 = load <16 x float>, ptr %3113, align 4, !tbaa !5
+  %3115 = fmul <16 x float> %3075, %3114
+  %3116 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3096, <16 x float> %3112, <16 x float> %3115)
+  store <16 x float> %3116, ptr %3113, align 4, !tbaa !5
+  %indvars.iv.next1004.i.1 = shl i64 %indvars.iv1003.i, 4
+  %3117 = or disjoint i64 %indvars.iv.next1004.i.1, 32
+  %3118 = add nuw nsw i64 %3117, %3100
+  %3119 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3118
+  %3120 = load <16 x float>, ptr %3119, align 4, !tbaa !5
+  %3121 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3118
+  %3122 = load <16 x float>, ptr %3121, align 4, !tbaa !5
+  %3123 = fmul <16 x float> %3075, %3122
+  %3124 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3096, <16 x float> %3120, <16 x float> %3123)
+  store <16 x float> %3124, ptr %3121, align 4, !tbaa !5
+  %indvars.iv.next1004.i.2 = shl i64 %indvars.iv1003.i, 4
+  %3125 = or disjoint i64 %indvars.iv.next1004.i.2, 48
+  %3126 = add nuw nsw i64 %3125, %3100
+  %3127 = getelementptr inbounds nuw float, ptr %acc.i, i64 %3126
+  %3128 = load <16 x float>, ptr %3127, align 4, !tbaa !5
+  %3129 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3126
+  %3130 = load <16 x float>, ptr %3129, align 4, !tbaa !5
+  %3131 = fmul <16 x float> %3075, %3130
+  %3132 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %3096, <16 x float> %3128, <16 x float> %3131)
+  store <16 x float> %3132, ptr %3129, align 4, !tbaa !5
+  %indvars.iv.next1004.i.3 = add nuw nsw i64 %indvars.iv1003.i, 4
+  %exitcond1006.not.i.3 = icmp eq i64 %indvars.iv.next1004.i.3, 128
+  br i1 %exitcond1006.not.i.3, label %if_end350.i, label %for_body_d400.i, !prof !26, !llvm.loop !66
+
+if_end405.i:                                      ; preds = %for_end_tile346.i
+  %3133 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3134 = tail call i32 %3133(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not531.i = icmp eq i32 %3134, 0
+  br i1 %.not531.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end408.i:                                      ; preds = %if_end405.i
+  %3135 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3136 = tail call i32 %3135(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not532.i = icmp eq i32 %3136, 0
+  br i1 %.not532.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !40
+
+for_body_tile414.i:                               ; preds = %if_end419.loopexit618.i, %for_body_tile414.i.preheader
+  %indvars.iv1031.i = phi i64 [ %indvars.iv.next1032.i, %if_end419.loopexit618.i ], [ 0, %for_body_tile414.i.preheader ]
+  %3137 = shl i64 %indvars.iv1031.i, 13
+  %3138 = and i64 %3137, 17179860992
+  %scevgep835 = getelementptr i8, ptr %scevgep834, i64 %3138
+  %scevgep837 = getelementptr i8, ptr %scevgep836, i64 %3138
+  %3139 = shl i64 %indvars.iv1031.i, 13
+  %3140 = and i64 %3139, 17179860992
+  %scevgep810 = getelementptr i8, ptr %scevgep809, i64 %3140
+  %scevgep812 = getelementptr i8, ptr %scevgep811, i64 %3140
+  %3141 = shl i64 %indvars.iv1031.i, 13
+  %3142 = and i64 %3141, 17179860992
+  %scevgep785 = getelementptr i8, ptr %scevgep784, i64 %3142
+  %scevgep787 = getelementptr i8, ptr %scevgep786, i64 %3142
+  %3143 = shl i64 %indvars.iv1031.i, 13
+  %3144 = and i64 %3143, 17179860992
+  %scevgep760 = getelementptr i8, ptr %scevgep759, i64 %3144
+  %scevgep762 = getelementptr i8, ptr %scevgep761, i64 %3144
+  %3145 = shl i64 %indvars.iv1031.i, 13
+  %3146 = and i64 %3145, 17179860992
+  %scevgep735 = getelementptr i8, ptr %scevgep734, i64 %3146
+  %scevgep737 = getelementptr i8, ptr %scevgep736, i64 %3146
+  %3147 = shl i64 %indvars.iv1031.i, 13
+  %3148 = and i64 %3147, 17179860992
+  %scevgep710 = getelementptr i8, ptr %scevgep709, i64 %3148
+  %scevgep712 = getelementptr i8, ptr %scevgep711, i64 %3148
+  %3149 = shl i64 %indvars.iv1031.i, 13
+  %3150 = and i64 %3149, 17179860992
+  %scevgep685 = getelementptr i8, ptr %scevgep684, i64 %3150
+  %scevgep687 = getelementptr i8, ptr %scevgep686, i64 %3150
+  %3151 = shl i64 %indvars.iv1031.i, 13
+  %3152 = and i64 %3151, 17179860992
+  %scevgep660 = getelementptr i8, ptr %scevgep659, i64 %3152
+  %scevgep662 = getelementptr i8, ptr %scevgep661, i64 %3152
+  %3153 = shl i64 %indvars.iv1031.i, 13
+  %3154 = and i64 %3153, 17179860992
+  %scevgep635 = getelementptr i8, ptr %scevgep634, i64 %3154
+  %scevgep637 = getelementptr i8, ptr %scevgep636, i64 %3154
+  %3155 = shl i64 %indvars.iv1031.i, 13
+  %3156 = and i64 %3155, 17179860992
+  %scevgep610 = getelementptr i8, ptr %scevgep609, i64 %3156
+  %scevgep612 = getelementptr i8, ptr %scevgep611, i64 %3156
+  %3157 = shl i64 %indvars.iv1031.i, 13
+  %3158 = and i64 %3157, 17179860992
+  %scevgep585 = getelementptr i8, ptr %scevgep584, i64 %3158
+  %scevgep587 = getelementptr i8, ptr %scevgep586, i64 %3158
+  %3159 = shl i64 %indvars.iv1031.i, 13
+  %3160 = and i64 %3159, 17179860992
+  %scevgep560 = getelementptr i8, ptr %scevgep559, i64 %3160
+  %scevgep562 = getelementptr i8, ptr %scevgep561, i64 %3160
+  %3161 = shl i64 %indvars.iv1031.i, 13
+  %3162 = and i64 %3161, 17179860992
+  %scevgep535 = getelementptr i8, ptr %scevgep534, i64 %3162
+  %scevgep537 = getelementptr i8, ptr %scevgep536, i64 %3162
+  %3163 = shl i64 %indvars.iv1031.i, 13
+  %3164 = and i64 %3163, 17179860992
+  %scevgep510 = getelementptr i8, ptr %scevgep509, i64 %3164
+  %scevgep512 = getelementptr i8, ptr %scevgep511, i64 %3164
+  %3165 = shl i64 %indvars.iv1031.i, 13
+  %3166 = and i64 %3165, 17179860992
+  %scevgep488 = getelementptr i8, ptr %scevgep487, i64 %3166
+  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3166
+  %3167 = trunc nuw nsw i64 %indvars.iv1031.i to i32
+  %rmod447.i = srem i32 %3167, %num_query
+  %rdiv454.i = sdiv i32 %3167, %num_query
+  %3168 = icmp eq i32 %rmod447.i, 0
+  %3169 = or i1 %111, %3168
+  %3170 = select i1 %3169, i32 0, i32 %num_query
+  %3171 = add nsw i32 %3170, %rmod447.i
+  %3172 = icmp slt i32 %3171, %num_query
+  br i1 %3172, label %for_body_r449.lr.ph.i, label %if_end419.loopexit618.i, !prof !3
+
+for_end_tile415.i:                                ; preds = %if_end419.loopexit618.i, %if_end419.loopexit.us.i, %for_begin_tile413.preheader.i
+  %3173 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3174 = tail call i32 %3173(i32 1, i32 %dev_id, ptr nonnull %reach.i)
+  %.not.i = icmp eq i32 %3174, 0
+  br i1 %.not.i, label %if_end474.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end419.loopexit618.i:                          ; preds = %for_body_d466.i.15, %vector.body496, %for_body_tile414.i
+  %indvars.iv.next1032.i = add nuw nsw i64 %indvars.iv1031.i, 1
+  %exitcond1035.not.i = icmp eq i64 %indvars.iv.next1032.i, %wide.trip.count1059.i
+  br i1 %exitcond1035.not.i, label %for_end_tile415.i, label %for_body_tile414.i, !prof !13
+
+for_body_r449.lr.ph.i:                            ; preds = %for_body_tile414.i
+  %3175 = shl i64 %indvars.iv1031.i, 13
+  %3176 = and i64 %3175, 17179860992
+  %scevgep861 = getelementptr i8, ptr %scevgep860, i64 %3176
+  %scevgep859 = getelementptr i8, ptr %total_acc.i, i64 %3176
+  %not.526.i = xor i1 %3169, true
+  %3177 = sext i1 %not.526.i to i32
+  %3178 = add nsw i32 %rdiv454.i, %3177
+  %3179 = sext i32 %3178 to i64
+  %3180 = sext i32 %3171 to i64
+  %3181 = add nsw i64 %402, %3180
+  %3182 = add nsw i64 %3181, %3179
+  %3183 = shl nsw i64 %3182, 4
+  %3184 = shl i64 %indvars.iv1031.i, 4
+  %3185 = and i64 %3184, 4294967280
+  %3186 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3185
+  %3187 = load float, ptr %3186, align 4, !tbaa !5
+  %3188 = getelementptr inbounds float, ptr %partial_max, i64 %3183
+  store float %3187, ptr %3188, align 4, !tbaa !5
+  %3189 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3185
+  %3190 = load float, ptr %3189, align 4, !tbaa !5
+  %3191 = getelementptr inbounds float, ptr %partial_sum, i64 %3183
+  store float %3190, ptr %3191, align 4, !tbaa !5
+  %3192 = or disjoint i64 %3185, 1
+  %3193 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3192
+  %3194 = load float, ptr %3193, align 4, !tbaa !5
+  %3195 = or disjoint i64 %3183, 1
+  %3196 = getelementptr inbounds float, ptr %partial_max, i64 %3195
+  store float %3194, ptr %3196, align 4, !tbaa !5
+  %3197 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3192
+  %3198 = load float, ptr %3197, align 4, !tbaa !5
+  %3199 = getelementptr inbounds float, ptr %partial_sum, i64 %3195
+  store float %3198, ptr %3199, align 4, !tbaa !5
+  %3200 = or disjoint i64 %3185, 2
+  %3201 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3200
+  %3202 = load float, ptr %3201, align 4, !tbaa !5
+  %3203 = or disjoint i64 %3183, 2
+  %3204 = getelementptr inbounds float, ptr %partial_max, i64 %3203
+  store float %3202, ptr %3204, align 4, !tbaa !5
+  %3205 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3200
+  %3206 = load float, ptr %3205, align 4, !tbaa !5
+  %3207 = getelementptr inbounds float, ptr %partial_sum, i64 %3203
+  store float %3206, ptr %3207, align 4, !tbaa !5
+  %3208 = or disjoint i64 %3185, 3
+  %3209 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3208
+  %3210 = load float, ptr %3209, align 4, !tbaa !5
+  %3211 = or disjoint i64 %3183, 3
+  %3212 = getelementptr inbounds float, ptr %partial_max, i64 %3211
+  store float %3210, ptr %3212, align 4, !tbaa !5
+  %3213 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3208
+  %3214 = load float, ptr %3213, align 4, !tbaa !5
+  %3215 = getelementptr inbounds float, ptr %partial_sum, i64 %3211
+  store float %3214, ptr %3215, align 4, !tbaa !5
+  %3216 = or disjoint i64 %3185, 4
+  %3217 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3216
+  %3218 = load float, ptr %3217, align 4, !tbaa !5
+  %3219 = or disjoint i64 %3183, 4
+  %3220 = getelementptr inbounds float, ptr %partial_max, i64 %3219
+  store float %3218, ptr %3220, align 4, !tbaa !5
+  %3221 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3216
+  %3222 = load float, ptr %3221, align 4, !tbaa !5
+  %3223 = getelementptr inbounds float, ptr %partial_sum, i64 %3219
+  store float %3222, ptr %3223, align 4, !tbaa !5
+  %3224 = or disjoint i64 %3185, 5
+  %3225 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3224
+  %3226 = load float, ptr %3225, align 4, !tbaa !5
+  %3227 = or disjoint i64 %3183, 5
+  %3228 = getelementptr inbounds float, ptr %partial_max, i64 %3227
+  store float %3226, ptr %3228, align 4, !tbaa !5
+  %3229 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3224
+  %3230 = load float, ptr %3229, align 4, !tbaa !5
+  %3231 = getelementptr inbounds float, ptr %partial_sum, i64 %3227
+  store float %3230, ptr %3231, align 4, !tbaa !5
+  %3232 = or disjoint i64 %3185, 6
+  %3233 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3232
+  %3234 = load float, ptr %3233, align 4, !tbaa !5
+  %3235 = or disjoint i64 %3183, 6
+  %3236 = getelementptr inbounds float, ptr %partial_max, i64 %3235
+  store float %3234, ptr %3236, align 4, !tbaa !5
+  %3237 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3232
+  %3238 = load float, ptr %3237, align 4, !tbaa !5
+  %3239 = getelementptr inbounds float, ptr %partial_sum, i64 %3235
+  store float %3238, ptr %3239, align 4, !tbaa !5
+  %3240 = or disjoint i64 %3185, 7
+  %3241 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3240
+  %3242 = load float, ptr %3241, align 4, !tbaa !5
+  %3243 = or disjoint i64 %3183, 7
+  %3244 = getelementptr inbounds float, ptr %partial_max, i64 %3243
+  store float %3242, ptr %3244, align 4, !tbaa !5
+  %3245 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3240
+  %3246 = load float, ptr %3245, align 4, !tbaa !5
+  %3247 = getelementptr inbounds float, ptr %partial_sum, i64 %3243
+  store float %3246, ptr %3247, align 4, !tbaa !5
+  %3248 = or disjoint i64 %3185, 8
+  %3249 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3248
+  %3250 = load float, ptr %3249, align 4, !tbaa !5
+  %3251 = or disjoint i64 %3183, 8
+  %3252 = getelementptr inbounds float, ptr %partial_max, i64 %3251
+  store float %3250, ptr %3252, align 4, !tbaa !5
+  %3253 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3248
+  %3254 = load float, ptr %3253, align 4, !tbaa !5
+  %3255 = getelementptr inbounds float, ptr %partial_sum, i64 %3251
+  store float %3254, ptr %3255, align 4, !tbaa !5
+  %3256 = or disjoint i64 %3185, 9
+  %3257 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3256
+  %3258 = load float, ptr %3257, align 4, !tbaa !5
+  %3259 = or disjoint i64 %3183, 9
+  %3260 = getelementptr inbounds float, ptr %partial_max, i64 %3259
+  store float %3258, ptr %3260, align 4, !tbaa !5
+  %3261 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3256
+  %3262 = load float, ptr %3261, align 4, !tbaa !5
+  %3263 = getelementptr inbounds float, ptr %partial_sum, i64 %3259
+  store float %3262, ptr %3263, align 4, !tbaa !5
+  %3264 = or disjoint i64 %3185, 10
+  %3265 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3264
+  %3266 = load float, ptr %3265, align 4, !tbaa !5
+  %3267 = or disjoint i64 %3183, 10
+  %3268 = getelementptr inbounds float, ptr %partial_max, i64 %3267
+  store float %3266, ptr %3268, align 4, !tbaa !5
+  %3269 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3264
+  %3270 = load float, ptr %3269, align 4, !tbaa !5
+  %3271 = getelementptr inbounds float, ptr %partial_sum, i64 %3267
+  store float %3270, ptr %3271, align 4, !tbaa !5
+  %3272 = or disjoint i64 %3185, 11
+  %3273 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3272
+  %3274 = load float, ptr %3273, align 4, !tbaa !5
+  %3275 = or disjoint i64 %3183, 11
+  %3276 = getelementptr inbounds float, ptr %partial_max, i64 %3275
+  store float %3274, ptr %3276, align 4, !tbaa !5
+  %3277 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3272
+  %3278 = load float, ptr %3277, align 4, !tbaa !5
+  %3279 = getelementptr inbounds float, ptr %partial_sum, i64 %3275
+  store float %3278, ptr %3279, align 4, !tbaa !5
+  %3280 = or disjoint i64 %3185, 12
+  %3281 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3280
+  %3282 = load float, ptr %3281, align 4, !tbaa !5
+  %3283 = or disjoint i64 %3183, 12
+  %3284 = getelementptr inbounds float, ptr %partial_max, i64 %3283
+  store float %3282, ptr %3284, align 4, !tbaa !5
+  %3285 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3280
+  %3286 = load float, ptr %3285, align 4, !tbaa !5
+  %3287 = getelementptr inbounds float, ptr %partial_sum, i64 %3283
+  store float %3286, ptr %3287, align 4, !tbaa !5
+  %3288 = or disjoint i64 %3185, 13
+  %3289 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3288
+  %3290 = load float, ptr %3289, align 4, !tbaa !5
+  %3291 = or disjoint i64 %3183, 13
+  %3292 = getelementptr inbounds float, ptr %partial_max, i64 %3291
+  store float %3290, ptr %3292, align 4, !tbaa !5
+  %3293 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3288
+  %3294 = load float, ptr %3293, align 4, !tbaa !5
+  %3295 = getelementptr inbounds float, ptr %partial_sum, i64 %3291
+  store float %3294, ptr %3295, align 4, !tbaa !5
+  %3296 = or disjoint i64 %3185, 14
+  %3297 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3296
+  %3298 = load float, ptr %3297, align 4, !tbaa !5
+  %3299 = or disjoint i64 %3183, 14
+  %3300 = getelementptr inbounds float, ptr %partial_max, i64 %3299
+  store float %3298, ptr %3300, align 4, !tbaa !5
+  %3301 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3296
+  %3302 = load float, ptr %3301, align 4, !tbaa !5
+  %3303 = getelementptr inbounds float, ptr %partial_sum, i64 %3299
+  store float %3302, ptr %3303, align 4, !tbaa !5
+  %3304 = or disjoint i64 %3185, 15
+  %3305 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3304
+  %3306 = load float, ptr %3305, align 4, !tbaa !5
+  %3307 = or disjoint i64 %3183, 15
+  %3308 = getelementptr inbounds float, ptr %partial_max, i64 %3307
+  store float %3306, ptr %3308, align 4, !tbaa !5
+  %3309 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3304
+  %3310 = load float, ptr %3309, align 4, !tbaa !5
+  %3311 = getelementptr inbounds float, ptr %partial_sum, i64 %3307
+  store float %3310, ptr %3311, align 4, !tbaa !5
+  %.idx.i = shl nsw i64 %3182, 13
+  %3312 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %3313 = shl i64 %indvars.iv1031.i, 11
+  %3314 = and i64 %3313, 4294965248
+  %invariant.gep1175.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3314
+  %scevgep858 = getelementptr i8, ptr %scevgep857, i64 %.idx.i
+  %bound0862 = icmp ult ptr %3312, %scevgep861
+  %bound1863 = icmp ult ptr %scevgep859, %scevgep858
+  %found.conflict864 = and i1 %bound0862, %bound1863
+  br i1 %found.conflict864, label %for_body_d466.i, label %vector.body867, !prof !16
+
+vector.body867:                                   ; preds = %for_body_r449.lr.ph.i
+  %3315 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3316 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3317 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3318 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather873 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3315, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather874 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3316, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather875 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3317, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather876 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3318, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %3319 = getelementptr i8, ptr %3312, i64 32
+  %3320 = getelementptr i8, ptr %3312, i64 64
+  %3321 = getelementptr i8, ptr %3312, i64 96
+  store <8 x float> %wide.masked.gather873, ptr %3312, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather874, ptr %3319, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather875, ptr %3320, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather876, ptr %3321, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  %3322 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3323 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3324 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3325 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather873.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather874.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather875.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather876.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3325, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %3326 = getelementptr i8, ptr %3312, i64 128
+  %3327 = getelementptr i8, ptr %3312, i64 160
+  %3328 = getelementptr i8, ptr %3312, i64 192
+  %3329 = getelementptr i8, ptr %3312, i64 224
+  store <8 x float> %wide.masked.gather873.1, ptr %3326, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather874.1, ptr %3327, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather875.1, ptr %3328, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather876.1, ptr %3329, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  %3330 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3331 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3332 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3333 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather873.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3330, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather874.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3331, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather875.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3332, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather876.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3333, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %3334 = getelementptr i8, ptr %3312, i64 256
+  %3335 = getelementptr i8, ptr %3312, i64 288
+  %3336 = getelementptr i8, ptr %3312, i64 320
+  %3337 = getelementptr i8, ptr %3312, i64 352
+  store <8 x float> %wide.masked.gather873.2, ptr %3334, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather874.2, ptr %3335, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather875.2, ptr %3336, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather876.2, ptr %3337, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  %3338 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3339 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3340 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3341 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather873.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3338, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather874.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3339, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather875.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3340, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %wide.masked.gather876.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3341, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !68
+  %3342 = getelementptr i8, ptr %3312, i64 384
+  %3343 = getelementptr i8, ptr %3312, i64 416
+  %3344 = getelementptr i8, ptr %3312, i64 448
+  %3345 = getelementptr i8, ptr %3312, i64 480
+  store <8 x float> %wide.masked.gather873.3, ptr %3342, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather874.3, ptr %3343, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather875.3, ptr %3344, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  store <8 x float> %wide.masked.gather876.3, ptr %3345, align 4, !tbaa !5, !alias.scope !71, !noalias !68
+  br label %for_end_d467.i
+
+for_body_d466.i:                                  ; preds = %for_body_d466.i, %for_body_r449.lr.ph.i
+  %indvars.iv1021.i = phi i64 [ %indvars.iv.next1022.i.71015, %for_body_d466.i ], [ 0, %for_body_r449.lr.ph.i ]
+  %.idx1107.i = shl nuw nsw i64 %indvars.iv1021.i, 6
+  %3346 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i
+  %3347 = load float, ptr %3346, align 4, !tbaa !5
+  %3348 = getelementptr float, ptr %3312, i64 %indvars.iv1021.i
+  store float %3347, ptr %3348, align 4, !tbaa !5
+  %indvars.iv.next1022.i = or disjoint i64 %indvars.iv1021.i, 1
+  %.idx1107.i.1984 = shl nuw nsw i64 %indvars.iv.next1022.i, 6
+  %3349 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.1984
+  %3350 = load float, ptr %3349, align 4, !tbaa !5
+  %3351 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i
+  store float %3350, ptr %3351, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1985 = or disjoint i64 %indvars.iv1021.i, 2
+  %.idx1107.i.2989 = shl nuw nsw i64 %indvars.iv.next1022.i.1985, 6
+  %3352 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.2989
+  %3353 = load float, ptr %3352, align 4, !tbaa !5
+  %3354 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i.1985
+  store float %3353, ptr %3354, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2990 = or disjoint i64 %indvars.iv1021.i, 3
+  %.idx1107.i.3994 = shl nuw nsw i64 %indvars.iv.next1022.i.2990, 6
+  %3355 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.3994
+  %3356 = load float, ptr %3355, align 4, !tbaa !5
+  %3357 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i.2990
+  store float %3356, ptr %3357, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3995 = or disjoint i64 %indvars.iv1021.i, 4
+  %.idx1107.i.4999 = shl nuw nsw i64 %indvars.iv.next1022.i.3995, 6
+  %3358 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.4999
+  %3359 = load float, ptr %3358, align 4, !tbaa !5
+  %3360 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i.3995
+  store float %3359, ptr %3360, align 4, !tbaa !5
+  %indvars.iv.next1022.i.41000 = or disjoint i64 %indvars.iv1021.i, 5
+  %.idx1107.i.51004 = shl nuw nsw i64 %indvars.iv.next1022.i.41000, 6
+  %3361 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.51004
+  %3362 = load float, ptr %3361, align 4, !tbaa !5
+  %3363 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i.41000
+  store float %3362, ptr %3363, align 4, !tbaa !5
+  %indvars.iv.next1022.i.51005 = or disjoint i64 %indvars.iv1021.i, 6
+  %.idx1107.i.61009 = shl nuw nsw i64 %indvars.iv.next1022.i.51005, 6
+  %3364 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.61009
+  %3365 = load float, ptr %3364, align 4, !tbaa !5
+  %3366 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i.51005
+  store float %3365, ptr %3366, align 4, !tbaa !5
+  %indvars.iv.next1022.i.61010 = or disjoint i64 %indvars.iv1021.i, 7
+  %.idx1107.i.71014 = shl nuw nsw i64 %indvars.iv.next1022.i.61010, 6
+  %3367 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 %.idx1107.i.71014
+  %3368 = load float, ptr %3367, align 4, !tbaa !5
+  %3369 = getelementptr float, ptr %3312, i64 %indvars.iv.next1022.i.61010
+  store float %3368, ptr %3369, align 4, !tbaa !5
+  %indvars.iv.next1022.i.71015 = add nuw nsw i64 %indvars.iv1021.i, 8
+  %exitcond1024.not.i.71016 = icmp eq i64 %indvars.iv.next1022.i.71015, 128
+  br i1 %exitcond1024.not.i.71016, label %for_end_d467.i, label %for_body_d466.i, !prof !27, !llvm.loop !73
+
+for_end_d467.i:                                   ; preds = %for_body_d466.i, %vector.body867
+  %3370 = getelementptr i8, ptr %3312, i64 512
+  %gep1176.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 4
+  %scevgep833 = getelementptr i8, ptr %scevgep832, i64 %.idx.i
+  %bound0838 = icmp ult ptr %3370, %scevgep837
+  %bound1839 = icmp ult ptr %scevgep835, %scevgep833
+  %found.conflict840 = and i1 %bound0838, %bound1839
+  br i1 %found.conflict840, label %for_body_d466.i.1, label %vector.body843, !prof !16
+
+vector.body843:                                   ; preds = %for_end_d467.i
+  %3371 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3372 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3373 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3374 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather849 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3371, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather850 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3372, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather851 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3373, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather852 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3374, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %3375 = getelementptr i8, ptr %3312, i64 544
+  %3376 = getelementptr i8, ptr %3312, i64 576
+  %3377 = getelementptr i8, ptr %3312, i64 608
+  store <8 x float> %wide.masked.gather849, ptr %3370, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather850, ptr %3375, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather851, ptr %3376, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather852, ptr %3377, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  %3378 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3379 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3380 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3381 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather849.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather850.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather851.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather852.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3381, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %3382 = getelementptr i8, ptr %3312, i64 640
+  %3383 = getelementptr i8, ptr %3312, i64 672
+  %3384 = getelementptr i8, ptr %3312, i64 704
+  %3385 = getelementptr i8, ptr %3312, i64 736
+  store <8 x float> %wide.masked.gather849.1, ptr %3382, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather850.1, ptr %3383, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather851.1, ptr %3384, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather852.1, ptr %3385, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  %3386 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3387 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3388 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3389 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather849.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3386, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather850.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3387, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather851.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3388, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather852.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %3390 = getelementptr i8, ptr %3312, i64 768
+  %3391 = getelementptr i8, ptr %3312, i64 800
+  %3392 = getelementptr i8, ptr %3312, i64 832
+  %3393 = getelementptr i8, ptr %3312, i64 864
+  store <8 x float> %wide.masked.gather849.2, ptr %3390, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather850.2, ptr %3391, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather851.2, ptr %3392, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather852.2, ptr %3393, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  %3394 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3395 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3396 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3397 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather849.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3394, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather850.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3395, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather851.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3396, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %wide.masked.gather852.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3397, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !74
+  %3398 = getelementptr i8, ptr %3312, i64 896
+  %3399 = getelementptr i8, ptr %3312, i64 928
+  %3400 = getelementptr i8, ptr %3312, i64 960
+  %3401 = getelementptr i8, ptr %3312, i64 992
+  store <8 x float> %wide.masked.gather849.3, ptr %3398, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather850.3, ptr %3399, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather851.3, ptr %3400, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  store <8 x float> %wide.masked.gather852.3, ptr %3401, align 4, !tbaa !5, !alias.scope !77, !noalias !74
+  br label %for_end_d467.i.1
+
+for_body_d466.i.1:                                ; preds = %for_body_d466.i.1, %for_end_d467.i
+  %indvars.iv1021.i.1 = phi i64 [ %indvars.iv.next1022.i.1.7, %for_body_d466.i.1 ], [ 0, %for_end_d467.i ]
+  %.idx1107.i.1 = shl nuw nsw i64 %indvars.iv1021.i.1, 6
+  %3402 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1
+  %3403 = load float, ptr %3402, align 4, !tbaa !5
+  %3404 = getelementptr float, ptr %3370, i64 %indvars.iv1021.i.1
+  store float %3403, ptr %3404, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1 = or disjoint i64 %indvars.iv1021.i.1, 1
+  %.idx1107.i.1.1 = shl nuw nsw i64 %indvars.iv.next1022.i.1, 6
+  %3405 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.1
+  %3406 = load float, ptr %3405, align 4, !tbaa !5
+  %3407 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1
+  store float %3406, ptr %3407, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.1 = or disjoint i64 %indvars.iv1021.i.1, 2
+  %.idx1107.i.1.2 = shl nuw nsw i64 %indvars.iv.next1022.i.1.1, 6
+  %3408 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.2
+  %3409 = load float, ptr %3408, align 4, !tbaa !5
+  %3410 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1.1
+  store float %3409, ptr %3410, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.2 = or disjoint i64 %indvars.iv1021.i.1, 3
+  %.idx1107.i.1.3 = shl nuw nsw i64 %indvars.iv.next1022.i.1.2, 6
+  %3411 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.3
+  %3412 = load float, ptr %3411, align 4, !tbaa !5
+  %3413 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1.2
+  store float %3412, ptr %3413, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.3 = or disjoint i64 %indvars.iv1021.i.1, 4
+  %.idx1107.i.1.4 = shl nuw nsw i64 %indvars.iv.next1022.i.1.3, 6
+  %3414 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.4
+  %3415 = load float, ptr %3414, align 4, !tbaa !5
+  %3416 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1.3
+  store float %3415, ptr %3416, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.4 = or disjoint i64 %indvars.iv1021.i.1, 5
+  %.idx1107.i.1.5 = shl nuw nsw i64 %indvars.iv.next1022.i.1.4, 6
+  %3417 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.5
+  %3418 = load float, ptr %3417, align 4, !tbaa !5
+  %3419 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1.4
+  store float %3418, ptr %3419, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.5 = or disjoint i64 %indvars.iv1021.i.1, 6
+  %.idx1107.i.1.6 = shl nuw nsw i64 %indvars.iv.next1022.i.1.5, 6
+  %3420 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.6
+  %3421 = load float, ptr %3420, align 4, !tbaa !5
+  %3422 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1.5
+  store float %3421, ptr %3422, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.6 = or disjoint i64 %indvars.iv1021.i.1, 7
+  %.idx1107.i.1.7 = shl nuw nsw i64 %indvars.iv.next1022.i.1.6, 6
+  %3423 = getelementptr inbounds nuw i8, ptr %gep1176.i.1, i64 %.idx1107.i.1.7
+  %3424 = load float, ptr %3423, align 4, !tbaa !5
+  %3425 = getelementptr float, ptr %3370, i64 %indvars.iv.next1022.i.1.6
+  store float %3424, ptr %3425, align 4, !tbaa !5
+  %indvars.iv.next1022.i.1.7 = add nuw nsw i64 %indvars.iv1021.i.1, 8
+  %exitcond1024.not.i.1.7 = icmp eq i64 %indvars.iv.next1022.i.1.7, 128
+  br i1 %exitcond1024.not.i.1.7, label %for_end_d467.i.1, label %for_body_d466.i.1, !prof !27, !llvm.loop !79
+
+for_end_d467.i.1:                                 ; preds = %for_body_d466.i.1, %vector.body843
+  %3426 = getelementptr i8, ptr %3312, i64 1024
+  %gep1176.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 8
+  %scevgep808 = getelementptr i8, ptr %scevgep807, i64 %.idx.i
+  %bound0813 = icmp ult ptr %3426, %scevgep812
+  %bound1814 = icmp ult ptr %scevgep810, %scevgep808
+  %found.conflict815 = and i1 %bound0813, %bound1814
+  br i1 %found.conflict815, label %for_body_d466.i.2, label %vector.body818, !prof !16
+
+vector.body818:                                   ; preds = %for_end_d467.i.1
+  %3427 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3428 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3429 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3430 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather824 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather825 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3428, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather826 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3429, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather827 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3430, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3431 = getelementptr i8, ptr %3312, i64 1056
+  %3432 = getelementptr i8, ptr %3312, i64 1088
+  %3433 = getelementptr i8, ptr %3312, i64 1120
+  store <8 x float> %wide.masked.gather824, ptr %3426, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather825, ptr %3431, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather826, ptr %3432, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather827, ptr %3433, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3434 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3435 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3436 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3437 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather824.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather825.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather826.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3436, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather827.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3437, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3438 = getelementptr i8, ptr %3312, i64 1152
+  %3439 = getelementptr i8, ptr %3312, i64 1184
+  %3440 = getelementptr i8, ptr %3312, i64 1216
+  %3441 = getelementptr i8, ptr %3312, i64 1248
+  store <8 x float> %wide.masked.gather824.1, ptr %3438, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather825.1, ptr %3439, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather826.1, ptr %3440, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather827.1, ptr %3441, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3442 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3443 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3444 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3445 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather824.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather825.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather826.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3444, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather827.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3445, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3446 = getelementptr i8, ptr %3312, i64 1280
+  %3447 = getelementptr i8, ptr %3312, i64 1312
+  %3448 = getelementptr i8, ptr %3312, i64 1344
+  %3449 = getelementptr i8, ptr %3312, i64 1376
+  store <8 x float> %wide.masked.gather824.2, ptr %3446, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather825.2, ptr %3447, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather826.2, ptr %3448, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather827.2, ptr %3449, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  %3450 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3451 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3452 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3453 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather824.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3450, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather825.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3451, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather826.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3452, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %wide.masked.gather827.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3453, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !80
+  %3454 = getelementptr i8, ptr %3312, i64 1408
+  %3455 = getelementptr i8, ptr %3312, i64 1440
+  %3456 = getelementptr i8, ptr %3312, i64 1472
+  %3457 = getelementptr i8, ptr %3312, i64 1504
+  store <8 x float> %wide.masked.gather824.3, ptr %3454, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather825.3, ptr %3455, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather826.3, ptr %3456, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  store <8 x float> %wide.masked.gather827.3, ptr %3457, align 4, !tbaa !5, !alias.scope !83, !noalias !80
+  br label %for_end_d467.i.2
+
+for_body_d466.i.2:                                ; preds = %for_body_d466.i.2, %for_end_d467.i.1
+  %indvars.iv1021.i.2 = phi i64 [ %indvars.iv.next1022.i.2.7, %for_body_d466.i.2 ], [ 0, %for_end_d467.i.1 ]
+  %.idx1107.i.2 = shl nuw nsw i64 %indvars.iv1021.i.2, 6
+  %3458 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2
+  %3459 = load float, ptr %3458, align 4, !tbaa !5
+  %3460 = getelementptr float, ptr %3426, i64 %indvars.iv1021.i.2
+  store float %3459, ptr %3460, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2 = or disjoint i64 %indvars.iv1021.i.2, 1
+  %.idx1107.i.2.1 = shl nuw nsw i64 %indvars.iv.next1022.i.2, 6
+  %3461 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.1
+  %3462 = load float, ptr %3461, align 4, !tbaa !5
+  %3463 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2
+  store float %3462, ptr %3463, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.1 = or disjoint i64 %indvars.iv1021.i.2, 2
+  %.idx1107.i.2.2 = shl nuw nsw i64 %indvars.iv.next1022.i.2.1, 6
+  %3464 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.2
+  %3465 = load float, ptr %3464, align 4, !tbaa !5
+  %3466 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2.1
+  store float %3465, ptr %3466, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.2 = or disjoint i64 %indvars.iv1021.i.2, 3
+  %.idx1107.i.2.3 = shl nuw nsw i64 %indvars.iv.next1022.i.2.2, 6
+  %3467 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.3
+  %3468 = load float, ptr %3467, align 4, !tbaa !5
+  %3469 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2.2
+  store float %3468, ptr %3469, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.3 = or disjoint i64 %indvars.iv1021.i.2, 4
+  %.idx1107.i.2.4 = shl nuw nsw i64 %indvars.iv.next1022.i.2.3, 6
+  %3470 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.4
+  %3471 = load float, ptr %3470, align 4, !tbaa !5
+  %3472 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2.3
+  store float %3471, ptr %3472, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.4 = or disjoint i64 %indvars.iv1021.i.2, 5
+  %.idx1107.i.2.5 = shl nuw nsw i64 %indvars.iv.next1022.i.2.4, 6
+  %3473 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.5
+  %3474 = load float, ptr %3473, align 4, !tbaa !5
+  %3475 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2.4
+  store float %3474, ptr %3475, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.5 = or disjoint i64 %indvars.iv1021.i.2, 6
+  %.idx1107.i.2.6 = shl nuw nsw i64 %indvars.iv.next1022.i.2.5, 6
+  %3476 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.6
+  %3477 = load float, ptr %3476, align 4, !tbaa !5
+  %3478 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2.5
+  store float %3477, ptr %3478, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.6 = or disjoint i64 %indvars.iv1021.i.2, 7
+  %.idx1107.i.2.7 = shl nuw nsw i64 %indvars.iv.next1022.i.2.6, 6
+  %3479 = getelementptr inbounds nuw i8, ptr %gep1176.i.2, i64 %.idx1107.i.2.7
+  %3480 = load float, ptr %3479, align 4, !tbaa !5
+  %3481 = getelementptr float, ptr %3426, i64 %indvars.iv.next1022.i.2.6
+  store float %3480, ptr %3481, align 4, !tbaa !5
+  %indvars.iv.next1022.i.2.7 = add nuw nsw i64 %indvars.iv1021.i.2, 8
+  %exitcond1024.not.i.2.7 = icmp eq i64 %indvars.iv.next1022.i.2.7, 128
+  br i1 %exitcond1024.not.i.2.7, label %for_end_d467.i.2, label %for_body_d466.i.2, !prof !27, !llvm.loop !85
+
+for_end_d467.i.2:                                 ; preds = %for_body_d466.i.2, %vector.body818
+  %3482 = getelementptr i8, ptr %3312, i64 1536
+  %gep1176.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 12
+  %scevgep783 = getelementptr i8, ptr %scevgep782, i64 %.idx.i
+  %bound0788 = icmp ult ptr %3482, %scevgep787
+  %bound1789 = icmp ult ptr %scevgep785, %scevgep783
+  %found.conflict790 = and i1 %bound0788, %bound1789
+  br i1 %found.conflict790, label %for_body_d466.i.3, label %vector.body793, !prof !16
+
+vector.body793:                                   ; preds = %for_end_d467.i.2
+  %3483 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3484 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3485 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3486 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather799 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather800 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather801 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3485, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather802 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3486, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %3487 = getelementptr i8, ptr %3312, i64 1568
+  %3488 = getelementptr i8, ptr %3312, i64 1600
+  %3489 = getelementptr i8, ptr %3312, i64 1632
+  store <8 x float> %wide.masked.gather799, ptr %3482, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather800, ptr %3487, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather801, ptr %3488, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather802, ptr %3489, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  %3490 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3491 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3492 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3493 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather799.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3490, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather800.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3491, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather801.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3492, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather802.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3493, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %3494 = getelementptr i8, ptr %3312, i64 1664
+  %3495 = getelementptr i8, ptr %3312, i64 1696
+  %3496 = getelementptr i8, ptr %3312, i64 1728
+  %3497 = getelementptr i8, ptr %3312, i64 1760
+  store <8 x float> %wide.masked.gather799.1, ptr %3494, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather800.1, ptr %3495, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather801.1, ptr %3496, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather802.1, ptr %3497, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  %3498 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3499 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3500 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3501 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather799.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3498, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather800.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3499, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather801.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3500, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather802.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3501, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %3502 = getelementptr i8, ptr %3312, i64 1792
+  %3503 = getelementptr i8, ptr %3312, i64 1824
+  %3504 = getelementptr i8, ptr %3312, i64 1856
+  %3505 = getelementptr i8, ptr %3312, i64 1888
+  store <8 x float> %wide.masked.gather799.2, ptr %3502, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather800.2, ptr %3503, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather801.2, ptr %3504, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather802.2, ptr %3505, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  %3506 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3507 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3508 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3509 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather799.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3506, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather800.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3507, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather801.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3508, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %wide.masked.gather802.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3509, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !86
+  %3510 = getelementptr i8, ptr %3312, i64 1920
+  %3511 = getelementptr i8, ptr %3312, i64 1952
+  %3512 = getelementptr i8, ptr %3312, i64 1984
+  %3513 = getelementptr i8, ptr %3312, i64 2016
+  store <8 x float> %wide.masked.gather799.3, ptr %3510, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather800.3, ptr %3511, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather801.3, ptr %3512, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  store <8 x float> %wide.masked.gather802.3, ptr %3513, align 4, !tbaa !5, !alias.scope !89, !noalias !86
+  br label %for_end_d467.i.3
+
+for_body_d466.i.3:                                ; preds = %for_body_d466.i.3, %for_end_d467.i.2
+  %indvars.iv1021.i.3 = phi i64 [ %indvars.iv.next1022.i.3.7, %for_body_d466.i.3 ], [ 0, %for_end_d467.i.2 ]
+  %.idx1107.i.3 = shl nuw nsw i64 %indvars.iv1021.i.3, 6
+  %3514 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3
+  %3515 = load float, ptr %3514, align 4, !tbaa !5
+  %3516 = getelementptr float, ptr %3482, i64 %indvars.iv1021.i.3
+  store float %3515, ptr %3516, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3 = or disjoint i64 %indvars.iv1021.i.3, 1
+  %.idx1107.i.3.1 = shl nuw nsw i64 %indvars.iv.next1022.i.3, 6
+  %3517 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.1
+  %3518 = load float, ptr %3517, align 4, !tbaa !5
+  %3519 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3
+  store float %3518, ptr %3519, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.1 = or disjoint i64 %indvars.iv1021.i.3, 2
+  %.idx1107.i.3.2 = shl nuw nsw i64 %indvars.iv.next1022.i.3.1, 6
+  %3520 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.2
+  %3521 = load float, ptr %3520, align 4, !tbaa !5
+  %3522 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3.1
+  store float %3521, ptr %3522, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.2 = or disjoint i64 %indvars.iv1021.i.3, 3
+  %.idx1107.i.3.3 = shl nuw nsw i64 %indvars.iv.next1022.i.3.2, 6
+  %3523 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.3
+  %3524 = load float, ptr %3523, align 4, !tbaa !5
+  %3525 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3.2
+  store float %3524, ptr %3525, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.3 = or disjoint i64 %indvars.iv1021.i.3, 4
+  %.idx1107.i.3.4 = shl nuw nsw i64 %indvars.iv.next1022.i.3.3, 6
+  %3526 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.4
+  %3527 = load float, ptr %3526, align 4, !tbaa !5
+  %3528 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3.3
+  store float %3527, ptr %3528, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.4 = or disjoint i64 %indvars.iv1021.i.3, 5
+  %.idx1107.i.3.5 = shl nuw nsw i64 %indvars.iv.next1022.i.3.4, 6
+  %3529 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.5
+  %3530 = load float, ptr %3529, align 4, !tbaa !5
+  %3531 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3.4
+  store float %3530, ptr %3531, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.5 = or disjoint i64 %indvars.iv1021.i.3, 6
+  %.idx1107.i.3.6 = shl nuw nsw i64 %indvars.iv.next1022.i.3.5, 6
+  %3532 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.6
+  %3533 = load float, ptr %3532, align 4, !tbaa !5
+  %3534 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3.5
+  store float %3533, ptr %3534, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.6 = or disjoint i64 %indvars.iv1021.i.3, 7
+  %.idx1107.i.3.7 = shl nuw nsw i64 %indvars.iv.next1022.i.3.6, 6
+  %3535 = getelementptr inbounds nuw i8, ptr %gep1176.i.3, i64 %.idx1107.i.3.7
+  %3536 = load float, ptr %3535, align 4, !tbaa !5
+  %3537 = getelementptr float, ptr %3482, i64 %indvars.iv.next1022.i.3.6
+  store float %3536, ptr %3537, align 4, !tbaa !5
+  %indvars.iv.next1022.i.3.7 = add nuw nsw i64 %indvars.iv1021.i.3, 8
+  %exitcond1024.not.i.3.7 = icmp eq i64 %indvars.iv.next1022.i.3.7, 128
+  br i1 %exitcond1024.not.i.3.7, label %for_end_d467.i.3, label %for_body_d466.i.3, !prof !27, !llvm.loop !91
+
+for_end_d467.i.3:                                 ; preds = %for_body_d466.i.3, %vector.body793
+  %3538 = getelementptr i8, ptr %3312, i64 2048
+  %gep1176.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 16
+  %scevgep758 = getelementptr i8, ptr %scevgep757, i64 %.idx.i
+  %bound0763 = icmp ult ptr %3538, %scevgep762
+  %bound1764 = icmp ult ptr %scevgep760, %scevgep758
+  %found.conflict765 = and i1 %bound0763, %bound1764
+  br i1 %found.conflict765, label %for_body_d466.i.4, label %vector.body768, !prof !16
+
+vector.body768:                                   ; preds = %for_end_d467.i.3
+  %3539 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3540 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3541 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3542 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather774 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather775 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather776 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3541, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather777 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3542, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %3543 = getelementptr i8, ptr %3312, i64 2080
+  %3544 = getelementptr i8, ptr %3312, i64 2112
+  %3545 = getelementptr i8, ptr %3312, i64 2144
+  store <8 x float> %wide.masked.gather774, ptr %3538, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather775, ptr %3543, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather776, ptr %3544, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather777, ptr %3545, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  %3546 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3547 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3548 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3549 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather774.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3546, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather775.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3547, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather776.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3548, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather777.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %3550 = getelementptr i8, ptr %3312, i64 2176
+  %3551 = getelementptr i8, ptr %3312, i64 2208
+  %3552 = getelementptr i8, ptr %3312, i64 2240
+  %3553 = getelementptr i8, ptr %3312, i64 2272
+  store <8 x float> %wide.masked.gather774.1, ptr %3550, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather775.1, ptr %3551, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather776.1, ptr %3552, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather777.1, ptr %3553, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  %3554 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3555 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3556 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3557 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather774.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3554, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather775.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3555, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather776.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3556, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather777.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3557, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %3558 = getelementptr i8, ptr %3312, i64 2304
+  %3559 = getelementptr i8, ptr %3312, i64 2336
+  %3560 = getelementptr i8, ptr %3312, i64 2368
+  %3561 = getelementptr i8, ptr %3312, i64 2400
+  store <8 x float> %wide.masked.gather774.2, ptr %3558, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather775.2, ptr %3559, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather776.2, ptr %3560, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather777.2, ptr %3561, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  %3562 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3563 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3564 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3565 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather774.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather775.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather776.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %wide.masked.gather777.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3565, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !92
+  %3566 = getelementptr i8, ptr %3312, i64 2432
+  %3567 = getelementptr i8, ptr %3312, i64 2464
+  %3568 = getelementptr i8, ptr %3312, i64 2496
+  %3569 = getelementptr i8, ptr %3312, i64 2528
+  store <8 x float> %wide.masked.gather774.3, ptr %3566, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather775.3, ptr %3567, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather776.3, ptr %3568, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  store <8 x float> %wide.masked.gather777.3, ptr %3569, align 4, !tbaa !5, !alias.scope !95, !noalias !92
+  br label %for_end_d467.i.4
+
+for_body_d466.i.4:                                ; preds = %for_body_d466.i.4, %for_end_d467.i.3
+  %indvars.iv1021.i.4 = phi i64 [ %indvars.iv.next1022.i.4.7, %for_body_d466.i.4 ], [ 0, %for_end_d467.i.3 ]
+  %.idx1107.i.4 = shl nuw nsw i64 %indvars.iv1021.i.4, 6
+  %3570 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4
+  %3571 = load float, ptr %3570, align 4, !tbaa !5
+  %3572 = getelementptr float, ptr %3538, i64 %indvars.iv1021.i.4
+  store float %3571, ptr %3572, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4 = or disjoint i64 %indvars.iv1021.i.4, 1
+  %.idx1107.i.4.1 = shl nuw nsw i64 %indvars.iv.next1022.i.4, 6
+  %3573 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.1
+  %3574 = load float, ptr %3573, align 4, !tbaa !5
+  %3575 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4
+  store float %3574, ptr %3575, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.1 = or disjoint i64 %indvars.iv1021.i.4, 2
+  %.idx1107.i.4.2 = shl nuw nsw i64 %indvars.iv.next1022.i.4.1, 6
+  %3576 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.2
+  %3577 = load float, ptr %3576, align 4, !tbaa !5
+  %3578 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4.1
+  store float %3577, ptr %3578, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.2 = or disjoint i64 %indvars.iv1021.i.4, 3
+  %.idx1107.i.4.3 = shl nuw nsw i64 %indvars.iv.next1022.i.4.2, 6
+  %3579 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.3
+  %3580 = load float, ptr %3579, align 4, !tbaa !5
+  %3581 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4.2
+  store float %3580, ptr %3581, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.3 = or disjoint i64 %indvars.iv1021.i.4, 4
+  %.idx1107.i.4.4 = shl nuw nsw i64 %indvars.iv.next1022.i.4.3, 6
+  %3582 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.4
+  %3583 = load float, ptr %3582, align 4, !tbaa !5
+  %3584 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4.3
+  store float %3583, ptr %3584, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.4 = or disjoint i64 %indvars.iv1021.i.4, 5
+  %.idx1107.i.4.5 = shl nuw nsw i64 %indvars.iv.next1022.i.4.4, 6
+  %3585 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.5
+  %3586 = load float, ptr %3585, align 4, !tbaa !5
+  %3587 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4.4
+  store float %3586, ptr %3587, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.5 = or disjoint i64 %indvars.iv1021.i.4, 6
+  %.idx1107.i.4.6 = shl nuw nsw i64 %indvars.iv.next1022.i.4.5, 6
+  %3588 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.6
+  %3589 = load float, ptr %3588, align 4, !tbaa !5
+  %3590 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4.5
+  store float %3589, ptr %3590, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.6 = or disjoint i64 %indvars.iv1021.i.4, 7
+  %.idx1107.i.4.7 = shl nuw nsw i64 %indvars.iv.next1022.i.4.6, 6
+  %3591 = getelementptr inbounds nuw i8, ptr %gep1176.i.4, i64 %.idx1107.i.4.7
+  %3592 = load float, ptr %3591, align 4, !tbaa !5
+  %3593 = getelementptr float, ptr %3538, i64 %indvars.iv.next1022.i.4.6
+  store float %3592, ptr %3593, align 4, !tbaa !5
+  %indvars.iv.next1022.i.4.7 = add nuw nsw i64 %indvars.iv1021.i.4, 8
+  %exitcond1024.not.i.4.7 = icmp eq i64 %indvars.iv.next1022.i.4.7, 128
+  br i1 %exitcond1024.not.i.4.7, label %for_end_d467.i.4, label %for_body_d466.i.4, !prof !27, !llvm.loop !97
+
+for_end_d467.i.4:                                 ; preds = %for_body_d466.i.4, %vector.body768
+  %3594 = getelementptr i8, ptr %3312, i64 2560
+  %gep1176.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 20
+  %scevgep733 = getelementptr i8, ptr %scevgep732, i64 %.idx.i
+  %bound0738 = icmp ult ptr %3594, %scevgep737
+  %bound1739 = icmp ult ptr %scevgep735, %scevgep733
+  %found.conflict740 = and i1 %bound0738, %bound1739
+  br i1 %found.conflict740, label %for_body_d466.i.5, label %vector.body743, !prof !16
+
+vector.body743:                                   ; preds = %for_end_d467.i.4
+  %3595 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3596 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3597 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3598 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather749 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3595, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather750 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3596, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather751 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3597, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather752 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3598, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %3599 = getelementptr i8, ptr %3312, i64 2592
+  %3600 = getelementptr i8, ptr %3312, i64 2624
+  %3601 = getelementptr i8, ptr %3312, i64 2656
+  store <8 x float> %wide.masked.gather749, ptr %3594, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather750, ptr %3599, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather751, ptr %3600, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather752, ptr %3601, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  %3602 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3603 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3604 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3605 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather749.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3602, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather750.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3603, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather751.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3604, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather752.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3605, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %3606 = getelementptr i8, ptr %3312, i64 2688
+  %3607 = getelementptr i8, ptr %3312, i64 2720
+  %3608 = getelementptr i8, ptr %3312, i64 2752
+  %3609 = getelementptr i8, ptr %3312, i64 2784
+  store <8 x float> %wide.masked.gather749.1, ptr %3606, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather750.1, ptr %3607, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather751.1, ptr %3608, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather752.1, ptr %3609, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  %3610 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3611 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3612 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3613 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather749.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3610, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather750.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3611, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather751.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3612, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather752.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3613, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %3614 = getelementptr i8, ptr %3312, i64 2816
+  %3615 = getelementptr i8, ptr %3312, i64 2848
+  %3616 = getelementptr i8, ptr %3312, i64 2880
+  %3617 = getelementptr i8, ptr %3312, i64 2912
+  store <8 x float> %wide.masked.gather749.2, ptr %3614, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather750.2, ptr %3615, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather751.2, ptr %3616, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather752.2, ptr %3617, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  %3618 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3619 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3620 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3621 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather749.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather750.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather751.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %wide.masked.gather752.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3621, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !98
+  %3622 = getelementptr i8, ptr %3312, i64 2944
+  %3623 = getelementptr i8, ptr %3312, i64 2976
+  %3624 = getelementptr i8, ptr %3312, i64 3008
+  %3625 = getelementptr i8, ptr %3312, i64 3040
+  store <8 x float> %wide.masked.gather749.3, ptr %3622, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather750.3, ptr %3623, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather751.3, ptr %3624, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  store <8 x float> %wide.masked.gather752.3, ptr %3625, align 4, !tbaa !5, !alias.scope !101, !noalias !98
+  br label %for_end_d467.i.5
+
+for_body_d466.i.5:                                ; preds = %for_body_d466.i.5, %for_end_d467.i.4
+  %indvars.iv1021.i.5 = phi i64 [ %indvars.iv.next1022.i.5.7, %for_body_d466.i.5 ], [ 0, %for_end_d467.i.4 ]
+  %.idx1107.i.5 = shl nuw nsw i64 %indvars.iv1021.i.5, 6
+  %3626 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5
+  %3627 = load float, ptr %3626, align 4, !tbaa !5
+  %3628 = getelementptr float, ptr %3594, i64 %indvars.iv1021.i.5
+  store float %3627, ptr %3628, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5 = or disjoint i64 %indvars.iv1021.i.5, 1
+  %.idx1107.i.5.1 = shl nuw nsw i64 %indvars.iv.next1022.i.5, 6
+  %3629 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.1
+  %3630 = load float, ptr %3629, align 4, !tbaa !5
+  %3631 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5
+  store float %3630, ptr %3631, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.1 = or disjoint i64 %indvars.iv1021.i.5, 2
+  %.idx1107.i.5.2 = shl nuw nsw i64 %indvars.iv.next1022.i.5.1, 6
+  %3632 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.2
+  %3633 = load float, ptr %3632, align 4, !tbaa !5
+  %3634 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5.1
+  store float %3633, ptr %3634, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.2 = or disjoint i64 %indvars.iv1021.i.5, 3
+  %.idx1107.i.5.3 = shl nuw nsw i64 %indvars.iv.next1022.i.5.2, 6
+  %3635 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.3
+  %3636 = load float, ptr %3635, align 4, !tbaa !5
+  %3637 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5.2
+  store float %3636, ptr %3637, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.3 = or disjoint i64 %indvars.iv1021.i.5, 4
+  %.idx1107.i.5.4 = shl nuw nsw i64 %indvars.iv.next1022.i.5.3, 6
+  %3638 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.4
+  %3639 = load float, ptr %3638, align 4, !tbaa !5
+  %3640 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5.3
+  store float %3639, ptr %3640, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.4 = or disjoint i64 %indvars.iv1021.i.5, 5
+  %.idx1107.i.5.5 = shl nuw nsw i64 %indvars.iv.next1022.i.5.4, 6
+  %3641 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.5
+  %3642 = load float, ptr %3641, align 4, !tbaa !5
+  %3643 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5.4
+  store float %3642, ptr %3643, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.5 = or disjoint i64 %indvars.iv1021.i.5, 6
+  %.idx1107.i.5.6 = shl nuw nsw i64 %indvars.iv.next1022.i.5.5, 6
+  %3644 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.6
+  %3645 = load float, ptr %3644, align 4, !tbaa !5
+  %3646 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5.5
+  store float %3645, ptr %3646, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.6 = or disjoint i64 %indvars.iv1021.i.5, 7
+  %.idx1107.i.5.7 = shl nuw nsw i64 %indvars.iv.next1022.i.5.6, 6
+  %3647 = getelementptr inbounds nuw i8, ptr %gep1176.i.5, i64 %.idx1107.i.5.7
+  %3648 = load float, ptr %3647, align 4, !tbaa !5
+  %3649 = getelementptr float, ptr %3594, i64 %indvars.iv.next1022.i.5.6
+  store float %3648, ptr %3649, align 4, !tbaa !5
+  %indvars.iv.next1022.i.5.7 = add nuw nsw i64 %indvars.iv1021.i.5, 8
+  %exitcond1024.not.i.5.7 = icmp eq i64 %indvars.iv.next1022.i.5.7, 128
+  br i1 %exitcond1024.not.i.5.7, label %for_end_d467.i.5, label %for_body_d466.i.5, !prof !27, !llvm.loop !103
+
+for_end_d467.i.5:                                 ; preds = %for_body_d466.i.5, %vector.body743
+  %3650 = getelementptr i8, ptr %3312, i64 3072
+  %gep1176.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 24
+  %scevgep708 = getelementptr i8, ptr %scevgep707, i64 %.idx.i
+  %bound0713 = icmp ult ptr %3650, %scevgep712
+  %bound1714 = icmp ult ptr %scevgep710, %scevgep708
+  %found.conflict715 = and i1 %bound0713, %bound1714
+  br i1 %found.conflict715, label %for_body_d466.i.6, label %vector.body718, !prof !16
+
+vector.body718:                                   ; preds = %for_end_d467.i.5
+  %3651 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3652 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3653 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3654 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather724 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3651, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather725 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3652, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather726 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3653, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather727 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3654, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %3655 = getelementptr i8, ptr %3312, i64 3104
+  %3656 = getelementptr i8, ptr %3312, i64 3136
+  %3657 = getelementptr i8, ptr %3312, i64 3168
+  store <8 x float> %wide.masked.gather724, ptr %3650, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather725, ptr %3655, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather726, ptr %3656, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather727, ptr %3657, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  %3658 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3659 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3660 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3661 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather724.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3658, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather725.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3659, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather726.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3660, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather727.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3661, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %3662 = getelementptr i8, ptr %3312, i64 3200
+  %3663 = getelementptr i8, ptr %3312, i64 3232
+  %3664 = getelementptr i8, ptr %3312, i64 3264
+  %3665 = getelementptr i8, ptr %3312, i64 3296
+  store <8 x float> %wide.masked.gather724.1, ptr %3662, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather725.1, ptr %3663, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather726.1, ptr %3664, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather727.1, ptr %3665, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  %3666 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3667 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3668 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3669 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather724.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3666, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather725.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3667, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather726.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3668, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather727.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3669, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %3670 = getelementptr i8, ptr %3312, i64 3328
+  %3671 = getelementptr i8, ptr %3312, i64 3360
+  %3672 = getelementptr i8, ptr %3312, i64 3392
+  %3673 = getelementptr i8, ptr %3312, i64 3424
+  store <8 x float> %wide.masked.gather724.2, ptr %3670, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather725.2, ptr %3671, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather726.2, ptr %3672, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather727.2, ptr %3673, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  %3674 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3675 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3676 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3677 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather724.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3674, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather725.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3675, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather726.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3676, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %wide.masked.gather727.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3677, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !104
+  %3678 = getelementptr i8, ptr %3312, i64 3456
+  %3679 = getelementptr i8, ptr %3312, i64 3488
+  %3680 = getelementptr i8, ptr %3312, i64 3520
+  %3681 = getelementptr i8, ptr %3312, i64 3552
+  store <8 x float> %wide.masked.gather724.3, ptr %3678, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather725.3, ptr %3679, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather726.3, ptr %3680, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  store <8 x float> %wide.masked.gather727.3, ptr %3681, align 4, !tbaa !5, !alias.scope !107, !noalias !104
+  br label %for_end_d467.i.6
+
+for_body_d466.i.6:                                ; preds = %for_body_d466.i.6, %for_end_d467.i.5
+  %indvars.iv1021.i.6 = phi i64 [ %indvars.iv.next1022.i.6.7, %for_body_d466.i.6 ], [ 0, %for_end_d467.i.5 ]
+  %.idx1107.i.6 = shl nuw nsw i64 %indvars.iv1021.i.6, 6
+  %3682 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6
+  %3683 = load float, ptr %3682, align 4, !tbaa !5
+  %3684 = getelementptr float, ptr %3650, i64 %indvars.iv1021.i.6
+  store float %3683, ptr %3684, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6 = or disjoint i64 %indvars.iv1021.i.6, 1
+  %.idx1107.i.6.1 = shl nuw nsw i64 %indvars.iv.next1022.i.6, 6
+  %3685 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.1
+  %3686 = load float, ptr %3685, align 4, !tbaa !5
+  %3687 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6
+  store float %3686, ptr %3687, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.1 = or disjoint i64 %indvars.iv1021.i.6, 2
+  %.idx1107.i.6.2 = shl nuw nsw i64 %indvars.iv.next1022.i.6.1, 6
+  %3688 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.2
+  %3689 = load float, ptr %3688, align 4, !tbaa !5
+  %3690 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6.1
+  store float %3689, ptr %3690, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.2 = or disjoint i64 %indvars.iv1021.i.6, 3
+  %.idx1107.i.6.3 = shl nuw nsw i64 %indvars.iv.next1022.i.6.2, 6
+  %3691 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.3
+  %3692 = load float, ptr %3691, align 4, !tbaa !5
+  %3693 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6.2
+  store float %3692, ptr %3693, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.3 = or disjoint i64 %indvars.iv1021.i.6, 4
+  %.idx1107.i.6.4 = shl nuw nsw i64 %indvars.iv.next1022.i.6.3, 6
+  %3694 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.4
+  %3695 = load float, ptr %3694, align 4, !tbaa !5
+  %3696 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6.3
+  store float %3695, ptr %3696, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.4 = or disjoint i64 %indvars.iv1021.i.6, 5
+  %.idx1107.i.6.5 = shl nuw nsw i64 %indvars.iv.next1022.i.6.4, 6
+  %3697 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.5
+  %3698 = load float, ptr %3697, align 4, !tbaa !5
+  %3699 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6.4
+  store float %3698, ptr %3699, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.5 = or disjoint i64 %indvars.iv1021.i.6, 6
+  %.idx1107.i.6.6 = shl nuw nsw i64 %indvars.iv.next1022.i.6.5, 6
+  %3700 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.6
+  %3701 = load float, ptr %3700, align 4, !tbaa !5
+  %3702 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6.5
+  store float %3701, ptr %3702, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.6 = or disjoint i64 %indvars.iv1021.i.6, 7
+  %.idx1107.i.6.7 = shl nuw nsw i64 %indvars.iv.next1022.i.6.6, 6
+  %3703 = getelementptr inbounds nuw i8, ptr %gep1176.i.6, i64 %.idx1107.i.6.7
+  %3704 = load float, ptr %3703, align 4, !tbaa !5
+  %3705 = getelementptr float, ptr %3650, i64 %indvars.iv.next1022.i.6.6
+  store float %3704, ptr %3705, align 4, !tbaa !5
+  %indvars.iv.next1022.i.6.7 = add nuw nsw i64 %indvars.iv1021.i.6, 8
+  %exitcond1024.not.i.6.7 = icmp eq i64 %indvars.iv.next1022.i.6.7, 128
+  br i1 %exitcond1024.not.i.6.7, label %for_end_d467.i.6, label %for_body_d466.i.6, !prof !27, !llvm.loop !109
+
+for_end_d467.i.6:                                 ; preds = %for_body_d466.i.6, %vector.body718
+  %3706 = getelementptr i8, ptr %3312, i64 3584
+  %gep1176.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 28
+  %scevgep683 = getelementptr i8, ptr %scevgep682, i64 %.idx.i
+  %bound0688 = icmp ult ptr %3706, %scevgep687
+  %bound1689 = icmp ult ptr %scevgep685, %scevgep683
+  %found.conflict690 = and i1 %bound0688, %bound1689
+  br i1 %found.conflict690, label %for_body_d466.i.7, label %vector.body693, !prof !16
+
+vector.body693:                                   ; preds = %for_end_d467.i.6
+  %3707 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3708 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3709 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3710 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather699 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3707, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather700 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3708, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather701 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather702 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %3711 = getelementptr i8, ptr %3312, i64 3616
+  %3712 = getelementptr i8, ptr %3312, i64 3648
+  %3713 = getelementptr i8, ptr %3312, i64 3680
+  store <8 x float> %wide.masked.gather699, ptr %3706, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather700, ptr %3711, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather701, ptr %3712, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather702, ptr %3713, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  %3714 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3715 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3716 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3717 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather699.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3714, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather700.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3715, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather701.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3716, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather702.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3717, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %3718 = getelementptr i8, ptr %3312, i64 3712
+  %3719 = getelementptr i8, ptr %3312, i64 3744
+  %3720 = getelementptr i8, ptr %3312, i64 3776
+  %3721 = getelementptr i8, ptr %3312, i64 3808
+  store <8 x float> %wide.masked.gather699.1, ptr %3718, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather700.1, ptr %3719, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather701.1, ptr %3720, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather702.1, ptr %3721, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  %3722 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3723 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3724 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3725 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather699.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather700.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather701.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather702.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3725, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %3726 = getelementptr i8, ptr %3312, i64 3840
+  %3727 = getelementptr i8, ptr %3312, i64 3872
+  %3728 = getelementptr i8, ptr %3312, i64 3904
+  %3729 = getelementptr i8, ptr %3312, i64 3936
+  store <8 x float> %wide.masked.gather699.2, ptr %3726, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather700.2, ptr %3727, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather701.2, ptr %3728, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather702.2, ptr %3729, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  %3730 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3731 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3732 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3733 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather699.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3730, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather700.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3731, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather701.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3732, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %wide.masked.gather702.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3733, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !110
+  %3734 = getelementptr i8, ptr %3312, i64 3968
+  %3735 = getelementptr i8, ptr %3312, i64 4000
+  %3736 = getelementptr i8, ptr %3312, i64 4032
+  %3737 = getelementptr i8, ptr %3312, i64 4064
+  store <8 x float> %wide.masked.gather699.3, ptr %3734, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather700.3, ptr %3735, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather701.3, ptr %3736, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  store <8 x float> %wide.masked.gather702.3, ptr %3737, align 4, !tbaa !5, !alias.scope !113, !noalias !110
+  br label %for_end_d467.i.7
+
+for_body_d466.i.7:                                ; preds = %for_body_d466.i.7, %for_end_d467.i.6
+  %indvars.iv1021.i.7 = phi i64 [ %indvars.iv.next1022.i.7.7, %for_body_d466.i.7 ], [ 0, %for_end_d467.i.6 ]
+  %.idx1107.i.7 = shl nuw nsw i64 %indvars.iv1021.i.7, 6
+  %3738 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7
+  %3739 = load float, ptr %3738, align 4, !tbaa !5
+  %3740 = getelementptr float, ptr %3706, i64 %indvars.iv1021.i.7
+  store float %3739, ptr %3740, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7 = or disjoint i64 %indvars.iv1021.i.7, 1
+  %.idx1107.i.7.1 = shl nuw nsw i64 %indvars.iv.next1022.i.7, 6
+  %3741 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.1
+  %3742 = load float, ptr %3741, align 4, !tbaa !5
+  %3743 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7
+  store float %3742, ptr %3743, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.1 = or disjoint i64 %indvars.iv1021.i.7, 2
+  %.idx1107.i.7.2 = shl nuw nsw i64 %indvars.iv.next1022.i.7.1, 6
+  %3744 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.2
+  %3745 = load float, ptr %3744, align 4, !tbaa !5
+  %3746 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7.1
+  store float %3745, ptr %3746, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.2 = or disjoint i64 %indvars.iv1021.i.7, 3
+  %.idx1107.i.7.3 = shl nuw nsw i64 %indvars.iv.next1022.i.7.2, 6
+  %3747 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.3
+  %3748 = load float, ptr %3747, align 4, !tbaa !5
+  %3749 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7.2
+  store float %3748, ptr %3749, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.3 = or disjoint i64 %indvars.iv1021.i.7, 4
+  %.idx1107.i.7.4 = shl nuw nsw i64 %indvars.iv.next1022.i.7.3, 6
+  %3750 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.4
+  %3751 = load float, ptr %3750, align 4, !tbaa !5
+  %3752 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7.3
+  store float %3751, ptr %3752, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.4 = or disjoint i64 %indvars.iv1021.i.7, 5
+  %.idx1107.i.7.5 = shl nuw nsw i64 %indvars.iv.next1022.i.7.4, 6
+  %3753 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.5
+  %3754 = load float, ptr %3753, align 4, !tbaa !5
+  %3755 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7.4
+  store float %3754, ptr %3755, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.5 = or disjoint i64 %indvars.iv1021.i.7, 6
+  %.idx1107.i.7.6 = shl nuw nsw i64 %indvars.iv.next1022.i.7.5, 6
+  %3756 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.6
+  %3757 = load float, ptr %3756, align 4, !tbaa !5
+  %3758 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7.5
+  store float %3757, ptr %3758, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.6 = or disjoint i64 %indvars.iv1021.i.7, 7
+  %.idx1107.i.7.7 = shl nuw nsw i64 %indvars.iv.next1022.i.7.6, 6
+  %3759 = getelementptr inbounds nuw i8, ptr %gep1176.i.7, i64 %.idx1107.i.7.7
+  %3760 = load float, ptr %3759, align 4, !tbaa !5
+  %3761 = getelementptr float, ptr %3706, i64 %indvars.iv.next1022.i.7.6
+  store float %3760, ptr %3761, align 4, !tbaa !5
+  %indvars.iv.next1022.i.7.7 = add nuw nsw i64 %indvars.iv1021.i.7, 8
+  %exitcond1024.not.i.7.7 = icmp eq i64 %indvars.iv.next1022.i.7.7, 128
+  br i1 %exitcond1024.not.i.7.7, label %for_end_d467.i.7, label %for_body_d466.i.7, !prof !27, !llvm.loop !115
+
+for_end_d467.i.7:                                 ; preds = %for_body_d466.i.7, %vector.body693
+  %3762 = getelementptr i8, ptr %3312, i64 4096
+  %gep1176.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 32
+  %scevgep658 = getelementptr i8, ptr %scevgep657, i64 %.idx.i
+  %bound0663 = icmp ult ptr %3762, %scevgep662
+  %bound1664 = icmp ult ptr %scevgep660, %scevgep658
+  %found.conflict665 = and i1 %bound0663, %bound1664
+  br i1 %found.conflict665, label %for_body_d466.i.8, label %vector.body668, !prof !16
+
+vector.body668:                                   ; preds = %for_end_d467.i.7
+  %3763 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3764 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3765 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3766 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather674 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3763, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather675 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3764, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather676 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3765, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather677 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %3767 = getelementptr i8, ptr %3312, i64 4128
+  %3768 = getelementptr i8, ptr %3312, i64 4160
+  %3769 = getelementptr i8, ptr %3312, i64 4192
+  store <8 x float> %wide.masked.gather674, ptr %3762, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather675, ptr %3767, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather676, ptr %3768, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather677, ptr %3769, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  %3770 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3771 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3772 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3773 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather674.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3770, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather675.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3771, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather676.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3772, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather677.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3773, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %3774 = getelementptr i8, ptr %3312, i64 4224
+  %3775 = getelementptr i8, ptr %3312, i64 4256
+  %3776 = getelementptr i8, ptr %3312, i64 4288
+  %3777 = getelementptr i8, ptr %3312, i64 4320
+  store <8 x float> %wide.masked.gather674.1, ptr %3774, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather675.1, ptr %3775, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather676.1, ptr %3776, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather677.1, ptr %3777, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  %3778 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3779 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3780 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3781 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather674.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather675.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather676.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather677.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3781, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %3782 = getelementptr i8, ptr %3312, i64 4352
+  %3783 = getelementptr i8, ptr %3312, i64 4384
+  %3784 = getelementptr i8, ptr %3312, i64 4416
+  %3785 = getelementptr i8, ptr %3312, i64 4448
+  store <8 x float> %wide.masked.gather674.2, ptr %3782, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather675.2, ptr %3783, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather676.2, ptr %3784, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather677.2, ptr %3785, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  %3786 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3787 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3788 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3789 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather674.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3786, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather675.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3787, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather676.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3788, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %wide.masked.gather677.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !116
+  %3790 = getelementptr i8, ptr %3312, i64 4480
+  %3791 = getelementptr i8, ptr %3312, i64 4512
+  %3792 = getelementptr i8, ptr %3312, i64 4544
+  %3793 = getelementptr i8, ptr %3312, i64 4576
+  store <8 x float> %wide.masked.gather674.3, ptr %3790, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather675.3, ptr %3791, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather676.3, ptr %3792, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  store <8 x float> %wide.masked.gather677.3, ptr %3793, align 4, !tbaa !5, !alias.scope !119, !noalias !116
+  br label %for_end_d467.i.8
+
+for_body_d466.i.8:                                ; preds = %for_body_d466.i.8, %for_end_d467.i.7
+  %indvars.iv1021.i.8 = phi i64 [ %indvars.iv.next1022.i.8.7, %for_body_d466.i.8 ], [ 0, %for_end_d467.i.7 ]
+  %.idx1107.i.8 = shl nuw nsw i64 %indvars.iv1021.i.8, 6
+  %3794 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8
+  %3795 = load float, ptr %3794, align 4, !tbaa !5
+  %3796 = getelementptr float, ptr %3762, i64 %indvars.iv1021.i.8
+  store float %3795, ptr %3796, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8 = or disjoint i64 %indvars.iv1021.i.8, 1
+  %.idx1107.i.8.1 = shl nuw nsw i64 %indvars.iv.next1022.i.8, 6
+  %3797 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.1
+  %3798 = load float, ptr %3797, align 4, !tbaa !5
+  %3799 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8
+  store float %3798, ptr %3799, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.1 = or disjoint i64 %indvars.iv1021.i.8, 2
+  %.idx1107.i.8.2 = shl nuw nsw i64 %indvars.iv.next1022.i.8.1, 6
+  %3800 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.2
+  %3801 = load float, ptr %3800, align 4, !tbaa !5
+  %3802 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8.1
+  store float %3801, ptr %3802, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.2 = or disjoint i64 %indvars.iv1021.i.8, 3
+  %.idx1107.i.8.3 = shl nuw nsw i64 %indvars.iv.next1022.i.8.2, 6
+  %3803 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.3
+  %3804 = load float, ptr %3803, align 4, !tbaa !5
+  %3805 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8.2
+  store float %3804, ptr %3805, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.3 = or disjoint i64 %indvars.iv1021.i.8, 4
+  %.idx1107.i.8.4 = shl nuw nsw i64 %indvars.iv.next1022.i.8.3, 6
+  %3806 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.4
+  %3807 = load float, ptr %3806, align 4, !tbaa !5
+  %3808 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8.3
+  store float %3807, ptr %3808, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.4 = or disjoint i64 %indvars.iv1021.i.8, 5
+  %.idx1107.i.8.5 = shl nuw nsw i64 %indvars.iv.next1022.i.8.4, 6
+  %3809 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.5
+  %3810 = load float, ptr %3809, align 4, !tbaa !5
+  %3811 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8.4
+  store float %3810, ptr %3811, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.5 = or disjoint i64 %indvars.iv1021.i.8, 6
+  %.idx1107.i.8.6 = shl nuw nsw i64 %indvars.iv.next1022.i.8.5, 6
+  %3812 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.6
+  %3813 = load float, ptr %3812, align 4, !tbaa !5
+  %3814 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8.5
+  store float %3813, ptr %3814, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.6 = or disjoint i64 %indvars.iv1021.i.8, 7
+  %.idx1107.i.8.7 = shl nuw nsw i64 %indvars.iv.next1022.i.8.6, 6
+  %3815 = getelementptr inbounds nuw i8, ptr %gep1176.i.8, i64 %.idx1107.i.8.7
+  %3816 = load float, ptr %3815, align 4, !tbaa !5
+  %3817 = getelementptr float, ptr %3762, i64 %indvars.iv.next1022.i.8.6
+  store float %3816, ptr %3817, align 4, !tbaa !5
+  %indvars.iv.next1022.i.8.7 = add nuw nsw i64 %indvars.iv1021.i.8, 8
+  %exitcond1024.not.i.8.7 = icmp eq i64 %indvars.iv.next1022.i.8.7, 128
+  br i1 %exitcond1024.not.i.8.7, label %for_end_d467.i.8, label %for_body_d466.i.8, !prof !27, !llvm.loop !121
+
+for_end_d467.i.8:                                 ; preds = %for_body_d466.i.8, %vector.body668
+  %3818 = getelementptr i8, ptr %3312, i64 4608
+  %gep1176.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 36
+  %scevgep633 = getelementptr i8, ptr %scevgep632, i64 %.idx.i
+  %bound0638 = icmp ult ptr %3818, %scevgep637
+  %bound1639 = icmp ult ptr %scevgep635, %scevgep633
+  %found.conflict640 = and i1 %bound0638, %bound1639
+  br i1 %found.conflict640, label %for_body_d466.i.9, label %vector.body643, !prof !16
+
+vector.body643:                                   ; preds = %for_end_d467.i.8
+  %3819 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3820 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3821 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3822 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather649 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3819, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather650 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3820, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather651 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3821, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather652 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3822, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %3823 = getelementptr i8, ptr %3312, i64 4640
+  %3824 = getelementptr i8, ptr %3312, i64 4672
+  %3825 = getelementptr i8, ptr %3312, i64 4704
+  store <8 x float> %wide.masked.gather649, ptr %3818, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather650, ptr %3823, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather651, ptr %3824, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather652, ptr %3825, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  %3826 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3827 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3828 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3829 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather649.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3826, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather650.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3827, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather651.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3828, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather652.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3829, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %3830 = getelementptr i8, ptr %3312, i64 4736
+  %3831 = getelementptr i8, ptr %3312, i64 4768
+  %3832 = getelementptr i8, ptr %3312, i64 4800
+  %3833 = getelementptr i8, ptr %3312, i64 4832
+  store <8 x float> %wide.masked.gather649.1, ptr %3830, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather650.1, ptr %3831, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather651.1, ptr %3832, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather652.1, ptr %3833, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  %3834 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3835 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3836 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3837 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather649.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3834, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather650.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3835, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather651.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3836, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather652.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3837, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %3838 = getelementptr i8, ptr %3312, i64 4864
+  %3839 = getelementptr i8, ptr %3312, i64 4896
+  %3840 = getelementptr i8, ptr %3312, i64 4928
+  %3841 = getelementptr i8, ptr %3312, i64 4960
+  store <8 x float> %wide.masked.gather649.2, ptr %3838, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather650.2, ptr %3839, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather651.2, ptr %3840, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather652.2, ptr %3841, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  %3842 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3843 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3844 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3845 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather649.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3842, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather650.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3843, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather651.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3844, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %wide.masked.gather652.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3845, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !122
+  %3846 = getelementptr i8, ptr %3312, i64 4992
+  %3847 = getelementptr i8, ptr %3312, i64 5024
+  %3848 = getelementptr i8, ptr %3312, i64 5056
+  %3849 = getelementptr i8, ptr %3312, i64 5088
+  store <8 x float> %wide.masked.gather649.3, ptr %3846, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather650.3, ptr %3847, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather651.3, ptr %3848, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  store <8 x float> %wide.masked.gather652.3, ptr %3849, align 4, !tbaa !5, !alias.scope !125, !noalias !122
+  br label %for_end_d467.i.9
+
+for_body_d466.i.9:                                ; preds = %for_body_d466.i.9, %for_end_d467.i.8
+  %indvars.iv1021.i.9 = phi i64 [ %indvars.iv.next1022.i.9.7, %for_body_d466.i.9 ], [ 0, %for_end_d467.i.8 ]
+  %.idx1107.i.9 = shl nuw nsw i64 %indvars.iv1021.i.9, 6
+  %3850 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9
+  %3851 = load float, ptr %3850, align 4, !tbaa !5
+  %3852 = getelementptr float, ptr %3818, i64 %indvars.iv1021.i.9
+  store float %3851, ptr %3852, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9 = or disjoint i64 %indvars.iv1021.i.9, 1
+  %.idx1107.i.9.1 = shl nuw nsw i64 %indvars.iv.next1022.i.9, 6
+  %3853 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.1
+  %3854 = load float, ptr %3853, align 4, !tbaa !5
+  %3855 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9
+  store float %3854, ptr %3855, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.1 = or disjoint i64 %indvars.iv1021.i.9, 2
+  %.idx1107.i.9.2 = shl nuw nsw i64 %indvars.iv.next1022.i.9.1, 6
+  %3856 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.2
+  %3857 = load float, ptr %3856, align 4, !tbaa !5
+  %3858 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9.1
+  store float %3857, ptr %3858, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.2 = or disjoint i64 %indvars.iv1021.i.9, 3
+  %.idx1107.i.9.3 = shl nuw nsw i64 %indvars.iv.next1022.i.9.2, 6
+  %3859 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.3
+  %3860 = load float, ptr %3859, align 4, !tbaa !5
+  %3861 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9.2
+  store float %3860, ptr %3861, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.3 = or disjoint i64 %indvars.iv1021.i.9, 4
+  %.idx1107.i.9.4 = shl nuw nsw i64 %indvars.iv.next1022.i.9.3, 6
+  %3862 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.4
+  %3863 = load float, ptr %3862, align 4, !tbaa !5
+  %3864 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9.3
+  store float %3863, ptr %3864, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.4 = or disjoint i64 %indvars.iv1021.i.9, 5
+  %.idx1107.i.9.5 = shl nuw nsw i64 %indvars.iv.next1022.i.9.4, 6
+  %3865 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.5
+  %3866 = load float, ptr %3865, align 4, !tbaa !5
+  %3867 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9.4
+  store float %3866, ptr %3867, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.5 = or disjoint i64 %indvars.iv1021.i.9, 6
+  %.idx1107.i.9.6 = shl nuw nsw i64 %indvars.iv.next1022.i.9.5, 6
+  %3868 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.6
+  %3869 = load float, ptr %3868, align 4, !tbaa !5
+  %3870 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9.5
+  store float %3869, ptr %3870, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.6 = or disjoint i64 %indvars.iv1021.i.9, 7
+  %.idx1107.i.9.7 = shl nuw nsw i64 %indvars.iv.next1022.i.9.6, 6
+  %3871 = getelementptr inbounds nuw i8, ptr %gep1176.i.9, i64 %.idx1107.i.9.7
+  %3872 = load float, ptr %3871, align 4, !tbaa !5
+  %3873 = getelementptr float, ptr %3818, i64 %indvars.iv.next1022.i.9.6
+  store float %3872, ptr %3873, align 4, !tbaa !5
+  %indvars.iv.next1022.i.9.7 = add nuw nsw i64 %indvars.iv1021.i.9, 8
+  %exitcond1024.not.i.9.7 = icmp eq i64 %indvars.iv.next1022.i.9.7, 128
+  br i1 %exitcond1024.not.i.9.7, label %for_end_d467.i.9, label %for_body_d466.i.9, !prof !27, !llvm.loop !127
+
+for_end_d467.i.9:                                 ; preds = %for_body_d466.i.9, %vector.body643
+  %3874 = getelementptr i8, ptr %3312, i64 5120
+  %gep1176.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 40
+  %scevgep608 = getelementptr i8, ptr %scevgep607, i64 %.idx.i
+  %bound0613 = icmp ult ptr %3874, %scevgep612
+  %bound1614 = icmp ult ptr %scevgep610, %scevgep608
+  %found.conflict615 = and i1 %bound0613, %bound1614
+  br i1 %found.conflict615, label %for_body_d466.i.10, label %vector.body618, !prof !16
+
+vector.body618:                                   ; preds = %for_end_d467.i.9
+  %3875 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3876 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3877 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3878 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather624 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3875, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather625 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3876, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather626 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3877, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather627 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3878, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %3879 = getelementptr i8, ptr %3312, i64 5152
+  %3880 = getelementptr i8, ptr %3312, i64 5184
+  %3881 = getelementptr i8, ptr %3312, i64 5216
+  store <8 x float> %wide.masked.gather624, ptr %3874, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather625, ptr %3879, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather626, ptr %3880, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather627, ptr %3881, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  %3882 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3883 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3884 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3885 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather624.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather625.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather626.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather627.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3885, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %3886 = getelementptr i8, ptr %3312, i64 5248
+  %3887 = getelementptr i8, ptr %3312, i64 5280
+  %3888 = getelementptr i8, ptr %3312, i64 5312
+  %3889 = getelementptr i8, ptr %3312, i64 5344
+  store <8 x float> %wide.masked.gather624.1, ptr %3886, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather625.1, ptr %3887, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather626.1, ptr %3888, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather627.1, ptr %3889, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  %3890 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3891 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3892 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3893 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather624.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3890, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather625.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3891, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather626.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3892, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather627.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3893, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %3894 = getelementptr i8, ptr %3312, i64 5376
+  %3895 = getelementptr i8, ptr %3312, i64 5408
+  %3896 = getelementptr i8, ptr %3312, i64 5440
+  %3897 = getelementptr i8, ptr %3312, i64 5472
+  store <8 x float> %wide.masked.gather624.2, ptr %3894, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather625.2, ptr %3895, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather626.2, ptr %3896, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather627.2, ptr %3897, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  %3898 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3899 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3900 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3901 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather624.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3898, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather625.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3899, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather626.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3900, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %wide.masked.gather627.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3901, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !128
+  %3902 = getelementptr i8, ptr %3312, i64 5504
+  %3903 = getelementptr i8, ptr %3312, i64 5536
+  %3904 = getelementptr i8, ptr %3312, i64 5568
+  %3905 = getelementptr i8, ptr %3312, i64 5600
+  store <8 x float> %wide.masked.gather624.3, ptr %3902, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather625.3, ptr %3903, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather626.3, ptr %3904, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  store <8 x float> %wide.masked.gather627.3, ptr %3905, align 4, !tbaa !5, !alias.scope !131, !noalias !128
+  br label %for_end_d467.i.10
+
+for_body_d466.i.10:                               ; preds = %for_body_d466.i.10, %for_end_d467.i.9
+  %indvars.iv1021.i.10 = phi i64 [ %indvars.iv.next1022.i.10.7, %for_body_d466.i.10 ], [ 0, %for_end_d467.i.9 ]
+  %.idx1107.i.10 = shl nuw nsw i64 %indvars.iv1021.i.10, 6
+  %3906 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10
+  %3907 = load float, ptr %3906, align 4, !tbaa !5
+  %3908 = getelementptr float, ptr %3874, i64 %indvars.iv1021.i.10
+  store float %3907, ptr %3908, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10 = or disjoint i64 %indvars.iv1021.i.10, 1
+  %.idx1107.i.10.1 = shl nuw nsw i64 %indvars.iv.next1022.i.10, 6
+  %3909 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.1
+  %3910 = load float, ptr %3909, align 4, !tbaa !5
+  %3911 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10
+  store float %3910, ptr %3911, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.1 = or disjoint i64 %indvars.iv1021.i.10, 2
+  %.idx1107.i.10.2 = shl nuw nsw i64 %indvars.iv.next1022.i.10.1, 6
+  %3912 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.2
+  %3913 = load float, ptr %3912, align 4, !tbaa !5
+  %3914 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10.1
+  store float %3913, ptr %3914, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.2 = or disjoint i64 %indvars.iv1021.i.10, 3
+  %.idx1107.i.10.3 = shl nuw nsw i64 %indvars.iv.next1022.i.10.2, 6
+  %3915 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.3
+  %3916 = load float, ptr %3915, align 4, !tbaa !5
+  %3917 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10.2
+  store float %3916, ptr %3917, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.3 = or disjoint i64 %indvars.iv1021.i.10, 4
+  %.idx1107.i.10.4 = shl nuw nsw i64 %indvars.iv.next1022.i.10.3, 6
+  %3918 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.4
+  %3919 = load float, ptr %3918, align 4, !tbaa !5
+  %3920 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10.3
+  store float %3919, ptr %3920, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.4 = or disjoint i64 %indvars.iv1021.i.10, 5
+  %.idx1107.i.10.5 = shl nuw nsw i64 %indvars.iv.next1022.i.10.4, 6
+  %3921 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.5
+  %3922 = load float, ptr %3921, align 4, !tbaa !5
+  %3923 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10.4
+  store float %3922, ptr %3923, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.5 = or disjoint i64 %indvars.iv1021.i.10, 6
+  %.idx1107.i.10.6 = shl nuw nsw i64 %indvars.iv.next1022.i.10.5, 6
+  %3924 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.6
+  %3925 = load float, ptr %3924, align 4, !tbaa !5
+  %3926 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10.5
+  store float %3925, ptr %3926, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.6 = or disjoint i64 %indvars.iv1021.i.10, 7
+  %.idx1107.i.10.7 = shl nuw nsw i64 %indvars.iv.next1022.i.10.6, 6
+  %3927 = getelementptr inbounds nuw i8, ptr %gep1176.i.10, i64 %.idx1107.i.10.7
+  %3928 = load float, ptr %3927, align 4, !tbaa !5
+  %3929 = getelementptr float, ptr %3874, i64 %indvars.iv.next1022.i.10.6
+  store float %3928, ptr %3929, align 4, !tbaa !5
+  %indvars.iv.next1022.i.10.7 = add nuw nsw i64 %indvars.iv1021.i.10, 8
+  %exitcond1024.not.i.10.7 = icmp eq i64 %indvars.iv.next1022.i.10.7, 128
+  br i1 %exitcond1024.not.i.10.7, label %for_end_d467.i.10, label %for_body_d466.i.10, !prof !27, !llvm.loop !133
+
+for_end_d467.i.10:                                ; preds = %for_body_d466.i.10, %vector.body618
+  %3930 = getelementptr i8, ptr %3312, i64 5632
+  %gep1176.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 44
+  %scevgep583 = getelementptr i8, ptr %scevgep582, i64 %.idx.i
+  %bound0588 = icmp ult ptr %3930, %scevgep587
+  %bound1589 = icmp ult ptr %scevgep585, %scevgep583
+  %found.conflict590 = and i1 %bound0588, %bound1589
+  br i1 %found.conflict590, label %for_body_d466.i.11, label %vector.body593, !prof !16
+
+vector.body593:                                   ; preds = %for_end_d467.i.10
+  %3931 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3932 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3933 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3934 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather599 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3931, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather600 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3932, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather601 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3933, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather602 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3934, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %3935 = getelementptr i8, ptr %3312, i64 5664
+  %3936 = getelementptr i8, ptr %3312, i64 5696
+  %3937 = getelementptr i8, ptr %3312, i64 5728
+  store <8 x float> %wide.masked.gather599, ptr %3930, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather600, ptr %3935, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather601, ptr %3936, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather602, ptr %3937, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  %3938 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3939 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3940 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3941 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather599.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather600.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather601.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather602.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3941, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %3942 = getelementptr i8, ptr %3312, i64 5760
+  %3943 = getelementptr i8, ptr %3312, i64 5792
+  %3944 = getelementptr i8, ptr %3312, i64 5824
+  %3945 = getelementptr i8, ptr %3312, i64 5856
+  store <8 x float> %wide.masked.gather599.1, ptr %3942, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather600.1, ptr %3943, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather601.1, ptr %3944, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather602.1, ptr %3945, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  %3946 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3947 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3948 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3949 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather599.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3946, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather600.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3947, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather601.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3948, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather602.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %3950 = getelementptr i8, ptr %3312, i64 5888
+  %3951 = getelementptr i8, ptr %3312, i64 5920
+  %3952 = getelementptr i8, ptr %3312, i64 5952
+  %3953 = getelementptr i8, ptr %3312, i64 5984
+  store <8 x float> %wide.masked.gather599.2, ptr %3950, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather600.2, ptr %3951, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather601.2, ptr %3952, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather602.2, ptr %3953, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  %3954 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3955 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3956 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3957 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather599.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3954, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather600.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3955, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather601.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3956, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %wide.masked.gather602.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3957, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !134
+  %3958 = getelementptr i8, ptr %3312, i64 6016
+  %3959 = getelementptr i8, ptr %3312, i64 6048
+  %3960 = getelementptr i8, ptr %3312, i64 6080
+  %3961 = getelementptr i8, ptr %3312, i64 6112
+  store <8 x float> %wide.masked.gather599.3, ptr %3958, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather600.3, ptr %3959, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather601.3, ptr %3960, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  store <8 x float> %wide.masked.gather602.3, ptr %3961, align 4, !tbaa !5, !alias.scope !137, !noalias !134
+  br label %for_end_d467.i.11
+
+for_body_d466.i.11:                               ; preds = %for_body_d466.i.11, %for_end_d467.i.10
+  %indvars.iv1021.i.11 = phi i64 [ %indvars.iv.next1022.i.11.7, %for_body_d466.i.11 ], [ 0, %for_end_d467.i.10 ]
+  %.idx1107.i.11 = shl nuw nsw i64 %indvars.iv1021.i.11, 6
+  %3962 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11
+  %3963 = load float, ptr %3962, align 4, !tbaa !5
+  %3964 = getelementptr float, ptr %3930, i64 %indvars.iv1021.i.11
+  store float %3963, ptr %3964, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11 = or disjoint i64 %indvars.iv1021.i.11, 1
+  %.idx1107.i.11.1 = shl nuw nsw i64 %indvars.iv.next1022.i.11, 6
+  %3965 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.1
+  %3966 = load float, ptr %3965, align 4, !tbaa !5
+  %3967 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11
+  store float %3966, ptr %3967, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.1 = or disjoint i64 %indvars.iv1021.i.11, 2
+  %.idx1107.i.11.2 = shl nuw nsw i64 %indvars.iv.next1022.i.11.1, 6
+  %3968 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.2
+  %3969 = load float, ptr %3968, align 4, !tbaa !5
+  %3970 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11.1
+  store float %3969, ptr %3970, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.2 = or disjoint i64 %indvars.iv1021.i.11, 3
+  %.idx1107.i.11.3 = shl nuw nsw i64 %indvars.iv.next1022.i.11.2, 6
+  %3971 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.3
+  %3972 = load float, ptr %3971, align 4, !tbaa !5
+  %3973 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11.2
+  store float %3972, ptr %3973, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.3 = or disjoint i64 %indvars.iv1021.i.11, 4
+  %.idx1107.i.11.4 = shl nuw nsw i64 %indvars.iv.next1022.i.11.3, 6
+  %3974 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.4
+  %3975 = load float, ptr %3974, align 4, !tbaa !5
+  %3976 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11.3
+  store float %3975, ptr %3976, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.4 = or disjoint i64 %indvars.iv1021.i.11, 5
+  %.idx1107.i.11.5 = shl nuw nsw i64 %indvars.iv.next1022.i.11.4, 6
+  %3977 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.5
+  %3978 = load float, ptr %3977, align 4, !tbaa !5
+  %3979 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11.4
+  store float %3978, ptr %3979, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.5 = or disjoint i64 %indvars.iv1021.i.11, 6
+  %.idx1107.i.11.6 = shl nuw nsw i64 %indvars.iv.next1022.i.11.5, 6
+  %3980 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.6
+  %3981 = load float, ptr %3980, align 4, !tbaa !5
+  %3982 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11.5
+  store float %3981, ptr %3982, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.6 = or disjoint i64 %indvars.iv1021.i.11, 7
+  %.idx1107.i.11.7 = shl nuw nsw i64 %indvars.iv.next1022.i.11.6, 6
+  %3983 = getelementptr inbounds nuw i8, ptr %gep1176.i.11, i64 %.idx1107.i.11.7
+  %3984 = load float, ptr %3983, align 4, !tbaa !5
+  %3985 = getelementptr float, ptr %3930, i64 %indvars.iv.next1022.i.11.6
+  store float %3984, ptr %3985, align 4, !tbaa !5
+  %indvars.iv.next1022.i.11.7 = add nuw nsw i64 %indvars.iv1021.i.11, 8
+  %exitcond1024.not.i.11.7 = icmp eq i64 %indvars.iv.next1022.i.11.7, 128
+  br i1 %exitcond1024.not.i.11.7, label %for_end_d467.i.11, label %for_body_d466.i.11, !prof !27, !llvm.loop !139
+
+for_end_d467.i.11:                                ; preds = %for_body_d466.i.11, %vector.body593
+  %3986 = getelementptr i8, ptr %3312, i64 6144
+  %gep1176.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 48
+  %scevgep558 = getelementptr i8, ptr %scevgep557, i64 %.idx.i
+  %bound0563 = icmp ult ptr %3986, %scevgep562
+  %bound1564 = icmp ult ptr %scevgep560, %scevgep558
+  %found.conflict565 = and i1 %bound0563, %bound1564
+  br i1 %found.conflict565, label %for_body_d466.i.12, label %vector.body568, !prof !16
+
+vector.body568:                                   ; preds = %for_end_d467.i.11
+  %3987 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3988 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3989 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3990 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather574 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3987, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather575 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3988, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather576 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3989, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather577 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3990, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %3991 = getelementptr i8, ptr %3312, i64 6176
+  %3992 = getelementptr i8, ptr %3312, i64 6208
+  %3993 = getelementptr i8, ptr %3312, i64 6240
+  store <8 x float> %wide.masked.gather574, ptr %3986, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather575, ptr %3991, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather576, ptr %3992, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather577, ptr %3993, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  %3994 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3995 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3996 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3997 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather574.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3994, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather575.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3995, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather576.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3996, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather577.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3997, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %3998 = getelementptr i8, ptr %3312, i64 6272
+  %3999 = getelementptr i8, ptr %3312, i64 6304
+  %4000 = getelementptr i8, ptr %3312, i64 6336
+  %4001 = getelementptr i8, ptr %3312, i64 6368
+  store <8 x float> %wide.masked.gather574.1, ptr %3998, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather575.1, ptr %3999, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather576.1, ptr %4000, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather577.1, ptr %4001, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  %4002 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4003 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4004 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4005 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather574.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4002, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather575.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4003, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather576.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4004, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather577.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4005, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %4006 = getelementptr i8, ptr %3312, i64 6400
+  %4007 = getelementptr i8, ptr %3312, i64 6432
+  %4008 = getelementptr i8, ptr %3312, i64 6464
+  %4009 = getelementptr i8, ptr %3312, i64 6496
+  store <8 x float> %wide.masked.gather574.2, ptr %4006, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather575.2, ptr %4007, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather576.2, ptr %4008, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather577.2, ptr %4009, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  %4010 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4011 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4012 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4013 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather574.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4010, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather575.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4011, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather576.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4012, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %wide.masked.gather577.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4013, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !140
+  %4014 = getelementptr i8, ptr %3312, i64 6528
+  %4015 = getelementptr i8, ptr %3312, i64 6560
+  %4016 = getelementptr i8, ptr %3312, i64 6592
+  %4017 = getelementptr i8, ptr %3312, i64 6624
+  store <8 x float> %wide.masked.gather574.3, ptr %4014, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather575.3, ptr %4015, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather576.3, ptr %4016, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  store <8 x float> %wide.masked.gather577.3, ptr %4017, align 4, !tbaa !5, !alias.scope !143, !noalias !140
+  br label %for_end_d467.i.12
+
+for_body_d466.i.12:                               ; preds = %for_body_d466.i.12, %for_end_d467.i.11
+  %indvars.iv1021.i.12 = phi i64 [ %indvars.iv.next1022.i.12.7, %for_body_d466.i.12 ], [ 0, %for_end_d467.i.11 ]
+  %.idx1107.i.12 = shl nuw nsw i64 %indvars.iv1021.i.12, 6
+  %4018 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12
+  %4019 = load float, ptr %4018, align 4, !tbaa !5
+  %4020 = getelementptr float, ptr %3986, i64 %indvars.iv1021.i.12
+  store float %4019, ptr %4020, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12 = or disjoint i64 %indvars.iv1021.i.12, 1
+  %.idx1107.i.12.1 = shl nuw nsw i64 %indvars.iv.next1022.i.12, 6
+  %4021 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.1
+  %4022 = load float, ptr %4021, align 4, !tbaa !5
+  %4023 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12
+  store float %4022, ptr %4023, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.1 = or disjoint i64 %indvars.iv1021.i.12, 2
+  %.idx1107.i.12.2 = shl nuw nsw i64 %indvars.iv.next1022.i.12.1, 6
+  %4024 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.2
+  %4025 = load float, ptr %4024, align 4, !tbaa !5
+  %4026 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12.1
+  store float %4025, ptr %4026, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.2 = or disjoint i64 %indvars.iv1021.i.12, 3
+  %.idx1107.i.12.3 = shl nuw nsw i64 %indvars.iv.next1022.i.12.2, 6
+  %4027 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.3
+  %4028 = load float, ptr %4027, align 4, !tbaa !5
+  %4029 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12.2
+  store float %4028, ptr %4029, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.3 = or disjoint i64 %indvars.iv1021.i.12, 4
+  %.idx1107.i.12.4 = shl nuw nsw i64 %indvars.iv.next1022.i.12.3, 6
+  %4030 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.4
+  %4031 = load float, ptr %4030, align 4, !tbaa !5
+  %4032 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12.3
+  store float %4031, ptr %4032, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.4 = or disjoint i64 %indvars.iv1021.i.12, 5
+  %.idx1107.i.12.5 = shl nuw nsw i64 %indvars.iv.next1022.i.12.4, 6
+  %4033 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.5
+  %4034 = load float, ptr %4033, align 4, !tbaa !5
+  %4035 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12.4
+  store float %4034, ptr %4035, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.5 = or disjoint i64 %indvars.iv1021.i.12, 6
+  %.idx1107.i.12.6 = shl nuw nsw i64 %indvars.iv.next1022.i.12.5, 6
+  %4036 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.6
+  %4037 = load float, ptr %4036, align 4, !tbaa !5
+  %4038 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12.5
+  store float %4037, ptr %4038, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.6 = or disjoint i64 %indvars.iv1021.i.12, 7
+  %.idx1107.i.12.7 = shl nuw nsw i64 %indvars.iv.next1022.i.12.6, 6
+  %4039 = getelementptr inbounds nuw i8, ptr %gep1176.i.12, i64 %.idx1107.i.12.7
+  %4040 = load float, ptr %4039, align 4, !tbaa !5
+  %4041 = getelementptr float, ptr %3986, i64 %indvars.iv.next1022.i.12.6
+  store float %4040, ptr %4041, align 4, !tbaa !5
+  %indvars.iv.next1022.i.12.7 = add nuw nsw i64 %indvars.iv1021.i.12, 8
+  %exitcond1024.not.i.12.7 = icmp eq i64 %indvars.iv.next1022.i.12.7, 128
+  br i1 %exitcond1024.not.i.12.7, label %for_end_d467.i.12, label %for_body_d466.i.12, !prof !27, !llvm.loop !145
+
+for_end_d467.i.12:                                ; preds = %for_body_d466.i.12, %vector.body568
+  %4042 = getelementptr i8, ptr %3312, i64 6656
+  %gep1176.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 52
+  %scevgep533 = getelementptr i8, ptr %scevgep532, i64 %.idx.i
+  %bound0538 = icmp ult ptr %4042, %scevgep537
+  %bound1539 = icmp ult ptr %scevgep535, %scevgep533
+  %found.conflict540 = and i1 %bound0538, %bound1539
+  br i1 %found.conflict540, label %for_body_d466.i.13, label %vector.body543, !prof !16
+
+vector.body543:                                   ; preds = %for_end_d467.i.12
+  %4043 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4044 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4045 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4046 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather549 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather550 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather551 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4045, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather552 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %4047 = getelementptr i8, ptr %3312, i64 6688
+  %4048 = getelementptr i8, ptr %3312, i64 6720
+  %4049 = getelementptr i8, ptr %3312, i64 6752
+  store <8 x float> %wide.masked.gather549, ptr %4042, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather550, ptr %4047, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather551, ptr %4048, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather552, ptr %4049, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  %4050 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4051 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4052 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4053 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather549.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather550.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4051, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather551.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4052, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather552.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4053, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %4054 = getelementptr i8, ptr %3312, i64 6784
+  %4055 = getelementptr i8, ptr %3312, i64 6816
+  %4056 = getelementptr i8, ptr %3312, i64 6848
+  %4057 = getelementptr i8, ptr %3312, i64 6880
+  store <8 x float> %wide.masked.gather549.1, ptr %4054, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather550.1, ptr %4055, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather551.1, ptr %4056, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather552.1, ptr %4057, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  %4058 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4059 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4060 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4061 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather549.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather550.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather551.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather552.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4061, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %4062 = getelementptr i8, ptr %3312, i64 6912
+  %4063 = getelementptr i8, ptr %3312, i64 6944
+  %4064 = getelementptr i8, ptr %3312, i64 6976
+  %4065 = getelementptr i8, ptr %3312, i64 7008
+  store <8 x float> %wide.masked.gather549.2, ptr %4062, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather550.2, ptr %4063, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather551.2, ptr %4064, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather552.2, ptr %4065, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  %4066 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4067 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4068 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4069 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather549.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4066, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather550.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4067, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather551.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4068, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %wide.masked.gather552.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !146
+  %4070 = getelementptr i8, ptr %3312, i64 7040
+  %4071 = getelementptr i8, ptr %3312, i64 7072
+  %4072 = getelementptr i8, ptr %3312, i64 7104
+  %4073 = getelementptr i8, ptr %3312, i64 7136
+  store <8 x float> %wide.masked.gather549.3, ptr %4070, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather550.3, ptr %4071, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather551.3, ptr %4072, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  store <8 x float> %wide.masked.gather552.3, ptr %4073, align 4, !tbaa !5, !alias.scope !149, !noalias !146
+  br label %for_end_d467.i.13
+
+for_body_d466.i.13:                               ; preds = %for_body_d466.i.13, %for_end_d467.i.12
+  %indvars.iv1021.i.13 = phi i64 [ %indvars.iv.next1022.i.13.7, %for_body_d466.i.13 ], [ 0, %for_end_d467.i.12 ]
+  %.idx1107.i.13 = shl nuw nsw i64 %indvars.iv1021.i.13, 6
+  %4074 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13
+  %4075 = load float, ptr %4074, align 4, !tbaa !5
+  %4076 = getelementptr float, ptr %4042, i64 %indvars.iv1021.i.13
+  store float %4075, ptr %4076, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13 = or disjoint i64 %indvars.iv1021.i.13, 1
+  %.idx1107.i.13.1 = shl nuw nsw i64 %indvars.iv.next1022.i.13, 6
+  %4077 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.1
+  %4078 = load float, ptr %4077, align 4, !tbaa !5
+  %4079 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13
+  store float %4078, ptr %4079, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.1 = or disjoint i64 %indvars.iv1021.i.13, 2
+  %.idx1107.i.13.2 = shl nuw nsw i64 %indvars.iv.next1022.i.13.1, 6
+  %4080 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.2
+  %4081 = load float, ptr %4080, align 4, !tbaa !5
+  %4082 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13.1
+  store float %4081, ptr %4082, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.2 = or disjoint i64 %indvars.iv1021.i.13, 3
+  %.idx1107.i.13.3 = shl nuw nsw i64 %indvars.iv.next1022.i.13.2, 6
+  %4083 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.3
+  %4084 = load float, ptr %4083, align 4, !tbaa !5
+  %4085 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13.2
+  store float %4084, ptr %4085, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.3 = or disjoint i64 %indvars.iv1021.i.13, 4
+  %.idx1107.i.13.4 = shl nuw nsw i64 %indvars.iv.next1022.i.13.3, 6
+  %4086 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.4
+  %4087 = load float, ptr %4086, align 4, !tbaa !5
+  %4088 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13.3
+  store float %4087, ptr %4088, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.4 = or disjoint i64 %indvars.iv1021.i.13, 5
+  %.idx1107.i.13.5 = shl nuw nsw i64 %indvars.iv.next1022.i.13.4, 6
+  %4089 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.5
+  %4090 = load float, ptr %4089, align 4, !tbaa !5
+  %4091 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13.4
+  store float %4090, ptr %4091, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.5 = or disjoint i64 %indvars.iv1021.i.13, 6
+  %.idx1107.i.13.6 = shl nuw nsw i64 %indvars.iv.next1022.i.13.5, 6
+  %4092 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.6
+  %4093 = load float, ptr %4092, align 4, !tbaa !5
+  %4094 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13.5
+  store float %4093, ptr %4094, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.6 = or disjoint i64 %indvars.iv1021.i.13, 7
+  %.idx1107.i.13.7 = shl nuw nsw i64 %indvars.iv.next1022.i.13.6, 6
+  %4095 = getelementptr inbounds nuw i8, ptr %gep1176.i.13, i64 %.idx1107.i.13.7
+  %4096 = load float, ptr %4095, align 4, !tbaa !5
+  %4097 = getelementptr float, ptr %4042, i64 %indvars.iv.next1022.i.13.6
+  store float %4096, ptr %4097, align 4, !tbaa !5
+  %indvars.iv.next1022.i.13.7 = add nuw nsw i64 %indvars.iv1021.i.13, 8
+  %exitcond1024.not.i.13.7 = icmp eq i64 %indvars.iv.next1022.i.13.7, 128
+  br i1 %exitcond1024.not.i.13.7, label %for_end_d467.i.13, label %for_body_d466.i.13, !prof !27, !llvm.loop !151
+
+for_end_d467.i.13:                                ; preds = %for_body_d466.i.13, %vector.body543
+  %4098 = getelementptr i8, ptr %3312, i64 7168
+  %gep1176.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 56
+  %scevgep508 = getelementptr i8, ptr %scevgep507, i64 %.idx.i
+  %bound0513 = icmp ult ptr %4098, %scevgep512
+  %bound1514 = icmp ult ptr %scevgep510, %scevgep508
+  %found.conflict515 = and i1 %bound0513, %bound1514
+  br i1 %found.conflict515, label %for_body_d466.i.14, label %vector.body518, !prof !16
+
+vector.body518:                                   ; preds = %for_end_d467.i.13
+  %4099 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4100 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4101 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4102 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather524 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather525 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather526 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4101, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather527 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4102, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %4103 = getelementptr i8, ptr %3312, i64 7200
+  %4104 = getelementptr i8, ptr %3312, i64 7232
+  %4105 = getelementptr i8, ptr %3312, i64 7264
+  store <8 x float> %wide.masked.gather524, ptr %4098, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather525, ptr %4103, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather526, ptr %4104, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather527, ptr %4105, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  %4106 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4107 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4108 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4109 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather524.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4106, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather525.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4107, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather526.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4108, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather527.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %4110 = getelementptr i8, ptr %3312, i64 7296
+  %4111 = getelementptr i8, ptr %3312, i64 7328
+  %4112 = getelementptr i8, ptr %3312, i64 7360
+  %4113 = getelementptr i8, ptr %3312, i64 7392
+  store <8 x float> %wide.masked.gather524.1, ptr %4110, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather525.1, ptr %4111, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather526.1, ptr %4112, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather527.1, ptr %4113, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  %4114 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4115 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4116 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4117 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather524.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4114, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather525.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4115, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather526.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4116, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather527.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4117, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %4118 = getelementptr i8, ptr %3312, i64 7424
+  %4119 = getelementptr i8, ptr %3312, i64 7456
+  %4120 = getelementptr i8, ptr %3312, i64 7488
+  %4121 = getelementptr i8, ptr %3312, i64 7520
+  store <8 x float> %wide.masked.gather524.2, ptr %4118, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather525.2, ptr %4119, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather526.2, ptr %4120, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather527.2, ptr %4121, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  %4122 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4123 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4124 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4125 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather524.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather525.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather526.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %wide.masked.gather527.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4125, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !152
+  %4126 = getelementptr i8, ptr %3312, i64 7552
+  %4127 = getelementptr i8, ptr %3312, i64 7584
+  %4128 = getelementptr i8, ptr %3312, i64 7616
+  %4129 = getelementptr i8, ptr %3312, i64 7648
+  store <8 x float> %wide.masked.gather524.3, ptr %4126, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather525.3, ptr %4127, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather526.3, ptr %4128, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  store <8 x float> %wide.masked.gather527.3, ptr %4129, align 4, !tbaa !5, !alias.scope !155, !noalias !152
+  br label %for_end_d467.i.14
+
+for_body_d466.i.14:                               ; preds = %for_body_d466.i.14, %for_end_d467.i.13
+  %indvars.iv1021.i.14 = phi i64 [ %indvars.iv.next1022.i.14.7, %for_body_d466.i.14 ], [ 0, %for_end_d467.i.13 ]
+  %.idx1107.i.14 = shl nuw nsw i64 %indvars.iv1021.i.14, 6
+  %4130 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14
+  %4131 = load float, ptr %4130, align 4, !tbaa !5
+  %4132 = getelementptr float, ptr %4098, i64 %indvars.iv1021.i.14
+  store float %4131, ptr %4132, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14 = or disjoint i64 %indvars.iv1021.i.14, 1
+  %.idx1107.i.14.1 = shl nuw nsw i64 %indvars.iv.next1022.i.14, 6
+  %4133 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.1
+  %4134 = load float, ptr %4133, align 4, !tbaa !5
+  %4135 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14
+  store float %4134, ptr %4135, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.1 = or disjoint i64 %indvars.iv1021.i.14, 2
+  %.idx1107.i.14.2 = shl nuw nsw i64 %indvars.iv.next1022.i.14.1, 6
+  %4136 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.2
+  %4137 = load float, ptr %4136, align 4, !tbaa !5
+  %4138 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14.1
+  store float %4137, ptr %4138, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.2 = or disjoint i64 %indvars.iv1021.i.14, 3
+  %.idx1107.i.14.3 = shl nuw nsw i64 %indvars.iv.next1022.i.14.2, 6
+  %4139 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.3
+  %4140 = load float, ptr %4139, align 4, !tbaa !5
+  %4141 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14.2
+  store float %4140, ptr %4141, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.3 = or disjoint i64 %indvars.iv1021.i.14, 4
+  %.idx1107.i.14.4 = shl nuw nsw i64 %indvars.iv.next1022.i.14.3, 6
+  %4142 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.4
+  %4143 = load float, ptr %4142, align 4, !tbaa !5
+  %4144 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14.3
+  store float %4143, ptr %4144, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.4 = or disjoint i64 %indvars.iv1021.i.14, 5
+  %.idx1107.i.14.5 = shl nuw nsw i64 %indvars.iv.next1022.i.14.4, 6
+  %4145 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.5
+  %4146 = load float, ptr %4145, align 4, !tbaa !5
+  %4147 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14.4
+  store float %4146, ptr %4147, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.5 = or disjoint i64 %indvars.iv1021.i.14, 6
+  %.idx1107.i.14.6 = shl nuw nsw i64 %indvars.iv.next1022.i.14.5, 6
+  %4148 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.6
+  %4149 = load float, ptr %4148, align 4, !tbaa !5
+  %4150 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14.5
+  store float %4149, ptr %4150, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.6 = or disjoint i64 %indvars.iv1021.i.14, 7
+  %.idx1107.i.14.7 = shl nuw nsw i64 %indvars.iv.next1022.i.14.6, 6
+  %4151 = getelementptr inbounds nuw i8, ptr %gep1176.i.14, i64 %.idx1107.i.14.7
+  %4152 = load float, ptr %4151, align 4, !tbaa !5
+  %4153 = getelementptr float, ptr %4098, i64 %indvars.iv.next1022.i.14.6
+  store float %4152, ptr %4153, align 4, !tbaa !5
+  %indvars.iv.next1022.i.14.7 = add nuw nsw i64 %indvars.iv1021.i.14, 8
+  %exitcond1024.not.i.14.7 = icmp eq i64 %indvars.iv.next1022.i.14.7, 128
+  br i1 %exitcond1024.not.i.14.7, label %for_end_d467.i.14, label %for_body_d466.i.14, !prof !27, !llvm.loop !157
+
+for_end_d467.i.14:                                ; preds = %for_body_d466.i.14, %vector.body518
+  %4154 = getelementptr i8, ptr %3312, i64 7680
+  %gep1176.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep1175.i, i64 60
+  %scevgep486 = getelementptr i8, ptr %scevgep485, i64 %.idx.i
+  %bound0491 = icmp ult ptr %4154, %scevgep490
+  %bound1492 = icmp ult ptr %scevgep488, %scevgep486
+  %found.conflict493 = and i1 %bound0491, %bound1492
+  br i1 %found.conflict493, label %for_body_d466.i.15, label %vector.body496, !prof !16
+
+vector.body496:                                   ; preds = %for_end_d467.i.14
+  %4155 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %4156 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %4157 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %4158 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather499 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4155, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather500 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4156, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather501 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4157, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather502 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4158, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %4159 = getelementptr i8, ptr %3312, i64 7712
+  %4160 = getelementptr i8, ptr %3312, i64 7744
+  %4161 = getelementptr i8, ptr %3312, i64 7776
+  store <8 x float> %wide.masked.gather499, ptr %4154, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather500, ptr %4159, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather501, ptr %4160, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather502, ptr %4161, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  %4162 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %4163 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %4164 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %4165 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather499.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather500.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather501.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather502.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4165, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %4166 = getelementptr i8, ptr %3312, i64 7808
+  %4167 = getelementptr i8, ptr %3312, i64 7840
+  %4168 = getelementptr i8, ptr %3312, i64 7872
+  %4169 = getelementptr i8, ptr %3312, i64 7904
+  store <8 x float> %wide.masked.gather499.1, ptr %4166, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather500.1, ptr %4167, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather501.1, ptr %4168, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather502.1, ptr %4169, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  %4170 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %4171 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %4172 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %4173 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather499.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4170, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather500.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4171, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather501.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4172, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather502.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4173, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %4174 = getelementptr i8, ptr %3312, i64 7936
+  %4175 = getelementptr i8, ptr %3312, i64 7968
+  %4176 = getelementptr i8, ptr %3312, i64 8000
+  %4177 = getelementptr i8, ptr %3312, i64 8032
+  store <8 x float> %wide.masked.gather499.2, ptr %4174, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather500.2, ptr %4175, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather501.2, ptr %4176, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather502.2, ptr %4177, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  %4178 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %4179 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %4180 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %4181 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather499.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather500.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather501.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %wide.masked.gather502.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4181, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !158
+  %4182 = getelementptr i8, ptr %3312, i64 8064
+  %4183 = getelementptr i8, ptr %3312, i64 8096
+  %4184 = getelementptr i8, ptr %3312, i64 8128
+  %4185 = getelementptr i8, ptr %3312, i64 8160
+  store <8 x float> %wide.masked.gather499.3, ptr %4182, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather500.3, ptr %4183, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather501.3, ptr %4184, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  store <8 x float> %wide.masked.gather502.3, ptr %4185, align 4, !tbaa !5, !alias.scope !161, !noalias !158
+  br label %if_end419.loopexit618.i
+
+for_body_d466.i.15:                               ; preds = %for_body_d466.i.15, %for_end_d467.i.14
+  %indvars.iv1021.i.15 = phi i64 [ %indvars.iv.next1022.i.15.7, %for_body_d466.i.15 ], [ 0, %for_end_d467.i.14 ]
+  %.idx1107.i.15 = shl nuw nsw i64 %indvars.iv1021.i.15, 6
+  %4186 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15
+  %4187 = load float, ptr %4186, align 4, !tbaa !5
+  %4188 = getelementptr float, ptr %4154, i64 %indvars.iv1021.i.15
+  store float %4187, ptr %4188, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15 = or disjoint i64 %indvars.iv1021.i.15, 1
+  %.idx1107.i.15.1 = shl nuw nsw i64 %indvars.iv.next1022.i.15, 6
+  %4189 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.1
+  %4190 = load float, ptr %4189, align 4, !tbaa !5
+  %4191 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15
+  store float %4190, ptr %4191, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.1 = or disjoint i64 %indvars.iv1021.i.15, 2
+  %.idx1107.i.15.2 = shl nuw nsw i64 %indvars.iv.next1022.i.15.1, 6
+  %4192 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.2
+  %4193 = load float, ptr %4192, align 4, !tbaa !5
+  %4194 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15.1
+  store float %4193, ptr %4194, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.2 = or disjoint i64 %indvars.iv1021.i.15, 3
+  %.idx1107.i.15.3 = shl nuw nsw i64 %indvars.iv.next1022.i.15.2, 6
+  %4195 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.3
+  %4196 = load float, ptr %4195, align 4, !tbaa !5
+  %4197 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15.2
+  store float %4196, ptr %4197, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.3 = or disjoint i64 %indvars.iv1021.i.15, 4
+  %.idx1107.i.15.4 = shl nuw nsw i64 %indvars.iv.next1022.i.15.3, 6
+  %4198 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.4
+  %4199 = load float, ptr %4198, align 4, !tbaa !5
+  %4200 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15.3
+  store float %4199, ptr %4200, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.4 = or disjoint i64 %indvars.iv1021.i.15, 5
+  %.idx1107.i.15.5 = shl nuw nsw i64 %indvars.iv.next1022.i.15.4, 6
+  %4201 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.5
+  %4202 = load float, ptr %4201, align 4, !tbaa !5
+  %4203 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15.4
+  store float %4202, ptr %4203, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.5 = or disjoint i64 %indvars.iv1021.i.15, 6
+  %.idx1107.i.15.6 = shl nuw nsw i64 %indvars.iv.next1022.i.15.5, 6
+  %4204 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.6
+  %4205 = load float, ptr %4204, align 4, !tbaa !5
+  %4206 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15.5
+  store float %4205, ptr %4206, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.6 = or disjoint i64 %indvars.iv1021.i.15, 7
+  %.idx1107.i.15.7 = shl nuw nsw i64 %indvars.iv.next1022.i.15.6, 6
+  %4207 = getelementptr inbounds nuw i8, ptr %gep1176.i.15, i64 %.idx1107.i.15.7
+  %4208 = load float, ptr %4207, align 4, !tbaa !5
+  %4209 = getelementptr float, ptr %4154, i64 %indvars.iv.next1022.i.15.6
+  store float %4208, ptr %4209, align 4, !tbaa !5
+  %indvars.iv.next1022.i.15.7 = add nuw nsw i64 %indvars.iv1021.i.15, 8
+  %exitcond1024.not.i.15.7 = icmp eq i64 %indvars.iv.next1022.i.15.7, 128
+  br i1 %exitcond1024.not.i.15.7, label %if_end419.loopexit618.i, label %for_body_d466.i.15, !prof !27, !llvm.loop !163
+
+if_end474.i:                                      ; preds = %for_end_tile415.i
+  %4210 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4211 = tail call i32 %4210(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not519.i = icmp eq i32 %4211, 0
+  br i1 %.not519.i, label %if_end477.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end477.i:                                      ; preds = %if_end474.i
+  %4212 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4213 = tail call i32 %4212(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not520.i = icmp eq i32 %4213, 0
+  br i1 %.not520.i, label %if_end480.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end480.i:                                      ; preds = %if_end477.i
+  %4214 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4215 = tail call i32 %4214(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not521.i = icmp eq i32 %4215, 0
+  br i1 %.not521.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end483.i:                                      ; preds = %if_end480.i
+  %4216 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4217 = tail call i32 %4216(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not522.i = icmp eq i32 %4217, 0
+  br i1 %.not522.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end486.i:                                      ; preds = %if_end483.i
+  %4218 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4219 = tail call i32 %4218(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not523.i = icmp eq i32 %4219, 0
+  br i1 %.not523.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !40
+
+if_end489.i:                                      ; preds = %if_end486.i
+  %4220 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %4221 = tail call i32 %4220(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not524.i = icmp ne i32 %4221, 0
+  %..i = sext i1 %.not524.i to i32
+  br label %fused_attend_compute_.exit
+
+fused_attend_compute_.exit:                       ; preds = %if_end489.i, %if_end486.i, %if_end483.i, %if_end480.i, %if_end477.i, %if_end474.i, %for_end_tile415.i, %if_end408.i, %if_end405.i, %for_end_tile346.i, %if_end339.i, %if_end333.i, %if_end327.i, %if_end324.i, %if_end321.i, %if_end174.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end146.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end129.i, %for_body_step.i, %if_end123.i, %if_end120.i, %for_body_number.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end486.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile415.i ], [ -1, %if_end474.i ], [ -1, %if_end477.i ], [ %..i, %if_end489.i ], [ -1, %if_end480.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_body_kv_head.i ], [ -1, %if_end483.i ], [ -1, %for_body_step.i ], [ -1, %if_end327.i ], [ -1, %if_end324.i ], [ -1, %if_end321.i ], [ -1, %if_end174.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end333.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end146.i ], [ -1, %if_end339.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end129.i ], [ -1, %if_end408.i ], [ -1, %if_end405.i ], [ -1, %for_end_tile346.i ], [ -1, %if_end123.i ], [ -1, %if_end120.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor502.i)
+  ret i32 %common.ret.op.i
+}
+
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %factor261.i = alloca [16 x float], align 16
@@ -680,7 +7995,7 @@ for_body_ax2_0.i:                                 ; preds = %for_body_ax2_0.i, %
   store <4 x float> %227, ptr %228, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
 
 for_end_ax2_0.i:                                  ; preds = %for_body_ax2_0.i
   %gep352.1.i = getelementptr i8, ptr %invariant.gep351.i, i64 %96
@@ -734,7 +8049,7 @@ for_body_ax2_0.1.i:                               ; preds = %for_body_ax2_0.1.i,
   store <4 x float> %265, ptr %266, align 4, !tbaa !5
   %indvars.iv.next.1.i = add nuw nsw i64 %indvars.iv.1.i, 1
   %exitcond.1.not.i = icmp eq i64 %indvars.iv.next.1.i, 32
-  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !16
+  br i1 %exitcond.1.not.i, label %for_end_ax2_0.1.i, label %for_body_ax2_0.1.i, !prof !26
 
 for_end_ax2_0.1.i:                                ; preds = %for_body_ax2_0.1.i
   %gep352.2.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.2.i
@@ -788,7 +8103,7 @@ for_body_ax2_0.2.i:                               ; preds = %for_body_ax2_0.2.i,
   store <4 x float> %303, ptr %304, align 4, !tbaa !5
   %indvars.iv.next.2.i = add nuw nsw i64 %indvars.iv.2.i, 1
   %exitcond.2.not.i = icmp eq i64 %indvars.iv.next.2.i, 32
-  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !16
+  br i1 %exitcond.2.not.i, label %for_end_ax2_0.2.i, label %for_body_ax2_0.2.i, !prof !26
 
 for_end_ax2_0.2.i:                                ; preds = %for_body_ax2_0.2.i
   %gep352.3.i = getelementptr i8, ptr %invariant.gep351.i, i64 %.idx285.3.i
@@ -842,7 +8157,7 @@ for_body_ax2_0.3.i:                               ; preds = %for_body_ax2_0.3.i,
   store <4 x float> %341, ptr %342, align 4, !tbaa !5
   %indvars.iv.next.3.i = add nuw nsw i64 %indvars.iv.3.i, 1
   %exitcond.3.not.i = icmp eq i64 %indvars.iv.next.3.i, 32
-  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !16
+  br i1 %exitcond.3.not.i, label %for_end_ax2_0.3.i, label %for_body_ax2_0.3.i, !prof !26
 
 for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
   %343 = add nsw i32 %192, -1
@@ -875,7 +8190,7 @@ for_end_ax2_0.3.i:                                ; preds = %for_body_ax2_0.3.i
 for_begin_step.i:                                 ; preds = %if_end197.i
   %exitcond639.not.i = icmp eq i64 %indvars.iv.next636.i, %wide.trip.count638.i
   %indvars.iv.next = add nsw i32 %indvars.iv, -128
-  br i1 %exitcond639.not.i, label %for_end_step.i, label %for_body_step.i, !prof !16
+  br i1 %exitcond639.not.i, label %for_end_step.i, label %for_body_step.i, !prof !26
 
 for_body_step.i:                                  ; preds = %for_begin_step.i, %for_end_ax2_0.3.i
   %indvars.iv = phi i32 [ %range_len.i, %for_end_ax2_0.3.i ], [ %indvars.iv.next, %for_begin_step.i ]
@@ -1012,72 +8327,72 @@ for_begin_r241.preheader.i:                       ; preds = %for_end_step.i
   %bound0621 = icmp ult ptr %scevgep618, %scevgep620
   %bound1622 = icmp ult ptr %acc.i, %scevgep619
   %found.conflict623 = and i1 %bound0621, %bound1622
-  br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !17
+  br i1 %found.conflict623, label %for_body_d.i, label %vector.body626, !prof !16
 
 vector.body626:                                   ; preds = %for_begin_r241.preheader.i
   %417 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
   %418 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
   %419 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
   %420 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
-  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %417, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %418, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather632 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %417, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather633 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %418, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather634 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %419, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather635 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %420, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
   %421 = getelementptr inbounds nuw i8, ptr %416, i64 32
   %422 = getelementptr inbounds nuw i8, ptr %416, i64 64
   %423 = getelementptr inbounds nuw i8, ptr %416, i64 96
-  store <8 x float> %wide.masked.gather632, ptr %416, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633, ptr %421, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634, ptr %422, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635, ptr %423, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather632, ptr %416, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather633, ptr %421, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather634, ptr %422, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather635, ptr %423, align 4, !tbaa !5, !alias.scope !167, !noalias !164
   %424 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %425 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %426 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
   %427 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
-  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %424, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %425, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather632.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %424, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather633.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %425, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather634.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %426, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather635.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %427, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
   %428 = getelementptr inbounds nuw i8, ptr %416, i64 128
   %429 = getelementptr inbounds nuw i8, ptr %416, i64 160
   %430 = getelementptr inbounds nuw i8, ptr %416, i64 192
   %431 = getelementptr inbounds nuw i8, ptr %416, i64 224
-  store <8 x float> %wide.masked.gather632.1, ptr %428, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.1, ptr %429, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.1, ptr %430, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635.1, ptr %431, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather632.1, ptr %428, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather633.1, ptr %429, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather634.1, ptr %430, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather635.1, ptr %431, align 4, !tbaa !5, !alias.scope !167, !noalias !164
   %432 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %433 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %434 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
   %435 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
-  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %432, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather632.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %432, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather633.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %433, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather634.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %434, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather635.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %435, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
   %436 = getelementptr inbounds nuw i8, ptr %416, i64 256
   %437 = getelementptr inbounds nuw i8, ptr %416, i64 288
   %438 = getelementptr inbounds nuw i8, ptr %416, i64 320
   %439 = getelementptr inbounds nuw i8, ptr %416, i64 352
-  store <8 x float> %wide.masked.gather632.2, ptr %436, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.2, ptr %437, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.2, ptr %438, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635.2, ptr %439, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather632.2, ptr %436, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather633.2, ptr %437, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather634.2, ptr %438, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather635.2, ptr %439, align 4, !tbaa !5, !alias.scope !167, !noalias !164
   %440 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %441 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
   %443 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
-  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
-  %wide.masked.gather635.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !18
+  %wide.masked.gather632.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %440, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather633.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %441, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather634.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %442, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
+  %wide.masked.gather635.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %443, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !164
   %444 = getelementptr inbounds nuw i8, ptr %416, i64 384
   %445 = getelementptr inbounds nuw i8, ptr %416, i64 416
   %446 = getelementptr inbounds nuw i8, ptr %416, i64 448
   %447 = getelementptr inbounds nuw i8, ptr %416, i64 480
-  store <8 x float> %wide.masked.gather632.3, ptr %444, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather633.3, ptr %445, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather634.3, ptr %446, align 4, !tbaa !5, !alias.scope !21, !noalias !18
-  store <8 x float> %wide.masked.gather635.3, ptr %447, align 4, !tbaa !5, !alias.scope !21, !noalias !18
+  store <8 x float> %wide.masked.gather632.3, ptr %444, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather633.3, ptr %445, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather634.3, ptr %446, align 4, !tbaa !5, !alias.scope !167, !noalias !164
+  store <8 x float> %wide.masked.gather635.3, ptr %447, align 4, !tbaa !5, !alias.scope !167, !noalias !164
   br label %for_end_d.i
 
 if_end27.i:                                       ; preds = %for_body_step.i
@@ -1138,7 +8453,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %481, ptr %482, align 8, !tbaa !5
   %indvars.iv.next531.i.1 = add nuw nsw i64 %indvars.iv530.i, 2
   %exitcond533.not.i.1 = icmp eq i64 %indvars.iv.next531.i.1, %wide.trip.count.i
-  br i1 %exitcond533.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !23
+  br i1 %exitcond533.not.i.1, label %for_body_t33.i, label %for_body_t.i, !prof !13, !llvm.loop !169
 
 for_body_t33.i:                                   ; preds = %for_body_t33.i, %for_body_t.i
   %indvars.iv534.i = phi i64 [ %indvars.iv.next535.i.1, %for_body_t33.i ], [ 0, %for_body_t.i ]
@@ -1173,7 +8488,7 @@ for_body_t33.i:                                   ; preds = %for_body_t33.i, %fo
   store i64 %503, ptr %504, align 8, !tbaa !5
   %indvars.iv.next535.i.1 = add nuw nsw i64 %indvars.iv534.i, 2
   %exitcond538.not.i.1 = icmp eq i64 %indvars.iv.next535.i.1, %wide.trip.count.i
-  br i1 %exitcond538.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !25
+  br i1 %exitcond538.not.i.1, label %for_end_t34.i, label %for_body_t33.i, !prof !13, !llvm.loop !171
 
 for_end_t34.i:                                    ; preds = %for_body_t33.i, %if_end30.i
   %505 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -2313,7 +9628,7 @@ for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.prehe
   %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1365, <16 x float> %1404, <16 x float> %1363)
   %indvars.iv.next563.i = add nuw nsw i64 %indvars.iv562.i, 1
   %exitcond566.not.i = icmp eq i64 %indvars.iv.next563.i, 16
-  br i1 %exitcond566.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !16
+  br i1 %exitcond566.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
 
 for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
   %1406 = getelementptr inbounds nuw i8, ptr %1316, i64 128
@@ -2417,7 +9732,7 @@ for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.prehe
   %1491 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1451, <16 x float> %1490, <16 x float> %1449)
   %indvars.iv.next563.1.i = add nuw nsw i64 %indvars.iv562.1.i, 1
   %exitcond566.1.not.i = icmp eq i64 %indvars.iv.next563.1.i, 16
-  br i1 %exitcond566.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !16
+  br i1 %exitcond566.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
 
 for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
   %1492 = getelementptr inbounds nuw i8, ptr %1316, i64 256
@@ -2521,7 +9836,7 @@ for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.prehe
   %1577 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1537, <16 x float> %1576, <16 x float> %1535)
   %indvars.iv.next563.2.i = add nuw nsw i64 %indvars.iv562.2.i, 1
   %exitcond566.2.not.i = icmp eq i64 %indvars.iv.next563.2.i, 16
-  br i1 %exitcond566.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !16
+  br i1 %exitcond566.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
 
 for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
   %1578 = getelementptr inbounds nuw i8, ptr %1316, i64 384
@@ -2625,7 +9940,7 @@ for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.prehe
   %1663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1623, <16 x float> %1662, <16 x float> %1621)
   %indvars.iv.next563.3.i = add nuw nsw i64 %indvars.iv562.3.i, 1
   %exitcond566.3.not.i = icmp eq i64 %indvars.iv.next563.3.i, 16
-  br i1 %exitcond566.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !16
+  br i1 %exitcond566.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
 
 for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
   %.idx780.i = shl nsw i64 %indvars.iv571.i, 9
@@ -3064,7 +10379,7 @@ for_begin_ti108.preheader.i:                      ; preds = %for_begin_ti108.pre
   %indvars.iv.next608.i.1 = add nuw nsw i64 %indvars.iv607.i, 2
   %niter.next.1 = add i64 %niter, 2
   %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
-  br i1 %niter.ncmp.1, label %for_end_to105.i.loopexit.unr-lcssa, label %for_begin_ti108.preheader.i, !prof !9, !llvm.loop !26
+  br i1 %niter.ncmp.1, label %for_end_to105.i.loopexit.unr-lcssa, label %for_begin_ti108.preheader.i, !prof !9, !llvm.loop !172
 
 for_end_to105.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti108.preheader.i
   %lcmp.mod.not = icmp eq i64 %xtraiter, 0
@@ -3206,7 +10521,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end180.i
   %2111 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2112 = tail call i32 %2111(i32 1, i32 %dev_id, ptr nonnull %scaled785787789792795.i)
   %.not278.i = icmp eq i32 %2112, 0
-  br i1 %.not278.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not278.i, label %if_end182.i, label %fused_decode_compute_.exit, !prof !40
 
 for_begin_line150.preheader.i:                    ; preds = %for_begin_line150.preheader.i, %for_begin_line150.preheader.lr.ph.i
   %indvars.iv620.i = phi i64 [ 0, %for_begin_line150.preheader.lr.ph.i ], [ %indvars.iv.next621.i, %for_begin_line150.preheader.i ]
@@ -3585,7 +10900,7 @@ for_end_to147.i:                                  ; preds = %for_begin_line150.p
   %full_acc262.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2450, %for_begin_line150.preheader.i ]
   %full_acc262.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2455, %for_begin_line150.preheader.i ]
   %full_acc262.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2460, %for_begin_line150.preheader.i ]
-  br i1 %.not490.i, label %for_end_ti162.i, label %for_body_ti161.lr.ph.i, !prof !17
+  br i1 %.not490.i, label %for_end_ti162.i, label %for_body_ti161.lr.ph.i, !prof !16
 
 for_body_ti161.lr.ph.i:                           ; preds = %for_end_to147.i
   %indvars.iv631.tr.i = trunc i64 %indvars.iv631.i to i32
@@ -3998,49 +11313,49 @@ if_end180.i:                                      ; preds = %if_then179.i, %if_e
   store <16 x float> %2807, ptr %2806, align 4, !tbaa !5
   %indvars.iv.next632.i = add nuw nsw i64 %indvars.iv631.i, 1
   %exitcond634.not.i = icmp eq i64 %indvars.iv.next632.i, 16
-  br i1 %exitcond634.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  br i1 %exitcond634.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !26
 
 if_end182.i:                                      ; preds = %for_end_d_0_m.i
   %2808 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2809 = tail call i32 %2808(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not279.i = icmp eq i32 %2809, 0
-  br i1 %.not279.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not279.i, label %if_end185.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end185.i:                                      ; preds = %if_end182.i
   %2810 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2811 = tail call i32 %2810(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not280.i = icmp eq i32 %2811, 0
-  br i1 %.not280.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not280.i, label %if_end188.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end188.i:                                      ; preds = %if_end185.i
   %2812 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2813 = tail call i32 %2812(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
   %.not281.i = icmp eq i32 %2813, 0
-  br i1 %.not281.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not281.i, label %if_end191.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end191.i:                                      ; preds = %if_end188.i
   %2814 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2815 = tail call i32 %2814(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
   %.not282.i = icmp eq i32 %2815, 0
-  br i1 %.not282.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not282.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end194.i:                                      ; preds = %if_end191.i
   %2816 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2817 = tail call i32 %2816(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not283.i = icmp eq i32 %2817, 0
-  br i1 %.not283.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not283.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !40
 
 if_end197.i:                                      ; preds = %if_end194.i
   %2818 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2819 = tail call i32 %2818(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not284.i = icmp eq i32 %2819, 0
-  br i1 %.not284.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not284.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
 
 if_then202.i:                                     ; preds = %for_end_step.i
   %2820 = fdiv <16 x float> splat (float 1.000000e+00), %2110
   %2821 = fcmp oeq <16 x float> %2110, zeroinitializer
   %2822 = select <16 x i1> %2821, <16 x float> zeroinitializer, <16 x float> %2820
-  store <16 x float> %2822, ptr %factor261.i, align 16, !tbaa !28
+  store <16 x float> %2822, ptr %factor261.i, align 16, !tbaa !173
   %2823 = mul nsw i64 %190, %out_batch
   %invariant.gep473.i = getelementptr float, ptr %out, i64 %2823
   br label %for_begin_d_0204.preheader.i
@@ -4049,7 +11364,7 @@ if_end203.i:                                      ; preds = %for_body_d.15.i, %v
   %2824 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2825 = tail call i32 %2824(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2825, 0
-  br i1 %.not.i, label %if_end252.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not.i, label %if_end252.i, label %fused_decode_compute_.exit, !prof !40
 
 for_begin_r.preheader.i:                          ; preds = %for_end_d_0206.i
   %2826 = mul nsw i64 %190, %lse_batch
@@ -4065,25 +11380,25 @@ for_begin_d_0204.preheader.i:                     ; preds = %for_end_d_0206.i, %
   %indvars.iv662.i = phi i64 [ 0, %if_then202.i ], [ %indvars.iv.next663.i, %for_end_d_0206.i ]
   %2832 = shl nuw nsw i64 %indvars.iv662.i, 2
   %2833 = getelementptr inbounds nuw float, ptr %factor261.i, i64 %2832
-  %2834 = load float, ptr %2833, align 16, !tbaa !35
+  %2834 = load float, ptr %2833, align 16, !tbaa !180
   %2835 = insertelement <16 x float> poison, float %2834, i64 0
   %2836 = shufflevector <16 x float> %2835, <16 x float> poison, <16 x i32> zeroinitializer
   %.idx277.i = mul i64 %104, %indvars.iv662.i
   %gep474.i = getelementptr i8, ptr %invariant.gep473.i, i64 %.idx277.i
   %2837 = getelementptr inbounds nuw i8, ptr %2833, i64 4
-  %2838 = load float, ptr %2837, align 4, !tbaa !35
+  %2838 = load float, ptr %2837, align 4, !tbaa !180
   %2839 = insertelement <16 x float> poison, float %2838, i64 0
   %2840 = shufflevector <16 x float> %2839, <16 x float> poison, <16 x i32> zeroinitializer
   %2841 = or disjoint i64 %2832, 1
   %2842 = mul nsw i64 %2841, %out_head
   %2843 = getelementptr inbounds nuw i8, ptr %2833, i64 8
-  %2844 = load float, ptr %2843, align 8, !tbaa !35
+  %2844 = load float, ptr %2843, align 8, !tbaa !180
   %2845 = insertelement <16 x float> poison, float %2844, i64 0
   %2846 = shufflevector <16 x float> %2845, <16 x float> poison, <16 x i32> zeroinitializer
   %2847 = or disjoint i64 %2832, 2
   %2848 = mul nsw i64 %2847, %out_head
   %2849 = getelementptr inbounds nuw i8, ptr %2833, i64 12
-  %2850 = load float, ptr %2849, align 4, !tbaa !35
+  %2850 = load float, ptr %2849, align 4, !tbaa !180
   %2851 = insertelement <16 x float> poison, float %2850, i64 0
   %2852 = shufflevector <16 x float> %2851, <16 x float> poison, <16 x i32> zeroinitializer
   %2853 = or disjoint i64 %2832, 3
@@ -4186,12 +11501,12 @@ for_begin_ax1_0209.preheader.i:                   ; preds = %for_begin_ax1_0209.
   store <16 x float> %2921, ptr %2922, align 4, !tbaa !5
   %indvars.iv.next658.i = add nuw nsw i64 %indvars.iv657.i, 1
   %exitcond661.not.i = icmp eq i64 %indvars.iv.next658.i, 8
-  br i1 %exitcond661.not.i, label %for_end_d_0206.i, label %for_begin_ax1_0209.preheader.i, !prof !16
+  br i1 %exitcond661.not.i, label %for_end_d_0206.i, label %for_begin_ax1_0209.preheader.i, !prof !26
 
 for_end_d_0206.i:                                 ; preds = %for_begin_ax1_0209.preheader.i
   %indvars.iv.next663.i = add nuw nsw i64 %indvars.iv662.i, 1
   %exitcond665.not.i = icmp eq i64 %indvars.iv.next663.i, 4
-  br i1 %exitcond665.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0204.preheader.i, !prof !16
+  br i1 %exitcond665.not.i, label %for_begin_r.preheader.i, label %for_begin_d_0204.preheader.i, !prof !26
 
 if_else239.i:                                     ; preds = %for_begin_r.preheader.i
   %2923 = fmul float %row_sum273.sroa.0.0.vec.extract712.i, %2830
@@ -4481,7 +11796,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store float %3039, ptr %3040, align 4, !tbaa !5
   %indvars.iv.next645.i.7 = add nuw nsw i64 %indvars.iv644.i, 8
   %exitcond647.not.i.7 = icmp eq i64 %indvars.iv.next645.i.7, 128
-  br i1 %exitcond647.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !36, !llvm.loop !37
+  br i1 %exitcond647.not.i.7, label %for_end_d.i, label %for_body_d.i, !prof !27, !llvm.loop !181
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body626
   %3041 = getelementptr inbounds nuw i8, ptr %416, i64 512
@@ -4490,7 +11805,7 @@ for_end_d.i:                                      ; preds = %for_body_d.i, %vect
   %bound0599 = icmp ult ptr %scevgep595, %scevgep598
   %bound1600 = icmp ult ptr %scevgep597, %scevgep596
   %found.conflict601 = and i1 %bound0599, %bound1600
-  br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !17
+  br i1 %found.conflict601, label %for_body_d.1.i, label %vector.body604, !prof !16
 
 vector.body604:                                   ; preds = %for_end_d.i
   %3042 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4501,17 +11816,17 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3047 = getelementptr inbounds nuw i8, <8 x ptr> %3043, i64 4
   %3048 = getelementptr inbounds nuw i8, <8 x ptr> %3044, i64 4
   %3049 = getelementptr inbounds nuw i8, <8 x ptr> %3045, i64 4
-  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3046, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather611 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather612 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather613 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
   %3050 = getelementptr inbounds nuw i8, ptr %416, i64 544
   %3051 = getelementptr inbounds nuw i8, ptr %416, i64 576
   %3052 = getelementptr inbounds nuw i8, ptr %416, i64 608
-  store <8 x float> %wide.masked.gather610, ptr %3041, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611, ptr %3050, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612, ptr %3051, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613, ptr %3052, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610, ptr %3041, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather611, ptr %3050, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather612, ptr %3051, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather613, ptr %3052, align 4, !tbaa !5, !alias.scope !185, !noalias !182
   %3053 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3054 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3055 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4520,18 +11835,18 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3058 = getelementptr inbounds nuw i8, <8 x ptr> %3054, i64 4
   %3059 = getelementptr inbounds nuw i8, <8 x ptr> %3055, i64 4
   %3060 = getelementptr inbounds nuw i8, <8 x ptr> %3056, i64 4
-  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather611.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3058, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather612.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3059, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather613.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3060, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
   %3061 = getelementptr inbounds nuw i8, ptr %416, i64 640
   %3062 = getelementptr inbounds nuw i8, ptr %416, i64 672
   %3063 = getelementptr inbounds nuw i8, ptr %416, i64 704
   %3064 = getelementptr inbounds nuw i8, ptr %416, i64 736
-  store <8 x float> %wide.masked.gather610.1, ptr %3061, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.1, ptr %3062, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.1, ptr %3063, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.1, ptr %3064, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610.1, ptr %3061, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather611.1, ptr %3062, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather612.1, ptr %3063, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather613.1, ptr %3064, align 4, !tbaa !5, !alias.scope !185, !noalias !182
   %3065 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3066 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3067 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4540,18 +11855,18 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3070 = getelementptr inbounds nuw i8, <8 x ptr> %3066, i64 4
   %3071 = getelementptr inbounds nuw i8, <8 x ptr> %3067, i64 4
   %3072 = getelementptr inbounds nuw i8, <8 x ptr> %3068, i64 4
-  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3069, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather611.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather612.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather613.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
   %3073 = getelementptr inbounds nuw i8, ptr %416, i64 768
   %3074 = getelementptr inbounds nuw i8, ptr %416, i64 800
   %3075 = getelementptr inbounds nuw i8, ptr %416, i64 832
   %3076 = getelementptr inbounds nuw i8, ptr %416, i64 864
-  store <8 x float> %wide.masked.gather610.2, ptr %3073, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.2, ptr %3074, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.2, ptr %3075, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.2, ptr %3076, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610.2, ptr %3073, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather611.2, ptr %3074, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather612.2, ptr %3075, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather613.2, ptr %3076, align 4, !tbaa !5, !alias.scope !185, !noalias !182
   %3077 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3078 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3079 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -4560,18 +11875,18 @@ vector.body604:                                   ; preds = %for_end_d.i
   %3082 = getelementptr inbounds nuw i8, <8 x ptr> %3078, i64 4
   %3083 = getelementptr inbounds nuw i8, <8 x ptr> %3079, i64 4
   %3084 = getelementptr inbounds nuw i8, <8 x ptr> %3080, i64 4
-  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
-  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !40
+  %wide.masked.gather610.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3081, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather611.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3082, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather612.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3083, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
+  %wide.masked.gather613.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3084, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !182
   %3085 = getelementptr inbounds nuw i8, ptr %416, i64 896
   %3086 = getelementptr inbounds nuw i8, ptr %416, i64 928
   %3087 = getelementptr inbounds nuw i8, ptr %416, i64 960
   %3088 = getelementptr inbounds nuw i8, ptr %416, i64 992
-  store <8 x float> %wide.masked.gather610.3, ptr %3085, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather611.3, ptr %3086, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather612.3, ptr %3087, align 4, !tbaa !5, !alias.scope !43, !noalias !40
-  store <8 x float> %wide.masked.gather613.3, ptr %3088, align 4, !tbaa !5, !alias.scope !43, !noalias !40
+  store <8 x float> %wide.masked.gather610.3, ptr %3085, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather611.3, ptr %3086, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather612.3, ptr %3087, align 4, !tbaa !5, !alias.scope !185, !noalias !182
+  store <8 x float> %wide.masked.gather613.3, ptr %3088, align 4, !tbaa !5, !alias.scope !185, !noalias !182
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -4633,7 +11948,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store float %3119, ptr %3120, align 4, !tbaa !5
   %indvars.iv.next645.1.i.7 = add nuw nsw i64 %indvars.iv644.1.i, 8
   %exitcond647.1.not.i.7 = icmp eq i64 %indvars.iv.next645.1.i.7, 128
-  br i1 %exitcond647.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !36, !llvm.loop !45
+  br i1 %exitcond647.1.not.i.7, label %for_end_d.1.i, label %for_body_d.1.i, !prof !27, !llvm.loop !187
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body604
   %3121 = getelementptr inbounds nuw i8, ptr %416, i64 1024
@@ -4642,7 +11957,7 @@ for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %ve
   %bound0576 = icmp ult ptr %scevgep572, %scevgep575
   %bound1577 = icmp ult ptr %scevgep574, %scevgep573
   %found.conflict578 = and i1 %bound0576, %bound1577
-  br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !17
+  br i1 %found.conflict578, label %for_body_d.2.i, label %vector.body581, !prof !16
 
 vector.body581:                                   ; preds = %for_end_d.1.i
   %3122 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4653,17 +11968,17 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3127 = getelementptr inbounds nuw i8, <8 x ptr> %3123, i64 8
   %3128 = getelementptr inbounds nuw i8, <8 x ptr> %3124, i64 8
   %3129 = getelementptr inbounds nuw i8, <8 x ptr> %3125, i64 8
-  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3126, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather588 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3127, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather589 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3128, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather590 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3129, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
   %3130 = getelementptr inbounds nuw i8, ptr %416, i64 1056
   %3131 = getelementptr inbounds nuw i8, ptr %416, i64 1088
   %3132 = getelementptr inbounds nuw i8, ptr %416, i64 1120
-  store <8 x float> %wide.masked.gather587, ptr %3121, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588, ptr %3130, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589, ptr %3131, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590, ptr %3132, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587, ptr %3121, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather588, ptr %3130, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather589, ptr %3131, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather590, ptr %3132, align 4, !tbaa !5, !alias.scope !191, !noalias !188
   %3133 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3134 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3135 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4672,18 +11987,18 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3138 = getelementptr inbounds nuw i8, <8 x ptr> %3134, i64 8
   %3139 = getelementptr inbounds nuw i8, <8 x ptr> %3135, i64 8
   %3140 = getelementptr inbounds nuw i8, <8 x ptr> %3136, i64 8
-  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3137, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather588.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3138, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather589.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3139, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather590.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3140, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
   %3141 = getelementptr inbounds nuw i8, ptr %416, i64 1152
   %3142 = getelementptr inbounds nuw i8, ptr %416, i64 1184
   %3143 = getelementptr inbounds nuw i8, ptr %416, i64 1216
   %3144 = getelementptr inbounds nuw i8, ptr %416, i64 1248
-  store <8 x float> %wide.masked.gather587.1, ptr %3141, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.1, ptr %3142, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.1, ptr %3143, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.1, ptr %3144, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587.1, ptr %3141, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather588.1, ptr %3142, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather589.1, ptr %3143, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather590.1, ptr %3144, align 4, !tbaa !5, !alias.scope !191, !noalias !188
   %3145 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3146 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3147 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4692,18 +12007,18 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3150 = getelementptr inbounds nuw i8, <8 x ptr> %3146, i64 8
   %3151 = getelementptr inbounds nuw i8, <8 x ptr> %3147, i64 8
   %3152 = getelementptr inbounds nuw i8, <8 x ptr> %3148, i64 8
-  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3149, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather588.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3150, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather589.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3151, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather590.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3152, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
   %3153 = getelementptr inbounds nuw i8, ptr %416, i64 1280
   %3154 = getelementptr inbounds nuw i8, ptr %416, i64 1312
   %3155 = getelementptr inbounds nuw i8, ptr %416, i64 1344
   %3156 = getelementptr inbounds nuw i8, ptr %416, i64 1376
-  store <8 x float> %wide.masked.gather587.2, ptr %3153, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.2, ptr %3154, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.2, ptr %3155, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.2, ptr %3156, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587.2, ptr %3153, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather588.2, ptr %3154, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather589.2, ptr %3155, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather590.2, ptr %3156, align 4, !tbaa !5, !alias.scope !191, !noalias !188
   %3157 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3158 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3159 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -4712,18 +12027,18 @@ vector.body581:                                   ; preds = %for_end_d.1.i
   %3162 = getelementptr inbounds nuw i8, <8 x ptr> %3158, i64 8
   %3163 = getelementptr inbounds nuw i8, <8 x ptr> %3159, i64 8
   %3164 = getelementptr inbounds nuw i8, <8 x ptr> %3160, i64 8
-  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
-  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !46
+  %wide.masked.gather587.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3161, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather588.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3162, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather589.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3163, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
+  %wide.masked.gather590.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3164, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !188
   %3165 = getelementptr inbounds nuw i8, ptr %416, i64 1408
   %3166 = getelementptr inbounds nuw i8, ptr %416, i64 1440
   %3167 = getelementptr inbounds nuw i8, ptr %416, i64 1472
   %3168 = getelementptr inbounds nuw i8, ptr %416, i64 1504
-  store <8 x float> %wide.masked.gather587.3, ptr %3165, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather588.3, ptr %3166, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather589.3, ptr %3167, align 4, !tbaa !5, !alias.scope !49, !noalias !46
-  store <8 x float> %wide.masked.gather590.3, ptr %3168, align 4, !tbaa !5, !alias.scope !49, !noalias !46
+  store <8 x float> %wide.masked.gather587.3, ptr %3165, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather588.3, ptr %3166, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather589.3, ptr %3167, align 4, !tbaa !5, !alias.scope !191, !noalias !188
+  store <8 x float> %wide.masked.gather590.3, ptr %3168, align 4, !tbaa !5, !alias.scope !191, !noalias !188
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -4785,7 +12100,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store float %3199, ptr %3200, align 4, !tbaa !5
   %indvars.iv.next645.2.i.7 = add nuw nsw i64 %indvars.iv644.2.i, 8
   %exitcond647.2.not.i.7 = icmp eq i64 %indvars.iv.next645.2.i.7, 128
-  br i1 %exitcond647.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !36, !llvm.loop !51
+  br i1 %exitcond647.2.not.i.7, label %for_end_d.2.i, label %for_body_d.2.i, !prof !27, !llvm.loop !193
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body581
   %3201 = getelementptr inbounds nuw i8, ptr %416, i64 1536
@@ -4794,7 +12109,7 @@ for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %ve
   %bound0553 = icmp ult ptr %scevgep549, %scevgep552
   %bound1554 = icmp ult ptr %scevgep551, %scevgep550
   %found.conflict555 = and i1 %bound0553, %bound1554
-  br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !17
+  br i1 %found.conflict555, label %for_body_d.3.i, label %vector.body558, !prof !16
 
 vector.body558:                                   ; preds = %for_end_d.2.i
   %3202 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4805,17 +12120,17 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3207 = getelementptr inbounds nuw i8, <8 x ptr> %3203, i64 12
   %3208 = getelementptr inbounds nuw i8, <8 x ptr> %3204, i64 12
   %3209 = getelementptr inbounds nuw i8, <8 x ptr> %3205, i64 12
-  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3206, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather565 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3207, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather566 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3208, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather567 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3209, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
   %3210 = getelementptr inbounds nuw i8, ptr %416, i64 1568
   %3211 = getelementptr inbounds nuw i8, ptr %416, i64 1600
   %3212 = getelementptr inbounds nuw i8, ptr %416, i64 1632
-  store <8 x float> %wide.masked.gather564, ptr %3201, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565, ptr %3210, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566, ptr %3211, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567, ptr %3212, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564, ptr %3201, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather565, ptr %3210, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather566, ptr %3211, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather567, ptr %3212, align 4, !tbaa !5, !alias.scope !197, !noalias !194
   %3213 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3214 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3215 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4824,18 +12139,18 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3218 = getelementptr inbounds nuw i8, <8 x ptr> %3214, i64 12
   %3219 = getelementptr inbounds nuw i8, <8 x ptr> %3215, i64 12
   %3220 = getelementptr inbounds nuw i8, <8 x ptr> %3216, i64 12
-  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3217, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather565.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3218, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather566.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3219, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather567.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3220, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
   %3221 = getelementptr inbounds nuw i8, ptr %416, i64 1664
   %3222 = getelementptr inbounds nuw i8, ptr %416, i64 1696
   %3223 = getelementptr inbounds nuw i8, ptr %416, i64 1728
   %3224 = getelementptr inbounds nuw i8, ptr %416, i64 1760
-  store <8 x float> %wide.masked.gather564.1, ptr %3221, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.1, ptr %3222, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.1, ptr %3223, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.1, ptr %3224, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564.1, ptr %3221, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather565.1, ptr %3222, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather566.1, ptr %3223, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather567.1, ptr %3224, align 4, !tbaa !5, !alias.scope !197, !noalias !194
   %3225 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3226 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3227 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4844,18 +12159,18 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3230 = getelementptr inbounds nuw i8, <8 x ptr> %3226, i64 12
   %3231 = getelementptr inbounds nuw i8, <8 x ptr> %3227, i64 12
   %3232 = getelementptr inbounds nuw i8, <8 x ptr> %3228, i64 12
-  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3232, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3229, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather565.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3230, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather566.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3231, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather567.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3232, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
   %3233 = getelementptr inbounds nuw i8, ptr %416, i64 1792
   %3234 = getelementptr inbounds nuw i8, ptr %416, i64 1824
   %3235 = getelementptr inbounds nuw i8, ptr %416, i64 1856
   %3236 = getelementptr inbounds nuw i8, ptr %416, i64 1888
-  store <8 x float> %wide.masked.gather564.2, ptr %3233, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.2, ptr %3234, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.2, ptr %3235, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.2, ptr %3236, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564.2, ptr %3233, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather565.2, ptr %3234, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather566.2, ptr %3235, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather567.2, ptr %3236, align 4, !tbaa !5, !alias.scope !197, !noalias !194
   %3237 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3238 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3239 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -4864,18 +12179,18 @@ vector.body558:                                   ; preds = %for_end_d.2.i
   %3242 = getelementptr inbounds nuw i8, <8 x ptr> %3238, i64 12
   %3243 = getelementptr inbounds nuw i8, <8 x ptr> %3239, i64 12
   %3244 = getelementptr inbounds nuw i8, <8 x ptr> %3240, i64 12
-  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
-  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !52
+  %wide.masked.gather564.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3241, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather565.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3242, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather566.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3243, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
+  %wide.masked.gather567.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3244, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !194
   %3245 = getelementptr inbounds nuw i8, ptr %416, i64 1920
   %3246 = getelementptr inbounds nuw i8, ptr %416, i64 1952
   %3247 = getelementptr inbounds nuw i8, ptr %416, i64 1984
   %3248 = getelementptr inbounds nuw i8, ptr %416, i64 2016
-  store <8 x float> %wide.masked.gather564.3, ptr %3245, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather565.3, ptr %3246, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather566.3, ptr %3247, align 4, !tbaa !5, !alias.scope !55, !noalias !52
-  store <8 x float> %wide.masked.gather567.3, ptr %3248, align 4, !tbaa !5, !alias.scope !55, !noalias !52
+  store <8 x float> %wide.masked.gather564.3, ptr %3245, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather565.3, ptr %3246, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather566.3, ptr %3247, align 4, !tbaa !5, !alias.scope !197, !noalias !194
+  store <8 x float> %wide.masked.gather567.3, ptr %3248, align 4, !tbaa !5, !alias.scope !197, !noalias !194
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -4937,7 +12252,7 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store float %3279, ptr %3280, align 4, !tbaa !5
   %indvars.iv.next645.3.i.7 = add nuw nsw i64 %indvars.iv644.3.i, 8
   %exitcond647.3.not.i.7 = icmp eq i64 %indvars.iv.next645.3.i.7, 128
-  br i1 %exitcond647.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !36, !llvm.loop !57
+  br i1 %exitcond647.3.not.i.7, label %for_end_d.3.i, label %for_body_d.3.i, !prof !27, !llvm.loop !199
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body558
   %3281 = getelementptr inbounds nuw i8, ptr %416, i64 2048
@@ -4946,7 +12261,7 @@ for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %ve
   %bound0530 = icmp ult ptr %scevgep526, %scevgep529
   %bound1531 = icmp ult ptr %scevgep528, %scevgep527
   %found.conflict532 = and i1 %bound0530, %bound1531
-  br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !17
+  br i1 %found.conflict532, label %for_body_d.4.i, label %vector.body535, !prof !16
 
 vector.body535:                                   ; preds = %for_end_d.3.i
   %3282 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -4957,17 +12272,17 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3287 = getelementptr inbounds nuw i8, <8 x ptr> %3283, i64 16
   %3288 = getelementptr inbounds nuw i8, <8 x ptr> %3284, i64 16
   %3289 = getelementptr inbounds nuw i8, <8 x ptr> %3285, i64 16
-  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3288, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3289, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3286, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather542 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3287, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather543 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3288, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather544 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3289, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
   %3290 = getelementptr inbounds nuw i8, ptr %416, i64 2080
   %3291 = getelementptr inbounds nuw i8, ptr %416, i64 2112
   %3292 = getelementptr inbounds nuw i8, ptr %416, i64 2144
-  store <8 x float> %wide.masked.gather541, ptr %3281, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542, ptr %3290, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543, ptr %3291, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544, ptr %3292, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541, ptr %3281, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather542, ptr %3290, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather543, ptr %3291, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather544, ptr %3292, align 4, !tbaa !5, !alias.scope !203, !noalias !200
   %3293 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3294 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3295 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -4976,18 +12291,18 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3298 = getelementptr inbounds nuw i8, <8 x ptr> %3294, i64 16
   %3299 = getelementptr inbounds nuw i8, <8 x ptr> %3295, i64 16
   %3300 = getelementptr inbounds nuw i8, <8 x ptr> %3296, i64 16
-  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3297, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather542.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3298, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather543.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3299, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather544.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3300, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
   %3301 = getelementptr inbounds nuw i8, ptr %416, i64 2176
   %3302 = getelementptr inbounds nuw i8, ptr %416, i64 2208
   %3303 = getelementptr inbounds nuw i8, ptr %416, i64 2240
   %3304 = getelementptr inbounds nuw i8, ptr %416, i64 2272
-  store <8 x float> %wide.masked.gather541.1, ptr %3301, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.1, ptr %3302, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.1, ptr %3303, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.1, ptr %3304, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541.1, ptr %3301, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather542.1, ptr %3302, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather543.1, ptr %3303, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather544.1, ptr %3304, align 4, !tbaa !5, !alias.scope !203, !noalias !200
   %3305 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3306 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3307 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -4996,18 +12311,18 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3310 = getelementptr inbounds nuw i8, <8 x ptr> %3306, i64 16
   %3311 = getelementptr inbounds nuw i8, <8 x ptr> %3307, i64 16
   %3312 = getelementptr inbounds nuw i8, <8 x ptr> %3308, i64 16
-  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3309, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather542.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3310, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather543.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3311, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather544.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3312, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
   %3313 = getelementptr inbounds nuw i8, ptr %416, i64 2304
   %3314 = getelementptr inbounds nuw i8, ptr %416, i64 2336
   %3315 = getelementptr inbounds nuw i8, ptr %416, i64 2368
   %3316 = getelementptr inbounds nuw i8, ptr %416, i64 2400
-  store <8 x float> %wide.masked.gather541.2, ptr %3313, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.2, ptr %3314, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.2, ptr %3315, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.2, ptr %3316, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541.2, ptr %3313, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather542.2, ptr %3314, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather543.2, ptr %3315, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather544.2, ptr %3316, align 4, !tbaa !5, !alias.scope !203, !noalias !200
   %3317 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3318 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3319 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5016,18 +12331,18 @@ vector.body535:                                   ; preds = %for_end_d.3.i
   %3322 = getelementptr inbounds nuw i8, <8 x ptr> %3318, i64 16
   %3323 = getelementptr inbounds nuw i8, <8 x ptr> %3319, i64 16
   %3324 = getelementptr inbounds nuw i8, <8 x ptr> %3320, i64 16
-  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
-  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !58
+  %wide.masked.gather541.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3321, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather542.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3322, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather543.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3323, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
+  %wide.masked.gather544.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3324, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !200
   %3325 = getelementptr inbounds nuw i8, ptr %416, i64 2432
   %3326 = getelementptr inbounds nuw i8, ptr %416, i64 2464
   %3327 = getelementptr inbounds nuw i8, ptr %416, i64 2496
   %3328 = getelementptr inbounds nuw i8, ptr %416, i64 2528
-  store <8 x float> %wide.masked.gather541.3, ptr %3325, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather542.3, ptr %3326, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather543.3, ptr %3327, align 4, !tbaa !5, !alias.scope !61, !noalias !58
-  store <8 x float> %wide.masked.gather544.3, ptr %3328, align 4, !tbaa !5, !alias.scope !61, !noalias !58
+  store <8 x float> %wide.masked.gather541.3, ptr %3325, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather542.3, ptr %3326, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather543.3, ptr %3327, align 4, !tbaa !5, !alias.scope !203, !noalias !200
+  store <8 x float> %wide.masked.gather544.3, ptr %3328, align 4, !tbaa !5, !alias.scope !203, !noalias !200
   br label %for_end_d.4.i
 
 for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %for_end_d.3.i
@@ -5089,7 +12404,7 @@ for_body_d.4.i:                                   ; preds = %for_body_d.4.i, %fo
   store float %3359, ptr %3360, align 4, !tbaa !5
   %indvars.iv.next645.4.i.7 = add nuw nsw i64 %indvars.iv644.4.i, 8
   %exitcond647.4.not.i.7 = icmp eq i64 %indvars.iv.next645.4.i.7, 128
-  br i1 %exitcond647.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !36, !llvm.loop !63
+  br i1 %exitcond647.4.not.i.7, label %for_end_d.4.i, label %for_body_d.4.i, !prof !27, !llvm.loop !205
 
 for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %vector.body535
   %3361 = getelementptr inbounds nuw i8, ptr %416, i64 2560
@@ -5098,7 +12413,7 @@ for_end_d.4.i:                                    ; preds = %for_body_d.4.i, %ve
   %bound0507 = icmp ult ptr %scevgep503, %scevgep506
   %bound1508 = icmp ult ptr %scevgep505, %scevgep504
   %found.conflict509 = and i1 %bound0507, %bound1508
-  br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !17
+  br i1 %found.conflict509, label %for_body_d.5.i, label %vector.body512, !prof !16
 
 vector.body512:                                   ; preds = %for_end_d.4.i
   %3362 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5109,17 +12424,17 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3367 = getelementptr inbounds nuw i8, <8 x ptr> %3363, i64 20
   %3368 = getelementptr inbounds nuw i8, <8 x ptr> %3364, i64 20
   %3369 = getelementptr inbounds nuw i8, <8 x ptr> %3365, i64 20
-  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3366, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather519 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3367, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather520 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3368, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather521 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3369, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
   %3370 = getelementptr inbounds nuw i8, ptr %416, i64 2592
   %3371 = getelementptr inbounds nuw i8, ptr %416, i64 2624
   %3372 = getelementptr inbounds nuw i8, ptr %416, i64 2656
-  store <8 x float> %wide.masked.gather518, ptr %3361, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519, ptr %3370, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520, ptr %3371, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521, ptr %3372, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518, ptr %3361, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather519, ptr %3370, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather520, ptr %3371, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather521, ptr %3372, align 4, !tbaa !5, !alias.scope !209, !noalias !206
   %3373 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3374 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3375 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5128,18 +12443,18 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3378 = getelementptr inbounds nuw i8, <8 x ptr> %3374, i64 20
   %3379 = getelementptr inbounds nuw i8, <8 x ptr> %3375, i64 20
   %3380 = getelementptr inbounds nuw i8, <8 x ptr> %3376, i64 20
-  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3377, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather519.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3378, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather520.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3379, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather521.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3380, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
   %3381 = getelementptr inbounds nuw i8, ptr %416, i64 2688
   %3382 = getelementptr inbounds nuw i8, ptr %416, i64 2720
   %3383 = getelementptr inbounds nuw i8, ptr %416, i64 2752
   %3384 = getelementptr inbounds nuw i8, ptr %416, i64 2784
-  store <8 x float> %wide.masked.gather518.1, ptr %3381, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.1, ptr %3382, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.1, ptr %3383, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.1, ptr %3384, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518.1, ptr %3381, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather519.1, ptr %3382, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather520.1, ptr %3383, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather521.1, ptr %3384, align 4, !tbaa !5, !alias.scope !209, !noalias !206
   %3385 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3386 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3387 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5148,18 +12463,18 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3390 = getelementptr inbounds nuw i8, <8 x ptr> %3386, i64 20
   %3391 = getelementptr inbounds nuw i8, <8 x ptr> %3387, i64 20
   %3392 = getelementptr inbounds nuw i8, <8 x ptr> %3388, i64 20
-  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3392, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3389, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather519.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3390, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather520.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3391, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather521.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3392, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
   %3393 = getelementptr inbounds nuw i8, ptr %416, i64 2816
   %3394 = getelementptr inbounds nuw i8, ptr %416, i64 2848
   %3395 = getelementptr inbounds nuw i8, ptr %416, i64 2880
   %3396 = getelementptr inbounds nuw i8, ptr %416, i64 2912
-  store <8 x float> %wide.masked.gather518.2, ptr %3393, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.2, ptr %3394, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.2, ptr %3395, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.2, ptr %3396, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518.2, ptr %3393, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather519.2, ptr %3394, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather520.2, ptr %3395, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather521.2, ptr %3396, align 4, !tbaa !5, !alias.scope !209, !noalias !206
   %3397 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3398 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3399 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5168,18 +12483,18 @@ vector.body512:                                   ; preds = %for_end_d.4.i
   %3402 = getelementptr inbounds nuw i8, <8 x ptr> %3398, i64 20
   %3403 = getelementptr inbounds nuw i8, <8 x ptr> %3399, i64 20
   %3404 = getelementptr inbounds nuw i8, <8 x ptr> %3400, i64 20
-  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
-  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3404, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !64
+  %wide.masked.gather518.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3401, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather519.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3402, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather520.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3403, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
+  %wide.masked.gather521.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3404, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !206
   %3405 = getelementptr inbounds nuw i8, ptr %416, i64 2944
   %3406 = getelementptr inbounds nuw i8, ptr %416, i64 2976
   %3407 = getelementptr inbounds nuw i8, ptr %416, i64 3008
   %3408 = getelementptr inbounds nuw i8, ptr %416, i64 3040
-  store <8 x float> %wide.masked.gather518.3, ptr %3405, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather519.3, ptr %3406, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather520.3, ptr %3407, align 4, !tbaa !5, !alias.scope !67, !noalias !64
-  store <8 x float> %wide.masked.gather521.3, ptr %3408, align 4, !tbaa !5, !alias.scope !67, !noalias !64
+  store <8 x float> %wide.masked.gather518.3, ptr %3405, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather519.3, ptr %3406, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather520.3, ptr %3407, align 4, !tbaa !5, !alias.scope !209, !noalias !206
+  store <8 x float> %wide.masked.gather521.3, ptr %3408, align 4, !tbaa !5, !alias.scope !209, !noalias !206
   br label %for_end_d.5.i
 
 for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %for_end_d.4.i
@@ -5241,7 +12556,7 @@ for_body_d.5.i:                                   ; preds = %for_body_d.5.i, %fo
   store float %3439, ptr %3440, align 4, !tbaa !5
   %indvars.iv.next645.5.i.7 = add nuw nsw i64 %indvars.iv644.5.i, 8
   %exitcond647.5.not.i.7 = icmp eq i64 %indvars.iv.next645.5.i.7, 128
-  br i1 %exitcond647.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !36, !llvm.loop !69
+  br i1 %exitcond647.5.not.i.7, label %for_end_d.5.i, label %for_body_d.5.i, !prof !27, !llvm.loop !211
 
 for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %vector.body512
   %3441 = getelementptr inbounds nuw i8, ptr %416, i64 3072
@@ -5250,7 +12565,7 @@ for_end_d.5.i:                                    ; preds = %for_body_d.5.i, %ve
   %bound0484 = icmp ult ptr %scevgep480, %scevgep483
   %bound1485 = icmp ult ptr %scevgep482, %scevgep481
   %found.conflict486 = and i1 %bound0484, %bound1485
-  br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !17
+  br i1 %found.conflict486, label %for_body_d.6.i, label %vector.body489, !prof !16
 
 vector.body489:                                   ; preds = %for_end_d.5.i
   %3442 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5261,17 +12576,17 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3447 = getelementptr inbounds nuw i8, <8 x ptr> %3443, i64 24
   %3448 = getelementptr inbounds nuw i8, <8 x ptr> %3444, i64 24
   %3449 = getelementptr inbounds nuw i8, <8 x ptr> %3445, i64 24
-  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3448, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3446, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather496 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3447, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather497 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3448, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather498 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3449, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
   %3450 = getelementptr inbounds nuw i8, ptr %416, i64 3104
   %3451 = getelementptr inbounds nuw i8, ptr %416, i64 3136
   %3452 = getelementptr inbounds nuw i8, ptr %416, i64 3168
-  store <8 x float> %wide.masked.gather495, ptr %3441, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496, ptr %3450, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497, ptr %3451, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498, ptr %3452, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495, ptr %3441, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather496, ptr %3450, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather497, ptr %3451, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather498, ptr %3452, align 4, !tbaa !5, !alias.scope !215, !noalias !212
   %3453 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3454 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3455 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5280,18 +12595,18 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3458 = getelementptr inbounds nuw i8, <8 x ptr> %3454, i64 24
   %3459 = getelementptr inbounds nuw i8, <8 x ptr> %3455, i64 24
   %3460 = getelementptr inbounds nuw i8, <8 x ptr> %3456, i64 24
-  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3457, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather496.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3458, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather497.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3459, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather498.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3460, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
   %3461 = getelementptr inbounds nuw i8, ptr %416, i64 3200
   %3462 = getelementptr inbounds nuw i8, ptr %416, i64 3232
   %3463 = getelementptr inbounds nuw i8, ptr %416, i64 3264
   %3464 = getelementptr inbounds nuw i8, ptr %416, i64 3296
-  store <8 x float> %wide.masked.gather495.1, ptr %3461, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.1, ptr %3462, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.1, ptr %3463, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.1, ptr %3464, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495.1, ptr %3461, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather496.1, ptr %3462, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather497.1, ptr %3463, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather498.1, ptr %3464, align 4, !tbaa !5, !alias.scope !215, !noalias !212
   %3465 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3466 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3467 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5300,18 +12615,18 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3470 = getelementptr inbounds nuw i8, <8 x ptr> %3466, i64 24
   %3471 = getelementptr inbounds nuw i8, <8 x ptr> %3467, i64 24
   %3472 = getelementptr inbounds nuw i8, <8 x ptr> %3468, i64 24
-  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3472, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3469, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather496.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3470, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather497.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3471, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather498.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3472, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
   %3473 = getelementptr inbounds nuw i8, ptr %416, i64 3328
   %3474 = getelementptr inbounds nuw i8, ptr %416, i64 3360
   %3475 = getelementptr inbounds nuw i8, ptr %416, i64 3392
   %3476 = getelementptr inbounds nuw i8, ptr %416, i64 3424
-  store <8 x float> %wide.masked.gather495.2, ptr %3473, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.2, ptr %3474, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.2, ptr %3475, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.2, ptr %3476, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495.2, ptr %3473, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather496.2, ptr %3474, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather497.2, ptr %3475, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather498.2, ptr %3476, align 4, !tbaa !5, !alias.scope !215, !noalias !212
   %3477 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3478 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3479 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5320,18 +12635,18 @@ vector.body489:                                   ; preds = %for_end_d.5.i
   %3482 = getelementptr inbounds nuw i8, <8 x ptr> %3478, i64 24
   %3483 = getelementptr inbounds nuw i8, <8 x ptr> %3479, i64 24
   %3484 = getelementptr inbounds nuw i8, <8 x ptr> %3480, i64 24
-  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
-  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !70
+  %wide.masked.gather495.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3481, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather496.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3482, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather497.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3483, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
+  %wide.masked.gather498.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3484, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !212
   %3485 = getelementptr inbounds nuw i8, ptr %416, i64 3456
   %3486 = getelementptr inbounds nuw i8, ptr %416, i64 3488
   %3487 = getelementptr inbounds nuw i8, ptr %416, i64 3520
   %3488 = getelementptr inbounds nuw i8, ptr %416, i64 3552
-  store <8 x float> %wide.masked.gather495.3, ptr %3485, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather496.3, ptr %3486, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather497.3, ptr %3487, align 4, !tbaa !5, !alias.scope !73, !noalias !70
-  store <8 x float> %wide.masked.gather498.3, ptr %3488, align 4, !tbaa !5, !alias.scope !73, !noalias !70
+  store <8 x float> %wide.masked.gather495.3, ptr %3485, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather496.3, ptr %3486, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather497.3, ptr %3487, align 4, !tbaa !5, !alias.scope !215, !noalias !212
+  store <8 x float> %wide.masked.gather498.3, ptr %3488, align 4, !tbaa !5, !alias.scope !215, !noalias !212
   br label %for_end_d.6.i
 
 for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %for_end_d.5.i
@@ -5393,7 +12708,7 @@ for_body_d.6.i:                                   ; preds = %for_body_d.6.i, %fo
   store float %3519, ptr %3520, align 4, !tbaa !5
   %indvars.iv.next645.6.i.7 = add nuw nsw i64 %indvars.iv644.6.i, 8
   %exitcond647.6.not.i.7 = icmp eq i64 %indvars.iv.next645.6.i.7, 128
-  br i1 %exitcond647.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !36, !llvm.loop !75
+  br i1 %exitcond647.6.not.i.7, label %for_end_d.6.i, label %for_body_d.6.i, !prof !27, !llvm.loop !217
 
 for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %vector.body489
   %3521 = getelementptr inbounds nuw i8, ptr %416, i64 3584
@@ -5402,7 +12717,7 @@ for_end_d.6.i:                                    ; preds = %for_body_d.6.i, %ve
   %bound0461 = icmp ult ptr %scevgep457, %scevgep460
   %bound1462 = icmp ult ptr %scevgep459, %scevgep458
   %found.conflict463 = and i1 %bound0461, %bound1462
-  br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !17
+  br i1 %found.conflict463, label %for_body_d.7.i, label %vector.body466, !prof !16
 
 vector.body466:                                   ; preds = %for_end_d.6.i
   %3522 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5413,17 +12728,17 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3527 = getelementptr inbounds nuw i8, <8 x ptr> %3523, i64 28
   %3528 = getelementptr inbounds nuw i8, <8 x ptr> %3524, i64 28
   %3529 = getelementptr inbounds nuw i8, <8 x ptr> %3525, i64 28
-  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3528, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3526, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather473 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3527, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather474 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3528, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather475 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3529, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
   %3530 = getelementptr inbounds nuw i8, ptr %416, i64 3616
   %3531 = getelementptr inbounds nuw i8, ptr %416, i64 3648
   %3532 = getelementptr inbounds nuw i8, ptr %416, i64 3680
-  store <8 x float> %wide.masked.gather472, ptr %3521, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473, ptr %3530, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474, ptr %3531, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475, ptr %3532, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472, ptr %3521, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather473, ptr %3530, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather474, ptr %3531, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather475, ptr %3532, align 4, !tbaa !5, !alias.scope !221, !noalias !218
   %3533 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3534 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3535 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5432,18 +12747,18 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3538 = getelementptr inbounds nuw i8, <8 x ptr> %3534, i64 28
   %3539 = getelementptr inbounds nuw i8, <8 x ptr> %3535, i64 28
   %3540 = getelementptr inbounds nuw i8, <8 x ptr> %3536, i64 28
-  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3537, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather473.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3538, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather474.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3539, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather475.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3540, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
   %3541 = getelementptr inbounds nuw i8, ptr %416, i64 3712
   %3542 = getelementptr inbounds nuw i8, ptr %416, i64 3744
   %3543 = getelementptr inbounds nuw i8, ptr %416, i64 3776
   %3544 = getelementptr inbounds nuw i8, ptr %416, i64 3808
-  store <8 x float> %wide.masked.gather472.1, ptr %3541, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.1, ptr %3542, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.1, ptr %3543, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.1, ptr %3544, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472.1, ptr %3541, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather473.1, ptr %3542, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather474.1, ptr %3543, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather475.1, ptr %3544, align 4, !tbaa !5, !alias.scope !221, !noalias !218
   %3545 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3546 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3547 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5452,18 +12767,18 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3550 = getelementptr inbounds nuw i8, <8 x ptr> %3546, i64 28
   %3551 = getelementptr inbounds nuw i8, <8 x ptr> %3547, i64 28
   %3552 = getelementptr inbounds nuw i8, <8 x ptr> %3548, i64 28
-  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3552, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3549, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather473.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3550, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather474.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3551, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather475.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3552, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
   %3553 = getelementptr inbounds nuw i8, ptr %416, i64 3840
   %3554 = getelementptr inbounds nuw i8, ptr %416, i64 3872
   %3555 = getelementptr inbounds nuw i8, ptr %416, i64 3904
   %3556 = getelementptr inbounds nuw i8, ptr %416, i64 3936
-  store <8 x float> %wide.masked.gather472.2, ptr %3553, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.2, ptr %3554, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.2, ptr %3555, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.2, ptr %3556, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472.2, ptr %3553, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather473.2, ptr %3554, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather474.2, ptr %3555, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather475.2, ptr %3556, align 4, !tbaa !5, !alias.scope !221, !noalias !218
   %3557 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3558 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3559 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5472,18 +12787,18 @@ vector.body466:                                   ; preds = %for_end_d.6.i
   %3562 = getelementptr inbounds nuw i8, <8 x ptr> %3558, i64 28
   %3563 = getelementptr inbounds nuw i8, <8 x ptr> %3559, i64 28
   %3564 = getelementptr inbounds nuw i8, <8 x ptr> %3560, i64 28
-  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
-  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !76
+  %wide.masked.gather472.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3561, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather473.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3562, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather474.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3563, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
+  %wide.masked.gather475.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3564, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !218
   %3565 = getelementptr inbounds nuw i8, ptr %416, i64 3968
   %3566 = getelementptr inbounds nuw i8, ptr %416, i64 4000
   %3567 = getelementptr inbounds nuw i8, ptr %416, i64 4032
   %3568 = getelementptr inbounds nuw i8, ptr %416, i64 4064
-  store <8 x float> %wide.masked.gather472.3, ptr %3565, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather473.3, ptr %3566, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather474.3, ptr %3567, align 4, !tbaa !5, !alias.scope !79, !noalias !76
-  store <8 x float> %wide.masked.gather475.3, ptr %3568, align 4, !tbaa !5, !alias.scope !79, !noalias !76
+  store <8 x float> %wide.masked.gather472.3, ptr %3565, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather473.3, ptr %3566, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather474.3, ptr %3567, align 4, !tbaa !5, !alias.scope !221, !noalias !218
+  store <8 x float> %wide.masked.gather475.3, ptr %3568, align 4, !tbaa !5, !alias.scope !221, !noalias !218
   br label %for_end_d.7.i
 
 for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %for_end_d.6.i
@@ -5545,7 +12860,7 @@ for_body_d.7.i:                                   ; preds = %for_body_d.7.i, %fo
   store float %3599, ptr %3600, align 4, !tbaa !5
   %indvars.iv.next645.7.i.7 = add nuw nsw i64 %indvars.iv644.7.i, 8
   %exitcond647.7.not.i.7 = icmp eq i64 %indvars.iv.next645.7.i.7, 128
-  br i1 %exitcond647.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !36, !llvm.loop !81
+  br i1 %exitcond647.7.not.i.7, label %for_end_d.7.i, label %for_body_d.7.i, !prof !27, !llvm.loop !223
 
 for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %vector.body466
   %3601 = getelementptr inbounds nuw i8, ptr %416, i64 4096
@@ -5554,7 +12869,7 @@ for_end_d.7.i:                                    ; preds = %for_body_d.7.i, %ve
   %bound0438 = icmp ult ptr %scevgep434, %scevgep437
   %bound1439 = icmp ult ptr %scevgep436, %scevgep435
   %found.conflict440 = and i1 %bound0438, %bound1439
-  br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !17
+  br i1 %found.conflict440, label %for_body_d.8.i, label %vector.body443, !prof !16
 
 vector.body443:                                   ; preds = %for_end_d.7.i
   %3602 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5565,17 +12880,17 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3607 = getelementptr inbounds nuw i8, <8 x ptr> %3603, i64 32
   %3608 = getelementptr inbounds nuw i8, <8 x ptr> %3604, i64 32
   %3609 = getelementptr inbounds nuw i8, <8 x ptr> %3605, i64 32
-  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3608, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3609, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3606, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather450 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3607, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather451 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3608, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather452 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3609, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
   %3610 = getelementptr inbounds nuw i8, ptr %416, i64 4128
   %3611 = getelementptr inbounds nuw i8, ptr %416, i64 4160
   %3612 = getelementptr inbounds nuw i8, ptr %416, i64 4192
-  store <8 x float> %wide.masked.gather449, ptr %3601, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450, ptr %3610, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451, ptr %3611, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452, ptr %3612, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449, ptr %3601, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather450, ptr %3610, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather451, ptr %3611, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather452, ptr %3612, align 4, !tbaa !5, !alias.scope !227, !noalias !224
   %3613 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3614 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3615 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5584,18 +12899,18 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3618 = getelementptr inbounds nuw i8, <8 x ptr> %3614, i64 32
   %3619 = getelementptr inbounds nuw i8, <8 x ptr> %3615, i64 32
   %3620 = getelementptr inbounds nuw i8, <8 x ptr> %3616, i64 32
-  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3617, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather450.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3618, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather451.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3619, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather452.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3620, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
   %3621 = getelementptr inbounds nuw i8, ptr %416, i64 4224
   %3622 = getelementptr inbounds nuw i8, ptr %416, i64 4256
   %3623 = getelementptr inbounds nuw i8, ptr %416, i64 4288
   %3624 = getelementptr inbounds nuw i8, ptr %416, i64 4320
-  store <8 x float> %wide.masked.gather449.1, ptr %3621, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.1, ptr %3622, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.1, ptr %3623, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.1, ptr %3624, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449.1, ptr %3621, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather450.1, ptr %3622, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather451.1, ptr %3623, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather452.1, ptr %3624, align 4, !tbaa !5, !alias.scope !227, !noalias !224
   %3625 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3626 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3627 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5604,18 +12919,18 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3630 = getelementptr inbounds nuw i8, <8 x ptr> %3626, i64 32
   %3631 = getelementptr inbounds nuw i8, <8 x ptr> %3627, i64 32
   %3632 = getelementptr inbounds nuw i8, <8 x ptr> %3628, i64 32
-  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3632, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3629, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather450.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3630, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather451.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3631, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather452.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3632, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
   %3633 = getelementptr inbounds nuw i8, ptr %416, i64 4352
   %3634 = getelementptr inbounds nuw i8, ptr %416, i64 4384
   %3635 = getelementptr inbounds nuw i8, ptr %416, i64 4416
   %3636 = getelementptr inbounds nuw i8, ptr %416, i64 4448
-  store <8 x float> %wide.masked.gather449.2, ptr %3633, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.2, ptr %3634, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.2, ptr %3635, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.2, ptr %3636, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449.2, ptr %3633, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather450.2, ptr %3634, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather451.2, ptr %3635, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather452.2, ptr %3636, align 4, !tbaa !5, !alias.scope !227, !noalias !224
   %3637 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3638 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3639 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5624,18 +12939,18 @@ vector.body443:                                   ; preds = %for_end_d.7.i
   %3642 = getelementptr inbounds nuw i8, <8 x ptr> %3638, i64 32
   %3643 = getelementptr inbounds nuw i8, <8 x ptr> %3639, i64 32
   %3644 = getelementptr inbounds nuw i8, <8 x ptr> %3640, i64 32
-  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
-  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !82
+  %wide.masked.gather449.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3641, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather450.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3642, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather451.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3643, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
+  %wide.masked.gather452.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3644, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !224
   %3645 = getelementptr inbounds nuw i8, ptr %416, i64 4480
   %3646 = getelementptr inbounds nuw i8, ptr %416, i64 4512
   %3647 = getelementptr inbounds nuw i8, ptr %416, i64 4544
   %3648 = getelementptr inbounds nuw i8, ptr %416, i64 4576
-  store <8 x float> %wide.masked.gather449.3, ptr %3645, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather450.3, ptr %3646, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather451.3, ptr %3647, align 4, !tbaa !5, !alias.scope !85, !noalias !82
-  store <8 x float> %wide.masked.gather452.3, ptr %3648, align 4, !tbaa !5, !alias.scope !85, !noalias !82
+  store <8 x float> %wide.masked.gather449.3, ptr %3645, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather450.3, ptr %3646, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather451.3, ptr %3647, align 4, !tbaa !5, !alias.scope !227, !noalias !224
+  store <8 x float> %wide.masked.gather452.3, ptr %3648, align 4, !tbaa !5, !alias.scope !227, !noalias !224
   br label %for_end_d.8.i
 
 for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %for_end_d.7.i
@@ -5697,7 +13012,7 @@ for_body_d.8.i:                                   ; preds = %for_body_d.8.i, %fo
   store float %3679, ptr %3680, align 4, !tbaa !5
   %indvars.iv.next645.8.i.7 = add nuw nsw i64 %indvars.iv644.8.i, 8
   %exitcond647.8.not.i.7 = icmp eq i64 %indvars.iv.next645.8.i.7, 128
-  br i1 %exitcond647.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !36, !llvm.loop !87
+  br i1 %exitcond647.8.not.i.7, label %for_end_d.8.i, label %for_body_d.8.i, !prof !27, !llvm.loop !229
 
 for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %vector.body443
   %3681 = getelementptr inbounds nuw i8, ptr %416, i64 4608
@@ -5706,7 +13021,7 @@ for_end_d.8.i:                                    ; preds = %for_body_d.8.i, %ve
   %bound0415 = icmp ult ptr %scevgep411, %scevgep414
   %bound1416 = icmp ult ptr %scevgep413, %scevgep412
   %found.conflict417 = and i1 %bound0415, %bound1416
-  br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !17
+  br i1 %found.conflict417, label %for_body_d.9.i, label %vector.body420, !prof !16
 
 vector.body420:                                   ; preds = %for_end_d.8.i
   %3682 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5717,17 +13032,17 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3687 = getelementptr inbounds nuw i8, <8 x ptr> %3683, i64 36
   %3688 = getelementptr inbounds nuw i8, <8 x ptr> %3684, i64 36
   %3689 = getelementptr inbounds nuw i8, <8 x ptr> %3685, i64 36
-  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3688, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3689, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3686, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather427 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3687, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather428 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3688, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather429 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3689, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
   %3690 = getelementptr inbounds nuw i8, ptr %416, i64 4640
   %3691 = getelementptr inbounds nuw i8, ptr %416, i64 4672
   %3692 = getelementptr inbounds nuw i8, ptr %416, i64 4704
-  store <8 x float> %wide.masked.gather426, ptr %3681, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427, ptr %3690, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428, ptr %3691, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429, ptr %3692, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426, ptr %3681, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather427, ptr %3690, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather428, ptr %3691, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather429, ptr %3692, align 4, !tbaa !5, !alias.scope !233, !noalias !230
   %3693 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3694 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3695 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5736,18 +13051,18 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3698 = getelementptr inbounds nuw i8, <8 x ptr> %3694, i64 36
   %3699 = getelementptr inbounds nuw i8, <8 x ptr> %3695, i64 36
   %3700 = getelementptr inbounds nuw i8, <8 x ptr> %3696, i64 36
-  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3697, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather427.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3698, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather428.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3699, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather429.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3700, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
   %3701 = getelementptr inbounds nuw i8, ptr %416, i64 4736
   %3702 = getelementptr inbounds nuw i8, ptr %416, i64 4768
   %3703 = getelementptr inbounds nuw i8, ptr %416, i64 4800
   %3704 = getelementptr inbounds nuw i8, ptr %416, i64 4832
-  store <8 x float> %wide.masked.gather426.1, ptr %3701, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.1, ptr %3702, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.1, ptr %3703, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.1, ptr %3704, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426.1, ptr %3701, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather427.1, ptr %3702, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather428.1, ptr %3703, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather429.1, ptr %3704, align 4, !tbaa !5, !alias.scope !233, !noalias !230
   %3705 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3706 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3707 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5756,18 +13071,18 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3710 = getelementptr inbounds nuw i8, <8 x ptr> %3706, i64 36
   %3711 = getelementptr inbounds nuw i8, <8 x ptr> %3707, i64 36
   %3712 = getelementptr inbounds nuw i8, <8 x ptr> %3708, i64 36
-  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3712, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3709, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather427.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3710, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather428.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3711, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather429.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3712, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
   %3713 = getelementptr inbounds nuw i8, ptr %416, i64 4864
   %3714 = getelementptr inbounds nuw i8, ptr %416, i64 4896
   %3715 = getelementptr inbounds nuw i8, ptr %416, i64 4928
   %3716 = getelementptr inbounds nuw i8, ptr %416, i64 4960
-  store <8 x float> %wide.masked.gather426.2, ptr %3713, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.2, ptr %3714, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.2, ptr %3715, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.2, ptr %3716, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426.2, ptr %3713, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather427.2, ptr %3714, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather428.2, ptr %3715, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather429.2, ptr %3716, align 4, !tbaa !5, !alias.scope !233, !noalias !230
   %3717 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3718 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3719 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5776,18 +13091,18 @@ vector.body420:                                   ; preds = %for_end_d.8.i
   %3722 = getelementptr inbounds nuw i8, <8 x ptr> %3718, i64 36
   %3723 = getelementptr inbounds nuw i8, <8 x ptr> %3719, i64 36
   %3724 = getelementptr inbounds nuw i8, <8 x ptr> %3720, i64 36
-  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
-  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !88
+  %wide.masked.gather426.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3721, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather427.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3722, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather428.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3723, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
+  %wide.masked.gather429.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3724, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !230
   %3725 = getelementptr inbounds nuw i8, ptr %416, i64 4992
   %3726 = getelementptr inbounds nuw i8, ptr %416, i64 5024
   %3727 = getelementptr inbounds nuw i8, ptr %416, i64 5056
   %3728 = getelementptr inbounds nuw i8, ptr %416, i64 5088
-  store <8 x float> %wide.masked.gather426.3, ptr %3725, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather427.3, ptr %3726, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather428.3, ptr %3727, align 4, !tbaa !5, !alias.scope !91, !noalias !88
-  store <8 x float> %wide.masked.gather429.3, ptr %3728, align 4, !tbaa !5, !alias.scope !91, !noalias !88
+  store <8 x float> %wide.masked.gather426.3, ptr %3725, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather427.3, ptr %3726, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather428.3, ptr %3727, align 4, !tbaa !5, !alias.scope !233, !noalias !230
+  store <8 x float> %wide.masked.gather429.3, ptr %3728, align 4, !tbaa !5, !alias.scope !233, !noalias !230
   br label %for_end_d.9.i
 
 for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %for_end_d.8.i
@@ -5849,7 +13164,7 @@ for_body_d.9.i:                                   ; preds = %for_body_d.9.i, %fo
   store float %3759, ptr %3760, align 4, !tbaa !5
   %indvars.iv.next645.9.i.7 = add nuw nsw i64 %indvars.iv644.9.i, 8
   %exitcond647.9.not.i.7 = icmp eq i64 %indvars.iv.next645.9.i.7, 128
-  br i1 %exitcond647.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !36, !llvm.loop !93
+  br i1 %exitcond647.9.not.i.7, label %for_end_d.9.i, label %for_body_d.9.i, !prof !27, !llvm.loop !235
 
 for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %vector.body420
   %3761 = getelementptr inbounds nuw i8, ptr %416, i64 5120
@@ -5858,7 +13173,7 @@ for_end_d.9.i:                                    ; preds = %for_body_d.9.i, %ve
   %bound0392 = icmp ult ptr %scevgep388, %scevgep391
   %bound1393 = icmp ult ptr %scevgep390, %scevgep389
   %found.conflict394 = and i1 %bound0392, %bound1393
-  br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !17
+  br i1 %found.conflict394, label %for_body_d.10.i, label %vector.body397, !prof !16
 
 vector.body397:                                   ; preds = %for_end_d.9.i
   %3762 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -5869,17 +13184,17 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3767 = getelementptr inbounds nuw i8, <8 x ptr> %3763, i64 40
   %3768 = getelementptr inbounds nuw i8, <8 x ptr> %3764, i64 40
   %3769 = getelementptr inbounds nuw i8, <8 x ptr> %3765, i64 40
-  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3768, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3766, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather404 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3767, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather405 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3768, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather406 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3769, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
   %3770 = getelementptr inbounds nuw i8, ptr %416, i64 5152
   %3771 = getelementptr inbounds nuw i8, ptr %416, i64 5184
   %3772 = getelementptr inbounds nuw i8, ptr %416, i64 5216
-  store <8 x float> %wide.masked.gather403, ptr %3761, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404, ptr %3770, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405, ptr %3771, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406, ptr %3772, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403, ptr %3761, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather404, ptr %3770, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather405, ptr %3771, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather406, ptr %3772, align 4, !tbaa !5, !alias.scope !239, !noalias !236
   %3773 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3774 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3775 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -5888,18 +13203,18 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3778 = getelementptr inbounds nuw i8, <8 x ptr> %3774, i64 40
   %3779 = getelementptr inbounds nuw i8, <8 x ptr> %3775, i64 40
   %3780 = getelementptr inbounds nuw i8, <8 x ptr> %3776, i64 40
-  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3777, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather404.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3778, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather405.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3779, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather406.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3780, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
   %3781 = getelementptr inbounds nuw i8, ptr %416, i64 5248
   %3782 = getelementptr inbounds nuw i8, ptr %416, i64 5280
   %3783 = getelementptr inbounds nuw i8, ptr %416, i64 5312
   %3784 = getelementptr inbounds nuw i8, ptr %416, i64 5344
-  store <8 x float> %wide.masked.gather403.1, ptr %3781, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.1, ptr %3782, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.1, ptr %3783, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.1, ptr %3784, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403.1, ptr %3781, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather404.1, ptr %3782, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather405.1, ptr %3783, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather406.1, ptr %3784, align 4, !tbaa !5, !alias.scope !239, !noalias !236
   %3785 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3786 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3787 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -5908,18 +13223,18 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3790 = getelementptr inbounds nuw i8, <8 x ptr> %3786, i64 40
   %3791 = getelementptr inbounds nuw i8, <8 x ptr> %3787, i64 40
   %3792 = getelementptr inbounds nuw i8, <8 x ptr> %3788, i64 40
-  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3792, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3789, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather404.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3790, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather405.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3791, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather406.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3792, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
   %3793 = getelementptr inbounds nuw i8, ptr %416, i64 5376
   %3794 = getelementptr inbounds nuw i8, ptr %416, i64 5408
   %3795 = getelementptr inbounds nuw i8, ptr %416, i64 5440
   %3796 = getelementptr inbounds nuw i8, ptr %416, i64 5472
-  store <8 x float> %wide.masked.gather403.2, ptr %3793, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.2, ptr %3794, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.2, ptr %3795, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.2, ptr %3796, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403.2, ptr %3793, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather404.2, ptr %3794, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather405.2, ptr %3795, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather406.2, ptr %3796, align 4, !tbaa !5, !alias.scope !239, !noalias !236
   %3797 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3798 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3799 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -5928,18 +13243,18 @@ vector.body397:                                   ; preds = %for_end_d.9.i
   %3802 = getelementptr inbounds nuw i8, <8 x ptr> %3798, i64 40
   %3803 = getelementptr inbounds nuw i8, <8 x ptr> %3799, i64 40
   %3804 = getelementptr inbounds nuw i8, <8 x ptr> %3800, i64 40
-  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
-  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !94
+  %wide.masked.gather403.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3801, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather404.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3802, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather405.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3803, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
+  %wide.masked.gather406.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3804, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !236
   %3805 = getelementptr inbounds nuw i8, ptr %416, i64 5504
   %3806 = getelementptr inbounds nuw i8, ptr %416, i64 5536
   %3807 = getelementptr inbounds nuw i8, ptr %416, i64 5568
   %3808 = getelementptr inbounds nuw i8, ptr %416, i64 5600
-  store <8 x float> %wide.masked.gather403.3, ptr %3805, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather404.3, ptr %3806, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather405.3, ptr %3807, align 4, !tbaa !5, !alias.scope !97, !noalias !94
-  store <8 x float> %wide.masked.gather406.3, ptr %3808, align 4, !tbaa !5, !alias.scope !97, !noalias !94
+  store <8 x float> %wide.masked.gather403.3, ptr %3805, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather404.3, ptr %3806, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather405.3, ptr %3807, align 4, !tbaa !5, !alias.scope !239, !noalias !236
+  store <8 x float> %wide.masked.gather406.3, ptr %3808, align 4, !tbaa !5, !alias.scope !239, !noalias !236
   br label %for_end_d.10.i
 
 for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %for_end_d.9.i
@@ -6001,7 +13316,7 @@ for_body_d.10.i:                                  ; preds = %for_body_d.10.i, %f
   store float %3839, ptr %3840, align 4, !tbaa !5
   %indvars.iv.next645.10.i.7 = add nuw nsw i64 %indvars.iv644.10.i, 8
   %exitcond647.10.not.i.7 = icmp eq i64 %indvars.iv.next645.10.i.7, 128
-  br i1 %exitcond647.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !36, !llvm.loop !99
+  br i1 %exitcond647.10.not.i.7, label %for_end_d.10.i, label %for_body_d.10.i, !prof !27, !llvm.loop !241
 
 for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %vector.body397
   %3841 = getelementptr inbounds nuw i8, ptr %416, i64 5632
@@ -6010,7 +13325,7 @@ for_end_d.10.i:                                   ; preds = %for_body_d.10.i, %v
   %bound0369 = icmp ult ptr %scevgep365, %scevgep368
   %bound1370 = icmp ult ptr %scevgep367, %scevgep366
   %found.conflict371 = and i1 %bound0369, %bound1370
-  br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !17
+  br i1 %found.conflict371, label %for_body_d.11.i, label %vector.body374, !prof !16
 
 vector.body374:                                   ; preds = %for_end_d.10.i
   %3842 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6021,17 +13336,17 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3847 = getelementptr inbounds nuw i8, <8 x ptr> %3843, i64 44
   %3848 = getelementptr inbounds nuw i8, <8 x ptr> %3844, i64 44
   %3849 = getelementptr inbounds nuw i8, <8 x ptr> %3845, i64 44
-  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3848, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3846, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather381 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3847, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather382 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3848, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather383 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3849, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
   %3850 = getelementptr inbounds nuw i8, ptr %416, i64 5664
   %3851 = getelementptr inbounds nuw i8, ptr %416, i64 5696
   %3852 = getelementptr inbounds nuw i8, ptr %416, i64 5728
-  store <8 x float> %wide.masked.gather380, ptr %3841, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381, ptr %3850, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382, ptr %3851, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383, ptr %3852, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380, ptr %3841, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather381, ptr %3850, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather382, ptr %3851, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather383, ptr %3852, align 4, !tbaa !5, !alias.scope !245, !noalias !242
   %3853 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3854 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3855 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6040,18 +13355,18 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3858 = getelementptr inbounds nuw i8, <8 x ptr> %3854, i64 44
   %3859 = getelementptr inbounds nuw i8, <8 x ptr> %3855, i64 44
   %3860 = getelementptr inbounds nuw i8, <8 x ptr> %3856, i64 44
-  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3857, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather381.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3858, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather382.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3859, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather383.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3860, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
   %3861 = getelementptr inbounds nuw i8, ptr %416, i64 5760
   %3862 = getelementptr inbounds nuw i8, ptr %416, i64 5792
   %3863 = getelementptr inbounds nuw i8, ptr %416, i64 5824
   %3864 = getelementptr inbounds nuw i8, ptr %416, i64 5856
-  store <8 x float> %wide.masked.gather380.1, ptr %3861, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.1, ptr %3862, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.1, ptr %3863, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.1, ptr %3864, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380.1, ptr %3861, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather381.1, ptr %3862, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather382.1, ptr %3863, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather383.1, ptr %3864, align 4, !tbaa !5, !alias.scope !245, !noalias !242
   %3865 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3866 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3867 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6060,18 +13375,18 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3870 = getelementptr inbounds nuw i8, <8 x ptr> %3866, i64 44
   %3871 = getelementptr inbounds nuw i8, <8 x ptr> %3867, i64 44
   %3872 = getelementptr inbounds nuw i8, <8 x ptr> %3868, i64 44
-  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3872, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3869, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather381.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3870, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather382.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3871, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather383.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3872, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
   %3873 = getelementptr inbounds nuw i8, ptr %416, i64 5888
   %3874 = getelementptr inbounds nuw i8, ptr %416, i64 5920
   %3875 = getelementptr inbounds nuw i8, ptr %416, i64 5952
   %3876 = getelementptr inbounds nuw i8, ptr %416, i64 5984
-  store <8 x float> %wide.masked.gather380.2, ptr %3873, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.2, ptr %3874, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.2, ptr %3875, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.2, ptr %3876, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380.2, ptr %3873, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather381.2, ptr %3874, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather382.2, ptr %3875, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather383.2, ptr %3876, align 4, !tbaa !5, !alias.scope !245, !noalias !242
   %3877 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3878 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3879 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6080,18 +13395,18 @@ vector.body374:                                   ; preds = %for_end_d.10.i
   %3882 = getelementptr inbounds nuw i8, <8 x ptr> %3878, i64 44
   %3883 = getelementptr inbounds nuw i8, <8 x ptr> %3879, i64 44
   %3884 = getelementptr inbounds nuw i8, <8 x ptr> %3880, i64 44
-  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
-  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !100
+  %wide.masked.gather380.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3881, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather381.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3882, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather382.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3883, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
+  %wide.masked.gather383.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3884, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !242
   %3885 = getelementptr inbounds nuw i8, ptr %416, i64 6016
   %3886 = getelementptr inbounds nuw i8, ptr %416, i64 6048
   %3887 = getelementptr inbounds nuw i8, ptr %416, i64 6080
   %3888 = getelementptr inbounds nuw i8, ptr %416, i64 6112
-  store <8 x float> %wide.masked.gather380.3, ptr %3885, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather381.3, ptr %3886, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather382.3, ptr %3887, align 4, !tbaa !5, !alias.scope !103, !noalias !100
-  store <8 x float> %wide.masked.gather383.3, ptr %3888, align 4, !tbaa !5, !alias.scope !103, !noalias !100
+  store <8 x float> %wide.masked.gather380.3, ptr %3885, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather381.3, ptr %3886, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather382.3, ptr %3887, align 4, !tbaa !5, !alias.scope !245, !noalias !242
+  store <8 x float> %wide.masked.gather383.3, ptr %3888, align 4, !tbaa !5, !alias.scope !245, !noalias !242
   br label %for_end_d.11.i
 
 for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %for_end_d.10.i
@@ -6153,7 +13468,7 @@ for_body_d.11.i:                                  ; preds = %for_body_d.11.i, %f
   store float %3919, ptr %3920, align 4, !tbaa !5
   %indvars.iv.next645.11.i.7 = add nuw nsw i64 %indvars.iv644.11.i, 8
   %exitcond647.11.not.i.7 = icmp eq i64 %indvars.iv.next645.11.i.7, 128
-  br i1 %exitcond647.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !36, !llvm.loop !105
+  br i1 %exitcond647.11.not.i.7, label %for_end_d.11.i, label %for_body_d.11.i, !prof !27, !llvm.loop !247
 
 for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %vector.body374
   %3921 = getelementptr inbounds nuw i8, ptr %416, i64 6144
@@ -6162,7 +13477,7 @@ for_end_d.11.i:                                   ; preds = %for_body_d.11.i, %v
   %bound0346 = icmp ult ptr %scevgep342, %scevgep345
   %bound1347 = icmp ult ptr %scevgep344, %scevgep343
   %found.conflict348 = and i1 %bound0346, %bound1347
-  br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !17
+  br i1 %found.conflict348, label %for_body_d.12.i, label %vector.body351, !prof !16
 
 vector.body351:                                   ; preds = %for_end_d.11.i
   %3922 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6173,17 +13488,17 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3927 = getelementptr inbounds nuw i8, <8 x ptr> %3923, i64 48
   %3928 = getelementptr inbounds nuw i8, <8 x ptr> %3924, i64 48
   %3929 = getelementptr inbounds nuw i8, <8 x ptr> %3925, i64 48
-  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3928, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3926, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather358 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3927, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather359 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3928, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather360 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3929, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
   %3930 = getelementptr inbounds nuw i8, ptr %416, i64 6176
   %3931 = getelementptr inbounds nuw i8, ptr %416, i64 6208
   %3932 = getelementptr inbounds nuw i8, ptr %416, i64 6240
-  store <8 x float> %wide.masked.gather357, ptr %3921, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358, ptr %3930, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359, ptr %3931, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360, ptr %3932, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357, ptr %3921, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather358, ptr %3930, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather359, ptr %3931, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather360, ptr %3932, align 4, !tbaa !5, !alias.scope !251, !noalias !248
   %3933 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %3934 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %3935 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6192,18 +13507,18 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3938 = getelementptr inbounds nuw i8, <8 x ptr> %3934, i64 48
   %3939 = getelementptr inbounds nuw i8, <8 x ptr> %3935, i64 48
   %3940 = getelementptr inbounds nuw i8, <8 x ptr> %3936, i64 48
-  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3937, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather358.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3938, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather359.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3939, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather360.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3940, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
   %3941 = getelementptr inbounds nuw i8, ptr %416, i64 6272
   %3942 = getelementptr inbounds nuw i8, ptr %416, i64 6304
   %3943 = getelementptr inbounds nuw i8, ptr %416, i64 6336
   %3944 = getelementptr inbounds nuw i8, ptr %416, i64 6368
-  store <8 x float> %wide.masked.gather357.1, ptr %3941, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.1, ptr %3942, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.1, ptr %3943, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.1, ptr %3944, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357.1, ptr %3941, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather358.1, ptr %3942, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather359.1, ptr %3943, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather360.1, ptr %3944, align 4, !tbaa !5, !alias.scope !251, !noalias !248
   %3945 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %3946 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %3947 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6212,18 +13527,18 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3950 = getelementptr inbounds nuw i8, <8 x ptr> %3946, i64 48
   %3951 = getelementptr inbounds nuw i8, <8 x ptr> %3947, i64 48
   %3952 = getelementptr inbounds nuw i8, <8 x ptr> %3948, i64 48
-  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3952, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3949, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather358.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3950, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather359.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3951, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather360.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3952, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
   %3953 = getelementptr inbounds nuw i8, ptr %416, i64 6400
   %3954 = getelementptr inbounds nuw i8, ptr %416, i64 6432
   %3955 = getelementptr inbounds nuw i8, ptr %416, i64 6464
   %3956 = getelementptr inbounds nuw i8, ptr %416, i64 6496
-  store <8 x float> %wide.masked.gather357.2, ptr %3953, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.2, ptr %3954, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.2, ptr %3955, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.2, ptr %3956, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357.2, ptr %3953, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather358.2, ptr %3954, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather359.2, ptr %3955, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather360.2, ptr %3956, align 4, !tbaa !5, !alias.scope !251, !noalias !248
   %3957 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %3958 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %3959 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6232,18 +13547,18 @@ vector.body351:                                   ; preds = %for_end_d.11.i
   %3962 = getelementptr inbounds nuw i8, <8 x ptr> %3958, i64 48
   %3963 = getelementptr inbounds nuw i8, <8 x ptr> %3959, i64 48
   %3964 = getelementptr inbounds nuw i8, <8 x ptr> %3960, i64 48
-  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
-  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3964, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !106
+  %wide.masked.gather357.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3961, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather358.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3962, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather359.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3963, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
+  %wide.masked.gather360.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3964, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !248
   %3965 = getelementptr inbounds nuw i8, ptr %416, i64 6528
   %3966 = getelementptr inbounds nuw i8, ptr %416, i64 6560
   %3967 = getelementptr inbounds nuw i8, ptr %416, i64 6592
   %3968 = getelementptr inbounds nuw i8, ptr %416, i64 6624
-  store <8 x float> %wide.masked.gather357.3, ptr %3965, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather358.3, ptr %3966, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather359.3, ptr %3967, align 4, !tbaa !5, !alias.scope !109, !noalias !106
-  store <8 x float> %wide.masked.gather360.3, ptr %3968, align 4, !tbaa !5, !alias.scope !109, !noalias !106
+  store <8 x float> %wide.masked.gather357.3, ptr %3965, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather358.3, ptr %3966, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather359.3, ptr %3967, align 4, !tbaa !5, !alias.scope !251, !noalias !248
+  store <8 x float> %wide.masked.gather360.3, ptr %3968, align 4, !tbaa !5, !alias.scope !251, !noalias !248
   br label %for_end_d.12.i
 
 for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %for_end_d.11.i
@@ -6305,7 +13620,7 @@ for_body_d.12.i:                                  ; preds = %for_body_d.12.i, %f
   store float %3999, ptr %4000, align 4, !tbaa !5
   %indvars.iv.next645.12.i.7 = add nuw nsw i64 %indvars.iv644.12.i, 8
   %exitcond647.12.not.i.7 = icmp eq i64 %indvars.iv.next645.12.i.7, 128
-  br i1 %exitcond647.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !36, !llvm.loop !111
+  br i1 %exitcond647.12.not.i.7, label %for_end_d.12.i, label %for_body_d.12.i, !prof !27, !llvm.loop !253
 
 for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %vector.body351
   %4001 = getelementptr inbounds nuw i8, ptr %416, i64 6656
@@ -6314,7 +13629,7 @@ for_end_d.12.i:                                   ; preds = %for_body_d.12.i, %v
   %bound0323 = icmp ult ptr %scevgep319, %scevgep322
   %bound1324 = icmp ult ptr %scevgep321, %scevgep320
   %found.conflict325 = and i1 %bound0323, %bound1324
-  br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !17
+  br i1 %found.conflict325, label %for_body_d.13.i, label %vector.body328, !prof !16
 
 vector.body328:                                   ; preds = %for_end_d.12.i
   %4002 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6325,17 +13640,17 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4007 = getelementptr inbounds nuw i8, <8 x ptr> %4003, i64 52
   %4008 = getelementptr inbounds nuw i8, <8 x ptr> %4004, i64 52
   %4009 = getelementptr inbounds nuw i8, <8 x ptr> %4005, i64 52
-  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4006, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather335 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4007, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather336 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4008, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather337 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4009, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
   %4010 = getelementptr inbounds nuw i8, ptr %416, i64 6688
   %4011 = getelementptr inbounds nuw i8, ptr %416, i64 6720
   %4012 = getelementptr inbounds nuw i8, ptr %416, i64 6752
-  store <8 x float> %wide.masked.gather334, ptr %4001, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335, ptr %4010, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336, ptr %4011, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337, ptr %4012, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334, ptr %4001, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather335, ptr %4010, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather336, ptr %4011, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather337, ptr %4012, align 4, !tbaa !5, !alias.scope !257, !noalias !254
   %4013 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4014 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4015 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6344,18 +13659,18 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4018 = getelementptr inbounds nuw i8, <8 x ptr> %4014, i64 52
   %4019 = getelementptr inbounds nuw i8, <8 x ptr> %4015, i64 52
   %4020 = getelementptr inbounds nuw i8, <8 x ptr> %4016, i64 52
-  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4017, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather335.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4018, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather336.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4019, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather337.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4020, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
   %4021 = getelementptr inbounds nuw i8, ptr %416, i64 6784
   %4022 = getelementptr inbounds nuw i8, ptr %416, i64 6816
   %4023 = getelementptr inbounds nuw i8, ptr %416, i64 6848
   %4024 = getelementptr inbounds nuw i8, ptr %416, i64 6880
-  store <8 x float> %wide.masked.gather334.1, ptr %4021, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.1, ptr %4022, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.1, ptr %4023, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.1, ptr %4024, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334.1, ptr %4021, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather335.1, ptr %4022, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather336.1, ptr %4023, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather337.1, ptr %4024, align 4, !tbaa !5, !alias.scope !257, !noalias !254
   %4025 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4026 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4027 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6364,18 +13679,18 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4030 = getelementptr inbounds nuw i8, <8 x ptr> %4026, i64 52
   %4031 = getelementptr inbounds nuw i8, <8 x ptr> %4027, i64 52
   %4032 = getelementptr inbounds nuw i8, <8 x ptr> %4028, i64 52
-  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4032, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4029, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather335.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4030, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather336.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4031, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather337.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4032, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
   %4033 = getelementptr inbounds nuw i8, ptr %416, i64 6912
   %4034 = getelementptr inbounds nuw i8, ptr %416, i64 6944
   %4035 = getelementptr inbounds nuw i8, ptr %416, i64 6976
   %4036 = getelementptr inbounds nuw i8, ptr %416, i64 7008
-  store <8 x float> %wide.masked.gather334.2, ptr %4033, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.2, ptr %4034, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.2, ptr %4035, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.2, ptr %4036, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334.2, ptr %4033, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather335.2, ptr %4034, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather336.2, ptr %4035, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather337.2, ptr %4036, align 4, !tbaa !5, !alias.scope !257, !noalias !254
   %4037 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4038 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4039 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6384,18 +13699,18 @@ vector.body328:                                   ; preds = %for_end_d.12.i
   %4042 = getelementptr inbounds nuw i8, <8 x ptr> %4038, i64 52
   %4043 = getelementptr inbounds nuw i8, <8 x ptr> %4039, i64 52
   %4044 = getelementptr inbounds nuw i8, <8 x ptr> %4040, i64 52
-  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
-  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !112
+  %wide.masked.gather334.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4041, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather335.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4042, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather336.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4043, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
+  %wide.masked.gather337.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4044, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !254
   %4045 = getelementptr inbounds nuw i8, ptr %416, i64 7040
   %4046 = getelementptr inbounds nuw i8, ptr %416, i64 7072
   %4047 = getelementptr inbounds nuw i8, ptr %416, i64 7104
   %4048 = getelementptr inbounds nuw i8, ptr %416, i64 7136
-  store <8 x float> %wide.masked.gather334.3, ptr %4045, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather335.3, ptr %4046, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather336.3, ptr %4047, align 4, !tbaa !5, !alias.scope !115, !noalias !112
-  store <8 x float> %wide.masked.gather337.3, ptr %4048, align 4, !tbaa !5, !alias.scope !115, !noalias !112
+  store <8 x float> %wide.masked.gather334.3, ptr %4045, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather335.3, ptr %4046, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather336.3, ptr %4047, align 4, !tbaa !5, !alias.scope !257, !noalias !254
+  store <8 x float> %wide.masked.gather337.3, ptr %4048, align 4, !tbaa !5, !alias.scope !257, !noalias !254
   br label %for_end_d.13.i
 
 for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %for_end_d.12.i
@@ -6457,7 +13772,7 @@ for_body_d.13.i:                                  ; preds = %for_body_d.13.i, %f
   store float %4079, ptr %4080, align 4, !tbaa !5
   %indvars.iv.next645.13.i.7 = add nuw nsw i64 %indvars.iv644.13.i, 8
   %exitcond647.13.not.i.7 = icmp eq i64 %indvars.iv.next645.13.i.7, 128
-  br i1 %exitcond647.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !36, !llvm.loop !117
+  br i1 %exitcond647.13.not.i.7, label %for_end_d.13.i, label %for_body_d.13.i, !prof !27, !llvm.loop !259
 
 for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %vector.body328
   %4081 = getelementptr inbounds nuw i8, ptr %416, i64 7168
@@ -6466,7 +13781,7 @@ for_end_d.13.i:                                   ; preds = %for_body_d.13.i, %v
   %bound0300 = icmp ult ptr %scevgep296, %scevgep299
   %bound1301 = icmp ult ptr %scevgep298, %scevgep297
   %found.conflict302 = and i1 %bound0300, %bound1301
-  br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !17
+  br i1 %found.conflict302, label %for_body_d.14.i, label %vector.body305, !prof !16
 
 vector.body305:                                   ; preds = %for_end_d.13.i
   %4082 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6477,17 +13792,17 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4087 = getelementptr inbounds nuw i8, <8 x ptr> %4083, i64 56
   %4088 = getelementptr inbounds nuw i8, <8 x ptr> %4084, i64 56
   %4089 = getelementptr inbounds nuw i8, <8 x ptr> %4085, i64 56
-  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4086, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather312 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4087, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather313 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4088, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather314 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4089, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
   %4090 = getelementptr inbounds nuw i8, ptr %416, i64 7200
   %4091 = getelementptr inbounds nuw i8, ptr %416, i64 7232
   %4092 = getelementptr inbounds nuw i8, ptr %416, i64 7264
-  store <8 x float> %wide.masked.gather311, ptr %4081, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312, ptr %4090, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313, ptr %4091, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314, ptr %4092, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311, ptr %4081, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather312, ptr %4090, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather313, ptr %4091, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather314, ptr %4092, align 4, !tbaa !5, !alias.scope !263, !noalias !260
   %4093 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4094 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4095 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6496,18 +13811,18 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4098 = getelementptr inbounds nuw i8, <8 x ptr> %4094, i64 56
   %4099 = getelementptr inbounds nuw i8, <8 x ptr> %4095, i64 56
   %4100 = getelementptr inbounds nuw i8, <8 x ptr> %4096, i64 56
-  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4097, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather312.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4098, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather313.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4099, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather314.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4100, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
   %4101 = getelementptr inbounds nuw i8, ptr %416, i64 7296
   %4102 = getelementptr inbounds nuw i8, ptr %416, i64 7328
   %4103 = getelementptr inbounds nuw i8, ptr %416, i64 7360
   %4104 = getelementptr inbounds nuw i8, ptr %416, i64 7392
-  store <8 x float> %wide.masked.gather311.1, ptr %4101, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.1, ptr %4102, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.1, ptr %4103, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.1, ptr %4104, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311.1, ptr %4101, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather312.1, ptr %4102, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather313.1, ptr %4103, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather314.1, ptr %4104, align 4, !tbaa !5, !alias.scope !263, !noalias !260
   %4105 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4106 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4107 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6516,18 +13831,18 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4110 = getelementptr inbounds nuw i8, <8 x ptr> %4106, i64 56
   %4111 = getelementptr inbounds nuw i8, <8 x ptr> %4107, i64 56
   %4112 = getelementptr inbounds nuw i8, <8 x ptr> %4108, i64 56
-  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4109, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather312.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4110, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather313.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4111, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather314.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4112, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
   %4113 = getelementptr inbounds nuw i8, ptr %416, i64 7424
   %4114 = getelementptr inbounds nuw i8, ptr %416, i64 7456
   %4115 = getelementptr inbounds nuw i8, ptr %416, i64 7488
   %4116 = getelementptr inbounds nuw i8, ptr %416, i64 7520
-  store <8 x float> %wide.masked.gather311.2, ptr %4113, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.2, ptr %4114, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.2, ptr %4115, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.2, ptr %4116, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311.2, ptr %4113, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather312.2, ptr %4114, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather313.2, ptr %4115, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather314.2, ptr %4116, align 4, !tbaa !5, !alias.scope !263, !noalias !260
   %4117 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4118 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4119 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6536,18 +13851,18 @@ vector.body305:                                   ; preds = %for_end_d.13.i
   %4122 = getelementptr inbounds nuw i8, <8 x ptr> %4118, i64 56
   %4123 = getelementptr inbounds nuw i8, <8 x ptr> %4119, i64 56
   %4124 = getelementptr inbounds nuw i8, <8 x ptr> %4120, i64 56
-  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
-  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !118
+  %wide.masked.gather311.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4121, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather312.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4122, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather313.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4123, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
+  %wide.masked.gather314.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4124, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !260
   %4125 = getelementptr inbounds nuw i8, ptr %416, i64 7552
   %4126 = getelementptr inbounds nuw i8, ptr %416, i64 7584
   %4127 = getelementptr inbounds nuw i8, ptr %416, i64 7616
   %4128 = getelementptr inbounds nuw i8, ptr %416, i64 7648
-  store <8 x float> %wide.masked.gather311.3, ptr %4125, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather312.3, ptr %4126, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather313.3, ptr %4127, align 4, !tbaa !5, !alias.scope !121, !noalias !118
-  store <8 x float> %wide.masked.gather314.3, ptr %4128, align 4, !tbaa !5, !alias.scope !121, !noalias !118
+  store <8 x float> %wide.masked.gather311.3, ptr %4125, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather312.3, ptr %4126, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather313.3, ptr %4127, align 4, !tbaa !5, !alias.scope !263, !noalias !260
+  store <8 x float> %wide.masked.gather314.3, ptr %4128, align 4, !tbaa !5, !alias.scope !263, !noalias !260
   br label %for_end_d.14.i
 
 for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %for_end_d.13.i
@@ -6609,7 +13924,7 @@ for_body_d.14.i:                                  ; preds = %for_body_d.14.i, %f
   store float %4159, ptr %4160, align 4, !tbaa !5
   %indvars.iv.next645.14.i.7 = add nuw nsw i64 %indvars.iv644.14.i, 8
   %exitcond647.14.not.i.7 = icmp eq i64 %indvars.iv.next645.14.i.7, 128
-  br i1 %exitcond647.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !36, !llvm.loop !123
+  br i1 %exitcond647.14.not.i.7, label %for_end_d.14.i, label %for_body_d.14.i, !prof !27, !llvm.loop !265
 
 for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %vector.body305
   %4161 = getelementptr inbounds nuw i8, ptr %416, i64 7680
@@ -6618,7 +13933,7 @@ for_end_d.14.i:                                   ; preds = %for_body_d.14.i, %v
   %bound0 = icmp ult ptr %scevgep, %scevgep291
   %bound1 = icmp ult ptr %scevgep290, %scevgep289
   %found.conflict = and i1 %bound0, %bound1
-  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !17
+  br i1 %found.conflict, label %for_body_d.15.i, label %vector.body, !prof !16
 
 vector.body:                                      ; preds = %for_end_d.14.i
   %4162 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
@@ -6629,17 +13944,17 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4167 = getelementptr inbounds nuw i8, <8 x ptr> %4163, i64 60
   %4168 = getelementptr inbounds nuw i8, <8 x ptr> %4164, i64 60
   %4169 = getelementptr inbounds nuw i8, <8 x ptr> %4165, i64 60
-  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4166, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather292 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4167, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather293 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4168, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather294 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4169, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
   %4170 = getelementptr inbounds nuw i8, ptr %416, i64 7712
   %4171 = getelementptr inbounds nuw i8, ptr %416, i64 7744
   %4172 = getelementptr inbounds nuw i8, ptr %416, i64 7776
-  store <8 x float> %wide.masked.gather, ptr %4161, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292, ptr %4170, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293, ptr %4171, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294, ptr %4172, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather, ptr %4161, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather292, ptr %4170, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather293, ptr %4171, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather294, ptr %4172, align 4, !tbaa !5, !alias.scope !269, !noalias !266
   %4173 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
   %4174 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
   %4175 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
@@ -6648,18 +13963,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4178 = getelementptr inbounds nuw i8, <8 x ptr> %4174, i64 60
   %4179 = getelementptr inbounds nuw i8, <8 x ptr> %4175, i64 60
   %4180 = getelementptr inbounds nuw i8, <8 x ptr> %4176, i64 60
-  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4177, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather292.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4178, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather293.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4179, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather294.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4180, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
   %4181 = getelementptr inbounds nuw i8, ptr %416, i64 7808
   %4182 = getelementptr inbounds nuw i8, ptr %416, i64 7840
   %4183 = getelementptr inbounds nuw i8, ptr %416, i64 7872
   %4184 = getelementptr inbounds nuw i8, ptr %416, i64 7904
-  store <8 x float> %wide.masked.gather.1, ptr %4181, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.1, ptr %4182, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.1, ptr %4183, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.1, ptr %4184, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather.1, ptr %4181, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather292.1, ptr %4182, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather293.1, ptr %4183, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather294.1, ptr %4184, align 4, !tbaa !5, !alias.scope !269, !noalias !266
   %4185 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
   %4186 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
   %4187 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
@@ -6668,18 +13983,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4190 = getelementptr inbounds nuw i8, <8 x ptr> %4186, i64 60
   %4191 = getelementptr inbounds nuw i8, <8 x ptr> %4187, i64 60
   %4192 = getelementptr inbounds nuw i8, <8 x ptr> %4188, i64 60
-  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4192, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4189, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather292.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4190, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather293.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4191, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather294.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4192, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
   %4193 = getelementptr inbounds nuw i8, ptr %416, i64 7936
   %4194 = getelementptr inbounds nuw i8, ptr %416, i64 7968
   %4195 = getelementptr inbounds nuw i8, ptr %416, i64 8000
   %4196 = getelementptr inbounds nuw i8, ptr %416, i64 8032
-  store <8 x float> %wide.masked.gather.2, ptr %4193, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.2, ptr %4194, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.2, ptr %4195, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.2, ptr %4196, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather.2, ptr %4193, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather292.2, ptr %4194, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather293.2, ptr %4195, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather294.2, ptr %4196, align 4, !tbaa !5, !alias.scope !269, !noalias !266
   %4197 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
   %4198 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
   %4199 = getelementptr inbounds nuw i8, ptr %acc.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
@@ -6688,18 +14003,18 @@ vector.body:                                      ; preds = %for_end_d.14.i
   %4202 = getelementptr inbounds nuw i8, <8 x ptr> %4198, i64 60
   %4203 = getelementptr inbounds nuw i8, <8 x ptr> %4199, i64 60
   %4204 = getelementptr inbounds nuw i8, <8 x ptr> %4200, i64 60
-  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
-  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !124
+  %wide.masked.gather.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4201, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather292.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4202, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather293.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4203, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
+  %wide.masked.gather294.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %4204, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !266
   %4205 = getelementptr inbounds nuw i8, ptr %416, i64 8064
   %4206 = getelementptr inbounds nuw i8, ptr %416, i64 8096
   %4207 = getelementptr inbounds nuw i8, ptr %416, i64 8128
   %4208 = getelementptr inbounds nuw i8, ptr %416, i64 8160
-  store <8 x float> %wide.masked.gather.3, ptr %4205, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather292.3, ptr %4206, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather293.3, ptr %4207, align 4, !tbaa !5, !alias.scope !127, !noalias !124
-  store <8 x float> %wide.masked.gather294.3, ptr %4208, align 4, !tbaa !5, !alias.scope !127, !noalias !124
+  store <8 x float> %wide.masked.gather.3, ptr %4205, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather292.3, ptr %4206, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather293.3, ptr %4207, align 4, !tbaa !5, !alias.scope !269, !noalias !266
+  store <8 x float> %wide.masked.gather294.3, ptr %4208, align 4, !tbaa !5, !alias.scope !269, !noalias !266
   br label %if_end203.i
 
 for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %for_end_d.14.i
@@ -6761,17 +14076,686 @@ for_body_d.15.i:                                  ; preds = %for_body_d.15.i, %f
   store float %4239, ptr %4240, align 4, !tbaa !5
   %indvars.iv.next645.15.i.7 = add nuw nsw i64 %indvars.iv644.15.i, 8
   %exitcond647.15.not.i.7 = icmp eq i64 %indvars.iv.next645.15.i.7, 128
-  br i1 %exitcond647.15.not.i.7, label %if_end203.i, label %for_body_d.15.i, !prof !36, !llvm.loop !129
+  br i1 %exitcond647.15.not.i.7, label %if_end203.i, label %for_body_d.15.i, !prof !27, !llvm.loop !271
 
 if_end252.i:                                      ; preds = %if_end203.i
   %4241 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %4242 = tail call i32 %4241(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not276.i = icmp eq i32 %4242, 0
-  br i1 %.not276.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !27
+  br i1 %.not276.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
 
 fused_decode_compute_.exit:                       ; preds = %if_end252.i, %if_end203.i, %if_end197.i, %if_end194.i, %if_end191.i, %if_end188.i, %if_end185.i, %if_end182.i, %for_end_d_0_m.i, %for_end_to67.thread.i, %for_end_to67.i, %if_end60.i, %for_end_to51.i, %if_end44.i, %for_end_t34.i, %if_end27.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %if_end191.i ], [ -1, %if_end188.i ], [ -1, %if_end185.i ], [ -1, %if_end182.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to67.thread.i ], [ -1, %for_end_to67.i ], [ -1, %if_end60.i ], [ -1, %for_end_to51.i ], [ -1, %if_end44.i ], [ -1, %for_end_t34.i ], [ -1, %if_end27.i ], [ -1, %if_end.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end203.i ], [ -1, %if_end252.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %factor261.i)
+  ret i32 %common.ret.op.i
+}
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor34.i = alloca [16 x float], align 16
+  %beta37.i = alloca [16 x float], align 16
+  %alpha38.i = alloca [16 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_attend.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_attend.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_attend.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_attend.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_attend.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_attend.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_attend.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_keys = trunc i64 %22 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+
+for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
+  %sext = shl i64 %24, 32
+  %47 = ashr exact i64 %sext, 32
+  %sext28 = shl i64 %26, 32
+  %48 = ashr exact i64 %sext28, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
+
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
+  %49 = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <16 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
+  %50 = mul nsw i64 %indvars.iv64.i, %48
+  %51 = icmp eq i64 %indvars.iv64.i, 0
+  %52 = insertelement <16 x i1> poison, i1 %51, i64 0
+  %53 = shufflevector <16 x i1> %52, <16 x i1> poison, <16 x i32> zeroinitializer
+  %old_max.i = select <16 x i1> %53, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %49
+  %old_sum.i = select <16 x i1> %53, <16 x float> zeroinitializer, <16 x float> %total4145.i
+  %54 = add nsw i64 %50, %47
+  %55 = shl nsw i64 %54, 4
+  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
+  %57 = load <16 x float>, ptr %56, align 4, !tbaa !5
+  %58 = fcmp ogt <16 x float> %old_max.i, %57
+  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
+  %60 = load <16 x float>, ptr %59, align 4, !tbaa !5
+  %61 = fcmp oeq <16 x float> %60, zeroinitializer
+  %62 = select <16 x i1> %61, <16 x i1> splat (i1 true), <16 x i1> %58
+  %old_or_both.i = select <16 x i1> %62, <16 x float> %old_max.i, <16 x float> %57
+  %63 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %63, <16 x float> %57, <16 x float> %old_or_both.i
+  %64 = fsub <16 x float> %old_max.i, %m.i
+  %65 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %64, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %66 = bitcast <16 x float> %65 to <16 x i32>
+  %67 = fadd <16 x float> %65, splat (float 0xC168000FE0000000)
+  %68 = fmul <16 x float> %67, splat (float 0x3F2BD01060000000)
+  %69 = fmul <16 x float> %67, splat (float 0x3FE6300000000000)
+  %70 = fsub <16 x float> %64, %69
+  %71 = fadd <16 x float> %68, %70
+  %72 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %71, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %73 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %72, <16 x float> %71, <16 x float> splat (float 0x3FA5558F20000000))
+  %74 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %73, <16 x float> %71, <16 x float> splat (float 0x3FC5554920000000))
+  %75 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %74, <16 x float> %71, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %76 = fmul <16 x float> %71, %71
+  %77 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %75, <16 x float> %76, <16 x float> %71)
+  %78 = shl <16 x i32> %66, splat (i32 23)
+  %79 = bitcast <16 x i32> %78 to <16 x float>
+  %80 = fadd <16 x float> %77, splat (float 1.000000e+00)
+  %81 = fmul <16 x float> %80, %79
+  %82 = fcmp olt <16 x float> %64, splat (float -8.700000e+01)
+  %83 = select <16 x i1> %82, <16 x float> zeroinitializer, <16 x float> %81
+  %84 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %85 = select <16 x i1> %84, <16 x float> %83, <16 x float> zeroinitializer
+  store <16 x float> %85, ptr %alpha38.i, align 16, !tbaa !272
+  %arg2.i = fsub <16 x float> %57, %m.i
+  %86 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %87 = bitcast <16 x float> %86 to <16 x i32>
+  %88 = fadd <16 x float> %86, splat (float 0xC168000FE0000000)
+  %89 = fmul <16 x float> %88, splat (float 0x3F2BD01060000000)
+  %90 = fmul <16 x float> %88, splat (float 0x3FE6300000000000)
+  %91 = fsub <16 x float> %arg2.i, %90
+  %92 = fadd <16 x float> %89, %91
+  %93 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %92, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %94 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %93, <16 x float> %92, <16 x float> splat (float 0x3FA5558F20000000))
+  %95 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %94, <16 x float> %92, <16 x float> splat (float 0x3FC5554920000000))
+  %96 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %95, <16 x float> %92, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %97 = fmul <16 x float> %92, %92
+  %98 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %96, <16 x float> %97, <16 x float> %92)
+  %99 = shl <16 x i32> %87, splat (i32 23)
+  %100 = bitcast <16 x i32> %99 to <16 x float>
+  %101 = fadd <16 x float> %98, splat (float 1.000000e+00)
+  %102 = fmul <16 x float> %101, %100
+  %103 = fcmp olt <16 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <16 x i1> %103, <16 x float> zeroinitializer, <16 x float> %102
+  %105 = fcmp one <16 x float> %60, zeroinitializer
+  %106 = select <16 x i1> %105, <16 x float> %104, <16 x float> zeroinitializer
+  store <16 x float> %106, ptr %beta37.i, align 16, !tbaa !279
+  %107 = fmul <16 x float> %old_sum.i, %85
+  %108 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %106, <16 x float> %60, <16 x float> %107)
+  %.idx.i = shl nsw i64 %54, 13
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !286
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %115 = getelementptr float, ptr %109, i64 %114
+  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %117 = load float, ptr %116, align 4, !tbaa !287
+  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
+  %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
+  %.scalar = fmul float %117, 0.000000e+00
+  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
+  store <16 x float> %122, ptr %118, align 4, !tbaa !5
+  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
+  %124 = getelementptr i8, ptr %115, i64 64
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
+  store <16 x float> %126, ptr %123, align 4, !tbaa !5
+  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
+  %128 = getelementptr i8, ptr %115, i64 128
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !5
+  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
+  %132 = getelementptr i8, ptr %115, i64 192
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
+  store <16 x float> %134, ptr %131, align 4, !tbaa !5
+  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
+  %136 = getelementptr i8, ptr %115, i64 256
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
+  store <16 x float> %138, ptr %135, align 4, !tbaa !5
+  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
+  %140 = getelementptr i8, ptr %115, i64 320
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
+  store <16 x float> %142, ptr %139, align 4, !tbaa !5
+  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
+  %144 = getelementptr i8, ptr %115, i64 384
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
+  store <16 x float> %146, ptr %143, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %115, i64 448
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  %151 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
+  %152 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
+  %153 = select <16 x i1> %152, <16 x float> zeroinitializer, <16 x float> %151
+  store <16 x float> %153, ptr %factor34.i, align 16, !tbaa !288
+  %sext29 = shl i64 %20, 32
+  %154 = ashr exact i64 %sext29, 32
+  %155 = mul nsw i64 %out_batch, %154
+  %156 = getelementptr float, ptr %out, i64 %155
+  br label %for_begin_d_019.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !286
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %109, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !287
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %162, i64 64
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %162, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %162, i64 192
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %162, i64 256
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %162, i64 320
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %162, i64 384
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !295
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr float, ptr %156, i64 %218
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %220, %217
+  store <16 x float> %221, ptr %invariant.gep.i, align 4, !tbaa !5
+  %222 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %223 = load <16 x float>, ptr %222, align 4, !tbaa !5
+  %224 = fmul <16 x float> %217, %223
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x float> %224, ptr %gep.1.i, align 4, !tbaa !5
+  %225 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %226 = load <16 x float>, ptr %225, align 4, !tbaa !5
+  %227 = fmul <16 x float> %217, %226
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x float> %227, ptr %gep.2.i, align 4, !tbaa !5
+  %228 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %229 = load <16 x float>, ptr %228, align 4, !tbaa !5
+  %230 = fmul <16 x float> %217, %229
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x float> %230, ptr %gep.3.i, align 4, !tbaa !5
+  %231 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %232 = load <16 x float>, ptr %231, align 4, !tbaa !5
+  %233 = fmul <16 x float> %217, %232
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 256
+  store <16 x float> %233, ptr %gep.4.i, align 4, !tbaa !5
+  %234 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %235 = load <16 x float>, ptr %234, align 4, !tbaa !5
+  %236 = fmul <16 x float> %217, %235
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 320
+  store <16 x float> %236, ptr %gep.5.i, align 4, !tbaa !5
+  %237 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %238 = load <16 x float>, ptr %237, align 4, !tbaa !5
+  %239 = fmul <16 x float> %217, %238
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 384
+  store <16 x float> %239, ptr %gep.6.i, align 4, !tbaa !5
+  %240 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %241 = load <16 x float>, ptr %240, align 4, !tbaa !5
+  %242 = fmul <16 x float> %217, %241
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 448
+  store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %243 = add nsw i32 %num_keys, -1
+  %244 = sitofp i32 %243 to float
+  %245 = bitcast float %244 to i32
+  %246 = ashr i32 %245, 23
+  %247 = mul nsw i64 %lse_batch, %154
+  %248 = getelementptr float, ptr %lse, i64 %247
+  %249 = tail call i32 @llvm.smax.i32(i32 %246, i32 125)
+  %250 = shl nuw nsw i32 %249, 23
+  %251 = add nuw i32 %250, 16777216
+  %252 = bitcast i32 %251 to float
+  %row_sum39.sroa.0.0.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 0
+  %253 = fcmp oeq float %row_sum39.sroa.0.0.vec.extract.i, 0.000000e+00
+  br i1 %253, label %if_end30.i, label %if_else.i
+
+if_else.i:                                        ; preds = %for_begin_r24.preheader.i
+  %254 = fmul float %row_sum39.sroa.0.0.vec.extract.i, %252
+  %255 = tail call float @llvm.log.f32(float %254)
+  %row_max40.sroa.0.0.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 0
+  %256 = fadd float %row_max40.sroa.0.0.vec.extract.i, %255
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_begin_r24.preheader.i
+  %257 = phi float [ %256, %if_else.i ], [ 0xFFF0000000000000, %for_begin_r24.preheader.i ]
+  store float %257, ptr %248, align 4, !tbaa !5
+  %row_sum39.sroa.0.4.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 1
+  %258 = fcmp oeq float %row_sum39.sroa.0.4.vec.extract.i, 0.000000e+00
+  br i1 %258, label %if_end30.1.i, label %if_else.1.i
+
+if_else.1.i:                                      ; preds = %if_end30.i
+  %259 = fmul float %row_sum39.sroa.0.4.vec.extract.i, %252
+  %260 = tail call float @llvm.log.f32(float %259)
+  %row_max40.sroa.0.4.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 1
+  %261 = fadd float %row_max40.sroa.0.4.vec.extract.i, %260
+  br label %if_end30.1.i
+
+if_end30.1.i:                                     ; preds = %if_else.1.i, %if_end30.i
+  %262 = phi float [ %261, %if_else.1.i ], [ 0xFFF0000000000000, %if_end30.i ]
+  %263 = getelementptr i8, ptr %248, i64 4
+  store float %262, ptr %263, align 4, !tbaa !5
+  %row_sum39.sroa.0.8.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 2
+  %264 = fcmp oeq float %row_sum39.sroa.0.8.vec.extract.i, 0.000000e+00
+  br i1 %264, label %if_end30.2.i, label %if_else.2.i
+
+if_else.2.i:                                      ; preds = %if_end30.1.i
+  %265 = fmul float %row_sum39.sroa.0.8.vec.extract.i, %252
+  %266 = tail call float @llvm.log.f32(float %265)
+  %row_max40.sroa.0.8.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 2
+  %267 = fadd float %row_max40.sroa.0.8.vec.extract.i, %266
+  br label %if_end30.2.i
+
+if_end30.2.i:                                     ; preds = %if_else.2.i, %if_end30.1.i
+  %268 = phi float [ %267, %if_else.2.i ], [ 0xFFF0000000000000, %if_end30.1.i ]
+  %269 = getelementptr i8, ptr %248, i64 8
+  store float %268, ptr %269, align 4, !tbaa !5
+  %row_sum39.sroa.0.12.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 3
+  %270 = fcmp oeq float %row_sum39.sroa.0.12.vec.extract.i, 0.000000e+00
+  br i1 %270, label %if_end30.3.i, label %if_else.3.i
+
+if_else.3.i:                                      ; preds = %if_end30.2.i
+  %271 = fmul float %row_sum39.sroa.0.12.vec.extract.i, %252
+  %272 = tail call float @llvm.log.f32(float %271)
+  %row_max40.sroa.0.12.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 3
+  %273 = fadd float %row_max40.sroa.0.12.vec.extract.i, %272
+  br label %if_end30.3.i
+
+if_end30.3.i:                                     ; preds = %if_else.3.i, %if_end30.2.i
+  %274 = phi float [ %273, %if_else.3.i ], [ 0xFFF0000000000000, %if_end30.2.i ]
+  %275 = getelementptr i8, ptr %248, i64 12
+  store float %274, ptr %275, align 4, !tbaa !5
+  %row_sum39.sroa.0.16.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 4
+  %276 = fcmp oeq float %row_sum39.sroa.0.16.vec.extract.i, 0.000000e+00
+  br i1 %276, label %if_end30.4.i, label %if_else.4.i
+
+if_else.4.i:                                      ; preds = %if_end30.3.i
+  %277 = fmul float %row_sum39.sroa.0.16.vec.extract.i, %252
+  %278 = tail call float @llvm.log.f32(float %277)
+  %row_max40.sroa.0.16.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 4
+  %279 = fadd float %row_max40.sroa.0.16.vec.extract.i, %278
+  br label %if_end30.4.i
+
+if_end30.4.i:                                     ; preds = %if_else.4.i, %if_end30.3.i
+  %280 = phi float [ %279, %if_else.4.i ], [ 0xFFF0000000000000, %if_end30.3.i ]
+  %281 = getelementptr i8, ptr %248, i64 16
+  store float %280, ptr %281, align 4, !tbaa !5
+  %row_sum39.sroa.0.20.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 5
+  %282 = fcmp oeq float %row_sum39.sroa.0.20.vec.extract.i, 0.000000e+00
+  br i1 %282, label %if_end30.5.i, label %if_else.5.i
+
+if_else.5.i:                                      ; preds = %if_end30.4.i
+  %283 = fmul float %row_sum39.sroa.0.20.vec.extract.i, %252
+  %284 = tail call float @llvm.log.f32(float %283)
+  %row_max40.sroa.0.20.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 5
+  %285 = fadd float %row_max40.sroa.0.20.vec.extract.i, %284
+  br label %if_end30.5.i
+
+if_end30.5.i:                                     ; preds = %if_else.5.i, %if_end30.4.i
+  %286 = phi float [ %285, %if_else.5.i ], [ 0xFFF0000000000000, %if_end30.4.i ]
+  %287 = getelementptr i8, ptr %248, i64 20
+  store float %286, ptr %287, align 4, !tbaa !5
+  %row_sum39.sroa.0.24.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 6
+  %288 = fcmp oeq float %row_sum39.sroa.0.24.vec.extract.i, 0.000000e+00
+  br i1 %288, label %if_end30.6.i, label %if_else.6.i
+
+if_else.6.i:                                      ; preds = %if_end30.5.i
+  %289 = fmul float %row_sum39.sroa.0.24.vec.extract.i, %252
+  %290 = tail call float @llvm.log.f32(float %289)
+  %row_max40.sroa.0.24.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 6
+  %291 = fadd float %row_max40.sroa.0.24.vec.extract.i, %290
+  br label %if_end30.6.i
+
+if_end30.6.i:                                     ; preds = %if_else.6.i, %if_end30.5.i
+  %292 = phi float [ %291, %if_else.6.i ], [ 0xFFF0000000000000, %if_end30.5.i ]
+  %293 = getelementptr i8, ptr %248, i64 24
+  store float %292, ptr %293, align 4, !tbaa !5
+  %row_sum39.sroa.0.28.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 7
+  %294 = fcmp oeq float %row_sum39.sroa.0.28.vec.extract.i, 0.000000e+00
+  br i1 %294, label %if_end30.7.i, label %if_else.7.i
+
+if_else.7.i:                                      ; preds = %if_end30.6.i
+  %295 = fmul float %row_sum39.sroa.0.28.vec.extract.i, %252
+  %296 = tail call float @llvm.log.f32(float %295)
+  %row_max40.sroa.0.28.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 7
+  %297 = fadd float %row_max40.sroa.0.28.vec.extract.i, %296
+  br label %if_end30.7.i
+
+if_end30.7.i:                                     ; preds = %if_else.7.i, %if_end30.6.i
+  %298 = phi float [ %297, %if_else.7.i ], [ 0xFFF0000000000000, %if_end30.6.i ]
+  %299 = getelementptr i8, ptr %248, i64 28
+  store float %298, ptr %299, align 4, !tbaa !5
+  %row_sum39.sroa.0.32.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 8
+  %300 = fcmp oeq float %row_sum39.sroa.0.32.vec.extract.i, 0.000000e+00
+  br i1 %300, label %if_end30.8.i, label %if_else.8.i
+
+if_else.8.i:                                      ; preds = %if_end30.7.i
+  %301 = fmul float %row_sum39.sroa.0.32.vec.extract.i, %252
+  %302 = tail call float @llvm.log.f32(float %301)
+  %row_max40.sroa.0.32.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 8
+  %303 = fadd float %row_max40.sroa.0.32.vec.extract.i, %302
+  br label %if_end30.8.i
+
+if_end30.8.i:                                     ; preds = %if_else.8.i, %if_end30.7.i
+  %304 = phi float [ %303, %if_else.8.i ], [ 0xFFF0000000000000, %if_end30.7.i ]
+  %305 = getelementptr i8, ptr %248, i64 32
+  store float %304, ptr %305, align 4, !tbaa !5
+  %row_sum39.sroa.0.36.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 9
+  %306 = fcmp oeq float %row_sum39.sroa.0.36.vec.extract.i, 0.000000e+00
+  br i1 %306, label %if_end30.9.i, label %if_else.9.i
+
+if_else.9.i:                                      ; preds = %if_end30.8.i
+  %307 = fmul float %row_sum39.sroa.0.36.vec.extract.i, %252
+  %308 = tail call float @llvm.log.f32(float %307)
+  %row_max40.sroa.0.36.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 9
+  %309 = fadd float %row_max40.sroa.0.36.vec.extract.i, %308
+  br label %if_end30.9.i
+
+if_end30.9.i:                                     ; preds = %if_else.9.i, %if_end30.8.i
+  %310 = phi float [ %309, %if_else.9.i ], [ 0xFFF0000000000000, %if_end30.8.i ]
+  %311 = getelementptr i8, ptr %248, i64 36
+  store float %310, ptr %311, align 4, !tbaa !5
+  %row_sum39.sroa.0.40.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 10
+  %312 = fcmp oeq float %row_sum39.sroa.0.40.vec.extract.i, 0.000000e+00
+  br i1 %312, label %if_end30.10.i, label %if_else.10.i
+
+if_else.10.i:                                     ; preds = %if_end30.9.i
+  %313 = fmul float %row_sum39.sroa.0.40.vec.extract.i, %252
+  %314 = tail call float @llvm.log.f32(float %313)
+  %row_max40.sroa.0.40.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 10
+  %315 = fadd float %row_max40.sroa.0.40.vec.extract.i, %314
+  br label %if_end30.10.i
+
+if_end30.10.i:                                    ; preds = %if_else.10.i, %if_end30.9.i
+  %316 = phi float [ %315, %if_else.10.i ], [ 0xFFF0000000000000, %if_end30.9.i ]
+  %317 = getelementptr i8, ptr %248, i64 40
+  store float %316, ptr %317, align 4, !tbaa !5
+  %row_sum39.sroa.0.44.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 11
+  %318 = fcmp oeq float %row_sum39.sroa.0.44.vec.extract.i, 0.000000e+00
+  br i1 %318, label %if_end30.11.i, label %if_else.11.i
+
+if_else.11.i:                                     ; preds = %if_end30.10.i
+  %319 = fmul float %row_sum39.sroa.0.44.vec.extract.i, %252
+  %320 = tail call float @llvm.log.f32(float %319)
+  %row_max40.sroa.0.44.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 11
+  %321 = fadd float %row_max40.sroa.0.44.vec.extract.i, %320
+  br label %if_end30.11.i
+
+if_end30.11.i:                                    ; preds = %if_else.11.i, %if_end30.10.i
+  %322 = phi float [ %321, %if_else.11.i ], [ 0xFFF0000000000000, %if_end30.10.i ]
+  %323 = getelementptr i8, ptr %248, i64 44
+  store float %322, ptr %323, align 4, !tbaa !5
+  %row_sum39.sroa.0.48.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 12
+  %324 = fcmp oeq float %row_sum39.sroa.0.48.vec.extract.i, 0.000000e+00
+  br i1 %324, label %if_end30.12.i, label %if_else.12.i
+
+if_else.12.i:                                     ; preds = %if_end30.11.i
+  %325 = fmul float %row_sum39.sroa.0.48.vec.extract.i, %252
+  %326 = tail call float @llvm.log.f32(float %325)
+  %row_max40.sroa.0.48.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 12
+  %327 = fadd float %row_max40.sroa.0.48.vec.extract.i, %326
+  br label %if_end30.12.i
+
+if_end30.12.i:                                    ; preds = %if_else.12.i, %if_end30.11.i
+  %328 = phi float [ %327, %if_else.12.i ], [ 0xFFF0000000000000, %if_end30.11.i ]
+  %329 = getelementptr i8, ptr %248, i64 48
+  store float %328, ptr %329, align 4, !tbaa !5
+  %row_sum39.sroa.0.52.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 13
+  %330 = fcmp oeq float %row_sum39.sroa.0.52.vec.extract.i, 0.000000e+00
+  br i1 %330, label %if_end30.13.i, label %if_else.13.i
+
+if_else.13.i:                                     ; preds = %if_end30.12.i
+  %331 = fmul float %row_sum39.sroa.0.52.vec.extract.i, %252
+  %332 = tail call float @llvm.log.f32(float %331)
+  %row_max40.sroa.0.52.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 13
+  %333 = fadd float %row_max40.sroa.0.52.vec.extract.i, %332
+  br label %if_end30.13.i
+
+if_end30.13.i:                                    ; preds = %if_else.13.i, %if_end30.12.i
+  %334 = phi float [ %333, %if_else.13.i ], [ 0xFFF0000000000000, %if_end30.12.i ]
+  %335 = getelementptr i8, ptr %248, i64 52
+  store float %334, ptr %335, align 4, !tbaa !5
+  %row_sum39.sroa.0.56.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 14
+  %336 = fcmp oeq float %row_sum39.sroa.0.56.vec.extract.i, 0.000000e+00
+  br i1 %336, label %if_end30.14.i, label %if_else.14.i
+
+if_else.14.i:                                     ; preds = %if_end30.13.i
+  %337 = fmul float %row_sum39.sroa.0.56.vec.extract.i, %252
+  %338 = tail call float @llvm.log.f32(float %337)
+  %row_max40.sroa.0.56.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 14
+  %339 = fadd float %row_max40.sroa.0.56.vec.extract.i, %338
+  br label %if_end30.14.i
+
+if_end30.14.i:                                    ; preds = %if_else.14.i, %if_end30.13.i
+  %340 = phi float [ %339, %if_else.14.i ], [ 0xFFF0000000000000, %if_end30.13.i ]
+  %341 = getelementptr i8, ptr %248, i64 56
+  store float %340, ptr %341, align 4, !tbaa !5
+  %row_sum39.sroa.0.60.vec.extract.i = extractelement <16 x float> %.lcssa.i, i64 15
+  %342 = fcmp oeq float %row_sum39.sroa.0.60.vec.extract.i, 0.000000e+00
+  br i1 %342, label %if_end30.15.i, label %if_else.15.i
+
+if_else.15.i:                                     ; preds = %if_end30.14.i
+  %343 = fmul float %row_sum39.sroa.0.60.vec.extract.i, %252
+  %344 = tail call float @llvm.log.f32(float %343)
+  %row_max40.sroa.0.60.vec.extract.i = extractelement <16 x float> %m44.lcssa.i, i64 15
+  %345 = fadd float %row_max40.sroa.0.60.vec.extract.i, %344
+  br label %if_end30.15.i
+
+if_end30.15.i:                                    ; preds = %if_else.15.i, %if_end30.14.i
+  %346 = phi float [ %345, %if_else.15.i ], [ 0xFFF0000000000000, %if_end30.14.i ]
+  %347 = getelementptr i8, ptr %248, i64 60
+  store float %346, ptr %347, align 4, !tbaa !5
+  %348 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %349 = tail call i32 %348(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %349, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_attend_compute_.exit
+
+merge_attend_compute_.exit:                       ; preds = %if_end30.15.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %if_end30.15.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6947,7 +14931,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <16 x i1> %80, <16 x float> zeroinitializer, <16 x float> %79
   %82 = fcmp one <16 x float> %old_sum.i, zeroinitializer
   %83 = select <16 x i1> %82, <16 x float> %81, <16 x float> zeroinitializer
-  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !130
+  store <16 x float> %83, ptr %alpha38.i, align 16, !tbaa !296
   %arg2.i = fsub <16 x float> %55, %m.i
   %84 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <16 x float> %84 to <16 x i32>
@@ -6970,7 +14954,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <16 x i1> %101, <16 x float> zeroinitializer, <16 x float> %100
   %103 = fcmp one <16 x float> %58, zeroinitializer
   %104 = select <16 x i1> %103, <16 x float> %102, <16 x float> zeroinitializer
-  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !137
+  store <16 x float> %104, ptr %beta37.i, align 16, !tbaa !303
   %105 = fmul <16 x float> %old_sum.i, %83
   %106 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %104, <16 x float> %58, <16 x float> %105)
   %.idx.i = shl nsw i64 %52, 13
@@ -6980,13 +14964,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !144
+  %109 = load float, ptr %108, align 4, !tbaa !310
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !145
+  %115 = load float, ptr %114, align 4, !tbaa !311
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -7039,7 +15023,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 16
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <16 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -7051,7 +15035,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <16 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <16 x float> %.lcssa.i, zeroinitializer
   %154 = select <16 x i1> %153, <16 x float> zeroinitializer, <16 x float> %152
-  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !146
+  store <16 x float> %154, ptr %factor34.i, align 16, !tbaa !312
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr float, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -7059,13 +15043,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !144
+  %158 = load float, ptr %157, align 4, !tbaa !310
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !145
+  %164 = load float, ptr %163, align 4, !tbaa !311
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -7125,7 +15109,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 16
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -7135,7 +15119,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !153
+  %215 = load float, ptr %214, align 4, !tbaa !319
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -7182,7 +15166,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x float> %242, ptr %gep.7.i, align 4, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 16
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %243 = add nsw i32 %151, -1
@@ -7454,17 +15438,17 @@ declare void @llvm.assume(i1 noundef) #2
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare float @llvm.arithmetic.fence.f32(float) #3
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
-
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #3
+declare float @llvm.log.f32(float) #3
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #3
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -7621,10 +15605,16 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.smin.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #3
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare i32 @llvm.umax.i32(i32, i32) #3
@@ -7635,17 +15625,56 @@ declare float @llvm.fabs.f32(float) #3
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
 declare half @llvm.fabs.f16(half) #3
 
-; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #8
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #8
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
-declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #7
+declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #10
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #11
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
@@ -7653,9 +15682,12 @@ attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessib
 attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
 attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(read) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #8 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #9 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -7675,141 +15707,307 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !13 = !{!"branch_weights", i32 127, i32 134217601}
 !14 = !{!15, !15, i64 0}
 !15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!"branch_weights", i32 1, i32 1048575}
-!17 = !{!"branch_weights", i32 1, i32 127}
-!18 = !{!19}
-!19 = distinct !{!19, !20}
-!20 = distinct !{!20, !"LVerDomain"}
-!21 = !{!22}
-!22 = distinct !{!22, !20}
-!23 = distinct !{!23, !24}
-!24 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!25 = distinct !{!25, !24}
-!26 = distinct !{!26, !11}
-!27 = !{!"branch_weights", i32 1, i32 1048576}
-!28 = !{!29, !29, i64 0}
-!29 = !{!"buffer0.w64.b0", !30, i64 0}
-!30 = !{!"buffer0.w128.b0", !31, i64 0}
-!31 = !{!"buffer0.w256.b0", !32, i64 0}
-!32 = !{!"buffer0.w512.b0", !33, i64 0}
-!33 = !{!"buffer0.w1024.b0", !34, i64 0}
-!34 = !{!"buffer0", !7, i64 0}
-!35 = !{!34, !34, i64 0}
-!36 = !{!"branch_weights", i32 1, i32 0}
-!37 = distinct !{!37, !38, !39}
-!38 = !{!"llvm.loop.isvectorized", i32 1}
-!39 = !{!"llvm.loop.estimated_trip_count", i32 0}
-!40 = !{!41}
-!41 = distinct !{!41, !42}
-!42 = distinct !{!42, !"LVerDomain"}
+!16 = !{!"branch_weights", i32 1, i32 127}
+!17 = !{!"branch_weights", i32 127, i32 4194175}
+!18 = distinct !{!18, !19, !20, !21, !22}
+!19 = !{!"llvm.loop.peeled.count", i32 1}
+!20 = !{!"llvm.loop.isvectorized", i32 1}
+!21 = !{!"llvm.loop.unroll.runtime.disable"}
+!22 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!23 = !{!"branch_weights", i32 4, i32 28}
+!24 = distinct !{!24, !19, !20, !25, !21}
+!25 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!26 = !{!"branch_weights", i32 1, i32 1048575}
+!27 = !{!"branch_weights", i32 1, i32 0}
+!28 = distinct !{!28, !19, !21, !20, !25}
+!29 = !{!30, !30, i64 0}
+!30 = !{!"buffer0.w64.b0", !31, i64 0}
+!31 = !{!"buffer0.w128.b0", !32, i64 0}
+!32 = !{!"buffer0.w256.b0", !33, i64 0}
+!33 = !{!"buffer0.w512.b0", !34, i64 0}
+!34 = !{!"buffer0.w1024.b0", !35, i64 0}
+!35 = !{!"buffer0", !7, i64 0}
+!36 = !{!35, !35, i64 0}
+!37 = !{!"branch_weights", i32 1048704, i32 133169152}
+!38 = distinct !{!38, !11}
+!39 = distinct !{!39, !11}
+!40 = !{!"branch_weights", i32 1, i32 1048576}
+!41 = !{!"branch_weights", i32 -66846720, i32 66850816}
+!42 = !{!"branch_weights", i32 255, i32 16129}
 !43 = !{!44}
-!44 = distinct !{!44, !42}
-!45 = distinct !{!45, !38, !39}
+!44 = distinct !{!44, !45}
+!45 = distinct !{!45, !"LVerDomain"}
 !46 = !{!47}
-!47 = distinct !{!47, !48}
-!48 = distinct !{!48, !"LVerDomain"}
-!49 = !{!50}
-!50 = distinct !{!50, !48}
-!51 = distinct !{!51, !38, !39}
-!52 = !{!53}
+!47 = distinct !{!47, !45}
+!48 = !{!"branch_weights", i32 127, i32 16777081}
+!49 = distinct !{!49, !20, !21, !50}
+!50 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!51 = !{!"branch_weights", i32 1, i32 7}
+!52 = !{!"branch_weights", i32 1, i32 1}
 !53 = distinct !{!53, !54}
-!54 = distinct !{!54, !"LVerDomain"}
-!55 = !{!56}
-!56 = distinct !{!56, !54}
-!57 = distinct !{!57, !38, !39}
+!54 = !{!"llvm.loop.unroll.disable"}
+!55 = !{!"branch_weights", i32 127, i32 0}
+!56 = distinct !{!56, !20, !25}
+!57 = distinct !{!57, !11}
 !58 = !{!59}
 !59 = distinct !{!59, !60}
 !60 = distinct !{!60, !"LVerDomain"}
 !61 = !{!62}
 !62 = distinct !{!62, !60}
-!63 = distinct !{!63, !38, !39}
-!64 = !{!65}
-!65 = distinct !{!65, !66}
-!66 = distinct !{!66, !"LVerDomain"}
-!67 = !{!68}
-!68 = distinct !{!68, !66}
-!69 = distinct !{!69, !38, !39}
-!70 = !{!71}
-!71 = distinct !{!71, !72}
-!72 = distinct !{!72, !"LVerDomain"}
-!73 = !{!74}
-!74 = distinct !{!74, !72}
-!75 = distinct !{!75, !38, !39}
-!76 = !{!77}
-!77 = distinct !{!77, !78}
-!78 = distinct !{!78, !"LVerDomain"}
-!79 = !{!80}
-!80 = distinct !{!80, !78}
-!81 = distinct !{!81, !38, !39}
-!82 = !{!83}
-!83 = distinct !{!83, !84}
-!84 = distinct !{!84, !"LVerDomain"}
-!85 = !{!86}
-!86 = distinct !{!86, !84}
-!87 = distinct !{!87, !38, !39}
-!88 = !{!89}
-!89 = distinct !{!89, !90}
-!90 = distinct !{!90, !"LVerDomain"}
-!91 = !{!92}
-!92 = distinct !{!92, !90}
-!93 = distinct !{!93, !38, !39}
-!94 = !{!95}
-!95 = distinct !{!95, !96}
-!96 = distinct !{!96, !"LVerDomain"}
-!97 = !{!98}
-!98 = distinct !{!98, !96}
-!99 = distinct !{!99, !38, !39}
-!100 = !{!101}
-!101 = distinct !{!101, !102}
-!102 = distinct !{!102, !"LVerDomain"}
-!103 = !{!104}
-!104 = distinct !{!104, !102}
-!105 = distinct !{!105, !38, !39}
-!106 = !{!107}
-!107 = distinct !{!107, !108}
-!108 = distinct !{!108, !"LVerDomain"}
-!109 = !{!110}
-!110 = distinct !{!110, !108}
-!111 = distinct !{!111, !38, !39}
-!112 = !{!113}
-!113 = distinct !{!113, !114}
-!114 = distinct !{!114, !"LVerDomain"}
-!115 = !{!116}
-!116 = distinct !{!116, !114}
-!117 = distinct !{!117, !38, !39}
-!118 = !{!119}
-!119 = distinct !{!119, !120}
-!120 = distinct !{!120, !"LVerDomain"}
-!121 = !{!122}
-!122 = distinct !{!122, !120}
-!123 = distinct !{!123, !38, !39}
-!124 = !{!125}
-!125 = distinct !{!125, !126}
-!126 = distinct !{!126, !"LVerDomain"}
-!127 = !{!128}
-!128 = distinct !{!128, !126}
-!129 = distinct !{!129, !38, !39}
-!130 = !{!131, !131, i64 0}
-!131 = !{!"buffer1.w64.b0", !132, i64 0}
-!132 = !{!"buffer1.w128.b0", !133, i64 0}
-!133 = !{!"buffer1.w256.b0", !134, i64 0}
-!134 = !{!"buffer1.w512.b0", !135, i64 0}
-!135 = !{!"buffer1.w1024.b0", !136, i64 0}
-!136 = !{!"buffer1", !7, i64 0}
-!137 = !{!138, !138, i64 0}
-!138 = !{!"buffer2.w64.b0", !139, i64 0}
-!139 = !{!"buffer2.w128.b0", !140, i64 0}
-!140 = !{!"buffer2.w256.b0", !141, i64 0}
-!141 = !{!"buffer2.w512.b0", !142, i64 0}
-!142 = !{!"buffer2.w1024.b0", !143, i64 0}
-!143 = !{!"buffer2", !7, i64 0}
-!144 = !{!143, !143, i64 0}
-!145 = !{!136, !136, i64 0}
-!146 = !{!147, !147, i64 0}
-!147 = !{!"buffer3.w64.b0", !148, i64 0}
-!148 = !{!"buffer3.w128.b0", !149, i64 0}
-!149 = !{!"buffer3.w256.b0", !150, i64 0}
-!150 = !{!"buffer3.w512.b0", !151, i64 0}
-!151 = !{!"buffer3.w1024.b0", !152, i64 0}
-!152 = !{!"buffer3", !7, i64 0}
-!153 = !{!152, !152, i64 0}
+!63 = distinct !{!63, !20, !21, !50}
+!64 = distinct !{!64, !54}
+!65 = distinct !{!65, !20, !25}
+!66 = distinct !{!66, !67}
+!67 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!68 = !{!69}
+!69 = distinct !{!69, !70}
+!70 = distinct !{!70, !"LVerDomain"}
+!71 = !{!72}
+!72 = distinct !{!72, !70}
+!73 = distinct !{!73, !20, !25}
+!74 = !{!75}
+!75 = distinct !{!75, !76}
+!76 = distinct !{!76, !"LVerDomain"}
+!77 = !{!78}
+!78 = distinct !{!78, !76}
+!79 = distinct !{!79, !20, !25}
+!80 = !{!81}
+!81 = distinct !{!81, !82}
+!82 = distinct !{!82, !"LVerDomain"}
+!83 = !{!84}
+!84 = distinct !{!84, !82}
+!85 = distinct !{!85, !20, !25}
+!86 = !{!87}
+!87 = distinct !{!87, !88}
+!88 = distinct !{!88, !"LVerDomain"}
+!89 = !{!90}
+!90 = distinct !{!90, !88}
+!91 = distinct !{!91, !20, !25}
+!92 = !{!93}
+!93 = distinct !{!93, !94}
+!94 = distinct !{!94, !"LVerDomain"}
+!95 = !{!96}
+!96 = distinct !{!96, !94}
+!97 = distinct !{!97, !20, !25}
+!98 = !{!99}
+!99 = distinct !{!99, !100}
+!100 = distinct !{!100, !"LVerDomain"}
+!101 = !{!102}
+!102 = distinct !{!102, !100}
+!103 = distinct !{!103, !20, !25}
+!104 = !{!105}
+!105 = distinct !{!105, !106}
+!106 = distinct !{!106, !"LVerDomain"}
+!107 = !{!108}
+!108 = distinct !{!108, !106}
+!109 = distinct !{!109, !20, !25}
+!110 = !{!111}
+!111 = distinct !{!111, !112}
+!112 = distinct !{!112, !"LVerDomain"}
+!113 = !{!114}
+!114 = distinct !{!114, !112}
+!115 = distinct !{!115, !20, !25}
+!116 = !{!117}
+!117 = distinct !{!117, !118}
+!118 = distinct !{!118, !"LVerDomain"}
+!119 = !{!120}
+!120 = distinct !{!120, !118}
+!121 = distinct !{!121, !20, !25}
+!122 = !{!123}
+!123 = distinct !{!123, !124}
+!124 = distinct !{!124, !"LVerDomain"}
+!125 = !{!126}
+!126 = distinct !{!126, !124}
+!127 = distinct !{!127, !20, !25}
+!128 = !{!129}
+!129 = distinct !{!129, !130}
+!130 = distinct !{!130, !"LVerDomain"}
+!131 = !{!132}
+!132 = distinct !{!132, !130}
+!133 = distinct !{!133, !20, !25}
+!134 = !{!135}
+!135 = distinct !{!135, !136}
+!136 = distinct !{!136, !"LVerDomain"}
+!137 = !{!138}
+!138 = distinct !{!138, !136}
+!139 = distinct !{!139, !20, !25}
+!140 = !{!141}
+!141 = distinct !{!141, !142}
+!142 = distinct !{!142, !"LVerDomain"}
+!143 = !{!144}
+!144 = distinct !{!144, !142}
+!145 = distinct !{!145, !20, !25}
+!146 = !{!147}
+!147 = distinct !{!147, !148}
+!148 = distinct !{!148, !"LVerDomain"}
+!149 = !{!150}
+!150 = distinct !{!150, !148}
+!151 = distinct !{!151, !20, !25}
+!152 = !{!153}
+!153 = distinct !{!153, !154}
+!154 = distinct !{!154, !"LVerDomain"}
+!155 = !{!156}
+!156 = distinct !{!156, !154}
+!157 = distinct !{!157, !20, !25}
+!158 = !{!159}
+!159 = distinct !{!159, !160}
+!160 = distinct !{!160, !"LVerDomain"}
+!161 = !{!162}
+!162 = distinct !{!162, !160}
+!163 = distinct !{!163, !20, !25}
+!164 = !{!165}
+!165 = distinct !{!165, !166}
+!166 = distinct !{!166, !"LVerDomain"}
+!167 = !{!168}
+!168 = distinct !{!168, !166}
+!169 = distinct !{!169, !170}
+!170 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!171 = distinct !{!171, !170}
+!172 = distinct !{!172, !11}
+!173 = !{!174, !174, i64 0}
+!174 = !{!"buffer1.w64.b0", !175, i64 0}
+!175 = !{!"buffer1.w128.b0", !176, i64 0}
+!176 = !{!"buffer1.w256.b0", !177, i64 0}
+!177 = !{!"buffer1.w512.b0", !178, i64 0}
+!178 = !{!"buffer1.w1024.b0", !179, i64 0}
+!179 = !{!"buffer1", !7, i64 0}
+!180 = !{!179, !179, i64 0}
+!181 = distinct !{!181, !20, !25}
+!182 = !{!183}
+!183 = distinct !{!183, !184}
+!184 = distinct !{!184, !"LVerDomain"}
+!185 = !{!186}
+!186 = distinct !{!186, !184}
+!187 = distinct !{!187, !20, !25}
+!188 = !{!189}
+!189 = distinct !{!189, !190}
+!190 = distinct !{!190, !"LVerDomain"}
+!191 = !{!192}
+!192 = distinct !{!192, !190}
+!193 = distinct !{!193, !20, !25}
+!194 = !{!195}
+!195 = distinct !{!195, !196}
+!196 = distinct !{!196, !"LVerDomain"}
+!197 = !{!198}
+!198 = distinct !{!198, !196}
+!199 = distinct !{!199, !20, !25}
+!200 = !{!201}
+!201 = distinct !{!201, !202}
+!202 = distinct !{!202, !"LVerDomain"}
+!203 = !{!204}
+!204 = distinct !{!204, !202}
+!205 = distinct !{!205, !20, !25}
+!206 = !{!207}
+!207 = distinct !{!207, !208}
+!208 = distinct !{!208, !"LVerDomain"}
+!209 = !{!210}
+!210 = distinct !{!210, !208}
+!211 = distinct !{!211, !20, !25}
+!212 = !{!213}
+!213 = distinct !{!213, !214}
+!214 = distinct !{!214, !"LVerDomain"}
+!215 = !{!216}
+!216 = distinct !{!216, !214}
+!217 = distinct !{!217, !20, !25}
+!218 = !{!219}
+!219 = distinct !{!219, !220}
+!220 = distinct !{!220, !"LVerDomain"}
+!221 = !{!222}
+!222 = distinct !{!222, !220}
+!223 = distinct !{!223, !20, !25}
+!224 = !{!225}
+!225 = distinct !{!225, !226}
+!226 = distinct !{!226, !"LVerDomain"}
+!227 = !{!228}
+!228 = distinct !{!228, !226}
+!229 = distinct !{!229, !20, !25}
+!230 = !{!231}
+!231 = distinct !{!231, !232}
+!232 = distinct !{!232, !"LVerDomain"}
+!233 = !{!234}
+!234 = distinct !{!234, !232}
+!235 = distinct !{!235, !20, !25}
+!236 = !{!237}
+!237 = distinct !{!237, !238}
+!238 = distinct !{!238, !"LVerDomain"}
+!239 = !{!240}
+!240 = distinct !{!240, !238}
+!241 = distinct !{!241, !20, !25}
+!242 = !{!243}
+!243 = distinct !{!243, !244}
+!244 = distinct !{!244, !"LVerDomain"}
+!245 = !{!246}
+!246 = distinct !{!246, !244}
+!247 = distinct !{!247, !20, !25}
+!248 = !{!249}
+!249 = distinct !{!249, !250}
+!250 = distinct !{!250, !"LVerDomain"}
+!251 = !{!252}
+!252 = distinct !{!252, !250}
+!253 = distinct !{!253, !20, !25}
+!254 = !{!255}
+!255 = distinct !{!255, !256}
+!256 = distinct !{!256, !"LVerDomain"}
+!257 = !{!258}
+!258 = distinct !{!258, !256}
+!259 = distinct !{!259, !20, !25}
+!260 = !{!261}
+!261 = distinct !{!261, !262}
+!262 = distinct !{!262, !"LVerDomain"}
+!263 = !{!264}
+!264 = distinct !{!264, !262}
+!265 = distinct !{!265, !20, !25}
+!266 = !{!267}
+!267 = distinct !{!267, !268}
+!268 = distinct !{!268, !"LVerDomain"}
+!269 = !{!270}
+!270 = distinct !{!270, !268}
+!271 = distinct !{!271, !20, !25}
+!272 = !{!273, !273, i64 0}
+!273 = !{!"buffer2.w64.b0", !274, i64 0}
+!274 = !{!"buffer2.w128.b0", !275, i64 0}
+!275 = !{!"buffer2.w256.b0", !276, i64 0}
+!276 = !{!"buffer2.w512.b0", !277, i64 0}
+!277 = !{!"buffer2.w1024.b0", !278, i64 0}
+!278 = !{!"buffer2", !7, i64 0}
+!279 = !{!280, !280, i64 0}
+!280 = !{!"buffer3.w64.b0", !281, i64 0}
+!281 = !{!"buffer3.w128.b0", !282, i64 0}
+!282 = !{!"buffer3.w256.b0", !283, i64 0}
+!283 = !{!"buffer3.w512.b0", !284, i64 0}
+!284 = !{!"buffer3.w1024.b0", !285, i64 0}
+!285 = !{!"buffer3", !7, i64 0}
+!286 = !{!285, !285, i64 0}
+!287 = !{!278, !278, i64 0}
+!288 = !{!289, !289, i64 0}
+!289 = !{!"buffer4.w64.b0", !290, i64 0}
+!290 = !{!"buffer4.w128.b0", !291, i64 0}
+!291 = !{!"buffer4.w256.b0", !292, i64 0}
+!292 = !{!"buffer4.w512.b0", !293, i64 0}
+!293 = !{!"buffer4.w1024.b0", !294, i64 0}
+!294 = !{!"buffer4", !7, i64 0}
+!295 = !{!294, !294, i64 0}
+!296 = !{!297, !297, i64 0}
+!297 = !{!"buffer5.w64.b0", !298, i64 0}
+!298 = !{!"buffer5.w128.b0", !299, i64 0}
+!299 = !{!"buffer5.w256.b0", !300, i64 0}
+!300 = !{!"buffer5.w512.b0", !301, i64 0}
+!301 = !{!"buffer5.w1024.b0", !302, i64 0}
+!302 = !{!"buffer5", !7, i64 0}
+!303 = !{!304, !304, i64 0}
+!304 = !{!"buffer6.w64.b0", !305, i64 0}
+!305 = !{!"buffer6.w128.b0", !306, i64 0}
+!306 = !{!"buffer6.w256.b0", !307, i64 0}
+!307 = !{!"buffer6.w512.b0", !308, i64 0}
+!308 = !{!"buffer6.w1024.b0", !309, i64 0}
+!309 = !{!"buffer6", !7, i64 0}
+!310 = !{!309, !309, i64 0}
+!311 = !{!302, !302, i64 0}
+!312 = !{!313, !313, i64 0}
+!313 = !{!"buffer7.w64.b0", !314, i64 0}
+!314 = !{!"buffer7.w128.b0", !315, i64 0}
+!315 = !{!"buffer7.w256.b0", !316, i64 0}
+!316 = !{!"buffer7.w512.b0", !317, i64 0}
+!317 = !{!"buffer7.w1024.b0", !318, i64 0}
+!318 = !{!"buffer7", !7, i64 0}
+!319 = !{!318, !318, i64 0}

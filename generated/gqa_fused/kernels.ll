@@ -249,6 +249,4994 @@ append_row_compute_.exit:                         ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor503.i = alloca [16 x float], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %13 = load ptr, ptr %12, align 8
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %21 = load ptr, ptr %20, align 8
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_head = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_head = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %58 = load i64, ptr %57, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %60 = load i64, ptr %59, align 8
+  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %62 = load i64, ptr %61, align 8
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %64 = load i64, ptr %63, align 8
+  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %tree_start = load i64, ptr %65, align 8
+  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %67 = load i64, ptr %66, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
+  %query_scale.type_index = load i32, ptr %68, align 8
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %70 = load i64, ptr %69, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %score_scale.type_index = load i32, ptr %71, align 8
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %73 = load i64, ptr %72, align 8
+  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %75, align 8
+  %76 = icmp eq ptr %fused_attend.query_strides, null
+  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %76, ptr %77, ptr %78
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %76, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %entry
+  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %80 = load i64, ptr %79, align 8
+  %81 = load i64, ptr %77, align 8
+  %82 = mul nsw i64 %81, %80
+  br label %if_end36
+
+if_else35:                                        ; preds = %entry
+  %83 = load i64, ptr %fused_attend.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
+  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %84, align 4
+  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
+  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
+  %87 = icmp eq ptr %fused_attend.block_table_strides, null
+  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %90, align 8
+  %91 = icmp eq ptr %fused_attend.out_strides, null
+  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %91, ptr %92, ptr %93
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %91, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %95 = load i64, ptr %94, align 8
+  %96 = load i64, ptr %92, align 8
+  %97 = mul nsw i64 %96, %95
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %98 = load i64, ptr %fused_attend.out_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
+  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %99, align 8
+  %100 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %100, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %101, align 8
+  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %103 = icmp eq i32 %score_scale.type_index, 3
+  %.cast63 = bitcast i64 %73 to double
+  %104 = fptrunc double %.cast63 to float
+  %105 = sitofp i64 %73 to float
+  %score_scale = select i1 %103, float %104, float %105
+  %106 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %70 to double
+  %107 = fptrunc double %.cast to float
+  %108 = sitofp i64 %70 to float
+  %query_scale = select i1 %106, float %107, float %108
+  %tree_size = trunc i64 %67 to i32
+  %block_end = trunc i64 %60 to i32
+  %block_begin = trunc i64 %58 to i32
+  %num_kv_heads = trunc i64 %56 to i32
+  %first_pos = trunc i64 %52 to i32
+  %num_query = trunc i64 %50 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor503.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %109 = shl nsw i32 %num_query, 2
+  %110 = add nsw i32 %109, 15
+  %111 = ashr i32 %110, 4
+  %112 = add nsw i32 %num_kv_heads, -1
+  %113 = mul nsw i32 %112, %111
+  %114 = icmp sgt i32 %num_query, -4
+  %115 = tail call i32 @llvm.smin.i32(i32 %113, i32 0)
+  %116 = select i1 %114, i32 0, i32 %115
+  %117 = mul i32 %111, %num_kv_heads
+  %118 = select i1 %114, i32 %113, i32 0
+  %119 = add nsw i32 %118, %111
+  %120 = tail call i32 @llvm.smax.i32(i32 %117, i32 %119)
+  %121 = sub nsw i32 %120, %116
+  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 16)
+  %123 = shl nsw i32 %122, 11
+  %124 = sext i32 %123 to i64
+  %125 = shl nuw nsw i64 %124, 2
+  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %q_tile.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
+  %127 = icmp eq ptr %q_tile.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end.i, !prof !8
+
+if_end.i:                                         ; preds = %if_end48
+  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 16)
+  %129 = shl nsw i32 %128, 4
+  %130 = sext i32 %129 to i64
+  %131 = shl nuw nsw i64 %130, 2
+  %132 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_max.i = tail call ptr %132(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
+  %133 = icmp eq ptr %total_max.i, null
+  br i1 %133, label %fused_attend_compute_.exit, label %if_end2.i, !prof !8
+
+if_end2.i:                                        ; preds = %if_end.i
+  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_sum.i = tail call ptr %134(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
+  %135 = icmp eq ptr %total_sum.i, null
+  br i1 %135, label %fused_attend_compute_.exit, label %if_end5.i, !prof !8
+
+if_end5.i:                                        ; preds = %if_end2.i
+  %136 = shl nsw i32 %128, 11
+  %137 = sext i32 %136 to i64
+  %138 = shl nuw nsw i64 %137, 2
+  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %total_acc.i = tail call ptr %139(i32 1, i32 %dev_id, i64 %138, i32 2, i32 32)
+  %140 = icmp eq ptr %total_acc.i, null
+  br i1 %140, label %fused_attend_compute_.exit, label %if_end8.i, !prof !8
+
+if_end8.i:                                        ; preds = %if_end5.i
+  %141 = shl nsw i32 %122, 4
+  %142 = sext i32 %141 to i64
+  %143 = shl nuw nsw i64 %142, 2
+  %144 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %limits.i = tail call ptr %144(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
+  %145 = icmp eq ptr %limits.i, null
+  br i1 %145, label %fused_attend_compute_.exit, label %if_end11.i, !prof !8
+
+if_end11.i:                                       ; preds = %if_end8.i
+  %146 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %places.i = tail call ptr %146(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
+  %147 = icmp eq ptr %places.i, null
+  br i1 %147, label %fused_attend_compute_.exit, label %if_end14.i, !prof !8
+
+if_end14.i:                                       ; preds = %if_end11.i
+  %148 = shl nsw i32 %122, 2
+  %149 = sext i32 %148 to i64
+  %150 = shl nuw nsw i64 %149, 2
+  %151 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %reach.i = tail call ptr %151(i32 1, i32 %dev_id, i64 %150, i32 0, i32 32)
+  %152 = icmp eq ptr %reach.i, null
+  br i1 %152, label %fused_attend_compute_.exit, label %if_end17.i, !prof !8
+
+if_end17.i:                                       ; preds = %if_end14.i
+  %sext = shl i64 %46, 32
+  %153 = ashr exact i64 %sext, 32
+  %154 = getelementptr inbounds i32, ptr %context_lens, i64 %153
+  %context_len.i = load i32, ptr %154, align 4, !tbaa !5
+  %155 = icmp sgt i64 %tree_start, -1
+  %156 = icmp slt i32 %117, 1
+  br i1 %156, label %for_end_tile110.i, label %for_begin_ax1_0.preheader.lr.ph.i, !prof !16
+
+for_begin_ax1_0.preheader.lr.ph.i:                ; preds = %if_end17.i
+  %157 = and i64 %64, 4294967295
+  %158 = icmp eq i64 %157, 0
+  %159 = icmp slt i32 %111, 0
+  %160 = insertelement <4 x float> poison, float %query_scale, i64 0
+  %161 = shufflevector <4 x float> %160, <4 x float> poison, <4 x i32> zeroinitializer
+  %sext64 = shl i64 %54, 32
+  %162 = ashr exact i64 %sext64, 32
+  %163 = shl i64 %q_head, 2
+  %sext65 = shl i64 %48, 32
+  %164 = ashr exact i64 %sext65, 32
+  %165 = icmp sgt i32 %111, -1
+  %.scalar.i = add i32 %first_pos, 1
+  %166 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %167 = shufflevector <16 x i32> %166, <16 x i32> poison, <16 x i32> zeroinitializer
+  %168 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %169 = shufflevector <16 x i32> %168, <16 x i32> poison, <16 x i32> zeroinitializer
+  %170 = or i1 %158, %155
+  %171 = insertelement <16 x i1> poison, i1 %170, i64 0
+  %172 = shufflevector <16 x i1> %171, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %117 to i64
+  %173 = shl i32 %num_query, 1
+  br label %for_begin_ax1_0.preheader.i
+
+for_begin_ax1_0.preheader.i:                      ; preds = %for_body_r.peel.next.i, %for_begin_ax1_0.preheader.lr.ph.i
+  %indvars.iv869.i = phi i64 [ 0, %for_begin_ax1_0.preheader.lr.ph.i ], [ %indvars.iv.next870.i, %for_body_r.peel.next.i ]
+  %174 = trunc nuw nsw i64 %indvars.iv869.i to i32
+  %rmod.i = srem i32 %174, %111
+  %rdiv42.i = sdiv i32 %174, %111
+  %175 = icmp ne i32 %rmod.i, 0
+  %.not549.i = and i1 %159, %175
+  %176 = select i1 %.not549.i, i32 %111, i32 0
+  %177 = add nsw i32 %176, %rmod.i
+  %178 = shl nsw i32 %177, 2
+  %179 = shl nsw i32 %177, 4
+  %180 = sub nsw i32 %109, %179
+  %181 = shl nsw i32 %177, 3
+  %invariant.op626.i = sub i32 %181, %173
+  %182 = sext i1 %.not549.i to i32
+  %183 = sext i32 %177 to i64
+  %184 = shl nsw i64 %183, 2
+  %invariant.op628.i = add nsw i64 %184, %164
+  %185 = sext i32 %180 to i64
+  %186 = shl i64 %indvars.iv869.i, 11
+  %187 = and i64 %186, 4294965248
+  %invariant.gep1170.i = getelementptr inbounds nuw float, ptr %q_tile.i, i64 %187
+  br label %for_begin_ax2_0.preheader.i
+
+for_begin_tile108.preheader.i:                    ; preds = %for_body_r.peel.next.i
+  %188 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
+  %189 = load <2 x i32>, ptr %188, align 4, !tbaa !5
+  %exitcond877.peel.not.i = icmp eq i32 %117, 1
+  %190 = extractelement <2 x i32> %189, i64 0
+  %191 = extractelement <2 x i32> %189, i64 1
+  br i1 %exitcond877.peel.not.i, label %for_end_tile110.loopexit.i, label %iter.check, !prof !13
+
+iter.check:                                       ; preds = %for_begin_tile108.preheader.i
+  %192 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %117, 6
+  br i1 %min.iters.check, label %if_end118.i.preheader, label %vector.main.loop.iter.check, !prof !16
+
+vector.main.loop.iter.check:                      ; preds = %iter.check
+  %min.iters.check367 = icmp ult i32 %117, 34
+  br i1 %min.iters.check367, label %vec.epilog.ph, label %vector.ph, !prof !16
+
+vector.ph:                                        ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %192, 31
+  %193 = icmp eq i64 %n.mod.vf, 0
+  %194 = select i1 %193, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %192, %194
+  %broadcast.splat = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat369 = shufflevector <2 x i32> %189, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body
+
+vector.body:                                      ; preds = %vector.body, %vector.ph
+  %index = phi i64 [ 0, %vector.ph ], [ %index.next, %vector.body ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %207, %vector.body ]
+  %vec.phi370 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %208, %vector.body ]
+  %vec.phi371 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %209, %vector.body ]
+  %vec.phi372 = phi <8 x i32> [ %broadcast.splat, %vector.ph ], [ %210, %vector.body ]
+  %vec.phi373 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %211, %vector.body ]
+  %vec.phi374 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %212, %vector.body ]
+  %vec.phi375 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %213, %vector.body ]
+  %vec.phi376 = phi <8 x i32> [ %broadcast.splat369, %vector.ph ], [ %214, %vector.body ]
+  %195 = shl i64 %index, 4
+  %196 = shl i64 %index, 4
+  %197 = shl i64 %index, 4
+  %198 = shl i64 %index, 4
+  %199 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %195
+  %200 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %196
+  %201 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %197
+  %202 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %198
+  %203 = getelementptr inbounds nuw i8, ptr %199, i64 20
+  %204 = getelementptr inbounds nuw i8, ptr %200, i64 148
+  %205 = getelementptr inbounds nuw i8, ptr %201, i64 276
+  %206 = getelementptr inbounds nuw i8, ptr %202, i64 404
+  %wide.vec = load <32 x i32>, ptr %203, align 4, !tbaa !5
+  %strided.vec = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec377 = shufflevector <32 x i32> %wide.vec, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec378 = load <32 x i32>, ptr %204, align 4, !tbaa !5
+  %strided.vec379 = shufflevector <32 x i32> %wide.vec378, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec380 = shufflevector <32 x i32> %wide.vec378, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec381 = load <32 x i32>, ptr %205, align 4, !tbaa !5
+  %strided.vec382 = shufflevector <32 x i32> %wide.vec381, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec383 = shufflevector <32 x i32> %wide.vec381, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec384 = load <32 x i32>, ptr %206, align 4, !tbaa !5
+  %strided.vec385 = shufflevector <32 x i32> %wide.vec384, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec386 = shufflevector <32 x i32> %wide.vec384, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %207 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec377)
+  %208 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi370, <8 x i32> %strided.vec380)
+  %209 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi371, <8 x i32> %strided.vec383)
+  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi372, <8 x i32> %strided.vec386)
+  %211 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi373, <8 x i32> %strided.vec)
+  %212 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi374, <8 x i32> %strided.vec379)
+  %213 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi375, <8 x i32> %strided.vec382)
+  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi376, <8 x i32> %strided.vec385)
+  %index.next = add nuw i64 %index, 32
+  %215 = icmp eq i64 %index.next, %n.vec
+  br i1 %215, label %vec.epilog.iter.check, label %vector.body, !prof !17, !llvm.loop !18
+
+vec.epilog.iter.check:                            ; preds = %vector.body
+  %rdx.minmax389 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %211, <8 x i32> %212)
+  %rdx.minmax390 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax389, <8 x i32> %213)
+  %rdx.minmax391 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax390, <8 x i32> %214)
+  %216 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax391)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %207, <8 x i32> %208)
+  %rdx.minmax387 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %209)
+  %rdx.minmax388 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax387, <8 x i32> %210)
+  %217 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax388)
+  %ind.end = add nsw i64 %n.vec, 1
+  %min.epilog.iters.check = icmp samesign ult i64 %194, 5
+  %218 = insertelement <2 x i32> poison, i32 %216, i64 0
+  %219 = insertelement <2 x i32> %218, i32 %217, i64 1
+  br i1 %min.epilog.iters.check, label %if_end118.i.preheader, label %vec.epilog.ph, !prof !23
+
+vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
+  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
+  %220 = phi <2 x i32> [ %219, %vec.epilog.iter.check ], [ %189, %vector.main.loop.iter.check ]
+  %n.mod.vf393 = and i64 %192, 3
+  %221 = icmp eq i64 %n.mod.vf393, 0
+  %222 = select i1 %221, i64 4, i64 %n.mod.vf393
+  %n.vec394 = sub nsw i64 %192, %222
+  %223 = add nsw i64 %n.vec394, 1
+  %broadcast.splat396 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat398 = shufflevector <2 x i32> %220, <2 x i32> poison, <4 x i32> zeroinitializer
+  br label %vec.epilog.vector.body
+
+vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
+  %index399 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next405, %vec.epilog.vector.body ]
+  %vec.phi400 = phi <4 x i32> [ %broadcast.splat396, %vec.epilog.ph ], [ %226, %vec.epilog.vector.body ]
+  %vec.phi401 = phi <4 x i32> [ %broadcast.splat398, %vec.epilog.ph ], [ %227, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index399, 4
+  %224 = getelementptr i8, ptr %reach.i, i64 %offset.idx
+  %225 = getelementptr i8, ptr %224, i64 20
+  %wide.vec402 = load <16 x i32>, ptr %225, align 4, !tbaa !5
+  %strided.vec403 = shufflevector <16 x i32> %wide.vec402, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec404 = shufflevector <16 x i32> %wide.vec402, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %226 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi400, <4 x i32> %strided.vec404)
+  %227 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi401, <4 x i32> %strided.vec403)
+  %index.next405 = add nuw i64 %index399, 4
+  %228 = icmp eq i64 %index.next405, %n.vec394
+  br i1 %228, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !24
+
+vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
+  %229 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %226)
+  %230 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %227)
+  br label %if_end118.i.preheader
+
+if_end118.i.preheader:                            ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv873.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %223, %vec.epilog.middle.block ]
+  %span519.sroa.0.0641.i.ph = phi i32 [ %191, %iter.check ], [ %217, %vec.epilog.iter.check ], [ %229, %vec.epilog.middle.block ]
+  %span519.sroa.3.0640.i.ph = phi i32 [ %190, %iter.check ], [ %216, %vec.epilog.iter.check ], [ %230, %vec.epilog.middle.block ]
+  br label %if_end118.i
+
+for_begin_ax2_0.preheader.i:                      ; preds = %for_end_ax2_0.i, %for_begin_ax1_0.preheader.i
+  %indvars.iv856.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next857.i, %for_end_ax2_0.i ]
+  %231 = trunc i64 %indvars.iv856.i to i32
+  %232 = add i32 %178, %231
+  %233 = icmp slt i32 %232, %num_query
+  %234 = shl nuw nsw i64 %indvars.iv856.i, 2
+  %235 = or disjoint i64 %234, 1
+  %236 = icmp slt i64 %235, %185
+  %237 = shl i32 %231, 1
+  %.reass627.i = add i32 %invariant.op626.i, %237
+  %238 = icmp slt i32 %.reass627.i, -1
+  %239 = or disjoint i64 %234, 3
+  %240 = icmp slt i64 %239, %185
+  %.reass629.i = add nsw i64 %invariant.op628.i, %indvars.iv856.i
+  %241 = mul nsw i64 %.reass629.i, %q_batch
+  %242 = getelementptr i16, ptr %query, i64 %241
+  %invariant.gep1172.i = getelementptr inbounds nuw float, ptr %invariant.gep1170.i, i64 %234
+  br label %for_body_ax2_0.i
+
+for_body_r.peel.next.i:                           ; preds = %for_end_ax2_0.i
+  %243 = icmp eq i32 %rmod.i, 0
+  %244 = or i1 %165, %243
+  %245 = select i1 %244, i32 0, i32 %111
+  %246 = add nsw i32 %245, %rmod.i
+  %247 = shl nsw i32 %246, 4
+  %248 = sub nsw i32 %109, %247
+  %249 = tail call i32 @llvm.smin.i32(i32 %248, i32 16)
+  %250 = add nsw i32 %249, -1
+  %251 = insertelement <16 x i32> poison, i32 %250, i64 0
+  %252 = shufflevector <16 x i32> %251, <16 x i32> poison, <16 x i32> zeroinitializer
+  %253 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %252, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %254 = insertelement <16 x i32> poison, i32 %247, i64 0
+  %255 = shufflevector <16 x i32> %254, <16 x i32> poison, <16 x i32> zeroinitializer
+  %256 = add nsw <16 x i32> %253, %255
+  %257 = ashr <16 x i32> %256, splat (i32 2)
+  %258 = add <16 x i32> %257, %167
+  %259 = select <16 x i1> %172, <16 x i32> %169, <16 x i32> %258
+  %260 = shl nsw i64 %indvars.iv869.i, 4
+  %261 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %260
+  store <16 x i32> %259, ptr %261, align 4, !tbaa !5
+  %262 = add nsw <16 x i32> %259, splat (i32 -1)
+  %263 = sitofp <16 x i32> %262 to <16 x float>
+  %264 = bitcast <16 x float> %263 to <16 x i32>
+  %265 = ashr <16 x i32> %264, splat (i32 23)
+  %266 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %265, <16 x i32> splat (i32 125))
+  %267 = add nsw <16 x i32> %266, splat (i32 -125)
+  %268 = getelementptr inbounds nuw i32, ptr %places.i, i64 %260
+  store <16 x i32> %267, ptr %268, align 4, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %260
+  %270 = getelementptr inbounds nuw i8, ptr %269, i64 4
+  %271 = getelementptr inbounds nuw i8, ptr %269, i64 8
+  %272 = getelementptr inbounds nuw i8, ptr %269, i64 12
+  %273 = and i64 %260, 4294967280
+  %274 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %273
+  %own.peel.i = load i32, ptr %274, align 4, !tbaa !5
+  store i32 %own.peel.i, ptr %269, align 4, !tbaa !5
+  store i32 %own.peel.i, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i = getelementptr inbounds nuw i8, ptr %274, i64 4
+  %own.i = load i32, ptr %gep1175.i, align 4, !tbaa !5
+  %275 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %275, ptr %269, align 4, !tbaa !5
+  %276 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %276, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.1 = getelementptr inbounds nuw i8, ptr %274, i64 8
+  %own.i.1 = load i32, ptr %gep1175.i.1, align 4, !tbaa !5
+  %277 = tail call i32 @llvm.smin.i32(i32 %275, i32 %own.i.1)
+  store i32 %277, ptr %269, align 4, !tbaa !5
+  %278 = tail call i32 @llvm.smax.i32(i32 %276, i32 %own.i.1)
+  store i32 %278, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.2 = getelementptr inbounds nuw i8, ptr %274, i64 12
+  %own.i.2 = load i32, ptr %gep1175.i.2, align 4, !tbaa !5
+  %279 = tail call i32 @llvm.smin.i32(i32 %277, i32 %own.i.2)
+  store i32 %279, ptr %269, align 4, !tbaa !5
+  %280 = tail call i32 @llvm.smax.i32(i32 %278, i32 %own.i.2)
+  store i32 %280, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.3 = getelementptr inbounds nuw i8, ptr %274, i64 16
+  %own.i.3 = load i32, ptr %gep1175.i.3, align 4, !tbaa !5
+  %281 = tail call i32 @llvm.smin.i32(i32 %279, i32 %own.i.3)
+  store i32 %281, ptr %269, align 4, !tbaa !5
+  %282 = tail call i32 @llvm.smax.i32(i32 %280, i32 %own.i.3)
+  store i32 %282, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.4 = getelementptr inbounds nuw i8, ptr %274, i64 20
+  %own.i.4 = load i32, ptr %gep1175.i.4, align 4, !tbaa !5
+  %283 = tail call i32 @llvm.smin.i32(i32 %281, i32 %own.i.4)
+  store i32 %283, ptr %269, align 4, !tbaa !5
+  %284 = tail call i32 @llvm.smax.i32(i32 %282, i32 %own.i.4)
+  store i32 %284, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.5 = getelementptr inbounds nuw i8, ptr %274, i64 24
+  %own.i.5 = load i32, ptr %gep1175.i.5, align 4, !tbaa !5
+  %285 = tail call i32 @llvm.smin.i32(i32 %283, i32 %own.i.5)
+  store i32 %285, ptr %269, align 4, !tbaa !5
+  %286 = tail call i32 @llvm.smax.i32(i32 %284, i32 %own.i.5)
+  store i32 %286, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.6 = getelementptr inbounds nuw i8, ptr %274, i64 28
+  %own.i.6 = load i32, ptr %gep1175.i.6, align 4, !tbaa !5
+  %287 = tail call i32 @llvm.smin.i32(i32 %285, i32 %own.i.6)
+  store i32 %287, ptr %269, align 4, !tbaa !5
+  %288 = tail call i32 @llvm.smax.i32(i32 %286, i32 %own.i.6)
+  store i32 %288, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.7 = getelementptr inbounds nuw i8, ptr %274, i64 32
+  %own.i.7 = load i32, ptr %gep1175.i.7, align 4, !tbaa !5
+  %289 = tail call i32 @llvm.smin.i32(i32 %287, i32 %own.i.7)
+  store i32 %289, ptr %269, align 4, !tbaa !5
+  %290 = tail call i32 @llvm.smax.i32(i32 %288, i32 %own.i.7)
+  store i32 %290, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.8 = getelementptr inbounds nuw i8, ptr %274, i64 36
+  %own.i.8 = load i32, ptr %gep1175.i.8, align 4, !tbaa !5
+  %291 = tail call i32 @llvm.smin.i32(i32 %289, i32 %own.i.8)
+  store i32 %291, ptr %269, align 4, !tbaa !5
+  %292 = tail call i32 @llvm.smax.i32(i32 %290, i32 %own.i.8)
+  store i32 %292, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.9 = getelementptr inbounds nuw i8, ptr %274, i64 40
+  %own.i.9 = load i32, ptr %gep1175.i.9, align 4, !tbaa !5
+  %293 = tail call i32 @llvm.smin.i32(i32 %291, i32 %own.i.9)
+  store i32 %293, ptr %269, align 4, !tbaa !5
+  %294 = tail call i32 @llvm.smax.i32(i32 %292, i32 %own.i.9)
+  store i32 %294, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.10 = getelementptr inbounds nuw i8, ptr %274, i64 44
+  %own.i.10 = load i32, ptr %gep1175.i.10, align 4, !tbaa !5
+  %295 = tail call i32 @llvm.smin.i32(i32 %293, i32 %own.i.10)
+  store i32 %295, ptr %269, align 4, !tbaa !5
+  %296 = tail call i32 @llvm.smax.i32(i32 %294, i32 %own.i.10)
+  store i32 %296, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.11 = getelementptr inbounds nuw i8, ptr %274, i64 48
+  %own.i.11 = load i32, ptr %gep1175.i.11, align 4, !tbaa !5
+  %297 = tail call i32 @llvm.smin.i32(i32 %295, i32 %own.i.11)
+  store i32 %297, ptr %269, align 4, !tbaa !5
+  %298 = tail call i32 @llvm.smax.i32(i32 %296, i32 %own.i.11)
+  store i32 %298, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.12 = getelementptr inbounds nuw i8, ptr %274, i64 52
+  %own.i.12 = load i32, ptr %gep1175.i.12, align 4, !tbaa !5
+  %299 = tail call i32 @llvm.smin.i32(i32 %297, i32 %own.i.12)
+  store i32 %299, ptr %269, align 4, !tbaa !5
+  %300 = tail call i32 @llvm.smax.i32(i32 %298, i32 %own.i.12)
+  store i32 %300, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.13 = getelementptr inbounds nuw i8, ptr %274, i64 56
+  %own.i.13 = load i32, ptr %gep1175.i.13, align 4, !tbaa !5
+  %301 = tail call i32 @llvm.smin.i32(i32 %299, i32 %own.i.13)
+  store i32 %301, ptr %269, align 4, !tbaa !5
+  %302 = tail call i32 @llvm.smax.i32(i32 %300, i32 %own.i.13)
+  store i32 %302, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %gep1175.i.14 = getelementptr inbounds nuw i8, ptr %274, i64 60
+  %own.i.14 = load i32, ptr %gep1175.i.14, align 4, !tbaa !5
+  %303 = tail call i32 @llvm.smin.i32(i32 %301, i32 %own.i.14)
+  store i32 %303, ptr %269, align 4, !tbaa !5
+  %304 = tail call i32 @llvm.smax.i32(i32 %302, i32 %own.i.14)
+  store i32 %304, ptr %270, align 4, !tbaa !5
+  store i32 0, ptr %271, align 4, !tbaa !5
+  store i32 0, ptr %272, align 4, !tbaa !5
+  %305 = shl i64 %indvars.iv869.i, 13
+  %306 = and i64 %305, 17179860992
+  %scevgep.i = getelementptr i8, ptr %total_acc.i, i64 %306
+  %307 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %260
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %307, align 4, !tbaa !5
+  %308 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %260
+  store <16 x float> zeroinitializer, ptr %308, align 4, !tbaa !5
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep.i, i8 0, i64 8192, i1 false), !tbaa !5
+  %indvars.iv.next870.i = add nuw nsw i64 %indvars.iv869.i, 1
+  %exitcond872.not.i = icmp eq i64 %indvars.iv.next870.i, %wide.trip.count.i
+  br i1 %exitcond872.not.i, label %for_begin_tile108.preheader.i, label %for_begin_ax1_0.preheader.i, !prof !13
+
+for_body_ax2_0.i:                                 ; preds = %if_end39.i, %for_begin_ax2_0.preheader.i
+  %indvars.iv.i = phi i64 [ 0, %for_begin_ax2_0.preheader.i ], [ %indvars.iv.next.i, %if_end39.i ]
+  br i1 %233, label %if_then19.i, label %if_end20.i
+
+for_end_ax2_0.i:                                  ; preds = %if_end39.i
+  %indvars.iv.next857.i = add nuw nsw i64 %indvars.iv856.i, 1
+  %exitcond860.not.i = icmp eq i64 %indvars.iv.next857.i, 4
+  br i1 %exitcond860.not.i, label %for_body_r.peel.next.i, label %for_begin_ax2_0.preheader.i, !prof !26
+
+if_then19.i:                                      ; preds = %for_body_ax2_0.i
+  %rdiv.i = sdiv i32 %174, %111
+  %309 = add nsw i32 %rdiv.i, %182
+  %310 = sext i32 %309 to i64
+  %311 = add nsw i64 %162, %310
+  %312 = mul i64 %163, %311
+  %.idx1098.i = shl i64 %indvars.iv.i, 3
+  %313 = getelementptr i8, ptr %242, i64 %.idx1098.i
+  %314 = getelementptr i16, ptr %313, i64 %312
+  %315 = load <4 x i16>, ptr %314, align 2, !tbaa !5
+  %316 = zext <4 x i16> %315 to <4 x i32>
+  %317 = shl nuw <4 x i32> %316, splat (i32 16)
+  %318 = bitcast <4 x i32> %317 to <4 x float>
+  %319 = fmul <4 x float> %161, %318
+  br label %if_end20.i
+
+if_end20.i:                                       ; preds = %if_then19.i, %for_body_ax2_0.i
+  %320 = phi <4 x float> [ %319, %if_then19.i ], [ zeroinitializer, %for_body_ax2_0.i ]
+  br i1 %236, label %if_then23.i, label %if_end25.i
+
+if_then23.i:                                      ; preds = %if_end20.i
+  %rdiv28.i = sdiv i32 %174, %111
+  %321 = add nsw i32 %rdiv28.i, %182
+  %322 = sext i32 %321 to i64
+  %323 = add nsw i64 %162, %322
+  %324 = shl nsw i64 %323, 2
+  %325 = or disjoint i64 %324, 1
+  %326 = mul nsw i64 %325, %q_head
+  %.idx1099.i = shl i64 %indvars.iv.i, 3
+  %327 = getelementptr i8, ptr %242, i64 %.idx1099.i
+  %328 = getelementptr i16, ptr %327, i64 %326
+  %329 = load <4 x i16>, ptr %328, align 2, !tbaa !5
+  %330 = zext <4 x i16> %329 to <4 x i32>
+  %331 = shl nuw <4 x i32> %330, splat (i32 16)
+  %332 = bitcast <4 x i32> %331 to <4 x float>
+  %333 = fmul <4 x float> %161, %332
+  br label %if_end25.i
+
+if_end25.i:                                       ; preds = %if_then23.i, %if_end20.i
+  %334 = phi <4 x float> [ %333, %if_then23.i ], [ zeroinitializer, %if_end20.i ]
+  br i1 %238, label %if_then30.i, label %if_end32.i
+
+if_then30.i:                                      ; preds = %if_end25.i
+  %rdiv35.i = sdiv i32 %174, %111
+  %335 = add nsw i32 %rdiv35.i, %182
+  %336 = sext i32 %335 to i64
+  %337 = add nsw i64 %162, %336
+  %338 = shl nsw i64 %337, 2
+  %339 = or disjoint i64 %338, 2
+  %340 = mul nsw i64 %339, %q_head
+  %.idx1100.i = shl i64 %indvars.iv.i, 3
+  %341 = getelementptr i8, ptr %242, i64 %.idx1100.i
+  %342 = getelementptr i16, ptr %341, i64 %340
+  %343 = load <4 x i16>, ptr %342, align 2, !tbaa !5
+  %344 = zext <4 x i16> %343 to <4 x i32>
+  %345 = shl nuw <4 x i32> %344, splat (i32 16)
+  %346 = bitcast <4 x i32> %345 to <4 x float>
+  %347 = fmul <4 x float> %161, %346
+  br label %if_end32.i
+
+if_end32.i:                                       ; preds = %if_then30.i, %if_end25.i
+  %348 = phi <4 x float> [ %347, %if_then30.i ], [ zeroinitializer, %if_end25.i ]
+  br i1 %240, label %if_then37.i, label %if_end39.i
+
+if_then37.i:                                      ; preds = %if_end32.i
+  %349 = add nsw i32 %rdiv42.i, %182
+  %350 = sext i32 %349 to i64
+  %351 = add nsw i64 %162, %350
+  %352 = shl nsw i64 %351, 2
+  %353 = or disjoint i64 %352, 3
+  %354 = mul nsw i64 %353, %q_head
+  %.idx1101.i = shl i64 %indvars.iv.i, 3
+  %355 = getelementptr i8, ptr %242, i64 %.idx1101.i
+  %356 = getelementptr i16, ptr %355, i64 %354
+  %357 = load <4 x i16>, ptr %356, align 2, !tbaa !5
+  %358 = zext <4 x i16> %357 to <4 x i32>
+  %359 = shl nuw <4 x i32> %358, splat (i32 16)
+  %360 = bitcast <4 x i32> %359 to <4 x float>
+  %361 = fmul <4 x float> %161, %360
+  br label %if_end39.i
+
+if_end39.i:                                       ; preds = %if_then37.i, %if_end32.i
+  %362 = phi <4 x float> [ %361, %if_then37.i ], [ zeroinitializer, %if_end32.i ]
+  %363 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %364 = shufflevector <4 x float> %334, <4 x float> %362, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %365 = shufflevector <4 x float> %320, <4 x float> %348, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %366 = shufflevector <4 x float> %334, <4 x float> %362, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %367 = shufflevector <4 x float> %363, <4 x float> %364, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %.idx1102.i = shl nuw nsw i64 %indvars.iv.i, 8
+  %gep1173.i = getelementptr inbounds nuw i8, ptr %invariant.gep1172.i, i64 %.idx1102.i
+  store <4 x float> %367, ptr %gep1173.i, align 4, !tbaa !5
+  %368 = shufflevector <4 x float> %363, <4 x float> %364, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %369 = getelementptr inbounds nuw i8, ptr %gep1173.i, i64 64
+  store <4 x float> %368, ptr %369, align 4, !tbaa !5
+  %370 = shufflevector <4 x float> %365, <4 x float> %366, <4 x i32> <i32 0, i32 4, i32 1, i32 5>
+  %371 = getelementptr inbounds nuw i8, ptr %gep1173.i, i64 128
+  store <4 x float> %370, ptr %371, align 4, !tbaa !5
+  %372 = shufflevector <4 x float> %365, <4 x float> %366, <4 x i32> <i32 2, i32 6, i32 3, i32 7>
+  %373 = getelementptr inbounds nuw i8, ptr %gep1173.i, i64 192
+  store <4 x float> %372, ptr %373, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_ax2_0.i, label %for_body_ax2_0.i, !prof !26
+
+for_end_tile110.loopexit.i:                       ; preds = %if_end118.i, %for_begin_tile108.preheader.i
+  %.lcssa853.i = phi i32 [ %191, %for_begin_tile108.preheader.i ], [ %406, %if_end118.i ]
+  %.lcssa852.i = phi i32 [ %190, %for_begin_tile108.preheader.i ], [ %409, %if_end118.i ]
+  %374 = and i32 %.lcssa853.i, -128
+  br label %for_end_tile110.i
+
+for_end_tile110.i:                                ; preds = %for_end_tile110.loopexit.i, %if_end17.i
+  %span519.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa852.i, %for_end_tile110.loopexit.i ]
+  %span519.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %374, %for_end_tile110.loopexit.i ]
+  %375 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %375, i32 %span519.sroa.3.0.lcssa.i)
+  %376 = shl nsw i32 %block_begin, 4
+  %377 = sub nsw i32 %key_end.i, %376
+  %378 = tail call i32 @llvm.smax.i32(i32 %377, i32 0)
+  %379 = add nuw nsw i32 %378, 4095
+  %380 = lshr i32 %379, 12
+  %.not816.i = icmp eq i32 %380, 0
+  br i1 %.not816.i, label %for_begin_tile413.preheader.i, label %for_body_number.lr.ph.i, !prof !16
+
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile110.i
+  %381 = mul nsw i64 %table_seq, %153
+  %invariant.gep.i = getelementptr i32, ptr %block_table, i64 %381
+  %382 = icmp sgt i32 %num_kv_heads, 0
+  %sext66 = shl i64 %54, 32
+  %383 = ashr exact i64 %sext66, 32
+  %384 = tail call float @llvm.arithmetic.fence.f32(float 0xFFFFE00000000000)
+  %385 = insertelement <16 x float> poison, float %384, i64 0
+  %386 = bitcast <16 x float> %385 to <16 x i32>
+  %387 = shufflevector <16 x i32> %386, <16 x i32> poison, <16 x i32> zeroinitializer
+  %388 = icmp sgt i32 %111, 0
+  %389 = insertelement <16 x float> poison, float %score_scale, i64 0
+  %390 = shufflevector <16 x float> %389, <16 x float> poison, <16 x i32> zeroinitializer
+  %391 = sext i32 %context_len.i to i64
+  %sext67 = shl i64 %67, 32
+  %392 = ashr exact i64 %sext67, 32
+  %393 = add i64 %392, %tree_start
+  %394 = sub i64 %393, %391
+  %395 = zext i32 %111 to i64
+  %wide.trip.count1002.i = and i64 %56, 4294967295
+  %396 = getelementptr i8, ptr %tree_mask, i64 %394
+  %wide.trip.count1016.i = zext nneg i32 %117 to i64
+  %397 = add i64 %tree_start, %392
+  %398 = sub i64 %397, %391
+  %399 = add i64 %tree_start, %392
+  %400 = sub i64 %399, %391
+  %401 = getelementptr i8, ptr %tree_mask, i64 %400
+  %402 = getelementptr i8, ptr %tree_mask, i64 %398
+  br label %for_body_number.i
+
+if_end118.i:                                      ; preds = %if_end118.i, %if_end118.i.preheader
+  %indvars.iv873.i = phi i64 [ %indvars.iv.next874.i, %if_end118.i ], [ %indvars.iv873.i.ph, %if_end118.i.preheader ]
+  %span519.sroa.0.0641.i = phi i32 [ %406, %if_end118.i ], [ %span519.sroa.0.0641.i.ph, %if_end118.i.preheader ]
+  %span519.sroa.3.0640.i = phi i32 [ %409, %if_end118.i ], [ %span519.sroa.3.0640.i.ph, %if_end118.i.preheader ]
+  %.idx1104.i = shl nsw i64 %indvars.iv873.i, 4
+  %403 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1104.i
+  %404 = getelementptr inbounds nuw i8, ptr %403, i64 8
+  %405 = load i32, ptr %404, align 4, !tbaa !5
+  %406 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.0.0641.i, i32 %405)
+  %407 = getelementptr inbounds nuw i8, ptr %403, i64 4
+  %408 = load i32, ptr %407, align 4, !tbaa !5
+  %409 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.3.0640.i, i32 %408)
+  %indvars.iv.next874.i = add nuw nsw i64 %indvars.iv873.i, 1
+  %exitcond877.not.i = icmp eq i64 %indvars.iv.next874.i, %wide.trip.count.i
+  br i1 %exitcond877.not.i, label %for_end_tile110.loopexit.i, label %if_end118.i, !prof !27, !llvm.loop !28
+
+for_begin_number.i:                               ; preds = %if_end408.i
+  %410 = add nuw nsw i32 %number801.i, 1
+  %exitcond1018.not.i = icmp eq i32 %410, %380
+  %indvars.iv.next213 = add i32 %indvars.iv212, 4096
+  br i1 %exitcond1018.not.i, label %for_begin_tile413.preheader.i, label %for_body_number.i, !prof !13
+
+for_begin_tile413.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile110.i
+  br i1 %156, label %for_end_tile415.i, label %for_body_tile414.lr.ph.i, !prof !16
+
+for_body_tile414.lr.ph.i:                         ; preds = %for_begin_tile413.preheader.i
+  %411 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %411, 0
+  %412 = icmp slt i32 %111, 0
+  %sext79 = shl i64 %54, 32
+  %413 = ashr exact i64 %sext79, 32
+  %414 = and i64 %62, 4294967295
+  %415 = shl nuw nsw i64 %414, 5
+  %.idx530.i = shl nuw nsw i64 %414, 14
+  %sext80 = shl i64 %48, 32
+  %416 = ashr exact i64 %sext80, 32
+  %wide.trip.count1063.i = zext nneg i32 %117 to i64
+  br i1 %.not, label %for_body_tile414.i.preheader, label %for_body_tile414.us.i
+
+for_body_tile414.i.preheader:                     ; preds = %for_body_tile414.lr.ph.i
+  %scevgep485 = getelementptr i8, ptr %partial_acc, i64 %.idx530.i
+  %417 = getelementptr i8, ptr %partial_acc, i64 %.idx530.i
+  %scevgep488 = getelementptr i8, ptr %417, i64 512
+  %scevgep492 = getelementptr i8, ptr %total_acc.i, i64 8128
+  br label %for_body_tile414.i
+
+for_body_tile414.us.i:                            ; preds = %if_end419.loopexit.us.i, %for_body_tile414.lr.ph.i
+  %total_acc_global502.sroa.0.0.i = phi <16 x float> [ %total_acc_global502.sroa.0.31112.i, %if_end419.loopexit.us.i ], [ undef, %for_body_tile414.lr.ph.i ]
+  %indvars.iv1060.i = phi i64 [ %indvars.iv.next1061.i, %if_end419.loopexit.us.i ], [ 0, %for_body_tile414.lr.ph.i ]
+  %418 = shl nsw i64 %indvars.iv1060.i, 4
+  %419 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %418
+  %total.us.i = load <16 x float>, ptr %419, align 4, !tbaa !5
+  %420 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %421 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %422 = select <16 x i1> %421, <16 x float> zeroinitializer, <16 x float> %420
+  store <16 x float> %422, ptr %factor503.i, align 16, !tbaa !29
+  %423 = trunc nuw nsw i64 %indvars.iv1060.i to i32
+  %rmod421.us.i = srem i32 %423, %111
+  %rdiv433.us.i = sdiv i32 %423, %111
+  %424 = icmp ne i32 %rmod421.us.i, 0
+  %.not533.us.i = and i1 %412, %424
+  %425 = select i1 %.not533.us.i, i32 %111, i32 0
+  %426 = add nsw i32 %425, %rmod421.us.i
+  %427 = shl nsw i32 %426, 4
+  %428 = sub nsw i32 %109, %427
+  %429 = icmp sgt i32 %428, 0
+  br i1 %429, label %for_begin_d_0422.preheader.lr.ph.us.i, label %if_end419.loopexit.us.i, !prof !3
+
+for_body_r437.us.i:                               ; preds = %for_begin_r436.preheader.us.i, %if_end443.us.i.1
+  %indvars.iv1054.i = phi i64 [ 0, %for_begin_r436.preheader.us.i ], [ %indvars.iv.next1055.i.1, %if_end443.us.i.1 ]
+  %430 = add nuw nsw i64 %indvars.iv1054.i, %418
+  %431 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %430
+  %432 = load float, ptr %431, align 4, !tbaa !5
+  %433 = fcmp oeq float %432, 0.000000e+00
+  br i1 %433, label %if_end443.us.i, label %if_else442.us.i
+
+if_else442.us.i:                                  ; preds = %for_body_r437.us.i
+  %434 = getelementptr inbounds nuw i32, ptr %places.i, i64 %430
+  %435 = load i32, ptr %434, align 4, !tbaa !5
+  %436 = shl i32 %435, 23
+  %437 = add i32 %436, 1065353216
+  %438 = bitcast i32 %437 to float
+  %439 = fmul float %432, %438
+  %440 = tail call float @llvm.log.f32(float %439)
+  %441 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %430
+  %442 = load float, ptr %441, align 4, !tbaa !5
+  %443 = fadd float %442, %440
+  br label %if_end443.us.i
+
+if_end443.us.i:                                   ; preds = %if_else442.us.i, %for_body_r437.us.i
+  %444 = phi float [ %443, %if_else442.us.i ], [ 0xFFF0000000000000, %for_body_r437.us.i ]
+  %445 = and i64 %indvars.iv1054.i, 2
+  %446 = lshr i64 %indvars.iv1054.i, 2
+  %447 = add nsw i64 %446, %531
+  %448 = mul nsw i64 %447, %lse_batch
+  %449 = getelementptr float, ptr %523, i64 %448
+  %450 = getelementptr float, ptr %449, i64 %445
+  store float %444, ptr %450, align 4, !tbaa !5
+  %indvars.iv.next1055.i = or disjoint i64 %indvars.iv1054.i, 1
+  %451 = add nuw nsw i64 %indvars.iv.next1055.i, %418
+  %452 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %451
+  %453 = load float, ptr %452, align 4, !tbaa !5
+  %454 = fcmp oeq float %453, 0.000000e+00
+  br i1 %454, label %if_end443.us.i.1, label %if_else442.us.i.1
+
+if_else442.us.i.1:                                ; preds = %if_end443.us.i
+  %455 = getelementptr inbounds nuw i32, ptr %places.i, i64 %451
+  %456 = load i32, ptr %455, align 4, !tbaa !5
+  %457 = shl i32 %456, 23
+  %458 = add i32 %457, 1065353216
+  %459 = bitcast i32 %458 to float
+  %460 = fmul float %453, %459
+  %461 = tail call float @llvm.log.f32(float %460)
+  %462 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %451
+  %463 = load float, ptr %462, align 4, !tbaa !5
+  %464 = fadd float %463, %461
+  br label %if_end443.us.i.1
+
+if_end443.us.i.1:                                 ; preds = %if_else442.us.i.1, %if_end443.us.i
+  %465 = phi float [ %464, %if_else442.us.i.1 ], [ 0xFFF0000000000000, %if_end443.us.i ]
+  %466 = and i64 %indvars.iv.next1055.i, 3
+  %467 = lshr i64 %indvars.iv1054.i, 2
+  %468 = add nsw i64 %467, %531
+  %469 = mul nsw i64 %468, %lse_batch
+  %470 = getelementptr float, ptr %523, i64 %469
+  %471 = getelementptr float, ptr %470, i64 %466
+  store float %465, ptr %471, align 4, !tbaa !5
+  %indvars.iv.next1055.i.1 = add nuw nsw i64 %indvars.iv1054.i, 2
+  %exitcond1059.not.i.1 = icmp eq i64 %indvars.iv.next1055.i.1, %wide.trip.count1052.i
+  br i1 %exitcond1059.not.i.1, label %if_end419.loopexit.us.i, label %for_body_r437.us.i, !prof !13, !llvm.loop !36
+
+for_end_d_0424.us.i:                              ; preds = %for_begin_ax2_0427.preheader.us.i
+  %indvars.iv.next1049.i = add nuw nsw i64 %indvars.iv1048.i, 1
+  %exitcond1053.not.i = icmp eq i64 %indvars.iv.next1049.i, %wide.trip.count1052.i
+  br i1 %exitcond1053.not.i, label %for_begin_r436.preheader.us.i, label %for_begin_d_0422.preheader.us.i, !prof !13
+
+for_begin_ax2_0427.preheader.us.i:                ; preds = %for_begin_d_0422.preheader.us.i, %for_begin_ax2_0427.preheader.us.i
+  %total_acc_global502.sroa.0.1.i = phi <16 x float> [ %total_acc_global502.sroa.0.2.i, %for_begin_d_0422.preheader.us.i ], [ %total_acc_global502.sroa.0.60.vec.insert.i, %for_begin_ax2_0427.preheader.us.i ]
+  %indvars.iv1044.i = phi i64 [ 0, %for_begin_d_0422.preheader.us.i ], [ %indvars.iv.next1045.i, %for_begin_ax2_0427.preheader.us.i ]
+  %.idx81 = shl nuw nsw i64 %indvars.iv1044.i, 10
+  %472 = getelementptr inbounds nuw i8, ptr %gep152, i64 %.idx81
+  %473 = load float, ptr %472, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.0.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.1.i, float %473, i64 0
+  %474 = getelementptr inbounds nuw i8, ptr %472, i64 64
+  %475 = load float, ptr %474, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.4.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.0.vec.insert.i, float %475, i64 1
+  %476 = getelementptr inbounds nuw i8, ptr %472, i64 128
+  %477 = load float, ptr %476, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.8.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.4.vec.insert.i, float %477, i64 2
+  %478 = getelementptr inbounds nuw i8, ptr %472, i64 192
+  %479 = load float, ptr %478, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.12.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.8.vec.insert.i, float %479, i64 3
+  %480 = getelementptr inbounds nuw i8, ptr %472, i64 256
+  %481 = load float, ptr %480, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.16.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.12.vec.insert.i, float %481, i64 4
+  %482 = getelementptr inbounds nuw i8, ptr %472, i64 320
+  %483 = load float, ptr %482, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.20.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.16.vec.insert.i, float %483, i64 5
+  %484 = getelementptr inbounds nuw i8, ptr %472, i64 384
+  %485 = load float, ptr %484, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.24.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.20.vec.insert.i, float %485, i64 6
+  %486 = getelementptr inbounds nuw i8, ptr %472, i64 448
+  %487 = load float, ptr %486, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.28.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.24.vec.insert.i, float %487, i64 7
+  %488 = getelementptr inbounds nuw i8, ptr %472, i64 512
+  %489 = load float, ptr %488, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.32.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.28.vec.insert.i, float %489, i64 8
+  %490 = getelementptr inbounds nuw i8, ptr %472, i64 576
+  %491 = load float, ptr %490, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.36.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.32.vec.insert.i, float %491, i64 9
+  %492 = getelementptr inbounds nuw i8, ptr %472, i64 640
+  %493 = load float, ptr %492, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.40.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.36.vec.insert.i, float %493, i64 10
+  %494 = getelementptr inbounds nuw i8, ptr %472, i64 704
+  %495 = load float, ptr %494, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.44.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.40.vec.insert.i, float %495, i64 11
+  %496 = getelementptr inbounds nuw i8, ptr %472, i64 768
+  %497 = load float, ptr %496, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.48.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.44.vec.insert.i, float %497, i64 12
+  %498 = getelementptr inbounds nuw i8, ptr %472, i64 832
+  %499 = load float, ptr %498, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.52.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.48.vec.insert.i, float %499, i64 13
+  %500 = getelementptr inbounds nuw i8, ptr %472, i64 896
+  %501 = load float, ptr %500, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.56.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.52.vec.insert.i, float %501, i64 14
+  %502 = getelementptr inbounds nuw i8, ptr %472, i64 960
+  %503 = load float, ptr %502, align 4, !tbaa !5
+  %total_acc_global502.sroa.0.60.vec.insert.i = insertelement <16 x float> %total_acc_global502.sroa.0.56.vec.insert.i, float %503, i64 15
+  %504 = fmul <16 x float> %515, %total_acc_global502.sroa.0.60.vec.insert.i
+  %505 = bitcast <16 x float> %504 to <16 x i32>
+  %506 = lshr <16 x i32> %505, splat (i32 16)
+  %507 = and <16 x i32> %506, splat (i32 1)
+  %508 = add nuw <16 x i32> %505, splat (i32 32767)
+  %509 = add nuw <16 x i32> %508, %507
+  %510 = lshr <16 x i32> %509, splat (i32 16)
+  %511 = trunc nuw <16 x i32> %510 to <16 x i16>
+  %gep809.us.idx.i = shl i64 %indvars.iv1044.i, 5
+  %gep809.us.i = getelementptr i8, ptr %invariant.gep808.us.i, i64 %gep809.us.idx.i
+  store <16 x i16> %511, ptr %gep809.us.i, align 2, !tbaa !5
+  %indvars.iv.next1045.i = add nuw nsw i64 %indvars.iv1044.i, 1
+  %exitcond1047.not.i = icmp eq i64 %indvars.iv.next1045.i, 8
+  br i1 %exitcond1047.not.i, label %for_end_d_0424.us.i, label %for_begin_ax2_0427.preheader.us.i, !prof !26
+
+for_begin_d_0422.preheader.us.i:                  ; preds = %for_begin_d_0422.preheader.lr.ph.us.i, %for_end_d_0424.us.i
+  %total_acc_global502.sroa.0.2.i = phi <16 x float> [ %total_acc_global502.sroa.0.0.i, %for_begin_d_0422.preheader.lr.ph.us.i ], [ %total_acc_global502.sroa.0.60.vec.insert.i, %for_end_d_0424.us.i ]
+  %indvars.iv1048.i = phi i64 [ 0, %for_begin_d_0422.preheader.lr.ph.us.i ], [ %indvars.iv.next1049.i, %for_end_d_0424.us.i ]
+  %512 = getelementptr inbounds nuw float, ptr %factor503.i, i64 %indvars.iv1048.i
+  %513 = load float, ptr %512, align 4, !tbaa !38
+  %514 = insertelement <16 x float> poison, float %513, i64 0
+  %515 = shufflevector <16 x float> %514, <16 x float> poison, <16 x i32> zeroinitializer
+  %516 = and i64 %indvars.iv1048.i, 3
+  %517 = or disjoint i64 %516, %528
+  %518 = mul nsw i64 %517, %out_head
+  %519 = lshr i64 %indvars.iv1048.i, 2
+  %520 = add nsw i64 %519, %531
+  %521 = mul nsw i64 %520, %out_batch
+  %522 = getelementptr i16, ptr %out, i64 %521
+  %invariant.gep808.us.i = getelementptr i16, ptr %522, i64 %518
+  %gep152 = getelementptr inbounds nuw float, ptr %invariant.gep151, i64 %indvars.iv1048.i
+  br label %for_begin_ax2_0427.preheader.us.i
+
+for_begin_r436.preheader.us.i:                    ; preds = %for_end_d_0424.us.i
+  %.idx534.us.i = shl nsw i64 %527, 4
+  %523 = getelementptr i8, ptr %lse, i64 %.idx534.us.i
+  br label %for_body_r437.us.i
+
+if_end419.loopexit.us.i:                          ; preds = %if_end443.us.i.1, %for_body_tile414.us.i
+  %total_acc_global502.sroa.0.31112.i = phi <16 x float> [ %total_acc_global502.sroa.0.0.i, %for_body_tile414.us.i ], [ %total_acc_global502.sroa.0.60.vec.insert.i, %if_end443.us.i.1 ]
+  %indvars.iv.next1061.i = add nuw nsw i64 %indvars.iv1060.i, 1
+  %exitcond1064.not.i = icmp eq i64 %indvars.iv.next1061.i, %wide.trip.count1063.i
+  br i1 %exitcond1064.not.i, label %for_end_tile415.i, label %for_body_tile414.us.i, !prof !13
+
+for_begin_d_0422.preheader.lr.ph.us.i:            ; preds = %for_body_tile414.us.i
+  %524 = sext i1 %.not533.us.i to i32
+  %525 = add nsw i32 %rdiv433.us.i, %524
+  %526 = sext i32 %525 to i64
+  %527 = add nsw i64 %413, %526
+  %528 = shl nsw i64 %527, 2
+  %529 = sext i32 %426 to i64
+  %530 = shl nsw i64 %529, 2
+  %531 = add nsw i64 %530, %416
+  %532 = shl i64 %indvars.iv1060.i, 11
+  %533 = and i64 %532, 4294965248
+  %534 = tail call i32 @llvm.umin.i32(i32 %428, i32 16)
+  %wide.trip.count1052.i = zext nneg i32 %534 to i64
+  %invariant.gep151 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %533
+  br label %for_begin_d_0422.preheader.us.i
+
+for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
+  %indvars.iv222.in = phi i32 [ %indvars.iv222, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
+  %indvars.iv212 = phi i32 [ %indvars.iv.next213, %for_begin_number.i ], [ %376, %for_body_number.lr.ph.i ]
+  %number801.i = phi i32 [ %410, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %535 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
+  %smax445 = sext i32 %535 to i64
+  %536 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
+  %smax408 = sext i32 %536 to i64
+  %indvars.iv222 = add i32 %indvars.iv222.in, 4096
+  %smax214 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
+  %537 = add i32 %smax214, %tree_size
+  %538 = sub i32 %context_len.i, %537
+  %539 = tail call i32 @llvm.smax.i32(i32 %span519.sroa.0.0.lcssa.i, i32 %indvars.iv212)
+  %540 = sub i32 0, %539
+  %541 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_max.i = tail call ptr %541(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %542 = icmp eq ptr %row_max.i, null
+  br i1 %542, label %fused_attend_compute_.exit, label %if_end120.i, !prof !8
+
+if_end120.i:                                      ; preds = %for_body_number.i
+  %543 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %row_sum.i = tail call ptr %543(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %544 = icmp eq ptr %row_sum.i, null
+  br i1 %544, label %fused_attend_compute_.exit, label %if_end123.i, !prof !8
+
+if_end123.i:                                      ; preds = %if_end120.i
+  %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %545(i32 1, i32 %dev_id, i64 %125, i32 2, i32 32)
+  %546 = icmp eq ptr %acc.i, null
+  br i1 %546, label %fused_attend_compute_.exit, label %if_end126.i, !prof !8
+
+if_end126.i:                                      ; preds = %if_end123.i
+  %547 = shl nsw i32 %number801.i, 12
+  %548 = add nsw i32 %547, %376
+  %549 = add nsw i32 %548, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %548, i32 %span519.sroa.0.0.lcssa.i)
+  %550 = tail call i32 @llvm.smin.i32(i32 %549, i32 %key_end.i)
+  %551 = sub nsw i32 %550, %read_begin.i
+  %.fr819.i = freeze i32 %551
+  %552 = icmp slt i32 %.fr819.i, 1
+  %553 = tail call i32 @llvm.smax.i32(i32 %.fr819.i, i32 0)
+  %554 = add nuw nsw i32 %553, 127
+  %555 = lshr i32 %554, 7
+  %.not817.i = icmp eq i32 %555, 0
+  br i1 %.not817.i, label %for_begin_tile344.preheader.i, label %for_body_step.lr.ph.i, !prof !16
+
+for_body_step.lr.ph.i:                            ; preds = %if_end126.i
+  %556 = add nsw i32 %550, -1
+  %557 = sext i32 %read_begin.i to i64
+  %558 = sext i32 %.fr819.i to i64
+  %wide.trip.count1007.i = zext nneg i32 %555 to i64
+  %559 = getelementptr i8, ptr %396, i64 %557
+  %560 = add i32 %read_begin.i, %tree_size
+  %561 = getelementptr i8, ptr %401, i64 %smax445
+  %562 = getelementptr i8, ptr %402, i64 %smax408
+  br label %for_body_step.i
+
+for_begin_step.i:                                 ; preds = %if_end339.i
+  %indvars.iv.next1005.i = add nuw nsw i64 %indvars.iv1004.i, 1
+  %exitcond1008.not.i = icmp eq i64 %indvars.iv.next1005.i, %wide.trip.count1007.i
+  %indvars.iv.next = add i32 %indvars.iv, -128
+  %indvars.iv.next216 = add i32 %indvars.iv215, -128
+  %indvars.iv.next220 = add i32 %indvars.iv219, -128
+  br i1 %exitcond1008.not.i, label %for_begin_tile344.preheader.i, label %for_body_step.i, !prof !13
+
+for_begin_tile344.preheader.i:                    ; preds = %for_begin_step.i, %if_end126.i
+  %brmerge.i = or i1 %156, %552
+  br i1 %brmerge.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !39
+
+for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
+  %indvars.iv219 = phi i32 [ %indvars.iv.next220, %for_begin_step.i ], [ %540, %for_body_step.lr.ph.i ]
+  %indvars.iv215 = phi i32 [ %indvars.iv.next216, %for_begin_step.i ], [ %538, %for_body_step.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr819.i, %for_body_step.lr.ph.i ]
+  %indvars.iv1004.i = phi i64 [ %indvars.iv.next1005.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smin578 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %563 = add nsw i32 %smin578, 7
+  %564 = and i32 %563, -8
+  %smax579 = tail call i32 @llvm.smax.i32(i32 %564, i32 1)
+  %565 = zext nneg i32 %smax579 to i64
+  %smin575 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %566 = add nsw i32 %smin575, 7
+  %567 = and i32 %566, -8
+  %smax576 = tail call i32 @llvm.smax.i32(i32 %567, i32 1)
+  %568 = zext nneg i32 %smax576 to i64
+  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %569 = shl nuw nsw i64 %indvars.iv1004.i, 7
+  %scevgep446 = getelementptr i8, ptr %561, i64 %569
+  %smax447 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %570 = zext nneg i32 %smax447 to i64
+  %571 = shl i32 %smax447, 4
+  %smax435 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %572 = shl i32 %smax435, 4
+  %smax419 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %573 = shl nuw nsw i64 %indvars.iv1004.i, 7
+  %scevgep = getelementptr i8, ptr %562, i64 %573
+  %smax409 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %574 = zext nneg i32 %smax409 to i64
+  %575 = shl i32 %smax409, 4
+  %576 = sext i32 %575 to i64
+  %577 = shl nsw i64 %576, 2
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %578 = shl i32 %smax, 4
+  %smax228 = tail call i32 @llvm.smax.i32(i32 %indvars.iv215, i32 0)
+  %579 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %key_offsets.i = tail call ptr %579(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %580 = icmp eq ptr %key_offsets.i, null
+  br i1 %580, label %fused_attend_compute_.exit, label %if_end129.i, !prof !8
+
+if_end129.i:                                      ; preds = %for_body_step.i
+  %581 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %value_offsets.i = tail call ptr %581(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %582 = icmp eq ptr %value_offsets.i, null
+  br i1 %582, label %fused_attend_compute_.exit, label %if_end132.i, !prof !8
+
+if_end132.i:                                      ; preds = %if_end129.i
+  %583 = shl nsw i64 %indvars.iv1004.i, 7
+  %584 = sub nsw i64 %558, %583
+  %585 = trunc nsw i64 %584 to i32
+  %586 = tail call i32 @llvm.smin.i32(i32 %585, i32 128)
+  %587 = add nsw i32 %586, 7
+  %588 = ashr i32 %587, 3
+  %589 = icmp sgt i64 %584, 0
+  br i1 %589, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+
+for_body_t.lr.ph.i:                               ; preds = %if_end132.i
+  %590 = add nsw i64 %583, %557
+  %xtraiter = and i64 %568, 1
+  %591 = icmp eq i32 %smax576, 1
+  br i1 %591, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !4
+
+for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
+  %unroll_iter = and i64 %568, 2147483640
+  br label %for_body_t.i
+
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
+  %indvars.iv879.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next880.i.1, %for_body_t.i ]
+  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.1, %for_body_t.i ]
+  %592 = add nsw i64 %indvars.iv879.i, %590
+  %593 = trunc nsw i64 %592 to i32
+  %594 = tail call i32 @llvm.smin.i32(i32 %593, i32 %556)
+  %595 = sext i32 %594 to i64
+  %596 = ashr i64 %595, 4
+  %gep.i = getelementptr i32, ptr %invariant.gep.i, i64 %596
+  %597 = load i32, ptr %gep.i, align 4, !tbaa !5
+  %block.i = sext i32 %597 to i64
+  %598 = and i64 %595, 15
+  %599 = mul nsw i64 %598, %k_row
+  %600 = mul nsw i64 %k_block, %block.i
+  %601 = add nsw i64 %599, %600
+  %602 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv879.i
+  store i64 %601, ptr %602, align 8, !tbaa !5
+  %indvars.iv.next880.i = or disjoint i64 %indvars.iv879.i, 1
+  %603 = add nsw i64 %indvars.iv.next880.i, %590
+  %604 = trunc nsw i64 %603 to i32
+  %605 = tail call i32 @llvm.smin.i32(i32 %604, i32 %556)
+  %606 = sext i32 %605 to i64
+  %607 = ashr i64 %606, 4
+  %gep.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %607
+  %608 = load i32, ptr %gep.i.1, align 4, !tbaa !5
+  %block.i.1 = sext i32 %608 to i64
+  %609 = and i64 %606, 15
+  %610 = mul nsw i64 %609, %k_row
+  %611 = mul nsw i64 %k_block, %block.i.1
+  %612 = add nsw i64 %610, %611
+  %613 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next880.i
+  store i64 %612, ptr %613, align 8, !tbaa !5
+  %indvars.iv.next880.i.1 = add nuw nsw i64 %indvars.iv879.i, 2
+  %niter.next.1 = add i64 %niter, 2
+  %niter.ncmp.1 = icmp eq i64 %niter.next.1, %unroll_iter
+  br i1 %niter.ncmp.1, label %for_body_t135.i.preheader.unr-lcssa, label %for_body_t.i, !prof !9, !llvm.loop !40
+
+for_body_t135.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_body_t135.i.preheader, label %for_body_t.i.epil.preheader, !prof !12
+
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t135.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
+  %indvars.iv879.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next880.i.1, %for_body_t135.i.preheader.unr-lcssa ]
+  %lcmp.mod577 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod577)
+  %614 = add nsw i64 %indvars.iv879.i.epil.init, %590
+  %615 = trunc nsw i64 %614 to i32
+  %616 = tail call i32 @llvm.smin.i32(i32 %615, i32 %556)
+  %617 = sext i32 %616 to i64
+  %618 = ashr i64 %617, 4
+  %gep.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %618
+  %619 = load i32, ptr %gep.i.epil, align 4, !tbaa !5
+  %block.i.epil = sext i32 %619 to i64
+  %620 = and i64 %617, 15
+  %621 = mul nsw i64 %620, %k_row
+  %622 = mul nsw i64 %k_block, %block.i.epil
+  %623 = add nsw i64 %621, %622
+  %624 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv879.i.epil.init
+  store i64 %623, ptr %624, align 8, !tbaa !5
+  br label %for_body_t135.i.preheader
+
+for_body_t135.i.preheader:                        ; preds = %for_body_t.i.epil.preheader, %for_body_t135.i.preheader.unr-lcssa
+  %xtraiter580 = and i64 %565, 1
+  %625 = icmp eq i32 %smax579, 1
+  br i1 %625, label %for_body_t135.i.epil.preheader, label %for_body_t135.i.preheader.new, !prof !4
+
+for_body_t135.i.preheader.new:                    ; preds = %for_body_t135.i.preheader
+  %unroll_iter583 = and i64 %565, 2147483640
+  br label %for_body_t135.i
+
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t135.i
+  %lcmp.mod581.not = icmp eq i64 %xtraiter580, 0
+  br i1 %lcmp.mod581.not, label %for_begin_kv_head.preheader.i, label %for_body_t135.i.epil.preheader, !prof !12
+
+for_body_t135.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t135.i.preheader
+  %indvars.iv882.i.epil.init = phi i64 [ 0, %for_body_t135.i.preheader ], [ %indvars.iv.next883.i.1, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod582 = icmp ne i64 %xtraiter580, 0
+  tail call void @llvm.assume(i1 %lcmp.mod582)
+  %626 = add nsw i64 %indvars.iv882.i.epil.init, %590
+  %627 = trunc nsw i64 %626 to i32
+  %628 = tail call i32 @llvm.smin.i32(i32 %627, i32 %556)
+  %629 = sext i32 %628 to i64
+  %630 = ashr i64 %629, 4
+  %gep647.i.epil = getelementptr i32, ptr %invariant.gep.i, i64 %630
+  %631 = load i32, ptr %gep647.i.epil, align 4, !tbaa !5
+  %block142.i.epil = sext i32 %631 to i64
+  %632 = and i64 %629, 15
+  %633 = mul nsw i64 %632, %v_row
+  %634 = mul nsw i64 %v_block, %block142.i.epil
+  %635 = add nsw i64 %633, %634
+  %636 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv882.i.epil.init
+  store i64 %635, ptr %636, align 8, !tbaa !5
+  br label %for_begin_kv_head.preheader.i
+
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t135.i.epil.preheader, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end132.i
+  br i1 %382, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
+  %637 = icmp sgt i32 %588, 0
+  %638 = add nsw i64 %583, %557
+  %639 = trunc nuw nsw i64 %583 to i32
+  %640 = add i32 %read_begin.i, %639
+  %641 = add i32 %560, %639
+  %.reass718.reass.i = sub i32 %context_len.i, %641
+  %642 = tail call i32 @llvm.smax.i32(i32 %.reass718.reass.i, i32 0)
+  %643 = zext nneg i32 %642 to i64
+  %644 = icmp eq i64 %indvars.iv1004.i, 0
+  %645 = insertelement <16 x i1> poison, i1 %644, i64 0
+  %646 = shufflevector <16 x i1> %645, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count892.i = zext nneg i32 %588 to i64
+  %647 = trunc nsw i64 %638 to i32
+  %648 = getelementptr i8, ptr %559, i64 %583
+  %649 = getelementptr i8, ptr %648, i64 %643
+  %scevgep410 = getelementptr i8, ptr %scevgep, i64 %574
+  %scevgep412 = getelementptr i8, ptr %scevgep, i64 %574
+  %scevgep448 = getelementptr i8, ptr %scevgep446, i64 %570
+  %scevgep452 = getelementptr i8, ptr %scevgep446, i64 %570
+  %broadcast.splatinsert472 = insertelement <8 x i32> poison, i32 %642, i64 0
+  %broadcast.splat473 = shufflevector <8 x i32> %broadcast.splatinsert472, <8 x i32> poison, <8 x i32> zeroinitializer
+  %broadcast.splatinsert427 = insertelement <8 x i32> poison, i32 %642, i64 0
+  %broadcast.splat428 = shufflevector <8 x i32> %broadcast.splatinsert427, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %for_body_kv_head.i
+
+for_body_t135.i:                                  ; preds = %for_body_t135.i, %for_body_t135.i.preheader.new
+  %indvars.iv882.i = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %indvars.iv.next883.i.1, %for_body_t135.i ]
+  %niter584 = phi i64 [ 0, %for_body_t135.i.preheader.new ], [ %niter584.next.1, %for_body_t135.i ]
+  %650 = add nsw i64 %indvars.iv882.i, %590
+  %651 = trunc nsw i64 %650 to i32
+  %652 = tail call i32 @llvm.smin.i32(i32 %651, i32 %556)
+  %653 = sext i32 %652 to i64
+  %654 = ashr i64 %653, 4
+  %gep647.i = getelementptr i32, ptr %invariant.gep.i, i64 %654
+  %655 = load i32, ptr %gep647.i, align 4, !tbaa !5
+  %block142.i = sext i32 %655 to i64
+  %656 = and i64 %653, 15
+  %657 = mul nsw i64 %656, %v_row
+  %658 = mul nsw i64 %v_block, %block142.i
+  %659 = add nsw i64 %657, %658
+  %660 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv882.i
+  store i64 %659, ptr %660, align 8, !tbaa !5
+  %indvars.iv.next883.i = or disjoint i64 %indvars.iv882.i, 1
+  %661 = add nsw i64 %indvars.iv.next883.i, %590
+  %662 = trunc nsw i64 %661 to i32
+  %663 = tail call i32 @llvm.smin.i32(i32 %662, i32 %556)
+  %664 = sext i32 %663 to i64
+  %665 = ashr i64 %664, 4
+  %gep647.i.1 = getelementptr i32, ptr %invariant.gep.i, i64 %665
+  %666 = load i32, ptr %gep647.i.1, align 4, !tbaa !5
+  %block142.i.1 = sext i32 %666 to i64
+  %667 = and i64 %664, 15
+  %668 = mul nsw i64 %667, %v_row
+  %669 = mul nsw i64 %v_block, %block142.i.1
+  %670 = add nsw i64 %668, %669
+  %671 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next883.i
+  store i64 %670, ptr %671, align 8, !tbaa !5
+  %indvars.iv.next883.i.1 = add nuw nsw i64 %indvars.iv882.i, 2
+  %niter584.next.1 = add i64 %niter584, 2
+  %niter584.ncmp.1 = icmp eq i64 %niter584.next.1, %unroll_iter583
+  br i1 %niter584.ncmp.1, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t135.i, !prof !9, !llvm.loop !41
+
+for_begin_kv_head.i:                              ; preds = %if_end333.i
+  %indvars.iv.next1000.i = add nuw nsw i64 %indvars.iv999.i, 1
+  %exitcond1003.not.i = icmp eq i64 %indvars.iv.next1000.i, %wide.trip.count1002.i
+  br i1 %exitcond1003.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !13
+
+for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i, %for_body_kv_head.lr.ph.i
+  %indvars.iv999.i = phi i64 [ 0, %for_body_kv_head.lr.ph.i ], [ %indvars.iv.next1000.i, %for_begin_kv_head.i ]
+  %672 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %k_tile.i = tail call ptr %672(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %673 = icmp eq ptr %k_tile.i, null
+  br i1 %673, label %fused_attend_compute_.exit, label %if_end146.i, !prof !8
+
+for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i, %for_begin_kv_head.preheader.i
+  %674 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %675 = tail call i32 %674(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not538.i = icmp eq i32 %675, 0
+  br i1 %.not538.i, label %if_end339.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end146.i:                                      ; preds = %for_body_kv_head.i
+  %676 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %v_tile.i = tail call ptr %676(i32 1, i32 %dev_id, i64 65536, i32 2, i32 32)
+  %677 = icmp eq ptr %v_tile.i, null
+  br i1 %677, label %fused_attend_compute_.exit, label %if_end149.i, !prof !8
+
+if_end149.i:                                      ; preds = %if_end146.i
+  %678 = add nsw i64 %indvars.iv999.i, %383
+  br i1 %637, label %for_begin_ti.preheader.lr.ph.i, label %for_begin_row_tile.preheader.i, !prof !3
+
+for_begin_ti.preheader.lr.ph.i:                   ; preds = %if_end149.i
+  %679 = mul nsw i64 %678, %k_head
+  %invariant.gep648.i = getelementptr i32, ptr %key_cache, i64 %679
+  br label %for_begin_ti.preheader.i
+
+for_begin_ti156.preheader.lr.ph.i:                ; preds = %for_begin_ti.preheader.i
+  %680 = mul nsw i64 %678, %v_head
+  %invariant.gep666.i = getelementptr i32, ptr %value_cache, i64 %680
+  br label %for_begin_ti156.preheader.i
+
+for_begin_ti.preheader.i:                         ; preds = %for_begin_ti.preheader.i, %for_begin_ti.preheader.lr.ph.i
+  %indvars.iv889.i = phi i64 [ 0, %for_begin_ti.preheader.lr.ph.i ], [ %indvars.iv.next890.i, %for_begin_ti.preheader.i ]
+  %.idx = shl nsw i64 %indvars.iv889.i, 6
+  %681 = getelementptr inbounds nuw i8, ptr %key_offsets.i, i64 %.idx
+  %682 = load i64, ptr %681, align 8, !tbaa !5
+  %gep649.i = getelementptr i32, ptr %invariant.gep648.i, i64 %682
+  %683 = load <16 x i32>, ptr %gep649.i, align 4, !tbaa !5
+  %684 = shl <16 x i32> %683, splat (i32 16)
+  %.idx68 = shl nsw i64 %indvars.iv889.i, 12
+  %685 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx68
+  store <16 x i32> %684, ptr %685, align 4, !tbaa !5
+  %686 = load i64, ptr %681, align 8, !tbaa !5
+  %gep651.i = getelementptr i32, ptr %invariant.gep648.i, i64 %686
+  %687 = load <16 x i32>, ptr %gep651.i, align 4, !tbaa !5
+  %688 = and <16 x i32> %687, %387
+  %689 = getelementptr inbounds nuw i8, ptr %685, i64 64
+  store <16 x i32> %688, ptr %689, align 4, !tbaa !5
+  %690 = load i64, ptr %681, align 8, !tbaa !5
+  %gep653.i = getelementptr i32, ptr %invariant.gep648.i, i64 %690
+  %691 = getelementptr i8, ptr %gep653.i, i64 64
+  %692 = load <16 x i32>, ptr %691, align 4, !tbaa !5
+  %693 = shl <16 x i32> %692, splat (i32 16)
+  %694 = getelementptr inbounds nuw i8, ptr %685, i64 128
+  store <16 x i32> %693, ptr %694, align 4, !tbaa !5
+  %695 = load i64, ptr %681, align 8, !tbaa !5
+  %gep655.i = getelementptr i32, ptr %invariant.gep648.i, i64 %695
+  %696 = getelementptr i8, ptr %gep655.i, i64 64
+  %697 = load <16 x i32>, ptr %696, align 4, !tbaa !5
+  %698 = and <16 x i32> %697, %387
+  %699 = getelementptr inbounds nuw i8, ptr %685, i64 192
+  store <16 x i32> %698, ptr %699, align 4, !tbaa !5
+  %700 = load i64, ptr %681, align 8, !tbaa !5
+  %gep657.i = getelementptr i32, ptr %invariant.gep648.i, i64 %700
+  %701 = getelementptr i8, ptr %gep657.i, i64 128
+  %702 = load <16 x i32>, ptr %701, align 4, !tbaa !5
+  %703 = shl <16 x i32> %702, splat (i32 16)
+  %704 = getelementptr inbounds nuw i8, ptr %685, i64 256
+  store <16 x i32> %703, ptr %704, align 4, !tbaa !5
+  %705 = load i64, ptr %681, align 8, !tbaa !5
+  %gep659.i = getelementptr i32, ptr %invariant.gep648.i, i64 %705
+  %706 = getelementptr i8, ptr %gep659.i, i64 128
+  %707 = load <16 x i32>, ptr %706, align 4, !tbaa !5
+  %708 = and <16 x i32> %707, %387
+  %709 = getelementptr inbounds nuw i8, ptr %685, i64 320
+  store <16 x i32> %708, ptr %709, align 4, !tbaa !5
+  %710 = load i64, ptr %681, align 8, !tbaa !5
+  %gep661.i = getelementptr i32, ptr %invariant.gep648.i, i64 %710
+  %711 = getelementptr i8, ptr %gep661.i, i64 192
+  %712 = load <16 x i32>, ptr %711, align 4, !tbaa !5
+  %713 = shl <16 x i32> %712, splat (i32 16)
+  %714 = getelementptr inbounds nuw i8, ptr %685, i64 384
+  store <16 x i32> %713, ptr %714, align 4, !tbaa !5
+  %715 = load i64, ptr %681, align 8, !tbaa !5
+  %gep663.i = getelementptr i32, ptr %invariant.gep648.i, i64 %715
+  %716 = getelementptr i8, ptr %gep663.i, i64 192
+  %717 = load <16 x i32>, ptr %716, align 4, !tbaa !5
+  %718 = and <16 x i32> %717, %387
+  %719 = getelementptr inbounds nuw i8, ptr %685, i64 448
+  store <16 x i32> %718, ptr %719, align 4, !tbaa !5
+  %720 = getelementptr inbounds nuw i8, ptr %681, i64 8
+  %721 = load i64, ptr %720, align 8, !tbaa !5
+  %gep649.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %721
+  %722 = load <16 x i32>, ptr %gep649.1.i, align 4, !tbaa !5
+  %723 = shl <16 x i32> %722, splat (i32 16)
+  %724 = getelementptr inbounds nuw i8, ptr %685, i64 512
+  store <16 x i32> %723, ptr %724, align 4, !tbaa !5
+  %725 = load i64, ptr %720, align 8, !tbaa !5
+  %gep651.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %725
+  %726 = load <16 x i32>, ptr %gep651.1.i, align 4, !tbaa !5
+  %727 = and <16 x i32> %726, %387
+  %728 = getelementptr inbounds nuw i8, ptr %685, i64 576
+  store <16 x i32> %727, ptr %728, align 4, !tbaa !5
+  %729 = load i64, ptr %720, align 8, !tbaa !5
+  %gep653.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %729
+  %730 = getelementptr i8, ptr %gep653.1.i, i64 64
+  %731 = load <16 x i32>, ptr %730, align 4, !tbaa !5
+  %732 = shl <16 x i32> %731, splat (i32 16)
+  %733 = getelementptr inbounds nuw i8, ptr %685, i64 640
+  store <16 x i32> %732, ptr %733, align 4, !tbaa !5
+  %734 = load i64, ptr %720, align 8, !tbaa !5
+  %gep655.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %734
+  %735 = getelementptr i8, ptr %gep655.1.i, i64 64
+  %736 = load <16 x i32>, ptr %735, align 4, !tbaa !5
+  %737 = and <16 x i32> %736, %387
+  %738 = getelementptr inbounds nuw i8, ptr %685, i64 704
+  store <16 x i32> %737, ptr %738, align 4, !tbaa !5
+  %739 = load i64, ptr %720, align 8, !tbaa !5
+  %gep657.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %739
+  %740 = getelementptr i8, ptr %gep657.1.i, i64 128
+  %741 = load <16 x i32>, ptr %740, align 4, !tbaa !5
+  %742 = shl <16 x i32> %741, splat (i32 16)
+  %743 = getelementptr inbounds nuw i8, ptr %685, i64 768
+  store <16 x i32> %742, ptr %743, align 4, !tbaa !5
+  %744 = load i64, ptr %720, align 8, !tbaa !5
+  %gep659.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %744
+  %745 = getelementptr i8, ptr %gep659.1.i, i64 128
+  %746 = load <16 x i32>, ptr %745, align 4, !tbaa !5
+  %747 = and <16 x i32> %746, %387
+  %748 = getelementptr inbounds nuw i8, ptr %685, i64 832
+  store <16 x i32> %747, ptr %748, align 4, !tbaa !5
+  %749 = load i64, ptr %720, align 8, !tbaa !5
+  %gep661.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %749
+  %750 = getelementptr i8, ptr %gep661.1.i, i64 192
+  %751 = load <16 x i32>, ptr %750, align 4, !tbaa !5
+  %752 = shl <16 x i32> %751, splat (i32 16)
+  %753 = getelementptr inbounds nuw i8, ptr %685, i64 896
+  store <16 x i32> %752, ptr %753, align 4, !tbaa !5
+  %754 = load i64, ptr %720, align 8, !tbaa !5
+  %gep663.1.i = getelementptr i32, ptr %invariant.gep648.i, i64 %754
+  %755 = getelementptr i8, ptr %gep663.1.i, i64 192
+  %756 = load <16 x i32>, ptr %755, align 4, !tbaa !5
+  %757 = and <16 x i32> %756, %387
+  %758 = getelementptr inbounds nuw i8, ptr %685, i64 960
+  store <16 x i32> %757, ptr %758, align 4, !tbaa !5
+  %759 = getelementptr inbounds nuw i8, ptr %681, i64 16
+  %760 = load i64, ptr %759, align 8, !tbaa !5
+  %gep649.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %760
+  %761 = load <16 x i32>, ptr %gep649.2.i, align 4, !tbaa !5
+  %762 = shl <16 x i32> %761, splat (i32 16)
+  %763 = getelementptr inbounds nuw i8, ptr %685, i64 1024
+  store <16 x i32> %762, ptr %763, align 4, !tbaa !5
+  %764 = load i64, ptr %759, align 8, !tbaa !5
+  %gep651.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %764
+  %765 = load <16 x i32>, ptr %gep651.2.i, align 4, !tbaa !5
+  %766 = and <16 x i32> %765, %387
+  %767 = getelementptr inbounds nuw i8, ptr %685, i64 1088
+  store <16 x i32> %766, ptr %767, align 4, !tbaa !5
+  %768 = load i64, ptr %759, align 8, !tbaa !5
+  %gep653.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %768
+  %769 = getelementptr i8, ptr %gep653.2.i, i64 64
+  %770 = load <16 x i32>, ptr %769, align 4, !tbaa !5
+  %771 = shl <16 x i32> %770, splat (i32 16)
+  %772 = getelementptr inbounds nuw i8, ptr %685, i64 1152
+  store <16 x i32> %771, ptr %772, align 4, !tbaa !5
+  %773 = load i64, ptr %759, align 8, !tbaa !5
+  %gep655.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %773
+  %774 = getelementptr i8, ptr %gep655.2.i, i64 64
+  %775 = load <16 x i32>, ptr %774, align 4, !tbaa !5
+  %776 = and <16 x i32> %775, %387
+  %777 = getelementptr inbounds nuw i8, ptr %685, i64 1216
+  store <16 x i32> %776, ptr %777, align 4, !tbaa !5
+  %778 = load i64, ptr %759, align 8, !tbaa !5
+  %gep657.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %778
+  %779 = getelementptr i8, ptr %gep657.2.i, i64 128
+  %780 = load <16 x i32>, ptr %779, align 4, !tbaa !5
+  %781 = shl <16 x i32> %780, splat (i32 16)
+  %782 = getelementptr inbounds nuw i8, ptr %685, i64 1280
+  store <16 x i32> %781, ptr %782, align 4, !tbaa !5
+  %783 = load i64, ptr %759, align 8, !tbaa !5
+  %gep659.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %783
+  %784 = getelementptr i8, ptr %gep659.2.i, i64 128
+  %785 = load <16 x i32>, ptr %784, align 4, !tbaa !5
+  %786 = and <16 x i32> %785, %387
+  %787 = getelementptr inbounds nuw i8, ptr %685, i64 1344
+  store <16 x i32> %786, ptr %787, align 4, !tbaa !5
+  %788 = load i64, ptr %759, align 8, !tbaa !5
+  %gep661.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %788
+  %789 = getelementptr i8, ptr %gep661.2.i, i64 192
+  %790 = load <16 x i32>, ptr %789, align 4, !tbaa !5
+  %791 = shl <16 x i32> %790, splat (i32 16)
+  %792 = getelementptr inbounds nuw i8, ptr %685, i64 1408
+  store <16 x i32> %791, ptr %792, align 4, !tbaa !5
+  %793 = load i64, ptr %759, align 8, !tbaa !5
+  %gep663.2.i = getelementptr i32, ptr %invariant.gep648.i, i64 %793
+  %794 = getelementptr i8, ptr %gep663.2.i, i64 192
+  %795 = load <16 x i32>, ptr %794, align 4, !tbaa !5
+  %796 = and <16 x i32> %795, %387
+  %797 = getelementptr inbounds nuw i8, ptr %685, i64 1472
+  store <16 x i32> %796, ptr %797, align 4, !tbaa !5
+  %798 = getelementptr inbounds nuw i8, ptr %681, i64 24
+  %799 = load i64, ptr %798, align 8, !tbaa !5
+  %gep649.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %799
+  %800 = load <16 x i32>, ptr %gep649.3.i, align 4, !tbaa !5
+  %801 = shl <16 x i32> %800, splat (i32 16)
+  %802 = getelementptr inbounds nuw i8, ptr %685, i64 1536
+  store <16 x i32> %801, ptr %802, align 4, !tbaa !5
+  %803 = load i64, ptr %798, align 8, !tbaa !5
+  %gep651.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %803
+  %804 = load <16 x i32>, ptr %gep651.3.i, align 4, !tbaa !5
+  %805 = and <16 x i32> %804, %387
+  %806 = getelementptr inbounds nuw i8, ptr %685, i64 1600
+  store <16 x i32> %805, ptr %806, align 4, !tbaa !5
+  %807 = load i64, ptr %798, align 8, !tbaa !5
+  %gep653.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %807
+  %808 = getelementptr i8, ptr %gep653.3.i, i64 64
+  %809 = load <16 x i32>, ptr %808, align 4, !tbaa !5
+  %810 = shl <16 x i32> %809, splat (i32 16)
+  %811 = getelementptr inbounds nuw i8, ptr %685, i64 1664
+  store <16 x i32> %810, ptr %811, align 4, !tbaa !5
+  %812 = load i64, ptr %798, align 8, !tbaa !5
+  %gep655.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %812
+  %813 = getelementptr i8, ptr %gep655.3.i, i64 64
+  %814 = load <16 x i32>, ptr %813, align 4, !tbaa !5
+  %815 = and <16 x i32> %814, %387
+  %816 = getelementptr inbounds nuw i8, ptr %685, i64 1728
+  store <16 x i32> %815, ptr %816, align 4, !tbaa !5
+  %817 = load i64, ptr %798, align 8, !tbaa !5
+  %gep657.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %817
+  %818 = getelementptr i8, ptr %gep657.3.i, i64 128
+  %819 = load <16 x i32>, ptr %818, align 4, !tbaa !5
+  %820 = shl <16 x i32> %819, splat (i32 16)
+  %821 = getelementptr inbounds nuw i8, ptr %685, i64 1792
+  store <16 x i32> %820, ptr %821, align 4, !tbaa !5
+  %822 = load i64, ptr %798, align 8, !tbaa !5
+  %gep659.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %822
+  %823 = getelementptr i8, ptr %gep659.3.i, i64 128
+  %824 = load <16 x i32>, ptr %823, align 4, !tbaa !5
+  %825 = and <16 x i32> %824, %387
+  %826 = getelementptr inbounds nuw i8, ptr %685, i64 1856
+  store <16 x i32> %825, ptr %826, align 4, !tbaa !5
+  %827 = load i64, ptr %798, align 8, !tbaa !5
+  %gep661.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %827
+  %828 = getelementptr i8, ptr %gep661.3.i, i64 192
+  %829 = load <16 x i32>, ptr %828, align 4, !tbaa !5
+  %830 = shl <16 x i32> %829, splat (i32 16)
+  %831 = getelementptr inbounds nuw i8, ptr %685, i64 1920
+  store <16 x i32> %830, ptr %831, align 4, !tbaa !5
+  %832 = load i64, ptr %798, align 8, !tbaa !5
+  %gep663.3.i = getelementptr i32, ptr %invariant.gep648.i, i64 %832
+  %833 = getelementptr i8, ptr %gep663.3.i, i64 192
+  %834 = load <16 x i32>, ptr %833, align 4, !tbaa !5
+  %835 = and <16 x i32> %834, %387
+  %836 = getelementptr inbounds nuw i8, ptr %685, i64 1984
+  store <16 x i32> %835, ptr %836, align 4, !tbaa !5
+  %837 = getelementptr inbounds nuw i8, ptr %681, i64 32
+  %838 = load i64, ptr %837, align 8, !tbaa !5
+  %gep649.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %838
+  %839 = load <16 x i32>, ptr %gep649.4.i, align 4, !tbaa !5
+  %840 = shl <16 x i32> %839, splat (i32 16)
+  %841 = getelementptr inbounds nuw i8, ptr %685, i64 2048
+  store <16 x i32> %840, ptr %841, align 4, !tbaa !5
+  %842 = load i64, ptr %837, align 8, !tbaa !5
+  %gep651.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %842
+  %843 = load <16 x i32>, ptr %gep651.4.i, align 4, !tbaa !5
+  %844 = and <16 x i32> %843, %387
+  %845 = getelementptr inbounds nuw i8, ptr %685, i64 2112
+  store <16 x i32> %844, ptr %845, align 4, !tbaa !5
+  %846 = load i64, ptr %837, align 8, !tbaa !5
+  %gep653.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %846
+  %847 = getelementptr i8, ptr %gep653.4.i, i64 64
+  %848 = load <16 x i32>, ptr %847, align 4, !tbaa !5
+  %849 = shl <16 x i32> %848, splat (i32 16)
+  %850 = getelementptr inbounds nuw i8, ptr %685, i64 2176
+  store <16 x i32> %849, ptr %850, align 4, !tbaa !5
+  %851 = load i64, ptr %837, align 8, !tbaa !5
+  %gep655.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %851
+  %852 = getelementptr i8, ptr %gep655.4.i, i64 64
+  %853 = load <16 x i32>, ptr %852, align 4, !tbaa !5
+  %854 = and <16 x i32> %853, %387
+  %855 = getelementptr inbounds nuw i8, ptr %685, i64 2240
+  store <16 x i32> %854, ptr %855, align 4, !tbaa !5
+  %856 = load i64, ptr %837, align 8, !tbaa !5
+  %gep657.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %856
+  %857 = getelementptr i8, ptr %gep657.4.i, i64 128
+  %858 = load <16 x i32>, ptr %857, align 4, !tbaa !5
+  %859 = shl <16 x i32> %858, splat (i32 16)
+  %860 = getelementptr inbounds nuw i8, ptr %685, i64 2304
+  store <16 x i32> %859, ptr %860, align 4, !tbaa !5
+  %861 = load i64, ptr %837, align 8, !tbaa !5
+  %gep659.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %861
+  %862 = getelementptr i8, ptr %gep659.4.i, i64 128
+  %863 = load <16 x i32>, ptr %862, align 4, !tbaa !5
+  %864 = and <16 x i32> %863, %387
+  %865 = getelementptr inbounds nuw i8, ptr %685, i64 2368
+  store <16 x i32> %864, ptr %865, align 4, !tbaa !5
+  %866 = load i64, ptr %837, align 8, !tbaa !5
+  %gep661.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %866
+  %867 = getelementptr i8, ptr %gep661.4.i, i64 192
+  %868 = load <16 x i32>, ptr %867, align 4, !tbaa !5
+  %869 = shl <16 x i32> %868, splat (i32 16)
+  %870 = getelementptr inbounds nuw i8, ptr %685, i64 2432
+  store <16 x i32> %869, ptr %870, align 4, !tbaa !5
+  %871 = load i64, ptr %837, align 8, !tbaa !5
+  %gep663.4.i = getelementptr i32, ptr %invariant.gep648.i, i64 %871
+  %872 = getelementptr i8, ptr %gep663.4.i, i64 192
+  %873 = load <16 x i32>, ptr %872, align 4, !tbaa !5
+  %874 = and <16 x i32> %873, %387
+  %875 = getelementptr inbounds nuw i8, ptr %685, i64 2496
+  store <16 x i32> %874, ptr %875, align 4, !tbaa !5
+  %876 = getelementptr inbounds nuw i8, ptr %681, i64 40
+  %877 = load i64, ptr %876, align 8, !tbaa !5
+  %gep649.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %877
+  %878 = load <16 x i32>, ptr %gep649.5.i, align 4, !tbaa !5
+  %879 = shl <16 x i32> %878, splat (i32 16)
+  %880 = getelementptr inbounds nuw i8, ptr %685, i64 2560
+  store <16 x i32> %879, ptr %880, align 4, !tbaa !5
+  %881 = load i64, ptr %876, align 8, !tbaa !5
+  %gep651.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %881
+  %882 = load <16 x i32>, ptr %gep651.5.i, align 4, !tbaa !5
+  %883 = and <16 x i32> %882, %387
+  %884 = getelementptr inbounds nuw i8, ptr %685, i64 2624
+  store <16 x i32> %883, ptr %884, align 4, !tbaa !5
+  %885 = load i64, ptr %876, align 8, !tbaa !5
+  %gep653.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %885
+  %886 = getelementptr i8, ptr %gep653.5.i, i64 64
+  %887 = load <16 x i32>, ptr %886, align 4, !tbaa !5
+  %888 = shl <16 x i32> %887, splat (i32 16)
+  %889 = getelementptr inbounds nuw i8, ptr %685, i64 2688
+  store <16 x i32> %888, ptr %889, align 4, !tbaa !5
+  %890 = load i64, ptr %876, align 8, !tbaa !5
+  %gep655.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %890
+  %891 = getelementptr i8, ptr %gep655.5.i, i64 64
+  %892 = load <16 x i32>, ptr %891, align 4, !tbaa !5
+  %893 = and <16 x i32> %892, %387
+  %894 = getelementptr inbounds nuw i8, ptr %685, i64 2752
+  store <16 x i32> %893, ptr %894, align 4, !tbaa !5
+  %895 = load i64, ptr %876, align 8, !tbaa !5
+  %gep657.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %895
+  %896 = getelementptr i8, ptr %gep657.5.i, i64 128
+  %897 = load <16 x i32>, ptr %896, align 4, !tbaa !5
+  %898 = shl <16 x i32> %897, splat (i32 16)
+  %899 = getelementptr inbounds nuw i8, ptr %685, i64 2816
+  store <16 x i32> %898, ptr %899, align 4, !tbaa !5
+  %900 = load i64, ptr %876, align 8, !tbaa !5
+  %gep659.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %900
+  %901 = getelementptr i8, ptr %gep659.5.i, i64 128
+  %902 = load <16 x i32>, ptr %901, align 4, !tbaa !5
+  %903 = and <16 x i32> %902, %387
+  %904 = getelementptr inbounds nuw i8, ptr %685, i64 2880
+  store <16 x i32> %903, ptr %904, align 4, !tbaa !5
+  %905 = load i64, ptr %876, align 8, !tbaa !5
+  %gep661.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %905
+  %906 = getelementptr i8, ptr %gep661.5.i, i64 192
+  %907 = load <16 x i32>, ptr %906, align 4, !tbaa !5
+  %908 = shl <16 x i32> %907, splat (i32 16)
+  %909 = getelementptr inbounds nuw i8, ptr %685, i64 2944
+  store <16 x i32> %908, ptr %909, align 4, !tbaa !5
+  %910 = load i64, ptr %876, align 8, !tbaa !5
+  %gep663.5.i = getelementptr i32, ptr %invariant.gep648.i, i64 %910
+  %911 = getelementptr i8, ptr %gep663.5.i, i64 192
+  %912 = load <16 x i32>, ptr %911, align 4, !tbaa !5
+  %913 = and <16 x i32> %912, %387
+  %914 = getelementptr inbounds nuw i8, ptr %685, i64 3008
+  store <16 x i32> %913, ptr %914, align 4, !tbaa !5
+  %915 = getelementptr inbounds nuw i8, ptr %681, i64 48
+  %916 = load i64, ptr %915, align 8, !tbaa !5
+  %gep649.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %916
+  %917 = load <16 x i32>, ptr %gep649.6.i, align 4, !tbaa !5
+  %918 = shl <16 x i32> %917, splat (i32 16)
+  %919 = getelementptr inbounds nuw i8, ptr %685, i64 3072
+  store <16 x i32> %918, ptr %919, align 4, !tbaa !5
+  %920 = load i64, ptr %915, align 8, !tbaa !5
+  %gep651.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %920
+  %921 = load <16 x i32>, ptr %gep651.6.i, align 4, !tbaa !5
+  %922 = and <16 x i32> %921, %387
+  %923 = getelementptr inbounds nuw i8, ptr %685, i64 3136
+  store <16 x i32> %922, ptr %923, align 4, !tbaa !5
+  %924 = load i64, ptr %915, align 8, !tbaa !5
+  %gep653.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %924
+  %925 = getelementptr i8, ptr %gep653.6.i, i64 64
+  %926 = load <16 x i32>, ptr %925, align 4, !tbaa !5
+  %927 = shl <16 x i32> %926, splat (i32 16)
+  %928 = getelementptr inbounds nuw i8, ptr %685, i64 3200
+  store <16 x i32> %927, ptr %928, align 4, !tbaa !5
+  %929 = load i64, ptr %915, align 8, !tbaa !5
+  %gep655.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %929
+  %930 = getelementptr i8, ptr %gep655.6.i, i64 64
+  %931 = load <16 x i32>, ptr %930, align 4, !tbaa !5
+  %932 = and <16 x i32> %931, %387
+  %933 = getelementptr inbounds nuw i8, ptr %685, i64 3264
+  store <16 x i32> %932, ptr %933, align 4, !tbaa !5
+  %934 = load i64, ptr %915, align 8, !tbaa !5
+  %gep657.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %934
+  %935 = getelementptr i8, ptr %gep657.6.i, i64 128
+  %936 = load <16 x i32>, ptr %935, align 4, !tbaa !5
+  %937 = shl <16 x i32> %936, splat (i32 16)
+  %938 = getelementptr inbounds nuw i8, ptr %685, i64 3328
+  store <16 x i32> %937, ptr %938, align 4, !tbaa !5
+  %939 = load i64, ptr %915, align 8, !tbaa !5
+  %gep659.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %939
+  %940 = getelementptr i8, ptr %gep659.6.i, i64 128
+  %941 = load <16 x i32>, ptr %940, align 4, !tbaa !5
+  %942 = and <16 x i32> %941, %387
+  %943 = getelementptr inbounds nuw i8, ptr %685, i64 3392
+  store <16 x i32> %942, ptr %943, align 4, !tbaa !5
+  %944 = load i64, ptr %915, align 8, !tbaa !5
+  %gep661.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %944
+  %945 = getelementptr i8, ptr %gep661.6.i, i64 192
+  %946 = load <16 x i32>, ptr %945, align 4, !tbaa !5
+  %947 = shl <16 x i32> %946, splat (i32 16)
+  %948 = getelementptr inbounds nuw i8, ptr %685, i64 3456
+  store <16 x i32> %947, ptr %948, align 4, !tbaa !5
+  %949 = load i64, ptr %915, align 8, !tbaa !5
+  %gep663.6.i = getelementptr i32, ptr %invariant.gep648.i, i64 %949
+  %950 = getelementptr i8, ptr %gep663.6.i, i64 192
+  %951 = load <16 x i32>, ptr %950, align 4, !tbaa !5
+  %952 = and <16 x i32> %951, %387
+  %953 = getelementptr inbounds nuw i8, ptr %685, i64 3520
+  store <16 x i32> %952, ptr %953, align 4, !tbaa !5
+  %954 = getelementptr inbounds nuw i8, ptr %681, i64 56
+  %955 = load i64, ptr %954, align 8, !tbaa !5
+  %gep649.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %955
+  %956 = load <16 x i32>, ptr %gep649.7.i, align 4, !tbaa !5
+  %957 = shl <16 x i32> %956, splat (i32 16)
+  %958 = getelementptr inbounds nuw i8, ptr %685, i64 3584
+  store <16 x i32> %957, ptr %958, align 4, !tbaa !5
+  %959 = load i64, ptr %954, align 8, !tbaa !5
+  %gep651.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %959
+  %960 = load <16 x i32>, ptr %gep651.7.i, align 4, !tbaa !5
+  %961 = and <16 x i32> %960, %387
+  %962 = getelementptr inbounds nuw i8, ptr %685, i64 3648
+  store <16 x i32> %961, ptr %962, align 4, !tbaa !5
+  %963 = load i64, ptr %954, align 8, !tbaa !5
+  %gep653.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %963
+  %964 = getelementptr i8, ptr %gep653.7.i, i64 64
+  %965 = load <16 x i32>, ptr %964, align 4, !tbaa !5
+  %966 = shl <16 x i32> %965, splat (i32 16)
+  %967 = getelementptr inbounds nuw i8, ptr %685, i64 3712
+  store <16 x i32> %966, ptr %967, align 4, !tbaa !5
+  %968 = load i64, ptr %954, align 8, !tbaa !5
+  %gep655.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %968
+  %969 = getelementptr i8, ptr %gep655.7.i, i64 64
+  %970 = load <16 x i32>, ptr %969, align 4, !tbaa !5
+  %971 = and <16 x i32> %970, %387
+  %972 = getelementptr inbounds nuw i8, ptr %685, i64 3776
+  store <16 x i32> %971, ptr %972, align 4, !tbaa !5
+  %973 = load i64, ptr %954, align 8, !tbaa !5
+  %gep657.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %973
+  %974 = getelementptr i8, ptr %gep657.7.i, i64 128
+  %975 = load <16 x i32>, ptr %974, align 4, !tbaa !5
+  %976 = shl <16 x i32> %975, splat (i32 16)
+  %977 = getelementptr inbounds nuw i8, ptr %685, i64 3840
+  store <16 x i32> %976, ptr %977, align 4, !tbaa !5
+  %978 = load i64, ptr %954, align 8, !tbaa !5
+  %gep659.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %978
+  %979 = getelementptr i8, ptr %gep659.7.i, i64 128
+  %980 = load <16 x i32>, ptr %979, align 4, !tbaa !5
+  %981 = and <16 x i32> %980, %387
+  %982 = getelementptr inbounds nuw i8, ptr %685, i64 3904
+  store <16 x i32> %981, ptr %982, align 4, !tbaa !5
+  %983 = load i64, ptr %954, align 8, !tbaa !5
+  %gep661.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %983
+  %984 = getelementptr i8, ptr %gep661.7.i, i64 192
+  %985 = load <16 x i32>, ptr %984, align 4, !tbaa !5
+  %986 = shl <16 x i32> %985, splat (i32 16)
+  %987 = getelementptr inbounds nuw i8, ptr %685, i64 3968
+  store <16 x i32> %986, ptr %987, align 4, !tbaa !5
+  %988 = load i64, ptr %954, align 8, !tbaa !5
+  %gep663.7.i = getelementptr i32, ptr %invariant.gep648.i, i64 %988
+  %989 = getelementptr i8, ptr %gep663.7.i, i64 192
+  %990 = load <16 x i32>, ptr %989, align 4, !tbaa !5
+  %991 = and <16 x i32> %990, %387
+  %992 = getelementptr inbounds nuw i8, ptr %685, i64 4032
+  store <16 x i32> %991, ptr %992, align 4, !tbaa !5
+  %indvars.iv.next890.i = add nuw nsw i64 %indvars.iv889.i, 1
+  %exitcond893.not.i = icmp eq i64 %indvars.iv.next890.i, %wide.trip.count892.i
+  br i1 %exitcond893.not.i, label %for_begin_ti156.preheader.lr.ph.i, label %for_begin_ti.preheader.i, !prof !13
+
+for_begin_row_tile.preheader.i:                   ; preds = %for_begin_ti156.preheader.i, %if_end149.i
+  br i1 %388, label %for_body_row_tile.lr.ph.i, label %for_end_row_tile.i, !prof !3
+
+for_body_row_tile.lr.ph.i:                        ; preds = %for_begin_row_tile.preheader.i
+  %993 = mul nuw nsw i64 %indvars.iv999.i, %395
+  br label %for_body_row_tile.i
+
+for_begin_ti156.preheader.i:                      ; preds = %for_begin_ti156.preheader.i, %for_begin_ti156.preheader.lr.ph.i
+  %indvars.iv898.i = phi i64 [ 0, %for_begin_ti156.preheader.lr.ph.i ], [ %indvars.iv.next899.i, %for_begin_ti156.preheader.i ]
+  %.idx69 = shl nsw i64 %indvars.iv898.i, 6
+  %994 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx69
+  %995 = load i64, ptr %994, align 8, !tbaa !5
+  %gep667.i = getelementptr i32, ptr %invariant.gep666.i, i64 %995
+  %996 = load <16 x i32>, ptr %gep667.i, align 4, !tbaa !5
+  %997 = shl <16 x i32> %996, splat (i32 16)
+  %.idx70 = shl nsw i64 %indvars.iv898.i, 12
+  %998 = getelementptr inbounds nuw i8, ptr %v_tile.i, i64 %.idx70
+  store <16 x i32> %997, ptr %998, align 4, !tbaa !5
+  %999 = load i64, ptr %994, align 8, !tbaa !5
+  %gep669.i = getelementptr i32, ptr %invariant.gep666.i, i64 %999
+  %1000 = load <16 x i32>, ptr %gep669.i, align 4, !tbaa !5
+  %1001 = and <16 x i32> %1000, %387
+  %1002 = getelementptr inbounds nuw i8, ptr %998, i64 64
+  store <16 x i32> %1001, ptr %1002, align 4, !tbaa !5
+  %1003 = load i64, ptr %994, align 8, !tbaa !5
+  %gep671.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1003
+  %1004 = getelementptr i8, ptr %gep671.i, i64 64
+  %1005 = load <16 x i32>, ptr %1004, align 4, !tbaa !5
+  %1006 = shl <16 x i32> %1005, splat (i32 16)
+  %1007 = getelementptr inbounds nuw i8, ptr %998, i64 128
+  store <16 x i32> %1006, ptr %1007, align 4, !tbaa !5
+  %1008 = load i64, ptr %994, align 8, !tbaa !5
+  %gep673.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1008
+  %1009 = getelementptr i8, ptr %gep673.i, i64 64
+  %1010 = load <16 x i32>, ptr %1009, align 4, !tbaa !5
+  %1011 = and <16 x i32> %1010, %387
+  %1012 = getelementptr inbounds nuw i8, ptr %998, i64 192
+  store <16 x i32> %1011, ptr %1012, align 4, !tbaa !5
+  %1013 = load i64, ptr %994, align 8, !tbaa !5
+  %gep675.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1013
+  %1014 = getelementptr i8, ptr %gep675.i, i64 128
+  %1015 = load <16 x i32>, ptr %1014, align 4, !tbaa !5
+  %1016 = shl <16 x i32> %1015, splat (i32 16)
+  %1017 = getelementptr inbounds nuw i8, ptr %998, i64 256
+  store <16 x i32> %1016, ptr %1017, align 4, !tbaa !5
+  %1018 = load i64, ptr %994, align 8, !tbaa !5
+  %gep677.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1018
+  %1019 = getelementptr i8, ptr %gep677.i, i64 128
+  %1020 = load <16 x i32>, ptr %1019, align 4, !tbaa !5
+  %1021 = and <16 x i32> %1020, %387
+  %1022 = getelementptr inbounds nuw i8, ptr %998, i64 320
+  store <16 x i32> %1021, ptr %1022, align 4, !tbaa !5
+  %1023 = load i64, ptr %994, align 8, !tbaa !5
+  %gep679.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1023
+  %1024 = getelementptr i8, ptr %gep679.i, i64 192
+  %1025 = load <16 x i32>, ptr %1024, align 4, !tbaa !5
+  %1026 = shl <16 x i32> %1025, splat (i32 16)
+  %1027 = getelementptr inbounds nuw i8, ptr %998, i64 384
+  store <16 x i32> %1026, ptr %1027, align 4, !tbaa !5
+  %1028 = load i64, ptr %994, align 8, !tbaa !5
+  %gep681.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1028
+  %1029 = getelementptr i8, ptr %gep681.i, i64 192
+  %1030 = load <16 x i32>, ptr %1029, align 4, !tbaa !5
+  %1031 = and <16 x i32> %1030, %387
+  %1032 = getelementptr inbounds nuw i8, ptr %998, i64 448
+  store <16 x i32> %1031, ptr %1032, align 4, !tbaa !5
+  %1033 = getelementptr inbounds nuw i8, ptr %994, i64 8
+  %1034 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep667.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1034
+  %1035 = load <16 x i32>, ptr %gep667.1.i, align 4, !tbaa !5
+  %1036 = shl <16 x i32> %1035, splat (i32 16)
+  %1037 = getelementptr inbounds nuw i8, ptr %998, i64 512
+  store <16 x i32> %1036, ptr %1037, align 4, !tbaa !5
+  %1038 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep669.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1038
+  %1039 = load <16 x i32>, ptr %gep669.1.i, align 4, !tbaa !5
+  %1040 = and <16 x i32> %1039, %387
+  %1041 = getelementptr inbounds nuw i8, ptr %998, i64 576
+  store <16 x i32> %1040, ptr %1041, align 4, !tbaa !5
+  %1042 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep671.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1042
+  %1043 = getelementptr i8, ptr %gep671.1.i, i64 64
+  %1044 = load <16 x i32>, ptr %1043, align 4, !tbaa !5
+  %1045 = shl <16 x i32> %1044, splat (i32 16)
+  %1046 = getelementptr inbounds nuw i8, ptr %998, i64 640
+  store <16 x i32> %1045, ptr %1046, align 4, !tbaa !5
+  %1047 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep673.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1047
+  %1048 = getelementptr i8, ptr %gep673.1.i, i64 64
+  %1049 = load <16 x i32>, ptr %1048, align 4, !tbaa !5
+  %1050 = and <16 x i32> %1049, %387
+  %1051 = getelementptr inbounds nuw i8, ptr %998, i64 704
+  store <16 x i32> %1050, ptr %1051, align 4, !tbaa !5
+  %1052 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep675.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1052
+  %1053 = getelementptr i8, ptr %gep675.1.i, i64 128
+  %1054 = load <16 x i32>, ptr %1053, align 4, !tbaa !5
+  %1055 = shl <16 x i32> %1054, splat (i32 16)
+  %1056 = getelementptr inbounds nuw i8, ptr %998, i64 768
+  store <16 x i32> %1055, ptr %1056, align 4, !tbaa !5
+  %1057 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep677.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1057
+  %1058 = getelementptr i8, ptr %gep677.1.i, i64 128
+  %1059 = load <16 x i32>, ptr %1058, align 4, !tbaa !5
+  %1060 = and <16 x i32> %1059, %387
+  %1061 = getelementptr inbounds nuw i8, ptr %998, i64 832
+  store <16 x i32> %1060, ptr %1061, align 4, !tbaa !5
+  %1062 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep679.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1062
+  %1063 = getelementptr i8, ptr %gep679.1.i, i64 192
+  %1064 = load <16 x i32>, ptr %1063, align 4, !tbaa !5
+  %1065 = shl <16 x i32> %1064, splat (i32 16)
+  %1066 = getelementptr inbounds nuw i8, ptr %998, i64 896
+  store <16 x i32> %1065, ptr %1066, align 4, !tbaa !5
+  %1067 = load i64, ptr %1033, align 8, !tbaa !5
+  %gep681.1.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1067
+  %1068 = getelementptr i8, ptr %gep681.1.i, i64 192
+  %1069 = load <16 x i32>, ptr %1068, align 4, !tbaa !5
+  %1070 = and <16 x i32> %1069, %387
+  %1071 = getelementptr inbounds nuw i8, ptr %998, i64 960
+  store <16 x i32> %1070, ptr %1071, align 4, !tbaa !5
+  %1072 = getelementptr inbounds nuw i8, ptr %994, i64 16
+  %1073 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep667.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1073
+  %1074 = load <16 x i32>, ptr %gep667.2.i, align 4, !tbaa !5
+  %1075 = shl <16 x i32> %1074, splat (i32 16)
+  %1076 = getelementptr inbounds nuw i8, ptr %998, i64 1024
+  store <16 x i32> %1075, ptr %1076, align 4, !tbaa !5
+  %1077 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep669.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1077
+  %1078 = load <16 x i32>, ptr %gep669.2.i, align 4, !tbaa !5
+  %1079 = and <16 x i32> %1078, %387
+  %1080 = getelementptr inbounds nuw i8, ptr %998, i64 1088
+  store <16 x i32> %1079, ptr %1080, align 4, !tbaa !5
+  %1081 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep671.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1081
+  %1082 = getelementptr i8, ptr %gep671.2.i, i64 64
+  %1083 = load <16 x i32>, ptr %1082, align 4, !tbaa !5
+  %1084 = shl <16 x i32> %1083, splat (i32 16)
+  %1085 = getelementptr inbounds nuw i8, ptr %998, i64 1152
+  store <16 x i32> %1084, ptr %1085, align 4, !tbaa !5
+  %1086 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep673.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1086
+  %1087 = getelementptr i8, ptr %gep673.2.i, i64 64
+  %1088 = load <16 x i32>, ptr %1087, align 4, !tbaa !5
+  %1089 = and <16 x i32> %1088, %387
+  %1090 = getelementptr inbounds nuw i8, ptr %998, i64 1216
+  store <16 x i32> %1089, ptr %1090, align 4, !tbaa !5
+  %1091 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep675.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1091
+  %1092 = getelementptr i8, ptr %gep675.2.i, i64 128
+  %1093 = load <16 x i32>, ptr %1092, align 4, !tbaa !5
+  %1094 = shl <16 x i32> %1093, splat (i32 16)
+  %1095 = getelementptr inbounds nuw i8, ptr %998, i64 1280
+  store <16 x i32> %1094, ptr %1095, align 4, !tbaa !5
+  %1096 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep677.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1096
+  %1097 = getelementptr i8, ptr %gep677.2.i, i64 128
+  %1098 = load <16 x i32>, ptr %1097, align 4, !tbaa !5
+  %1099 = and <16 x i32> %1098, %387
+  %1100 = getelementptr inbounds nuw i8, ptr %998, i64 1344
+  store <16 x i32> %1099, ptr %1100, align 4, !tbaa !5
+  %1101 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep679.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1101
+  %1102 = getelementptr i8, ptr %gep679.2.i, i64 192
+  %1103 = load <16 x i32>, ptr %1102, align 4, !tbaa !5
+  %1104 = shl <16 x i32> %1103, splat (i32 16)
+  %1105 = getelementptr inbounds nuw i8, ptr %998, i64 1408
+  store <16 x i32> %1104, ptr %1105, align 4, !tbaa !5
+  %1106 = load i64, ptr %1072, align 8, !tbaa !5
+  %gep681.2.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1106
+  %1107 = getelementptr i8, ptr %gep681.2.i, i64 192
+  %1108 = load <16 x i32>, ptr %1107, align 4, !tbaa !5
+  %1109 = and <16 x i32> %1108, %387
+  %1110 = getelementptr inbounds nuw i8, ptr %998, i64 1472
+  store <16 x i32> %1109, ptr %1110, align 4, !tbaa !5
+  %1111 = getelementptr inbounds nuw i8, ptr %994, i64 24
+  %1112 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep667.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1112
+  %1113 = load <16 x i32>, ptr %gep667.3.i, align 4, !tbaa !5
+  %1114 = shl <16 x i32> %1113, splat (i32 16)
+  %1115 = getelementptr inbounds nuw i8, ptr %998, i64 1536
+  store <16 x i32> %1114, ptr %1115, align 4, !tbaa !5
+  %1116 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep669.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1116
+  %1117 = load <16 x i32>, ptr %gep669.3.i, align 4, !tbaa !5
+  %1118 = and <16 x i32> %1117, %387
+  %1119 = getelementptr inbounds nuw i8, ptr %998, i64 1600
+  store <16 x i32> %1118, ptr %1119, align 4, !tbaa !5
+  %1120 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep671.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1120
+  %1121 = getelementptr i8, ptr %gep671.3.i, i64 64
+  %1122 = load <16 x i32>, ptr %1121, align 4, !tbaa !5
+  %1123 = shl <16 x i32> %1122, splat (i32 16)
+  %1124 = getelementptr inbounds nuw i8, ptr %998, i64 1664
+  store <16 x i32> %1123, ptr %1124, align 4, !tbaa !5
+  %1125 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep673.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1125
+  %1126 = getelementptr i8, ptr %gep673.3.i, i64 64
+  %1127 = load <16 x i32>, ptr %1126, align 4, !tbaa !5
+  %1128 = and <16 x i32> %1127, %387
+  %1129 = getelementptr inbounds nuw i8, ptr %998, i64 1728
+  store <16 x i32> %1128, ptr %1129, align 4, !tbaa !5
+  %1130 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep675.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1130
+  %1131 = getelementptr i8, ptr %gep675.3.i, i64 128
+  %1132 = load <16 x i32>, ptr %1131, align 4, !tbaa !5
+  %1133 = shl <16 x i32> %1132, splat (i32 16)
+  %1134 = getelementptr inbounds nuw i8, ptr %998, i64 1792
+  store <16 x i32> %1133, ptr %1134, align 4, !tbaa !5
+  %1135 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep677.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1135
+  %1136 = getelementptr i8, ptr %gep677.3.i, i64 128
+  %1137 = load <16 x i32>, ptr %1136, align 4, !tbaa !5
+  %1138 = and <16 x i32> %1137, %387
+  %1139 = getelementptr inbounds nuw i8, ptr %998, i64 1856
+  store <16 x i32> %1138, ptr %1139, align 4, !tbaa !5
+  %1140 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep679.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1140
+  %1141 = getelementptr i8, ptr %gep679.3.i, i64 192
+  %1142 = load <16 x i32>, ptr %1141, align 4, !tbaa !5
+  %1143 = shl <16 x i32> %1142, splat (i32 16)
+  %1144 = getelementptr inbounds nuw i8, ptr %998, i64 1920
+  store <16 x i32> %1143, ptr %1144, align 4, !tbaa !5
+  %1145 = load i64, ptr %1111, align 8, !tbaa !5
+  %gep681.3.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1145
+  %1146 = getelementptr i8, ptr %gep681.3.i, i64 192
+  %1147 = load <16 x i32>, ptr %1146, align 4, !tbaa !5
+  %1148 = and <16 x i32> %1147, %387
+  %1149 = getelementptr inbounds nuw i8, ptr %998, i64 1984
+  store <16 x i32> %1148, ptr %1149, align 4, !tbaa !5
+  %1150 = getelementptr inbounds nuw i8, ptr %994, i64 32
+  %1151 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep667.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1151
+  %1152 = load <16 x i32>, ptr %gep667.4.i, align 4, !tbaa !5
+  %1153 = shl <16 x i32> %1152, splat (i32 16)
+  %1154 = getelementptr inbounds nuw i8, ptr %998, i64 2048
+  store <16 x i32> %1153, ptr %1154, align 4, !tbaa !5
+  %1155 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep669.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1155
+  %1156 = load <16 x i32>, ptr %gep669.4.i, align 4, !tbaa !5
+  %1157 = and <16 x i32> %1156, %387
+  %1158 = getelementptr inbounds nuw i8, ptr %998, i64 2112
+  store <16 x i32> %1157, ptr %1158, align 4, !tbaa !5
+  %1159 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep671.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1159
+  %1160 = getelementptr i8, ptr %gep671.4.i, i64 64
+  %1161 = load <16 x i32>, ptr %1160, align 4, !tbaa !5
+  %1162 = shl <16 x i32> %1161, splat (i32 16)
+  %1163 = getelementptr inbounds nuw i8, ptr %998, i64 2176
+  store <16 x i32> %1162, ptr %1163, align 4, !tbaa !5
+  %1164 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep673.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1164
+  %1165 = getelementptr i8, ptr %gep673.4.i, i64 64
+  %1166 = load <16 x i32>, ptr %1165, align 4, !tbaa !5
+  %1167 = and <16 x i32> %1166, %387
+  %1168 = getelementptr inbounds nuw i8, ptr %998, i64 2240
+  store <16 x i32> %1167, ptr %1168, align 4, !tbaa !5
+  %1169 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep675.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1169
+  %1170 = getelementptr i8, ptr %gep675.4.i, i64 128
+  %1171 = load <16 x i32>, ptr %1170, align 4, !tbaa !5
+  %1172 = shl <16 x i32> %1171, splat (i32 16)
+  %1173 = getelementptr inbounds nuw i8, ptr %998, i64 2304
+  store <16 x i32> %1172, ptr %1173, align 4, !tbaa !5
+  %1174 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep677.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1174
+  %1175 = getelementptr i8, ptr %gep677.4.i, i64 128
+  %1176 = load <16 x i32>, ptr %1175, align 4, !tbaa !5
+  %1177 = and <16 x i32> %1176, %387
+  %1178 = getelementptr inbounds nuw i8, ptr %998, i64 2368
+  store <16 x i32> %1177, ptr %1178, align 4, !tbaa !5
+  %1179 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep679.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1179
+  %1180 = getelementptr i8, ptr %gep679.4.i, i64 192
+  %1181 = load <16 x i32>, ptr %1180, align 4, !tbaa !5
+  %1182 = shl <16 x i32> %1181, splat (i32 16)
+  %1183 = getelementptr inbounds nuw i8, ptr %998, i64 2432
+  store <16 x i32> %1182, ptr %1183, align 4, !tbaa !5
+  %1184 = load i64, ptr %1150, align 8, !tbaa !5
+  %gep681.4.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1184
+  %1185 = getelementptr i8, ptr %gep681.4.i, i64 192
+  %1186 = load <16 x i32>, ptr %1185, align 4, !tbaa !5
+  %1187 = and <16 x i32> %1186, %387
+  %1188 = getelementptr inbounds nuw i8, ptr %998, i64 2496
+  store <16 x i32> %1187, ptr %1188, align 4, !tbaa !5
+  %1189 = getelementptr inbounds nuw i8, ptr %994, i64 40
+  %1190 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep667.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1190
+  %1191 = load <16 x i32>, ptr %gep667.5.i, align 4, !tbaa !5
+  %1192 = shl <16 x i32> %1191, splat (i32 16)
+  %1193 = getelementptr inbounds nuw i8, ptr %998, i64 2560
+  store <16 x i32> %1192, ptr %1193, align 4, !tbaa !5
+  %1194 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep669.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1194
+  %1195 = load <16 x i32>, ptr %gep669.5.i, align 4, !tbaa !5
+  %1196 = and <16 x i32> %1195, %387
+  %1197 = getelementptr inbounds nuw i8, ptr %998, i64 2624
+  store <16 x i32> %1196, ptr %1197, align 4, !tbaa !5
+  %1198 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep671.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1198
+  %1199 = getelementptr i8, ptr %gep671.5.i, i64 64
+  %1200 = load <16 x i32>, ptr %1199, align 4, !tbaa !5
+  %1201 = shl <16 x i32> %1200, splat (i32 16)
+  %1202 = getelementptr inbounds nuw i8, ptr %998, i64 2688
+  store <16 x i32> %1201, ptr %1202, align 4, !tbaa !5
+  %1203 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep673.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1203
+  %1204 = getelementptr i8, ptr %gep673.5.i, i64 64
+  %1205 = load <16 x i32>, ptr %1204, align 4, !tbaa !5
+  %1206 = and <16 x i32> %1205, %387
+  %1207 = getelementptr inbounds nuw i8, ptr %998, i64 2752
+  store <16 x i32> %1206, ptr %1207, align 4, !tbaa !5
+  %1208 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep675.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1208
+  %1209 = getelementptr i8, ptr %gep675.5.i, i64 128
+  %1210 = load <16 x i32>, ptr %1209, align 4, !tbaa !5
+  %1211 = shl <16 x i32> %1210, splat (i32 16)
+  %1212 = getelementptr inbounds nuw i8, ptr %998, i64 2816
+  store <16 x i32> %1211, ptr %1212, align 4, !tbaa !5
+  %1213 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep677.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1213
+  %1214 = getelementptr i8, ptr %gep677.5.i, i64 128
+  %1215 = load <16 x i32>, ptr %1214, align 4, !tbaa !5
+  %1216 = and <16 x i32> %1215, %387
+  %1217 = getelementptr inbounds nuw i8, ptr %998, i64 2880
+  store <16 x i32> %1216, ptr %1217, align 4, !tbaa !5
+  %1218 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep679.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1218
+  %1219 = getelementptr i8, ptr %gep679.5.i, i64 192
+  %1220 = load <16 x i32>, ptr %1219, align 4, !tbaa !5
+  %1221 = shl <16 x i32> %1220, splat (i32 16)
+  %1222 = getelementptr inbounds nuw i8, ptr %998, i64 2944
+  store <16 x i32> %1221, ptr %1222, align 4, !tbaa !5
+  %1223 = load i64, ptr %1189, align 8, !tbaa !5
+  %gep681.5.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1223
+  %1224 = getelementptr i8, ptr %gep681.5.i, i64 192
+  %1225 = load <16 x i32>, ptr %1224, align 4, !tbaa !5
+  %1226 = and <16 x i32> %1225, %387
+  %1227 = getelementptr inbounds nuw i8, ptr %998, i64 3008
+  store <16 x i32> %1226, ptr %1227, align 4, !tbaa !5
+  %1228 = getelementptr inbounds nuw i8, ptr %994, i64 48
+  %1229 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep667.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1229
+  %1230 = load <16 x i32>, ptr %gep667.6.i, align 4, !tbaa !5
+  %1231 = shl <16 x i32> %1230, splat (i32 16)
+  %1232 = getelementptr inbounds nuw i8, ptr %998, i64 3072
+  store <16 x i32> %1231, ptr %1232, align 4, !tbaa !5
+  %1233 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep669.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1233
+  %1234 = load <16 x i32>, ptr %gep669.6.i, align 4, !tbaa !5
+  %1235 = and <16 x i32> %1234, %387
+  %1236 = getelementptr inbounds nuw i8, ptr %998, i64 3136
+  store <16 x i32> %1235, ptr %1236, align 4, !tbaa !5
+  %1237 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep671.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1237
+  %1238 = getelementptr i8, ptr %gep671.6.i, i64 64
+  %1239 = load <16 x i32>, ptr %1238, align 4, !tbaa !5
+  %1240 = shl <16 x i32> %1239, splat (i32 16)
+  %1241 = getelementptr inbounds nuw i8, ptr %998, i64 3200
+  store <16 x i32> %1240, ptr %1241, align 4, !tbaa !5
+  %1242 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep673.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1242
+  %1243 = getelementptr i8, ptr %gep673.6.i, i64 64
+  %1244 = load <16 x i32>, ptr %1243, align 4, !tbaa !5
+  %1245 = and <16 x i32> %1244, %387
+  %1246 = getelementptr inbounds nuw i8, ptr %998, i64 3264
+  store <16 x i32> %1245, ptr %1246, align 4, !tbaa !5
+  %1247 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep675.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1247
+  %1248 = getelementptr i8, ptr %gep675.6.i, i64 128
+  %1249 = load <16 x i32>, ptr %1248, align 4, !tbaa !5
+  %1250 = shl <16 x i32> %1249, splat (i32 16)
+  %1251 = getelementptr inbounds nuw i8, ptr %998, i64 3328
+  store <16 x i32> %1250, ptr %1251, align 4, !tbaa !5
+  %1252 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep677.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1252
+  %1253 = getelementptr i8, ptr %gep677.6.i, i64 128
+  %1254 = load <16 x i32>, ptr %1253, align 4, !tbaa !5
+  %1255 = and <16 x i32> %1254, %387
+  %1256 = getelementptr inbounds nuw i8, ptr %998, i64 3392
+  store <16 x i32> %1255, ptr %1256, align 4, !tbaa !5
+  %1257 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep679.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1257
+  %1258 = getelementptr i8, ptr %gep679.6.i, i64 192
+  %1259 = load <16 x i32>, ptr %1258, align 4, !tbaa !5
+  %1260 = shl <16 x i32> %1259, splat (i32 16)
+  %1261 = getelementptr inbounds nuw i8, ptr %998, i64 3456
+  store <16 x i32> %1260, ptr %1261, align 4, !tbaa !5
+  %1262 = load i64, ptr %1228, align 8, !tbaa !5
+  %gep681.6.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1262
+  %1263 = getelementptr i8, ptr %gep681.6.i, i64 192
+  %1264 = load <16 x i32>, ptr %1263, align 4, !tbaa !5
+  %1265 = and <16 x i32> %1264, %387
+  %1266 = getelementptr inbounds nuw i8, ptr %998, i64 3520
+  store <16 x i32> %1265, ptr %1266, align 4, !tbaa !5
+  %1267 = getelementptr inbounds nuw i8, ptr %994, i64 56
+  %1268 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep667.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1268
+  %1269 = load <16 x i32>, ptr %gep667.7.i, align 4, !tbaa !5
+  %1270 = shl <16 x i32> %1269, splat (i32 16)
+  %1271 = getelementptr inbounds nuw i8, ptr %998, i64 3584
+  store <16 x i32> %1270, ptr %1271, align 4, !tbaa !5
+  %1272 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep669.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1272
+  %1273 = load <16 x i32>, ptr %gep669.7.i, align 4, !tbaa !5
+  %1274 = and <16 x i32> %1273, %387
+  %1275 = getelementptr inbounds nuw i8, ptr %998, i64 3648
+  store <16 x i32> %1274, ptr %1275, align 4, !tbaa !5
+  %1276 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep671.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1276
+  %1277 = getelementptr i8, ptr %gep671.7.i, i64 64
+  %1278 = load <16 x i32>, ptr %1277, align 4, !tbaa !5
+  %1279 = shl <16 x i32> %1278, splat (i32 16)
+  %1280 = getelementptr inbounds nuw i8, ptr %998, i64 3712
+  store <16 x i32> %1279, ptr %1280, align 4, !tbaa !5
+  %1281 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep673.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1281
+  %1282 = getelementptr i8, ptr %gep673.7.i, i64 64
+  %1283 = load <16 x i32>, ptr %1282, align 4, !tbaa !5
+  %1284 = and <16 x i32> %1283, %387
+  %1285 = getelementptr inbounds nuw i8, ptr %998, i64 3776
+  store <16 x i32> %1284, ptr %1285, align 4, !tbaa !5
+  %1286 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep675.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1286
+  %1287 = getelementptr i8, ptr %gep675.7.i, i64 128
+  %1288 = load <16 x i32>, ptr %1287, align 4, !tbaa !5
+  %1289 = shl <16 x i32> %1288, splat (i32 16)
+  %1290 = getelementptr inbounds nuw i8, ptr %998, i64 3840
+  store <16 x i32> %1289, ptr %1290, align 4, !tbaa !5
+  %1291 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep677.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1291
+  %1292 = getelementptr i8, ptr %gep677.7.i, i64 128
+  %1293 = load <16 x i32>, ptr %1292, align 4, !tbaa !5
+  %1294 = and <16 x i32> %1293, %387
+  %1295 = getelementptr inbounds nuw i8, ptr %998, i64 3904
+  store <16 x i32> %1294, ptr %1295, align 4, !tbaa !5
+  %1296 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep679.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1296
+  %1297 = getelementptr i8, ptr %gep679.7.i, i64 192
+  %1298 = load <16 x i32>, ptr %1297, align 4, !tbaa !5
+  %1299 = shl <16 x i32> %1298, splat (i32 16)
+  %1300 = getelementptr inbounds nuw i8, ptr %998, i64 3968
+  store <16 x i32> %1299, ptr %1300, align 4, !tbaa !5
+  %1301 = load i64, ptr %1267, align 8, !tbaa !5
+  %gep681.7.i = getelementptr i32, ptr %invariant.gep666.i, i64 %1301
+  %1302 = getelementptr i8, ptr %gep681.7.i, i64 192
+  %1303 = load <16 x i32>, ptr %1302, align 4, !tbaa !5
+  %1304 = and <16 x i32> %1303, %387
+  %1305 = getelementptr inbounds nuw i8, ptr %998, i64 4032
+  store <16 x i32> %1304, ptr %1305, align 4, !tbaa !5
+  %indvars.iv.next899.i = add nuw nsw i64 %indvars.iv898.i, 1
+  %exitcond902.not.i = icmp eq i64 %indvars.iv.next899.i, %wide.trip.count892.i
+  br i1 %exitcond902.not.i, label %for_begin_row_tile.preheader.i, label %for_begin_ti156.preheader.i, !prof !13
+
+for_begin_row_tile.i:                             ; preds = %if_end327.i
+  %indvars.iv.next995.i = add nuw nsw i64 %indvars.iv994.i, 1
+  %exitcond998.not.i = icmp eq i64 %indvars.iv.next995.i, %395
+  br i1 %exitcond998.not.i, label %for_end_row_tile.i, label %for_body_row_tile.i, !prof !13
+
+for_body_row_tile.i:                              ; preds = %for_begin_row_tile.i, %for_body_row_tile.lr.ph.i
+  %indvars.iv994.i = phi i64 [ 0, %for_body_row_tile.lr.ph.i ], [ %indvars.iv.next995.i, %for_begin_row_tile.i ]
+  %1306 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scores.i = tail call ptr %1306(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1307 = icmp eq ptr %scores.i, null
+  br i1 %1307, label %fused_attend_compute_.exit, label %if_end162.i, !prof !8
+
+for_end_row_tile.i:                               ; preds = %for_begin_row_tile.i, %for_begin_row_tile.preheader.i
+  %1308 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1309 = tail call i32 %1308(i32 1, i32 %dev_id, ptr nonnull %v_tile.i)
+  %.not540.i = icmp eq i32 %1309, 0
+  br i1 %.not540.i, label %if_end333.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end162.i:                                      ; preds = %for_body_row_tile.i
+  %1310 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %probs.i = tail call ptr %1310(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1311 = icmp eq ptr %probs.i, null
+  br i1 %1311, label %fused_attend_compute_.exit, label %if_end165.i, !prof !8
+
+if_end165.i:                                      ; preds = %if_end162.i
+  %1312 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %edges.i = tail call ptr %1312(i32 1, i32 %dev_id, i64 8192, i32 0, i32 32)
+  %1313 = icmp eq ptr %edges.i, null
+  br i1 %1313, label %fused_attend_compute_.exit, label %if_end168.i, !prof !8
+
+if_end168.i:                                      ; preds = %if_end165.i
+  %1314 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %scaled.i = tail call ptr %1314(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %1315 = icmp eq ptr %scaled.i, null
+  br i1 %1315, label %fused_attend_compute_.exit, label %if_end171.i, !prof !8
+
+if_end171.i:                                      ; preds = %if_end168.i
+  %1316 = add nuw nsw i64 %indvars.iv994.i, %993
+  %1317 = trunc nuw i64 %1316 to i32
+  %1318 = shl i32 %1317, 2
+  %1319 = sext i32 %1318 to i64
+  %1320 = getelementptr i32, ptr %reach.i, i64 %1319
+  %1321 = getelementptr i8, ptr %1320, i64 4
+  %1322 = load i32, ptr %1321, align 4, !tbaa !5
+  %1323 = sext i32 %1322 to i64
+  %1324 = icmp slt i64 %638, %1323
+  br i1 %1324, label %if_then173.i, label %if_end174.i, !prof !8
+
+if_then173.i:                                     ; preds = %if_end171.i
+  %1325 = tail call i32 @llvm.smin.i32(i32 %550, i32 %1322)
+  %1326 = sub i32 %1325, %647
+  %valid_len176.i = tail call i32 @llvm.smin.i32(i32 %1326, i32 128)
+  %1327 = add nsw i32 %valid_len176.i, 7
+  %1328 = ashr i32 %1327, 3
+  %1329 = icmp sgt i32 %1328, 0
+  br i1 %1329, label %for_begin_d_0.preheader.lr.ph.i, label %for_end_to184.i, !prof !3
+
+for_begin_d_0.preheader.lr.ph.i:                  ; preds = %if_then173.i
+  %1330 = shl i32 %1317, 11
+  %1331 = sext i32 %1330 to i64
+  %wide.trip.count919.i = zext nneg i32 %1328 to i64
+  %invariant.gep = getelementptr float, ptr %q_tile.i, i64 %1331
+  br label %for_begin_d_0.preheader.i
+
+if_end174.i:                                      ; preds = %if_end319.i, %if_end171.i
+  %1332 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %1333 = tail call i32 %1332(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
+  %.not542.i = icmp eq i32 %1333, 0
+  br i1 %.not542.i, label %if_end321.i, label %fused_attend_compute_.exit, !prof !42
+
+for_begin_to182.preheader.i:                      ; preds = %for_end_d_1.3.i
+  %1334 = shl i32 %1317, 4
+  %1335 = sext i32 %1334 to i64
+  %1336 = getelementptr inbounds i32, ptr %limits.i, i64 %1335
+  br label %for_begin_ti187.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_end_d_1.3.i, %for_begin_d_0.preheader.lr.ph.i
+  %indvars.iv916.i = phi i64 [ 0, %for_begin_d_0.preheader.lr.ph.i ], [ %indvars.iv.next917.i, %for_end_d_1.3.i ]
+  %.idx256 = shl nsw i64 %indvars.iv916.i, 12
+  %1337 = getelementptr inbounds nuw i8, ptr %k_tile.i, i64 %.idx256
+  br label %for_begin_d_2.preheader.i
+
+for_begin_d_2.preheader.i:                        ; preds = %for_begin_d_2.preheader.i, %for_begin_d_0.preheader.i
+  %indvars.iv907.i = phi i64 [ 0, %for_begin_d_0.preheader.i ], [ %indvars.iv.next908.i, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.0.1702.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1385, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.4.1701.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1390, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.8.1700.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1395, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.12.1699.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1400, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.16.1698.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1405, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.20.1697.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1410, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.24.1696.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1415, %for_begin_d_2.preheader.i ]
+  %scores_global513.sroa.28.1695.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0.preheader.i ], [ %1420, %for_begin_d_2.preheader.i ]
+  %.idx71 = shl i64 %indvars.iv907.i, 7
+  %gep = getelementptr i8, ptr %invariant.gep, i64 %.idx71
+  %1338 = load <16 x float>, ptr %gep, align 4, !tbaa !5
+  %1339 = getelementptr inbounds nuw float, ptr %1337, i64 %indvars.iv907.i
+  %1340 = load float, ptr %1339, align 4, !tbaa !5
+  %1341 = insertelement <16 x float> poison, float %1340, i64 0
+  %1342 = shufflevector <16 x float> %1341, <16 x float> poison, <16 x i32> zeroinitializer
+  %1343 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1342, <16 x float> %scores_global513.sroa.0.1702.i)
+  %1344 = getelementptr inbounds nuw i8, ptr %1339, i64 512
+  %1345 = load float, ptr %1344, align 4, !tbaa !5
+  %1346 = insertelement <16 x float> poison, float %1345, i64 0
+  %1347 = shufflevector <16 x float> %1346, <16 x float> poison, <16 x i32> zeroinitializer
+  %1348 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1347, <16 x float> %scores_global513.sroa.4.1701.i)
+  %1349 = getelementptr inbounds nuw i8, ptr %1339, i64 1024
+  %1350 = load float, ptr %1349, align 4, !tbaa !5
+  %1351 = insertelement <16 x float> poison, float %1350, i64 0
+  %1352 = shufflevector <16 x float> %1351, <16 x float> poison, <16 x i32> zeroinitializer
+  %1353 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1352, <16 x float> %scores_global513.sroa.8.1700.i)
+  %1354 = getelementptr inbounds nuw i8, ptr %1339, i64 1536
+  %1355 = load float, ptr %1354, align 4, !tbaa !5
+  %1356 = insertelement <16 x float> poison, float %1355, i64 0
+  %1357 = shufflevector <16 x float> %1356, <16 x float> poison, <16 x i32> zeroinitializer
+  %1358 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1357, <16 x float> %scores_global513.sroa.12.1699.i)
+  %1359 = getelementptr inbounds nuw i8, ptr %1339, i64 2048
+  %1360 = load float, ptr %1359, align 4, !tbaa !5
+  %1361 = insertelement <16 x float> poison, float %1360, i64 0
+  %1362 = shufflevector <16 x float> %1361, <16 x float> poison, <16 x i32> zeroinitializer
+  %1363 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1362, <16 x float> %scores_global513.sroa.16.1698.i)
+  %1364 = getelementptr inbounds nuw i8, ptr %1339, i64 2560
+  %1365 = load float, ptr %1364, align 4, !tbaa !5
+  %1366 = insertelement <16 x float> poison, float %1365, i64 0
+  %1367 = shufflevector <16 x float> %1366, <16 x float> poison, <16 x i32> zeroinitializer
+  %1368 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1367, <16 x float> %scores_global513.sroa.20.1697.i)
+  %1369 = getelementptr inbounds nuw i8, ptr %1339, i64 3072
+  %1370 = load float, ptr %1369, align 4, !tbaa !5
+  %1371 = insertelement <16 x float> poison, float %1370, i64 0
+  %1372 = shufflevector <16 x float> %1371, <16 x float> poison, <16 x i32> zeroinitializer
+  %1373 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1372, <16 x float> %scores_global513.sroa.24.1696.i)
+  %1374 = getelementptr inbounds nuw i8, ptr %1339, i64 3584
+  %1375 = load float, ptr %1374, align 4, !tbaa !5
+  %1376 = insertelement <16 x float> poison, float %1375, i64 0
+  %1377 = shufflevector <16 x float> %1376, <16 x float> poison, <16 x i32> zeroinitializer
+  %1378 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1338, <16 x float> %1377, <16 x float> %scores_global513.sroa.28.1695.i)
+  %1379 = getelementptr i8, ptr %gep, i64 64
+  %1380 = load <16 x float>, ptr %1379, align 4, !tbaa !5
+  %1381 = getelementptr inbounds nuw i8, ptr %1339, i64 64
+  %1382 = load float, ptr %1381, align 4, !tbaa !5
+  %1383 = insertelement <16 x float> poison, float %1382, i64 0
+  %1384 = shufflevector <16 x float> %1383, <16 x float> poison, <16 x i32> zeroinitializer
+  %1385 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1384, <16 x float> %1343)
+  %1386 = getelementptr inbounds nuw i8, ptr %1339, i64 576
+  %1387 = load float, ptr %1386, align 4, !tbaa !5
+  %1388 = insertelement <16 x float> poison, float %1387, i64 0
+  %1389 = shufflevector <16 x float> %1388, <16 x float> poison, <16 x i32> zeroinitializer
+  %1390 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1389, <16 x float> %1348)
+  %1391 = getelementptr inbounds nuw i8, ptr %1339, i64 1088
+  %1392 = load float, ptr %1391, align 4, !tbaa !5
+  %1393 = insertelement <16 x float> poison, float %1392, i64 0
+  %1394 = shufflevector <16 x float> %1393, <16 x float> poison, <16 x i32> zeroinitializer
+  %1395 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1394, <16 x float> %1353)
+  %1396 = getelementptr inbounds nuw i8, ptr %1339, i64 1600
+  %1397 = load float, ptr %1396, align 4, !tbaa !5
+  %1398 = insertelement <16 x float> poison, float %1397, i64 0
+  %1399 = shufflevector <16 x float> %1398, <16 x float> poison, <16 x i32> zeroinitializer
+  %1400 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1399, <16 x float> %1358)
+  %1401 = getelementptr inbounds nuw i8, ptr %1339, i64 2112
+  %1402 = load float, ptr %1401, align 4, !tbaa !5
+  %1403 = insertelement <16 x float> poison, float %1402, i64 0
+  %1404 = shufflevector <16 x float> %1403, <16 x float> poison, <16 x i32> zeroinitializer
+  %1405 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1404, <16 x float> %1363)
+  %1406 = getelementptr inbounds nuw i8, ptr %1339, i64 2624
+  %1407 = load float, ptr %1406, align 4, !tbaa !5
+  %1408 = insertelement <16 x float> poison, float %1407, i64 0
+  %1409 = shufflevector <16 x float> %1408, <16 x float> poison, <16 x i32> zeroinitializer
+  %1410 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1409, <16 x float> %1368)
+  %1411 = getelementptr inbounds nuw i8, ptr %1339, i64 3136
+  %1412 = load float, ptr %1411, align 4, !tbaa !5
+  %1413 = insertelement <16 x float> poison, float %1412, i64 0
+  %1414 = shufflevector <16 x float> %1413, <16 x float> poison, <16 x i32> zeroinitializer
+  %1415 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1414, <16 x float> %1373)
+  %1416 = getelementptr inbounds nuw i8, ptr %1339, i64 3648
+  %1417 = load float, ptr %1416, align 4, !tbaa !5
+  %1418 = insertelement <16 x float> poison, float %1417, i64 0
+  %1419 = shufflevector <16 x float> %1418, <16 x float> poison, <16 x i32> zeroinitializer
+  %1420 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1380, <16 x float> %1419, <16 x float> %1378)
+  %indvars.iv.next908.i = add nuw nsw i64 %indvars.iv907.i, 1
+  %exitcond911.not.i = icmp eq i64 %indvars.iv.next908.i, 16
+  br i1 %exitcond911.not.i, label %for_begin_d_2.preheader.1.i.preheader, label %for_begin_d_2.preheader.i, !prof !26
+
+for_begin_d_2.preheader.1.i.preheader:            ; preds = %for_begin_d_2.preheader.i
+  %1421 = getelementptr inbounds nuw i8, ptr %1337, i64 128
+  br label %for_begin_d_2.preheader.1.i
+
+for_begin_d_2.preheader.1.i:                      ; preds = %for_begin_d_2.preheader.1.i, %for_begin_d_2.preheader.1.i.preheader
+  %indvars.iv907.1.i = phi i64 [ %indvars.iv.next908.1.i, %for_begin_d_2.preheader.1.i ], [ 0, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.0.1702.1.i = phi <16 x float> [ %1470, %for_begin_d_2.preheader.1.i ], [ %1385, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.4.1701.1.i = phi <16 x float> [ %1475, %for_begin_d_2.preheader.1.i ], [ %1390, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.8.1700.1.i = phi <16 x float> [ %1480, %for_begin_d_2.preheader.1.i ], [ %1395, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.12.1699.1.i = phi <16 x float> [ %1485, %for_begin_d_2.preheader.1.i ], [ %1400, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.16.1698.1.i = phi <16 x float> [ %1490, %for_begin_d_2.preheader.1.i ], [ %1405, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.20.1697.1.i = phi <16 x float> [ %1495, %for_begin_d_2.preheader.1.i ], [ %1410, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.24.1696.1.i = phi <16 x float> [ %1500, %for_begin_d_2.preheader.1.i ], [ %1415, %for_begin_d_2.preheader.1.i.preheader ]
+  %scores_global513.sroa.28.1695.1.i = phi <16 x float> [ %1505, %for_begin_d_2.preheader.1.i ], [ %1420, %for_begin_d_2.preheader.1.i.preheader ]
+  %.idx72 = shl i64 %indvars.iv907.1.i, 7
+  %gep142 = getelementptr i8, ptr %invariant.gep, i64 %.idx72
+  %1422 = getelementptr i8, ptr %gep142, i64 2048
+  %1423 = load <16 x float>, ptr %1422, align 4, !tbaa !5
+  %1424 = getelementptr inbounds nuw float, ptr %1421, i64 %indvars.iv907.1.i
+  %1425 = load float, ptr %1424, align 4, !tbaa !5
+  %1426 = insertelement <16 x float> poison, float %1425, i64 0
+  %1427 = shufflevector <16 x float> %1426, <16 x float> poison, <16 x i32> zeroinitializer
+  %1428 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1427, <16 x float> %scores_global513.sroa.0.1702.1.i)
+  %1429 = getelementptr inbounds nuw i8, ptr %1424, i64 512
+  %1430 = load float, ptr %1429, align 4, !tbaa !5
+  %1431 = insertelement <16 x float> poison, float %1430, i64 0
+  %1432 = shufflevector <16 x float> %1431, <16 x float> poison, <16 x i32> zeroinitializer
+  %1433 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1432, <16 x float> %scores_global513.sroa.4.1701.1.i)
+  %1434 = getelementptr inbounds nuw i8, ptr %1424, i64 1024
+  %1435 = load float, ptr %1434, align 4, !tbaa !5
+  %1436 = insertelement <16 x float> poison, float %1435, i64 0
+  %1437 = shufflevector <16 x float> %1436, <16 x float> poison, <16 x i32> zeroinitializer
+  %1438 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1437, <16 x float> %scores_global513.sroa.8.1700.1.i)
+  %1439 = getelementptr inbounds nuw i8, ptr %1424, i64 1536
+  %1440 = load float, ptr %1439, align 4, !tbaa !5
+  %1441 = insertelement <16 x float> poison, float %1440, i64 0
+  %1442 = shufflevector <16 x float> %1441, <16 x float> poison, <16 x i32> zeroinitializer
+  %1443 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1442, <16 x float> %scores_global513.sroa.12.1699.1.i)
+  %1444 = getelementptr inbounds nuw i8, ptr %1424, i64 2048
+  %1445 = load float, ptr %1444, align 4, !tbaa !5
+  %1446 = insertelement <16 x float> poison, float %1445, i64 0
+  %1447 = shufflevector <16 x float> %1446, <16 x float> poison, <16 x i32> zeroinitializer
+  %1448 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1447, <16 x float> %scores_global513.sroa.16.1698.1.i)
+  %1449 = getelementptr inbounds nuw i8, ptr %1424, i64 2560
+  %1450 = load float, ptr %1449, align 4, !tbaa !5
+  %1451 = insertelement <16 x float> poison, float %1450, i64 0
+  %1452 = shufflevector <16 x float> %1451, <16 x float> poison, <16 x i32> zeroinitializer
+  %1453 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1452, <16 x float> %scores_global513.sroa.20.1697.1.i)
+  %1454 = getelementptr inbounds nuw i8, ptr %1424, i64 3072
+  %1455 = load float, ptr %1454, align 4, !tbaa !5
+  %1456 = insertelement <16 x float> poison, float %1455, i64 0
+  %1457 = shufflevector <16 x float> %1456, <16 x float> poison, <16 x i32> zeroinitializer
+  %1458 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1457, <16 x float> %scores_global513.sroa.24.1696.1.i)
+  %1459 = getelementptr inbounds nuw i8, ptr %1424, i64 3584
+  %1460 = load float, ptr %1459, align 4, !tbaa !5
+  %1461 = insertelement <16 x float> poison, float %1460, i64 0
+  %1462 = shufflevector <16 x float> %1461, <16 x float> poison, <16 x i32> zeroinitializer
+  %1463 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1423, <16 x float> %1462, <16 x float> %scores_global513.sroa.28.1695.1.i)
+  %1464 = getelementptr i8, ptr %gep142, i64 2112
+  %1465 = load <16 x float>, ptr %1464, align 4, !tbaa !5
+  %1466 = getelementptr inbounds nuw i8, ptr %1424, i64 64
+  %1467 = load float, ptr %1466, align 4, !tbaa !5
+  %1468 = insertelement <16 x float> poison, float %1467, i64 0
+  %1469 = shufflevector <16 x float> %1468, <16 x float> poison, <16 x i32> zeroinitializer
+  %1470 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1469, <16 x float> %1428)
+  %1471 = getelementptr inbounds nuw i8, ptr %1424, i64 576
+  %1472 = load float, ptr %1471, align 4, !tbaa !5
+  %1473 = insertelement <16 x float> poison, float %1472, i64 0
+  %1474 = shufflevector <16 x float> %1473, <16 x float> poison, <16 x i32> zeroinitializer
+  %1475 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1474, <16 x float> %1433)
+  %1476 = getelementptr inbounds nuw i8, ptr %1424, i64 1088
+  %1477 = load float, ptr %1476, align 4, !tbaa !5
+  %1478 = insertelement <16 x float> poison, float %1477, i64 0
+  %1479 = shufflevector <16 x float> %1478, <16 x float> poison, <16 x i32> zeroinitializer
+  %1480 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1479, <16 x float> %1438)
+  %1481 = getelementptr inbounds nuw i8, ptr %1424, i64 1600
+  %1482 = load float, ptr %1481, align 4, !tbaa !5
+  %1483 = insertelement <16 x float> poison, float %1482, i64 0
+  %1484 = shufflevector <16 x float> %1483, <16 x float> poison, <16 x i32> zeroinitializer
+  %1485 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1484, <16 x float> %1443)
+  %1486 = getelementptr inbounds nuw i8, ptr %1424, i64 2112
+  %1487 = load float, ptr %1486, align 4, !tbaa !5
+  %1488 = insertelement <16 x float> poison, float %1487, i64 0
+  %1489 = shufflevector <16 x float> %1488, <16 x float> poison, <16 x i32> zeroinitializer
+  %1490 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1489, <16 x float> %1448)
+  %1491 = getelementptr inbounds nuw i8, ptr %1424, i64 2624
+  %1492 = load float, ptr %1491, align 4, !tbaa !5
+  %1493 = insertelement <16 x float> poison, float %1492, i64 0
+  %1494 = shufflevector <16 x float> %1493, <16 x float> poison, <16 x i32> zeroinitializer
+  %1495 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1494, <16 x float> %1453)
+  %1496 = getelementptr inbounds nuw i8, ptr %1424, i64 3136
+  %1497 = load float, ptr %1496, align 4, !tbaa !5
+  %1498 = insertelement <16 x float> poison, float %1497, i64 0
+  %1499 = shufflevector <16 x float> %1498, <16 x float> poison, <16 x i32> zeroinitializer
+  %1500 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1499, <16 x float> %1458)
+  %1501 = getelementptr inbounds nuw i8, ptr %1424, i64 3648
+  %1502 = load float, ptr %1501, align 4, !tbaa !5
+  %1503 = insertelement <16 x float> poison, float %1502, i64 0
+  %1504 = shufflevector <16 x float> %1503, <16 x float> poison, <16 x i32> zeroinitializer
+  %1505 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1465, <16 x float> %1504, <16 x float> %1463)
+  %indvars.iv.next908.1.i = add nuw nsw i64 %indvars.iv907.1.i, 1
+  %exitcond911.1.not.i = icmp eq i64 %indvars.iv.next908.1.i, 16
+  br i1 %exitcond911.1.not.i, label %for_begin_d_2.preheader.2.i.preheader, label %for_begin_d_2.preheader.1.i, !prof !26
+
+for_begin_d_2.preheader.2.i.preheader:            ; preds = %for_begin_d_2.preheader.1.i
+  %1506 = getelementptr inbounds nuw i8, ptr %1337, i64 256
+  br label %for_begin_d_2.preheader.2.i
+
+for_begin_d_2.preheader.2.i:                      ; preds = %for_begin_d_2.preheader.2.i, %for_begin_d_2.preheader.2.i.preheader
+  %indvars.iv907.2.i = phi i64 [ %indvars.iv.next908.2.i, %for_begin_d_2.preheader.2.i ], [ 0, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.0.1702.2.i = phi <16 x float> [ %1555, %for_begin_d_2.preheader.2.i ], [ %1470, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.4.1701.2.i = phi <16 x float> [ %1560, %for_begin_d_2.preheader.2.i ], [ %1475, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.8.1700.2.i = phi <16 x float> [ %1565, %for_begin_d_2.preheader.2.i ], [ %1480, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.12.1699.2.i = phi <16 x float> [ %1570, %for_begin_d_2.preheader.2.i ], [ %1485, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.16.1698.2.i = phi <16 x float> [ %1575, %for_begin_d_2.preheader.2.i ], [ %1490, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.20.1697.2.i = phi <16 x float> [ %1580, %for_begin_d_2.preheader.2.i ], [ %1495, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.24.1696.2.i = phi <16 x float> [ %1585, %for_begin_d_2.preheader.2.i ], [ %1500, %for_begin_d_2.preheader.2.i.preheader ]
+  %scores_global513.sroa.28.1695.2.i = phi <16 x float> [ %1590, %for_begin_d_2.preheader.2.i ], [ %1505, %for_begin_d_2.preheader.2.i.preheader ]
+  %.idx73 = shl i64 %indvars.iv907.2.i, 7
+  %gep144 = getelementptr i8, ptr %invariant.gep, i64 %.idx73
+  %1507 = getelementptr i8, ptr %gep144, i64 4096
+  %1508 = load <16 x float>, ptr %1507, align 4, !tbaa !5
+  %1509 = getelementptr inbounds nuw float, ptr %1506, i64 %indvars.iv907.2.i
+  %1510 = load float, ptr %1509, align 4, !tbaa !5
+  %1511 = insertelement <16 x float> poison, float %1510, i64 0
+  %1512 = shufflevector <16 x float> %1511, <16 x float> poison, <16 x i32> zeroinitializer
+  %1513 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1512, <16 x float> %scores_global513.sroa.0.1702.2.i)
+  %1514 = getelementptr inbounds nuw i8, ptr %1509, i64 512
+  %1515 = load float, ptr %1514, align 4, !tbaa !5
+  %1516 = insertelement <16 x float> poison, float %1515, i64 0
+  %1517 = shufflevector <16 x float> %1516, <16 x float> poison, <16 x i32> zeroinitializer
+  %1518 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1517, <16 x float> %scores_global513.sroa.4.1701.2.i)
+  %1519 = getelementptr inbounds nuw i8, ptr %1509, i64 1024
+  %1520 = load float, ptr %1519, align 4, !tbaa !5
+  %1521 = insertelement <16 x float> poison, float %1520, i64 0
+  %1522 = shufflevector <16 x float> %1521, <16 x float> poison, <16 x i32> zeroinitializer
+  %1523 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1522, <16 x float> %scores_global513.sroa.8.1700.2.i)
+  %1524 = getelementptr inbounds nuw i8, ptr %1509, i64 1536
+  %1525 = load float, ptr %1524, align 4, !tbaa !5
+  %1526 = insertelement <16 x float> poison, float %1525, i64 0
+  %1527 = shufflevector <16 x float> %1526, <16 x float> poison, <16 x i32> zeroinitializer
+  %1528 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1527, <16 x float> %scores_global513.sroa.12.1699.2.i)
+  %1529 = getelementptr inbounds nuw i8, ptr %1509, i64 2048
+  %1530 = load float, ptr %1529, align 4, !tbaa !5
+  %1531 = insertelement <16 x float> poison, float %1530, i64 0
+  %1532 = shufflevector <16 x float> %1531, <16 x float> poison, <16 x i32> zeroinitializer
+  %1533 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1532, <16 x float> %scores_global513.sroa.16.1698.2.i)
+  %1534 = getelementptr inbounds nuw i8, ptr %1509, i64 2560
+  %1535 = load float, ptr %1534, align 4, !tbaa !5
+  %1536 = insertelement <16 x float> poison, float %1535, i64 0
+  %1537 = shufflevector <16 x float> %1536, <16 x float> poison, <16 x i32> zeroinitializer
+  %1538 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1537, <16 x float> %scores_global513.sroa.20.1697.2.i)
+  %1539 = getelementptr inbounds nuw i8, ptr %1509, i64 3072
+  %1540 = load float, ptr %1539, align 4, !tbaa !5
+  %1541 = insertelement <16 x float> poison, float %1540, i64 0
+  %1542 = shufflevector <16 x float> %1541, <16 x float> poison, <16 x i32> zeroinitializer
+  %1543 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1542, <16 x float> %scores_global513.sroa.24.1696.2.i)
+  %1544 = getelementptr inbounds nuw i8, ptr %1509, i64 3584
+  %1545 = load float, ptr %1544, align 4, !tbaa !5
+  %1546 = insertelement <16 x float> poison, float %1545, i64 0
+  %1547 = shufflevector <16 x float> %1546, <16 x float> poison, <16 x i32> zeroinitializer
+  %1548 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1508, <16 x float> %1547, <16 x float> %scores_global513.sroa.28.1695.2.i)
+  %1549 = getelementptr i8, ptr %gep144, i64 4160
+  %1550 = load <16 x float>, ptr %1549, align 4, !tbaa !5
+  %1551 = getelementptr inbounds nuw i8, ptr %1509, i64 64
+  %1552 = load float, ptr %1551, align 4, !tbaa !5
+  %1553 = insertelement <16 x float> poison, float %1552, i64 0
+  %1554 = shufflevector <16 x float> %1553, <16 x float> poison, <16 x i32> zeroinitializer
+  %1555 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1554, <16 x float> %1513)
+  %1556 = getelementptr inbounds nuw i8, ptr %1509, i64 576
+  %1557 = load float, ptr %1556, align 4, !tbaa !5
+  %1558 = insertelement <16 x float> poison, float %1557, i64 0
+  %1559 = shufflevector <16 x float> %1558, <16 x float> poison, <16 x i32> zeroinitializer
+  %1560 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1559, <16 x float> %1518)
+  %1561 = getelementptr inbounds nuw i8, ptr %1509, i64 1088
+  %1562 = load float, ptr %1561, align 4, !tbaa !5
+  %1563 = insertelement <16 x float> poison, float %1562, i64 0
+  %1564 = shufflevector <16 x float> %1563, <16 x float> poison, <16 x i32> zeroinitializer
+  %1565 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1564, <16 x float> %1523)
+  %1566 = getelementptr inbounds nuw i8, ptr %1509, i64 1600
+  %1567 = load float, ptr %1566, align 4, !tbaa !5
+  %1568 = insertelement <16 x float> poison, float %1567, i64 0
+  %1569 = shufflevector <16 x float> %1568, <16 x float> poison, <16 x i32> zeroinitializer
+  %1570 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1569, <16 x float> %1528)
+  %1571 = getelementptr inbounds nuw i8, ptr %1509, i64 2112
+  %1572 = load float, ptr %1571, align 4, !tbaa !5
+  %1573 = insertelement <16 x float> poison, float %1572, i64 0
+  %1574 = shufflevector <16 x float> %1573, <16 x float> poison, <16 x i32> zeroinitializer
+  %1575 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1574, <16 x float> %1533)
+  %1576 = getelementptr inbounds nuw i8, ptr %1509, i64 2624
+  %1577 = load float, ptr %1576, align 4, !tbaa !5
+  %1578 = insertelement <16 x float> poison, float %1577, i64 0
+  %1579 = shufflevector <16 x float> %1578, <16 x float> poison, <16 x i32> zeroinitializer
+  %1580 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1579, <16 x float> %1538)
+  %1581 = getelementptr inbounds nuw i8, ptr %1509, i64 3136
+  %1582 = load float, ptr %1581, align 4, !tbaa !5
+  %1583 = insertelement <16 x float> poison, float %1582, i64 0
+  %1584 = shufflevector <16 x float> %1583, <16 x float> poison, <16 x i32> zeroinitializer
+  %1585 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1584, <16 x float> %1543)
+  %1586 = getelementptr inbounds nuw i8, ptr %1509, i64 3648
+  %1587 = load float, ptr %1586, align 4, !tbaa !5
+  %1588 = insertelement <16 x float> poison, float %1587, i64 0
+  %1589 = shufflevector <16 x float> %1588, <16 x float> poison, <16 x i32> zeroinitializer
+  %1590 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1550, <16 x float> %1589, <16 x float> %1548)
+  %indvars.iv.next908.2.i = add nuw nsw i64 %indvars.iv907.2.i, 1
+  %exitcond911.2.not.i = icmp eq i64 %indvars.iv.next908.2.i, 16
+  br i1 %exitcond911.2.not.i, label %for_begin_d_2.preheader.3.i.preheader, label %for_begin_d_2.preheader.2.i, !prof !26
+
+for_begin_d_2.preheader.3.i.preheader:            ; preds = %for_begin_d_2.preheader.2.i
+  %1591 = getelementptr inbounds nuw i8, ptr %1337, i64 384
+  br label %for_begin_d_2.preheader.3.i
+
+for_begin_d_2.preheader.3.i:                      ; preds = %for_begin_d_2.preheader.3.i, %for_begin_d_2.preheader.3.i.preheader
+  %indvars.iv907.3.i = phi i64 [ %indvars.iv.next908.3.i, %for_begin_d_2.preheader.3.i ], [ 0, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.0.1702.3.i = phi <16 x float> [ %1640, %for_begin_d_2.preheader.3.i ], [ %1555, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.4.1701.3.i = phi <16 x float> [ %1645, %for_begin_d_2.preheader.3.i ], [ %1560, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.8.1700.3.i = phi <16 x float> [ %1650, %for_begin_d_2.preheader.3.i ], [ %1565, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.12.1699.3.i = phi <16 x float> [ %1655, %for_begin_d_2.preheader.3.i ], [ %1570, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.16.1698.3.i = phi <16 x float> [ %1660, %for_begin_d_2.preheader.3.i ], [ %1575, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.20.1697.3.i = phi <16 x float> [ %1665, %for_begin_d_2.preheader.3.i ], [ %1580, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.24.1696.3.i = phi <16 x float> [ %1670, %for_begin_d_2.preheader.3.i ], [ %1585, %for_begin_d_2.preheader.3.i.preheader ]
+  %scores_global513.sroa.28.1695.3.i = phi <16 x float> [ %1675, %for_begin_d_2.preheader.3.i ], [ %1590, %for_begin_d_2.preheader.3.i.preheader ]
+  %.idx74 = shl i64 %indvars.iv907.3.i, 7
+  %gep146 = getelementptr i8, ptr %invariant.gep, i64 %.idx74
+  %1592 = getelementptr i8, ptr %gep146, i64 6144
+  %1593 = load <16 x float>, ptr %1592, align 4, !tbaa !5
+  %1594 = getelementptr inbounds nuw float, ptr %1591, i64 %indvars.iv907.3.i
+  %1595 = load float, ptr %1594, align 4, !tbaa !5
+  %1596 = insertelement <16 x float> poison, float %1595, i64 0
+  %1597 = shufflevector <16 x float> %1596, <16 x float> poison, <16 x i32> zeroinitializer
+  %1598 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1597, <16 x float> %scores_global513.sroa.0.1702.3.i)
+  %1599 = getelementptr inbounds nuw i8, ptr %1594, i64 512
+  %1600 = load float, ptr %1599, align 4, !tbaa !5
+  %1601 = insertelement <16 x float> poison, float %1600, i64 0
+  %1602 = shufflevector <16 x float> %1601, <16 x float> poison, <16 x i32> zeroinitializer
+  %1603 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1602, <16 x float> %scores_global513.sroa.4.1701.3.i)
+  %1604 = getelementptr inbounds nuw i8, ptr %1594, i64 1024
+  %1605 = load float, ptr %1604, align 4, !tbaa !5
+  %1606 = insertelement <16 x float> poison, float %1605, i64 0
+  %1607 = shufflevector <16 x float> %1606, <16 x float> poison, <16 x i32> zeroinitializer
+  %1608 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1607, <16 x float> %scores_global513.sroa.8.1700.3.i)
+  %1609 = getelementptr inbounds nuw i8, ptr %1594, i64 1536
+  %1610 = load float, ptr %1609, align 4, !tbaa !5
+  %1611 = insertelement <16 x float> poison, float %1610, i64 0
+  %1612 = shufflevector <16 x float> %1611, <16 x float> poison, <16 x i32> zeroinitializer
+  %1613 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1612, <16 x float> %scores_global513.sroa.12.1699.3.i)
+  %1614 = getelementptr inbounds nuw i8, ptr %1594, i64 2048
+  %1615 = load float, ptr %1614, align 4, !tbaa !5
+  %1616 = insertelement <16 x float> poison, float %1615, i64 0
+  %1617 = shufflevector <16 x float> %1616, <16 x float> poison, <16 x i32> zeroinitializer
+  %1618 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1617, <16 x float> %scores_global513.sroa.16.1698.3.i)
+  %1619 = getelementptr inbounds nuw i8, ptr %1594, i64 2560
+  %1620 = load float, ptr %1619, align 4, !tbaa !5
+  %1621 = insertelement <16 x float> poison, float %1620, i64 0
+  %1622 = shufflevector <16 x float> %1621, <16 x float> poison, <16 x i32> zeroinitializer
+  %1623 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1622, <16 x float> %scores_global513.sroa.20.1697.3.i)
+  %1624 = getelementptr inbounds nuw i8, ptr %1594, i64 3072
+  %1625 = load float, ptr %1624, align 4, !tbaa !5
+  %1626 = insertelement <16 x float> poison, float %1625, i64 0
+  %1627 = shufflevector <16 x float> %1626, <16 x float> poison, <16 x i32> zeroinitializer
+  %1628 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1627, <16 x float> %scores_global513.sroa.24.1696.3.i)
+  %1629 = getelementptr inbounds nuw i8, ptr %1594, i64 3584
+  %1630 = load float, ptr %1629, align 4, !tbaa !5
+  %1631 = insertelement <16 x float> poison, float %1630, i64 0
+  %1632 = shufflevector <16 x float> %1631, <16 x float> poison, <16 x i32> zeroinitializer
+  %1633 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1593, <16 x float> %1632, <16 x float> %scores_global513.sroa.28.1695.3.i)
+  %1634 = getelementptr i8, ptr %gep146, i64 6208
+  %1635 = load <16 x float>, ptr %1634, align 4, !tbaa !5
+  %1636 = getelementptr inbounds nuw i8, ptr %1594, i64 64
+  %1637 = load float, ptr %1636, align 4, !tbaa !5
+  %1638 = insertelement <16 x float> poison, float %1637, i64 0
+  %1639 = shufflevector <16 x float> %1638, <16 x float> poison, <16 x i32> zeroinitializer
+  %1640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1639, <16 x float> %1598)
+  %1641 = getelementptr inbounds nuw i8, ptr %1594, i64 576
+  %1642 = load float, ptr %1641, align 4, !tbaa !5
+  %1643 = insertelement <16 x float> poison, float %1642, i64 0
+  %1644 = shufflevector <16 x float> %1643, <16 x float> poison, <16 x i32> zeroinitializer
+  %1645 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1644, <16 x float> %1603)
+  %1646 = getelementptr inbounds nuw i8, ptr %1594, i64 1088
+  %1647 = load float, ptr %1646, align 4, !tbaa !5
+  %1648 = insertelement <16 x float> poison, float %1647, i64 0
+  %1649 = shufflevector <16 x float> %1648, <16 x float> poison, <16 x i32> zeroinitializer
+  %1650 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1649, <16 x float> %1608)
+  %1651 = getelementptr inbounds nuw i8, ptr %1594, i64 1600
+  %1652 = load float, ptr %1651, align 4, !tbaa !5
+  %1653 = insertelement <16 x float> poison, float %1652, i64 0
+  %1654 = shufflevector <16 x float> %1653, <16 x float> poison, <16 x i32> zeroinitializer
+  %1655 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1654, <16 x float> %1613)
+  %1656 = getelementptr inbounds nuw i8, ptr %1594, i64 2112
+  %1657 = load float, ptr %1656, align 4, !tbaa !5
+  %1658 = insertelement <16 x float> poison, float %1657, i64 0
+  %1659 = shufflevector <16 x float> %1658, <16 x float> poison, <16 x i32> zeroinitializer
+  %1660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1659, <16 x float> %1618)
+  %1661 = getelementptr inbounds nuw i8, ptr %1594, i64 2624
+  %1662 = load float, ptr %1661, align 4, !tbaa !5
+  %1663 = insertelement <16 x float> poison, float %1662, i64 0
+  %1664 = shufflevector <16 x float> %1663, <16 x float> poison, <16 x i32> zeroinitializer
+  %1665 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1664, <16 x float> %1623)
+  %1666 = getelementptr inbounds nuw i8, ptr %1594, i64 3136
+  %1667 = load float, ptr %1666, align 4, !tbaa !5
+  %1668 = insertelement <16 x float> poison, float %1667, i64 0
+  %1669 = shufflevector <16 x float> %1668, <16 x float> poison, <16 x i32> zeroinitializer
+  %1670 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1669, <16 x float> %1628)
+  %1671 = getelementptr inbounds nuw i8, ptr %1594, i64 3648
+  %1672 = load float, ptr %1671, align 4, !tbaa !5
+  %1673 = insertelement <16 x float> poison, float %1672, i64 0
+  %1674 = shufflevector <16 x float> %1673, <16 x float> poison, <16 x i32> zeroinitializer
+  %1675 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1635, <16 x float> %1674, <16 x float> %1633)
+  %indvars.iv.next908.3.i = add nuw nsw i64 %indvars.iv907.3.i, 1
+  %exitcond911.3.not.i = icmp eq i64 %indvars.iv.next908.3.i, 16
+  br i1 %exitcond911.3.not.i, label %for_end_d_1.3.i, label %for_begin_d_2.preheader.3.i, !prof !26
+
+for_end_d_1.3.i:                                  ; preds = %for_begin_d_2.preheader.3.i
+  %.idx1105.i = shl nsw i64 %indvars.iv916.i, 9
+  %1676 = getelementptr inbounds nuw i8, ptr %scores.i, i64 %.idx1105.i
+  store <16 x float> %1640, ptr %1676, align 4, !tbaa !5
+  %1677 = getelementptr inbounds nuw i8, ptr %1676, i64 64
+  store <16 x float> %1645, ptr %1677, align 4, !tbaa !5
+  %1678 = getelementptr inbounds nuw i8, ptr %1676, i64 128
+  store <16 x float> %1650, ptr %1678, align 4, !tbaa !5
+  %1679 = getelementptr inbounds nuw i8, ptr %1676, i64 192
+  store <16 x float> %1655, ptr %1679, align 4, !tbaa !5
+  %1680 = getelementptr inbounds nuw i8, ptr %1676, i64 256
+  store <16 x float> %1660, ptr %1680, align 4, !tbaa !5
+  %1681 = getelementptr inbounds nuw i8, ptr %1676, i64 320
+  store <16 x float> %1665, ptr %1681, align 4, !tbaa !5
+  %1682 = getelementptr inbounds nuw i8, ptr %1676, i64 384
+  store <16 x float> %1670, ptr %1682, align 4, !tbaa !5
+  %1683 = getelementptr inbounds nuw i8, ptr %1676, i64 448
+  store <16 x float> %1675, ptr %1683, align 4, !tbaa !5
+  %indvars.iv.next917.i = add nuw nsw i64 %indvars.iv916.i, 1
+  %exitcond920.not.i = icmp eq i64 %indvars.iv.next917.i, %wide.trip.count919.i
+  br i1 %exitcond920.not.i, label %for_begin_to182.preheader.i, label %for_begin_d_0.preheader.i, !prof !13
+
+for_begin_ti187.preheader.i:                      ; preds = %for_begin_ti187.preheader.i, %for_begin_to182.preheader.i
+  %indvars.iv925.i = phi i64 [ 0, %for_begin_to182.preheader.i ], [ %indvars.iv.next926.i, %for_begin_ti187.preheader.i ]
+  %1684 = shl nsw i64 %indvars.iv925.i, 7
+  %indvars.iv925.tr.i = trunc i64 %indvars.iv925.i to i32
+  %1685 = shl i32 %indvars.iv925.tr.i, 3
+  %1686 = add i32 %1685, %640
+  %1687 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1684
+  %1688 = load <16 x float>, ptr %1687, align 4, !tbaa !5
+  %1689 = fmul <16 x float> %390, %1688
+  %1690 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1691 = insertelement <16 x i32> poison, i32 %1686, i64 0
+  %1692 = shufflevector <16 x i32> %1691, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1693 = icmp slt <16 x i32> %1692, %1690
+  %1694 = select <16 x i1> %1693, <16 x float> %1689, <16 x float> splat (float 0xFFF0000000000000)
+  %1695 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1684
+  store <16 x float> %1694, ptr %1695, align 4, !tbaa !5
+  %1696 = or disjoint i64 %1684, 16
+  %1697 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1696
+  %1698 = load <16 x float>, ptr %1697, align 4, !tbaa !5
+  %1699 = fmul <16 x float> %390, %1698
+  %1700 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1701 = or disjoint i32 %1686, 1
+  %1702 = insertelement <16 x i32> poison, i32 %1701, i64 0
+  %1703 = shufflevector <16 x i32> %1702, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1704 = icmp slt <16 x i32> %1703, %1700
+  %1705 = select <16 x i1> %1704, <16 x float> %1699, <16 x float> splat (float 0xFFF0000000000000)
+  %1706 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1696
+  store <16 x float> %1705, ptr %1706, align 4, !tbaa !5
+  %1707 = or disjoint i64 %1684, 32
+  %1708 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1707
+  %1709 = load <16 x float>, ptr %1708, align 4, !tbaa !5
+  %1710 = fmul <16 x float> %390, %1709
+  %1711 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1712 = or disjoint i32 %1686, 2
+  %1713 = insertelement <16 x i32> poison, i32 %1712, i64 0
+  %1714 = shufflevector <16 x i32> %1713, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1715 = icmp slt <16 x i32> %1714, %1711
+  %1716 = select <16 x i1> %1715, <16 x float> %1710, <16 x float> splat (float 0xFFF0000000000000)
+  %1717 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1707
+  store <16 x float> %1716, ptr %1717, align 4, !tbaa !5
+  %1718 = or disjoint i64 %1684, 48
+  %1719 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1718
+  %1720 = load <16 x float>, ptr %1719, align 4, !tbaa !5
+  %1721 = fmul <16 x float> %390, %1720
+  %1722 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1723 = or disjoint i32 %1686, 3
+  %1724 = insertelement <16 x i32> poison, i32 %1723, i64 0
+  %1725 = shufflevector <16 x i32> %1724, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1726 = icmp slt <16 x i32> %1725, %1722
+  %1727 = select <16 x i1> %1726, <16 x float> %1721, <16 x float> splat (float 0xFFF0000000000000)
+  %1728 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1718
+  store <16 x float> %1727, ptr %1728, align 4, !tbaa !5
+  %1729 = or disjoint i64 %1684, 64
+  %1730 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1729
+  %1731 = load <16 x float>, ptr %1730, align 4, !tbaa !5
+  %1732 = fmul <16 x float> %390, %1731
+  %1733 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1734 = or disjoint i32 %1686, 4
+  %1735 = insertelement <16 x i32> poison, i32 %1734, i64 0
+  %1736 = shufflevector <16 x i32> %1735, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1737 = icmp slt <16 x i32> %1736, %1733
+  %1738 = select <16 x i1> %1737, <16 x float> %1732, <16 x float> splat (float 0xFFF0000000000000)
+  %1739 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1729
+  store <16 x float> %1738, ptr %1739, align 4, !tbaa !5
+  %1740 = or disjoint i64 %1684, 80
+  %1741 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1740
+  %1742 = load <16 x float>, ptr %1741, align 4, !tbaa !5
+  %1743 = fmul <16 x float> %390, %1742
+  %1744 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1745 = or disjoint i32 %1686, 5
+  %1746 = insertelement <16 x i32> poison, i32 %1745, i64 0
+  %1747 = shufflevector <16 x i32> %1746, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1748 = icmp slt <16 x i32> %1747, %1744
+  %1749 = select <16 x i1> %1748, <16 x float> %1743, <16 x float> splat (float 0xFFF0000000000000)
+  %1750 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1740
+  store <16 x float> %1749, ptr %1750, align 4, !tbaa !5
+  %1751 = or disjoint i64 %1684, 96
+  %1752 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1751
+  %1753 = load <16 x float>, ptr %1752, align 4, !tbaa !5
+  %1754 = fmul <16 x float> %390, %1753
+  %1755 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1756 = or disjoint i32 %1686, 6
+  %1757 = insertelement <16 x i32> poison, i32 %1756, i64 0
+  %1758 = shufflevector <16 x i32> %1757, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1759 = icmp slt <16 x i32> %1758, %1755
+  %1760 = select <16 x i1> %1759, <16 x float> %1754, <16 x float> splat (float 0xFFF0000000000000)
+  %1761 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1751
+  store <16 x float> %1760, ptr %1761, align 4, !tbaa !5
+  %1762 = or disjoint i64 %1684, 112
+  %1763 = getelementptr inbounds nuw float, ptr %scores.i, i64 %1762
+  %1764 = load <16 x float>, ptr %1763, align 4, !tbaa !5
+  %1765 = fmul <16 x float> %390, %1764
+  %1766 = load <16 x i32>, ptr %1336, align 4, !tbaa !5
+  %1767 = or disjoint i32 %1686, 7
+  %1768 = insertelement <16 x i32> poison, i32 %1767, i64 0
+  %1769 = shufflevector <16 x i32> %1768, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1770 = icmp slt <16 x i32> %1769, %1766
+  %1771 = select <16 x i1> %1770, <16 x float> %1765, <16 x float> splat (float 0xFFF0000000000000)
+  %1772 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1762
+  store <16 x float> %1771, ptr %1772, align 4, !tbaa !5
+  %indvars.iv.next926.i = add nuw nsw i64 %indvars.iv925.i, 1
+  %exitcond929.not.i = icmp eq i64 %indvars.iv.next926.i, %wide.trip.count919.i
+  br i1 %exitcond929.not.i, label %for_end_to184.i, label %for_begin_ti187.preheader.i, !prof !13
+
+for_end_to184.i:                                  ; preds = %for_begin_ti187.preheader.i, %if_then173.i
+  br i1 %155, label %if_then192.i, label %if_end193.i, !prof !8
+
+if_then192.i:                                     ; preds = %for_end_to184.i
+  %1773 = srem i32 %1317, %111
+  %1774 = shl nsw i32 %1773, 4
+  %1775 = sub nsw i32 %109, %1774
+  %1776 = icmp sgt i32 %1775, 0
+  br i1 %1776, label %for_body_r195.lr.ph.i, label %if_end193.i, !prof !3
+
+for_body_r195.lr.ph.i:                            ; preds = %if_then192.i
+  %1777 = icmp sgt i32 %valid_len176.i, %642
+  %1778 = sext i32 %1773 to i64
+  %1779 = shl nsw i64 %1778, 2
+  br i1 %1777, label %for_body_r195.us.preheader.i, label %if_end193.i, !prof !3
+
+for_body_r195.us.preheader.i:                     ; preds = %for_body_r195.lr.ph.i
+  %1780 = tail call i32 @llvm.umin.i32(i32 %1775, i32 16)
+  %smin221 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.3.0.lcssa.i, i32 %1322)
+  %smin224 = tail call i32 @llvm.smin.i32(i32 %smin221, i32 %indvars.iv222)
+  %smin225 = tail call i32 @llvm.smin.i32(i32 %smin224, i32 %375)
+  %1781 = add i32 %indvars.iv219, %smin225
+  %smin226 = tail call i32 @llvm.smin.i32(i32 %1781, i32 128)
+  %1782 = sub i32 %smin226, %smax228
+  %1783 = zext i32 %1782 to i64
+  %1784 = add i32 %indvars.iv219, %1325
+  %smin436 = tail call i32 @llvm.smin.i32(i32 %1784, i32 128)
+  %1785 = sub i32 %smin436, %smax435
+  %1786 = zext i32 %1785 to i64
+  %1787 = add nsw i64 %1786, -1
+  %smin453 = tail call i32 @llvm.smin.i32(i32 %1784, i32 128)
+  %1788 = sub i32 %smin453, %smax447
+  %1789 = zext i32 %1788 to i64
+  %scevgep454 = getelementptr i8, ptr %scevgep452, i64 %1789
+  %scevgep457 = getelementptr i8, ptr %scaled.i, i64 -60
+  %1790 = shl nuw nsw i64 %1789, 6
+  %scevgep458 = getelementptr i8, ptr %scevgep457, i64 %1790
+  %1791 = add i32 %indvars.iv219, %1325
+  %smin464 = tail call i32 @llvm.smin.i32(i32 %1791, i32 128)
+  %1792 = sub i32 %smin464, %smax463
+  %1793 = zext i32 %1792 to i64
+  %min.iters.check466 = icmp ult i32 %1792, 24
+  %1794 = trunc i64 %1787 to i32
+  %1795 = add i32 %smax435, %1794
+  %1796 = shl i32 %1795, 4
+  %1797 = icmp ugt i64 %1787, 268435455
+  %mul.result442 = shl nsw i64 %1787, 6
+  %n.vec469 = and i64 %1793, 4294967288
+  %cmp.n482 = icmp eq i64 %n.vec469, %1793
+  %xtraiter585 = and i64 %1793, 3
+  %lcmp.mod586.not = icmp eq i64 %xtraiter585, 0
+  br label %for_body_r195.us.i
+
+for_body_r195.us.i:                               ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r195.us.preheader.i
+  %indvar449 = phi i64 [ %indvar.next450, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r195.us.preheader.i ]
+  %r198719.us.i = phi i32 [ %1869, %for_begin_c.for_end_c_crit_edge.us.i ], [ 0, %for_body_r195.us.preheader.i ]
+  %1798 = lshr i64 %indvar449, 2
+  %1799 = add nsw i64 %1779, %1798
+  %1800 = mul nsw i64 %392, %1799
+  %scevgep451 = getelementptr i8, ptr %scevgep448, i64 %1800
+  %scevgep455 = getelementptr i8, ptr %scevgep454, i64 %1800
+  %1801 = trunc i64 %indvar449 to i32
+  %1802 = add i32 %571, %1801
+  %1803 = sext i32 %1802 to i64
+  %1804 = shl nsw i64 %1803, 2
+  %scevgep456 = getelementptr i8, ptr %scaled.i, i64 %1804
+  %scevgep459 = getelementptr i8, ptr %scevgep458, i64 %1804
+  %1805 = lshr i32 %r198719.us.i, 2
+  %1806 = zext nneg i32 %1805 to i64
+  %1807 = add nsw i64 %1779, %1806
+  %1808 = mul nsw i64 %1807, %392
+  %1809 = getelementptr i8, ptr %649, i64 %1808
+  br i1 %min.iters.check466, label %for_body_c.us.i.preheader, label %vector.scevcheck434, !prof !16
+
+vector.scevcheck434:                              ; preds = %for_body_r195.us.i
+  %1810 = add i32 %572, %r198719.us.i
+  %1811 = sext i32 %1810 to i64
+  %1812 = shl nsw i64 %1811, 2
+  %scevgep440 = getelementptr i8, ptr %scaled.i, i64 %1812
+  %1813 = add i32 %1796, %r198719.us.i
+  %1814 = icmp slt i32 %1813, %1810
+  %1815 = or i1 %1814, %1797
+  %1816 = getelementptr i8, ptr %scevgep440, i64 %mul.result442
+  %1817 = icmp ult ptr %1816, %scevgep440
+  %1818 = or i1 %1817, %1815
+  br i1 %1818, label %for_body_c.us.i.preheader, label %vector.memcheck444, !prof !16
+
+vector.memcheck444:                               ; preds = %vector.scevcheck434
+  %bound0460 = icmp ult ptr %scevgep451, %scevgep459
+  %bound1461 = icmp ult ptr %scevgep456, %scevgep455
+  %found.conflict462 = and i1 %bound0460, %bound1461
+  br i1 %found.conflict462, label %for_body_c.us.i.preheader, label %vector.ph467, !prof !16
+
+vector.ph467:                                     ; preds = %vector.memcheck444
+  %broadcast.splatinsert470 = insertelement <8 x i32> poison, i32 %r198719.us.i, i64 0
+  %broadcast.splat471 = shufflevector <8 x i32> %broadcast.splatinsert470, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body474
+
+vector.body474:                                   ; preds = %vector.body474, %vector.ph467
+  %index475 = phi i64 [ 0, %vector.ph467 ], [ %index.next479, %vector.body474 ]
+  %vec.ind476 = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph467 ], [ %vec.ind.next480, %vector.body474 ]
+  %1819 = getelementptr i8, ptr %1809, i64 %index475
+  %wide.load477 = load <8 x i8>, ptr %1819, align 1, !tbaa !5, !alias.scope !43, !noalias !46
+  %1820 = icmp ne <8 x i8> %wide.load477, zeroinitializer
+  %1821 = add <8 x i32> %broadcast.splat473, %vec.ind476
+  %1822 = shl <8 x i32> %1821, splat (i32 4)
+  %1823 = add nsw <8 x i32> %1822, %broadcast.splat471
+  %1824 = sext <8 x i32> %1823 to <8 x i64>
+  %1825 = getelementptr inbounds float, ptr %scaled.i, <8 x i64> %1824
+  %wide.masked.gather478 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %1825, <8 x i1> %1820, <8 x float> poison), !tbaa !5, !alias.scope !46
+  %predphi = select <8 x i1> %1820, <8 x float> %wide.masked.gather478, <8 x float> splat (float 0xFFF0000000000000)
+  tail call void @llvm.masked.scatter.v8f32.v8p0(<8 x float> %predphi, <8 x ptr> align 4 %1825, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !46
+  %index.next479 = add nuw i64 %index475, 8
+  %vec.ind.next480 = add <8 x i32> %vec.ind476, splat (i32 8)
+  %1826 = icmp eq i64 %index.next479, %n.vec469
+  br i1 %1826, label %middle.block481, label %vector.body474, !prof !48, !llvm.loop !49
+
+middle.block481:                                  ; preds = %vector.body474
+  br i1 %cmp.n482, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i.preheader, !prof !51
+
+for_body_c.us.i.preheader:                        ; preds = %middle.block481, %vector.memcheck444, %vector.scevcheck434, %for_body_r195.us.i
+  %indvars.iv930.i.ph = phi i64 [ 0, %vector.memcheck444 ], [ 0, %vector.scevcheck434 ], [ 0, %for_body_r195.us.i ], [ %n.vec469, %middle.block481 ]
+  br i1 %lcmp.mod586.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !3
+
+for_body_c.us.i.prol:                             ; preds = %if_end201.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv930.i.prol = phi i64 [ %indvars.iv.next931.i.prol, %if_end201.us.i.prol ], [ %indvars.iv930.i.ph, %for_body_c.us.i.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end201.us.i.prol ], [ 0, %for_body_c.us.i.preheader ]
+  %1827 = getelementptr i8, ptr %1809, i64 %indvars.iv930.i.prol
+  %1828 = load i8, ptr %1827, align 1, !tbaa !5
+  %1829 = icmp eq i8 %1828, 0
+  %1830 = trunc i64 %indvars.iv930.i.prol to i32
+  %.pre1069.i.prol = add i32 %642, %1830
+  %.pre1071.i.prol = shl i32 %.pre1069.i.prol, 4
+  %.pre1073.i.prol = add nsw i32 %.pre1071.i.prol, %r198719.us.i
+  %.pre1075.i.prol = sext i32 %.pre1073.i.prol to i64
+  br i1 %1829, label %if_end201.us.i.prol, label %if_else200.us.i.prol
+
+if_else200.us.i.prol:                             ; preds = %for_body_c.us.i.prol
+  %1831 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.prol
+  %1832 = load float, ptr %1831, align 4, !tbaa !5
+  br label %if_end201.us.i.prol
+
+if_end201.us.i.prol:                              ; preds = %if_else200.us.i.prol, %for_body_c.us.i.prol
+  %1833 = phi float [ %1832, %if_else200.us.i.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.prol ]
+  %1834 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.prol
+  store float %1833, ptr %1834, align 4, !tbaa !5
+  %indvars.iv.next931.i.prol = add nuw nsw i64 %indvars.iv930.i.prol, 1
+  %prol.iter.next = add i64 %prol.iter, 1
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter585
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.prol.loopexit, label %for_body_c.us.i.prol, !prof !52, !llvm.loop !53
+
+for_body_c.us.i.prol.loopexit:                    ; preds = %if_end201.us.i.prol, %for_body_c.us.i.preheader
+  %indvars.iv930.i.unr = phi i64 [ %indvars.iv930.i.ph, %for_body_c.us.i.preheader ], [ %indvars.iv.next931.i.prol, %if_end201.us.i.prol ]
+  %1835 = sub nsw i64 %indvars.iv930.i.ph, %1793
+  %1836 = icmp ugt i64 %1835, -4
+  br i1 %1836, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !16
+
+for_body_c.us.i:                                  ; preds = %if_end201.us.i.3, %for_body_c.us.i.prol.loopexit
+  %indvars.iv930.i = phi i64 [ %indvars.iv.next931.i.3, %if_end201.us.i.3 ], [ %indvars.iv930.i.unr, %for_body_c.us.i.prol.loopexit ]
+  %1837 = getelementptr i8, ptr %1809, i64 %indvars.iv930.i
+  %1838 = load i8, ptr %1837, align 1, !tbaa !5
+  %1839 = icmp eq i8 %1838, 0
+  %1840 = trunc i64 %indvars.iv930.i to i32
+  %.pre1069.i = add i32 %642, %1840
+  %.pre1071.i = shl i32 %.pre1069.i, 4
+  %.pre1073.i = add nsw i32 %.pre1071.i, %r198719.us.i
+  %.pre1075.i = sext i32 %.pre1073.i to i64
+  br i1 %1839, label %if_end201.us.i, label %if_else200.us.i
+
+if_else200.us.i:                                  ; preds = %for_body_c.us.i
+  %1841 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i
+  %1842 = load float, ptr %1841, align 4, !tbaa !5
+  br label %if_end201.us.i
+
+if_end201.us.i:                                   ; preds = %if_else200.us.i, %for_body_c.us.i
+  %1843 = phi float [ %1842, %if_else200.us.i ], [ 0xFFF0000000000000, %for_body_c.us.i ]
+  %1844 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i
+  store float %1843, ptr %1844, align 4, !tbaa !5
+  %indvars.iv.next931.i = add nuw nsw i64 %indvars.iv930.i, 1
+  %1845 = getelementptr i8, ptr %1809, i64 %indvars.iv.next931.i
+  %1846 = load i8, ptr %1845, align 1, !tbaa !5
+  %1847 = icmp eq i8 %1846, 0
+  %1848 = trunc i64 %indvars.iv.next931.i to i32
+  %.pre1069.i.1 = add i32 %642, %1848
+  %.pre1071.i.1 = shl i32 %.pre1069.i.1, 4
+  %.pre1073.i.1 = add nsw i32 %.pre1071.i.1, %r198719.us.i
+  %.pre1075.i.1 = sext i32 %.pre1073.i.1 to i64
+  br i1 %1847, label %if_end201.us.i.1, label %if_else200.us.i.1
+
+if_else200.us.i.1:                                ; preds = %if_end201.us.i
+  %1849 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.1
+  %1850 = load float, ptr %1849, align 4, !tbaa !5
+  br label %if_end201.us.i.1
+
+if_end201.us.i.1:                                 ; preds = %if_else200.us.i.1, %if_end201.us.i
+  %1851 = phi float [ %1850, %if_else200.us.i.1 ], [ 0xFFF0000000000000, %if_end201.us.i ]
+  %1852 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.1
+  store float %1851, ptr %1852, align 4, !tbaa !5
+  %indvars.iv.next931.i.1 = add nuw nsw i64 %indvars.iv930.i, 2
+  %1853 = getelementptr i8, ptr %1809, i64 %indvars.iv.next931.i.1
+  %1854 = load i8, ptr %1853, align 1, !tbaa !5
+  %1855 = icmp eq i8 %1854, 0
+  %1856 = trunc i64 %indvars.iv.next931.i.1 to i32
+  %.pre1069.i.2 = add i32 %642, %1856
+  %.pre1071.i.2 = shl i32 %.pre1069.i.2, 4
+  %.pre1073.i.2 = add nsw i32 %.pre1071.i.2, %r198719.us.i
+  %.pre1075.i.2 = sext i32 %.pre1073.i.2 to i64
+  br i1 %1855, label %if_end201.us.i.2, label %if_else200.us.i.2
+
+if_else200.us.i.2:                                ; preds = %if_end201.us.i.1
+  %1857 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.2
+  %1858 = load float, ptr %1857, align 4, !tbaa !5
+  br label %if_end201.us.i.2
+
+if_end201.us.i.2:                                 ; preds = %if_else200.us.i.2, %if_end201.us.i.1
+  %1859 = phi float [ %1858, %if_else200.us.i.2 ], [ 0xFFF0000000000000, %if_end201.us.i.1 ]
+  %1860 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.2
+  store float %1859, ptr %1860, align 4, !tbaa !5
+  %indvars.iv.next931.i.2 = add nuw nsw i64 %indvars.iv930.i, 3
+  %1861 = getelementptr i8, ptr %1809, i64 %indvars.iv.next931.i.2
+  %1862 = load i8, ptr %1861, align 1, !tbaa !5
+  %1863 = icmp eq i8 %1862, 0
+  %1864 = trunc i64 %indvars.iv.next931.i.2 to i32
+  %.pre1069.i.3 = add i32 %642, %1864
+  %.pre1071.i.3 = shl i32 %.pre1069.i.3, 4
+  %.pre1073.i.3 = add nsw i32 %.pre1071.i.3, %r198719.us.i
+  %.pre1075.i.3 = sext i32 %.pre1073.i.3 to i64
+  br i1 %1863, label %if_end201.us.i.3, label %if_else200.us.i.3
+
+if_else200.us.i.3:                                ; preds = %if_end201.us.i.2
+  %1865 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.3
+  %1866 = load float, ptr %1865, align 4, !tbaa !5
+  br label %if_end201.us.i.3
+
+if_end201.us.i.3:                                 ; preds = %if_else200.us.i.3, %if_end201.us.i.2
+  %1867 = phi float [ %1866, %if_else200.us.i.3 ], [ 0xFFF0000000000000, %if_end201.us.i.2 ]
+  %1868 = getelementptr inbounds float, ptr %scaled.i, i64 %.pre1075.i.3
+  store float %1867, ptr %1868, align 4, !tbaa !5
+  %indvars.iv.next931.i.3 = add nuw nsw i64 %indvars.iv930.i, 4
+  %exitcond227.not.3 = icmp eq i64 %indvars.iv.next931.i.3, %1783
+  br i1 %exitcond227.not.3, label %for_begin_c.for_end_c_crit_edge.us.i, label %for_body_c.us.i, !prof !55, !llvm.loop !56
+
+for_begin_c.for_end_c_crit_edge.us.i:             ; preds = %if_end201.us.i.3, %for_body_c.us.i.prol.loopexit, %middle.block481
+  %1869 = add nuw nsw i32 %r198719.us.i, 1
+  %exitcond933.not.i = icmp eq i32 %1869, %1780
+  %indvar.next450 = add i64 %indvar449, 1
+  br i1 %exitcond933.not.i, label %if_end193.i, label %for_body_r195.us.i, !prof !13
+
+if_end193.i:                                      ; preds = %for_begin_c.for_end_c_crit_edge.us.i, %for_body_r195.lr.ph.i, %if_then192.i, %for_end_to184.i
+  br i1 %1329, label %for_begin_ti207.preheader.preheader.i, label %for_begin_to222.preheader.i, !prof !3
+
+for_begin_ti207.preheader.preheader.i:            ; preds = %if_end193.i
+  %wide.trip.count941.i = zext nneg i32 %1328 to i64
+  br label %for_begin_ti207.preheader.i
+
+for_begin_ti207.preheader.i:                      ; preds = %for_begin_ti207.preheader.i, %for_begin_ti207.preheader.preheader.i
+  %indvars.iv938.i = phi i64 [ 0, %for_begin_ti207.preheader.preheader.i ], [ %indvars.iv.next939.i, %for_begin_ti207.preheader.i ]
+  %peak512.sroa.0.0722.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ti207.preheader.preheader.i ], [ %1901, %for_begin_ti207.preheader.i ]
+  %.idx75 = shl nsw i64 %indvars.iv938.i, 9
+  %1870 = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx75
+  %1871 = load <16 x float>, ptr %1870, align 4, !tbaa !5
+  %1872 = fcmp ogt <16 x float> %peak512.sroa.0.0722.i, %1871
+  %1873 = select <16 x i1> %1872, <16 x float> %peak512.sroa.0.0722.i, <16 x float> %1871
+  %1874 = getelementptr inbounds nuw i8, ptr %1870, i64 64
+  %1875 = load <16 x float>, ptr %1874, align 4, !tbaa !5
+  %1876 = fcmp ogt <16 x float> %1873, %1875
+  %1877 = select <16 x i1> %1876, <16 x float> %1873, <16 x float> %1875
+  %1878 = getelementptr inbounds nuw i8, ptr %1870, i64 128
+  %1879 = load <16 x float>, ptr %1878, align 4, !tbaa !5
+  %1880 = fcmp ogt <16 x float> %1877, %1879
+  %1881 = select <16 x i1> %1880, <16 x float> %1877, <16 x float> %1879
+  %1882 = getelementptr inbounds nuw i8, ptr %1870, i64 192
+  %1883 = load <16 x float>, ptr %1882, align 4, !tbaa !5
+  %1884 = fcmp ogt <16 x float> %1881, %1883
+  %1885 = select <16 x i1> %1884, <16 x float> %1881, <16 x float> %1883
+  %1886 = getelementptr inbounds nuw i8, ptr %1870, i64 256
+  %1887 = load <16 x float>, ptr %1886, align 4, !tbaa !5
+  %1888 = fcmp ogt <16 x float> %1885, %1887
+  %1889 = select <16 x i1> %1888, <16 x float> %1885, <16 x float> %1887
+  %1890 = getelementptr inbounds nuw i8, ptr %1870, i64 320
+  %1891 = load <16 x float>, ptr %1890, align 4, !tbaa !5
+  %1892 = fcmp ogt <16 x float> %1889, %1891
+  %1893 = select <16 x i1> %1892, <16 x float> %1889, <16 x float> %1891
+  %1894 = getelementptr inbounds nuw i8, ptr %1870, i64 384
+  %1895 = load <16 x float>, ptr %1894, align 4, !tbaa !5
+  %1896 = fcmp ogt <16 x float> %1893, %1895
+  %1897 = select <16 x i1> %1896, <16 x float> %1893, <16 x float> %1895
+  %1898 = getelementptr inbounds nuw i8, ptr %1870, i64 448
+  %1899 = load <16 x float>, ptr %1898, align 4, !tbaa !5
+  %1900 = fcmp ogt <16 x float> %1897, %1899
+  %1901 = select <16 x i1> %1900, <16 x float> %1897, <16 x float> %1899
+  %indvars.iv.next939.i = add nuw nsw i64 %indvars.iv938.i, 1
+  %exitcond942.not.i = icmp eq i64 %indvars.iv.next939.i, %wide.trip.count941.i
+  br i1 %exitcond942.not.i, label %for_begin_ti217.preheader.lr.ph.i, label %for_begin_ti207.preheader.i, !prof !13
+
+for_begin_ti217.preheader.lr.ph.i:                ; preds = %for_begin_ti207.preheader.i
+  %1902 = icmp sgt i32 %1326, 0
+  %1903 = insertelement <16 x i1> poison, i1 %1902, i64 0
+  %1904 = shufflevector <16 x i1> %1903, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1905 = select <16 x i1> %1904, <16 x float> %1901, <16 x float> splat (float 0xC6293E5940000000)
+  %1906 = shl i32 %1317, 4
+  %1907 = sext i32 %1906 to i64
+  %1908 = getelementptr inbounds i32, ptr %places.i, i64 %1907
+  br label %for_begin_ti217.preheader.i
+
+for_begin_to222.preheader.i:                      ; preds = %if_end193.i
+  %1909 = icmp sgt i32 %1326, 0
+  %1910 = insertelement <16 x i1> poison, i1 %1909, i64 0
+  %1911 = shufflevector <16 x i1> %1910, <16 x i1> poison, <16 x i32> zeroinitializer
+  %1912 = select <16 x i1> %1911, <16 x float> splat (float 0xC7EFFFFFE0000000), <16 x float> splat (float 0xC6293E5940000000)
+  %.pre = shl i32 %1317, 4
+  %.pre240 = sext i32 %.pre to i64
+  br label %for_end_to224.i
+
+for_begin_ti217.preheader.i:                      ; preds = %for_begin_ti217.preheader.i, %for_begin_ti217.preheader.lr.ph.i
+  %indvars.iv947.i = phi i64 [ 0, %for_begin_ti217.preheader.lr.ph.i ], [ %indvars.iv.next948.i, %for_begin_ti217.preheader.i ]
+  %1913 = shl nsw i64 %indvars.iv947.i, 7
+  %1914 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1913
+  %1915 = load <16 x float>, ptr %1914, align 4, !tbaa !5
+  %arg.i = fsub <16 x float> %1915, %1905
+  %1916 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %1917 = sitofp <16 x i32> %1916 to <16 x float>
+  %1918 = fsub <16 x float> splat (float 0x4168000FE0000000), %1917
+  %1919 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1918)
+  %bits.i = bitcast <16 x float> %1919 to <16 x i32>
+  %n.i = fsub <16 x float> %1919, %1918
+  %1920 = fmul <16 x float> %n.i, splat (float 0x3F2BD01060000000)
+  %1921 = fmul <16 x float> %n.i, splat (float 0x3FE6300000000000)
+  %1922 = fsub <16 x float> %arg.i, %1921
+  %1923 = fadd <16 x float> %1920, %1922
+  %1924 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1923, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1925 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1924, <16 x float> %1923, <16 x float> splat (float 0x3FA5558F20000000))
+  %1926 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1925, <16 x float> %1923, <16 x float> splat (float 0x3FC5554920000000))
+  %1927 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1926, <16 x float> %1923, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1928 = fmul <16 x float> %1923, %1923
+  %1929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1927, <16 x float> %1928, <16 x float> %1923)
+  %1930 = shl <16 x i32> %bits.i, splat (i32 23)
+  %1931 = bitcast <16 x i32> %1930 to <16 x float>
+  %1932 = fadd <16 x float> %1929, splat (float 1.000000e+00)
+  %1933 = fmul <16 x float> %1932, %1931
+  %1934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1917, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %1935 = fcmp olt <16 x float> %arg.i, %1934
+  %1936 = select <16 x i1> %1935, <16 x float> zeroinitializer, <16 x float> %1933
+  %1937 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1913
+  store <16 x float> %1936, ptr %1937, align 4, !tbaa !5
+  %1938 = or disjoint i64 %1913, 16
+  %1939 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1938
+  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !5
+  %arg.1.i = fsub <16 x float> %1940, %1905
+  %1941 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %1942 = sitofp <16 x i32> %1941 to <16 x float>
+  %1943 = fsub <16 x float> splat (float 0x4168000FE0000000), %1942
+  %1944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.1.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1943)
+  %bits.1.i = bitcast <16 x float> %1944 to <16 x i32>
+  %n.1.i = fsub <16 x float> %1944, %1943
+  %1945 = fmul <16 x float> %n.1.i, splat (float 0x3F2BD01060000000)
+  %1946 = fmul <16 x float> %n.1.i, splat (float 0x3FE6300000000000)
+  %1947 = fsub <16 x float> %arg.1.i, %1946
+  %1948 = fadd <16 x float> %1945, %1947
+  %1949 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1948, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1949, <16 x float> %1948, <16 x float> splat (float 0x3FA5558F20000000))
+  %1951 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1950, <16 x float> %1948, <16 x float> splat (float 0x3FC5554920000000))
+  %1952 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1951, <16 x float> %1948, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1953 = fmul <16 x float> %1948, %1948
+  %1954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1952, <16 x float> %1953, <16 x float> %1948)
+  %1955 = shl <16 x i32> %bits.1.i, splat (i32 23)
+  %1956 = bitcast <16 x i32> %1955 to <16 x float>
+  %1957 = fadd <16 x float> %1954, splat (float 1.000000e+00)
+  %1958 = fmul <16 x float> %1957, %1956
+  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1942, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %1960 = fcmp olt <16 x float> %arg.1.i, %1959
+  %1961 = select <16 x i1> %1960, <16 x float> zeroinitializer, <16 x float> %1958
+  %1962 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1938
+  store <16 x float> %1961, ptr %1962, align 4, !tbaa !5
+  %1963 = or disjoint i64 %1913, 32
+  %1964 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1963
+  %1965 = load <16 x float>, ptr %1964, align 4, !tbaa !5
+  %arg.2.i = fsub <16 x float> %1965, %1905
+  %1966 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %1967 = sitofp <16 x i32> %1966 to <16 x float>
+  %1968 = fsub <16 x float> splat (float 0x4168000FE0000000), %1967
+  %1969 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.2.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1968)
+  %bits.2.i = bitcast <16 x float> %1969 to <16 x i32>
+  %n.2.i = fsub <16 x float> %1969, %1968
+  %1970 = fmul <16 x float> %n.2.i, splat (float 0x3F2BD01060000000)
+  %1971 = fmul <16 x float> %n.2.i, splat (float 0x3FE6300000000000)
+  %1972 = fsub <16 x float> %arg.2.i, %1971
+  %1973 = fadd <16 x float> %1970, %1972
+  %1974 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1973, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1975 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1974, <16 x float> %1973, <16 x float> splat (float 0x3FA5558F20000000))
+  %1976 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1975, <16 x float> %1973, <16 x float> splat (float 0x3FC5554920000000))
+  %1977 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1976, <16 x float> %1973, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1978 = fmul <16 x float> %1973, %1973
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> %1978, <16 x float> %1973)
+  %1980 = shl <16 x i32> %bits.2.i, splat (i32 23)
+  %1981 = bitcast <16 x i32> %1980 to <16 x float>
+  %1982 = fadd <16 x float> %1979, splat (float 1.000000e+00)
+  %1983 = fmul <16 x float> %1982, %1981
+  %1984 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1967, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %1985 = fcmp olt <16 x float> %arg.2.i, %1984
+  %1986 = select <16 x i1> %1985, <16 x float> zeroinitializer, <16 x float> %1983
+  %1987 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1963
+  store <16 x float> %1986, ptr %1987, align 4, !tbaa !5
+  %1988 = or disjoint i64 %1913, 48
+  %1989 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %1988
+  %1990 = load <16 x float>, ptr %1989, align 4, !tbaa !5
+  %arg.3.i = fsub <16 x float> %1990, %1905
+  %1991 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %1992 = sitofp <16 x i32> %1991 to <16 x float>
+  %1993 = fsub <16 x float> splat (float 0x4168000FE0000000), %1992
+  %1994 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.3.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %1993)
+  %bits.3.i = bitcast <16 x float> %1994 to <16 x i32>
+  %n.3.i = fsub <16 x float> %1994, %1993
+  %1995 = fmul <16 x float> %n.3.i, splat (float 0x3F2BD01060000000)
+  %1996 = fmul <16 x float> %n.3.i, splat (float 0x3FE6300000000000)
+  %1997 = fsub <16 x float> %arg.3.i, %1996
+  %1998 = fadd <16 x float> %1995, %1997
+  %1999 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1998, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2000 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1999, <16 x float> %1998, <16 x float> splat (float 0x3FA5558F20000000))
+  %2001 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2000, <16 x float> %1998, <16 x float> splat (float 0x3FC5554920000000))
+  %2002 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2001, <16 x float> %1998, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2003 = fmul <16 x float> %1998, %1998
+  %2004 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2002, <16 x float> %2003, <16 x float> %1998)
+  %2005 = shl <16 x i32> %bits.3.i, splat (i32 23)
+  %2006 = bitcast <16 x i32> %2005 to <16 x float>
+  %2007 = fadd <16 x float> %2004, splat (float 1.000000e+00)
+  %2008 = fmul <16 x float> %2007, %2006
+  %2009 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1992, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2010 = fcmp olt <16 x float> %arg.3.i, %2009
+  %2011 = select <16 x i1> %2010, <16 x float> zeroinitializer, <16 x float> %2008
+  %2012 = getelementptr inbounds nuw float, ptr %probs.i, i64 %1988
+  store <16 x float> %2011, ptr %2012, align 4, !tbaa !5
+  %2013 = or disjoint i64 %1913, 64
+  %2014 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2013
+  %2015 = load <16 x float>, ptr %2014, align 4, !tbaa !5
+  %arg.4.i = fsub <16 x float> %2015, %1905
+  %2016 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %2017 = sitofp <16 x i32> %2016 to <16 x float>
+  %2018 = fsub <16 x float> splat (float 0x4168000FE0000000), %2017
+  %2019 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.4.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2018)
+  %bits.4.i = bitcast <16 x float> %2019 to <16 x i32>
+  %n.4.i = fsub <16 x float> %2019, %2018
+  %2020 = fmul <16 x float> %n.4.i, splat (float 0x3F2BD01060000000)
+  %2021 = fmul <16 x float> %n.4.i, splat (float 0x3FE6300000000000)
+  %2022 = fsub <16 x float> %arg.4.i, %2021
+  %2023 = fadd <16 x float> %2020, %2022
+  %2024 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2023, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2025 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2024, <16 x float> %2023, <16 x float> splat (float 0x3FA5558F20000000))
+  %2026 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2025, <16 x float> %2023, <16 x float> splat (float 0x3FC5554920000000))
+  %2027 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2026, <16 x float> %2023, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2028 = fmul <16 x float> %2023, %2023
+  %2029 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2027, <16 x float> %2028, <16 x float> %2023)
+  %2030 = shl <16 x i32> %bits.4.i, splat (i32 23)
+  %2031 = bitcast <16 x i32> %2030 to <16 x float>
+  %2032 = fadd <16 x float> %2029, splat (float 1.000000e+00)
+  %2033 = fmul <16 x float> %2032, %2031
+  %2034 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2017, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2035 = fcmp olt <16 x float> %arg.4.i, %2034
+  %2036 = select <16 x i1> %2035, <16 x float> zeroinitializer, <16 x float> %2033
+  %2037 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2013
+  store <16 x float> %2036, ptr %2037, align 4, !tbaa !5
+  %2038 = or disjoint i64 %1913, 80
+  %2039 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2038
+  %2040 = load <16 x float>, ptr %2039, align 4, !tbaa !5
+  %arg.5.i = fsub <16 x float> %2040, %1905
+  %2041 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %2042 = sitofp <16 x i32> %2041 to <16 x float>
+  %2043 = fsub <16 x float> splat (float 0x4168000FE0000000), %2042
+  %2044 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.5.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2043)
+  %bits.5.i = bitcast <16 x float> %2044 to <16 x i32>
+  %n.5.i = fsub <16 x float> %2044, %2043
+  %2045 = fmul <16 x float> %n.5.i, splat (float 0x3F2BD01060000000)
+  %2046 = fmul <16 x float> %n.5.i, splat (float 0x3FE6300000000000)
+  %2047 = fsub <16 x float> %arg.5.i, %2046
+  %2048 = fadd <16 x float> %2045, %2047
+  %2049 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2048, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2050 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2049, <16 x float> %2048, <16 x float> splat (float 0x3FA5558F20000000))
+  %2051 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2050, <16 x float> %2048, <16 x float> splat (float 0x3FC5554920000000))
+  %2052 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2051, <16 x float> %2048, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2053 = fmul <16 x float> %2048, %2048
+  %2054 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2052, <16 x float> %2053, <16 x float> %2048)
+  %2055 = shl <16 x i32> %bits.5.i, splat (i32 23)
+  %2056 = bitcast <16 x i32> %2055 to <16 x float>
+  %2057 = fadd <16 x float> %2054, splat (float 1.000000e+00)
+  %2058 = fmul <16 x float> %2057, %2056
+  %2059 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2042, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2060 = fcmp olt <16 x float> %arg.5.i, %2059
+  %2061 = select <16 x i1> %2060, <16 x float> zeroinitializer, <16 x float> %2058
+  %2062 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2038
+  store <16 x float> %2061, ptr %2062, align 4, !tbaa !5
+  %2063 = or disjoint i64 %1913, 96
+  %2064 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2063
+  %2065 = load <16 x float>, ptr %2064, align 4, !tbaa !5
+  %arg.6.i = fsub <16 x float> %2065, %1905
+  %2066 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %2067 = sitofp <16 x i32> %2066 to <16 x float>
+  %2068 = fsub <16 x float> splat (float 0x4168000FE0000000), %2067
+  %2069 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.6.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2068)
+  %bits.6.i = bitcast <16 x float> %2069 to <16 x i32>
+  %n.6.i = fsub <16 x float> %2069, %2068
+  %2070 = fmul <16 x float> %n.6.i, splat (float 0x3F2BD01060000000)
+  %2071 = fmul <16 x float> %n.6.i, splat (float 0x3FE6300000000000)
+  %2072 = fsub <16 x float> %arg.6.i, %2071
+  %2073 = fadd <16 x float> %2070, %2072
+  %2074 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2073, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2075 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2074, <16 x float> %2073, <16 x float> splat (float 0x3FA5558F20000000))
+  %2076 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2075, <16 x float> %2073, <16 x float> splat (float 0x3FC5554920000000))
+  %2077 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2076, <16 x float> %2073, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2078 = fmul <16 x float> %2073, %2073
+  %2079 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2077, <16 x float> %2078, <16 x float> %2073)
+  %2080 = shl <16 x i32> %bits.6.i, splat (i32 23)
+  %2081 = bitcast <16 x i32> %2080 to <16 x float>
+  %2082 = fadd <16 x float> %2079, splat (float 1.000000e+00)
+  %2083 = fmul <16 x float> %2082, %2081
+  %2084 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2067, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2085 = fcmp olt <16 x float> %arg.6.i, %2084
+  %2086 = select <16 x i1> %2085, <16 x float> zeroinitializer, <16 x float> %2083
+  %2087 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2063
+  store <16 x float> %2086, ptr %2087, align 4, !tbaa !5
+  %2088 = or disjoint i64 %1913, 112
+  %2089 = getelementptr inbounds nuw float, ptr %scaled.i, i64 %2088
+  %2090 = load <16 x float>, ptr %2089, align 4, !tbaa !5
+  %arg.7.i = fsub <16 x float> %2090, %1905
+  %2091 = load <16 x i32>, ptr %1908, align 4, !tbaa !5
+  %2092 = sitofp <16 x i32> %2091 to <16 x float>
+  %2093 = fsub <16 x float> splat (float 0x4168000FE0000000), %2092
+  %2094 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg.7.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> %2093)
+  %bits.7.i = bitcast <16 x float> %2094 to <16 x i32>
+  %n.7.i = fsub <16 x float> %2094, %2093
+  %2095 = fmul <16 x float> %n.7.i, splat (float 0x3F2BD01060000000)
+  %2096 = fmul <16 x float> %n.7.i, splat (float 0x3FE6300000000000)
+  %2097 = fsub <16 x float> %arg.7.i, %2096
+  %2098 = fadd <16 x float> %2095, %2097
+  %2099 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2098, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2100 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2099, <16 x float> %2098, <16 x float> splat (float 0x3FA5558F20000000))
+  %2101 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2100, <16 x float> %2098, <16 x float> splat (float 0x3FC5554920000000))
+  %2102 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2101, <16 x float> %2098, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2103 = fmul <16 x float> %2098, %2098
+  %2104 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2102, <16 x float> %2103, <16 x float> %2098)
+  %2105 = shl <16 x i32> %bits.7.i, splat (i32 23)
+  %2106 = bitcast <16 x i32> %2105 to <16 x float>
+  %2107 = fadd <16 x float> %2104, splat (float 1.000000e+00)
+  %2108 = fmul <16 x float> %2107, %2106
+  %2109 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2092, <16 x float> splat (float 0x3FE62E4300000000), <16 x float> splat (float -8.700000e+01))
+  %2110 = fcmp olt <16 x float> %arg.7.i, %2109
+  %2111 = select <16 x i1> %2110, <16 x float> zeroinitializer, <16 x float> %2108
+  %2112 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2088
+  store <16 x float> %2111, ptr %2112, align 4, !tbaa !5
+  %indvars.iv.next948.i = add nuw nsw i64 %indvars.iv947.i, 1
+  %exitcond951.not.i = icmp eq i64 %indvars.iv.next948.i, %wide.trip.count941.i
+  br i1 %exitcond951.not.i, label %for_begin_ti227.preheader.i.preheader, label %for_begin_ti217.preheader.i, !prof !13
+
+for_begin_ti227.preheader.i.preheader:            ; preds = %for_begin_ti217.preheader.i
+  %xtraiter587 = and i64 %wide.trip.count941.i, 1
+  %2113 = icmp eq i32 %1328, 1
+  br i1 %2113, label %for_begin_ti227.preheader.i.epil.preheader, label %for_begin_ti227.preheader.i.preheader.new, !prof !4
+
+for_begin_ti227.preheader.i.preheader.new:        ; preds = %for_begin_ti227.preheader.i.preheader
+  %unroll_iter591 = and i64 %wide.trip.count941.i, 2147483646
+  br label %for_begin_ti227.preheader.i
+
+for_begin_ti227.preheader.i:                      ; preds = %for_begin_ti227.preheader.i, %for_begin_ti227.preheader.i.preheader.new
+  %indvars.iv956.i = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader.new ], [ %indvars.iv.next957.i.1, %for_begin_ti227.preheader.i ]
+  %tile_sum516.sroa.0.0729.i = phi <16 x float> [ zeroinitializer, %for_begin_ti227.preheader.i.preheader.new ], [ %2162, %for_begin_ti227.preheader.i ]
+  %niter592 = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader.new ], [ %niter592.next.1, %for_begin_ti227.preheader.i ]
+  %.idx76 = shl nsw i64 %indvars.iv956.i, 9
+  %2114 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76
+  %2115 = load <16 x float>, ptr %2114, align 4, !tbaa !5
+  %2116 = fadd <16 x float> %tile_sum516.sroa.0.0729.i, %2115
+  %2117 = getelementptr inbounds nuw i8, ptr %2114, i64 64
+  %2118 = load <16 x float>, ptr %2117, align 4, !tbaa !5
+  %2119 = fadd <16 x float> %2116, %2118
+  %2120 = getelementptr inbounds nuw i8, ptr %2114, i64 128
+  %2121 = load <16 x float>, ptr %2120, align 4, !tbaa !5
+  %2122 = fadd <16 x float> %2119, %2121
+  %2123 = getelementptr inbounds nuw i8, ptr %2114, i64 192
+  %2124 = load <16 x float>, ptr %2123, align 4, !tbaa !5
+  %2125 = fadd <16 x float> %2122, %2124
+  %2126 = getelementptr inbounds nuw i8, ptr %2114, i64 256
+  %2127 = load <16 x float>, ptr %2126, align 4, !tbaa !5
+  %2128 = fadd <16 x float> %2125, %2127
+  %2129 = getelementptr inbounds nuw i8, ptr %2114, i64 320
+  %2130 = load <16 x float>, ptr %2129, align 4, !tbaa !5
+  %2131 = fadd <16 x float> %2128, %2130
+  %2132 = getelementptr inbounds nuw i8, ptr %2114, i64 384
+  %2133 = load <16 x float>, ptr %2132, align 4, !tbaa !5
+  %2134 = fadd <16 x float> %2131, %2133
+  %2135 = getelementptr inbounds nuw i8, ptr %2114, i64 448
+  %2136 = load <16 x float>, ptr %2135, align 4, !tbaa !5
+  %2137 = fadd <16 x float> %2134, %2136
+  %indvars.iv.next957.i = shl i64 %indvars.iv956.i, 9
+  %2138 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %indvars.iv.next957.i
+  %2139 = getelementptr inbounds nuw i8, ptr %2138, i64 512
+  %2140 = load <16 x float>, ptr %2139, align 4, !tbaa !5
+  %2141 = fadd <16 x float> %2137, %2140
+  %2142 = getelementptr inbounds nuw i8, ptr %2138, i64 576
+  %2143 = load <16 x float>, ptr %2142, align 4, !tbaa !5
+  %2144 = fadd <16 x float> %2141, %2143
+  %2145 = getelementptr inbounds nuw i8, ptr %2138, i64 640
+  %2146 = load <16 x float>, ptr %2145, align 4, !tbaa !5
+  %2147 = fadd <16 x float> %2144, %2146
+  %2148 = getelementptr inbounds nuw i8, ptr %2138, i64 704
+  %2149 = load <16 x float>, ptr %2148, align 4, !tbaa !5
+  %2150 = fadd <16 x float> %2147, %2149
+  %2151 = getelementptr inbounds nuw i8, ptr %2138, i64 768
+  %2152 = load <16 x float>, ptr %2151, align 4, !tbaa !5
+  %2153 = fadd <16 x float> %2150, %2152
+  %2154 = getelementptr inbounds nuw i8, ptr %2138, i64 832
+  %2155 = load <16 x float>, ptr %2154, align 4, !tbaa !5
+  %2156 = fadd <16 x float> %2153, %2155
+  %2157 = getelementptr inbounds nuw i8, ptr %2138, i64 896
+  %2158 = load <16 x float>, ptr %2157, align 4, !tbaa !5
+  %2159 = fadd <16 x float> %2156, %2158
+  %2160 = getelementptr inbounds nuw i8, ptr %2138, i64 960
+  %2161 = load <16 x float>, ptr %2160, align 4, !tbaa !5
+  %2162 = fadd <16 x float> %2159, %2161
+  %indvars.iv.next957.i.1 = add nuw nsw i64 %indvars.iv956.i, 2
+  %niter592.next.1 = add i64 %niter592, 2
+  %niter592.ncmp.1 = icmp eq i64 %niter592.next.1, %unroll_iter591
+  br i1 %niter592.ncmp.1, label %for_end_to224.i.loopexit.unr-lcssa, label %for_begin_ti227.preheader.i, !prof !9, !llvm.loop !57
+
+for_end_to224.i.loopexit.unr-lcssa:               ; preds = %for_begin_ti227.preheader.i
+  %lcmp.mod588.not = icmp eq i64 %xtraiter587, 0
+  br i1 %lcmp.mod588.not, label %for_end_to224.i, label %for_begin_ti227.preheader.i.epil.preheader, !prof !12
+
+for_begin_ti227.preheader.i.epil.preheader:       ; preds = %for_end_to224.i.loopexit.unr-lcssa, %for_begin_ti227.preheader.i.preheader
+  %indvars.iv956.i.epil.init = phi i64 [ 0, %for_begin_ti227.preheader.i.preheader ], [ %indvars.iv.next957.i.1, %for_end_to224.i.loopexit.unr-lcssa ]
+  %tile_sum516.sroa.0.0729.i.epil.init = phi <16 x float> [ zeroinitializer, %for_begin_ti227.preheader.i.preheader ], [ %2162, %for_end_to224.i.loopexit.unr-lcssa ]
+  %lcmp.mod590 = icmp ne i64 %xtraiter587, 0
+  tail call void @llvm.assume(i1 %lcmp.mod590)
+  %.idx76.epil = shl nsw i64 %indvars.iv956.i.epil.init, 9
+  %2163 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx76.epil
+  %2164 = load <16 x float>, ptr %2163, align 4, !tbaa !5
+  %2165 = fadd <16 x float> %tile_sum516.sroa.0.0729.i.epil.init, %2164
+  %2166 = getelementptr inbounds nuw i8, ptr %2163, i64 64
+  %2167 = load <16 x float>, ptr %2166, align 4, !tbaa !5
+  %2168 = fadd <16 x float> %2165, %2167
+  %2169 = getelementptr inbounds nuw i8, ptr %2163, i64 128
+  %2170 = load <16 x float>, ptr %2169, align 4, !tbaa !5
+  %2171 = fadd <16 x float> %2168, %2170
+  %2172 = getelementptr inbounds nuw i8, ptr %2163, i64 192
+  %2173 = load <16 x float>, ptr %2172, align 4, !tbaa !5
+  %2174 = fadd <16 x float> %2171, %2173
+  %2175 = getelementptr inbounds nuw i8, ptr %2163, i64 256
+  %2176 = load <16 x float>, ptr %2175, align 4, !tbaa !5
+  %2177 = fadd <16 x float> %2174, %2176
+  %2178 = getelementptr inbounds nuw i8, ptr %2163, i64 320
+  %2179 = load <16 x float>, ptr %2178, align 4, !tbaa !5
+  %2180 = fadd <16 x float> %2177, %2179
+  %2181 = getelementptr inbounds nuw i8, ptr %2163, i64 384
+  %2182 = load <16 x float>, ptr %2181, align 4, !tbaa !5
+  %2183 = fadd <16 x float> %2180, %2182
+  %2184 = getelementptr inbounds nuw i8, ptr %2163, i64 448
+  %2185 = load <16 x float>, ptr %2184, align 4, !tbaa !5
+  %2186 = fadd <16 x float> %2183, %2185
+  br label %for_end_to224.i
+
+for_end_to224.i:                                  ; preds = %for_begin_ti227.preheader.i.epil.preheader, %for_end_to224.i.loopexit.unr-lcssa, %for_begin_to222.preheader.i
+  %.pre-phi241 = phi i64 [ %.pre240, %for_begin_to222.preheader.i ], [ %1907, %for_end_to224.i.loopexit.unr-lcssa ], [ %1907, %for_begin_ti227.preheader.i.epil.preheader ]
+  %2187 = phi <16 x float> [ %1912, %for_begin_to222.preheader.i ], [ %1905, %for_end_to224.i.loopexit.unr-lcssa ], [ %1905, %for_begin_ti227.preheader.i.epil.preheader ]
+  %tile_sum516.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to222.preheader.i ], [ %2162, %for_end_to224.i.loopexit.unr-lcssa ], [ %2186, %for_begin_ti227.preheader.i.epil.preheader ]
+  %2188 = getelementptr inbounds float, ptr %row_max.i, i64 %.pre-phi241
+  %2189 = load <16 x float>, ptr %2188, align 4, !tbaa !5
+  %old_max.i = select <16 x i1> %646, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %2189
+  %2190 = getelementptr inbounds float, ptr %row_sum.i, i64 %.pre-phi241
+  %2191 = load <16 x float>, ptr %2190, align 4, !tbaa !5
+  %old_sum.i = select <16 x i1> %646, <16 x float> zeroinitializer, <16 x float> %2191
+  %2192 = fcmp ogt <16 x float> %old_max.i, %2187
+  %2193 = fcmp oeq <16 x float> %tile_sum516.sroa.0.0.lcssa.i, zeroinitializer
+  %2194 = select <16 x i1> %2193, <16 x i1> splat (i1 true), <16 x i1> %2192
+  %old_or_both.i = select <16 x i1> %2194, <16 x float> %old_max.i, <16 x float> %2187
+  %2195 = fcmp oeq <16 x float> %old_sum.i, zeroinitializer
+  %m.i = select <16 x i1> %2195, <16 x float> %2187, <16 x float> %old_or_both.i
+  %2196 = fsub <16 x float> %old_max.i, %m.i
+  %2197 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2196, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2198 = bitcast <16 x float> %2197 to <16 x i32>
+  %2199 = fadd <16 x float> %2197, splat (float 0xC168000FE0000000)
+  %2200 = fmul <16 x float> %2199, splat (float 0x3F2BD01060000000)
+  %2201 = fmul <16 x float> %2199, splat (float 0x3FE6300000000000)
+  %2202 = fsub <16 x float> %2196, %2201
+  %2203 = fadd <16 x float> %2200, %2202
+  %2204 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2203, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2205 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2204, <16 x float> %2203, <16 x float> splat (float 0x3FA5558F20000000))
+  %2206 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2205, <16 x float> %2203, <16 x float> splat (float 0x3FC5554920000000))
+  %2207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2206, <16 x float> %2203, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2208 = fmul <16 x float> %2203, %2203
+  %2209 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2207, <16 x float> %2208, <16 x float> %2203)
+  %2210 = shl <16 x i32> %2198, splat (i32 23)
+  %2211 = bitcast <16 x i32> %2210 to <16 x float>
+  %2212 = fadd <16 x float> %2209, splat (float 1.000000e+00)
+  %2213 = fmul <16 x float> %2212, %2211
+  %2214 = fcmp olt <16 x float> %2196, splat (float -8.700000e+01)
+  %2215 = select <16 x i1> %2214, <16 x float> zeroinitializer, <16 x float> %2213
+  %2216 = fcmp one <16 x float> %old_sum.i, zeroinitializer
+  %2217 = select <16 x i1> %2216, <16 x float> %2215, <16 x float> zeroinitializer
+  %arg249.i = fsub <16 x float> %2187, %m.i
+  %2218 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg249.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2219 = bitcast <16 x float> %2218 to <16 x i32>
+  %2220 = fadd <16 x float> %2218, splat (float 0xC168000FE0000000)
+  %2221 = fmul <16 x float> %2220, splat (float 0x3F2BD01060000000)
+  %2222 = fmul <16 x float> %2220, splat (float 0x3FE6300000000000)
+  %2223 = fsub <16 x float> %arg249.i, %2222
+  %2224 = fadd <16 x float> %2221, %2223
+  %2225 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2224, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2226 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2225, <16 x float> %2224, <16 x float> splat (float 0x3FA5558F20000000))
+  %2227 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2226, <16 x float> %2224, <16 x float> splat (float 0x3FC5554920000000))
+  %2228 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2227, <16 x float> %2224, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2229 = fmul <16 x float> %2224, %2224
+  %2230 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2228, <16 x float> %2229, <16 x float> %2224)
+  %2231 = shl <16 x i32> %2219, splat (i32 23)
+  %2232 = bitcast <16 x i32> %2231 to <16 x float>
+  %2233 = fadd <16 x float> %2230, splat (float 1.000000e+00)
+  %2234 = fmul <16 x float> %2233, %2232
+  %2235 = fcmp olt <16 x float> %arg249.i, splat (float -8.700000e+01)
+  %2236 = select <16 x i1> %2235, <16 x float> zeroinitializer, <16 x float> %2234
+  %2237 = fcmp one <16 x float> %tile_sum516.sroa.0.0.lcssa.i, zeroinitializer
+  %2238 = select <16 x i1> %2237, <16 x float> %2236, <16 x float> zeroinitializer
+  %2239 = fmul <16 x float> %old_sum.i, %2217
+  %2240 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_sum516.sroa.0.0.lcssa.i, <16 x float> %2239)
+  store <16 x float> %m.i, ptr %2188, align 4, !tbaa !5
+  store <16 x float> %2240, ptr %2190, align 4, !tbaa !5
+  %2241 = load i32, ptr %1320, align 4, !tbaa !5
+  %2242 = sub i32 %2241, %647
+  %2243 = tail call i32 @llvm.smin.i32(i32 %2242, i32 %valid_len176.i)
+  %2244 = tail call i32 @llvm.smin.i32(i32 %2243, i32 %.reass718.reass.i)
+  %2245 = select i1 %155, i32 %2244, i32 %2243
+  %2246 = tail call i32 @llvm.smax.i32(i32 %2245, i32 0)
+  %num_full.i = lshr i32 %2246, 3
+  %2247 = sub nsw i32 %1328, %num_full.i
+  %2248 = icmp sgt i32 %2247, 0
+  br i1 %2248, label %for_begin_ti272.preheader.lr.ph.i, label %for_end_to269.i, !prof !3
+
+for_begin_ti272.preheader.lr.ph.i:                ; preds = %for_end_to224.i
+  %2249 = getelementptr inbounds i32, ptr %limits.i, i64 %.pre-phi241
+  %2250 = and i32 %2246, 2147483640
+  %2251 = add i32 %2250, %640
+  %wide.trip.count968.i = zext nneg i32 %2247 to i64
+  br label %for_begin_ti272.preheader.i
+
+for_begin_ti272.preheader.i:                      ; preds = %for_begin_ti272.preheader.i, %for_begin_ti272.preheader.lr.ph.i
+  %indvars.iv965.i = phi i64 [ 0, %for_begin_ti272.preheader.lr.ph.i ], [ %indvars.iv.next966.i, %for_begin_ti272.preheader.i ]
+  %indvars.iv965.tr.i = trunc i64 %indvars.iv965.i to i32
+  %2252 = shl i32 %indvars.iv965.tr.i, 3
+  %2253 = add i32 %2251, %2252
+  %2254 = add i32 %num_full.i, %indvars.iv965.tr.i
+  %2255 = shl i32 %2254, 7
+  %2256 = sext i32 %2255 to i64
+  %2257 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2258 = insertelement <16 x i32> poison, i32 %2253, i64 0
+  %2259 = shufflevector <16 x i32> %2258, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2260 = icmp slt <16 x i32> %2259, %2257
+  %2261 = sext <16 x i1> %2260 to <16 x i32>
+  %2262 = getelementptr inbounds i32, ptr %edges.i, i64 %2256
+  store <16 x i32> %2261, ptr %2262, align 4, !tbaa !5
+  %2263 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2264 = or disjoint i32 %2253, 1
+  %2265 = insertelement <16 x i32> poison, i32 %2264, i64 0
+  %2266 = shufflevector <16 x i32> %2265, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2267 = icmp slt <16 x i32> %2266, %2263
+  %2268 = sext <16 x i1> %2267 to <16 x i32>
+  %2269 = getelementptr i8, ptr %2262, i64 64
+  store <16 x i32> %2268, ptr %2269, align 4, !tbaa !5
+  %2270 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2271 = or disjoint i32 %2253, 2
+  %2272 = insertelement <16 x i32> poison, i32 %2271, i64 0
+  %2273 = shufflevector <16 x i32> %2272, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2274 = icmp slt <16 x i32> %2273, %2270
+  %2275 = sext <16 x i1> %2274 to <16 x i32>
+  %2276 = getelementptr i8, ptr %2262, i64 128
+  store <16 x i32> %2275, ptr %2276, align 4, !tbaa !5
+  %2277 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2278 = or disjoint i32 %2253, 3
+  %2279 = insertelement <16 x i32> poison, i32 %2278, i64 0
+  %2280 = shufflevector <16 x i32> %2279, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2281 = icmp slt <16 x i32> %2280, %2277
+  %2282 = sext <16 x i1> %2281 to <16 x i32>
+  %2283 = getelementptr i8, ptr %2262, i64 192
+  store <16 x i32> %2282, ptr %2283, align 4, !tbaa !5
+  %2284 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2285 = or disjoint i32 %2253, 4
+  %2286 = insertelement <16 x i32> poison, i32 %2285, i64 0
+  %2287 = shufflevector <16 x i32> %2286, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2288 = icmp slt <16 x i32> %2287, %2284
+  %2289 = sext <16 x i1> %2288 to <16 x i32>
+  %2290 = getelementptr i8, ptr %2262, i64 256
+  store <16 x i32> %2289, ptr %2290, align 4, !tbaa !5
+  %2291 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2292 = or disjoint i32 %2253, 5
+  %2293 = insertelement <16 x i32> poison, i32 %2292, i64 0
+  %2294 = shufflevector <16 x i32> %2293, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2295 = icmp slt <16 x i32> %2294, %2291
+  %2296 = sext <16 x i1> %2295 to <16 x i32>
+  %2297 = getelementptr i8, ptr %2262, i64 320
+  store <16 x i32> %2296, ptr %2297, align 4, !tbaa !5
+  %2298 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %2299 = or disjoint i32 %2253, 6
+  %2300 = insertelement <16 x i32> poison, i32 %2299, i64 0
+  %2301 = shufflevector <16 x i32> %2300, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2302 = icmp slt <16 x i32> %2301, %2298
+  %2303 = sext <16 x i1> %2302 to <16 x i32>
+  %2304 = getelementptr i8, ptr %2262, i64 384
+  store <16 x i32> %2303, ptr %2304, align 4, !tbaa !5
+  %2305 = load <16 x i32>, ptr %2249, align 4, !tbaa !5
+  %narrow.i = or disjoint i32 %2253, 7
+  %2306 = insertelement <16 x i32> poison, i32 %narrow.i, i64 0
+  %2307 = shufflevector <16 x i32> %2306, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2308 = icmp slt <16 x i32> %2307, %2305
+  %2309 = sext <16 x i1> %2308 to <16 x i32>
+  %2310 = getelementptr i8, ptr %2262, i64 448
+  store <16 x i32> %2309, ptr %2310, align 4, !tbaa !5
+  %indvars.iv.next966.i = add nuw nsw i64 %indvars.iv965.i, 1
+  %exitcond969.not.i = icmp eq i64 %indvars.iv.next966.i, %wide.trip.count968.i
+  br i1 %exitcond969.not.i, label %for_end_to269.i, label %for_begin_ti272.preheader.i, !prof !13
+
+for_end_to269.i:                                  ; preds = %for_begin_ti272.preheader.i, %for_end_to224.i
+  br i1 %155, label %if_then277.i, label %if_end278.i, !prof !8
+
+if_then277.i:                                     ; preds = %for_end_to269.i
+  %2311 = srem i32 %1317, %111
+  %2312 = shl nsw i32 %2311, 4
+  %2313 = sub nsw i32 %109, %2312
+  %2314 = icmp sgt i32 %2313, 0
+  br i1 %2314, label %for_body_r280.lr.ph.i, label %if_end278.i, !prof !3
+
+for_body_r280.lr.ph.i:                            ; preds = %if_then277.i
+  %2315 = icmp sgt i32 %valid_len176.i, %642
+  %2316 = sext i32 %2311 to i64
+  %2317 = shl nsw i64 %2316, 2
+  br i1 %2315, label %for_body_r280.us.preheader.i, label %if_end278.i, !prof !3
+
+for_body_r280.us.preheader.i:                     ; preds = %for_body_r280.lr.ph.i
+  %2318 = tail call i32 @llvm.umin.i32(i32 %2313, i32 16)
+  %smin229 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.3.0.lcssa.i, i32 %1322)
+  %smin230 = tail call i32 @llvm.smin.i32(i32 %smin229, i32 %indvars.iv222)
+  %smin231 = tail call i32 @llvm.smin.i32(i32 %smin230, i32 %375)
+  %2319 = add i32 %indvars.iv219, %smin231
+  %smin232 = tail call i32 @llvm.smin.i32(i32 %2319, i32 128)
+  %2320 = sub i32 %smin232, %smax228
+  %2321 = zext i32 %2320 to i64
+  %2322 = add nsw i64 %2321, -1
+  %smin = tail call i32 @llvm.smin.i32(i32 %2319, i32 128)
+  %2323 = sub i32 %smin, %smax409
+  %2324 = zext i32 %2323 to i64
+  %scevgep413 = getelementptr i8, ptr %scevgep412, i64 %2324
+  %scevgep415 = getelementptr i8, ptr %edges.i, i64 %577
+  %scevgep416 = getelementptr i8, ptr %edges.i, i64 -48
+  %scevgep417 = getelementptr i8, ptr %scevgep416, i64 %577
+  %2325 = shl nuw nsw i64 %2324, 6
+  %2326 = add nsw i32 %2318, -4
+  %2327 = zext i32 %2326 to i64
+  %2328 = shl nuw nsw i64 %2327, 2
+  %2329 = getelementptr i8, ptr %scevgep417, i64 %2325
+  %scevgep418 = getelementptr i8, ptr %2329, i64 %2328
+  %2330 = add i32 %indvars.iv219, %smin231
+  %smin420 = tail call i32 @llvm.smin.i32(i32 %2330, i32 128)
+  %2331 = sub i32 %smin420, %smax419
+  %2332 = zext i32 %2331 to i64
+  %min.iters.check421 = icmp ult i32 %2331, 16
+  %2333 = trunc i64 %2322 to i32
+  %2334 = add i32 %smax, %2333
+  %2335 = shl i32 %2334, 4
+  %2336 = icmp ugt i64 %2322, 268435455
+  %n.vec424 = and i64 %2332, 4294967288
+  %cmp.n = icmp eq i64 %n.vec424, %2332
+  %xtraiter593 = and i64 %2332, 3
+  %lcmp.mod594.not = icmp eq i64 %xtraiter593, 0
+  br label %for_body_r280.us.i
+
+for_body_r280.us.i:                               ; preds = %for_begin_c284.for_end_c286_crit_edge.us.i, %for_body_r280.us.preheader.i
+  %indvar = phi i64 [ %indvar.next, %for_begin_c284.for_end_c286_crit_edge.us.i ], [ 0, %for_body_r280.us.preheader.i ]
+  %r283737.us.i = phi i32 [ %2410, %for_begin_c284.for_end_c286_crit_edge.us.i ], [ 0, %for_body_r280.us.preheader.i ]
+  %2337 = lshr i64 %indvar, 2
+  %2338 = add nsw i64 %2317, %2337
+  %2339 = mul nsw i64 %392, %2338
+  %scevgep411 = getelementptr i8, ptr %scevgep410, i64 %2339
+  %scevgep414 = getelementptr i8, ptr %scevgep413, i64 %2339
+  %2340 = lshr i32 %r283737.us.i, 2
+  %2341 = zext nneg i32 %2340 to i64
+  %2342 = add nsw i64 %2317, %2341
+  %2343 = mul nsw i64 %2342, %392
+  %2344 = getelementptr i8, ptr %649, i64 %2343
+  br i1 %min.iters.check421, label %for_body_c285.us.i.preheader, label %vector.scevcheck, !prof !16
+
+vector.scevcheck:                                 ; preds = %for_body_r280.us.i
+  %2345 = add i32 %578, %r283737.us.i
+  %2346 = add i32 %2335, %r283737.us.i
+  %2347 = icmp slt i32 %2346, %2345
+  %2348 = or i1 %2347, %2336
+  br i1 %2348, label %for_body_c285.us.i.preheader, label %vector.memcheck, !prof !16
+
+vector.memcheck:                                  ; preds = %vector.scevcheck
+  %bound0 = icmp ult ptr %scevgep411, %scevgep418
+  %bound1 = icmp ult ptr %scevgep415, %scevgep414
+  %found.conflict = and i1 %bound0, %bound1
+  br i1 %found.conflict, label %for_body_c285.us.i.preheader, label %vector.ph422, !prof !16
+
+vector.ph422:                                     ; preds = %vector.memcheck
+  %broadcast.splatinsert425 = insertelement <8 x i32> poison, i32 %r283737.us.i, i64 0
+  %broadcast.splat426 = shufflevector <8 x i32> %broadcast.splatinsert425, <8 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body429
+
+vector.body429:                                   ; preds = %vector.body429, %vector.ph422
+  %index430 = phi i64 [ 0, %vector.ph422 ], [ %index.next431, %vector.body429 ]
+  %vec.ind = phi <8 x i32> [ <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7>, %vector.ph422 ], [ %vec.ind.next, %vector.body429 ]
+  %2349 = getelementptr i8, ptr %2344, i64 %index430
+  %wide.load = load <8 x i8>, ptr %2349, align 1, !tbaa !5, !alias.scope !58, !noalias !61
+  %2350 = icmp eq <8 x i8> %wide.load, zeroinitializer
+  %2351 = add <8 x i32> %broadcast.splat428, %vec.ind
+  %2352 = shl <8 x i32> %2351, splat (i32 4)
+  %2353 = add nsw <8 x i32> %2352, %broadcast.splat426
+  %2354 = sext <8 x i32> %2353 to <8 x i64>
+  %2355 = getelementptr inbounds i32, ptr %edges.i, <8 x i64> %2354
+  %wide.masked.gather = tail call <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr> align 4 %2355, <8 x i1> splat (i1 true), <8 x i32> poison), !tbaa !5, !alias.scope !61
+  %2356 = select <8 x i1> %2350, <8 x i32> zeroinitializer, <8 x i32> %wide.masked.gather
+  tail call void @llvm.masked.scatter.v8i32.v8p0(<8 x i32> %2356, <8 x ptr> align 4 %2355, <8 x i1> splat (i1 true)), !tbaa !5, !alias.scope !61
+  %index.next431 = add nuw i64 %index430, 8
+  %vec.ind.next = add <8 x i32> %vec.ind, splat (i32 8)
+  %2357 = icmp eq i64 %index.next431, %n.vec424
+  br i1 %2357, label %middle.block432, label %vector.body429, !prof !48, !llvm.loop !63
+
+middle.block432:                                  ; preds = %vector.body429
+  br i1 %cmp.n, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i.preheader, !prof !51
+
+for_body_c285.us.i.preheader:                     ; preds = %middle.block432, %vector.memcheck, %vector.scevcheck, %for_body_r280.us.i
+  %indvars.iv970.i.ph = phi i64 [ 0, %vector.memcheck ], [ 0, %vector.scevcheck ], [ 0, %for_body_r280.us.i ], [ %n.vec424, %middle.block432 ]
+  br i1 %lcmp.mod594.not, label %for_body_c285.us.i.prol.loopexit, label %for_body_c285.us.i.prol, !prof !3
+
+for_body_c285.us.i.prol:                          ; preds = %for_body_c285.us.i.prol, %for_body_c285.us.i.preheader
+  %indvars.iv970.i.prol = phi i64 [ %indvars.iv.next971.i.prol, %for_body_c285.us.i.prol ], [ %indvars.iv970.i.ph, %for_body_c285.us.i.preheader ]
+  %prol.iter595 = phi i64 [ %prol.iter595.next, %for_body_c285.us.i.prol ], [ 0, %for_body_c285.us.i.preheader ]
+  %2358 = getelementptr i8, ptr %2344, i64 %indvars.iv970.i.prol
+  %2359 = load i8, ptr %2358, align 1, !tbaa !5
+  %.not546.us.i.prol = icmp eq i8 %2359, 0
+  %2360 = trunc i64 %indvars.iv970.i.prol to i32
+  %2361 = add i32 %642, %2360
+  %2362 = shl i32 %2361, 4
+  %2363 = add nsw i32 %2362, %r283737.us.i
+  %2364 = sext i32 %2363 to i64
+  %2365 = getelementptr inbounds i32, ptr %edges.i, i64 %2364
+  %2366 = load i32, ptr %2365, align 4, !tbaa !5
+  %2367 = select i1 %.not546.us.i.prol, i32 0, i32 %2366
+  store i32 %2367, ptr %2365, align 4, !tbaa !5
+  %indvars.iv.next971.i.prol = add nuw nsw i64 %indvars.iv970.i.prol, 1
+  %prol.iter595.next = add i64 %prol.iter595, 1
+  %prol.iter595.cmp.not = icmp eq i64 %prol.iter595.next, %xtraiter593
+  br i1 %prol.iter595.cmp.not, label %for_body_c285.us.i.prol.loopexit, label %for_body_c285.us.i.prol, !prof !52, !llvm.loop !64
+
+for_body_c285.us.i.prol.loopexit:                 ; preds = %for_body_c285.us.i.prol, %for_body_c285.us.i.preheader
+  %indvars.iv970.i.unr = phi i64 [ %indvars.iv970.i.ph, %for_body_c285.us.i.preheader ], [ %indvars.iv.next971.i.prol, %for_body_c285.us.i.prol ]
+  %2368 = sub nsw i64 %indvars.iv970.i.ph, %2332
+  %2369 = icmp ugt i64 %2368, -4
+  br i1 %2369, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i, !prof !16
+
+for_body_c285.us.i:                               ; preds = %for_body_c285.us.i, %for_body_c285.us.i.prol.loopexit
+  %indvars.iv970.i = phi i64 [ %indvars.iv.next971.i.3, %for_body_c285.us.i ], [ %indvars.iv970.i.unr, %for_body_c285.us.i.prol.loopexit ]
+  %2370 = getelementptr i8, ptr %2344, i64 %indvars.iv970.i
+  %2371 = load i8, ptr %2370, align 1, !tbaa !5
+  %.not546.us.i = icmp eq i8 %2371, 0
+  %2372 = trunc i64 %indvars.iv970.i to i32
+  %2373 = add i32 %642, %2372
+  %2374 = shl i32 %2373, 4
+  %2375 = add nsw i32 %2374, %r283737.us.i
+  %2376 = sext i32 %2375 to i64
+  %2377 = getelementptr inbounds i32, ptr %edges.i, i64 %2376
+  %2378 = load i32, ptr %2377, align 4, !tbaa !5
+  %2379 = select i1 %.not546.us.i, i32 0, i32 %2378
+  store i32 %2379, ptr %2377, align 4, !tbaa !5
+  %indvars.iv.next971.i = add nuw nsw i64 %indvars.iv970.i, 1
+  %2380 = getelementptr i8, ptr %2344, i64 %indvars.iv.next971.i
+  %2381 = load i8, ptr %2380, align 1, !tbaa !5
+  %.not546.us.i.1 = icmp eq i8 %2381, 0
+  %2382 = trunc i64 %indvars.iv.next971.i to i32
+  %2383 = add i32 %642, %2382
+  %2384 = shl i32 %2383, 4
+  %2385 = add nsw i32 %2384, %r283737.us.i
+  %2386 = sext i32 %2385 to i64
+  %2387 = getelementptr inbounds i32, ptr %edges.i, i64 %2386
+  %2388 = load i32, ptr %2387, align 4, !tbaa !5
+  %2389 = select i1 %.not546.us.i.1, i32 0, i32 %2388
+  store i32 %2389, ptr %2387, align 4, !tbaa !5
+  %indvars.iv.next971.i.1 = add nuw nsw i64 %indvars.iv970.i, 2
+  %2390 = getelementptr i8, ptr %2344, i64 %indvars.iv.next971.i.1
+  %2391 = load i8, ptr %2390, align 1, !tbaa !5
+  %.not546.us.i.2 = icmp eq i8 %2391, 0
+  %2392 = trunc i64 %indvars.iv.next971.i.1 to i32
+  %2393 = add i32 %642, %2392
+  %2394 = shl i32 %2393, 4
+  %2395 = add nsw i32 %2394, %r283737.us.i
+  %2396 = sext i32 %2395 to i64
+  %2397 = getelementptr inbounds i32, ptr %edges.i, i64 %2396
+  %2398 = load i32, ptr %2397, align 4, !tbaa !5
+  %2399 = select i1 %.not546.us.i.2, i32 0, i32 %2398
+  store i32 %2399, ptr %2397, align 4, !tbaa !5
+  %indvars.iv.next971.i.2 = add nuw nsw i64 %indvars.iv970.i, 3
+  %2400 = getelementptr i8, ptr %2344, i64 %indvars.iv.next971.i.2
+  %2401 = load i8, ptr %2400, align 1, !tbaa !5
+  %.not546.us.i.3 = icmp eq i8 %2401, 0
+  %2402 = trunc i64 %indvars.iv.next971.i.2 to i32
+  %2403 = add i32 %642, %2402
+  %2404 = shl i32 %2403, 4
+  %2405 = add nsw i32 %2404, %r283737.us.i
+  %2406 = sext i32 %2405 to i64
+  %2407 = getelementptr inbounds i32, ptr %edges.i, i64 %2406
+  %2408 = load i32, ptr %2407, align 4, !tbaa !5
+  %2409 = select i1 %.not546.us.i.3, i32 0, i32 %2408
+  store i32 %2409, ptr %2407, align 4, !tbaa !5
+  %indvars.iv.next971.i.3 = add nuw nsw i64 %indvars.iv970.i, 4
+  %exitcond233.not.3 = icmp eq i64 %indvars.iv.next971.i.3, %2321
+  br i1 %exitcond233.not.3, label %for_begin_c284.for_end_c286_crit_edge.us.i, label %for_body_c285.us.i, !prof !55, !llvm.loop !65
+
+for_begin_c284.for_end_c286_crit_edge.us.i:       ; preds = %for_body_c285.us.i, %for_body_c285.us.i.prol.loopexit, %middle.block432
+  %2410 = add nuw nsw i32 %r283737.us.i, 1
+  %exitcond974.not.i = icmp eq i32 %2410, %2318
+  %indvar.next = add i64 %indvar, 1
+  br i1 %exitcond974.not.i, label %if_end278.i, label %for_body_r280.us.i, !prof !13
+
+if_end278.i:                                      ; preds = %for_begin_c284.for_end_c286_crit_edge.us.i, %for_body_r280.lr.ph.i, %if_then277.i, %for_end_to269.i
+  %.not818.i = icmp eq i32 %num_full.i, 0
+  %2411 = and i32 %2246, 2147483640
+  %2412 = icmp sgt i32 %valid_len176.i, %2411
+  %2413 = shl i32 %1317, 11
+  %2414 = shl nuw nsw i32 %num_full.i, 7
+  %2415 = shl nuw nsw i32 %num_full.i, 10
+  %2416 = fmul <16 x float> %2217, zeroinitializer
+  %2417 = zext nneg i32 %2414 to i64
+  %2418 = sext i32 %2413 to i64
+  %wide.trip.count984.i = zext nneg i32 %num_full.i to i64
+  %smin234 = tail call i32 @llvm.smin.i32(i32 %span519.sroa.3.0.lcssa.i, i32 %1322)
+  %smin235 = tail call i32 @llvm.smin.i32(i32 %smin234, i32 %indvars.iv222)
+  %smin236 = tail call i32 @llvm.smin.i32(i32 %smin235, i32 %375)
+  %2419 = add i32 %indvars.iv219, %smin236
+  %2420 = tail call i32 @llvm.smin.i32(i32 %2419, i32 128)
+  %smin237 = sext i32 %2420 to i64
+  %2421 = shl nuw nsw i64 %wide.trip.count984.i, 3
+  %2422 = sub nsw i64 %smin237, %2421
+  %smax238 = tail call i64 @llvm.smax.i64(i64 %2422, i64 1)
+  br label %for_begin_to289.preheader.i
+
+for_begin_to289.preheader.i:                      ; preds = %if_end319.i, %if_end278.i
+  %indvars.iv990.i = phi i64 [ 0, %if_end278.i ], [ %indvars.iv.next991.i, %if_end319.i ]
+  br i1 %.not818.i, label %for_end_to291.i, label %for_begin_ti294.preheader.lr.ph.i, !prof !16
+
+for_begin_ti294.preheader.lr.ph.i:                ; preds = %for_begin_to289.preheader.i
+  %2423 = shl i64 %indvars.iv990.i, 2
+  %2424 = and i64 %2423, 12
+  %2425 = shl i64 %indvars.iv990.i, 3
+  %2426 = and i64 %2425, 96
+  %invariant.gep147 = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2426
+  %invariant.gep149 = getelementptr inbounds nuw float, ptr %invariant.gep147, i64 %2424
+  br label %for_begin_ti294.preheader.i
+
+for_begin_ti294.preheader.i:                      ; preds = %for_begin_ti294.preheader.i, %for_begin_ti294.preheader.lr.ph.i
+  %indvars.iv980.i = phi i64 [ 0, %for_begin_ti294.preheader.lr.ph.i ], [ %indvars.iv.next981.i, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.28.0758.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2761, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.24.0757.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2756, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.20.0756.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2751, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.16.0755.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2746, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.12.0754.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2741, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.8.0753.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2736, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.4.0752.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2731, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.0.0751.i = phi <16 x float> [ zeroinitializer, %for_begin_ti294.preheader.lr.ph.i ], [ %2726, %for_begin_ti294.preheader.i ]
+  %.idx77 = shl nsw i64 %indvars.iv980.i, 9
+  %2427 = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx77
+  %2428 = load <16 x float>, ptr %2427, align 4, !tbaa !5
+  %.idx78 = shl nsw i64 %indvars.iv980.i, 12
+  %gep150 = getelementptr inbounds nuw i8, ptr %invariant.gep149, i64 %.idx78
+  %2429 = load float, ptr %gep150, align 4, !tbaa !5
+  %2430 = insertelement <16 x float> poison, float %2429, i64 0
+  %2431 = shufflevector <16 x float> %2430, <16 x float> poison, <16 x i32> zeroinitializer
+  %2432 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2431, <16 x float> %full_acc508.sroa.0.0751.i)
+  %2433 = getelementptr inbounds nuw i8, ptr %gep150, i64 64
+  %2434 = load float, ptr %2433, align 4, !tbaa !5
+  %2435 = insertelement <16 x float> poison, float %2434, i64 0
+  %2436 = shufflevector <16 x float> %2435, <16 x float> poison, <16 x i32> zeroinitializer
+  %2437 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2436, <16 x float> %full_acc508.sroa.4.0752.i)
+  %2438 = getelementptr inbounds nuw i8, ptr %gep150, i64 4
+  %2439 = load float, ptr %2438, align 4, !tbaa !5
+  %2440 = insertelement <16 x float> poison, float %2439, i64 0
+  %2441 = shufflevector <16 x float> %2440, <16 x float> poison, <16 x i32> zeroinitializer
+  %2442 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2441, <16 x float> %full_acc508.sroa.8.0753.i)
+  %2443 = getelementptr inbounds nuw i8, ptr %gep150, i64 68
+  %2444 = load float, ptr %2443, align 4, !tbaa !5
+  %2445 = insertelement <16 x float> poison, float %2444, i64 0
+  %2446 = shufflevector <16 x float> %2445, <16 x float> poison, <16 x i32> zeroinitializer
+  %2447 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2446, <16 x float> %full_acc508.sroa.12.0754.i)
+  %2448 = getelementptr inbounds nuw i8, ptr %gep150, i64 8
+  %2449 = load float, ptr %2448, align 4, !tbaa !5
+  %2450 = insertelement <16 x float> poison, float %2449, i64 0
+  %2451 = shufflevector <16 x float> %2450, <16 x float> poison, <16 x i32> zeroinitializer
+  %2452 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2451, <16 x float> %full_acc508.sroa.16.0755.i)
+  %2453 = getelementptr inbounds nuw i8, ptr %gep150, i64 72
+  %2454 = load float, ptr %2453, align 4, !tbaa !5
+  %2455 = insertelement <16 x float> poison, float %2454, i64 0
+  %2456 = shufflevector <16 x float> %2455, <16 x float> poison, <16 x i32> zeroinitializer
+  %2457 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2456, <16 x float> %full_acc508.sroa.20.0756.i)
+  %2458 = getelementptr inbounds nuw i8, ptr %gep150, i64 12
+  %2459 = load float, ptr %2458, align 4, !tbaa !5
+  %2460 = insertelement <16 x float> poison, float %2459, i64 0
+  %2461 = shufflevector <16 x float> %2460, <16 x float> poison, <16 x i32> zeroinitializer
+  %2462 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2461, <16 x float> %full_acc508.sroa.24.0757.i)
+  %2463 = getelementptr inbounds nuw i8, ptr %gep150, i64 76
+  %2464 = load float, ptr %2463, align 4, !tbaa !5
+  %2465 = insertelement <16 x float> poison, float %2464, i64 0
+  %2466 = shufflevector <16 x float> %2465, <16 x float> poison, <16 x i32> zeroinitializer
+  %2467 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2428, <16 x float> %2466, <16 x float> %full_acc508.sroa.28.0758.i)
+  %2468 = getelementptr inbounds nuw i8, ptr %2427, i64 64
+  %2469 = load <16 x float>, ptr %2468, align 4, !tbaa !5
+  %2470 = getelementptr inbounds nuw i8, ptr %gep150, i64 512
+  %2471 = load float, ptr %2470, align 4, !tbaa !5
+  %2472 = insertelement <16 x float> poison, float %2471, i64 0
+  %2473 = shufflevector <16 x float> %2472, <16 x float> poison, <16 x i32> zeroinitializer
+  %2474 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2473, <16 x float> %2432)
+  %2475 = getelementptr inbounds nuw i8, ptr %gep150, i64 576
+  %2476 = load float, ptr %2475, align 4, !tbaa !5
+  %2477 = insertelement <16 x float> poison, float %2476, i64 0
+  %2478 = shufflevector <16 x float> %2477, <16 x float> poison, <16 x i32> zeroinitializer
+  %2479 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2478, <16 x float> %2437)
+  %2480 = getelementptr inbounds nuw i8, ptr %gep150, i64 516
+  %2481 = load float, ptr %2480, align 4, !tbaa !5
+  %2482 = insertelement <16 x float> poison, float %2481, i64 0
+  %2483 = shufflevector <16 x float> %2482, <16 x float> poison, <16 x i32> zeroinitializer
+  %2484 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2483, <16 x float> %2442)
+  %2485 = getelementptr inbounds nuw i8, ptr %gep150, i64 580
+  %2486 = load float, ptr %2485, align 4, !tbaa !5
+  %2487 = insertelement <16 x float> poison, float %2486, i64 0
+  %2488 = shufflevector <16 x float> %2487, <16 x float> poison, <16 x i32> zeroinitializer
+  %2489 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2488, <16 x float> %2447)
+  %2490 = getelementptr inbounds nuw i8, ptr %gep150, i64 520
+  %2491 = load float, ptr %2490, align 4, !tbaa !5
+  %2492 = insertelement <16 x float> poison, float %2491, i64 0
+  %2493 = shufflevector <16 x float> %2492, <16 x float> poison, <16 x i32> zeroinitializer
+  %2494 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2493, <16 x float> %2452)
+  %2495 = getelementptr inbounds nuw i8, ptr %gep150, i64 584
+  %2496 = load float, ptr %2495, align 4, !tbaa !5
+  %2497 = insertelement <16 x float> poison, float %2496, i64 0
+  %2498 = shufflevector <16 x float> %2497, <16 x float> poison, <16 x i32> zeroinitializer
+  %2499 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2498, <16 x float> %2457)
+  %2500 = getelementptr inbounds nuw i8, ptr %gep150, i64 524
+  %2501 = load float, ptr %2500, align 4, !tbaa !5
+  %2502 = insertelement <16 x float> poison, float %2501, i64 0
+  %2503 = shufflevector <16 x float> %2502, <16 x float> poison, <16 x i32> zeroinitializer
+  %2504 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2503, <16 x float> %2462)
+  %2505 = getelementptr inbounds nuw i8, ptr %gep150, i64 588
+  %2506 = load float, ptr %2505, align 4, !tbaa !5
+  %2507 = insertelement <16 x float> poison, float %2506, i64 0
+  %2508 = shufflevector <16 x float> %2507, <16 x float> poison, <16 x i32> zeroinitializer
+  %2509 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2469, <16 x float> %2508, <16 x float> %2467)
+  %2510 = getelementptr inbounds nuw i8, ptr %2427, i64 128
+  %2511 = load <16 x float>, ptr %2510, align 4, !tbaa !5
+  %2512 = getelementptr inbounds nuw i8, ptr %gep150, i64 1024
+  %2513 = load float, ptr %2512, align 4, !tbaa !5
+  %2514 = insertelement <16 x float> poison, float %2513, i64 0
+  %2515 = shufflevector <16 x float> %2514, <16 x float> poison, <16 x i32> zeroinitializer
+  %2516 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2515, <16 x float> %2474)
+  %2517 = getelementptr inbounds nuw i8, ptr %gep150, i64 1088
+  %2518 = load float, ptr %2517, align 4, !tbaa !5
+  %2519 = insertelement <16 x float> poison, float %2518, i64 0
+  %2520 = shufflevector <16 x float> %2519, <16 x float> poison, <16 x i32> zeroinitializer
+  %2521 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2520, <16 x float> %2479)
+  %2522 = getelementptr inbounds nuw i8, ptr %gep150, i64 1028
+  %2523 = load float, ptr %2522, align 4, !tbaa !5
+  %2524 = insertelement <16 x float> poison, float %2523, i64 0
+  %2525 = shufflevector <16 x float> %2524, <16 x float> poison, <16 x i32> zeroinitializer
+  %2526 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2525, <16 x float> %2484)
+  %2527 = getelementptr inbounds nuw i8, ptr %gep150, i64 1092
+  %2528 = load float, ptr %2527, align 4, !tbaa !5
+  %2529 = insertelement <16 x float> poison, float %2528, i64 0
+  %2530 = shufflevector <16 x float> %2529, <16 x float> poison, <16 x i32> zeroinitializer
+  %2531 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2530, <16 x float> %2489)
+  %2532 = getelementptr inbounds nuw i8, ptr %gep150, i64 1032
+  %2533 = load float, ptr %2532, align 4, !tbaa !5
+  %2534 = insertelement <16 x float> poison, float %2533, i64 0
+  %2535 = shufflevector <16 x float> %2534, <16 x float> poison, <16 x i32> zeroinitializer
+  %2536 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2535, <16 x float> %2494)
+  %2537 = getelementptr inbounds nuw i8, ptr %gep150, i64 1096
+  %2538 = load float, ptr %2537, align 4, !tbaa !5
+  %2539 = insertelement <16 x float> poison, float %2538, i64 0
+  %2540 = shufflevector <16 x float> %2539, <16 x float> poison, <16 x i32> zeroinitializer
+  %2541 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2540, <16 x float> %2499)
+  %2542 = getelementptr inbounds nuw i8, ptr %gep150, i64 1036
+  %2543 = load float, ptr %2542, align 4, !tbaa !5
+  %2544 = insertelement <16 x float> poison, float %2543, i64 0
+  %2545 = shufflevector <16 x float> %2544, <16 x float> poison, <16 x i32> zeroinitializer
+  %2546 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2545, <16 x float> %2504)
+  %2547 = getelementptr inbounds nuw i8, ptr %gep150, i64 1100
+  %2548 = load float, ptr %2547, align 4, !tbaa !5
+  %2549 = insertelement <16 x float> poison, float %2548, i64 0
+  %2550 = shufflevector <16 x float> %2549, <16 x float> poison, <16 x i32> zeroinitializer
+  %2551 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2511, <16 x float> %2550, <16 x float> %2509)
+  %2552 = getelementptr inbounds nuw i8, ptr %2427, i64 192
+  %2553 = load <16 x float>, ptr %2552, align 4, !tbaa !5
+  %2554 = getelementptr inbounds nuw i8, ptr %gep150, i64 1536
+  %2555 = load float, ptr %2554, align 4, !tbaa !5
+  %2556 = insertelement <16 x float> poison, float %2555, i64 0
+  %2557 = shufflevector <16 x float> %2556, <16 x float> poison, <16 x i32> zeroinitializer
+  %2558 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2557, <16 x float> %2516)
+  %2559 = getelementptr inbounds nuw i8, ptr %gep150, i64 1600
+  %2560 = load float, ptr %2559, align 4, !tbaa !5
+  %2561 = insertelement <16 x float> poison, float %2560, i64 0
+  %2562 = shufflevector <16 x float> %2561, <16 x float> poison, <16 x i32> zeroinitializer
+  %2563 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2562, <16 x float> %2521)
+  %2564 = getelementptr inbounds nuw i8, ptr %gep150, i64 1540
+  %2565 = load float, ptr %2564, align 4, !tbaa !5
+  %2566 = insertelement <16 x float> poison, float %2565, i64 0
+  %2567 = shufflevector <16 x float> %2566, <16 x float> poison, <16 x i32> zeroinitializer
+  %2568 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2567, <16 x float> %2526)
+  %2569 = getelementptr inbounds nuw i8, ptr %gep150, i64 1604
+  %2570 = load float, ptr %2569, align 4, !tbaa !5
+  %2571 = insertelement <16 x float> poison, float %2570, i64 0
+  %2572 = shufflevector <16 x float> %2571, <16 x float> poison, <16 x i32> zeroinitializer
+  %2573 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2572, <16 x float> %2531)
+  %2574 = getelementptr inbounds nuw i8, ptr %gep150, i64 1544
+  %2575 = load float, ptr %2574, align 4, !tbaa !5
+  %2576 = insertelement <16 x float> poison, float %2575, i64 0
+  %2577 = shufflevector <16 x float> %2576, <16 x float> poison, <16 x i32> zeroinitializer
+  %2578 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2577, <16 x float> %2536)
+  %2579 = getelementptr inbounds nuw i8, ptr %gep150, i64 1608
+  %2580 = load float, ptr %2579, align 4, !tbaa !5
+  %2581 = insertelement <16 x float> poison, float %2580, i64 0
+  %2582 = shufflevector <16 x float> %2581, <16 x float> poison, <16 x i32> zeroinitializer
+  %2583 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2582, <16 x float> %2541)
+  %2584 = getelementptr inbounds nuw i8, ptr %gep150, i64 1548
+  %2585 = load float, ptr %2584, align 4, !tbaa !5
+  %2586 = insertelement <16 x float> poison, float %2585, i64 0
+  %2587 = shufflevector <16 x float> %2586, <16 x float> poison, <16 x i32> zeroinitializer
+  %2588 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2587, <16 x float> %2546)
+  %2589 = getelementptr inbounds nuw i8, ptr %gep150, i64 1612
+  %2590 = load float, ptr %2589, align 4, !tbaa !5
+  %2591 = insertelement <16 x float> poison, float %2590, i64 0
+  %2592 = shufflevector <16 x float> %2591, <16 x float> poison, <16 x i32> zeroinitializer
+  %2593 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2553, <16 x float> %2592, <16 x float> %2551)
+  %2594 = getelementptr inbounds nuw i8, ptr %2427, i64 256
+  %2595 = load <16 x float>, ptr %2594, align 4, !tbaa !5
+  %2596 = getelementptr inbounds nuw i8, ptr %gep150, i64 2048
+  %2597 = load float, ptr %2596, align 4, !tbaa !5
+  %2598 = insertelement <16 x float> poison, float %2597, i64 0
+  %2599 = shufflevector <16 x float> %2598, <16 x float> poison, <16 x i32> zeroinitializer
+  %2600 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2599, <16 x float> %2558)
+  %2601 = getelementptr inbounds nuw i8, ptr %gep150, i64 2112
+  %2602 = load float, ptr %2601, align 4, !tbaa !5
+  %2603 = insertelement <16 x float> poison, float %2602, i64 0
+  %2604 = shufflevector <16 x float> %2603, <16 x float> poison, <16 x i32> zeroinitializer
+  %2605 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2604, <16 x float> %2563)
+  %2606 = getelementptr inbounds nuw i8, ptr %gep150, i64 2052
+  %2607 = load float, ptr %2606, align 4, !tbaa !5
+  %2608 = insertelement <16 x float> poison, float %2607, i64 0
+  %2609 = shufflevector <16 x float> %2608, <16 x float> poison, <16 x i32> zeroinitializer
+  %2610 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2609, <16 x float> %2568)
+  %2611 = getelementptr inbounds nuw i8, ptr %gep150, i64 2116
+  %2612 = load float, ptr %2611, align 4, !tbaa !5
+  %2613 = insertelement <16 x float> poison, float %2612, i64 0
+  %2614 = shufflevector <16 x float> %2613, <16 x float> poison, <16 x i32> zeroinitializer
+  %2615 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2614, <16 x float> %2573)
+  %2616 = getelementptr inbounds nuw i8, ptr %gep150, i64 2056
+  %2617 = load float, ptr %2616, align 4, !tbaa !5
+  %2618 = insertelement <16 x float> poison, float %2617, i64 0
+  %2619 = shufflevector <16 x float> %2618, <16 x float> poison, <16 x i32> zeroinitializer
+  %2620 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2619, <16 x float> %2578)
+  %2621 = getelementptr inbounds nuw i8, ptr %gep150, i64 2120
+  %2622 = load float, ptr %2621, align 4, !tbaa !5
+  %2623 = insertelement <16 x float> poison, float %2622, i64 0
+  %2624 = shufflevector <16 x float> %2623, <16 x float> poison, <16 x i32> zeroinitializer
+  %2625 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2624, <16 x float> %2583)
+  %2626 = getelementptr inbounds nuw i8, ptr %gep150, i64 2060
+  %2627 = load float, ptr %2626, align 4, !tbaa !5
+  %2628 = insertelement <16 x float> poison, float %2627, i64 0
+  %2629 = shufflevector <16 x float> %2628, <16 x float> poison, <16 x i32> zeroinitializer
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2629, <16 x float> %2588)
+  %2631 = getelementptr inbounds nuw i8, ptr %gep150, i64 2124
+  %2632 = load float, ptr %2631, align 4, !tbaa !5
+  %2633 = insertelement <16 x float> poison, float %2632, i64 0
+  %2634 = shufflevector <16 x float> %2633, <16 x float> poison, <16 x i32> zeroinitializer
+  %2635 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2595, <16 x float> %2634, <16 x float> %2593)
+  %2636 = getelementptr inbounds nuw i8, ptr %2427, i64 320
+  %2637 = load <16 x float>, ptr %2636, align 4, !tbaa !5
+  %2638 = getelementptr inbounds nuw i8, ptr %gep150, i64 2560
+  %2639 = load float, ptr %2638, align 4, !tbaa !5
+  %2640 = insertelement <16 x float> poison, float %2639, i64 0
+  %2641 = shufflevector <16 x float> %2640, <16 x float> poison, <16 x i32> zeroinitializer
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2641, <16 x float> %2600)
+  %2643 = getelementptr inbounds nuw i8, ptr %gep150, i64 2624
+  %2644 = load float, ptr %2643, align 4, !tbaa !5
+  %2645 = insertelement <16 x float> poison, float %2644, i64 0
+  %2646 = shufflevector <16 x float> %2645, <16 x float> poison, <16 x i32> zeroinitializer
+  %2647 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2646, <16 x float> %2605)
+  %2648 = getelementptr inbounds nuw i8, ptr %gep150, i64 2564
+  %2649 = load float, ptr %2648, align 4, !tbaa !5
+  %2650 = insertelement <16 x float> poison, float %2649, i64 0
+  %2651 = shufflevector <16 x float> %2650, <16 x float> poison, <16 x i32> zeroinitializer
+  %2652 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2651, <16 x float> %2610)
+  %2653 = getelementptr inbounds nuw i8, ptr %gep150, i64 2628
+  %2654 = load float, ptr %2653, align 4, !tbaa !5
+  %2655 = insertelement <16 x float> poison, float %2654, i64 0
+  %2656 = shufflevector <16 x float> %2655, <16 x float> poison, <16 x i32> zeroinitializer
+  %2657 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2656, <16 x float> %2615)
+  %2658 = getelementptr inbounds nuw i8, ptr %gep150, i64 2568
+  %2659 = load float, ptr %2658, align 4, !tbaa !5
+  %2660 = insertelement <16 x float> poison, float %2659, i64 0
+  %2661 = shufflevector <16 x float> %2660, <16 x float> poison, <16 x i32> zeroinitializer
+  %2662 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2661, <16 x float> %2620)
+  %2663 = getelementptr inbounds nuw i8, ptr %gep150, i64 2632
+  %2664 = load float, ptr %2663, align 4, !tbaa !5
+  %2665 = insertelement <16 x float> poison, float %2664, i64 0
+  %2666 = shufflevector <16 x float> %2665, <16 x float> poison, <16 x i32> zeroinitializer
+  %2667 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2666, <16 x float> %2625)
+  %2668 = getelementptr inbounds nuw i8, ptr %gep150, i64 2572
+  %2669 = load float, ptr %2668, align 4, !tbaa !5
+  %2670 = insertelement <16 x float> poison, float %2669, i64 0
+  %2671 = shufflevector <16 x float> %2670, <16 x float> poison, <16 x i32> zeroinitializer
+  %2672 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2671, <16 x float> %2630)
+  %2673 = getelementptr inbounds nuw i8, ptr %gep150, i64 2636
+  %2674 = load float, ptr %2673, align 4, !tbaa !5
+  %2675 = insertelement <16 x float> poison, float %2674, i64 0
+  %2676 = shufflevector <16 x float> %2675, <16 x float> poison, <16 x i32> zeroinitializer
+  %2677 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2676, <16 x float> %2635)
+  %2678 = getelementptr inbounds nuw i8, ptr %2427, i64 384
+  %2679 = load <16 x float>, ptr %2678, align 4, !tbaa !5
+  %2680 = getelementptr inbounds nuw i8, ptr %gep150, i64 3072
+  %2681 = load float, ptr %2680, align 4, !tbaa !5
+  %2682 = insertelement <16 x float> poison, float %2681, i64 0
+  %2683 = shufflevector <16 x float> %2682, <16 x float> poison, <16 x i32> zeroinitializer
+  %2684 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2683, <16 x float> %2642)
+  %2685 = getelementptr inbounds nuw i8, ptr %gep150, i64 3136
+  %2686 = load float, ptr %2685, align 4, !tbaa !5
+  %2687 = insertelement <16 x float> poison, float %2686, i64 0
+  %2688 = shufflevector <16 x float> %2687, <16 x float> poison, <16 x i32> zeroinitializer
+  %2689 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2688, <16 x float> %2647)
+  %2690 = getelementptr inbounds nuw i8, ptr %gep150, i64 3076
+  %2691 = load float, ptr %2690, align 4, !tbaa !5
+  %2692 = insertelement <16 x float> poison, float %2691, i64 0
+  %2693 = shufflevector <16 x float> %2692, <16 x float> poison, <16 x i32> zeroinitializer
+  %2694 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2693, <16 x float> %2652)
+  %2695 = getelementptr inbounds nuw i8, ptr %gep150, i64 3140
+  %2696 = load float, ptr %2695, align 4, !tbaa !5
+  %2697 = insertelement <16 x float> poison, float %2696, i64 0
+  %2698 = shufflevector <16 x float> %2697, <16 x float> poison, <16 x i32> zeroinitializer
+  %2699 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2698, <16 x float> %2657)
+  %2700 = getelementptr inbounds nuw i8, ptr %gep150, i64 3080
+  %2701 = load float, ptr %2700, align 4, !tbaa !5
+  %2702 = insertelement <16 x float> poison, float %2701, i64 0
+  %2703 = shufflevector <16 x float> %2702, <16 x float> poison, <16 x i32> zeroinitializer
+  %2704 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2703, <16 x float> %2662)
+  %2705 = getelementptr inbounds nuw i8, ptr %gep150, i64 3144
+  %2706 = load float, ptr %2705, align 4, !tbaa !5
+  %2707 = insertelement <16 x float> poison, float %2706, i64 0
+  %2708 = shufflevector <16 x float> %2707, <16 x float> poison, <16 x i32> zeroinitializer
+  %2709 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2708, <16 x float> %2667)
+  %2710 = getelementptr inbounds nuw i8, ptr %gep150, i64 3084
+  %2711 = load float, ptr %2710, align 4, !tbaa !5
+  %2712 = insertelement <16 x float> poison, float %2711, i64 0
+  %2713 = shufflevector <16 x float> %2712, <16 x float> poison, <16 x i32> zeroinitializer
+  %2714 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2713, <16 x float> %2672)
+  %2715 = getelementptr inbounds nuw i8, ptr %gep150, i64 3148
+  %2716 = load float, ptr %2715, align 4, !tbaa !5
+  %2717 = insertelement <16 x float> poison, float %2716, i64 0
+  %2718 = shufflevector <16 x float> %2717, <16 x float> poison, <16 x i32> zeroinitializer
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2718, <16 x float> %2677)
+  %2720 = getelementptr inbounds nuw i8, ptr %2427, i64 448
+  %2721 = load <16 x float>, ptr %2720, align 4, !tbaa !5
+  %2722 = getelementptr inbounds nuw i8, ptr %gep150, i64 3584
+  %2723 = load float, ptr %2722, align 4, !tbaa !5
+  %2724 = insertelement <16 x float> poison, float %2723, i64 0
+  %2725 = shufflevector <16 x float> %2724, <16 x float> poison, <16 x i32> zeroinitializer
+  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2725, <16 x float> %2684)
+  %2727 = getelementptr inbounds nuw i8, ptr %gep150, i64 3648
+  %2728 = load float, ptr %2727, align 4, !tbaa !5
+  %2729 = insertelement <16 x float> poison, float %2728, i64 0
+  %2730 = shufflevector <16 x float> %2729, <16 x float> poison, <16 x i32> zeroinitializer
+  %2731 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2730, <16 x float> %2689)
+  %2732 = getelementptr inbounds nuw i8, ptr %gep150, i64 3588
+  %2733 = load float, ptr %2732, align 4, !tbaa !5
+  %2734 = insertelement <16 x float> poison, float %2733, i64 0
+  %2735 = shufflevector <16 x float> %2734, <16 x float> poison, <16 x i32> zeroinitializer
+  %2736 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2735, <16 x float> %2694)
+  %2737 = getelementptr inbounds nuw i8, ptr %gep150, i64 3652
+  %2738 = load float, ptr %2737, align 4, !tbaa !5
+  %2739 = insertelement <16 x float> poison, float %2738, i64 0
+  %2740 = shufflevector <16 x float> %2739, <16 x float> poison, <16 x i32> zeroinitializer
+  %2741 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2740, <16 x float> %2699)
+  %2742 = getelementptr inbounds nuw i8, ptr %gep150, i64 3592
+  %2743 = load float, ptr %2742, align 4, !tbaa !5
+  %2744 = insertelement <16 x float> poison, float %2743, i64 0
+  %2745 = shufflevector <16 x float> %2744, <16 x float> poison, <16 x i32> zeroinitializer
+  %2746 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2745, <16 x float> %2704)
+  %2747 = getelementptr inbounds nuw i8, ptr %gep150, i64 3656
+  %2748 = load float, ptr %2747, align 4, !tbaa !5
+  %2749 = insertelement <16 x float> poison, float %2748, i64 0
+  %2750 = shufflevector <16 x float> %2749, <16 x float> poison, <16 x i32> zeroinitializer
+  %2751 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2750, <16 x float> %2709)
+  %2752 = getelementptr inbounds nuw i8, ptr %gep150, i64 3596
+  %2753 = load float, ptr %2752, align 4, !tbaa !5
+  %2754 = insertelement <16 x float> poison, float %2753, i64 0
+  %2755 = shufflevector <16 x float> %2754, <16 x float> poison, <16 x i32> zeroinitializer
+  %2756 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2755, <16 x float> %2714)
+  %2757 = getelementptr inbounds nuw i8, ptr %gep150, i64 3660
+  %2758 = load float, ptr %2757, align 4, !tbaa !5
+  %2759 = insertelement <16 x float> poison, float %2758, i64 0
+  %2760 = shufflevector <16 x float> %2759, <16 x float> poison, <16 x i32> zeroinitializer
+  %2761 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2721, <16 x float> %2760, <16 x float> %2719)
+  %indvars.iv.next981.i = add nuw nsw i64 %indvars.iv980.i, 1
+  %exitcond985.not.i = icmp eq i64 %indvars.iv.next981.i, %wide.trip.count984.i
+  br i1 %exitcond985.not.i, label %for_end_to291.i, label %for_begin_ti294.preheader.i, !prof !13
+
+for_end_to291.i:                                  ; preds = %for_begin_ti294.preheader.i, %for_begin_to289.preheader.i
+  %full_acc508.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2726, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.4.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2731, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.8.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2736, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.12.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2741, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.16.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2746, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.20.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2751, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.24.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2756, %for_begin_ti294.preheader.i ]
+  %full_acc508.sroa.28.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_to289.preheader.i ], [ %2761, %for_begin_ti294.preheader.i ]
+  br i1 %2412, label %for_body_ti300.lr.ph.i, label %for_end_ti301.i, !prof !3
+
+for_body_ti300.lr.ph.i:                           ; preds = %for_end_to291.i
+  %indvars.iv990.tr.i = trunc i64 %indvars.iv990.i to i32
+  %2762 = shl i32 %indvars.iv990.tr.i, 2
+  %2763 = and i32 %2762, 12
+  %2764 = shl i32 %indvars.iv990.tr.i, 3
+  %2765 = and i32 %2764, 96
+  %invariant.op786.i = or disjoint i32 %2765, %2415
+  %invariant.op788.i = or disjoint i32 %invariant.op786.i, %2763
+  %2766 = zext nneg i32 %invariant.op788.i to i64
+  %invariant.gep1176.i = getelementptr inbounds nuw float, ptr %v_tile.i, i64 %2766
+  br label %for_body_ti300.i
+
+for_body_ti300.i:                                 ; preds = %for_body_ti300.i, %for_body_ti300.lr.ph.i
+  %indvars.iv986.i = phi i64 [ 0, %for_body_ti300.lr.ph.i ], [ %indvars.iv.next987.i, %for_body_ti300.i ]
+  %tile_acc509.sroa.0.0776.i = phi <16 x float> [ %full_acc508.sroa.0.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2778, %for_body_ti300.i ]
+  %tile_acc509.sroa.4.0775.i = phi <16 x float> [ %full_acc508.sroa.4.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2785, %for_body_ti300.i ]
+  %tile_acc509.sroa.9.0774.i = phi <16 x float> [ %full_acc508.sroa.8.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2792, %for_body_ti300.i ]
+  %tile_acc509.sroa.13.0773.i = phi <16 x float> [ %full_acc508.sroa.12.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2799, %for_body_ti300.i ]
+  %tile_acc509.sroa.18.0772.i = phi <16 x float> [ %full_acc508.sroa.16.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2806, %for_body_ti300.i ]
+  %tile_acc509.sroa.22.0771.i = phi <16 x float> [ %full_acc508.sroa.20.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2813, %for_body_ti300.i ]
+  %tile_acc509.sroa.27.0770.i = phi <16 x float> [ %full_acc508.sroa.24.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2820, %for_body_ti300.i ]
+  %tile_acc509.sroa.31.0769.i = phi <16 x float> [ %full_acc508.sroa.28.0.lcssa.i, %for_body_ti300.lr.ph.i ], [ %2827, %for_body_ti300.i ]
+  %2767 = shl nsw i64 %indvars.iv986.i, 4
+  %2768 = add nuw nsw i64 %2767, %2417
+  %2769 = getelementptr inbounds nuw float, ptr %probs.i, i64 %2768
+  %2770 = load <16 x float>, ptr %2769, align 4, !tbaa !5
+  %2771 = getelementptr inbounds nuw i32, ptr %edges.i, i64 %2768
+  %2772 = load <16 x i32>, ptr %2771, align 4, !tbaa !5
+  %.idx1108.i = shl nsw i64 %indvars.iv986.i, 9
+  %gep1177.i = getelementptr inbounds nuw i8, ptr %invariant.gep1176.i, i64 %.idx1108.i
+  %2773 = load i32, ptr %gep1177.i, align 4, !tbaa !5
+  %2774 = insertelement <16 x i32> poison, i32 %2773, i64 0
+  %2775 = shufflevector <16 x i32> %2774, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2776 = and <16 x i32> %2775, %2772
+  %2777 = bitcast <16 x i32> %2776 to <16 x float>
+  %2778 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2777, <16 x float> %tile_acc509.sroa.0.0776.i)
+  %2779 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 64
+  %2780 = load i32, ptr %2779, align 4, !tbaa !5
+  %2781 = insertelement <16 x i32> poison, i32 %2780, i64 0
+  %2782 = shufflevector <16 x i32> %2781, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2783 = and <16 x i32> %2782, %2772
+  %2784 = bitcast <16 x i32> %2783 to <16 x float>
+  %2785 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2784, <16 x float> %tile_acc509.sroa.4.0775.i)
+  %2786 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 4
+  %2787 = load i32, ptr %2786, align 4, !tbaa !5
+  %2788 = insertelement <16 x i32> poison, i32 %2787, i64 0
+  %2789 = shufflevector <16 x i32> %2788, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2790 = and <16 x i32> %2789, %2772
+  %2791 = bitcast <16 x i32> %2790 to <16 x float>
+  %2792 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2791, <16 x float> %tile_acc509.sroa.9.0774.i)
+  %2793 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 68
+  %2794 = load i32, ptr %2793, align 4, !tbaa !5
+  %2795 = insertelement <16 x i32> poison, i32 %2794, i64 0
+  %2796 = shufflevector <16 x i32> %2795, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2797 = and <16 x i32> %2796, %2772
+  %2798 = bitcast <16 x i32> %2797 to <16 x float>
+  %2799 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2798, <16 x float> %tile_acc509.sroa.13.0773.i)
+  %2800 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 8
+  %2801 = load i32, ptr %2800, align 4, !tbaa !5
+  %2802 = insertelement <16 x i32> poison, i32 %2801, i64 0
+  %2803 = shufflevector <16 x i32> %2802, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2804 = and <16 x i32> %2803, %2772
+  %2805 = bitcast <16 x i32> %2804 to <16 x float>
+  %2806 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2805, <16 x float> %tile_acc509.sroa.18.0772.i)
+  %2807 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 72
+  %2808 = load i32, ptr %2807, align 4, !tbaa !5
+  %2809 = insertelement <16 x i32> poison, i32 %2808, i64 0
+  %2810 = shufflevector <16 x i32> %2809, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2811 = and <16 x i32> %2810, %2772
+  %2812 = bitcast <16 x i32> %2811 to <16 x float>
+  %2813 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2812, <16 x float> %tile_acc509.sroa.22.0771.i)
+  %2814 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 12
+  %2815 = load i32, ptr %2814, align 4, !tbaa !5
+  %2816 = insertelement <16 x i32> poison, i32 %2815, i64 0
+  %2817 = shufflevector <16 x i32> %2816, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2818 = and <16 x i32> %2817, %2772
+  %2819 = bitcast <16 x i32> %2818 to <16 x float>
+  %2820 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2819, <16 x float> %tile_acc509.sroa.27.0770.i)
+  %2821 = getelementptr inbounds nuw i8, ptr %gep1177.i, i64 76
+  %2822 = load i32, ptr %2821, align 4, !tbaa !5
+  %2823 = insertelement <16 x i32> poison, i32 %2822, i64 0
+  %2824 = shufflevector <16 x i32> %2823, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2825 = and <16 x i32> %2824, %2772
+  %2826 = bitcast <16 x i32> %2825 to <16 x float>
+  %2827 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2770, <16 x float> %2826, <16 x float> %tile_acc509.sroa.31.0769.i)
+  %indvars.iv.next987.i = add nuw nsw i64 %indvars.iv986.i, 1
+  %exitcond239.not = icmp eq i64 %indvars.iv.next987.i, %smax238
+  br i1 %exitcond239.not, label %for_end_ti301.i, label %for_body_ti300.i, !prof !13
+
+for_end_ti301.i:                                  ; preds = %for_body_ti300.i, %for_end_to291.i
+  %tile_acc509.sroa.31.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.28.0.lcssa.i, %for_end_to291.i ], [ %2827, %for_body_ti300.i ]
+  %tile_acc509.sroa.27.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.24.0.lcssa.i, %for_end_to291.i ], [ %2820, %for_body_ti300.i ]
+  %tile_acc509.sroa.22.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.20.0.lcssa.i, %for_end_to291.i ], [ %2813, %for_body_ti300.i ]
+  %tile_acc509.sroa.18.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.16.0.lcssa.i, %for_end_to291.i ], [ %2806, %for_body_ti300.i ]
+  %tile_acc509.sroa.13.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.12.0.lcssa.i, %for_end_to291.i ], [ %2799, %for_body_ti300.i ]
+  %tile_acc509.sroa.9.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.8.0.lcssa.i, %for_end_to291.i ], [ %2792, %for_body_ti300.i ]
+  %tile_acc509.sroa.4.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.4.0.lcssa.i, %for_end_to291.i ], [ %2785, %for_body_ti300.i ]
+  %tile_acc509.sroa.0.0.lcssa.i = phi <16 x float> [ %full_acc508.sroa.0.0.lcssa.i, %for_end_to291.i ], [ %2778, %for_body_ti300.i ]
+  %2828 = shl nuw nsw i64 %indvars.iv990.i, 7
+  %2829 = add nuw nsw i64 %2828, %2418
+  %2830 = getelementptr inbounds float, ptr %acc.i, i64 %2829
+  br i1 %644, label %if_then318.i, label %if_end317.i, !prof !8
+
+if_end317.i:                                      ; preds = %for_end_ti301.i
+  %2831 = load <16 x float>, ptr %2830, align 4, !tbaa !5
+  %2832 = fmul <16 x float> %2217, %2831
+  %2833 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.0.0.lcssa.i, <16 x float> %2832)
+  store <16 x float> %2833, ptr %2830, align 4, !tbaa !5
+  %2834 = getelementptr i8, ptr %2830, i64 64
+  %2835 = load <16 x float>, ptr %2834, align 4, !tbaa !5
+  %2836 = fmul <16 x float> %2217, %2835
+  %2837 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.4.0.lcssa.i, <16 x float> %2836)
+  store <16 x float> %2837, ptr %2834, align 4, !tbaa !5
+  %2838 = getelementptr i8, ptr %2830, i64 128
+  %2839 = load <16 x float>, ptr %2838, align 4, !tbaa !5
+  %2840 = fmul <16 x float> %2217, %2839
+  %2841 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.9.0.lcssa.i, <16 x float> %2840)
+  store <16 x float> %2841, ptr %2838, align 4, !tbaa !5
+  %2842 = getelementptr i8, ptr %2830, i64 192
+  %2843 = load <16 x float>, ptr %2842, align 4, !tbaa !5
+  %2844 = fmul <16 x float> %2217, %2843
+  %2845 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.13.0.lcssa.i, <16 x float> %2844)
+  store <16 x float> %2845, ptr %2842, align 4, !tbaa !5
+  %2846 = getelementptr i8, ptr %2830, i64 256
+  %2847 = load <16 x float>, ptr %2846, align 4, !tbaa !5
+  %2848 = fmul <16 x float> %2217, %2847
+  %2849 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.18.0.lcssa.i, <16 x float> %2848)
+  store <16 x float> %2849, ptr %2846, align 4, !tbaa !5
+  %2850 = getelementptr i8, ptr %2830, i64 320
+  %2851 = load <16 x float>, ptr %2850, align 4, !tbaa !5
+  %2852 = fmul <16 x float> %2217, %2851
+  %2853 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.22.0.lcssa.i, <16 x float> %2852)
+  store <16 x float> %2853, ptr %2850, align 4, !tbaa !5
+  %2854 = getelementptr i8, ptr %2830, i64 384
+  %2855 = load <16 x float>, ptr %2854, align 4, !tbaa !5
+  %2856 = fmul <16 x float> %2217, %2855
+  %2857 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.27.0.lcssa.i, <16 x float> %2856)
+  store <16 x float> %2857, ptr %2854, align 4, !tbaa !5
+  %.phi.trans.insert.i = getelementptr i8, ptr %2830, i64 448
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !5
+  %.pre1066.i = fmul <16 x float> %2217, %.pre.i
+  br label %if_end319.i
+
+if_then318.i:                                     ; preds = %for_end_ti301.i
+  %2858 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.0.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2858, ptr %2830, align 4, !tbaa !5
+  %2859 = getelementptr i8, ptr %2830, i64 64
+  %2860 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.4.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2860, ptr %2859, align 4, !tbaa !5
+  %2861 = getelementptr i8, ptr %2830, i64 128
+  %2862 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.9.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2862, ptr %2861, align 4, !tbaa !5
+  %2863 = getelementptr i8, ptr %2830, i64 192
+  %2864 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.13.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2864, ptr %2863, align 4, !tbaa !5
+  %2865 = getelementptr i8, ptr %2830, i64 256
+  %2866 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.18.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2866, ptr %2865, align 4, !tbaa !5
+  %2867 = getelementptr i8, ptr %2830, i64 320
+  %2868 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.22.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2868, ptr %2867, align 4, !tbaa !5
+  %2869 = getelementptr i8, ptr %2830, i64 384
+  %2870 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.27.0.lcssa.i, <16 x float> %2416)
+  store <16 x float> %2870, ptr %2869, align 4, !tbaa !5
+  br label %if_end319.i
+
+if_end319.i:                                      ; preds = %if_then318.i, %if_end317.i
+  %.pre-phi.i = phi <16 x float> [ %.pre1066.i, %if_end317.i ], [ %2416, %if_then318.i ]
+  %2871 = getelementptr inbounds float, ptr %acc.i, i64 %2829
+  %2872 = getelementptr i8, ptr %2871, i64 448
+  %2873 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2238, <16 x float> %tile_acc509.sroa.31.0.lcssa.i, <16 x float> %.pre-phi.i)
+  store <16 x float> %2873, ptr %2872, align 4, !tbaa !5
+  %indvars.iv.next991.i = add nuw nsw i64 %indvars.iv990.i, 1
+  %exitcond993.not.i = icmp eq i64 %indvars.iv.next991.i, 16
+  br i1 %exitcond993.not.i, label %if_end174.i, label %for_begin_to289.preheader.i, !prof !26
+
+if_end321.i:                                      ; preds = %if_end174.i
+  %2874 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2875 = tail call i32 %2874(i32 1, i32 %dev_id, ptr nonnull %edges.i)
+  %.not543.i = icmp eq i32 %2875, 0
+  br i1 %.not543.i, label %if_end324.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end324.i:                                      ; preds = %if_end321.i
+  %2876 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2877 = tail call i32 %2876(i32 1, i32 %dev_id, ptr nonnull %probs.i)
+  %.not544.i = icmp eq i32 %2877, 0
+  br i1 %.not544.i, label %if_end327.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end327.i:                                      ; preds = %if_end324.i
+  %2878 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2879 = tail call i32 %2878(i32 1, i32 %dev_id, ptr nonnull %scores.i)
+  %.not545.i = icmp eq i32 %2879, 0
+  br i1 %.not545.i, label %for_begin_row_tile.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end333.i:                                      ; preds = %for_end_row_tile.i
+  %2880 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2881 = tail call i32 %2880(i32 1, i32 %dev_id, ptr nonnull %k_tile.i)
+  %.not541.i = icmp eq i32 %2881, 0
+  br i1 %.not541.i, label %for_begin_kv_head.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end339.i:                                      ; preds = %for_end_kv_head.i
+  %2882 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2883 = tail call i32 %2882(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not539.i = icmp eq i32 %2883, 0
+  br i1 %.not539.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !42
+
+for_body_tile345.i:                               ; preds = %if_end350.i, %for_begin_tile344.preheader.i
+  %indvars.iv1013.i = phi i64 [ %indvars.iv.next1014.i, %if_end350.i ], [ 0, %for_begin_tile344.preheader.i ]
+  %.idx1109.i = shl nsw i64 %indvars.iv1013.i, 4
+  %2884 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1109.i
+  %2885 = getelementptr inbounds nuw i8, ptr %2884, i64 4
+  %2886 = load i32, ptr %2885, align 4, !tbaa !5
+  %2887 = icmp slt i32 %read_begin.i, %2886
+  br i1 %2887, label %if_then349.i, label %if_end350.i, !prof !8
+
+for_end_tile346.i:                                ; preds = %if_end350.i, %for_begin_tile344.preheader.i
+  %2888 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2889 = tail call i32 %2888(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not535.i = icmp eq i32 %2889, 0
+  br i1 %.not535.i, label %if_end405.i, label %fused_attend_compute_.exit, !prof !42
+
+if_then349.i:                                     ; preds = %for_body_tile345.i
+  %2890 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1109.i
+  %old_max356.i = load <16 x float>, ptr %2890, align 4, !tbaa !5
+  %2891 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1109.i
+  %old_sum358.i = load <16 x float>, ptr %2891, align 4, !tbaa !5
+  %2892 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1109.i
+  %2893 = load <16 x float>, ptr %2892, align 4, !tbaa !5
+  %2894 = fcmp ogt <16 x float> %old_max356.i, %2893
+  %2895 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1109.i
+  %2896 = load <16 x float>, ptr %2895, align 4, !tbaa !5
+  %2897 = fcmp oeq <16 x float> %2896, zeroinitializer
+  %2898 = select <16 x i1> %2897, <16 x i1> splat (i1 true), <16 x i1> %2894
+  %old_or_both362.i = select <16 x i1> %2898, <16 x float> %old_max356.i, <16 x float> %2893
+  %2899 = fcmp oeq <16 x float> %old_sum358.i, zeroinitializer
+  %m364.i = select <16 x i1> %2899, <16 x float> %2893, <16 x float> %old_or_both362.i
+  %2900 = fsub <16 x float> %old_max356.i, %m364.i
+  %2901 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2900, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2902 = bitcast <16 x float> %2901 to <16 x i32>
+  %2903 = fadd <16 x float> %2901, splat (float 0xC168000FE0000000)
+  %2904 = fmul <16 x float> %2903, splat (float 0x3F2BD01060000000)
+  %2905 = fmul <16 x float> %2903, splat (float 0x3FE6300000000000)
+  %2906 = fsub <16 x float> %2900, %2905
+  %2907 = fadd <16 x float> %2904, %2906
+  %2908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2907, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2909 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2908, <16 x float> %2907, <16 x float> splat (float 0x3FA5558F20000000))
+  %2910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2909, <16 x float> %2907, <16 x float> splat (float 0x3FC5554920000000))
+  %2911 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2910, <16 x float> %2907, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2912 = fmul <16 x float> %2907, %2907
+  %2913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2911, <16 x float> %2912, <16 x float> %2907)
+  %2914 = shl <16 x i32> %2902, splat (i32 23)
+  %2915 = bitcast <16 x i32> %2914 to <16 x float>
+  %2916 = fadd <16 x float> %2913, splat (float 1.000000e+00)
+  %2917 = fmul <16 x float> %2916, %2915
+  %2918 = fcmp olt <16 x float> %2900, splat (float -8.700000e+01)
+  %2919 = select <16 x i1> %2918, <16 x float> zeroinitializer, <16 x float> %2917
+  %2920 = fcmp one <16 x float> %old_sum358.i, zeroinitializer
+  %2921 = select <16 x i1> %2920, <16 x float> %2919, <16 x float> zeroinitializer
+  %arg382.i = fsub <16 x float> %2893, %m364.i
+  %2922 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg382.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2923 = bitcast <16 x float> %2922 to <16 x i32>
+  %2924 = fadd <16 x float> %2922, splat (float 0xC168000FE0000000)
+  %2925 = fmul <16 x float> %2924, splat (float 0x3F2BD01060000000)
+  %2926 = fmul <16 x float> %2924, splat (float 0x3FE6300000000000)
+  %2927 = fsub <16 x float> %arg382.i, %2926
+  %2928 = fadd <16 x float> %2925, %2927
+  %2929 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2928, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2930 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2929, <16 x float> %2928, <16 x float> splat (float 0x3FA5558F20000000))
+  %2931 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2930, <16 x float> %2928, <16 x float> splat (float 0x3FC5554920000000))
+  %2932 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2931, <16 x float> %2928, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2933 = fmul <16 x float> %2928, %2928
+  %2934 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2932, <16 x float> %2933, <16 x float> %2928)
+  %2935 = shl <16 x i32> %2923, splat (i32 23)
+  %2936 = bitcast <16 x i32> %2935 to <16 x float>
+  %2937 = fadd <16 x float> %2934, splat (float 1.000000e+00)
+  %2938 = fmul <16 x float> %2937, %2936
+  %2939 = fcmp olt <16 x float> %arg382.i, splat (float -8.700000e+01)
+  %2940 = select <16 x i1> %2939, <16 x float> zeroinitializer, <16 x float> %2938
+  %2941 = fcmp one <16 x float> %2896, zeroinitializer
+  %2942 = select <16 x i1> %2941, <16 x float> %2940, <16 x float> zeroinitializer
+  %2943 = fmul <16 x float> %old_sum358.i, %2921
+  %2944 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2896, <16 x float> %2943)
+  store <16 x float> %m364.i, ptr %2890, align 4, !tbaa !5
+  store <16 x float> %2944, ptr %2891, align 4, !tbaa !5
+  %2945 = shl i64 %indvars.iv1013.i, 11
+  %2946 = and i64 %2945, 4294965248
+  br label %for_body_d400.i
+
+if_end350.i:                                      ; preds = %for_body_d400.i, %for_body_tile345.i
+  %indvars.iv.next1014.i = add nuw nsw i64 %indvars.iv1013.i, 1
+  %exitcond1017.not.i = icmp eq i64 %indvars.iv.next1014.i, %wide.trip.count1016.i
+  br i1 %exitcond1017.not.i, label %for_end_tile346.i, label %for_body_tile345.i, !prof !13
+
+for_body_d400.i:                                  ; preds = %for_body_d400.i, %if_then349.i
+  %indvars.iv1009.i = phi i64 [ 0, %if_then349.i ], [ %indvars.iv.next1010.i.3, %for_body_d400.i ]
+  %2947 = shl nuw nsw i64 %indvars.iv1009.i, 4
+  %2948 = add nuw nsw i64 %2947, %2946
+  %2949 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2948
+  %2950 = load <16 x float>, ptr %2949, align 4, !tbaa !5
+  %2951 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2948
+  %2952 = load <16 x float>, ptr %2951, align 4, !tbaa !5
+  %2953 = fmul <16 x float> %2921, %2952
+  %2954 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2950, <16 x float> %2953)
+  store <16 x float> %2954, ptr %2951, align 4, !tbaa !5
+  %indvars.iv.next1010.i = shl i64 %indvars.iv1009.i, 4
+  %2955 = or disjoint i64 %indvars.iv.next1010.i, 16
+  %2956 = add nuw nsw i64 %2955, %2946
+  %2957 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2956
+  %2958 = load <16 x float>, ptr %2957, align 4, !tbaa !5
+  %2959 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2956
+  %2960 = load <16 x float>, ptr %2959, align 4, !tbaa !5
+  %2961 = fmul <16 x float> %2921, %2960
+  %2962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2958, <16 x float> %2961)
+  store <16 x float> %2962, ptr %2959, align 4, !tbaa !5
+  %indvars.iv.next1010.i.1 = shl i64 %indvars.iv1009.i, 4
+  %2963 = or disjoint i64 %indvars.iv.next1010.i.1, 32
+  %2964 = add nuw nsw i64 %2963, %2946
+  %2965 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2964
+  %2966 = load <16 x float>, ptr %2965, align 4, !tbaa !5
+  %2967 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2964
+  %2968 = load <16 x float>, ptr %2967, align 4, !tbaa !5
+  %2969 = fmul <16 x float> %2921, %2968
+  %2970 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2966, <16 x float> %2969)
+  store <16 x float> %2970, ptr %2967, align 4, !tbaa !5
+  %indvars.iv.next1010.i.2 = shl i64 %indvars.iv1009.i, 4
+  %2971 = or disjoint i64 %indvars.iv.next1010.i.2, 48
+  %2972 = add nuw nsw i64 %2971, %2946
+  %2973 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2972
+  %2974 = load <16 x float>, ptr %2973, align 4, !tbaa !5
+  %2975 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2972
+  %2976 = load <16 x float>, ptr %2975, align 4, !tbaa !5
+  %2977 = fmul <16 x float> %2921, %2976
+  %2978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2942, <16 x float> %2974, <16 x float> %2977)
+  store <16 x float> %2978, ptr %2975, align 4, !tbaa !5
+  %indvars.iv.next1010.i.3 = add nuw nsw i64 %indvars.iv1009.i, 4
+  %exitcond1012.not.i.3 = icmp eq i64 %indvars.iv.next1010.i.3, 128
+  br i1 %exitcond1012.not.i.3, label %if_end350.i, label %for_body_d400.i, !prof !26, !llvm.loop !66
+
+if_end405.i:                                      ; preds = %for_end_tile346.i
+  %2979 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2980 = tail call i32 %2979(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not536.i = icmp eq i32 %2980, 0
+  br i1 %.not536.i, label %if_end408.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end408.i:                                      ; preds = %if_end405.i
+  %2981 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2982 = tail call i32 %2981(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not537.i = icmp eq i32 %2982, 0
+  br i1 %.not537.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !42
+
+for_body_tile414.i:                               ; preds = %if_end419.loopexit621.i, %for_body_tile414.i.preheader
+  %indvars.iv1035.i = phi i64 [ %indvars.iv.next1036.i, %if_end419.loopexit621.i ], [ 0, %for_body_tile414.i.preheader ]
+  %2983 = shl i64 %indvars.iv1035.i, 13
+  %2984 = and i64 %2983, 17179860992
+  %scevgep491 = getelementptr i8, ptr %total_acc.i, i64 %2984
+  %2985 = trunc nuw nsw i64 %indvars.iv1035.i to i32
+  %rmod447.i = srem i32 %2985, %111
+  %rdiv454.i = sdiv i32 %2985, %111
+  %2986 = icmp ne i32 %rmod447.i, 0
+  %.not528.i = and i1 %412, %2986
+  %2987 = select i1 %.not528.i, i32 %111, i32 0
+  %2988 = add nsw i32 %2987, %rmod447.i
+  %2989 = shl nsw i32 %2988, 4
+  %2990 = sub nsw i32 %109, %2989
+  %2991 = icmp sgt i32 %2990, 0
+  br i1 %2991, label %for_body_r449.lr.ph.i, label %if_end419.loopexit621.i, !prof !3
+
+for_end_tile415.i:                                ; preds = %if_end419.loopexit621.i, %if_end419.loopexit.us.i, %for_begin_tile413.preheader.i
+  %2992 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %2993 = tail call i32 %2992(i32 1, i32 %dev_id, ptr nonnull %reach.i)
+  %.not.i = icmp eq i32 %2993, 0
+  br i1 %.not.i, label %if_end474.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end419.loopexit621.i:                          ; preds = %for_end_d467.i, %for_body_tile414.i
+  %indvars.iv.next1036.i = add nuw nsw i64 %indvars.iv1035.i, 1
+  %exitcond1039.not.i = icmp eq i64 %indvars.iv.next1036.i, %wide.trip.count1063.i
+  br i1 %exitcond1039.not.i, label %for_end_tile415.i, label %for_body_tile414.i, !prof !13
+
+for_body_r449.lr.ph.i:                            ; preds = %for_body_tile414.i
+  %2994 = sext i1 %.not528.i to i32
+  %2995 = add nsw i32 %rdiv454.i, %2994
+  %2996 = sext i32 %2995 to i64
+  %2997 = sext i32 %2988 to i64
+  %2998 = shl nsw i64 %2997, 7
+  %2999 = add nsw i64 %413, %2996
+  %3000 = shl nsw i64 %2999, 2
+  %3001 = add nsw i64 %2998, %415
+  %3002 = shl i64 %indvars.iv1035.i, 4
+  %3003 = and i64 %3002, 4294967280
+  %3004 = tail call i32 @llvm.umin.i32(i32 %2990, i32 16)
+  %wide.trip.count1023.i = zext nneg i32 %3004 to i64
+  %3005 = add nsw i64 %3001, %3000
+  br label %for_body_r449.i
+
+for_begin_d465.preheader.lr.ph.i:                 ; preds = %for_body_r449.i
+  %.idx.i = shl nsw i64 %2999, 11
+  %3006 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx529.i = shl nsw i64 %2997, 16
+  %3007 = getelementptr i8, ptr %3006, i64 %.idx529.i
+  %invariant.gep805.i = getelementptr i8, ptr %3007, i64 %.idx530.i
+  %3008 = shl i64 %indvars.iv1035.i, 11
+  %3009 = and i64 %3008, 4294965248
+  %invariant.gep1178.i = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %3009
+  %3010 = add nsw i64 %.idx529.i, %.idx.i
+  %scevgep486 = getelementptr i8, ptr %scevgep485, i64 %3010
+  %scevgep489 = getelementptr i8, ptr %scevgep488, i64 %3010
+  %3011 = shl nuw nsw i64 %wide.trip.count1023.i, 2
+  %3012 = getelementptr i8, ptr %scevgep492, i64 %2984
+  %scevgep493 = getelementptr i8, ptr %3012, i64 %3011
+  br label %for_begin_d465.preheader.i
+
+for_body_r449.i:                                  ; preds = %for_body_r449.i, %for_body_r449.lr.ph.i
+  %indvars.iv1019.i = phi i64 [ 0, %for_body_r449.lr.ph.i ], [ %indvars.iv.next1020.i.1, %for_body_r449.i ]
+  %3013 = add nuw nsw i64 %indvars.iv1019.i, %3003
+  %3014 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3013
+  %3015 = load float, ptr %3014, align 4, !tbaa !5
+  %3016 = and i64 %indvars.iv1019.i, 2
+  %3017 = shl nuw nsw i64 %indvars.iv1019.i, 3
+  %3018 = and i64 %3017, 17179869152
+  %3019 = or disjoint i64 %3005, %3016
+  %3020 = add nsw i64 %3019, %3018
+  %3021 = getelementptr inbounds float, ptr %partial_max, i64 %3020
+  store float %3015, ptr %3021, align 4, !tbaa !5
+  %3022 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3013
+  %3023 = load float, ptr %3022, align 4, !tbaa !5
+  %3024 = getelementptr inbounds float, ptr %partial_sum, i64 %3020
+  store float %3023, ptr %3024, align 4, !tbaa !5
+  %indvars.iv.next1020.i = or disjoint i64 %indvars.iv1019.i, 1
+  %3025 = add nuw nsw i64 %indvars.iv.next1020.i, %3003
+  %3026 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %3025
+  %3027 = load float, ptr %3026, align 4, !tbaa !5
+  %3028 = and i64 %indvars.iv.next1020.i, 3
+  %3029 = shl nuw nsw i64 %indvars.iv1019.i, 3
+  %3030 = and i64 %3029, 17179869152
+  %3031 = or disjoint i64 %3005, %3028
+  %3032 = add nsw i64 %3031, %3030
+  %3033 = getelementptr inbounds float, ptr %partial_max, i64 %3032
+  store float %3027, ptr %3033, align 4, !tbaa !5
+  %3034 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %3025
+  %3035 = load float, ptr %3034, align 4, !tbaa !5
+  %3036 = getelementptr inbounds float, ptr %partial_sum, i64 %3032
+  store float %3035, ptr %3036, align 4, !tbaa !5
+  %indvars.iv.next1020.i.1 = add nuw nsw i64 %indvars.iv1019.i, 2
+  %exitcond1024.not.i.1 = icmp eq i64 %indvars.iv.next1020.i.1, %wide.trip.count1023.i
+  br i1 %exitcond1024.not.i.1, label %for_begin_d465.preheader.lr.ph.i, label %for_body_r449.i, !prof !13, !llvm.loop !68
+
+for_begin_d465.preheader.i:                       ; preds = %for_end_d467.i, %for_begin_d465.preheader.lr.ph.i
+  %indvars.iv1029.i = phi i64 [ 0, %for_begin_d465.preheader.lr.ph.i ], [ %indvars.iv.next1030.i, %for_end_d467.i ]
+  %3037 = shl nuw nsw i64 %indvars.iv1029.i, 7
+  %3038 = and i64 %3037, 384
+  %3039 = shl nuw nsw i64 %indvars.iv1029.i, 10
+  %3040 = and i64 %3039, 2199023251456
+  %gep806.i = getelementptr float, ptr %invariant.gep805.i, i64 %3040
+  %3041 = getelementptr float, ptr %gep806.i, i64 %3038
+  %gep1179.i = getelementptr inbounds nuw float, ptr %invariant.gep1178.i, i64 %indvars.iv1029.i
+  %3042 = shl i64 %indvars.iv1029.i, 12
+  %3043 = and i64 %3042, 8796093005824
+  %3044 = shl i64 %indvars.iv1029.i, 9
+  %3045 = and i64 %3044, 1536
+  %3046 = or disjoint i64 %3043, %3045
+  %scevgep490 = getelementptr i8, ptr %scevgep489, i64 %3046
+  %scevgep487 = getelementptr i8, ptr %scevgep486, i64 %3046
+  %bound0494 = icmp ult ptr %scevgep487, %scevgep493
+  %bound1495 = icmp ult ptr %scevgep491, %scevgep490
+  %found.conflict496 = and i1 %bound0494, %bound1495
+  br i1 %found.conflict496, label %for_body_d466.i, label %vector.body499, !prof !16
+
+vector.body499:                                   ; preds = %for_begin_d465.preheader.i
+  %3047 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 0, i64 64, i64 128, i64 192, i64 256, i64 320, i64 384, i64 448>
+  %3048 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 512, i64 576, i64 640, i64 704, i64 768, i64 832, i64 896, i64 960>
+  %3049 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 1024, i64 1088, i64 1152, i64 1216, i64 1280, i64 1344, i64 1408, i64 1472>
+  %3050 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 1536, i64 1600, i64 1664, i64 1728, i64 1792, i64 1856, i64 1920, i64 1984>
+  %wide.masked.gather502 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3047, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather503 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3048, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather504 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3049, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather505 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3050, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %3051 = getelementptr i8, ptr %3041, i64 32
+  %3052 = getelementptr i8, ptr %3041, i64 64
+  %3053 = getelementptr i8, ptr %3041, i64 96
+  store <8 x float> %wide.masked.gather502, ptr %3041, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather503, ptr %3051, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather504, ptr %3052, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather505, ptr %3053, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  %3054 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 2048, i64 2112, i64 2176, i64 2240, i64 2304, i64 2368, i64 2432, i64 2496>
+  %3055 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 2560, i64 2624, i64 2688, i64 2752, i64 2816, i64 2880, i64 2944, i64 3008>
+  %3056 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 3072, i64 3136, i64 3200, i64 3264, i64 3328, i64 3392, i64 3456, i64 3520>
+  %3057 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 3584, i64 3648, i64 3712, i64 3776, i64 3840, i64 3904, i64 3968, i64 4032>
+  %wide.masked.gather502.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3054, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather503.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3055, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather504.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3056, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather505.1 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3057, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %3058 = getelementptr i8, ptr %3041, i64 128
+  %3059 = getelementptr i8, ptr %3041, i64 160
+  %3060 = getelementptr i8, ptr %3041, i64 192
+  %3061 = getelementptr i8, ptr %3041, i64 224
+  store <8 x float> %wide.masked.gather502.1, ptr %3058, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather503.1, ptr %3059, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather504.1, ptr %3060, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather505.1, ptr %3061, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  %3062 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 4096, i64 4160, i64 4224, i64 4288, i64 4352, i64 4416, i64 4480, i64 4544>
+  %3063 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 4608, i64 4672, i64 4736, i64 4800, i64 4864, i64 4928, i64 4992, i64 5056>
+  %3064 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 5120, i64 5184, i64 5248, i64 5312, i64 5376, i64 5440, i64 5504, i64 5568>
+  %3065 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 5632, i64 5696, i64 5760, i64 5824, i64 5888, i64 5952, i64 6016, i64 6080>
+  %wide.masked.gather502.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3062, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather503.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3063, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather504.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3064, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather505.2 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3065, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %3066 = getelementptr i8, ptr %3041, i64 256
+  %3067 = getelementptr i8, ptr %3041, i64 288
+  %3068 = getelementptr i8, ptr %3041, i64 320
+  %3069 = getelementptr i8, ptr %3041, i64 352
+  store <8 x float> %wide.masked.gather502.2, ptr %3066, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather503.2, ptr %3067, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather504.2, ptr %3068, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather505.2, ptr %3069, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  %3070 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 6144, i64 6208, i64 6272, i64 6336, i64 6400, i64 6464, i64 6528, i64 6592>
+  %3071 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 6656, i64 6720, i64 6784, i64 6848, i64 6912, i64 6976, i64 7040, i64 7104>
+  %3072 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 7168, i64 7232, i64 7296, i64 7360, i64 7424, i64 7488, i64 7552, i64 7616>
+  %3073 = getelementptr inbounds nuw i8, ptr %gep1179.i, <8 x i64> <i64 7680, i64 7744, i64 7808, i64 7872, i64 7936, i64 8000, i64 8064, i64 8128>
+  %wide.masked.gather502.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3070, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather503.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3071, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather504.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3072, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %wide.masked.gather505.3 = tail call <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr> align 4 %3073, <8 x i1> splat (i1 true), <8 x float> poison), !tbaa !5, !alias.scope !69
+  %3074 = getelementptr i8, ptr %3041, i64 384
+  %3075 = getelementptr i8, ptr %3041, i64 416
+  %3076 = getelementptr i8, ptr %3041, i64 448
+  %3077 = getelementptr i8, ptr %3041, i64 480
+  store <8 x float> %wide.masked.gather502.3, ptr %3074, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather503.3, ptr %3075, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather504.3, ptr %3076, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  store <8 x float> %wide.masked.gather505.3, ptr %3077, align 4, !tbaa !5, !alias.scope !72, !noalias !69
+  br label %for_end_d467.i
+
+for_body_d466.i:                                  ; preds = %for_body_d466.i, %for_begin_d465.preheader.i
+  %indvars.iv1025.i = phi i64 [ %indvars.iv.next1026.i.7, %for_body_d466.i ], [ 0, %for_begin_d465.preheader.i ]
+  %.idx1110.i = shl nuw nsw i64 %indvars.iv1025.i, 6
+  %3078 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i
+  %3079 = load float, ptr %3078, align 4, !tbaa !5
+  %3080 = getelementptr float, ptr %3041, i64 %indvars.iv1025.i
+  store float %3079, ptr %3080, align 4, !tbaa !5
+  %indvars.iv.next1026.i = or disjoint i64 %indvars.iv1025.i, 1
+  %.idx1110.i.1 = shl nuw nsw i64 %indvars.iv.next1026.i, 6
+  %3081 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.1
+  %3082 = load float, ptr %3081, align 4, !tbaa !5
+  %3083 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i
+  store float %3082, ptr %3083, align 4, !tbaa !5
+  %indvars.iv.next1026.i.1 = or disjoint i64 %indvars.iv1025.i, 2
+  %.idx1110.i.2 = shl nuw nsw i64 %indvars.iv.next1026.i.1, 6
+  %3084 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.2
+  %3085 = load float, ptr %3084, align 4, !tbaa !5
+  %3086 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.1
+  store float %3085, ptr %3086, align 4, !tbaa !5
+  %indvars.iv.next1026.i.2 = or disjoint i64 %indvars.iv1025.i, 3
+  %.idx1110.i.3 = shl nuw nsw i64 %indvars.iv.next1026.i.2, 6
+  %3087 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.3
+  %3088 = load float, ptr %3087, align 4, !tbaa !5
+  %3089 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.2
+  store float %3088, ptr %3089, align 4, !tbaa !5
+  %indvars.iv.next1026.i.3 = or disjoint i64 %indvars.iv1025.i, 4
+  %.idx1110.i.4 = shl nuw nsw i64 %indvars.iv.next1026.i.3, 6
+  %3090 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.4
+  %3091 = load float, ptr %3090, align 4, !tbaa !5
+  %3092 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.3
+  store float %3091, ptr %3092, align 4, !tbaa !5
+  %indvars.iv.next1026.i.4 = or disjoint i64 %indvars.iv1025.i, 5
+  %.idx1110.i.5 = shl nuw nsw i64 %indvars.iv.next1026.i.4, 6
+  %3093 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.5
+  %3094 = load float, ptr %3093, align 4, !tbaa !5
+  %3095 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.4
+  store float %3094, ptr %3095, align 4, !tbaa !5
+  %indvars.iv.next1026.i.5 = or disjoint i64 %indvars.iv1025.i, 6
+  %.idx1110.i.6 = shl nuw nsw i64 %indvars.iv.next1026.i.5, 6
+  %3096 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.6
+  %3097 = load float, ptr %3096, align 4, !tbaa !5
+  %3098 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.5
+  store float %3097, ptr %3098, align 4, !tbaa !5
+  %indvars.iv.next1026.i.6 = or disjoint i64 %indvars.iv1025.i, 7
+  %.idx1110.i.7 = shl nuw nsw i64 %indvars.iv.next1026.i.6, 6
+  %3099 = getelementptr inbounds nuw i8, ptr %gep1179.i, i64 %.idx1110.i.7
+  %3100 = load float, ptr %3099, align 4, !tbaa !5
+  %3101 = getelementptr float, ptr %3041, i64 %indvars.iv.next1026.i.6
+  store float %3100, ptr %3101, align 4, !tbaa !5
+  %indvars.iv.next1026.i.7 = add nuw nsw i64 %indvars.iv1025.i, 8
+  %exitcond1028.not.i.7 = icmp eq i64 %indvars.iv.next1026.i.7, 128
+  br i1 %exitcond1028.not.i.7, label %for_end_d467.i, label %for_body_d466.i, !prof !27, !llvm.loop !74
+
+for_end_d467.i:                                   ; preds = %for_body_d466.i, %vector.body499
+  %indvars.iv.next1030.i = add nuw nsw i64 %indvars.iv1029.i, 1
+  %exitcond1034.not.i = icmp eq i64 %indvars.iv.next1030.i, %wide.trip.count1023.i
+  br i1 %exitcond1034.not.i, label %if_end419.loopexit621.i, label %for_begin_d465.preheader.i, !prof !13
+
+if_end474.i:                                      ; preds = %for_end_tile415.i
+  %3102 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3103 = tail call i32 %3102(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not520.i = icmp eq i32 %3103, 0
+  br i1 %.not520.i, label %if_end477.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end477.i:                                      ; preds = %if_end474.i
+  %3104 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3105 = tail call i32 %3104(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not521.i = icmp eq i32 %3105, 0
+  br i1 %.not521.i, label %if_end480.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end480.i:                                      ; preds = %if_end477.i
+  %3106 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3107 = tail call i32 %3106(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not522.i = icmp eq i32 %3107, 0
+  br i1 %.not522.i, label %if_end483.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end483.i:                                      ; preds = %if_end480.i
+  %3108 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3109 = tail call i32 %3108(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not523.i = icmp eq i32 %3109, 0
+  br i1 %.not523.i, label %if_end486.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end486.i:                                      ; preds = %if_end483.i
+  %3110 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3111 = tail call i32 %3110(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not524.i = icmp eq i32 %3111, 0
+  br i1 %.not524.i, label %if_end489.i, label %fused_attend_compute_.exit, !prof !42
+
+if_end489.i:                                      ; preds = %if_end486.i
+  %3112 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %3113 = tail call i32 %3112(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not525.i = icmp ne i32 %3113, 0
+  %..i = sext i1 %.not525.i to i32
+  br label %fused_attend_compute_.exit
+
+fused_attend_compute_.exit:                       ; preds = %if_end489.i, %if_end486.i, %if_end483.i, %if_end480.i, %if_end477.i, %if_end474.i, %for_end_tile415.i, %if_end408.i, %if_end405.i, %for_end_tile346.i, %if_end339.i, %if_end333.i, %if_end327.i, %if_end324.i, %if_end321.i, %if_end174.i, %if_end168.i, %if_end165.i, %if_end162.i, %for_end_row_tile.i, %for_body_row_tile.i, %if_end146.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end129.i, %for_body_step.i, %if_end123.i, %if_end120.i, %for_body_number.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end486.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile415.i ], [ -1, %if_end474.i ], [ -1, %if_end477.i ], [ %..i, %if_end489.i ], [ -1, %if_end480.i ], [ -1, %for_body_row_tile.i ], [ -1, %for_body_kv_head.i ], [ -1, %if_end483.i ], [ -1, %for_body_step.i ], [ -1, %if_end327.i ], [ -1, %if_end324.i ], [ -1, %if_end321.i ], [ -1, %if_end174.i ], [ -1, %if_end168.i ], [ -1, %if_end165.i ], [ -1, %if_end162.i ], [ -1, %if_end333.i ], [ -1, %for_end_row_tile.i ], [ -1, %if_end146.i ], [ -1, %if_end339.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end129.i ], [ -1, %if_end408.i ], [ -1, %if_end405.i ], [ -1, %for_end_tile346.i ], [ -1, %if_end123.i ], [ -1, %if_end120.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor503.i)
+  ret i32 %common.ret.op.i
+}
+
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %row_sum273.i = alloca [32 x float], align 16
@@ -675,12 +5663,12 @@ for_begin_ax2.preheader.i:                        ; preds = %for_begin_ax2.prehe
   store <4 x float> %220, ptr %221, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 4
-  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_ax1.i, label %for_begin_ax2.preheader.i, !prof !26
 
 for_end_ax1.i:                                    ; preds = %for_begin_ax2.preheader.i
   %indvars.iv.next688.i = add nuw nsw i64 %indvars.iv687.i, 1
   %exitcond690.not.i = icmp eq i64 %indvars.iv.next688.i, 8
-  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !16
+  br i1 %exitcond690.not.i, label %for_end_tile.i, label %for_begin_ax1.preheader.i, !prof !26
 
 for_begin_step.i:                                 ; preds = %if_end203.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end203.i ], [ %range_len.i, %for_end_tile.i ]
@@ -689,7 +5677,7 @@ for_begin_step.i:                                 ; preds = %if_end203.i, %for_e
   %222 = and i32 %smin302, 15
   %223 = zext nneg i32 %222 to i64
   %exitcond798.not.i = icmp eq i64 %indvars.iv794.i, %wide.trip.count797.i
-  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !17
+  br i1 %exitcond798.not.i, label %for_begin_tile208.preheader.i, label %for_body_step.i, !prof !42
 
 for_begin_tile208.preheader.i:                    ; preds = %for_begin_step.i
   %224 = add nuw nsw i64 %indvars.iv834.i, %106
@@ -709,7 +5697,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %indvars.iv830.i = phi i64 [ %indvars.iv.next831.i, %if_end228.us.3.i ], [ 0, %for_begin_tile208.preheader.i ]
   %234 = shl nuw nsw i64 %indvars.iv830.i, 2
   %235 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %234
-  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !18
+  %total.us.i = load <4 x float>, ptr %235, align 16, !tbaa !75
   %236 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %237 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %238 = select <4 x i1> %237, <4 x float> zeroinitializer, <4 x float> %236
@@ -918,7 +5906,7 @@ for_body_tile209.us.i:                            ; preds = %if_end228.us.3.i, %
   %gep631.us.3.3.i = getelementptr i8, ptr %invariant.gep630.us.3.i, i64 192
   store <32 x i16> %409, ptr %gep631.us.3.3.i, align 2, !tbaa !5
   %410 = getelementptr float, ptr %230, i64 %234
-  %411 = load float, ptr %235, align 16, !tbaa !18
+  %411 = load float, ptr %235, align 16, !tbaa !75
   %412 = fcmp oeq float %411, 0.000000e+00
   br i1 %412, label %if_end228.us.i, label %if_else227.us.i
 
@@ -926,7 +5914,7 @@ if_else227.us.i:                                  ; preds = %for_body_tile209.us
   %413 = fmul float %411, %233
   %414 = tail call float @llvm.log.f32(float %413)
   %415 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %234
-  %416 = load float, ptr %415, align 16, !tbaa !20
+  %416 = load float, ptr %415, align 16, !tbaa !77
   %417 = fadd float %414, %416
   br label %if_end228.us.i
 
@@ -934,7 +5922,7 @@ if_end228.us.i:                                   ; preds = %if_else227.us.i, %f
   %418 = phi float [ %417, %if_else227.us.i ], [ 0xFFF0000000000000, %for_body_tile209.us.i ]
   store float %418, ptr %410, align 4, !tbaa !5
   %419 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %282
-  %420 = load float, ptr %419, align 4, !tbaa !18
+  %420 = load float, ptr %419, align 4, !tbaa !75
   %421 = fcmp oeq float %420, 0.000000e+00
   br i1 %421, label %if_end228.us.1.i, label %if_else227.us.1.i
 
@@ -942,7 +5930,7 @@ if_else227.us.1.i:                                ; preds = %if_end228.us.i
   %422 = fmul float %420, %233
   %423 = tail call float @llvm.log.f32(float %422)
   %424 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %282
-  %425 = load float, ptr %424, align 4, !tbaa !20
+  %425 = load float, ptr %424, align 4, !tbaa !77
   %426 = fadd float %423, %425
   br label %if_end228.us.1.i
 
@@ -951,7 +5939,7 @@ if_end228.us.1.i:                                 ; preds = %if_else227.us.1.i, 
   %428 = getelementptr i8, ptr %410, i64 4
   store float %427, ptr %428, align 4, !tbaa !5
   %429 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %325
-  %430 = load float, ptr %429, align 8, !tbaa !18
+  %430 = load float, ptr %429, align 8, !tbaa !75
   %431 = fcmp oeq float %430, 0.000000e+00
   br i1 %431, label %if_end228.us.2.i, label %if_else227.us.2.i
 
@@ -959,7 +5947,7 @@ if_else227.us.2.i:                                ; preds = %if_end228.us.1.i
   %432 = fmul float %430, %233
   %433 = tail call float @llvm.log.f32(float %432)
   %434 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %325
-  %435 = load float, ptr %434, align 8, !tbaa !20
+  %435 = load float, ptr %434, align 8, !tbaa !77
   %436 = fadd float %433, %435
   br label %if_end228.us.2.i
 
@@ -968,7 +5956,7 @@ if_end228.us.2.i:                                 ; preds = %if_else227.us.2.i, 
   %438 = getelementptr i8, ptr %410, i64 8
   store float %437, ptr %438, align 4, !tbaa !5
   %439 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %368
-  %440 = load float, ptr %439, align 4, !tbaa !18
+  %440 = load float, ptr %439, align 4, !tbaa !75
   %441 = fcmp oeq float %440, 0.000000e+00
   br i1 %441, label %if_end228.us.3.i, label %if_else227.us.3.i
 
@@ -976,7 +5964,7 @@ if_else227.us.3.i:                                ; preds = %if_end228.us.2.i
   %442 = fmul float %440, %233
   %443 = tail call float @llvm.log.f32(float %442)
   %444 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %368
-  %445 = load float, ptr %444, align 4, !tbaa !20
+  %445 = load float, ptr %444, align 4, !tbaa !77
   %446 = fadd float %443, %445
   br label %if_end228.us.3.i
 
@@ -986,7 +5974,7 @@ if_end228.us.3.i:                                 ; preds = %if_else227.us.3.i, 
   store float %447, ptr %448, align 4, !tbaa !5
   %indvars.iv.next831.i = add nuw nsw i64 %indvars.iv830.i, 1
   %exitcond833.not.i = icmp eq i64 %indvars.iv.next831.i, 8
-  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !16
+  br i1 %exitcond833.not.i, label %for_end_tile210.i, label %for_body_tile209.us.i, !prof !26
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %449 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1052,7 +6040,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %484, ptr %485, align 8, !tbaa !5
   %indvars.iv.next692.i.1 = add nuw nsw i64 %indvars.iv691.i, 2
   %exitcond694.not.i.1 = icmp eq i64 %indvars.iv.next692.i.1, %wide.trip.count.i
-  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !22
+  br i1 %exitcond694.not.i.1, label %for_body_t21.i, label %for_body_t.i, !prof !13, !llvm.loop !79
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t21.i, %if_end18.i
   %486 = icmp sgt i32 %458, 0
@@ -1189,12 +6177,12 @@ for_body_t21.i:                                   ; preds = %for_body_t21.i, %fo
   store i64 %535, ptr %536, align 8, !tbaa !5
   %indvars.iv.next696.i.1 = add nuw nsw i64 %indvars.iv695.i, 2
   %exitcond699.not.i.1 = icmp eq i64 %indvars.iv.next696.i.1, %wide.trip.count.i
-  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !24
+  br i1 %exitcond699.not.i.1, label %for_begin_kv_head.preheader.i, label %for_body_t21.i, !prof !13, !llvm.loop !80
 
 for_begin_kv_head.i:                              ; preds = %if_end197.i, %for_begin_kv_head.preheader.i
   %indvars.iv790.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next791.i, %if_end197.i ]
   %exitcond793.not.i = icmp eq i64 %indvars.iv790.i, 8
-  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !17
+  br i1 %exitcond793.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !42
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %537 = icmp eq i64 %indvars.iv790.i, 7
@@ -1211,7 +6199,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %543 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %544 = tail call i32 %543(i32 1, i32 %dev_id, ptr %value_offsets.i)
   %.not277.i = icmp eq i32 %544, 0
-  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not277.i, label %if_end203.i, label %fused_decode_compute_.exit, !prof !42
 
 if_end32.i:                                       ; preds = %for_body_kv_head.i
   %545 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1289,7 +6277,7 @@ for_end_to.i:                                     ; preds = %for_begin_to.i
   br i1 %587, label %fused_decode_compute_.exit, label %for_body_to52.us.i.preheader, !prof !8
 
 for_body_to52.us.i.preheader:                     ; preds = %for_end_to.i
-  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !25
+  br i1 %498, label %for_body_to52.us.i.epil.preheader, label %for_body_to52.us.i, !prof !81
 
 for_end_to.thread.i:                              ; preds = %for_begin_to.preheader.i
   %588 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
@@ -1354,10 +6342,10 @@ for_body_to52.us.i:                               ; preds = %for_body_to52.us.i,
   %indvars.iv.next719.i.3 = add nuw nsw i64 %indvars.iv718.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !26, !llvm.loop !27
+  br i1 %niter.ncmp.3, label %for_body_to52.us.1.i.preheader.unr-lcssa, label %for_body_to52.us.i, !prof !82, !llvm.loop !83
 
 for_body_to52.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.i
-  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil.preheader, !prof !85
 
 for_body_to52.us.i.epil.preheader:                ; preds = %for_body_to52.us.1.i.preheader.unr-lcssa, %for_body_to52.us.i.preheader
   %indvars.iv718.i.epil.init = phi i64 [ 0, %for_body_to52.us.i.preheader ], [ %indvars.iv.next719.i.3, %for_body_to52.us.1.i.preheader.unr-lcssa ]
@@ -1382,10 +6370,10 @@ for_body_to52.us.i.epil:                          ; preds = %for_body_to52.us.i.
   %indvars.iv.next719.i.epil = add nuw nsw i64 %indvars.iv718.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !30
+  br i1 %epil.iter.cmp.not, label %for_body_to52.us.1.i.preheader, label %for_body_to52.us.i.epil, !prof !12, !llvm.loop !86
 
 for_body_to52.us.1.i.preheader:                   ; preds = %for_body_to52.us.i.epil, %for_body_to52.us.1.i.preheader.unr-lcssa
-  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !25
+  br i1 %499, label %for_body_to52.us.1.i.epil.preheader, label %for_body_to52.us.1.i, !prof !81
 
 for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.i, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i = phi i64 [ %indvars.iv.next719.1.i.3, %for_body_to52.us.1.i ], [ 0, %for_body_to52.us.1.i.preheader ]
@@ -1448,10 +6436,10 @@ for_body_to52.us.1.i:                             ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.3 = add nuw nsw i64 %indvars.iv718.1.i, 4
   %niter209.next.3 = add i64 %niter209, 4
   %niter209.ncmp.3 = icmp eq i64 %niter209.next.3, %unroll_iter208
-  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !26, !llvm.loop !33
+  br i1 %niter209.ncmp.3, label %for_body_to52.us.2.i.preheader.unr-lcssa, label %for_body_to52.us.1.i, !prof !82, !llvm.loop !88
 
 for_body_to52.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.1.i
-  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod206.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil.preheader, !prof !85
 
 for_body_to52.us.1.i.epil.preheader:              ; preds = %for_body_to52.us.2.i.preheader.unr-lcssa, %for_body_to52.us.1.i.preheader
   %indvars.iv718.1.i.epil.init = phi i64 [ 0, %for_body_to52.us.1.i.preheader ], [ %indvars.iv.next719.1.i.3, %for_body_to52.us.2.i.preheader.unr-lcssa ]
@@ -1477,10 +6465,10 @@ for_body_to52.us.1.i.epil:                        ; preds = %for_body_to52.us.1.
   %indvars.iv.next719.1.i.epil = add nuw nsw i64 %indvars.iv718.1.i.epil, 1
   %epil.iter205.next = add i64 %epil.iter205, 1
   %epil.iter205.cmp.not = icmp eq i64 %epil.iter205.next, %xtraiter204
-  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !34
+  br i1 %epil.iter205.cmp.not, label %for_body_to52.us.2.i.preheader, label %for_body_to52.us.1.i.epil, !prof !12, !llvm.loop !89
 
 for_body_to52.us.2.i.preheader:                   ; preds = %for_body_to52.us.1.i.epil, %for_body_to52.us.2.i.preheader.unr-lcssa
-  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !25
+  br i1 %500, label %for_body_to52.us.2.i.epil.preheader, label %for_body_to52.us.2.i, !prof !81
 
 for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.i, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i = phi i64 [ %indvars.iv.next719.2.i.3, %for_body_to52.us.2.i ], [ 0, %for_body_to52.us.2.i.preheader ]
@@ -1543,10 +6531,10 @@ for_body_to52.us.2.i:                             ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.3 = add nuw nsw i64 %indvars.iv718.2.i, 4
   %niter215.next.3 = add i64 %niter215, 4
   %niter215.ncmp.3 = icmp eq i64 %niter215.next.3, %unroll_iter214
-  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !26, !llvm.loop !35
+  br i1 %niter215.ncmp.3, label %for_body_to52.us.3.i.preheader.unr-lcssa, label %for_body_to52.us.2.i, !prof !82, !llvm.loop !90
 
 for_body_to52.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to52.us.2.i
-  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod212.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil.preheader, !prof !85
 
 for_body_to52.us.2.i.epil.preheader:              ; preds = %for_body_to52.us.3.i.preheader.unr-lcssa, %for_body_to52.us.2.i.preheader
   %indvars.iv718.2.i.epil.init = phi i64 [ 0, %for_body_to52.us.2.i.preheader ], [ %indvars.iv.next719.2.i.3, %for_body_to52.us.3.i.preheader.unr-lcssa ]
@@ -1572,10 +6560,10 @@ for_body_to52.us.2.i.epil:                        ; preds = %for_body_to52.us.2.
   %indvars.iv.next719.2.i.epil = add nuw nsw i64 %indvars.iv718.2.i.epil, 1
   %epil.iter211.next = add i64 %epil.iter211, 1
   %epil.iter211.cmp.not = icmp eq i64 %epil.iter211.next, %xtraiter210
-  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !36
+  br i1 %epil.iter211.cmp.not, label %for_body_to52.us.3.i.preheader, label %for_body_to52.us.2.i.epil, !prof !12, !llvm.loop !91
 
 for_body_to52.us.3.i.preheader:                   ; preds = %for_body_to52.us.2.i.epil, %for_body_to52.us.3.i.preheader.unr-lcssa
-  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !25
+  br i1 %501, label %for_body_to52.us.3.i.epil.preheader, label %for_body_to52.us.3.i, !prof !81
 
 for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.i, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i = phi i64 [ %indvars.iv.next719.3.i.3, %for_body_to52.us.3.i ], [ 0, %for_body_to52.us.3.i.preheader ]
@@ -1638,10 +6626,10 @@ for_body_to52.us.3.i:                             ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.3 = add nuw nsw i64 %indvars.iv718.3.i, 4
   %niter221.next.3 = add i64 %niter221, 4
   %niter221.ncmp.3 = icmp eq i64 %niter221.next.3, %unroll_iter220
-  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !26, !llvm.loop !37
+  br i1 %niter221.ncmp.3, label %for_body_ax162.i.preheader.unr-lcssa, label %for_body_to52.us.3.i, !prof !82, !llvm.loop !92
 
 for_body_ax162.i.preheader.unr-lcssa:             ; preds = %for_body_to52.us.3.i
-  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !29
+  br i1 %lcmp.mod218.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil.preheader, !prof !85
 
 for_body_to52.us.3.i.epil.preheader:              ; preds = %for_body_ax162.i.preheader.unr-lcssa, %for_body_to52.us.3.i.preheader
   %indvars.iv718.3.i.epil.init = phi i64 [ 0, %for_body_to52.us.3.i.preheader ], [ %indvars.iv.next719.3.i.3, %for_body_ax162.i.preheader.unr-lcssa ]
@@ -1667,10 +6655,10 @@ for_body_to52.us.3.i.epil:                        ; preds = %for_body_to52.us.3.
   %indvars.iv.next719.3.i.epil = add nuw nsw i64 %indvars.iv718.3.i.epil, 1
   %epil.iter217.next = add i64 %epil.iter217, 1
   %epil.iter217.cmp.not = icmp eq i64 %epil.iter217.next, %xtraiter216
-  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !38
+  br i1 %epil.iter217.cmp.not, label %for_body_ax162.i.preheader, label %for_body_to52.us.3.i.epil, !prof !12, !llvm.loop !93
 
 for_body_ax162.i.preheader:                       ; preds = %for_body_to52.us.3.i.epil, %for_body_ax162.i.preheader.unr-lcssa
-  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !39
+  br i1 %502, label %for_body_ax162.i.epil.preheader, label %for_body_ax162.i, !prof !94
 
 for_begin_r.preheader.i:                          ; preds = %for_begin_line.preheader.i
   %825 = getelementptr inbounds nuw float, ptr %scores.i, i64 %585
@@ -1999,7 +6987,7 @@ for_begin_r.preheader.i:                          ; preds = %for_begin_line.preh
   %1020 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %1021 = tail call i32 %1020(i32 1, i32 %dev_id, ptr nonnull %scores.rf.i)
   %.not282.i = icmp eq i32 %1021, 0
-  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not282.i, label %for_begin_to.i, label %fused_decode_compute_.exit, !prof !42
 
 for_begin_line.preheader.i:                       ; preds = %for_begin_line.preheader.i, %for_begin_ax1_0.preheader.i
   %indvars.iv705.i = phi i64 [ 0, %for_begin_ax1_0.preheader.i ], [ %indvars.iv.next706.i, %for_begin_line.preheader.i ]
@@ -2199,7 +7187,7 @@ for_begin_line.preheader.i:                       ; preds = %for_begin_line.preh
   store <16 x float> %1181, ptr %1189, align 4, !tbaa !5
   %indvars.iv.next706.i = add nuw nsw i64 %indvars.iv705.i, 1
   %exitcond708.not.i = icmp eq i64 %indvars.iv.next706.i, 8
-  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !16
+  br i1 %exitcond708.not.i, label %for_begin_r.preheader.i, label %for_begin_line.preheader.i, !prof !26
 
 for_body_r67.us.preheader.i:                      ; preds = %for_end_ax163.3.i
   %peak.rf265.sroa.0.0.vec.extract.3.i = extractelement <16 x float> %peak.rf_global264.sroa.0.0.lcssa.3.i, i64 0
@@ -2307,10 +7295,10 @@ for_body_ax162.i:                                 ; preds = %for_body_ax162.i, %
   %indvars.iv.next728.i.7 = add nuw nsw i64 %indvars.iv727.i, 8
   %niter228.next.7 = add i64 %niter228, 8
   %niter228.ncmp.7 = icmp eq i64 %niter228.next.7, %unroll_iter227
-  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !40, !llvm.loop !41
+  br i1 %niter228.ncmp.7, label %for_end_ax163.i.loopexit.unr-lcssa, label %for_body_ax162.i, !prof !95, !llvm.loop !96
 
 for_end_ax163.i.loopexit.unr-lcssa:               ; preds = %for_body_ax162.i
-  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod224.not, label %for_end_ax163.i, label %for_body_ax162.i.epil.preheader, !prof !97
 
 for_body_ax162.i.epil.preheader:                  ; preds = %for_end_ax163.i.loopexit.unr-lcssa, %for_body_ax162.i.preheader
   %indvars.iv727.i.epil.init = phi i64 [ 0, %for_body_ax162.i.preheader ], [ %indvars.iv.next728.i.7, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -2330,7 +7318,7 @@ for_body_ax162.i.epil:                            ; preds = %for_body_ax162.i.ep
   %indvars.iv.next728.i.epil = add nuw nsw i64 %indvars.iv727.i.epil, 1
   %epil.iter223.next = add i64 %epil.iter223, 1
   %epil.iter223.cmp.not = icmp eq i64 %epil.iter223.next, %xtraiter222
-  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !29, !llvm.loop !44
+  br i1 %epil.iter223.cmp.not, label %for_end_ax163.i, label %for_body_ax162.i.epil, !prof !85, !llvm.loop !98
 
 for_end_ax163.i:                                  ; preds = %for_body_ax162.i.epil, %for_end_ax163.i.loopexit.unr-lcssa, %for_end_to.thread.i
   %scaled923925928.i = phi ptr [ %scaled922.i, %for_end_to.thread.i ], [ %scaled.i, %for_body_ax162.i.epil ], [ %scaled.i, %for_end_ax163.i.loopexit.unr-lcssa ]
@@ -2387,7 +7375,7 @@ for_end_ax163.i:                                  ; preds = %for_body_ax162.i.ep
   br i1 %486, label %for_body_ax162.1.i.preheader, label %for_end_ax163.1.i, !prof !3
 
 for_body_ax162.1.i.preheader:                     ; preds = %for_end_ax163.i
-  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !39
+  br i1 %503, label %for_body_ax162.1.i.epil.preheader, label %for_body_ax162.1.i, !prof !94
 
 for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i = phi i64 [ %indvars.iv.next728.1.i.7, %for_body_ax162.1.i ], [ 0, %for_body_ax162.1.i.preheader ]
@@ -2444,10 +7432,10 @@ for_body_ax162.1.i:                               ; preds = %for_body_ax162.1.i,
   %indvars.iv.next728.1.i.7 = add nuw nsw i64 %indvars.iv727.1.i, 8
   %niter235.next.7 = add i64 %niter235, 8
   %niter235.ncmp.7 = icmp eq i64 %niter235.next.7, %unroll_iter234
-  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !40, !llvm.loop !45
+  br i1 %niter235.ncmp.7, label %for_end_ax163.1.i.loopexit.unr-lcssa, label %for_body_ax162.1.i, !prof !95, !llvm.loop !99
 
 for_end_ax163.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.1.i
-  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod231.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil.preheader, !prof !97
 
 for_body_ax162.1.i.epil.preheader:                ; preds = %for_end_ax163.1.i.loopexit.unr-lcssa, %for_body_ax162.1.i.preheader
   %indvars.iv727.1.i.epil.init = phi i64 [ 0, %for_body_ax162.1.i.preheader ], [ %indvars.iv.next728.1.i.7, %for_end_ax163.1.i.loopexit.unr-lcssa ]
@@ -2468,7 +7456,7 @@ for_body_ax162.1.i.epil:                          ; preds = %for_body_ax162.1.i.
   %indvars.iv.next728.1.i.epil = add nuw nsw i64 %indvars.iv727.1.i.epil, 1
   %epil.iter230.next = add i64 %epil.iter230, 1
   %epil.iter230.cmp.not = icmp eq i64 %epil.iter230.next, %xtraiter229
-  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !29, !llvm.loop !46
+  br i1 %epil.iter230.cmp.not, label %for_end_ax163.1.i, label %for_body_ax162.1.i.epil, !prof !85, !llvm.loop !100
 
 for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.epil, %for_end_ax163.1.i.loopexit.unr-lcssa, %for_end_ax163.i
   %peak.rf_global264.sroa.0.0.lcssa.1.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.i ], [ %1336, %for_end_ax163.1.i.loopexit.unr-lcssa ], [ %1341, %for_body_ax162.1.i.epil ]
@@ -2524,7 +7512,7 @@ for_end_ax163.1.i:                                ; preds = %for_body_ax162.1.i.
   br i1 %486, label %for_body_ax162.2.i.preheader, label %for_end_ax163.2.i, !prof !3
 
 for_body_ax162.2.i.preheader:                     ; preds = %for_end_ax163.1.i
-  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !39
+  br i1 %504, label %for_body_ax162.2.i.epil.preheader, label %for_body_ax162.2.i, !prof !94
 
 for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i = phi i64 [ %indvars.iv.next728.2.i.7, %for_body_ax162.2.i ], [ 0, %for_body_ax162.2.i.preheader ]
@@ -2581,10 +7569,10 @@ for_body_ax162.2.i:                               ; preds = %for_body_ax162.2.i,
   %indvars.iv.next728.2.i.7 = add nuw nsw i64 %indvars.iv727.2.i, 8
   %niter242.next.7 = add i64 %niter242, 8
   %niter242.ncmp.7 = icmp eq i64 %niter242.next.7, %unroll_iter241
-  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !40, !llvm.loop !47
+  br i1 %niter242.ncmp.7, label %for_end_ax163.2.i.loopexit.unr-lcssa, label %for_body_ax162.2.i, !prof !95, !llvm.loop !101
 
 for_end_ax163.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.2.i
-  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod238.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil.preheader, !prof !97
 
 for_body_ax162.2.i.epil.preheader:                ; preds = %for_end_ax163.2.i.loopexit.unr-lcssa, %for_body_ax162.2.i.preheader
   %indvars.iv727.2.i.epil.init = phi i64 [ 0, %for_body_ax162.2.i.preheader ], [ %indvars.iv.next728.2.i.7, %for_end_ax163.2.i.loopexit.unr-lcssa ]
@@ -2605,7 +7593,7 @@ for_body_ax162.2.i.epil:                          ; preds = %for_body_ax162.2.i.
   %indvars.iv.next728.2.i.epil = add nuw nsw i64 %indvars.iv727.2.i.epil, 1
   %epil.iter237.next = add i64 %epil.iter237, 1
   %epil.iter237.cmp.not = icmp eq i64 %epil.iter237.next, %xtraiter236
-  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !29, !llvm.loop !48
+  br i1 %epil.iter237.cmp.not, label %for_end_ax163.2.i, label %for_body_ax162.2.i.epil, !prof !85, !llvm.loop !102
 
 for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.epil, %for_end_ax163.2.i.loopexit.unr-lcssa, %for_end_ax163.1.i
   %peak.rf_global264.sroa.0.0.lcssa.2.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.1.i ], [ %1413, %for_end_ax163.2.i.loopexit.unr-lcssa ], [ %1418, %for_body_ax162.2.i.epil ]
@@ -2661,7 +7649,7 @@ for_end_ax163.2.i:                                ; preds = %for_body_ax162.2.i.
   br i1 %486, label %for_body_ax162.3.i.preheader, label %for_end_ax163.3.i, !prof !3
 
 for_body_ax162.3.i.preheader:                     ; preds = %for_end_ax163.2.i
-  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !39
+  br i1 %505, label %for_body_ax162.3.i.epil.preheader, label %for_body_ax162.3.i, !prof !94
 
 for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i = phi i64 [ %indvars.iv.next728.3.i.7, %for_body_ax162.3.i ], [ 0, %for_body_ax162.3.i.preheader ]
@@ -2718,10 +7706,10 @@ for_body_ax162.3.i:                               ; preds = %for_body_ax162.3.i,
   %indvars.iv.next728.3.i.7 = add nuw nsw i64 %indvars.iv727.3.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !40, !llvm.loop !49
+  br i1 %niter249.ncmp.7, label %for_end_ax163.3.i.loopexit.unr-lcssa, label %for_body_ax162.3.i, !prof !95, !llvm.loop !103
 
 for_end_ax163.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax162.3.i
-  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod245.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil.preheader, !prof !97
 
 for_body_ax162.3.i.epil.preheader:                ; preds = %for_end_ax163.3.i.loopexit.unr-lcssa, %for_body_ax162.3.i.preheader
   %indvars.iv727.3.i.epil.init = phi i64 [ 0, %for_body_ax162.3.i.preheader ], [ %indvars.iv.next728.3.i.7, %for_end_ax163.3.i.loopexit.unr-lcssa ]
@@ -2742,7 +7730,7 @@ for_body_ax162.3.i.epil:                          ; preds = %for_body_ax162.3.i.
   %indvars.iv.next728.3.i.epil = add nuw nsw i64 %indvars.iv727.3.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !29, !llvm.loop !50
+  br i1 %epil.iter244.cmp.not, label %for_end_ax163.3.i, label %for_body_ax162.3.i.epil, !prof !85, !llvm.loop !104
 
 for_end_ax163.3.i:                                ; preds = %for_body_ax162.3.i.epil, %for_end_ax163.3.i.loopexit.unr-lcssa, %for_end_ax163.2.i
   %peak.rf_global264.sroa.0.0.lcssa.3.i = phi <16 x float> [ splat (float 0xC7EFFFFFE0000000), %for_end_ax163.2.i ], [ %1490, %for_end_ax163.3.i.loopexit.unr-lcssa ], [ %1495, %for_body_ax162.3.i.epil ]
@@ -2813,7 +7801,7 @@ for_body_to79.us.i:                               ; preds = %for_body_to79.us.i,
   %indvars.iv.next744.i.1 = add nuw nsw i64 %indvars.iv743.i, 2
   %niter255.next.1 = add i64 %niter255, 2
   %niter255.ncmp.1 = icmp eq i64 %niter255.next.1, %unroll_iter254
-  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !51
+  br i1 %niter255.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa, label %for_body_to79.us.i, !prof !9, !llvm.loop !105
 
 for_begin_to78.for_end_to80_crit_edge.us.i.unr-lcssa: ; preds = %for_body_to79.us.i
   br i1 %lcmp.mod252.not, label %for_begin_to78.for_end_to80_crit_edge.us.i, label %for_body_to79.us.i.epil.preheader, !prof !12
@@ -2910,7 +7898,7 @@ for_body_to79.us.1.i:                             ; preds = %for_body_to79.us.1.
   %indvars.iv.next744.1.i.1 = add nuw nsw i64 %indvars.iv743.1.i, 2
   %niter261.next.1 = add i64 %niter261, 2
   %niter261.ncmp.1 = icmp eq i64 %niter261.next.1, %unroll_iter260
-  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !52
+  br i1 %niter261.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa, label %for_body_to79.us.1.i, !prof !9, !llvm.loop !106
 
 for_begin_to78.for_end_to80_crit_edge.us.1.i.unr-lcssa: ; preds = %for_body_to79.us.1.i
   br i1 %lcmp.mod258.not, label %for_begin_to78.for_end_to80_crit_edge.us.1.i, label %for_body_to79.us.1.i.epil.preheader, !prof !12
@@ -3008,7 +7996,7 @@ for_body_to79.us.2.i:                             ; preds = %for_body_to79.us.2.
   %indvars.iv.next744.2.i.1 = add nuw nsw i64 %indvars.iv743.2.i, 2
   %niter267.next.1 = add i64 %niter267, 2
   %niter267.ncmp.1 = icmp eq i64 %niter267.next.1, %unroll_iter266
-  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !53
+  br i1 %niter267.ncmp.1, label %for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa, label %for_body_to79.us.2.i, !prof !9, !llvm.loop !107
 
 for_begin_to78.for_end_to80_crit_edge.us.2.i.unr-lcssa: ; preds = %for_body_to79.us.2.i
   br i1 %lcmp.mod264.not, label %for_begin_to78.for_end_to80_crit_edge.us.2.i, label %for_body_to79.us.2.i.epil.preheader, !prof !12
@@ -3106,7 +8094,7 @@ for_body_to79.us.3.i:                             ; preds = %for_body_to79.us.3.
   %indvars.iv.next744.3.i.1 = add nuw nsw i64 %indvars.iv743.3.i, 2
   %niter273.next.1 = add i64 %niter273, 2
   %niter273.ncmp.1 = icmp eq i64 %niter273.next.1, %unroll_iter272
-  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !54
+  br i1 %niter273.ncmp.1, label %for_body_ax189.i.preheader.unr-lcssa, label %for_body_to79.us.3.i, !prof !9, !llvm.loop !108
 
 for_body_ax189.i.preheader.unr-lcssa:             ; preds = %for_body_to79.us.3.i
   br i1 %lcmp.mod270.not, label %for_body_ax189.i.preheader, label %for_body_to79.us.3.i.epil.preheader, !prof !12
@@ -3143,7 +8131,7 @@ for_body_to79.us.3.i.epil.preheader:              ; preds = %for_body_ax189.i.pr
   br label %for_body_ax189.i.preheader
 
 for_body_ax189.i.preheader:                       ; preds = %for_body_to79.us.3.i.epil.preheader, %for_body_ax189.i.preheader.unr-lcssa
-  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !39
+  br i1 %510, label %for_body_ax189.i.epil.preheader, label %for_body_ax189.i, !prof !94
 
 for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %for_body_ax189.i.preheader
   %indvars.iv752.i = phi i64 [ %indvars.iv.next753.i.7, %for_body_ax189.i ], [ 0, %for_body_ax189.i.preheader ]
@@ -3191,10 +8179,10 @@ for_body_ax189.i:                                 ; preds = %for_body_ax189.i, %
   %indvars.iv.next753.i.7 = add nuw nsw i64 %indvars.iv752.i, 8
   %niter280.next.7 = add i64 %niter280, 8
   %niter280.ncmp.7 = icmp eq i64 %niter280.next.7, %unroll_iter279
-  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !40, !llvm.loop !55
+  br i1 %niter280.ncmp.7, label %for_end_ax190.i.loopexit.unr-lcssa, label %for_body_ax189.i, !prof !95, !llvm.loop !109
 
 for_end_ax190.i.loopexit.unr-lcssa:               ; preds = %for_body_ax189.i
-  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod276.not, label %for_end_ax190.i, label %for_body_ax189.i.epil.preheader, !prof !97
 
 for_body_ax189.i.epil.preheader:                  ; preds = %for_end_ax190.i.loopexit.unr-lcssa, %for_body_ax189.i.preheader
   %indvars.iv752.i.epil.init = phi i64 [ 0, %for_body_ax189.i.preheader ], [ %indvars.iv.next753.i.7, %for_end_ax190.i.loopexit.unr-lcssa ]
@@ -3213,7 +8201,7 @@ for_body_ax189.i.epil:                            ; preds = %for_body_ax189.i.ep
   %indvars.iv.next753.i.epil = add nuw nsw i64 %indvars.iv752.i.epil, 1
   %epil.iter275.next = add i64 %epil.iter275, 1
   %epil.iter275.cmp.not = icmp eq i64 %epil.iter275.next, %xtraiter274
-  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !29, !llvm.loop !56
+  br i1 %epil.iter275.cmp.not, label %for_end_ax190.i, label %for_body_ax189.i.epil, !prof !85, !llvm.loop !110
 
 for_end_ax190.i:                                  ; preds = %for_body_ax189.i.epil, %for_end_ax190.i.loopexit.unr-lcssa, %for_begin_r73.preheader.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_begin_r73.preheader.i ], [ %1812, %for_end_ax190.i.loopexit.unr-lcssa ], [ %1815, %for_body_ax189.i.epil ]
@@ -3253,7 +8241,7 @@ for_end_ax190.i:                                  ; preds = %for_body_ax189.i.ep
   br i1 %486, label %for_body_ax189.1.i.preheader, label %for_end_ax190.1.i, !prof !3
 
 for_body_ax189.1.i.preheader:                     ; preds = %for_end_ax190.i
-  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !39
+  br i1 %511, label %for_body_ax189.1.i.epil.preheader, label %for_body_ax189.1.i, !prof !94
 
 for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i = phi i64 [ %indvars.iv.next753.1.i.7, %for_body_ax189.1.i ], [ 0, %for_body_ax189.1.i.preheader ]
@@ -3302,10 +8290,10 @@ for_body_ax189.1.i:                               ; preds = %for_body_ax189.1.i,
   %indvars.iv.next753.1.i.7 = add nuw nsw i64 %indvars.iv752.1.i, 8
   %niter287.next.7 = add i64 %niter287, 8
   %niter287.ncmp.7 = icmp eq i64 %niter287.next.7, %unroll_iter286
-  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !40, !llvm.loop !57
+  br i1 %niter287.ncmp.7, label %for_end_ax190.1.i.loopexit.unr-lcssa, label %for_body_ax189.1.i, !prof !95, !llvm.loop !111
 
 for_end_ax190.1.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.1.i
-  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod283.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil.preheader, !prof !97
 
 for_body_ax189.1.i.epil.preheader:                ; preds = %for_end_ax190.1.i.loopexit.unr-lcssa, %for_body_ax189.1.i.preheader
   %indvars.iv752.1.i.epil.init = phi i64 [ 0, %for_body_ax189.1.i.preheader ], [ %indvars.iv.next753.1.i.7, %for_end_ax190.1.i.loopexit.unr-lcssa ]
@@ -3325,7 +8313,7 @@ for_body_ax189.1.i.epil:                          ; preds = %for_body_ax189.1.i.
   %indvars.iv.next753.1.i.epil = add nuw nsw i64 %indvars.iv752.1.i.epil, 1
   %epil.iter282.next = add i64 %epil.iter282, 1
   %epil.iter282.cmp.not = icmp eq i64 %epil.iter282.next, %xtraiter281
-  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !29, !llvm.loop !58
+  br i1 %epil.iter282.cmp.not, label %for_end_ax190.1.i, label %for_body_ax189.1.i.epil, !prof !85, !llvm.loop !112
 
 for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.epil, %for_end_ax190.1.i.loopexit.unr-lcssa, %for_end_ax190.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.1.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.i ], [ %1863, %for_end_ax190.1.i.loopexit.unr-lcssa ], [ %1867, %for_body_ax189.1.i.epil ]
@@ -3365,7 +8353,7 @@ for_end_ax190.1.i:                                ; preds = %for_body_ax189.1.i.
   br i1 %486, label %for_body_ax189.2.i.preheader, label %for_end_ax190.2.i, !prof !3
 
 for_body_ax189.2.i.preheader:                     ; preds = %for_end_ax190.1.i
-  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !39
+  br i1 %512, label %for_body_ax189.2.i.epil.preheader, label %for_body_ax189.2.i, !prof !94
 
 for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i = phi i64 [ %indvars.iv.next753.2.i.7, %for_body_ax189.2.i ], [ 0, %for_body_ax189.2.i.preheader ]
@@ -3414,10 +8402,10 @@ for_body_ax189.2.i:                               ; preds = %for_body_ax189.2.i,
   %indvars.iv.next753.2.i.7 = add nuw nsw i64 %indvars.iv752.2.i, 8
   %niter294.next.7 = add i64 %niter294, 8
   %niter294.ncmp.7 = icmp eq i64 %niter294.next.7, %unroll_iter293
-  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !40, !llvm.loop !59
+  br i1 %niter294.ncmp.7, label %for_end_ax190.2.i.loopexit.unr-lcssa, label %for_body_ax189.2.i, !prof !95, !llvm.loop !113
 
 for_end_ax190.2.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.2.i
-  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod290.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil.preheader, !prof !97
 
 for_body_ax189.2.i.epil.preheader:                ; preds = %for_end_ax190.2.i.loopexit.unr-lcssa, %for_body_ax189.2.i.preheader
   %indvars.iv752.2.i.epil.init = phi i64 [ 0, %for_body_ax189.2.i.preheader ], [ %indvars.iv.next753.2.i.7, %for_end_ax190.2.i.loopexit.unr-lcssa ]
@@ -3437,7 +8425,7 @@ for_body_ax189.2.i.epil:                          ; preds = %for_body_ax189.2.i.
   %indvars.iv.next753.2.i.epil = add nuw nsw i64 %indvars.iv752.2.i.epil, 1
   %epil.iter289.next = add i64 %epil.iter289, 1
   %epil.iter289.cmp.not = icmp eq i64 %epil.iter289.next, %xtraiter288
-  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !29, !llvm.loop !60
+  br i1 %epil.iter289.cmp.not, label %for_end_ax190.2.i, label %for_body_ax189.2.i.epil, !prof !85, !llvm.loop !114
 
 for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.epil, %for_end_ax190.2.i.loopexit.unr-lcssa, %for_end_ax190.1.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.2.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.1.i ], [ %1915, %for_end_ax190.2.i.loopexit.unr-lcssa ], [ %1919, %for_body_ax189.2.i.epil ]
@@ -3477,7 +8465,7 @@ for_end_ax190.2.i:                                ; preds = %for_body_ax189.2.i.
   br i1 %486, label %for_body_ax189.3.i.preheader, label %for_end_ax190.3.i, !prof !3
 
 for_body_ax189.3.i.preheader:                     ; preds = %for_end_ax190.2.i
-  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !39
+  br i1 %513, label %for_body_ax189.3.i.epil.preheader, label %for_body_ax189.3.i, !prof !94
 
 for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i = phi i64 [ %indvars.iv.next753.3.i.7, %for_body_ax189.3.i ], [ 0, %for_body_ax189.3.i.preheader ]
@@ -3526,10 +8514,10 @@ for_body_ax189.3.i:                               ; preds = %for_body_ax189.3.i,
   %indvars.iv.next753.3.i.7 = add nuw nsw i64 %indvars.iv752.3.i, 8
   %niter301.next.7 = add i64 %niter301, 8
   %niter301.ncmp.7 = icmp eq i64 %niter301.next.7, %unroll_iter300
-  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !40, !llvm.loop !61
+  br i1 %niter301.ncmp.7, label %for_end_ax190.3.i.loopexit.unr-lcssa, label %for_body_ax189.3.i, !prof !95, !llvm.loop !115
 
 for_end_ax190.3.i.loopexit.unr-lcssa:             ; preds = %for_body_ax189.3.i
-  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !43
+  br i1 %lcmp.mod297.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil.preheader, !prof !97
 
 for_body_ax189.3.i.epil.preheader:                ; preds = %for_end_ax190.3.i.loopexit.unr-lcssa, %for_body_ax189.3.i.preheader
   %indvars.iv752.3.i.epil.init = phi i64 [ 0, %for_body_ax189.3.i.preheader ], [ %indvars.iv.next753.3.i.7, %for_end_ax190.3.i.loopexit.unr-lcssa ]
@@ -3549,7 +8537,7 @@ for_body_ax189.3.i.epil:                          ; preds = %for_body_ax189.3.i.
   %indvars.iv.next753.3.i.epil = add nuw nsw i64 %indvars.iv752.3.i.epil, 1
   %epil.iter296.next = add i64 %epil.iter296, 1
   %epil.iter296.cmp.not = icmp eq i64 %epil.iter296.next, %xtraiter295
-  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !29, !llvm.loop !62
+  br i1 %epil.iter296.cmp.not, label %for_end_ax190.3.i, label %for_body_ax189.3.i.epil, !prof !85, !llvm.loop !116
 
 for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.epil, %for_end_ax190.3.i.loopexit.unr-lcssa, %for_end_ax190.2.i
   %tile_sum.rf_global262.sroa.0.0.lcssa.3.i = phi <16 x float> [ zeroinitializer, %for_end_ax190.2.i ], [ %1967, %for_end_ax190.3.i.loopexit.unr-lcssa ], [ %1971, %for_body_ax189.3.i.epil ]
@@ -3588,10 +8576,10 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %tile_sum267.sroa.0.12.vec.insert.i = insertelement <4 x float> %tile_sum267.sroa.0.8.vec.insert.i, float %1987, i64 3
   %1988 = shl nuw nsw i64 %indvars.iv790.i, 2
   %1989 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %1988
-  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !20
+  %1990 = load <4 x float>, ptr %1989, align 16, !tbaa !77
   %old_max.i = select <4 x i1> %490, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %1990
   %1991 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %1988
-  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !18
+  %1992 = load <4 x float>, ptr %1991, align 16, !tbaa !75
   %old_sum.i = select <4 x i1> %490, <4 x float> zeroinitializer, <4 x float> %1992
   %1993 = fcmp ogt <4 x float> %old_max.i, %tile_max268.sroa.0.3.i
   %1994 = fcmp oeq <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, zeroinitializer
@@ -3645,8 +8633,8 @@ for_end_ax190.3.i:                                ; preds = %for_body_ax189.3.i.
   %2039 = select <4 x i1> %2038, <4 x float> %2037, <4 x float> zeroinitializer
   %2040 = fmul <4 x float> %old_sum.i, %2018
   %2041 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2039, <4 x float> %tile_sum267.sroa.0.12.vec.insert.i, <4 x float> %2040)
-  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !20
-  store <4 x float> %2041, ptr %1991, align 16, !tbaa !18
+  store <4 x float> %m.i, ptr %1989, align 16, !tbaa !77
+  store <4 x float> %2041, ptr %1991, align 16, !tbaa !75
   %2042 = shufflevector <4 x float> %2039, <4 x float> poison, <32 x i32> zeroinitializer
   %2043 = shl nuw nsw i64 %indvars.iv790.i, 9
   %2044 = shufflevector <4 x float> %2018, <4 x float> poison, <32 x i32> zeroinitializer
@@ -3677,7 +8665,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end192.i
   %2056 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2057 = tail call i32 %2056(i32 1, i32 %dev_id, ptr nonnull %scaled923925928.i)
   %.not279.i = icmp eq i32 %2057, 0
-  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not279.i, label %if_end194.i, label %fused_decode_compute_.exit, !prof !42
 
 for_begin_line130.preheader.i:                    ; preds = %for_begin_line130.preheader.i, %for_begin_line130.preheader.lr.ph.i
   %indvars.iv762.i = phi i64 [ 0, %for_begin_line130.preheader.lr.ph.i ], [ %indvars.iv.next763.i, %for_begin_line130.preheader.i ]
@@ -4291,7 +9279,7 @@ for_end_to127.i:                                  ; preds = %for_begin_line130.p
   %full_acc258.sroa.170.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2608, %for_begin_line130.preheader.i ]
   %full_acc258.sroa.204.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2613, %for_begin_line130.preheader.i ]
   %full_acc258.sroa.238.0.lcssa.i = phi <16 x float> [ zeroinitializer, %for_body_d_0_m.i ], [ %2614, %for_begin_line130.preheader.i ]
-  br i1 %.not642.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !63
+  br i1 %.not642.i, label %for_begin_ax4_0.preheader.i, label %for_body_ti.lr.ph.i, !prof !16
 
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to127.i
   %gep626.idx.i = shl i64 %indvars.iv786.i, 6
@@ -4447,7 +9435,7 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next768.i.1 = add nuw nsw i64 %indvars.iv767.i, 2
   %niter330.next.1 = add i64 %niter330, 2
   %niter330.ncmp.1 = icmp eq i64 %niter330.next.1, %unroll_iter329
-  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !64
+  br i1 %niter330.ncmp.1, label %for_begin_ax4_0.preheader.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !9, !llvm.loop !117
 
 if_end144.i:                                      ; preds = %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge, %for_begin_ax4_0.preheader.i
   %2722 = phi <32 x float> [ %.pre, %for_begin_ax4_0.preheader.i.if_end144.i_crit_edge ], [ zeroinitializer, %for_begin_ax4_0.preheader.i ]
@@ -4499,67 +9487,67 @@ if_end192.i:                                      ; preds = %if_end176.if_end192
   store <32 x float> %2740, ptr %2738, align 4, !tbaa !5
   %indvars.iv.next787.i = add nuw nsw i64 %indvars.iv786.i, 1
   %exitcond789.not.i = icmp eq i64 %indvars.iv.next787.i, 4
-  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !16
+  br i1 %exitcond789.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !26
 
 if_end194.i:                                      ; preds = %for_end_d_0_m.i
   %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr %probs.i)
   %.not280.i = icmp eq i32 %2742, 0
-  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not280.i, label %if_end197.i, label %fused_decode_compute_.exit, !prof !42
 
 if_end197.i:                                      ; preds = %if_end194.i
   %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not281.i = icmp eq i32 %2744, 0
-  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not281.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !42
 
 if_end203.i:                                      ; preds = %for_end_kv_head.i
   %2745 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2746 = tail call i32 %2745(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not278.i = icmp eq i32 %2746, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not278.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !42
 
 for_body_tile209.i:                               ; preds = %for_body_tile209.i, %for_begin_tile208.preheader.i
   %indvars.iv814.i = phi i64 [ %indvars.iv.next815.i, %for_body_tile209.i ], [ 0, %for_begin_tile208.preheader.i ]
   %2747 = shl nuw nsw i64 %indvars.iv814.i, 2
   %2748 = add nuw nsw i64 %2747, %225
   %2749 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2747
-  %2750 = load float, ptr %2749, align 16, !tbaa !20
+  %2750 = load float, ptr %2749, align 16, !tbaa !77
   %2751 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2748
   store float %2750, ptr %2751, align 4, !tbaa !5
   %2752 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2747
-  %2753 = load float, ptr %2752, align 16, !tbaa !18
+  %2753 = load float, ptr %2752, align 16, !tbaa !75
   %2754 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2748
   store float %2753, ptr %2754, align 4, !tbaa !5
   %2755 = or disjoint i64 %2747, 1
   %2756 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2755
-  %2757 = load float, ptr %2756, align 4, !tbaa !20
+  %2757 = load float, ptr %2756, align 4, !tbaa !77
   %2758 = or disjoint i64 %2748, 1
   %2759 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2758
   store float %2757, ptr %2759, align 4, !tbaa !5
   %2760 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2755
-  %2761 = load float, ptr %2760, align 4, !tbaa !18
+  %2761 = load float, ptr %2760, align 4, !tbaa !75
   %2762 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2758
   store float %2761, ptr %2762, align 4, !tbaa !5
   %2763 = or disjoint i64 %2747, 2
   %2764 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2763
-  %2765 = load float, ptr %2764, align 8, !tbaa !20
+  %2765 = load float, ptr %2764, align 8, !tbaa !77
   %2766 = or disjoint i64 %2748, 2
   %2767 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2766
   store float %2765, ptr %2767, align 4, !tbaa !5
   %2768 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2763
-  %2769 = load float, ptr %2768, align 8, !tbaa !18
+  %2769 = load float, ptr %2768, align 8, !tbaa !75
   %2770 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2766
   store float %2769, ptr %2770, align 4, !tbaa !5
   %2771 = or disjoint i64 %2747, 3
   %2772 = getelementptr inbounds nuw float, ptr %row_max274.i, i64 %2771
-  %2773 = load float, ptr %2772, align 4, !tbaa !20
+  %2773 = load float, ptr %2772, align 4, !tbaa !77
   %2774 = or disjoint i64 %2748, 3
   %2775 = getelementptr inbounds nuw float, ptr %partial_max, i64 %2774
   store float %2773, ptr %2775, align 4, !tbaa !5
   %2776 = getelementptr inbounds nuw float, ptr %row_sum273.i, i64 %2771
-  %2777 = load float, ptr %2776, align 4, !tbaa !18
+  %2777 = load float, ptr %2776, align 4, !tbaa !75
   %2778 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %2774
   store float %2777, ptr %2778, align 4, !tbaa !5
   %2779 = shl nuw nsw i64 %indvars.iv814.i, 9
@@ -4629,24 +9617,598 @@ for_body_tile209.i:                               ; preds = %for_body_tile209.i,
   store <32 x float> %2826, ptr %2827, align 4, !tbaa !5
   %indvars.iv.next815.i = add nuw nsw i64 %indvars.iv814.i, 1
   %exitcond817.not.i = icmp eq i64 %indvars.iv.next815.i, 8
-  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !16
+  br i1 %exitcond817.not.i, label %for_end_tile210.i, label %for_body_tile209.i, !prof !26
 
 for_end_tile210.i:                                ; preds = %for_body_tile209.i, %if_end228.us.3.i
   %2828 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2829 = tail call i32 %2828(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %2829, 0
-  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not.i, label %if_end245.i, label %fused_decode_compute_.exit, !prof !42
 
 if_end245.i:                                      ; preds = %for_end_tile210.i
   %2830 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
   %2831 = tail call i32 %2830(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not275.i = icmp eq i32 %2831, 0
-  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !17
+  br i1 %.not275.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !42
 
 fused_decode_compute_.exit:                       ; preds = %if_end245.i, %for_end_tile210.i, %if_end203.i, %if_end197.i, %if_end194.i, %for_end_d_0_m.i, %for_begin_r.preheader.i, %for_end_to.thread.i, %for_end_to.i, %for_body_to.i, %if_end32.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end15.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ -1, %for_body_to.i ], [ 0, %if_end45 ], [ -1, %for_begin_r.preheader.i ], [ -1, %if_end197.i ], [ -1, %if_end194.i ], [ -1, %for_end_d_0_m.i ], [ -1, %for_end_to.thread.i ], [ -1, %for_end_to.i ], [ -1, %if_end32.i ], [ -1, %if_end203.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end15.i ], [ -1, %for_end_tile210.i ], [ -1, %if_end245.i ], [ 0, %for_begin_s.i ], [ -1, %for_body_s.i ], [ -1, %if_end.i ]
   call void @llvm.lifetime.end.p0(ptr nonnull %row_sum273.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_max274.i)
+  ret i32 %common.ret.op.i
+}
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor34.i = alloca [32 x float], align 16
+  %beta37.i = alloca [32 x float], align 16
+  %alpha38.i = alloca [32 x float], align 16
+  %row_sum39.i = alloca [32 x float], align 16
+  %row_max40.i = alloca [32 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_attend.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_attend.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_attend.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_attend.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_attend.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_attend.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_attend.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_keys = trunc i64 %22 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !14
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !8
+
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+
+for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
+  %sext = shl i64 %24, 32
+  %47 = ashr exact i64 %sext, 32
+  %sext28 = shl i64 %26, 32
+  %48 = ashr exact i64 %sext28, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
+
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
+  %49 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
+  %50 = mul nsw i64 %indvars.iv64.i, %48
+  %51 = icmp eq i64 %indvars.iv64.i, 0
+  %52 = insertelement <32 x i1> poison, i1 %51, i64 0
+  %53 = shufflevector <32 x i1> %52, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %53, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %49
+  %old_sum.i = select <32 x i1> %53, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %54 = add nsw i64 %50, %47
+  %55 = shl nsw i64 %54, 5
+  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
+  %57 = load <32 x float>, ptr %56, align 4, !tbaa !5
+  %58 = fcmp ogt <32 x float> %old_max.i, %57
+  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
+  %60 = load <32 x float>, ptr %59, align 4, !tbaa !5
+  %61 = fcmp oeq <32 x float> %60, zeroinitializer
+  %62 = select <32 x i1> %61, <32 x i1> splat (i1 true), <32 x i1> %58
+  %old_or_both.i = select <32 x i1> %62, <32 x float> %old_max.i, <32 x float> %57
+  %63 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %63, <32 x float> %57, <32 x float> %old_or_both.i
+  %64 = fsub <32 x float> %old_max.i, %m.i
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %66 = bitcast <32 x float> %65 to <32 x i32>
+  %67 = fadd <32 x float> %65, splat (float 0xC168000FE0000000)
+  %68 = fmul <32 x float> %67, splat (float 0x3F2BD01060000000)
+  %69 = fmul <32 x float> %67, splat (float 0x3FE6300000000000)
+  %70 = fsub <32 x float> %64, %69
+  %71 = fadd <32 x float> %68, %70
+  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %71, <32 x float> splat (float 0x3FA5558F20000000))
+  %74 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %71, <32 x float> splat (float 0x3FC5554920000000))
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %74, <32 x float> %71, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %76 = fmul <32 x float> %71, %71
+  %77 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %75, <32 x float> %76, <32 x float> %71)
+  %78 = shl <32 x i32> %66, splat (i32 23)
+  %79 = bitcast <32 x i32> %78 to <32 x float>
+  %80 = fadd <32 x float> %77, splat (float 1.000000e+00)
+  %81 = fmul <32 x float> %80, %79
+  %82 = fcmp olt <32 x float> %64, splat (float -8.700000e+01)
+  %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
+  %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !118
+  %arg2.i = fsub <32 x float> %57, %m.i
+  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %87 = bitcast <32 x float> %86 to <32 x i32>
+  %88 = fadd <32 x float> %86, splat (float 0xC168000FE0000000)
+  %89 = fmul <32 x float> %88, splat (float 0x3F2BD01060000000)
+  %90 = fmul <32 x float> %88, splat (float 0x3FE6300000000000)
+  %91 = fsub <32 x float> %arg2.i, %90
+  %92 = fadd <32 x float> %89, %91
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %92, <32 x float> splat (float 0x3FA5558F20000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %92, <32 x float> splat (float 0x3FC5554920000000))
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %92, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %97 = fmul <32 x float> %92, %92
+  %98 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %97, <32 x float> %92)
+  %99 = shl <32 x i32> %87, splat (i32 23)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %98, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %60, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !124
+  %107 = fmul <32 x float> %old_sum.i, %85
+  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
+  %.idx.i = shl nsw i64 %54, 14
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !8
+
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !130
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %115 = getelementptr float, ptr %109, i64 %114
+  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %117 = load float, ptr %116, align 4, !tbaa !131
+  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !5
+  %119 = load <16 x float>, ptr %115, align 4, !tbaa !5
+  %.scalar = fmul float %117, 0.000000e+00
+  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
+  store <16 x float> %122, ptr %118, align 4, !tbaa !5
+  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !5
+  %124 = getelementptr i8, ptr %115, i64 64
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !5
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
+  store <16 x float> %126, ptr %123, align 4, !tbaa !5
+  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !5
+  %128 = getelementptr i8, ptr %115, i64 128
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !5
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !5
+  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !5
+  %132 = getelementptr i8, ptr %115, i64 192
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !5
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
+  store <16 x float> %134, ptr %131, align 4, !tbaa !5
+  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !5
+  %136 = getelementptr i8, ptr %115, i64 256
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !5
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
+  store <16 x float> %138, ptr %135, align 4, !tbaa !5
+  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !5
+  %140 = getelementptr i8, ptr %115, i64 320
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !5
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
+  store <16 x float> %142, ptr %139, align 4, !tbaa !5
+  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !5
+  %144 = getelementptr i8, ptr %115, i64 384
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !5
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
+  store <16 x float> %146, ptr %143, align 4, !tbaa !5
+  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !5
+  %148 = getelementptr i8, ptr %115, i64 448
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !5
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !5
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
+
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !132
+  %sext29 = shl i64 %20, 32
+  %154 = ashr exact i64 %sext29, 32
+  %155 = mul nsw i64 %out_batch, %154
+  %156 = getelementptr i16, ptr %out, i64 %155
+  br label %for_begin_d_019.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !130
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %109, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !131
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !5
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !5
+  %172 = getelementptr i8, ptr %162, i64 64
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !5
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !5
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !5
+  %178 = getelementptr i8, ptr %162, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !5
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !5
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !5
+  %184 = getelementptr i8, ptr %162, i64 192
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !5
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !5
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !5
+  %190 = getelementptr i8, ptr %162, i64 256
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !5
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !5
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !5
+  %196 = getelementptr i8, ptr %162, i64 320
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !5
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !5
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !5
+  %202 = getelementptr i8, ptr %162, i64 384
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !5
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !5
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !5
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !5
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !5
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !5
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
+
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !13
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !138
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !5
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !5
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !5
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !5
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !5
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !5
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !5
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !5
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !5
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !5
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !5
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !5
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !5
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !5
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !5
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
+
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %299 = add nsw i32 %num_keys, -1
+  %300 = sitofp i32 %299 to float
+  %301 = bitcast float %300 to i32
+  %302 = ashr i32 %301, 23
+  %303 = mul nsw i64 %lse_batch, %154
+  %304 = getelementptr float, ptr %lse, i64 %303
+  %305 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
+  %306 = shl nuw nsw i32 %305, 23
+  %307 = add nuw i32 %306, 16777216
+  %308 = bitcast i32 %307 to float
+  br label %for_body_r25.i
+
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
+  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %310 = load float, ptr %309, align 16, !tbaa !139
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end30.i, label %if_else.i
+
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !14
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_attend_compute_.exit
+
+if_else.i:                                        ; preds = %for_body_r25.i
+  %314 = fmul float %310, %308
+  %315 = tail call float @llvm.log.f32(float %314)
+  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %317 = load float, ptr %316, align 16, !tbaa !141
+  %318 = fadd float %315, %317
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %320 = getelementptr float, ptr %304, i64 %indvars.iv76.i
+  store float %319, ptr %320, align 4, !tbaa !5
+  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
+  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %322 = load float, ptr %321, align 4, !tbaa !139
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+
+if_else.i.1:                                      ; preds = %if_end30.i
+  %324 = fmul float %322, %308
+  %325 = tail call float @llvm.log.f32(float %324)
+  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %327 = load float, ptr %326, align 4, !tbaa !141
+  %328 = fadd float %325, %327
+  br label %if_end30.i.1
+
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %330 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i
+  store float %329, ptr %330, align 4, !tbaa !5
+  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %332 = load float, ptr %331, align 8, !tbaa !139
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %334 = fmul float %332, %308
+  %335 = tail call float @llvm.log.f32(float %334)
+  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %337 = load float, ptr %336, align 8, !tbaa !141
+  %338 = fadd float %335, %337
+  br label %if_end30.i.2
+
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %340 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.1
+  store float %339, ptr %340, align 4, !tbaa !5
+  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
+  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %342 = load float, ptr %341, align 4, !tbaa !139
+  %343 = fcmp oeq float %342, 0.000000e+00
+  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %344 = fmul float %342, %308
+  %345 = tail call float @llvm.log.f32(float %344)
+  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !141
+  %348 = fadd float %345, %347
+  br label %if_end30.i.3
+
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %350 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.2
+  store float %349, ptr %350, align 4, !tbaa !5
+  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
+  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !143
+
+merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -4826,7 +10388,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !65
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !144
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -4849,7 +10411,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !71
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !150
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -4859,13 +10421,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !77
+  %109 = load float, ptr %108, align 4, !tbaa !156
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !78
+  %115 = load float, ptr %114, align 4, !tbaa !157
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !5
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !5
@@ -4918,7 +10480,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !5
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !16
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !26
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -4932,7 +10494,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !79
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !158
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -4940,13 +10502,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !77
+  %158 = load float, ptr %157, align 4, !tbaa !156
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !78
+  %164 = load float, ptr %163, align 4, !tbaa !157
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !5
@@ -5006,7 +10568,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !5
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !16
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !26
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -5016,7 +10578,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !85
+  %215 = load float, ptr %214, align 4, !tbaa !164
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -5119,7 +10681,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !5
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !16
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !26
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -5137,7 +10699,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !86
+  %310 = load float, ptr %309, align 16, !tbaa !165
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -5152,7 +10714,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !88
+  %317 = load float, ptr %316, align 16, !tbaa !167
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -5162,7 +10724,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !5
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !86
+  %322 = load float, ptr %321, align 4, !tbaa !165
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -5170,7 +10732,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !88
+  %327 = load float, ptr %326, align 4, !tbaa !167
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -5180,7 +10742,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !5
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !86
+  %332 = load float, ptr %331, align 8, !tbaa !165
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -5188,7 +10750,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !88
+  %337 = load float, ptr %336, align 8, !tbaa !167
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -5198,7 +10760,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !5
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !86
+  %342 = load float, ptr %341, align 4, !tbaa !165
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -5206,7 +10768,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !88
+  %347 = load float, ptr %346, align 4, !tbaa !167
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -5216,7 +10778,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !5
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !16, !llvm.loop !90
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !26, !llvm.loop !169
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -5231,26 +10793,26 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #2
 
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.arithmetic.fence.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #3
+
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.arithmetic.fence.f32(float) #4
+declare float @llvm.fmuladd.f32(float, float, float) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #4
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -5407,37 +10969,92 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 }
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #4
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #4
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #4
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #4
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #4
+declare i32 @llvm.umax.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #6
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #6
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #8
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #8
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x i32> @llvm.masked.gather.v8i32.v8p0(<8 x ptr>, <8 x i1>, <8 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8i32.v8p0(<8 x i32>, <8 x ptr>, <8 x i1>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(read)
+declare <8 x float> @llvm.masked.gather.v8f32.v8p0(<8 x ptr>, <8 x i1>, <8 x float>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(write)
+declare void @llvm.masked.scatter.v8f32.v8p0(<8 x float>, <8 x ptr>, <8 x i1>) #10
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #7
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #11
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="x86-64-v4" }
 attributes #1 = { "target-cpu"="x86-64-v4" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="x86-64-v4" "target-features" }
-attributes #6 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #6 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #8 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #9 = { nocallback nofree nosync nounwind willreturn memory(read) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(write) }
+attributes #11 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -5457,79 +11074,157 @@ attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !13 = !{!"branch_weights", i32 127, i32 134217601}
 !14 = !{!15, !15, i64 0}
 !15 = !{!"ctx_ptr", !7, i64 0}
-!16 = !{!"branch_weights", i32 1, i32 1048575}
-!17 = !{!"branch_weights", i32 1, i32 1048576}
-!18 = !{!19, !19, i64 0}
-!19 = !{!"buffer0", !7, i64 0}
-!20 = !{!21, !21, i64 0}
-!21 = !{!"buffer1", !7, i64 0}
-!22 = distinct !{!22, !23}
-!23 = !{!"llvm.loop.estimated_trip_count", i32 528417}
-!24 = distinct !{!24, !23}
-!25 = !{!"branch_weights", i32 6096, i32 2147477552}
-!26 = !{!"branch_weights", i32 8128, i32 2147475520}
-!27 = distinct !{!27, !28}
-!28 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!29 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!30 = distinct !{!30, !31, !32}
-!31 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!32 = !{!"llvm.loop.unroll.disable"}
-!33 = distinct !{!33, !28}
-!34 = distinct !{!34, !31, !32}
-!35 = distinct !{!35, !28}
-!36 = distinct !{!36, !31, !32}
-!37 = distinct !{!37, !28}
-!38 = distinct !{!38, !31, !32}
-!39 = !{!"branch_weights", i32 14224, i32 2147469424}
-!40 = !{!"branch_weights", i32 16256, i32 2147467392}
-!41 = distinct !{!41, !42}
-!42 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!43 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!44 = distinct !{!44, !31, !32}
-!45 = distinct !{!45, !42}
-!46 = distinct !{!46, !31, !32}
-!47 = distinct !{!47, !42}
-!48 = distinct !{!48, !31, !32}
-!49 = distinct !{!49, !42}
-!50 = distinct !{!50, !31, !32}
-!51 = distinct !{!51, !11}
-!52 = distinct !{!52, !11}
-!53 = distinct !{!53, !11}
-!54 = distinct !{!54, !11}
-!55 = distinct !{!55, !42}
-!56 = distinct !{!56, !31, !32}
-!57 = distinct !{!57, !42}
-!58 = distinct !{!58, !31, !32}
-!59 = distinct !{!59, !42}
-!60 = distinct !{!60, !31, !32}
-!61 = distinct !{!61, !42}
-!62 = distinct !{!62, !31, !32}
-!63 = !{!"branch_weights", i32 1, i32 127}
-!64 = distinct !{!64, !11}
-!65 = !{!66, !66, i64 0}
-!66 = !{!"buffer2.w128.b0", !67, i64 0}
-!67 = !{!"buffer2.w256.b0", !68, i64 0}
-!68 = !{!"buffer2.w512.b0", !69, i64 0}
-!69 = !{!"buffer2.w1024.b0", !70, i64 0}
-!70 = !{!"buffer2", !7, i64 0}
-!71 = !{!72, !72, i64 0}
-!72 = !{!"buffer3.w128.b0", !73, i64 0}
-!73 = !{!"buffer3.w256.b0", !74, i64 0}
-!74 = !{!"buffer3.w512.b0", !75, i64 0}
-!75 = !{!"buffer3.w1024.b0", !76, i64 0}
-!76 = !{!"buffer3", !7, i64 0}
-!77 = !{!76, !76, i64 0}
-!78 = !{!70, !70, i64 0}
-!79 = !{!80, !80, i64 0}
-!80 = !{!"buffer4.w128.b0", !81, i64 0}
-!81 = !{!"buffer4.w256.b0", !82, i64 0}
-!82 = !{!"buffer4.w512.b0", !83, i64 0}
-!83 = !{!"buffer4.w1024.b0", !84, i64 0}
-!84 = !{!"buffer4", !7, i64 0}
-!85 = !{!84, !84, i64 0}
-!86 = !{!87, !87, i64 0}
-!87 = !{!"buffer5", !7, i64 0}
-!88 = !{!89, !89, i64 0}
-!89 = !{!"buffer6", !7, i64 0}
-!90 = distinct !{!90, !91}
-!91 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!16 = !{!"branch_weights", i32 1, i32 127}
+!17 = !{!"branch_weights", i32 127, i32 4194175}
+!18 = distinct !{!18, !19, !20, !21, !22}
+!19 = !{!"llvm.loop.peeled.count", i32 1}
+!20 = !{!"llvm.loop.isvectorized", i32 1}
+!21 = !{!"llvm.loop.unroll.runtime.disable"}
+!22 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!23 = !{!"branch_weights", i32 4, i32 28}
+!24 = distinct !{!24, !19, !20, !25, !21}
+!25 = !{!"llvm.loop.estimated_trip_count", i32 0}
+!26 = !{!"branch_weights", i32 1, i32 1048575}
+!27 = !{!"branch_weights", i32 1, i32 0}
+!28 = distinct !{!28, !19, !21, !20, !25}
+!29 = !{!30, !30, i64 0}
+!30 = !{!"buffer0.w64.b0", !31, i64 0}
+!31 = !{!"buffer0.w128.b0", !32, i64 0}
+!32 = !{!"buffer0.w256.b0", !33, i64 0}
+!33 = !{!"buffer0.w512.b0", !34, i64 0}
+!34 = !{!"buffer0.w1024.b0", !35, i64 0}
+!35 = !{!"buffer0", !7, i64 0}
+!36 = distinct !{!36, !37}
+!37 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!38 = !{!35, !35, i64 0}
+!39 = !{!"branch_weights", i32 1048704, i32 133169152}
+!40 = distinct !{!40, !11}
+!41 = distinct !{!41, !11}
+!42 = !{!"branch_weights", i32 1, i32 1048576}
+!43 = !{!44}
+!44 = distinct !{!44, !45}
+!45 = distinct !{!45, !"LVerDomain"}
+!46 = !{!47}
+!47 = distinct !{!47, !45}
+!48 = !{!"branch_weights", i32 127, i32 16777081}
+!49 = distinct !{!49, !20, !21, !50}
+!50 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!51 = !{!"branch_weights", i32 1, i32 7}
+!52 = !{!"branch_weights", i32 1, i32 1}
+!53 = distinct !{!53, !54}
+!54 = !{!"llvm.loop.unroll.disable"}
+!55 = !{!"branch_weights", i32 127, i32 0}
+!56 = distinct !{!56, !20, !25}
+!57 = distinct !{!57, !11}
+!58 = !{!59}
+!59 = distinct !{!59, !60}
+!60 = distinct !{!60, !"LVerDomain"}
+!61 = !{!62}
+!62 = distinct !{!62, !60}
+!63 = distinct !{!63, !20, !21, !50}
+!64 = distinct !{!64, !54}
+!65 = distinct !{!65, !20, !25}
+!66 = distinct !{!66, !67}
+!67 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!68 = distinct !{!68, !37}
+!69 = !{!70}
+!70 = distinct !{!70, !71}
+!71 = distinct !{!71, !"LVerDomain"}
+!72 = !{!73}
+!73 = distinct !{!73, !71}
+!74 = distinct !{!74, !20, !25}
+!75 = !{!76, !76, i64 0}
+!76 = !{!"buffer1", !7, i64 0}
+!77 = !{!78, !78, i64 0}
+!78 = !{!"buffer2", !7, i64 0}
+!79 = distinct !{!79, !37}
+!80 = distinct !{!80, !37}
+!81 = !{!"branch_weights", i32 6096, i32 2147477552}
+!82 = !{!"branch_weights", i32 8128, i32 2147475520}
+!83 = distinct !{!83, !84}
+!84 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!85 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!86 = distinct !{!86, !87, !54}
+!87 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!88 = distinct !{!88, !84}
+!89 = distinct !{!89, !87, !54}
+!90 = distinct !{!90, !84}
+!91 = distinct !{!91, !87, !54}
+!92 = distinct !{!92, !84}
+!93 = distinct !{!93, !87, !54}
+!94 = !{!"branch_weights", i32 14224, i32 2147469424}
+!95 = !{!"branch_weights", i32 16256, i32 2147467392}
+!96 = distinct !{!96, !50}
+!97 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!98 = distinct !{!98, !87, !54}
+!99 = distinct !{!99, !50}
+!100 = distinct !{!100, !87, !54}
+!101 = distinct !{!101, !50}
+!102 = distinct !{!102, !87, !54}
+!103 = distinct !{!103, !50}
+!104 = distinct !{!104, !87, !54}
+!105 = distinct !{!105, !11}
+!106 = distinct !{!106, !11}
+!107 = distinct !{!107, !11}
+!108 = distinct !{!108, !11}
+!109 = distinct !{!109, !50}
+!110 = distinct !{!110, !87, !54}
+!111 = distinct !{!111, !50}
+!112 = distinct !{!112, !87, !54}
+!113 = distinct !{!113, !50}
+!114 = distinct !{!114, !87, !54}
+!115 = distinct !{!115, !50}
+!116 = distinct !{!116, !87, !54}
+!117 = distinct !{!117, !11}
+!118 = !{!119, !119, i64 0}
+!119 = !{!"buffer3.w128.b0", !120, i64 0}
+!120 = !{!"buffer3.w256.b0", !121, i64 0}
+!121 = !{!"buffer3.w512.b0", !122, i64 0}
+!122 = !{!"buffer3.w1024.b0", !123, i64 0}
+!123 = !{!"buffer3", !7, i64 0}
+!124 = !{!125, !125, i64 0}
+!125 = !{!"buffer4.w128.b0", !126, i64 0}
+!126 = !{!"buffer4.w256.b0", !127, i64 0}
+!127 = !{!"buffer4.w512.b0", !128, i64 0}
+!128 = !{!"buffer4.w1024.b0", !129, i64 0}
+!129 = !{!"buffer4", !7, i64 0}
+!130 = !{!129, !129, i64 0}
+!131 = !{!123, !123, i64 0}
+!132 = !{!133, !133, i64 0}
+!133 = !{!"buffer5.w128.b0", !134, i64 0}
+!134 = !{!"buffer5.w256.b0", !135, i64 0}
+!135 = !{!"buffer5.w512.b0", !136, i64 0}
+!136 = !{!"buffer5.w1024.b0", !137, i64 0}
+!137 = !{!"buffer5", !7, i64 0}
+!138 = !{!137, !137, i64 0}
+!139 = !{!140, !140, i64 0}
+!140 = !{!"buffer6", !7, i64 0}
+!141 = !{!142, !142, i64 0}
+!142 = !{!"buffer7", !7, i64 0}
+!143 = distinct !{!143, !67}
+!144 = !{!145, !145, i64 0}
+!145 = !{!"buffer8.w128.b0", !146, i64 0}
+!146 = !{!"buffer8.w256.b0", !147, i64 0}
+!147 = !{!"buffer8.w512.b0", !148, i64 0}
+!148 = !{!"buffer8.w1024.b0", !149, i64 0}
+!149 = !{!"buffer8", !7, i64 0}
+!150 = !{!151, !151, i64 0}
+!151 = !{!"buffer9.w128.b0", !152, i64 0}
+!152 = !{!"buffer9.w256.b0", !153, i64 0}
+!153 = !{!"buffer9.w512.b0", !154, i64 0}
+!154 = !{!"buffer9.w1024.b0", !155, i64 0}
+!155 = !{!"buffer9", !7, i64 0}
+!156 = !{!155, !155, i64 0}
+!157 = !{!149, !149, i64 0}
+!158 = !{!159, !159, i64 0}
+!159 = !{!"buffer10.w128.b0", !160, i64 0}
+!160 = !{!"buffer10.w256.b0", !161, i64 0}
+!161 = !{!"buffer10.w512.b0", !162, i64 0}
+!162 = !{!"buffer10.w1024.b0", !163, i64 0}
+!163 = !{!"buffer10", !7, i64 0}
+!164 = !{!163, !163, i64 0}
+!165 = !{!166, !166, i64 0}
+!166 = !{!"buffer11", !7, i64 0}
+!167 = !{!168, !168, i64 0}
+!168 = !{!"buffer12", !7, i64 0}
+!169 = distinct !{!169, !67}

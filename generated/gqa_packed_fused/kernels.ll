@@ -1133,6 +1133,5924 @@ append_value_compute_.exit:                       ; preds = %for_begin_t.for_end
   ret i32 0
 }
 
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor478.i = alloca [16 x float], align 16
+  %beta325481.i = alloca [16 x float], align 16
+  %alpha324482.i = alloca [16 x float], align 16
+  %peak491.i = alloca [16 x float], align 16
+  %beta493.i = alloca [16 x float], align 16
+  %alpha494.i = alloca [16 x float], align 16
+  %tile_sum495.i = alloca [16 x float], align 16
+  %tile_max496.i = alloca [16 x float], align 16
+  %query.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %query.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %query.handle.idx = select i1 %0, i64 24, i64 0
+  %query.handle = getelementptr inbounds nuw i8, ptr %2, i64 %query.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %key_cache.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %key_cache.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %key_cache.handle.idx = select i1 %4, i64 24, i64 0
+  %key_cache.handle = getelementptr inbounds nuw i8, ptr %6, i64 %key_cache.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %value_cache.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %value_cache.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %value_cache.handle.idx = select i1 %8, i64 24, i64 0
+  %value_cache.handle = getelementptr inbounds nuw i8, ptr %10, i64 %value_cache.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %12 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %13 = load ptr, ptr %12, align 8
+  %14 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %15 = load ptr, ptr %14, align 8
+  %16 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %17 = load ptr, ptr %16, align 8
+  %18 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %19 = load ptr, ptr %18, align 8
+  %20 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %21 = load ptr, ptr %20, align 8
+  %22 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %23 = load ptr, ptr %22, align 8
+  %24 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %25 = load ptr, ptr %24, align 8
+  %26 = tail call <29 x i32> @llvm.masked.load.v29i32.p0(ptr nonnull align 8 %11, <29 x i1> <i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true, i1 false, i1 false, i1 false, i1 true>, <29 x i32> poison)
+  %27 = shufflevector <29 x i32> %26, <29 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %28 = icmp eq <8 x i32> %27, splat (i32 70)
+  %29 = extractelement <8 x i1> %28, i64 0
+  %block_table.handle.idx = select i1 %29, i64 24, i64 0
+  %block_table.handle = getelementptr inbounds nuw i8, ptr %13, i64 %block_table.handle.idx
+  %30 = extractelement <8 x i1> %28, i64 1
+  %context_lens.handle.idx = select i1 %30, i64 24, i64 0
+  %context_lens.handle = getelementptr inbounds nuw i8, ptr %15, i64 %context_lens.handle.idx
+  %31 = extractelement <8 x i1> %28, i64 2
+  %tree_mask.handle.idx = select i1 %31, i64 24, i64 0
+  %tree_mask.handle = getelementptr inbounds nuw i8, ptr %17, i64 %tree_mask.handle.idx
+  %32 = extractelement <8 x i1> %28, i64 3
+  %partial_max.handle.idx = select i1 %32, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %19, i64 %partial_max.handle.idx
+  %33 = extractelement <8 x i1> %28, i64 4
+  %partial_sum.handle.idx = select i1 %33, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %21, i64 %partial_sum.handle.idx
+  %34 = extractelement <8 x i1> %28, i64 5
+  %partial_acc.handle.idx = select i1 %34, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %23, i64 %partial_acc.handle.idx
+  %35 = extractelement <8 x i1> %28, i64 6
+  %out.handle.idx = select i1 %35, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %25, i64 %out.handle.idx
+  %36 = getelementptr inbounds nuw i8, ptr %args, i64 168
+  %37 = load ptr, ptr %36, align 8
+  %38 = extractelement <8 x i1> %28, i64 7
+  %lse.handle.idx = select i1 %38, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %37, i64 %lse.handle.idx
+  %39 = getelementptr inbounds nuw i8, ptr %args, i64 184
+  %k_block = load i64, ptr %39, align 8
+  %40 = getelementptr inbounds nuw i8, ptr %args, i64 200
+  %k_row = load i64, ptr %40, align 8
+  %41 = getelementptr inbounds nuw i8, ptr %args, i64 216
+  %k_head = load i64, ptr %41, align 8
+  %42 = getelementptr inbounds nuw i8, ptr %args, i64 232
+  %v_block = load i64, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %args, i64 248
+  %v_row = load i64, ptr %43, align 8
+  %44 = getelementptr inbounds nuw i8, ptr %args, i64 264
+  %v_head = load i64, ptr %44, align 8
+  %45 = getelementptr inbounds nuw i8, ptr %args, i64 280
+  %46 = load i64, ptr %45, align 8
+  %47 = getelementptr inbounds nuw i8, ptr %args, i64 296
+  %48 = load i64, ptr %47, align 8
+  %49 = getelementptr inbounds nuw i8, ptr %args, i64 312
+  %50 = load i64, ptr %49, align 8
+  %51 = getelementptr inbounds nuw i8, ptr %args, i64 328
+  %52 = load i64, ptr %51, align 8
+  %53 = getelementptr inbounds nuw i8, ptr %args, i64 344
+  %54 = load i64, ptr %53, align 8
+  %55 = getelementptr inbounds nuw i8, ptr %args, i64 360
+  %56 = load i64, ptr %55, align 8
+  %57 = getelementptr inbounds nuw i8, ptr %args, i64 376
+  %58 = load i64, ptr %57, align 8
+  %59 = getelementptr inbounds nuw i8, ptr %args, i64 392
+  %60 = load i64, ptr %59, align 8
+  %61 = getelementptr inbounds nuw i8, ptr %args, i64 408
+  %62 = load i64, ptr %61, align 8
+  %63 = getelementptr inbounds nuw i8, ptr %args, i64 424
+  %64 = load i64, ptr %63, align 8
+  %65 = getelementptr inbounds nuw i8, ptr %args, i64 440
+  %tree_start = load i64, ptr %65, align 8
+  %66 = getelementptr inbounds nuw i8, ptr %args, i64 456
+  %67 = load i64, ptr %66, align 8
+  %68 = getelementptr inbounds nuw i8, ptr %args, i64 464
+  %query_scale.type_index = load i32, ptr %68, align 8
+  %69 = getelementptr inbounds nuw i8, ptr %args, i64 472
+  %70 = load i64, ptr %69, align 8
+  %71 = getelementptr inbounds nuw i8, ptr %args, i64 480
+  %score_scale.type_index = load i32, ptr %71, align 8
+  %72 = getelementptr inbounds nuw i8, ptr %args, i64 488
+  %73 = load i64, ptr %72, align 8
+  %74 = getelementptr inbounds nuw i8, ptr %query.handle, i64 24
+  %fused_attend.query_shape = load ptr, ptr %74, align 8
+  %75 = getelementptr inbounds nuw i8, ptr %query.handle, i64 32
+  %fused_attend.query_strides = load ptr, ptr %75, align 8
+  %76 = icmp eq ptr %fused_attend.query_strides, null
+  %77 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 16
+  %78 = getelementptr inbounds nuw i8, ptr %fused_attend.query_strides, i64 8
+  %q_head.in = select i1 %76, ptr %77, ptr %78
+  %q_head = load i64, ptr %q_head.in, align 8
+  br i1 %76, label %if_then34, label %if_else35
+
+if_then34:                                        ; preds = %entry
+  %79 = getelementptr inbounds nuw i8, ptr %fused_attend.query_shape, i64 8
+  %80 = load i64, ptr %79, align 8
+  %81 = load i64, ptr %77, align 8
+  %82 = mul nsw i64 %81, %80
+  br label %if_end36
+
+if_else35:                                        ; preds = %entry
+  %83 = load i64, ptr %fused_attend.query_strides, align 8
+  br label %if_end36
+
+if_end36:                                         ; preds = %if_else35, %if_then34
+  %q_batch = phi i64 [ %82, %if_then34 ], [ %83, %if_else35 ]
+  %84 = getelementptr inbounds nuw i8, ptr %query.handle, i64 12
+  %dev_id = load i32, ptr %84, align 4
+  %85 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 24
+  %fused_attend.block_table_shape = load ptr, ptr %85, align 8
+  %86 = getelementptr inbounds nuw i8, ptr %block_table.handle, i64 32
+  %fused_attend.block_table_strides = load ptr, ptr %86, align 8
+  %87 = icmp eq ptr %fused_attend.block_table_strides, null
+  %88 = getelementptr inbounds nuw i8, ptr %fused_attend.block_table_shape, i64 8
+  %table_seq.in = select i1 %87, ptr %88, ptr %fused_attend.block_table_strides
+  %table_seq = load i64, ptr %table_seq.in, align 8
+  %89 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %fused_attend.out_shape = load ptr, ptr %89, align 8
+  %90 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %fused_attend.out_strides = load ptr, ptr %90, align 8
+  %91 = icmp eq ptr %fused_attend.out_strides, null
+  %92 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 16
+  %93 = getelementptr inbounds nuw i8, ptr %fused_attend.out_strides, i64 8
+  %out_head.in = select i1 %91, ptr %92, ptr %93
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %91, label %if_then43, label %if_else44
+
+if_then43:                                        ; preds = %if_end36
+  %94 = getelementptr inbounds nuw i8, ptr %fused_attend.out_shape, i64 8
+  %95 = load i64, ptr %94, align 8
+  %96 = load i64, ptr %92, align 8
+  %97 = mul nsw i64 %96, %95
+  br label %if_end45
+
+if_else44:                                        ; preds = %if_end36
+  %98 = load i64, ptr %fused_attend.out_strides, align 8
+  br label %if_end45
+
+if_end45:                                         ; preds = %if_else44, %if_then43
+  %out_batch = phi i64 [ %97, %if_then43 ], [ %98, %if_else44 ]
+  %99 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %fused_attend.lse_strides = load ptr, ptr %99, align 8
+  %100 = icmp eq ptr %fused_attend.lse_strides, null
+  br i1 %100, label %if_then46, label %if_end48
+
+if_then46:                                        ; preds = %if_end45
+  %101 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %fused_attend.lse_shape = load ptr, ptr %101, align 8
+  %102 = getelementptr inbounds nuw i8, ptr %fused_attend.lse_shape, i64 8
+  br label %if_end48
+
+if_end48:                                         ; preds = %if_then46, %if_end45
+  %lse_batch.in = phi ptr [ %102, %if_then46 ], [ %fused_attend.lse_strides, %if_end45 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %103 = icmp eq i32 %score_scale.type_index, 3
+  %.cast63 = bitcast i64 %73 to double
+  %104 = fptrunc double %.cast63 to float
+  %105 = sitofp i64 %73 to float
+  %score_scale = select i1 %103, float %104, float %105
+  %106 = icmp eq i32 %query_scale.type_index, 3
+  %.cast = bitcast i64 %70 to double
+  %107 = fptrunc double %.cast to float
+  %108 = sitofp i64 %70 to float
+  %query_scale = select i1 %106, float %107, float %108
+  %tree_size = trunc i64 %67 to i32
+  %block_end = trunc i64 %60 to i32
+  %block_begin = trunc i64 %58 to i32
+  %num_kv_heads = trunc i64 %56 to i32
+  %first_pos = trunc i64 %52 to i32
+  %num_query = trunc i64 %50 to i32
+  %query = load ptr, ptr %query.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  %key_cache = load ptr, ptr %key_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  %value_cache = load ptr, ptr %value_cache.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  %block_table = load ptr, ptr %block_table.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  %context_lens = load ptr, ptr %context_lens.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  %tree_mask = load ptr, ptr %tree_mask.handle, align 8
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor478.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta325481.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha324482.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %peak491.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta493.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha494.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_sum495.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %tile_max496.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %query, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %key_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %value_cache, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %block_table, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %context_lens, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %109 = shl nsw i32 %num_query, 2
+  %110 = add nsw i32 %109, 15
+  %111 = ashr i32 %110, 4
+  %112 = add nsw i32 %num_kv_heads, -1
+  %113 = mul nsw i32 %112, %111
+  %114 = icmp sgt i32 %num_query, -4
+  %115 = tail call i32 @llvm.smin.i32(i32 %113, i32 0)
+  %116 = select i1 %114, i32 0, i32 %115
+  %117 = mul i32 %111, %num_kv_heads
+  %118 = select i1 %114, i32 %113, i32 0
+  %119 = add nsw i32 %118, %111
+  %120 = tail call i32 @llvm.smax.i32(i32 %117, i32 %119)
+  %121 = sub nsw i32 %120, %116
+  %122 = tail call i32 @llvm.smin.i32(i32 %121, i32 16)
+  %123 = shl nsw i32 %122, 10
+  %124 = sext i32 %123 to i64
+  %125 = shl nuw nsw i64 %124, 2
+  %126 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %q_tile.i = tail call ptr %126(i32 1, i32 %dev_id, i64 %125, i32 0, i32 32)
+  %127 = icmp eq ptr %q_tile.i, null
+  br i1 %127, label %fused_attend_compute_.exit, label %if_end.i, !prof !7
+
+if_end.i:                                         ; preds = %if_end48
+  %128 = tail call i32 @llvm.smin.i32(i32 %117, i32 16)
+  %129 = shl nsw i32 %128, 4
+  %130 = sext i32 %129 to i64
+  %131 = shl nuw nsw i64 %130, 2
+  %132 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_max.i = tail call ptr %132(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
+  %133 = icmp eq ptr %total_max.i, null
+  br i1 %133, label %fused_attend_compute_.exit, label %if_end2.i, !prof !7
+
+if_end2.i:                                        ; preds = %if_end.i
+  %134 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_sum.i = tail call ptr %134(i32 1, i32 %dev_id, i64 %131, i32 2, i32 32)
+  %135 = icmp eq ptr %total_sum.i, null
+  br i1 %135, label %fused_attend_compute_.exit, label %if_end5.i, !prof !7
+
+if_end5.i:                                        ; preds = %if_end2.i
+  %136 = shl nsw i32 %128, 11
+  %137 = sext i32 %136 to i64
+  %138 = shl nuw nsw i64 %137, 2
+  %139 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %total_acc.i = tail call ptr %139(i32 1, i32 %dev_id, i64 %138, i32 2, i32 32)
+  %140 = icmp eq ptr %total_acc.i, null
+  br i1 %140, label %fused_attend_compute_.exit, label %if_end8.i, !prof !7
+
+if_end8.i:                                        ; preds = %if_end5.i
+  %141 = shl nsw i32 %122, 4
+  %142 = sext i32 %141 to i64
+  %143 = shl nuw nsw i64 %142, 2
+  %144 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %limits.i = tail call ptr %144(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
+  %145 = icmp eq ptr %limits.i, null
+  br i1 %145, label %fused_attend_compute_.exit, label %if_end11.i, !prof !7
+
+if_end11.i:                                       ; preds = %if_end8.i
+  %146 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %places.i = tail call ptr %146(i32 1, i32 %dev_id, i64 %143, i32 0, i32 32)
+  %147 = icmp eq ptr %places.i, null
+  br i1 %147, label %fused_attend_compute_.exit, label %if_end14.i, !prof !7
+
+if_end14.i:                                       ; preds = %if_end11.i
+  %148 = shl nsw i32 %122, 2
+  %149 = sext i32 %148 to i64
+  %150 = shl nuw nsw i64 %149, 2
+  %151 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %reach.i = tail call ptr %151(i32 1, i32 %dev_id, i64 %150, i32 0, i32 32)
+  %152 = icmp eq ptr %reach.i, null
+  br i1 %152, label %fused_attend_compute_.exit, label %if_end17.i, !prof !7
+
+if_end17.i:                                       ; preds = %if_end14.i
+  %sext = shl i64 %46, 32
+  %153 = ashr exact i64 %sext, 32
+  %154 = getelementptr inbounds i32, ptr %context_lens, i64 %153
+  %context_len.i = load i32, ptr %154, align 4, !tbaa !4
+  %155 = icmp sgt i64 %tree_start, -1
+  %156 = icmp slt i32 %117, 1
+  br i1 %156, label %for_end_tile80.i, label %for_begin_r.preheader.lr.ph.i, !prof !11
+
+for_begin_r.preheader.lr.ph.i:                    ; preds = %if_end17.i
+  %157 = and i64 %64, 4294967295
+  %158 = icmp eq i64 %157, 0
+  %159 = icmp slt i32 %111, 0
+  %sext64 = shl i64 %54, 32
+  %160 = ashr exact i64 %sext64, 32
+  %sext65 = shl i64 %48, 32
+  %161 = ashr exact i64 %sext65, 32
+  %162 = icmp sgt i32 %111, -1
+  %.scalar.i = add i32 %first_pos, 1
+  %163 = insertelement <16 x i32> poison, i32 %.scalar.i, i64 0
+  %164 = shufflevector <16 x i32> %163, <16 x i32> poison, <16 x i32> zeroinitializer
+  %165 = insertelement <16 x i32> poison, i32 %context_len.i, i64 0
+  %166 = shufflevector <16 x i32> %165, <16 x i32> poison, <16 x i32> zeroinitializer
+  %167 = or i1 %158, %155
+  %168 = insertelement <16 x i1> poison, i1 %167, i64 0
+  %169 = shufflevector <16 x i1> %168, <16 x i1> poison, <16 x i32> zeroinitializer
+  %wide.trip.count.i = zext nneg i32 %117 to i64
+  %scevgep162 = getelementptr i8, ptr %q_tile.i, i64 4096
+  %scevgep164 = getelementptr i8, ptr %query, i64 256
+  %170 = shl i64 %q_batch, 1
+  %171 = shl i64 %q_head, 1
+  %broadcast.splatinsert = insertelement <8 x float> poison, float %query_scale, i64 0
+  %broadcast.splat = shufflevector <8 x float> %broadcast.splatinsert, <8 x float> poison, <8 x i32> zeroinitializer
+  br label %for_begin_r.preheader.i
+
+for_begin_r.preheader.i:                          ; preds = %for_body_r57.peel.next.i, %for_begin_r.preheader.lr.ph.i
+  %indvars.iv1408.i = phi i64 [ 0, %for_begin_r.preheader.lr.ph.i ], [ %indvars.iv.next1409.i, %for_body_r57.peel.next.i ]
+  %172 = shl i64 %indvars.iv1408.i, 12
+  %173 = and i64 %172, 17179865088
+  %scevgep = getelementptr i8, ptr %q_tile.i, i64 %173
+  %scevgep163 = getelementptr i8, ptr %scevgep162, i64 %173
+  %174 = trunc nuw nsw i64 %indvars.iv1408.i to i32
+  %175 = shl i64 %indvars.iv1408.i, 12
+  %176 = and i64 %175, 17179865088
+  %rmod.i = srem i32 %174, %111
+  %rdiv.us.i = sdiv i32 %174, %111
+  %177 = icmp ne i32 %rmod.i, 0
+  %.not526.i = and i1 %159, %177
+  %178 = select i1 %.not526.i, i32 %111, i32 0
+  %179 = add nsw i32 %178, %rmod.i
+  %180 = shl nsw i32 %179, 4
+  %181 = sub nsw i32 %109, %180
+  %182 = sext i1 %.not526.i to i32
+  %183 = sext i32 %179 to i64
+  %184 = shl nsw i64 %183, 2
+  %invariant.op.i = add nsw i64 %184, %161
+  %185 = shl i64 %indvars.iv1408.i, 10
+  %186 = and i64 %185, 4294966272
+  %187 = sext i32 %181 to i64
+  %188 = getelementptr i8, ptr %q_tile.i, i64 %176
+  %invariant.gep1674.i = getelementptr inbounds nuw i32, ptr %q_tile.i, i64 %186
+  %189 = add nsw i64 %161, %184
+  br label %for_begin_d.preheader.i
+
+for_begin_tile78.preheader.i:                     ; preds = %for_body_r57.peel.next.i
+  %190 = getelementptr inbounds nuw i8, ptr %reach.i, i64 4
+  %191 = load <2 x i32>, ptr %190, align 4, !tbaa !4
+  %exitcond1416.peel.not.i = icmp eq i32 %117, 1
+  %192 = extractelement <2 x i32> %191, i64 0
+  %193 = extractelement <2 x i32> %191, i64 1
+  br i1 %exitcond1416.peel.not.i, label %for_end_tile80.loopexit.i, label %iter.check, !prof !8
+
+iter.check:                                       ; preds = %for_begin_tile78.preheader.i
+  %194 = add nsw i64 %wide.trip.count.i, -1
+  %min.iters.check = icmp ult i32 %117, 6
+  br i1 %min.iters.check, label %if_end88.i.preheader, label %vector.main.loop.iter.check, !prof !11
+
+vector.main.loop.iter.check:                      ; preds = %iter.check
+  %min.iters.check178 = icmp ult i32 %117, 34
+  br i1 %min.iters.check178, label %vec.epilog.ph, label %vector.ph179, !prof !11
+
+vector.ph179:                                     ; preds = %vector.main.loop.iter.check
+  %n.mod.vf = and i64 %194, 31
+  %195 = icmp eq i64 %n.mod.vf, 0
+  %196 = select i1 %195, i64 32, i64 %n.mod.vf
+  %n.vec = sub nsw i64 %194, %196
+  %broadcast.splat181 = shufflevector <2 x i32> %191, <2 x i32> poison, <8 x i32> <i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat183 = shufflevector <2 x i32> %191, <2 x i32> poison, <8 x i32> zeroinitializer
+  br label %vector.body184
+
+vector.body184:                                   ; preds = %vector.body184, %vector.ph179
+  %index185 = phi i64 [ 0, %vector.ph179 ], [ %index.next205, %vector.body184 ]
+  %vec.phi = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %209, %vector.body184 ]
+  %vec.phi186 = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %210, %vector.body184 ]
+  %vec.phi187 = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %211, %vector.body184 ]
+  %vec.phi188 = phi <8 x i32> [ %broadcast.splat181, %vector.ph179 ], [ %212, %vector.body184 ]
+  %vec.phi189 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %213, %vector.body184 ]
+  %vec.phi190 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %214, %vector.body184 ]
+  %vec.phi191 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %215, %vector.body184 ]
+  %vec.phi192 = phi <8 x i32> [ %broadcast.splat183, %vector.ph179 ], [ %216, %vector.body184 ]
+  %197 = shl i64 %index185, 4
+  %198 = shl i64 %index185, 4
+  %199 = shl i64 %index185, 4
+  %200 = shl i64 %index185, 4
+  %201 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %197
+  %202 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %198
+  %203 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %199
+  %204 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %200
+  %205 = getelementptr inbounds nuw i8, ptr %201, i64 20
+  %206 = getelementptr inbounds nuw i8, ptr %202, i64 148
+  %207 = getelementptr inbounds nuw i8, ptr %203, i64 276
+  %208 = getelementptr inbounds nuw i8, ptr %204, i64 404
+  %wide.vec193 = load <32 x i32>, ptr %205, align 4, !tbaa !4
+  %strided.vec194 = shufflevector <32 x i32> %wide.vec193, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec195 = shufflevector <32 x i32> %wide.vec193, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec196 = load <32 x i32>, ptr %206, align 4, !tbaa !4
+  %strided.vec197 = shufflevector <32 x i32> %wide.vec196, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec198 = shufflevector <32 x i32> %wide.vec196, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec199 = load <32 x i32>, ptr %207, align 4, !tbaa !4
+  %strided.vec200 = shufflevector <32 x i32> %wide.vec199, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec201 = shufflevector <32 x i32> %wide.vec199, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %wide.vec202 = load <32 x i32>, ptr %208, align 4, !tbaa !4
+  %strided.vec203 = shufflevector <32 x i32> %wide.vec202, <32 x i32> poison, <8 x i32> <i32 0, i32 4, i32 8, i32 12, i32 16, i32 20, i32 24, i32 28>
+  %strided.vec204 = shufflevector <32 x i32> %wide.vec202, <32 x i32> poison, <8 x i32> <i32 1, i32 5, i32 9, i32 13, i32 17, i32 21, i32 25, i32 29>
+  %209 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi, <8 x i32> %strided.vec195)
+  %210 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi186, <8 x i32> %strided.vec198)
+  %211 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi187, <8 x i32> %strided.vec201)
+  %212 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %vec.phi188, <8 x i32> %strided.vec204)
+  %213 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi189, <8 x i32> %strided.vec194)
+  %214 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi190, <8 x i32> %strided.vec197)
+  %215 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi191, <8 x i32> %strided.vec200)
+  %216 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %vec.phi192, <8 x i32> %strided.vec203)
+  %index.next205 = add nuw i64 %index185, 32
+  %217 = icmp eq i64 %index.next205, %n.vec
+  br i1 %217, label %vec.epilog.iter.check, label %vector.body184, !prof !12, !llvm.loop !13
+
+vec.epilog.iter.check:                            ; preds = %vector.body184
+  %rdx.minmax209 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %213, <8 x i32> %214)
+  %rdx.minmax210 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax209, <8 x i32> %215)
+  %rdx.minmax211 = tail call <8 x i32> @llvm.smax.v8i32(<8 x i32> %rdx.minmax210, <8 x i32> %216)
+  %218 = tail call i32 @llvm.vector.reduce.smax.v8i32(<8 x i32> %rdx.minmax211)
+  %rdx.minmax = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %209, <8 x i32> %210)
+  %rdx.minmax207 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax, <8 x i32> %211)
+  %rdx.minmax208 = tail call <8 x i32> @llvm.smin.v8i32(<8 x i32> %rdx.minmax207, <8 x i32> %212)
+  %219 = tail call i32 @llvm.vector.reduce.smin.v8i32(<8 x i32> %rdx.minmax208)
+  %ind.end = add nsw i64 %n.vec, 1
+  %min.epilog.iters.check = icmp samesign ult i64 %196, 5
+  %220 = insertelement <2 x i32> poison, i32 %218, i64 0
+  %221 = insertelement <2 x i32> %220, i32 %219, i64 1
+  br i1 %min.epilog.iters.check, label %if_end88.i.preheader, label %vec.epilog.ph, !prof !18
+
+vec.epilog.ph:                                    ; preds = %vec.epilog.iter.check, %vector.main.loop.iter.check
+  %vec.epilog.resume.val = phi i64 [ %n.vec, %vec.epilog.iter.check ], [ 0, %vector.main.loop.iter.check ]
+  %222 = phi <2 x i32> [ %221, %vec.epilog.iter.check ], [ %191, %vector.main.loop.iter.check ]
+  %n.mod.vf213 = and i64 %194, 3
+  %223 = icmp eq i64 %n.mod.vf213, 0
+  %224 = select i1 %223, i64 4, i64 %n.mod.vf213
+  %n.vec214 = sub nsw i64 %194, %224
+  %225 = add nsw i64 %n.vec214, 1
+  %broadcast.splat216 = shufflevector <2 x i32> %222, <2 x i32> poison, <4 x i32> <i32 1, i32 1, i32 1, i32 1>
+  %broadcast.splat218 = shufflevector <2 x i32> %222, <2 x i32> poison, <4 x i32> zeroinitializer
+  br label %vec.epilog.vector.body
+
+vec.epilog.vector.body:                           ; preds = %vec.epilog.vector.body, %vec.epilog.ph
+  %index219 = phi i64 [ %vec.epilog.resume.val, %vec.epilog.ph ], [ %index.next225, %vec.epilog.vector.body ]
+  %vec.phi220 = phi <4 x i32> [ %broadcast.splat216, %vec.epilog.ph ], [ %228, %vec.epilog.vector.body ]
+  %vec.phi221 = phi <4 x i32> [ %broadcast.splat218, %vec.epilog.ph ], [ %229, %vec.epilog.vector.body ]
+  %offset.idx = shl i64 %index219, 4
+  %226 = getelementptr i8, ptr %reach.i, i64 %offset.idx
+  %227 = getelementptr i8, ptr %226, i64 20
+  %wide.vec222 = load <16 x i32>, ptr %227, align 4, !tbaa !4
+  %strided.vec223 = shufflevector <16 x i32> %wide.vec222, <16 x i32> poison, <4 x i32> <i32 0, i32 4, i32 8, i32 12>
+  %strided.vec224 = shufflevector <16 x i32> %wide.vec222, <16 x i32> poison, <4 x i32> <i32 1, i32 5, i32 9, i32 13>
+  %228 = tail call <4 x i32> @llvm.smin.v4i32(<4 x i32> %vec.phi220, <4 x i32> %strided.vec224)
+  %229 = tail call <4 x i32> @llvm.smax.v4i32(<4 x i32> %vec.phi221, <4 x i32> %strided.vec223)
+  %index.next225 = add nuw i64 %index219, 4
+  %230 = icmp eq i64 %index.next225, %n.vec214
+  br i1 %230, label %vec.epilog.middle.block, label %vec.epilog.vector.body, !llvm.loop !19
+
+vec.epilog.middle.block:                          ; preds = %vec.epilog.vector.body
+  %231 = tail call i32 @llvm.vector.reduce.smin.v4i32(<4 x i32> %228)
+  %232 = tail call i32 @llvm.vector.reduce.smax.v4i32(<4 x i32> %229)
+  br label %if_end88.i.preheader
+
+if_end88.i.preheader:                             ; preds = %vec.epilog.middle.block, %vec.epilog.iter.check, %iter.check
+  %indvars.iv1412.i.ph = phi i64 [ 1, %iter.check ], [ %ind.end, %vec.epilog.iter.check ], [ %225, %vec.epilog.middle.block ]
+  %span497.sroa.0.01155.i.ph = phi i32 [ %193, %iter.check ], [ %219, %vec.epilog.iter.check ], [ %231, %vec.epilog.middle.block ]
+  %span497.sroa.3.01154.i.ph = phi i32 [ %192, %iter.check ], [ %218, %vec.epilog.iter.check ], [ %232, %vec.epilog.middle.block ]
+  br label %if_end88.i
+
+for_begin_d.preheader.i:                          ; preds = %for_end_d.i, %for_begin_r.preheader.i
+  %indvar.i = phi i64 [ 0, %for_begin_r.preheader.i ], [ %indvar.next.i, %for_end_d.i ]
+  %233 = icmp slt i64 %indvar.i, %187
+  br i1 %233, label %for_begin_d.preheader.split.us.i, label %for_body_d.preheader.i
+
+for_body_d.preheader.i:                           ; preds = %for_begin_d.preheader.i
+  %234 = shl nuw nsw i64 %indvar.i, 8
+  %scevgep.i = getelementptr i8, ptr %188, i64 %234
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(256) %scevgep.i, i8 0, i64 256, i1 false), !tbaa !4
+  br label %for_end_d.i
+
+for_begin_d.preheader.split.us.i:                 ; preds = %for_begin_d.preheader.i
+  %235 = lshr i64 %indvar.i, 2
+  %236 = add nsw i64 %189, %235
+  %237 = mul i64 %170, %236
+  %238 = lshr i64 %indvar.i, 2
+  %.reass.i = add nsw i64 %invariant.op.i, %238
+  %239 = mul nsw i64 %.reass.i, %q_batch
+  %240 = getelementptr i16, ptr %query, i64 %239
+  %241 = and i64 %indvar.i, 3
+  %242 = add nsw i32 %rdiv.us.i, %182
+  %243 = sext i32 %242 to i64
+  %244 = add nsw i64 %160, %243
+  %245 = shl nsw i64 %244, 2
+  %246 = or disjoint i64 %245, %241
+  %247 = mul nsw i64 %246, %q_head
+  %invariant.gep.i = getelementptr i16, ptr %240, i64 %247
+  %.idx1643.i = shl nuw nsw i64 %indvar.i, 8
+  %gep1675.i = getelementptr inbounds nuw i8, ptr %invariant.gep1674.i, i64 %.idx1643.i
+  %248 = mul i64 %171, %246
+  %249 = getelementptr i8, ptr %scevgep164, i64 %237
+  %scevgep165 = getelementptr i8, ptr %249, i64 %248
+  %bound0 = icmp ult ptr %scevgep, %scevgep165
+  %bound1 = icmp ult ptr %invariant.gep.i, %scevgep163
+  %found.conflict = and i1 %bound0, %bound1
+  br i1 %found.conflict, label %for_body_d.us.i, label %vector.body, !prof !11
+
+vector.body:                                      ; preds = %for_begin_d.preheader.split.us.i
+  %250 = getelementptr i8, ptr %invariant.gep.i, i64 32
+  %251 = getelementptr i8, ptr %invariant.gep.i, i64 64
+  %252 = getelementptr i8, ptr %invariant.gep.i, i64 96
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec166 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec167 = load <16 x i16>, ptr %250, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec168 = shufflevector <16 x i16> %wide.vec167, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec169 = shufflevector <16 x i16> %wide.vec167, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec170 = load <16 x i16>, ptr %251, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec171 = shufflevector <16 x i16> %wide.vec170, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec172 = shufflevector <16 x i16> %wide.vec170, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec173 = load <16 x i16>, ptr %252, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec174 = shufflevector <16 x i16> %wide.vec173, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec175 = shufflevector <16 x i16> %wide.vec173, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %253 = zext <8 x i16> %strided.vec166 to <8 x i32>
+  %254 = zext <8 x i16> %strided.vec169 to <8 x i32>
+  %255 = zext <8 x i16> %strided.vec172 to <8 x i32>
+  %256 = zext <8 x i16> %strided.vec175 to <8 x i32>
+  %257 = shl nuw <8 x i32> %253, splat (i32 16)
+  %258 = shl nuw <8 x i32> %254, splat (i32 16)
+  %259 = shl nuw <8 x i32> %255, splat (i32 16)
+  %260 = shl nuw <8 x i32> %256, splat (i32 16)
+  %261 = bitcast <8 x i32> %257 to <8 x float>
+  %262 = bitcast <8 x i32> %258 to <8 x float>
+  %263 = bitcast <8 x i32> %259 to <8 x float>
+  %264 = bitcast <8 x i32> %260 to <8 x float>
+  %265 = fmul <8 x float> %broadcast.splat, %261
+  %266 = fmul <8 x float> %broadcast.splat, %262
+  %267 = fmul <8 x float> %broadcast.splat, %263
+  %268 = fmul <8 x float> %broadcast.splat, %264
+  %269 = bitcast <8 x float> %265 to <8 x i32>
+  %270 = bitcast <8 x float> %266 to <8 x i32>
+  %271 = bitcast <8 x float> %267 to <8 x i32>
+  %272 = bitcast <8 x float> %268 to <8 x i32>
+  %273 = zext <8 x i16> %strided.vec to <8 x i32>
+  %274 = zext <8 x i16> %strided.vec168 to <8 x i32>
+  %275 = zext <8 x i16> %strided.vec171 to <8 x i32>
+  %276 = zext <8 x i16> %strided.vec174 to <8 x i32>
+  %277 = shl nuw <8 x i32> %273, splat (i32 16)
+  %278 = shl nuw <8 x i32> %274, splat (i32 16)
+  %279 = shl nuw <8 x i32> %275, splat (i32 16)
+  %280 = shl nuw <8 x i32> %276, splat (i32 16)
+  %281 = bitcast <8 x i32> %277 to <8 x float>
+  %282 = bitcast <8 x i32> %278 to <8 x float>
+  %283 = bitcast <8 x i32> %279 to <8 x float>
+  %284 = bitcast <8 x i32> %280 to <8 x float>
+  %285 = fmul <8 x float> %broadcast.splat, %281
+  %286 = fmul <8 x float> %broadcast.splat, %282
+  %287 = fmul <8 x float> %broadcast.splat, %283
+  %288 = fmul <8 x float> %broadcast.splat, %284
+  %289 = bitcast <8 x float> %285 to <8 x i32>
+  %290 = bitcast <8 x float> %286 to <8 x i32>
+  %291 = bitcast <8 x float> %287 to <8 x i32>
+  %292 = bitcast <8 x float> %288 to <8 x i32>
+  %293 = lshr <8 x i32> %289, splat (i32 16)
+  %294 = lshr <8 x i32> %290, splat (i32 16)
+  %295 = lshr <8 x i32> %291, splat (i32 16)
+  %296 = lshr <8 x i32> %292, splat (i32 16)
+  %297 = or <8 x i32> %293, %269
+  %298 = or <8 x i32> %294, %270
+  %299 = or <8 x i32> %295, %271
+  %300 = or <8 x i32> %296, %272
+  %301 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 32
+  %302 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 64
+  %303 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 96
+  store <8 x i32> %297, ptr %gep1675.i, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %298, ptr %301, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %299, ptr %302, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %300, ptr %303, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  %304 = getelementptr i8, ptr %invariant.gep.i, i64 128
+  %305 = getelementptr i8, ptr %invariant.gep.i, i64 160
+  %306 = getelementptr i8, ptr %invariant.gep.i, i64 192
+  %307 = getelementptr i8, ptr %invariant.gep.i, i64 224
+  %wide.vec.1 = load <16 x i16>, ptr %304, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec166.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec167.1 = load <16 x i16>, ptr %305, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec168.1 = shufflevector <16 x i16> %wide.vec167.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec169.1 = shufflevector <16 x i16> %wide.vec167.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec170.1 = load <16 x i16>, ptr %306, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec171.1 = shufflevector <16 x i16> %wide.vec170.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec172.1 = shufflevector <16 x i16> %wide.vec170.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %wide.vec173.1 = load <16 x i16>, ptr %307, align 2, !tbaa !4, !alias.scope !21
+  %strided.vec174.1 = shufflevector <16 x i16> %wide.vec173.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
+  %strided.vec175.1 = shufflevector <16 x i16> %wide.vec173.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
+  %308 = zext <8 x i16> %strided.vec166.1 to <8 x i32>
+  %309 = zext <8 x i16> %strided.vec169.1 to <8 x i32>
+  %310 = zext <8 x i16> %strided.vec172.1 to <8 x i32>
+  %311 = zext <8 x i16> %strided.vec175.1 to <8 x i32>
+  %312 = shl nuw <8 x i32> %308, splat (i32 16)
+  %313 = shl nuw <8 x i32> %309, splat (i32 16)
+  %314 = shl nuw <8 x i32> %310, splat (i32 16)
+  %315 = shl nuw <8 x i32> %311, splat (i32 16)
+  %316 = bitcast <8 x i32> %312 to <8 x float>
+  %317 = bitcast <8 x i32> %313 to <8 x float>
+  %318 = bitcast <8 x i32> %314 to <8 x float>
+  %319 = bitcast <8 x i32> %315 to <8 x float>
+  %320 = fmul <8 x float> %broadcast.splat, %316
+  %321 = fmul <8 x float> %broadcast.splat, %317
+  %322 = fmul <8 x float> %broadcast.splat, %318
+  %323 = fmul <8 x float> %broadcast.splat, %319
+  %324 = bitcast <8 x float> %320 to <8 x i32>
+  %325 = bitcast <8 x float> %321 to <8 x i32>
+  %326 = bitcast <8 x float> %322 to <8 x i32>
+  %327 = bitcast <8 x float> %323 to <8 x i32>
+  %328 = zext <8 x i16> %strided.vec.1 to <8 x i32>
+  %329 = zext <8 x i16> %strided.vec168.1 to <8 x i32>
+  %330 = zext <8 x i16> %strided.vec171.1 to <8 x i32>
+  %331 = zext <8 x i16> %strided.vec174.1 to <8 x i32>
+  %332 = shl nuw <8 x i32> %328, splat (i32 16)
+  %333 = shl nuw <8 x i32> %329, splat (i32 16)
+  %334 = shl nuw <8 x i32> %330, splat (i32 16)
+  %335 = shl nuw <8 x i32> %331, splat (i32 16)
+  %336 = bitcast <8 x i32> %332 to <8 x float>
+  %337 = bitcast <8 x i32> %333 to <8 x float>
+  %338 = bitcast <8 x i32> %334 to <8 x float>
+  %339 = bitcast <8 x i32> %335 to <8 x float>
+  %340 = fmul <8 x float> %broadcast.splat, %336
+  %341 = fmul <8 x float> %broadcast.splat, %337
+  %342 = fmul <8 x float> %broadcast.splat, %338
+  %343 = fmul <8 x float> %broadcast.splat, %339
+  %344 = bitcast <8 x float> %340 to <8 x i32>
+  %345 = bitcast <8 x float> %341 to <8 x i32>
+  %346 = bitcast <8 x float> %342 to <8 x i32>
+  %347 = bitcast <8 x float> %343 to <8 x i32>
+  %348 = lshr <8 x i32> %344, splat (i32 16)
+  %349 = lshr <8 x i32> %345, splat (i32 16)
+  %350 = lshr <8 x i32> %346, splat (i32 16)
+  %351 = lshr <8 x i32> %347, splat (i32 16)
+  %352 = or <8 x i32> %348, %324
+  %353 = or <8 x i32> %349, %325
+  %354 = or <8 x i32> %350, %326
+  %355 = or <8 x i32> %351, %327
+  %356 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 128
+  %357 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 160
+  %358 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 192
+  %359 = getelementptr inbounds nuw i8, ptr %gep1675.i, i64 224
+  store <8 x i32> %352, ptr %356, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %353, ptr %357, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %354, ptr %358, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %355, ptr %359, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  br label %for_end_d.i
+
+for_body_d.us.i:                                  ; preds = %for_body_d.us.i, %for_begin_d.preheader.split.us.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i.3, %for_body_d.us.i ], [ 0, %for_begin_d.preheader.split.us.i ]
+  %gep.idx.i = shl i64 %indvars.iv.i, 2
+  %gep.i = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i
+  %360 = getelementptr i8, ptr %gep.i, i64 2
+  %361 = load i16, ptr %360, align 2, !tbaa !4
+  %362 = zext i16 %361 to i32
+  %363 = shl nuw i32 %362, 16
+  %364 = bitcast i32 %363 to float
+  %365 = fmul float %query_scale, %364
+  %366 = bitcast float %365 to i32
+  %367 = load i16, ptr %gep.i, align 2, !tbaa !4
+  %368 = zext i16 %367 to i32
+  %369 = shl nuw i32 %368, 16
+  %370 = bitcast i32 %369 to float
+  %371 = fmul float %query_scale, %370
+  %372 = bitcast float %371 to i32
+  %373 = lshr i32 %372, 16
+  %374 = or i32 %373, %366
+  %gep1673.i = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.i
+  store i32 %374, ptr %gep1673.i, align 4, !tbaa !4
+  %indvars.iv.next.i = or disjoint i64 %indvars.iv.i, 1
+  %gep.idx.i.1 = shl i64 %indvars.iv.next.i, 2
+  %gep.i.1 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.1
+  %375 = getelementptr i8, ptr %gep.i.1, i64 2
+  %376 = load i16, ptr %375, align 2, !tbaa !4
+  %377 = zext i16 %376 to i32
+  %378 = shl nuw i32 %377, 16
+  %379 = bitcast i32 %378 to float
+  %380 = fmul float %query_scale, %379
+  %381 = bitcast float %380 to i32
+  %382 = load i16, ptr %gep.i.1, align 2, !tbaa !4
+  %383 = zext i16 %382 to i32
+  %384 = shl nuw i32 %383, 16
+  %385 = bitcast i32 %384 to float
+  %386 = fmul float %query_scale, %385
+  %387 = bitcast float %386 to i32
+  %388 = lshr i32 %387, 16
+  %389 = or i32 %388, %381
+  %gep1673.i.1 = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.next.i
+  store i32 %389, ptr %gep1673.i.1, align 4, !tbaa !4
+  %indvars.iv.next.i.1 = or disjoint i64 %indvars.iv.i, 2
+  %gep.idx.i.2 = shl i64 %indvars.iv.next.i.1, 2
+  %gep.i.2 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.2
+  %390 = getelementptr i8, ptr %gep.i.2, i64 2
+  %391 = load i16, ptr %390, align 2, !tbaa !4
+  %392 = zext i16 %391 to i32
+  %393 = shl nuw i32 %392, 16
+  %394 = bitcast i32 %393 to float
+  %395 = fmul float %query_scale, %394
+  %396 = bitcast float %395 to i32
+  %397 = load i16, ptr %gep.i.2, align 2, !tbaa !4
+  %398 = zext i16 %397 to i32
+  %399 = shl nuw i32 %398, 16
+  %400 = bitcast i32 %399 to float
+  %401 = fmul float %query_scale, %400
+  %402 = bitcast float %401 to i32
+  %403 = lshr i32 %402, 16
+  %404 = or i32 %403, %396
+  %gep1673.i.2 = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.next.i.1
+  store i32 %404, ptr %gep1673.i.2, align 4, !tbaa !4
+  %indvars.iv.next.i.2 = or disjoint i64 %indvars.iv.i, 3
+  %gep.idx.i.3 = shl i64 %indvars.iv.next.i.2, 2
+  %gep.i.3 = getelementptr i8, ptr %invariant.gep.i, i64 %gep.idx.i.3
+  %405 = getelementptr i8, ptr %gep.i.3, i64 2
+  %406 = load i16, ptr %405, align 2, !tbaa !4
+  %407 = zext i16 %406 to i32
+  %408 = shl nuw i32 %407, 16
+  %409 = bitcast i32 %408 to float
+  %410 = fmul float %query_scale, %409
+  %411 = bitcast float %410 to i32
+  %412 = load i16, ptr %gep.i.3, align 2, !tbaa !4
+  %413 = zext i16 %412 to i32
+  %414 = shl nuw i32 %413, 16
+  %415 = bitcast i32 %414 to float
+  %416 = fmul float %query_scale, %415
+  %417 = bitcast float %416 to i32
+  %418 = lshr i32 %417, 16
+  %419 = or i32 %418, %411
+  %gep1673.i.3 = getelementptr inbounds nuw i32, ptr %gep1675.i, i64 %indvars.iv.next.i.2
+  store i32 %419, ptr %gep1673.i.3, align 4, !tbaa !4
+  %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
+  %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.us.i, !prof !26, !llvm.loop !27
+
+for_body_r57.peel.next.i:                         ; preds = %for_end_d.i
+  %420 = icmp eq i32 %rmod.i, 0
+  %421 = or i1 %162, %420
+  %422 = select i1 %421, i32 0, i32 %111
+  %423 = add nsw i32 %422, %rmod.i
+  %424 = shl nsw i32 %423, 4
+  %425 = sub nsw i32 %109, %424
+  %426 = tail call i32 @llvm.smin.i32(i32 %425, i32 16)
+  %427 = add nsw i32 %426, -1
+  %428 = insertelement <16 x i32> poison, i32 %427, i64 0
+  %429 = shufflevector <16 x i32> %428, <16 x i32> poison, <16 x i32> zeroinitializer
+  %430 = tail call <16 x i32> @llvm.smin.v16i32(<16 x i32> %429, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>)
+  %431 = insertelement <16 x i32> poison, i32 %424, i64 0
+  %432 = shufflevector <16 x i32> %431, <16 x i32> poison, <16 x i32> zeroinitializer
+  %433 = add nsw <16 x i32> %430, %432
+  %434 = ashr <16 x i32> %433, splat (i32 2)
+  %435 = add <16 x i32> %434, %164
+  %436 = select <16 x i1> %169, <16 x i32> %166, <16 x i32> %435
+  %437 = shl nsw i64 %indvars.iv1408.i, 4
+  %438 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %437
+  store <16 x i32> %436, ptr %438, align 4, !tbaa !4
+  %439 = add nsw <16 x i32> %436, splat (i32 -1)
+  %440 = sitofp <16 x i32> %439 to <16 x float>
+  %441 = bitcast <16 x float> %440 to <16 x i32>
+  %442 = ashr <16 x i32> %441, splat (i32 23)
+  %443 = tail call <16 x i32> @llvm.smax.v16i32(<16 x i32> %442, <16 x i32> splat (i32 125))
+  %444 = add nsw <16 x i32> %443, splat (i32 -125)
+  %445 = getelementptr inbounds nuw i32, ptr %places.i, i64 %437
+  store <16 x i32> %444, ptr %445, align 4, !tbaa !4
+  %446 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %437
+  %447 = getelementptr inbounds nuw i8, ptr %446, i64 4
+  %448 = getelementptr inbounds nuw i8, ptr %446, i64 8
+  %449 = getelementptr inbounds nuw i8, ptr %446, i64 12
+  %450 = and i64 %437, 4294967280
+  %451 = getelementptr inbounds nuw i32, ptr %limits.i, i64 %450
+  %own.peel.i = load i32, ptr %451, align 4, !tbaa !4
+  store i32 %own.peel.i, ptr %446, align 4, !tbaa !4
+  store i32 %own.peel.i, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i = getelementptr inbounds nuw i8, ptr %451, i64 4
+  %own.i = load i32, ptr %gep1677.i, align 4, !tbaa !4
+  %452 = tail call i32 @llvm.smin.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %452, ptr %446, align 4, !tbaa !4
+  %453 = tail call i32 @llvm.smax.i32(i32 %own.peel.i, i32 %own.i)
+  store i32 %453, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.1 = getelementptr inbounds nuw i8, ptr %451, i64 8
+  %own.i.1 = load i32, ptr %gep1677.i.1, align 4, !tbaa !4
+  %454 = tail call i32 @llvm.smin.i32(i32 %452, i32 %own.i.1)
+  store i32 %454, ptr %446, align 4, !tbaa !4
+  %455 = tail call i32 @llvm.smax.i32(i32 %453, i32 %own.i.1)
+  store i32 %455, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.2 = getelementptr inbounds nuw i8, ptr %451, i64 12
+  %own.i.2 = load i32, ptr %gep1677.i.2, align 4, !tbaa !4
+  %456 = tail call i32 @llvm.smin.i32(i32 %454, i32 %own.i.2)
+  store i32 %456, ptr %446, align 4, !tbaa !4
+  %457 = tail call i32 @llvm.smax.i32(i32 %455, i32 %own.i.2)
+  store i32 %457, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.3 = getelementptr inbounds nuw i8, ptr %451, i64 16
+  %own.i.3 = load i32, ptr %gep1677.i.3, align 4, !tbaa !4
+  %458 = tail call i32 @llvm.smin.i32(i32 %456, i32 %own.i.3)
+  store i32 %458, ptr %446, align 4, !tbaa !4
+  %459 = tail call i32 @llvm.smax.i32(i32 %457, i32 %own.i.3)
+  store i32 %459, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.4 = getelementptr inbounds nuw i8, ptr %451, i64 20
+  %own.i.4 = load i32, ptr %gep1677.i.4, align 4, !tbaa !4
+  %460 = tail call i32 @llvm.smin.i32(i32 %458, i32 %own.i.4)
+  store i32 %460, ptr %446, align 4, !tbaa !4
+  %461 = tail call i32 @llvm.smax.i32(i32 %459, i32 %own.i.4)
+  store i32 %461, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.5 = getelementptr inbounds nuw i8, ptr %451, i64 24
+  %own.i.5 = load i32, ptr %gep1677.i.5, align 4, !tbaa !4
+  %462 = tail call i32 @llvm.smin.i32(i32 %460, i32 %own.i.5)
+  store i32 %462, ptr %446, align 4, !tbaa !4
+  %463 = tail call i32 @llvm.smax.i32(i32 %461, i32 %own.i.5)
+  store i32 %463, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.6 = getelementptr inbounds nuw i8, ptr %451, i64 28
+  %own.i.6 = load i32, ptr %gep1677.i.6, align 4, !tbaa !4
+  %464 = tail call i32 @llvm.smin.i32(i32 %462, i32 %own.i.6)
+  store i32 %464, ptr %446, align 4, !tbaa !4
+  %465 = tail call i32 @llvm.smax.i32(i32 %463, i32 %own.i.6)
+  store i32 %465, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.7 = getelementptr inbounds nuw i8, ptr %451, i64 32
+  %own.i.7 = load i32, ptr %gep1677.i.7, align 4, !tbaa !4
+  %466 = tail call i32 @llvm.smin.i32(i32 %464, i32 %own.i.7)
+  store i32 %466, ptr %446, align 4, !tbaa !4
+  %467 = tail call i32 @llvm.smax.i32(i32 %465, i32 %own.i.7)
+  store i32 %467, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.8 = getelementptr inbounds nuw i8, ptr %451, i64 36
+  %own.i.8 = load i32, ptr %gep1677.i.8, align 4, !tbaa !4
+  %468 = tail call i32 @llvm.smin.i32(i32 %466, i32 %own.i.8)
+  store i32 %468, ptr %446, align 4, !tbaa !4
+  %469 = tail call i32 @llvm.smax.i32(i32 %467, i32 %own.i.8)
+  store i32 %469, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.9 = getelementptr inbounds nuw i8, ptr %451, i64 40
+  %own.i.9 = load i32, ptr %gep1677.i.9, align 4, !tbaa !4
+  %470 = tail call i32 @llvm.smin.i32(i32 %468, i32 %own.i.9)
+  store i32 %470, ptr %446, align 4, !tbaa !4
+  %471 = tail call i32 @llvm.smax.i32(i32 %469, i32 %own.i.9)
+  store i32 %471, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.10 = getelementptr inbounds nuw i8, ptr %451, i64 44
+  %own.i.10 = load i32, ptr %gep1677.i.10, align 4, !tbaa !4
+  %472 = tail call i32 @llvm.smin.i32(i32 %470, i32 %own.i.10)
+  store i32 %472, ptr %446, align 4, !tbaa !4
+  %473 = tail call i32 @llvm.smax.i32(i32 %471, i32 %own.i.10)
+  store i32 %473, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.11 = getelementptr inbounds nuw i8, ptr %451, i64 48
+  %own.i.11 = load i32, ptr %gep1677.i.11, align 4, !tbaa !4
+  %474 = tail call i32 @llvm.smin.i32(i32 %472, i32 %own.i.11)
+  store i32 %474, ptr %446, align 4, !tbaa !4
+  %475 = tail call i32 @llvm.smax.i32(i32 %473, i32 %own.i.11)
+  store i32 %475, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.12 = getelementptr inbounds nuw i8, ptr %451, i64 52
+  %own.i.12 = load i32, ptr %gep1677.i.12, align 4, !tbaa !4
+  %476 = tail call i32 @llvm.smin.i32(i32 %474, i32 %own.i.12)
+  store i32 %476, ptr %446, align 4, !tbaa !4
+  %477 = tail call i32 @llvm.smax.i32(i32 %475, i32 %own.i.12)
+  store i32 %477, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.13 = getelementptr inbounds nuw i8, ptr %451, i64 56
+  %own.i.13 = load i32, ptr %gep1677.i.13, align 4, !tbaa !4
+  %478 = tail call i32 @llvm.smin.i32(i32 %476, i32 %own.i.13)
+  store i32 %478, ptr %446, align 4, !tbaa !4
+  %479 = tail call i32 @llvm.smax.i32(i32 %477, i32 %own.i.13)
+  store i32 %479, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %gep1677.i.14 = getelementptr inbounds nuw i8, ptr %451, i64 60
+  %own.i.14 = load i32, ptr %gep1677.i.14, align 4, !tbaa !4
+  %480 = tail call i32 @llvm.smin.i32(i32 %478, i32 %own.i.14)
+  store i32 %480, ptr %446, align 4, !tbaa !4
+  %481 = tail call i32 @llvm.smax.i32(i32 %479, i32 %own.i.14)
+  store i32 %481, ptr %447, align 4, !tbaa !4
+  store i32 0, ptr %448, align 4, !tbaa !4
+  store i32 0, ptr %449, align 4, !tbaa !4
+  %482 = shl i64 %indvars.iv1408.i, 13
+  %483 = and i64 %482, 17179860992
+  %scevgep1406.i = getelementptr i8, ptr %total_acc.i, i64 %483
+  %484 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %437
+  store <16 x float> splat (float 0xC6293E5940000000), ptr %484, align 4, !tbaa !4
+  %485 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %437
+  store <16 x float> zeroinitializer, ptr %485, align 4, !tbaa !4
+  tail call void @llvm.memset.p0.i64(ptr noundef nonnull align 4 dereferenceable(8192) %scevgep1406.i, i8 0, i64 8192, i1 false), !tbaa !4
+  %indvars.iv.next1409.i = add nuw nsw i64 %indvars.iv1408.i, 1
+  %exitcond1411.not.i = icmp eq i64 %indvars.iv.next1409.i, %wide.trip.count.i
+  br i1 %exitcond1411.not.i, label %for_begin_tile78.preheader.i, label %for_begin_r.preheader.i, !prof !8
+
+for_end_d.i:                                      ; preds = %for_body_d.us.i, %vector.body, %for_body_d.preheader.i
+  %indvar.next.i = add nuw nsw i64 %indvar.i, 1
+  %exitcond1394.not.i = icmp eq i64 %indvar.next.i, 16
+  br i1 %exitcond1394.not.i, label %for_body_r57.peel.next.i, label %for_begin_d.preheader.i, !prof !28
+
+for_end_tile80.loopexit.i:                        ; preds = %if_end88.i, %for_begin_tile78.preheader.i
+  %.lcssa1390.i = phi i32 [ %193, %for_begin_tile78.preheader.i ], [ %517, %if_end88.i ]
+  %.lcssa1389.i = phi i32 [ %192, %for_begin_tile78.preheader.i ], [ %520, %if_end88.i ]
+  %486 = and i32 %.lcssa1390.i, -128
+  br label %for_end_tile80.i
+
+for_end_tile80.i:                                 ; preds = %for_end_tile80.loopexit.i, %if_end17.i
+  %span497.sroa.3.0.lcssa.i = phi i32 [ undef, %if_end17.i ], [ %.lcssa1389.i, %for_end_tile80.loopexit.i ]
+  %span497.sroa.0.0.lcssa.i = phi i32 [ 0, %if_end17.i ], [ %486, %for_end_tile80.loopexit.i ]
+  %487 = shl nsw i32 %block_end, 4
+  %key_end.i = tail call i32 @llvm.smin.i32(i32 %487, i32 %span497.sroa.3.0.lcssa.i)
+  %488 = shl nsw i32 %block_begin, 4
+  %489 = sub nsw i32 %key_end.i, %488
+  %490 = tail call i32 @llvm.smax.i32(i32 %489, i32 0)
+  %491 = add nuw nsw i32 %490, 4095
+  %492 = lshr i32 %491, 12
+  %.not1378.i = icmp eq i32 %492, 0
+  br i1 %.not1378.i, label %for_begin_tile391.preheader.i, label %for_body_number.lr.ph.i, !prof !11
+
+for_body_number.lr.ph.i:                          ; preds = %for_end_tile80.i
+  %493 = shl nsw i32 %122, 11
+  %494 = sext i32 %493 to i64
+  %495 = shl nuw nsw i64 %494, 2
+  %496 = mul nsw i64 %table_seq, %153
+  %497 = getelementptr i32, ptr %block_table, i64 %496
+  %498 = icmp sgt i32 %num_kv_heads, 0
+  %sext66 = shl i64 %54, 32
+  %499 = ashr exact i64 %sext66, 32
+  %500 = icmp sgt i32 %111, 0
+  %501 = insertelement <32 x float> poison, float %score_scale, i64 0
+  %502 = shufflevector <32 x float> %501, <32 x float> poison, <32 x i32> zeroinitializer
+  %503 = sext i32 %context_len.i to i64
+  %sext67 = shl i64 %67, 32
+  %504 = ashr exact i64 %sext67, 32
+  %505 = add i64 %504, %tree_start
+  %506 = sub i64 %505, %503
+  %507 = zext i32 %111 to i64
+  %wide.trip.count1546.i = and i64 %56, 4294967295
+  %508 = getelementptr i8, ptr %tree_mask, i64 %506
+  %509 = getelementptr inbounds nuw i8, ptr %tile_max496.i, i64 32
+  %510 = getelementptr inbounds nuw i8, ptr %peak491.i, i64 32
+  %wide.trip.count1564.i = zext nneg i32 %117 to i64
+  %511 = add i64 %tree_start, %504
+  %512 = sub i64 %511, %503
+  %513 = getelementptr i8, ptr %tree_mask, i64 %512
+  br label %for_body_number.i
+
+if_end88.i:                                       ; preds = %if_end88.i, %if_end88.i.preheader
+  %indvars.iv1412.i = phi i64 [ %indvars.iv.next1413.i, %if_end88.i ], [ %indvars.iv1412.i.ph, %if_end88.i.preheader ]
+  %span497.sroa.0.01155.i = phi i32 [ %517, %if_end88.i ], [ %span497.sroa.0.01155.i.ph, %if_end88.i.preheader ]
+  %span497.sroa.3.01154.i = phi i32 [ %520, %if_end88.i ], [ %span497.sroa.3.01154.i.ph, %if_end88.i.preheader ]
+  %.idx1645.i = shl nsw i64 %indvars.iv1412.i, 4
+  %514 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1645.i
+  %515 = getelementptr inbounds nuw i8, ptr %514, i64 8
+  %516 = load i32, ptr %515, align 4, !tbaa !4
+  %517 = tail call i32 @llvm.smin.i32(i32 %span497.sroa.0.01155.i, i32 %516)
+  %518 = getelementptr inbounds nuw i8, ptr %514, i64 4
+  %519 = load i32, ptr %518, align 4, !tbaa !4
+  %520 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.3.01154.i, i32 %519)
+  %indvars.iv.next1413.i = add nuw nsw i64 %indvars.iv1412.i, 1
+  %exitcond1416.not.i = icmp eq i64 %indvars.iv.next1413.i, %wide.trip.count.i
+  br i1 %exitcond1416.not.i, label %for_end_tile80.loopexit.i, label %if_end88.i, !prof !26, !llvm.loop !29
+
+for_begin_number.i:                               ; preds = %if_end386.i
+  %521 = add nuw nsw i32 %number1365.i, 1
+  %exitcond1566.not.i = icmp eq i32 %521, %492
+  %indvars.iv.next94 = add i32 %indvars.iv93, 4096
+  br i1 %exitcond1566.not.i, label %for_begin_tile391.preheader.i, label %for_body_number.i, !prof !8
+
+for_begin_tile391.preheader.i:                    ; preds = %for_begin_number.i, %for_end_tile80.i
+  br i1 %156, label %for_end_tile393.i, label %for_body_tile392.lr.ph.i, !prof !11
+
+for_body_tile392.lr.ph.i:                         ; preds = %for_begin_tile391.preheader.i
+  %522 = and i64 %62, 2147483648
+  %.not = icmp eq i64 %522, 0
+  %523 = icmp slt i32 %111, 0
+  %sext68 = shl i64 %54, 32
+  %524 = ashr exact i64 %sext68, 32
+  %525 = and i64 %62, 4294967295
+  %526 = shl nuw nsw i64 %525, 5
+  %.idx508.i = shl nuw nsw i64 %525, 14
+  %sext69 = shl i64 %48, 32
+  %527 = ashr exact i64 %sext69, 32
+  %wide.trip.count1613.i = zext nneg i32 %117 to i64
+  br i1 %.not, label %for_body_tile392.i, label %for_body_tile392.us.i
+
+for_body_tile392.us.i:                            ; preds = %if_end397.loopexit.us.i, %for_body_tile392.lr.ph.i
+  %indvars.iv1610.i = phi i64 [ %indvars.iv.next1611.i, %if_end397.loopexit.us.i ], [ 0, %for_body_tile392.lr.ph.i ]
+  %528 = shl nsw i64 %indvars.iv1610.i, 4
+  %529 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %528
+  %total.us.i = load <16 x float>, ptr %529, align 4, !tbaa !4
+  %530 = fdiv <16 x float> splat (float 1.000000e+00), %total.us.i
+  %531 = fcmp oeq <16 x float> %total.us.i, zeroinitializer
+  %532 = select <16 x i1> %531, <16 x float> zeroinitializer, <16 x float> %530
+  store <16 x float> %532, ptr %factor478.i, align 16, !tbaa !30
+  %533 = trunc nuw nsw i64 %indvars.iv1610.i to i32
+  %rmod399.us.i = srem i32 %533, %111
+  %rdiv411.us.i = sdiv i32 %533, %111
+  %534 = icmp ne i32 %rmod399.us.i, 0
+  %.not511.us.i = and i1 %523, %534
+  %535 = select i1 %.not511.us.i, i32 %111, i32 0
+  %536 = add nsw i32 %535, %rmod399.us.i
+  %537 = shl nsw i32 %536, 4
+  %538 = sub nsw i32 %109, %537
+  %539 = icmp sgt i32 %538, 0
+  br i1 %539, label %for_begin_d_0405.preheader.lr.ph.us.i, label %if_end397.loopexit.us.i, !prof !3
+
+for_body_r415.us.i:                               ; preds = %for_body_r415.lr.ph.us.i, %if_end421.us.i.1
+  %indvars.iv1604.i = phi i64 [ 0, %for_body_r415.lr.ph.us.i ], [ %indvars.iv.next1605.i.1, %if_end421.us.i.1 ]
+  %540 = add nuw nsw i64 %indvars.iv1604.i, %528
+  %541 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %540
+  %542 = load float, ptr %541, align 4, !tbaa !4
+  %543 = fcmp oeq float %542, 0.000000e+00
+  br i1 %543, label %if_end421.us.i, label %if_else420.us.i
+
+if_else420.us.i:                                  ; preds = %for_body_r415.us.i
+  %544 = getelementptr inbounds nuw i32, ptr %places.i, i64 %540
+  %545 = load i32, ptr %544, align 4, !tbaa !4
+  %546 = shl i32 %545, 23
+  %547 = add i32 %546, 1065353216
+  %548 = bitcast i32 %547 to float
+  %549 = fmul float %542, %548
+  %550 = tail call float @llvm.log.f32(float %549)
+  %551 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %540
+  %552 = load float, ptr %551, align 4, !tbaa !4
+  %553 = fadd float %552, %550
+  br label %if_end421.us.i
+
+if_end421.us.i:                                   ; preds = %if_else420.us.i, %for_body_r415.us.i
+  %554 = phi float [ %553, %if_else420.us.i ], [ 0xFFF0000000000000, %for_body_r415.us.i ]
+  %555 = and i64 %indvars.iv1604.i, 2
+  %556 = lshr i64 %indvars.iv1604.i, 2
+  %557 = add nsw i64 %556, %684
+  %558 = mul nsw i64 %557, %lse_batch
+  %559 = getelementptr float, ptr %686, i64 %558
+  %560 = getelementptr float, ptr %559, i64 %555
+  store float %554, ptr %560, align 4, !tbaa !4
+  %indvars.iv.next1605.i = or disjoint i64 %indvars.iv1604.i, 1
+  %561 = add nuw nsw i64 %indvars.iv.next1605.i, %528
+  %562 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %561
+  %563 = load float, ptr %562, align 4, !tbaa !4
+  %564 = fcmp oeq float %563, 0.000000e+00
+  br i1 %564, label %if_end421.us.i.1, label %if_else420.us.i.1
+
+if_else420.us.i.1:                                ; preds = %if_end421.us.i
+  %565 = getelementptr inbounds nuw i32, ptr %places.i, i64 %561
+  %566 = load i32, ptr %565, align 4, !tbaa !4
+  %567 = shl i32 %566, 23
+  %568 = add i32 %567, 1065353216
+  %569 = bitcast i32 %568 to float
+  %570 = fmul float %563, %569
+  %571 = tail call float @llvm.log.f32(float %570)
+  %572 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %561
+  %573 = load float, ptr %572, align 4, !tbaa !4
+  %574 = fadd float %573, %571
+  br label %if_end421.us.i.1
+
+if_end421.us.i.1:                                 ; preds = %if_else420.us.i.1, %if_end421.us.i
+  %575 = phi float [ %574, %if_else420.us.i.1 ], [ 0xFFF0000000000000, %if_end421.us.i ]
+  %576 = and i64 %indvars.iv.next1605.i, 3
+  %577 = lshr i64 %indvars.iv1604.i, 2
+  %578 = add nsw i64 %577, %684
+  %579 = mul nsw i64 %578, %lse_batch
+  %580 = getelementptr float, ptr %686, i64 %579
+  %581 = getelementptr float, ptr %580, i64 %576
+  store float %575, ptr %581, align 4, !tbaa !4
+  %indvars.iv.next1605.i.1 = add nuw nsw i64 %indvars.iv1604.i, 2
+  %exitcond1609.not.i.1 = icmp eq i64 %indvars.iv.next1605.i.1, %wide.trip.count1602.i
+  br i1 %exitcond1609.not.i.1, label %if_end397.loopexit.us.i, label %for_body_r415.us.i, !prof !8, !llvm.loop !37
+
+for_begin_d_0405.preheader.us.i:                  ; preds = %for_begin_d_0405.preheader.lr.ph.us.i, %for_begin_d_0405.preheader.us.i
+  %indvars.iv1598.i = phi i64 [ 0, %for_begin_d_0405.preheader.lr.ph.us.i ], [ %indvars.iv.next1599.i, %for_begin_d_0405.preheader.us.i ]
+  %582 = getelementptr inbounds nuw float, ptr %factor478.i, i64 %indvars.iv1598.i
+  %583 = load float, ptr %582, align 4, !tbaa !39
+  %584 = insertelement <16 x float> poison, float %583, i64 0
+  %585 = shufflevector <16 x float> %584, <16 x float> poison, <16 x i32> zeroinitializer
+  %586 = shl nsw i64 %indvars.iv1598.i, 7
+  %587 = add nuw nsw i64 %586, %676
+  %588 = and i64 %indvars.iv1598.i, 3
+  %589 = or disjoint i64 %588, %681
+  %590 = mul nsw i64 %589, %out_head
+  %591 = lshr i64 %indvars.iv1598.i, 2
+  %592 = add nsw i64 %591, %684
+  %593 = mul nsw i64 %592, %out_batch
+  %594 = getelementptr i16, ptr %out, i64 %593
+  %invariant.gep1371.us.i = getelementptr i16, ptr %594, i64 %590
+  %595 = and i64 %587, 4294967168
+  %596 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %595
+  %597 = load <16 x float>, ptr %596, align 4, !tbaa !4
+  %598 = fmul <16 x float> %597, %585
+  %599 = bitcast <16 x float> %598 to <16 x i32>
+  %600 = lshr <16 x i32> %599, splat (i32 16)
+  %601 = and <16 x i32> %600, splat (i32 1)
+  %602 = add nuw <16 x i32> %599, splat (i32 32767)
+  %603 = add nuw <16 x i32> %602, %601
+  %604 = lshr <16 x i32> %603, splat (i32 16)
+  %605 = trunc nuw <16 x i32> %604 to <16 x i16>
+  store <16 x i16> %605, ptr %invariant.gep1371.us.i, align 2, !tbaa !4
+  %606 = getelementptr inbounds nuw i8, ptr %596, i64 64
+  %607 = load <16 x float>, ptr %606, align 4, !tbaa !4
+  %608 = fmul <16 x float> %585, %607
+  %609 = bitcast <16 x float> %608 to <16 x i32>
+  %610 = lshr <16 x i32> %609, splat (i32 16)
+  %611 = and <16 x i32> %610, splat (i32 1)
+  %612 = add nuw <16 x i32> %609, splat (i32 32767)
+  %613 = add nuw <16 x i32> %612, %611
+  %614 = lshr <16 x i32> %613, splat (i32 16)
+  %615 = trunc nuw <16 x i32> %614 to <16 x i16>
+  %gep1372.us.1.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 32
+  store <16 x i16> %615, ptr %gep1372.us.1.i, align 2, !tbaa !4
+  %616 = getelementptr inbounds nuw i8, ptr %596, i64 128
+  %617 = load <16 x float>, ptr %616, align 4, !tbaa !4
+  %618 = fmul <16 x float> %585, %617
+  %619 = bitcast <16 x float> %618 to <16 x i32>
+  %620 = lshr <16 x i32> %619, splat (i32 16)
+  %621 = and <16 x i32> %620, splat (i32 1)
+  %622 = add nuw <16 x i32> %619, splat (i32 32767)
+  %623 = add nuw <16 x i32> %622, %621
+  %624 = lshr <16 x i32> %623, splat (i32 16)
+  %625 = trunc nuw <16 x i32> %624 to <16 x i16>
+  %gep1372.us.2.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 64
+  store <16 x i16> %625, ptr %gep1372.us.2.i, align 2, !tbaa !4
+  %626 = getelementptr inbounds nuw i8, ptr %596, i64 192
+  %627 = load <16 x float>, ptr %626, align 4, !tbaa !4
+  %628 = fmul <16 x float> %585, %627
+  %629 = bitcast <16 x float> %628 to <16 x i32>
+  %630 = lshr <16 x i32> %629, splat (i32 16)
+  %631 = and <16 x i32> %630, splat (i32 1)
+  %632 = add nuw <16 x i32> %629, splat (i32 32767)
+  %633 = add nuw <16 x i32> %632, %631
+  %634 = lshr <16 x i32> %633, splat (i32 16)
+  %635 = trunc nuw <16 x i32> %634 to <16 x i16>
+  %gep1372.us.3.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 96
+  store <16 x i16> %635, ptr %gep1372.us.3.i, align 2, !tbaa !4
+  %636 = getelementptr inbounds nuw i8, ptr %596, i64 256
+  %637 = load <16 x float>, ptr %636, align 4, !tbaa !4
+  %638 = fmul <16 x float> %585, %637
+  %639 = bitcast <16 x float> %638 to <16 x i32>
+  %640 = lshr <16 x i32> %639, splat (i32 16)
+  %641 = and <16 x i32> %640, splat (i32 1)
+  %642 = add nuw <16 x i32> %639, splat (i32 32767)
+  %643 = add nuw <16 x i32> %642, %641
+  %644 = lshr <16 x i32> %643, splat (i32 16)
+  %645 = trunc nuw <16 x i32> %644 to <16 x i16>
+  %gep1372.us.4.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 128
+  store <16 x i16> %645, ptr %gep1372.us.4.i, align 2, !tbaa !4
+  %646 = getelementptr inbounds nuw i8, ptr %596, i64 320
+  %647 = load <16 x float>, ptr %646, align 4, !tbaa !4
+  %648 = fmul <16 x float> %585, %647
+  %649 = bitcast <16 x float> %648 to <16 x i32>
+  %650 = lshr <16 x i32> %649, splat (i32 16)
+  %651 = and <16 x i32> %650, splat (i32 1)
+  %652 = add nuw <16 x i32> %649, splat (i32 32767)
+  %653 = add nuw <16 x i32> %652, %651
+  %654 = lshr <16 x i32> %653, splat (i32 16)
+  %655 = trunc nuw <16 x i32> %654 to <16 x i16>
+  %gep1372.us.5.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 160
+  store <16 x i16> %655, ptr %gep1372.us.5.i, align 2, !tbaa !4
+  %656 = getelementptr inbounds nuw i8, ptr %596, i64 384
+  %657 = load <16 x float>, ptr %656, align 4, !tbaa !4
+  %658 = fmul <16 x float> %585, %657
+  %659 = bitcast <16 x float> %658 to <16 x i32>
+  %660 = lshr <16 x i32> %659, splat (i32 16)
+  %661 = and <16 x i32> %660, splat (i32 1)
+  %662 = add nuw <16 x i32> %659, splat (i32 32767)
+  %663 = add nuw <16 x i32> %662, %661
+  %664 = lshr <16 x i32> %663, splat (i32 16)
+  %665 = trunc nuw <16 x i32> %664 to <16 x i16>
+  %gep1372.us.6.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 192
+  store <16 x i16> %665, ptr %gep1372.us.6.i, align 2, !tbaa !4
+  %666 = getelementptr inbounds nuw i8, ptr %596, i64 448
+  %667 = load <16 x float>, ptr %666, align 4, !tbaa !4
+  %668 = fmul <16 x float> %585, %667
+  %669 = bitcast <16 x float> %668 to <16 x i32>
+  %670 = lshr <16 x i32> %669, splat (i32 16)
+  %671 = and <16 x i32> %670, splat (i32 1)
+  %672 = add nuw <16 x i32> %669, splat (i32 32767)
+  %673 = add nuw <16 x i32> %672, %671
+  %674 = lshr <16 x i32> %673, splat (i32 16)
+  %675 = trunc nuw <16 x i32> %674 to <16 x i16>
+  %gep1372.us.7.i = getelementptr i8, ptr %invariant.gep1371.us.i, i64 224
+  store <16 x i16> %675, ptr %gep1372.us.7.i, align 2, !tbaa !4
+  %indvars.iv.next1599.i = add nuw nsw i64 %indvars.iv1598.i, 1
+  %exitcond1603.not.i = icmp eq i64 %indvars.iv.next1599.i, %wide.trip.count1602.i
+  br i1 %exitcond1603.not.i, label %for_body_r415.lr.ph.us.i, label %for_begin_d_0405.preheader.us.i, !prof !8
+
+if_end397.loopexit.us.i:                          ; preds = %if_end421.us.i.1, %for_body_tile392.us.i
+  %indvars.iv.next1611.i = add nuw nsw i64 %indvars.iv1610.i, 1
+  %exitcond1614.not.i = icmp eq i64 %indvars.iv.next1611.i, %wide.trip.count1613.i
+  br i1 %exitcond1614.not.i, label %for_end_tile393.i, label %for_body_tile392.us.i, !prof !8
+
+for_begin_d_0405.preheader.lr.ph.us.i:            ; preds = %for_body_tile392.us.i
+  %676 = shl nsw i64 %indvars.iv1610.i, 11
+  %677 = sext i1 %.not511.us.i to i32
+  %678 = add nsw i32 %rdiv411.us.i, %677
+  %679 = sext i32 %678 to i64
+  %680 = add nsw i64 %524, %679
+  %681 = shl nsw i64 %680, 2
+  %682 = sext i32 %536 to i64
+  %683 = shl nsw i64 %682, 2
+  %684 = add nsw i64 %683, %527
+  %685 = tail call i32 @llvm.umin.i32(i32 %538, i32 16)
+  %wide.trip.count1602.i = zext nneg i32 %685 to i64
+  br label %for_begin_d_0405.preheader.us.i
+
+for_body_r415.lr.ph.us.i:                         ; preds = %for_begin_d_0405.preheader.us.i
+  %.idx512.us.i = shl nsw i64 %680, 4
+  %686 = getelementptr i8, ptr %lse, i64 %.idx512.us.i
+  br label %for_body_r415.us.i
+
+for_body_number.i:                                ; preds = %for_begin_number.i, %for_body_number.lr.ph.i
+  %indvars.iv103.in = phi i32 [ %indvars.iv103, %for_begin_number.i ], [ %488, %for_body_number.lr.ph.i ]
+  %indvars.iv93 = phi i32 [ %indvars.iv.next94, %for_begin_number.i ], [ %488, %for_body_number.lr.ph.i ]
+  %number1365.i = phi i32 [ %521, %for_begin_number.i ], [ 0, %for_body_number.lr.ph.i ]
+  %687 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.0.0.lcssa.i, i32 %indvars.iv93)
+  %smax233 = sext i32 %687 to i64
+  %indvars.iv103 = add i32 %indvars.iv103.in, 4096
+  %smax95 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.0.0.lcssa.i, i32 %indvars.iv93)
+  %688 = add i32 %smax95, %tree_size
+  %689 = sub i32 %context_len.i, %688
+  %690 = tail call i32 @llvm.smax.i32(i32 %span497.sroa.0.0.lcssa.i, i32 %indvars.iv93)
+  %691 = sub i32 0, %690
+  %692 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_max.i = tail call ptr %692(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %693 = icmp eq ptr %row_max.i, null
+  br i1 %693, label %fused_attend_compute_.exit, label %if_end90.i, !prof !7
+
+if_end90.i:                                       ; preds = %for_body_number.i
+  %694 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %row_sum.i = tail call ptr %694(i32 1, i32 %dev_id, i64 %143, i32 2, i32 32)
+  %695 = icmp eq ptr %row_sum.i, null
+  br i1 %695, label %fused_attend_compute_.exit, label %if_end93.i, !prof !7
+
+if_end93.i:                                       ; preds = %if_end90.i
+  %696 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %696(i32 1, i32 %dev_id, i64 %495, i32 2, i32 32)
+  %697 = icmp eq ptr %acc.i, null
+  br i1 %697, label %fused_attend_compute_.exit, label %if_end96.i, !prof !7
+
+if_end96.i:                                       ; preds = %if_end93.i
+  %698 = shl nsw i32 %number1365.i, 12
+  %699 = add nsw i32 %698, %488
+  %700 = add nsw i32 %699, 4096
+  %read_begin.i = tail call i32 @llvm.smax.i32(i32 %699, i32 %span497.sroa.0.0.lcssa.i)
+  %701 = tail call i32 @llvm.smin.i32(i32 %700, i32 %key_end.i)
+  %702 = sub nsw i32 %701, %read_begin.i
+  %.fr1381.i = freeze i32 %702
+  %703 = icmp slt i32 %.fr1381.i, 1
+  %704 = tail call i32 @llvm.smax.i32(i32 %.fr1381.i, i32 0)
+  %705 = add nuw nsw i32 %704, 127
+  %706 = lshr i32 %705, 7
+  %.not1379.i = icmp eq i32 %706, 0
+  br i1 %.not1379.i, label %for_begin_tile317.preheader.i, label %for_body_step.lr.ph.i, !prof !11
+
+for_body_step.lr.ph.i:                            ; preds = %if_end96.i
+  %707 = add nsw i32 %701, -1
+  %708 = sext i32 %read_begin.i to i64
+  %709 = sext i32 %.fr1381.i to i64
+  %wide.trip.count1551.i = zext nneg i32 %706 to i64
+  %710 = getelementptr i8, ptr %508, i64 %708
+  %711 = add i32 %read_begin.i, %tree_size
+  %712 = getelementptr i8, ptr %513, i64 %smax233
+  br label %for_body_step.i
+
+for_begin_step.i:                                 ; preds = %if_end312.i
+  %indvars.iv.next1549.i = add nuw nsw i64 %indvars.iv1548.i, 1
+  %exitcond1552.not.i = icmp eq i64 %indvars.iv.next1549.i, %wide.trip.count1551.i
+  %indvars.iv.next = add i32 %indvars.iv, -128
+  %indvars.iv.next97 = add i32 %indvars.iv96, -128
+  %indvars.iv.next101 = add i32 %indvars.iv100, -128
+  br i1 %exitcond1552.not.i, label %for_begin_tile317.preheader.i, label %for_body_step.i, !prof !8
+
+for_begin_tile317.preheader.i:                    ; preds = %for_begin_step.i, %if_end96.i
+  %brmerge.i = or i1 %156, %703
+  br i1 %brmerge.i, label %for_end_tile319.i, label %for_body_tile318.i, !prof !40
+
+for_body_step.i:                                  ; preds = %for_begin_step.i, %for_body_step.lr.ph.i
+  %indvars.iv100 = phi i32 [ %indvars.iv.next101, %for_begin_step.i ], [ %691, %for_body_step.lr.ph.i ]
+  %indvars.iv96 = phi i32 [ %indvars.iv.next97, %for_begin_step.i ], [ %689, %for_body_step.lr.ph.i ]
+  %indvars.iv = phi i32 [ %indvars.iv.next, %for_begin_step.i ], [ %.fr1381.i, %for_body_step.lr.ph.i ]
+  %indvars.iv1548.i = phi i64 [ %indvars.iv.next1549.i, %for_begin_step.i ], [ 0, %for_body_step.lr.ph.i ]
+  %smax463 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
+  %713 = and i32 %smax463, 1
+  %714 = and i32 %smax463, 1
+  %smax454 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
+  %715 = zext nneg i32 %smax454 to i64
+  %smin304 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %716 = add nsw i32 %smin304, 31
+  %717 = and i32 %716, -32
+  %smax305 = tail call i32 @llvm.smax.i32(i32 %717, i32 1)
+  %718 = zext nneg i32 %smax305 to i64
+  %smin301 = tail call i32 @llvm.smin.i32(i32 %indvars.iv, i32 128)
+  %719 = add nsw i32 %smin301, 31
+  %720 = and i32 %719, -32
+  %smax302 = tail call i32 @llvm.smax.i32(i32 %720, i32 1)
+  %721 = zext nneg i32 %smax302 to i64
+  %smax243 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
+  %722 = zext nneg i32 %smax243 to i64
+  %smax = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
+  %723 = zext nneg i32 %smax to i64
+  %724 = shl nuw nsw i64 %indvars.iv1548.i, 7
+  %scevgep234 = getelementptr i8, ptr %712, i64 %724
+  %smax110 = tail call i32 @llvm.smax.i32(i32 %indvars.iv96, i32 0)
+  %725 = zext nneg i32 %smax110 to i64
+  %726 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %key_offsets.i = tail call ptr %726(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %727 = icmp eq ptr %key_offsets.i, null
+  br i1 %727, label %fused_attend_compute_.exit, label %if_end99.i, !prof !7
+
+if_end99.i:                                       ; preds = %for_body_step.i
+  %728 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %value_offsets.i = tail call ptr %728(i32 1, i32 %dev_id, i64 1024, i32 0, i32 64)
+  %729 = icmp eq ptr %value_offsets.i, null
+  br i1 %729, label %fused_attend_compute_.exit, label %if_end102.i, !prof !7
+
+if_end102.i:                                      ; preds = %if_end99.i
+  %730 = shl nsw i64 %indvars.iv1548.i, 7
+  %731 = icmp slt i64 %730, %709
+  br i1 %731, label %for_body_t.lr.ph.i, label %for_begin_kv_head.preheader.i, !prof !3
+
+for_body_t.lr.ph.i:                               ; preds = %if_end102.i
+  %732 = add nsw i64 %730, %708
+  %xtraiter = and i64 %721, 1
+  %733 = icmp slt i32 %indvars.iv, 1
+  br i1 %733, label %for_body_t.i.epil.preheader, label %for_body_t.lr.ph.i.new, !prof !41
+
+for_body_t.lr.ph.i.new:                           ; preds = %for_body_t.lr.ph.i
+  %unroll_iter = and i64 %721, 2147483616
+  br label %for_body_t.i
+
+for_body_t.i:                                     ; preds = %for_body_t.i, %for_body_t.lr.ph.i.new
+  %indvars.iv1418.i = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %indvars.iv.next1419.i.3, %for_body_t.i ]
+  %niter = phi i64 [ 0, %for_body_t.lr.ph.i.new ], [ %niter.next.3, %for_body_t.i ]
+  %734 = add nsw i64 %indvars.iv1418.i, %732
+  %735 = trunc nsw i64 %734 to i32
+  %736 = tail call i32 @llvm.smin.i32(i32 %735, i32 %707)
+  %737 = ashr i32 %736, 4
+  %738 = sext i32 %737 to i64
+  %739 = getelementptr i32, ptr %497, i64 %738
+  %740 = load i32, ptr %739, align 4, !tbaa !4
+  %block.i = sext i32 %740 to i64
+  %741 = mul nsw i64 %k_block, %block.i
+  %742 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1418.i
+  store i64 %741, ptr %742, align 8, !tbaa !4
+  %indvars.iv.next1419.i = or disjoint i64 %indvars.iv1418.i, 1
+  %743 = add nsw i64 %indvars.iv.next1419.i, %732
+  %744 = trunc nsw i64 %743 to i32
+  %745 = tail call i32 @llvm.smin.i32(i32 %744, i32 %707)
+  %746 = ashr i32 %745, 4
+  %747 = sext i32 %746 to i64
+  %748 = getelementptr i32, ptr %497, i64 %747
+  %749 = load i32, ptr %748, align 4, !tbaa !4
+  %block.i.1 = sext i32 %749 to i64
+  %750 = mul nsw i64 %k_block, %block.i.1
+  %751 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1419.i
+  store i64 %750, ptr %751, align 8, !tbaa !4
+  %indvars.iv.next1419.i.1 = or disjoint i64 %indvars.iv1418.i, 2
+  %752 = add nsw i64 %indvars.iv.next1419.i.1, %732
+  %753 = trunc nsw i64 %752 to i32
+  %754 = tail call i32 @llvm.smin.i32(i32 %753, i32 %707)
+  %755 = ashr i32 %754, 4
+  %756 = sext i32 %755 to i64
+  %757 = getelementptr i32, ptr %497, i64 %756
+  %758 = load i32, ptr %757, align 4, !tbaa !4
+  %block.i.2 = sext i32 %758 to i64
+  %759 = mul nsw i64 %k_block, %block.i.2
+  %760 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1419.i.1
+  store i64 %759, ptr %760, align 8, !tbaa !4
+  %indvars.iv.next1419.i.2 = or disjoint i64 %indvars.iv1418.i, 3
+  %761 = add nsw i64 %indvars.iv.next1419.i.2, %732
+  %762 = trunc nsw i64 %761 to i32
+  %763 = tail call i32 @llvm.smin.i32(i32 %762, i32 %707)
+  %764 = ashr i32 %763, 4
+  %765 = sext i32 %764 to i64
+  %766 = getelementptr i32, ptr %497, i64 %765
+  %767 = load i32, ptr %766, align 4, !tbaa !4
+  %block.i.3 = sext i32 %767 to i64
+  %768 = mul nsw i64 %k_block, %block.i.3
+  %769 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv.next1419.i.2
+  store i64 %768, ptr %769, align 8, !tbaa !4
+  %indvars.iv.next1419.i.3 = add nuw nsw i64 %indvars.iv1418.i, 4
+  %niter.next.3 = add i64 %niter, 4
+  %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
+  br i1 %niter.ncmp.3, label %for_body_t105.i.preheader.unr-lcssa, label %for_body_t.i, !prof !42, !llvm.loop !43
+
+for_body_t105.i.preheader.unr-lcssa:              ; preds = %for_body_t.i
+  %lcmp.mod.not = icmp eq i64 %xtraiter, 0
+  br i1 %lcmp.mod.not, label %for_body_t105.i.preheader, label %for_body_t.i.epil.preheader, !prof !45
+
+for_body_t.i.epil.preheader:                      ; preds = %for_body_t105.i.preheader.unr-lcssa, %for_body_t.lr.ph.i
+  %indvars.iv1418.i.epil.init = phi i64 [ 0, %for_body_t.lr.ph.i ], [ %indvars.iv.next1419.i.3, %for_body_t105.i.preheader.unr-lcssa ]
+  %lcmp.mod303 = icmp ne i64 %xtraiter, 0
+  tail call void @llvm.assume(i1 %lcmp.mod303)
+  br label %for_body_t.i.epil
+
+for_body_t.i.epil:                                ; preds = %for_body_t.i.epil, %for_body_t.i.epil.preheader
+  %indvars.iv1418.i.epil = phi i64 [ %indvars.iv1418.i.epil.init, %for_body_t.i.epil.preheader ], [ %indvars.iv.next1419.i.epil, %for_body_t.i.epil ]
+  %epil.iter = phi i64 [ 0, %for_body_t.i.epil.preheader ], [ %epil.iter.next, %for_body_t.i.epil ]
+  %770 = add nsw i64 %indvars.iv1418.i.epil, %732
+  %771 = trunc nsw i64 %770 to i32
+  %772 = tail call i32 @llvm.smin.i32(i32 %771, i32 %707)
+  %773 = ashr i32 %772, 4
+  %774 = sext i32 %773 to i64
+  %775 = getelementptr i32, ptr %497, i64 %774
+  %776 = load i32, ptr %775, align 4, !tbaa !4
+  %block.i.epil = sext i32 %776 to i64
+  %777 = mul nsw i64 %k_block, %block.i.epil
+  %778 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %indvars.iv1418.i.epil
+  store i64 %777, ptr %778, align 8, !tbaa !4
+  %indvars.iv.next1419.i.epil = add nuw nsw i64 %indvars.iv1418.i.epil, 1
+  %epil.iter.next = add i64 %epil.iter, 1
+  %epil.iter.cmp.not = icmp eq i64 %epil.iter, 0
+  br i1 %epil.iter.cmp.not, label %for_body_t105.i.preheader, label %for_body_t.i.epil, !prof !46, !llvm.loop !47
+
+for_body_t105.i.preheader:                        ; preds = %for_body_t.i.epil, %for_body_t105.i.preheader.unr-lcssa
+  %xtraiter306 = and i64 %718, 1
+  %779 = icmp slt i32 %indvars.iv, 1
+  br i1 %779, label %for_body_t105.i.epil.preheader, label %for_body_t105.i.preheader.new, !prof !41
+
+for_body_t105.i.preheader.new:                    ; preds = %for_body_t105.i.preheader
+  %unroll_iter310 = and i64 %718, 2147483616
+  br label %for_body_t105.i
+
+for_begin_kv_head.preheader.i.loopexit.unr-lcssa: ; preds = %for_body_t105.i
+  %lcmp.mod308.not = icmp eq i64 %xtraiter306, 0
+  br i1 %lcmp.mod308.not, label %for_begin_kv_head.preheader.i, label %for_body_t105.i.epil.preheader, !prof !45
+
+for_body_t105.i.epil.preheader:                   ; preds = %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %for_body_t105.i.preheader
+  %indvars.iv1421.i.epil.init = phi i64 [ 0, %for_body_t105.i.preheader ], [ %indvars.iv.next1422.i.3, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa ]
+  %lcmp.mod309 = icmp ne i64 %xtraiter306, 0
+  tail call void @llvm.assume(i1 %lcmp.mod309)
+  br label %for_body_t105.i.epil
+
+for_body_t105.i.epil:                             ; preds = %for_body_t105.i.epil, %for_body_t105.i.epil.preheader
+  %indvars.iv1421.i.epil = phi i64 [ %indvars.iv.next1422.i.epil, %for_body_t105.i.epil ], [ %indvars.iv1421.i.epil.init, %for_body_t105.i.epil.preheader ]
+  %epil.iter307 = phi i64 [ %epil.iter307.next, %for_body_t105.i.epil ], [ 0, %for_body_t105.i.epil.preheader ]
+  %780 = add nsw i64 %indvars.iv1421.i.epil, %732
+  %781 = trunc nsw i64 %780 to i32
+  %782 = tail call i32 @llvm.smin.i32(i32 %781, i32 %707)
+  %783 = sext i32 %782 to i64
+  %784 = ashr i64 %783, 4
+  %gep1161.i.epil = getelementptr i32, ptr %497, i64 %784
+  %785 = load i32, ptr %gep1161.i.epil, align 4, !tbaa !4
+  %block112.i.epil = sext i32 %785 to i64
+  %786 = lshr i64 %783, 1
+  %787 = and i64 %786, 7
+  %788 = mul nsw i64 %787, %v_row
+  %789 = mul nsw i64 %v_block, %block112.i.epil
+  %790 = add nsw i64 %788, %789
+  %791 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1421.i.epil
+  store i64 %790, ptr %791, align 8, !tbaa !4
+  %indvars.iv.next1422.i.epil = add nuw nsw i64 %indvars.iv1421.i.epil, 1
+  %epil.iter307.next = add i64 %epil.iter307, 1
+  %epil.iter307.cmp.not = icmp eq i64 %epil.iter307, 0
+  br i1 %epil.iter307.cmp.not, label %for_begin_kv_head.preheader.i, label %for_body_t105.i.epil, !prof !46, !llvm.loop !50
+
+for_begin_kv_head.preheader.i:                    ; preds = %for_body_t105.i.epil, %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, %if_end102.i
+  br i1 %498, label %for_body_kv_head.lr.ph.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.lr.ph.i:                         ; preds = %for_begin_kv_head.preheader.i
+  %792 = add nsw i64 %730, %708
+  %793 = trunc nuw nsw i64 %730 to i32
+  %794 = add i32 %read_begin.i, %793
+  %795 = add i32 %711, %793
+  %.reass1190.reass.i = sub i32 %context_len.i, %795
+  %796 = tail call i32 @llvm.smax.i32(i32 %.reass1190.reass.i, i32 0)
+  %797 = icmp eq i64 %indvars.iv1548.i, 0
+  %798 = insertelement <16 x i1> poison, i1 %797, i64 0
+  %799 = shufflevector <16 x i1> %798, <16 x i1> poison, <16 x i32> zeroinitializer
+  br i1 %500, label %for_body_kv_head.us.preheader.i, label %for_end_kv_head.i, !prof !3
+
+for_body_kv_head.us.preheader.i:                  ; preds = %for_body_kv_head.lr.ph.i
+  %800 = zext nneg i32 %796 to i64
+  %801 = trunc nsw i64 %792 to i32
+  %802 = getelementptr i8, ptr %710, i64 %730
+  %803 = getelementptr i8, ptr %802, i64 %800
+  %scevgep235 = getelementptr i8, ptr %scevgep234, i64 %723
+  %scevgep237 = getelementptr i8, ptr %scevgep234, i64 %723
+  %804 = icmp eq i32 %713, 0
+  %805 = select i1 %804, i32 -65536, i32 65535
+  %.not464 = icmp eq i32 %714, 0
+  %806 = select i1 %.not464, i32 65535, i32 -65536
+  %807 = icmp eq i32 %713, 0
+  %808 = select i1 %807, i32 -65536, i32 65535
+  %.not465 = icmp eq i32 %714, 0
+  %809 = select i1 %.not465, i32 65535, i32 -65536
+  br label %for_body_kv_head.us.i
+
+for_body_kv_head.us.i:                            ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.us.preheader.i
+  %indvars.iv1543.i = phi i64 [ 0, %for_body_kv_head.us.preheader.i ], [ %indvars.iv.next1544.i, %for_begin_row_tile.for_end_row_tile_crit_edge.us.i ]
+  %810 = add nsw i64 %indvars.iv1543.i, %499
+  %811 = mul nuw nsw i64 %indvars.iv1543.i, %507
+  %812 = mul nsw i64 %810, %k_head
+  %invariant.gep1180.us.i = getelementptr i32, ptr %key_cache, i64 %812
+  %813 = mul nsw i64 %810, %v_head
+  %invariant.gep1316.us.i = getelementptr i32, ptr %value_cache, i64 %813
+  br label %for_body_row_tile.us.i
+
+for_begin_row_tile.us.i:                          ; preds = %if_end306.us.i
+  %indvars.iv.next1539.i = add nuw nsw i64 %indvars.iv1538.i, 1
+  %exitcond1542.not.i = icmp eq i64 %indvars.iv.next1539.i, %507
+  br i1 %exitcond1542.not.i, label %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, label %for_body_row_tile.us.i, !prof !8
+
+for_body_row_tile.us.i:                           ; preds = %for_begin_row_tile.us.i, %for_body_kv_head.us.i
+  %indvars.iv1538.i = phi i64 [ 0, %for_body_kv_head.us.i ], [ %indvars.iv.next1539.i, %for_begin_row_tile.us.i ]
+  %814 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scores.us.i = tail call ptr %814(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %815 = icmp eq ptr %scores.us.i, null
+  br i1 %815, label %fused_attend_compute_.exit, label %if_end116.us.i, !prof !7
+
+if_end116.us.i:                                   ; preds = %for_body_row_tile.us.i
+  %816 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %probs.us.i = tail call ptr %816(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %817 = icmp eq ptr %probs.us.i, null
+  br i1 %817, label %fused_attend_compute_.exit, label %if_end119.us.i, !prof !7
+
+if_end119.us.i:                                   ; preds = %if_end116.us.i
+  %818 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %edges.us.i = tail call ptr %818(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %819 = icmp eq ptr %edges.us.i, null
+  br i1 %819, label %fused_attend_compute_.exit, label %if_end122.us.i, !prof !7
+
+if_end122.us.i:                                   ; preds = %if_end119.us.i
+  %820 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %prob_pairs.us.i = tail call ptr %820(i32 1, i32 %dev_id, i64 4096, i32 0, i32 32)
+  %821 = icmp eq ptr %prob_pairs.us.i, null
+  br i1 %821, label %fused_attend_compute_.exit, label %if_end125.us.i, !prof !7
+
+if_end125.us.i:                                   ; preds = %if_end122.us.i
+  %822 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %scaled.us.i = tail call ptr %822(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %823 = icmp eq ptr %scaled.us.i, null
+  br i1 %823, label %fused_attend_compute_.exit, label %if_end128.us.i, !prof !7
+
+if_end128.us.i:                                   ; preds = %if_end125.us.i
+  %824 = add nuw nsw i64 %indvars.iv1538.i, %811
+  %825 = trunc nuw i64 %824 to i32
+  %826 = shl i32 %825, 2
+  %827 = sext i32 %826 to i64
+  %828 = getelementptr i32, ptr %reach.i, i64 %827
+  %829 = getelementptr i8, ptr %828, i64 4
+  %830 = load i32, ptr %829, align 4, !tbaa !4
+  %831 = sext i32 %830 to i64
+  %832 = icmp slt i64 %792, %831
+  br i1 %832, label %if_then130.us.i, label %if_end131.us.i, !prof !7
+
+if_then130.us.i:                                  ; preds = %if_end128.us.i
+  %833 = tail call i32 @llvm.smin.i32(i32 %701, i32 %830)
+  %834 = sub i32 %833, %801
+  %valid_len133.us.i = tail call i32 @llvm.smin.i32(i32 %834, i32 128)
+  %835 = add nsw i32 %valid_len133.us.i, 31
+  %836 = ashr i32 %835, 5
+  %837 = icmp sgt i32 %836, 0
+  br i1 %837, label %for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i, label %for_begin_r139.preheader.us.i.thread, !prof !3
+
+for_begin_r139.preheader.us.i.thread:             ; preds = %if_then130.us.i
+  %.pre131 = zext nneg i32 %836 to i64
+  %838 = shl i32 %825, 4
+  %839 = sext i32 %838 to i64
+  br label %for_end_r141.us.i
+
+for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i: ; preds = %if_then130.us.i
+  %840 = shl i32 %825, 10
+  %841 = sext i32 %840 to i64
+  %wide.trip.count1438.i = zext nneg i32 %836 to i64
+  %invariant.gep81 = getelementptr i32, ptr %q_tile.i, i64 %841
+  br label %for_begin_r_0_ti_0_fused.preheader.us.us.i
+
+for_end_r141.us.i:                                ; preds = %for_end_to146.us.i.loopexit.us, %for_begin_r139.preheader.us.i.thread
+  %842 = phi i64 [ %839, %for_begin_r139.preheader.us.i.thread ], [ %2324, %for_end_to146.us.i.loopexit.us ]
+  %wide.trip.count1443.i.pre-phi146 = phi i64 [ %.pre131, %for_begin_r139.preheader.us.i.thread ], [ %wide.trip.count1438.i, %for_end_to146.us.i.loopexit.us ]
+  br i1 %155, label %if_then149.us.i, label %if_end150.us.i, !prof !7
+
+if_then149.us.i:                                  ; preds = %for_end_r141.us.i
+  %843 = srem i32 %825, %111
+  %844 = shl nsw i32 %843, 4
+  %845 = sub nsw i32 %109, %844
+  %846 = icmp sgt i32 %845, 0
+  br i1 %846, label %for_body_r152.lr.ph.us.i, label %if_end150.us.i, !prof !3
+
+if_end150.us.i:                                   ; preds = %for_end_c.us.i.loopexit.us, %for_body_r152.lr.ph.us.i, %if_then149.us.i, %for_end_r141.us.i
+  %847 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %exact.us.i = tail call ptr %847(i32 1, i32 %dev_id, i64 8192, i32 2, i32 32)
+  %848 = icmp eq ptr %exact.us.i, null
+  br i1 %848, label %fused_attend_compute_.exit, label %for_body_r163.us.i.preheader, !prof !7
+
+for_body_r163.us.i.preheader:                     ; preds = %if_end150.us.i
+  %849 = add nsw i64 %wide.trip.count1443.i.pre-phi146, -1
+  %xtraiter314 = and i64 %wide.trip.count1443.i.pre-phi146, 7
+  %850 = icmp ult i64 %849, 7
+  %unroll_iter319 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483640
+  %lcmp.mod316.not = icmp eq i64 %xtraiter314, 0
+  %lcmp.mod318 = icmp ne i64 %xtraiter314, 0
+  br label %for_body_r163.us.i
+
+for_end_r252.us.i:                                ; preds = %for_end_to257.us.i
+  br i1 %155, label %if_then260.us.i, label %if_end261.us.i, !prof !7
+
+if_then260.us.i:                                  ; preds = %for_end_r252.us.i
+  %851 = srem i32 %825, %111
+  %852 = shl nsw i32 %851, 4
+  %853 = sub nsw i32 %109, %852
+  %854 = icmp sgt i32 %853, 0
+  br i1 %854, label %for_body_r263.lr.ph.us.i, label %if_end261.us.i, !prof !3
+
+if_end261.us.i:                                   ; preds = %for_end_c269.us.i, %if_then260.us.i, %for_end_r252.us.i
+  %.not1380.i = icmp eq i32 %num_full.us.i, 0
+  %855 = shl nuw nsw i32 %num_full.us.i, 4
+  %856 = add nsw i32 %valid_len133.us.i, 1
+  %857 = ashr i32 %856, 1
+  %858 = sub nsw i32 %857, %855
+  %859 = icmp sgt i32 %858, 0
+  %860 = shl i32 %825, 11
+  %861 = zext nneg i32 %2002 to i64
+  %862 = sext i32 %860 to i64
+  %863 = zext nneg i32 %855 to i64
+  %wide.trip.count1528.i = zext nneg i32 %858 to i64
+  %invariant.gep1698.i = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %861
+  br label %for_begin_d_0_m.preheader.us.i
+
+for_end_r_0_m.us.i:                               ; preds = %for_end_d_0_m.us.i
+  %864 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %865 = tail call i32 %864(i32 1, i32 %dev_id, ptr nonnull %exact.us.i)
+  %.not518.us.i = icmp eq i32 %865, 0
+  br i1 %.not518.us.i, label %if_end131.us.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end131.us.i:                                   ; preds = %for_end_r_0_m.us.i, %if_end128.us.i
+  %866 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %867 = tail call i32 %866(i32 1, i32 %dev_id, ptr nonnull %scaled.us.i)
+  %.not519.us.i = icmp eq i32 %867, 0
+  br i1 %.not519.us.i, label %if_end297.us.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end297.us.i:                                   ; preds = %if_end131.us.i
+  %868 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %869 = tail call i32 %868(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.us.i)
+  %.not520.us.i = icmp eq i32 %869, 0
+  br i1 %.not520.us.i, label %if_end300.us.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end300.us.i:                                   ; preds = %if_end297.us.i
+  %870 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %871 = tail call i32 %870(i32 1, i32 %dev_id, ptr nonnull %edges.us.i)
+  %.not521.us.i = icmp eq i32 %871, 0
+  br i1 %.not521.us.i, label %if_end303.us.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end303.us.i:                                   ; preds = %if_end300.us.i
+  %872 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %873 = tail call i32 %872(i32 1, i32 %dev_id, ptr nonnull %probs.us.i)
+  %.not522.us.i = icmp eq i32 %873, 0
+  br i1 %.not522.us.i, label %if_end306.us.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end306.us.i:                                   ; preds = %if_end303.us.i
+  %874 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %875 = tail call i32 %874(i32 1, i32 %dev_id, ptr nonnull %scores.us.i)
+  %.not523.us.i = icmp eq i32 %875, 0
+  br i1 %.not523.us.i, label %for_begin_row_tile.us.i, label %fused_attend_compute_.exit, !prof !51
+
+for_end_d_0_m.us.i:                               ; preds = %if_end292.us.i
+  %indvars.iv.next1535.i = add nuw nsw i64 %indvars.iv1534.i, 1
+  %exitcond1537.not.i = icmp eq i64 %indvars.iv.next1535.i, 4
+  br i1 %exitcond1537.not.i, label %for_end_r_0_m.us.i, label %for_begin_d_0_m.preheader.us.i, !prof !28
+
+for_end_to274.us.i:                               ; preds = %for_begin_to272.preheader.us.i, %for_body_to273.us.i
+  %full_acc483.sroa.136.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i947.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.102.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i944.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.68.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i941.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.34.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i938.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.0.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i935.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.170.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i950.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.204.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i953.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.238.0.lcssa.us.i = phi <16 x float> [ zeroinitializer, %for_begin_to272.preheader.us.i ], [ %r.i956.us.i, %for_body_to273.us.i ]
+  br i1 %859, label %for_body_ti.lr.ph.us.i, label %for_end_ti.us.i, !prof !3
+
+for_end_ti.us.i:                                  ; preds = %for_body_ti.us.i, %for_end_to274.us.i
+  %tile_acc484.sroa.28.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.238.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i980.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.24.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.204.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i977.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.20.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.170.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i974.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.16.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.136.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i971.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.12.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.102.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i968.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.8.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.68.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i965.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.4.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.34.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i962.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.0.0.lcssa.us.i = phi <16 x float> [ %full_acc483.sroa.0.0.lcssa.us.i, %for_end_to274.us.i ], [ %r.i959.us.i, %for_body_ti.us.i ]
+  %876 = shl nuw nsw i64 %indvars.iv1530.i, 5
+  %877 = add nuw nsw i64 %2280, %876
+  %878 = getelementptr inbounds float, ptr %acc.i, i64 %877
+  br i1 %797, label %if_then291.us.i, label %if_end290.us.if_end292.us_crit_edge.i, !prof !7
+
+if_end290.us.if_end292.us_crit_edge.i:            ; preds = %for_end_ti.us.i
+  %879 = load <16 x float>, ptr %878, align 4, !tbaa !4
+  %880 = fmul <16 x float> %2284, %879
+  %881 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.0.0.lcssa.us.i, <16 x float> %880)
+  store <16 x float> %881, ptr %878, align 4, !tbaa !4
+  %882 = getelementptr i8, ptr %878, i64 64
+  %883 = load <16 x float>, ptr %882, align 4, !tbaa !4
+  %884 = fmul <16 x float> %2284, %883
+  %885 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.4.0.lcssa.us.i, <16 x float> %884)
+  store <16 x float> %885, ptr %882, align 4, !tbaa !4
+  %.phi.trans.insert.i = getelementptr i8, ptr %878, i64 512
+  %.pre.i = load <16 x float>, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %.pre1621.i = fmul <16 x float> %2293, %.pre.i
+  %886 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.8.0.lcssa.us.i, <16 x float> %.pre1621.i)
+  store <16 x float> %886, ptr %.phi.trans.insert.i, align 4, !tbaa !4
+  %887 = getelementptr i8, ptr %878, i64 576
+  %888 = load <16 x float>, ptr %887, align 4, !tbaa !4
+  %889 = fmul <16 x float> %2293, %888
+  %890 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.12.0.lcssa.us.i, <16 x float> %889)
+  store <16 x float> %890, ptr %887, align 4, !tbaa !4
+  %.phi.trans.insert1615.i = getelementptr i8, ptr %878, i64 1024
+  %.pre1616.i = load <16 x float>, ptr %.phi.trans.insert1615.i, align 4, !tbaa !4
+  %.pre1622.i = fmul <16 x float> %2302, %.pre1616.i
+  %891 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.16.0.lcssa.us.i, <16 x float> %.pre1622.i)
+  store <16 x float> %891, ptr %.phi.trans.insert1615.i, align 4, !tbaa !4
+  %892 = getelementptr i8, ptr %878, i64 1088
+  %893 = load <16 x float>, ptr %892, align 4, !tbaa !4
+  %894 = fmul <16 x float> %2302, %893
+  %895 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.20.0.lcssa.us.i, <16 x float> %894)
+  store <16 x float> %895, ptr %892, align 4, !tbaa !4
+  %.phi.trans.insert1617.i = getelementptr i8, ptr %878, i64 1536
+  %.pre1618.i = load <16 x float>, ptr %.phi.trans.insert1617.i, align 4, !tbaa !4
+  %896 = fmul <16 x float> %2311, %.pre1618.i
+  %897 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %tile_acc484.sroa.24.0.lcssa.us.i, <16 x float> %896)
+  store <16 x float> %897, ptr %.phi.trans.insert1617.i, align 4, !tbaa !4
+  %.phi.trans.insert1619.i = getelementptr i8, ptr %878, i64 1600
+  %.pre1620.i = load <16 x float>, ptr %.phi.trans.insert1619.i, align 4, !tbaa !4
+  %.pre = fmul <16 x float> %2311, %.pre1620.i
+  br label %if_end292.us.i
+
+if_then291.us.i:                                  ; preds = %for_end_ti.us.i
+  %898 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.0.0.lcssa.us.i, <16 x float> %2314)
+  store <16 x float> %898, ptr %878, align 4, !tbaa !4
+  %899 = getelementptr i8, ptr %878, i64 64
+  %900 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2278, <16 x float> %tile_acc484.sroa.4.0.lcssa.us.i, <16 x float> %2314)
+  store <16 x float> %900, ptr %899, align 4, !tbaa !4
+  %901 = getelementptr i8, ptr %878, i64 512
+  %902 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.8.0.lcssa.us.i, <16 x float> %2315)
+  store <16 x float> %902, ptr %901, align 4, !tbaa !4
+  %903 = getelementptr i8, ptr %878, i64 576
+  %904 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2289, <16 x float> %tile_acc484.sroa.12.0.lcssa.us.i, <16 x float> %2315)
+  store <16 x float> %904, ptr %903, align 4, !tbaa !4
+  %905 = getelementptr i8, ptr %878, i64 1024
+  %906 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.16.0.lcssa.us.i, <16 x float> %2316)
+  store <16 x float> %906, ptr %905, align 4, !tbaa !4
+  %907 = getelementptr i8, ptr %878, i64 1088
+  %908 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2298, <16 x float> %tile_acc484.sroa.20.0.lcssa.us.i, <16 x float> %2316)
+  store <16 x float> %908, ptr %907, align 4, !tbaa !4
+  %909 = getelementptr i8, ptr %878, i64 1536
+  %910 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %tile_acc484.sroa.24.0.lcssa.us.i, <16 x float> %2317)
+  store <16 x float> %910, ptr %909, align 4, !tbaa !4
+  br label %if_end292.us.i
+
+if_end292.us.i:                                   ; preds = %if_then291.us.i, %if_end290.us.if_end292.us_crit_edge.i
+  %.pre-phi = phi <16 x float> [ %2317, %if_then291.us.i ], [ %.pre, %if_end290.us.if_end292.us_crit_edge.i ]
+  %911 = getelementptr inbounds float, ptr %acc.i, i64 %877
+  %912 = getelementptr i8, ptr %911, i64 1600
+  %913 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2307, <16 x float> %tile_acc484.sroa.28.0.lcssa.us.i, <16 x float> %.pre-phi)
+  store <16 x float> %913, ptr %912, align 4, !tbaa !4
+  %indvars.iv.next1531.i = add nuw nsw i64 %indvars.iv1530.i, 1
+  %exitcond1533.not.i = icmp eq i64 %indvars.iv.next1531.i, 4
+  br i1 %exitcond1533.not.i, label %for_end_d_0_m.us.i, label %for_begin_to272.preheader.us.i, !prof !28
+
+for_body_ti.us.i:                                 ; preds = %for_body_ti.lr.ph.us.i, %for_body_ti.us.i
+  %indvars.iv1525.i = phi i64 [ 0, %for_body_ti.lr.ph.us.i ], [ %indvars.iv.next1526.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.0.01301.us.i = phi <16 x float> [ %full_acc483.sroa.0.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i959.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.4.01300.us.i = phi <16 x float> [ %full_acc483.sroa.34.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i962.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.8.01299.us.i = phi <16 x float> [ %full_acc483.sroa.68.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i965.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.12.01298.us.i = phi <16 x float> [ %full_acc483.sroa.102.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i968.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.16.01297.us.i = phi <16 x float> [ %full_acc483.sroa.136.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i971.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.20.01296.us.i = phi <16 x float> [ %full_acc483.sroa.170.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i974.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.24.01295.us.i = phi <16 x float> [ %full_acc483.sroa.204.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i977.us.i, %for_body_ti.us.i ]
+  %tile_acc484.sroa.28.01294.us.i = phi <16 x float> [ %full_acc483.sroa.238.0.lcssa.us.i, %for_body_ti.lr.ph.us.i ], [ %r.i980.us.i, %for_body_ti.us.i ]
+  %914 = add nuw nsw i64 %2313, %indvars.iv1525.i
+  %915 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %914
+  %916 = load i32, ptr %915, align 4, !tbaa !4
+  %917 = insertelement <16 x i32> poison, i32 %916, i64 0
+  %918 = shufflevector <16 x i32> %917, <16 x i32> poison, <16 x i32> zeroinitializer
+  %919 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %914
+  %920 = load i32, ptr %919, align 4, !tbaa !4
+  %921 = insertelement <16 x i32> poison, i32 %920, i64 0
+  %922 = shufflevector <16 x i32> %921, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1659.i = shl nuw nsw i64 %indvars.iv1525.i, 4
+  %gep1699.i = getelementptr inbounds nuw i8, ptr %invariant.gep1698.i, i64 %.idx1659.i
+  %923 = load i64, ptr %gep1699.i, align 8, !tbaa !4
+  %gep1314.us.i = getelementptr i32, ptr %gep1349.us.i, i64 %923
+  %924 = load <16 x i32>, ptr %gep1314.us.i, align 4, !tbaa !4
+  %925 = and <16 x i32> %924, %922
+  %x.i957.us.i = bitcast <16 x i32> %918 to <32 x bfloat>
+  %y.i958.us.i = bitcast <16 x i32> %925 to <32 x bfloat>
+  %r.i959.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.0.01301.us.i, <32 x bfloat> %x.i957.us.i, <32 x bfloat> %y.i958.us.i)
+  %926 = getelementptr i8, ptr %gep1314.us.i, i64 64
+  %927 = load <16 x i32>, ptr %926, align 4, !tbaa !4
+  %928 = and <16 x i32> %927, %922
+  %y.i961.us.i = bitcast <16 x i32> %928 to <32 x bfloat>
+  %r.i962.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.4.01300.us.i, <32 x bfloat> %x.i957.us.i, <32 x bfloat> %y.i961.us.i)
+  %929 = add nuw nsw i64 %914, 64
+  %930 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %929
+  %931 = load i32, ptr %930, align 4, !tbaa !4
+  %932 = insertelement <16 x i32> poison, i32 %931, i64 0
+  %933 = shufflevector <16 x i32> %932, <16 x i32> poison, <16 x i32> zeroinitializer
+  %934 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %929
+  %935 = load i32, ptr %934, align 4, !tbaa !4
+  %936 = insertelement <16 x i32> poison, i32 %935, i64 0
+  %937 = shufflevector <16 x i32> %936, <16 x i32> poison, <16 x i32> zeroinitializer
+  %938 = and <16 x i32> %937, %924
+  %x.i963.us.i = bitcast <16 x i32> %933 to <32 x bfloat>
+  %y.i964.us.i = bitcast <16 x i32> %938 to <32 x bfloat>
+  %r.i965.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.8.01299.us.i, <32 x bfloat> %x.i963.us.i, <32 x bfloat> %y.i964.us.i)
+  %939 = and <16 x i32> %937, %927
+  %y.i967.us.i = bitcast <16 x i32> %939 to <32 x bfloat>
+  %r.i968.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.12.01298.us.i, <32 x bfloat> %x.i963.us.i, <32 x bfloat> %y.i967.us.i)
+  %940 = add nuw nsw i64 %914, 128
+  %941 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %940
+  %942 = load i32, ptr %941, align 4, !tbaa !4
+  %943 = insertelement <16 x i32> poison, i32 %942, i64 0
+  %944 = shufflevector <16 x i32> %943, <16 x i32> poison, <16 x i32> zeroinitializer
+  %945 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %940
+  %946 = load i32, ptr %945, align 4, !tbaa !4
+  %947 = insertelement <16 x i32> poison, i32 %946, i64 0
+  %948 = shufflevector <16 x i32> %947, <16 x i32> poison, <16 x i32> zeroinitializer
+  %949 = and <16 x i32> %948, %924
+  %x.i969.us.i = bitcast <16 x i32> %944 to <32 x bfloat>
+  %y.i970.us.i = bitcast <16 x i32> %949 to <32 x bfloat>
+  %r.i971.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.16.01297.us.i, <32 x bfloat> %x.i969.us.i, <32 x bfloat> %y.i970.us.i)
+  %950 = and <16 x i32> %948, %927
+  %y.i973.us.i = bitcast <16 x i32> %950 to <32 x bfloat>
+  %r.i974.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.20.01296.us.i, <32 x bfloat> %x.i969.us.i, <32 x bfloat> %y.i973.us.i)
+  %951 = add nuw nsw i64 %914, 192
+  %952 = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %951
+  %953 = load i32, ptr %952, align 4, !tbaa !4
+  %954 = insertelement <16 x i32> poison, i32 %953, i64 0
+  %955 = shufflevector <16 x i32> %954, <16 x i32> poison, <16 x i32> zeroinitializer
+  %956 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %951
+  %957 = load i32, ptr %956, align 4, !tbaa !4
+  %958 = insertelement <16 x i32> poison, i32 %957, i64 0
+  %959 = shufflevector <16 x i32> %958, <16 x i32> poison, <16 x i32> zeroinitializer
+  %960 = and <16 x i32> %959, %924
+  %x.i975.us.i = bitcast <16 x i32> %955 to <32 x bfloat>
+  %y.i976.us.i = bitcast <16 x i32> %960 to <32 x bfloat>
+  %r.i977.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.24.01295.us.i, <32 x bfloat> %x.i975.us.i, <32 x bfloat> %y.i976.us.i)
+  %961 = and <16 x i32> %959, %927
+  %y.i979.us.i = bitcast <16 x i32> %961 to <32 x bfloat>
+  %r.i980.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %tile_acc484.sroa.28.01294.us.i, <32 x bfloat> %x.i975.us.i, <32 x bfloat> %y.i979.us.i)
+  %indvars.iv.next1526.i = add nuw nsw i64 %indvars.iv1525.i, 1
+  %exitcond1529.not.i = icmp eq i64 %indvars.iv.next1526.i, %wide.trip.count1528.i
+  br i1 %exitcond1529.not.i, label %for_end_ti.us.i, label %for_body_ti.us.i, !prof !8
+
+for_body_to273.us.i:                              ; preds = %for_body_to273.lr.ph.us.i, %for_body_to273.us.i
+  %indvars.iv1520.i = phi i64 [ 0, %for_body_to273.lr.ph.us.i ], [ %indvars.iv.next1521.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.238.01220.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i956.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.204.01219.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i953.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.170.01218.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i950.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.0.01217.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i935.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.34.01216.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i938.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.68.01215.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i941.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.102.01214.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i944.us.i, %for_body_to273.us.i ]
+  %full_acc483.sroa.136.01213.us.i = phi <16 x float> [ zeroinitializer, %for_body_to273.lr.ph.us.i ], [ %r.i947.us.i, %for_body_to273.us.i ]
+  %.idx1657.i = shl nsw i64 %indvars.iv1520.i, 6
+  %gep1697.i = getelementptr inbounds nuw i8, ptr %invariant.gep1696.i, i64 %.idx1657.i
+  %962 = load i32, ptr %gep1697.i, align 4, !tbaa !4
+  %963 = insertelement <16 x i32> poison, i32 %962, i64 0
+  %964 = shufflevector <16 x i32> %963, <16 x i32> poison, <16 x i32> zeroinitializer
+  %.idx1658.i = shl nsw i64 %indvars.iv1520.i, 8
+  %965 = getelementptr inbounds nuw i8, ptr %value_offsets.i, i64 %.idx1658.i
+  %966 = load i64, ptr %965, align 8, !tbaa !4
+  %gep1233.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %966
+  %967 = load <32 x bfloat>, ptr %gep1233.us.i, align 4, !tbaa !4
+  %x.i573.us.i = bitcast <16 x i32> %964 to <32 x bfloat>
+  %r.i575.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.0.01217.us.i, <32 x bfloat> %x.i573.us.i, <32 x bfloat> %967)
+  %968 = getelementptr i8, ptr %gep1233.us.i, i64 64
+  %969 = load <32 x bfloat>, ptr %968, align 4, !tbaa !4
+  %r.i578.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.34.01216.us.i, <32 x bfloat> %x.i573.us.i, <32 x bfloat> %969)
+  %970 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 256
+  %971 = load i32, ptr %970, align 4, !tbaa !4
+  %972 = insertelement <16 x i32> poison, i32 %971, i64 0
+  %973 = shufflevector <16 x i32> %972, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i579.us.i = bitcast <16 x i32> %973 to <32 x bfloat>
+  %r.i581.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.68.01215.us.i, <32 x bfloat> %x.i579.us.i, <32 x bfloat> %967)
+  %r.i584.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.102.01214.us.i, <32 x bfloat> %x.i579.us.i, <32 x bfloat> %969)
+  %974 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 512
+  %975 = load i32, ptr %974, align 4, !tbaa !4
+  %976 = insertelement <16 x i32> poison, i32 %975, i64 0
+  %977 = shufflevector <16 x i32> %976, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i585.us.i = bitcast <16 x i32> %977 to <32 x bfloat>
+  %r.i587.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.136.01213.us.i, <32 x bfloat> %x.i585.us.i, <32 x bfloat> %967)
+  %r.i590.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.170.01218.us.i, <32 x bfloat> %x.i585.us.i, <32 x bfloat> %969)
+  %978 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 768
+  %979 = load i32, ptr %978, align 4, !tbaa !4
+  %980 = insertelement <16 x i32> poison, i32 %979, i64 0
+  %981 = shufflevector <16 x i32> %980, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i591.us.i = bitcast <16 x i32> %981 to <32 x bfloat>
+  %r.i593.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.204.01219.us.i, <32 x bfloat> %x.i591.us.i, <32 x bfloat> %967)
+  %r.i596.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %full_acc483.sroa.238.01220.us.i, <32 x bfloat> %x.i591.us.i, <32 x bfloat> %969)
+  %982 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 4
+  %983 = load i32, ptr %982, align 4, !tbaa !4
+  %984 = insertelement <16 x i32> poison, i32 %983, i64 0
+  %985 = shufflevector <16 x i32> %984, <16 x i32> poison, <16 x i32> zeroinitializer
+  %986 = getelementptr inbounds nuw i8, ptr %965, i64 16
+  %987 = load i64, ptr %986, align 8, !tbaa !4
+  %gep1237.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %987
+  %988 = load <32 x bfloat>, ptr %gep1237.us.i, align 4, !tbaa !4
+  %x.i597.us.i = bitcast <16 x i32> %985 to <32 x bfloat>
+  %r.i599.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i575.us.i, <32 x bfloat> %x.i597.us.i, <32 x bfloat> %988)
+  %989 = getelementptr i8, ptr %gep1237.us.i, i64 64
+  %990 = load <32 x bfloat>, ptr %989, align 4, !tbaa !4
+  %r.i602.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i578.us.i, <32 x bfloat> %x.i597.us.i, <32 x bfloat> %990)
+  %991 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 260
+  %992 = load i32, ptr %991, align 4, !tbaa !4
+  %993 = insertelement <16 x i32> poison, i32 %992, i64 0
+  %994 = shufflevector <16 x i32> %993, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i603.us.i = bitcast <16 x i32> %994 to <32 x bfloat>
+  %r.i605.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i581.us.i, <32 x bfloat> %x.i603.us.i, <32 x bfloat> %988)
+  %r.i608.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i584.us.i, <32 x bfloat> %x.i603.us.i, <32 x bfloat> %990)
+  %995 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 516
+  %996 = load i32, ptr %995, align 4, !tbaa !4
+  %997 = insertelement <16 x i32> poison, i32 %996, i64 0
+  %998 = shufflevector <16 x i32> %997, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i609.us.i = bitcast <16 x i32> %998 to <32 x bfloat>
+  %r.i611.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i587.us.i, <32 x bfloat> %x.i609.us.i, <32 x bfloat> %988)
+  %r.i614.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i590.us.i, <32 x bfloat> %x.i609.us.i, <32 x bfloat> %990)
+  %999 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 772
+  %1000 = load i32, ptr %999, align 4, !tbaa !4
+  %1001 = insertelement <16 x i32> poison, i32 %1000, i64 0
+  %1002 = shufflevector <16 x i32> %1001, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i615.us.i = bitcast <16 x i32> %1002 to <32 x bfloat>
+  %r.i617.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i593.us.i, <32 x bfloat> %x.i615.us.i, <32 x bfloat> %988)
+  %r.i620.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i596.us.i, <32 x bfloat> %x.i615.us.i, <32 x bfloat> %990)
+  %1003 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 8
+  %1004 = load i32, ptr %1003, align 4, !tbaa !4
+  %1005 = insertelement <16 x i32> poison, i32 %1004, i64 0
+  %1006 = shufflevector <16 x i32> %1005, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1007 = getelementptr inbounds nuw i8, ptr %965, i64 32
+  %1008 = load i64, ptr %1007, align 8, !tbaa !4
+  %gep1241.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1008
+  %1009 = load <32 x bfloat>, ptr %gep1241.us.i, align 4, !tbaa !4
+  %x.i621.us.i = bitcast <16 x i32> %1006 to <32 x bfloat>
+  %r.i623.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i599.us.i, <32 x bfloat> %x.i621.us.i, <32 x bfloat> %1009)
+  %1010 = getelementptr i8, ptr %gep1241.us.i, i64 64
+  %1011 = load <32 x bfloat>, ptr %1010, align 4, !tbaa !4
+  %r.i626.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i602.us.i, <32 x bfloat> %x.i621.us.i, <32 x bfloat> %1011)
+  %1012 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 264
+  %1013 = load i32, ptr %1012, align 4, !tbaa !4
+  %1014 = insertelement <16 x i32> poison, i32 %1013, i64 0
+  %1015 = shufflevector <16 x i32> %1014, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i627.us.i = bitcast <16 x i32> %1015 to <32 x bfloat>
+  %r.i629.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i605.us.i, <32 x bfloat> %x.i627.us.i, <32 x bfloat> %1009)
+  %r.i632.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i608.us.i, <32 x bfloat> %x.i627.us.i, <32 x bfloat> %1011)
+  %1016 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 520
+  %1017 = load i32, ptr %1016, align 4, !tbaa !4
+  %1018 = insertelement <16 x i32> poison, i32 %1017, i64 0
+  %1019 = shufflevector <16 x i32> %1018, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i633.us.i = bitcast <16 x i32> %1019 to <32 x bfloat>
+  %r.i635.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i611.us.i, <32 x bfloat> %x.i633.us.i, <32 x bfloat> %1009)
+  %r.i638.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i614.us.i, <32 x bfloat> %x.i633.us.i, <32 x bfloat> %1011)
+  %1020 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 776
+  %1021 = load i32, ptr %1020, align 4, !tbaa !4
+  %1022 = insertelement <16 x i32> poison, i32 %1021, i64 0
+  %1023 = shufflevector <16 x i32> %1022, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i639.us.i = bitcast <16 x i32> %1023 to <32 x bfloat>
+  %r.i641.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i617.us.i, <32 x bfloat> %x.i639.us.i, <32 x bfloat> %1009)
+  %r.i644.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i620.us.i, <32 x bfloat> %x.i639.us.i, <32 x bfloat> %1011)
+  %1024 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 12
+  %1025 = load i32, ptr %1024, align 4, !tbaa !4
+  %1026 = insertelement <16 x i32> poison, i32 %1025, i64 0
+  %1027 = shufflevector <16 x i32> %1026, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1028 = getelementptr inbounds nuw i8, ptr %965, i64 48
+  %1029 = load i64, ptr %1028, align 8, !tbaa !4
+  %gep1245.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1029
+  %1030 = load <32 x bfloat>, ptr %gep1245.us.i, align 4, !tbaa !4
+  %x.i645.us.i = bitcast <16 x i32> %1027 to <32 x bfloat>
+  %r.i647.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i623.us.i, <32 x bfloat> %x.i645.us.i, <32 x bfloat> %1030)
+  %1031 = getelementptr i8, ptr %gep1245.us.i, i64 64
+  %1032 = load <32 x bfloat>, ptr %1031, align 4, !tbaa !4
+  %r.i650.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i626.us.i, <32 x bfloat> %x.i645.us.i, <32 x bfloat> %1032)
+  %1033 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 268
+  %1034 = load i32, ptr %1033, align 4, !tbaa !4
+  %1035 = insertelement <16 x i32> poison, i32 %1034, i64 0
+  %1036 = shufflevector <16 x i32> %1035, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i651.us.i = bitcast <16 x i32> %1036 to <32 x bfloat>
+  %r.i653.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i629.us.i, <32 x bfloat> %x.i651.us.i, <32 x bfloat> %1030)
+  %r.i656.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i632.us.i, <32 x bfloat> %x.i651.us.i, <32 x bfloat> %1032)
+  %1037 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 524
+  %1038 = load i32, ptr %1037, align 4, !tbaa !4
+  %1039 = insertelement <16 x i32> poison, i32 %1038, i64 0
+  %1040 = shufflevector <16 x i32> %1039, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i657.us.i = bitcast <16 x i32> %1040 to <32 x bfloat>
+  %r.i659.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i635.us.i, <32 x bfloat> %x.i657.us.i, <32 x bfloat> %1030)
+  %r.i662.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i638.us.i, <32 x bfloat> %x.i657.us.i, <32 x bfloat> %1032)
+  %1041 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 780
+  %1042 = load i32, ptr %1041, align 4, !tbaa !4
+  %1043 = insertelement <16 x i32> poison, i32 %1042, i64 0
+  %1044 = shufflevector <16 x i32> %1043, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i663.us.i = bitcast <16 x i32> %1044 to <32 x bfloat>
+  %r.i665.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i641.us.i, <32 x bfloat> %x.i663.us.i, <32 x bfloat> %1030)
+  %r.i668.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i644.us.i, <32 x bfloat> %x.i663.us.i, <32 x bfloat> %1032)
+  %1045 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 16
+  %1046 = load i32, ptr %1045, align 4, !tbaa !4
+  %1047 = insertelement <16 x i32> poison, i32 %1046, i64 0
+  %1048 = shufflevector <16 x i32> %1047, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1049 = getelementptr inbounds nuw i8, ptr %965, i64 64
+  %1050 = load i64, ptr %1049, align 8, !tbaa !4
+  %gep1249.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1050
+  %1051 = load <32 x bfloat>, ptr %gep1249.us.i, align 4, !tbaa !4
+  %x.i669.us.i = bitcast <16 x i32> %1048 to <32 x bfloat>
+  %r.i671.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i647.us.i, <32 x bfloat> %x.i669.us.i, <32 x bfloat> %1051)
+  %1052 = getelementptr i8, ptr %gep1249.us.i, i64 64
+  %1053 = load <32 x bfloat>, ptr %1052, align 4, !tbaa !4
+  %r.i674.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i650.us.i, <32 x bfloat> %x.i669.us.i, <32 x bfloat> %1053)
+  %1054 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 272
+  %1055 = load i32, ptr %1054, align 4, !tbaa !4
+  %1056 = insertelement <16 x i32> poison, i32 %1055, i64 0
+  %1057 = shufflevector <16 x i32> %1056, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i675.us.i = bitcast <16 x i32> %1057 to <32 x bfloat>
+  %r.i677.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i653.us.i, <32 x bfloat> %x.i675.us.i, <32 x bfloat> %1051)
+  %r.i680.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i656.us.i, <32 x bfloat> %x.i675.us.i, <32 x bfloat> %1053)
+  %1058 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 528
+  %1059 = load i32, ptr %1058, align 4, !tbaa !4
+  %1060 = insertelement <16 x i32> poison, i32 %1059, i64 0
+  %1061 = shufflevector <16 x i32> %1060, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i681.us.i = bitcast <16 x i32> %1061 to <32 x bfloat>
+  %r.i683.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i659.us.i, <32 x bfloat> %x.i681.us.i, <32 x bfloat> %1051)
+  %r.i686.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i662.us.i, <32 x bfloat> %x.i681.us.i, <32 x bfloat> %1053)
+  %1062 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 784
+  %1063 = load i32, ptr %1062, align 4, !tbaa !4
+  %1064 = insertelement <16 x i32> poison, i32 %1063, i64 0
+  %1065 = shufflevector <16 x i32> %1064, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i687.us.i = bitcast <16 x i32> %1065 to <32 x bfloat>
+  %r.i689.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i665.us.i, <32 x bfloat> %x.i687.us.i, <32 x bfloat> %1051)
+  %r.i692.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i668.us.i, <32 x bfloat> %x.i687.us.i, <32 x bfloat> %1053)
+  %1066 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 20
+  %1067 = load i32, ptr %1066, align 4, !tbaa !4
+  %1068 = insertelement <16 x i32> poison, i32 %1067, i64 0
+  %1069 = shufflevector <16 x i32> %1068, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1070 = getelementptr inbounds nuw i8, ptr %965, i64 80
+  %1071 = load i64, ptr %1070, align 8, !tbaa !4
+  %gep1253.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1071
+  %1072 = load <32 x bfloat>, ptr %gep1253.us.i, align 4, !tbaa !4
+  %x.i693.us.i = bitcast <16 x i32> %1069 to <32 x bfloat>
+  %r.i695.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i671.us.i, <32 x bfloat> %x.i693.us.i, <32 x bfloat> %1072)
+  %1073 = getelementptr i8, ptr %gep1253.us.i, i64 64
+  %1074 = load <32 x bfloat>, ptr %1073, align 4, !tbaa !4
+  %r.i698.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i674.us.i, <32 x bfloat> %x.i693.us.i, <32 x bfloat> %1074)
+  %1075 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 276
+  %1076 = load i32, ptr %1075, align 4, !tbaa !4
+  %1077 = insertelement <16 x i32> poison, i32 %1076, i64 0
+  %1078 = shufflevector <16 x i32> %1077, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i699.us.i = bitcast <16 x i32> %1078 to <32 x bfloat>
+  %r.i701.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i677.us.i, <32 x bfloat> %x.i699.us.i, <32 x bfloat> %1072)
+  %r.i704.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i680.us.i, <32 x bfloat> %x.i699.us.i, <32 x bfloat> %1074)
+  %1079 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 532
+  %1080 = load i32, ptr %1079, align 4, !tbaa !4
+  %1081 = insertelement <16 x i32> poison, i32 %1080, i64 0
+  %1082 = shufflevector <16 x i32> %1081, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i705.us.i = bitcast <16 x i32> %1082 to <32 x bfloat>
+  %r.i707.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i683.us.i, <32 x bfloat> %x.i705.us.i, <32 x bfloat> %1072)
+  %r.i710.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i686.us.i, <32 x bfloat> %x.i705.us.i, <32 x bfloat> %1074)
+  %1083 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 788
+  %1084 = load i32, ptr %1083, align 4, !tbaa !4
+  %1085 = insertelement <16 x i32> poison, i32 %1084, i64 0
+  %1086 = shufflevector <16 x i32> %1085, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i711.us.i = bitcast <16 x i32> %1086 to <32 x bfloat>
+  %r.i713.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i689.us.i, <32 x bfloat> %x.i711.us.i, <32 x bfloat> %1072)
+  %r.i716.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i692.us.i, <32 x bfloat> %x.i711.us.i, <32 x bfloat> %1074)
+  %1087 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 24
+  %1088 = load i32, ptr %1087, align 4, !tbaa !4
+  %1089 = insertelement <16 x i32> poison, i32 %1088, i64 0
+  %1090 = shufflevector <16 x i32> %1089, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1091 = getelementptr inbounds nuw i8, ptr %965, i64 96
+  %1092 = load i64, ptr %1091, align 8, !tbaa !4
+  %gep1257.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1092
+  %1093 = load <32 x bfloat>, ptr %gep1257.us.i, align 4, !tbaa !4
+  %x.i717.us.i = bitcast <16 x i32> %1090 to <32 x bfloat>
+  %r.i719.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i695.us.i, <32 x bfloat> %x.i717.us.i, <32 x bfloat> %1093)
+  %1094 = getelementptr i8, ptr %gep1257.us.i, i64 64
+  %1095 = load <32 x bfloat>, ptr %1094, align 4, !tbaa !4
+  %r.i722.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i698.us.i, <32 x bfloat> %x.i717.us.i, <32 x bfloat> %1095)
+  %1096 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 280
+  %1097 = load i32, ptr %1096, align 4, !tbaa !4
+  %1098 = insertelement <16 x i32> poison, i32 %1097, i64 0
+  %1099 = shufflevector <16 x i32> %1098, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i723.us.i = bitcast <16 x i32> %1099 to <32 x bfloat>
+  %r.i725.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i701.us.i, <32 x bfloat> %x.i723.us.i, <32 x bfloat> %1093)
+  %r.i728.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i704.us.i, <32 x bfloat> %x.i723.us.i, <32 x bfloat> %1095)
+  %1100 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 536
+  %1101 = load i32, ptr %1100, align 4, !tbaa !4
+  %1102 = insertelement <16 x i32> poison, i32 %1101, i64 0
+  %1103 = shufflevector <16 x i32> %1102, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i729.us.i = bitcast <16 x i32> %1103 to <32 x bfloat>
+  %r.i731.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i707.us.i, <32 x bfloat> %x.i729.us.i, <32 x bfloat> %1093)
+  %r.i734.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i710.us.i, <32 x bfloat> %x.i729.us.i, <32 x bfloat> %1095)
+  %1104 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 792
+  %1105 = load i32, ptr %1104, align 4, !tbaa !4
+  %1106 = insertelement <16 x i32> poison, i32 %1105, i64 0
+  %1107 = shufflevector <16 x i32> %1106, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i735.us.i = bitcast <16 x i32> %1107 to <32 x bfloat>
+  %r.i737.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i713.us.i, <32 x bfloat> %x.i735.us.i, <32 x bfloat> %1093)
+  %r.i740.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i716.us.i, <32 x bfloat> %x.i735.us.i, <32 x bfloat> %1095)
+  %1108 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 28
+  %1109 = load i32, ptr %1108, align 4, !tbaa !4
+  %1110 = insertelement <16 x i32> poison, i32 %1109, i64 0
+  %1111 = shufflevector <16 x i32> %1110, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1112 = getelementptr inbounds nuw i8, ptr %965, i64 112
+  %1113 = load i64, ptr %1112, align 8, !tbaa !4
+  %gep1261.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1113
+  %1114 = load <32 x bfloat>, ptr %gep1261.us.i, align 4, !tbaa !4
+  %x.i741.us.i = bitcast <16 x i32> %1111 to <32 x bfloat>
+  %r.i743.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i719.us.i, <32 x bfloat> %x.i741.us.i, <32 x bfloat> %1114)
+  %1115 = getelementptr i8, ptr %gep1261.us.i, i64 64
+  %1116 = load <32 x bfloat>, ptr %1115, align 4, !tbaa !4
+  %r.i746.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i722.us.i, <32 x bfloat> %x.i741.us.i, <32 x bfloat> %1116)
+  %1117 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 284
+  %1118 = load i32, ptr %1117, align 4, !tbaa !4
+  %1119 = insertelement <16 x i32> poison, i32 %1118, i64 0
+  %1120 = shufflevector <16 x i32> %1119, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i747.us.i = bitcast <16 x i32> %1120 to <32 x bfloat>
+  %r.i749.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i725.us.i, <32 x bfloat> %x.i747.us.i, <32 x bfloat> %1114)
+  %r.i752.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i728.us.i, <32 x bfloat> %x.i747.us.i, <32 x bfloat> %1116)
+  %1121 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 540
+  %1122 = load i32, ptr %1121, align 4, !tbaa !4
+  %1123 = insertelement <16 x i32> poison, i32 %1122, i64 0
+  %1124 = shufflevector <16 x i32> %1123, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i753.us.i = bitcast <16 x i32> %1124 to <32 x bfloat>
+  %r.i755.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i731.us.i, <32 x bfloat> %x.i753.us.i, <32 x bfloat> %1114)
+  %r.i758.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i734.us.i, <32 x bfloat> %x.i753.us.i, <32 x bfloat> %1116)
+  %1125 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 796
+  %1126 = load i32, ptr %1125, align 4, !tbaa !4
+  %1127 = insertelement <16 x i32> poison, i32 %1126, i64 0
+  %1128 = shufflevector <16 x i32> %1127, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i759.us.i = bitcast <16 x i32> %1128 to <32 x bfloat>
+  %r.i761.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i737.us.i, <32 x bfloat> %x.i759.us.i, <32 x bfloat> %1114)
+  %r.i764.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i740.us.i, <32 x bfloat> %x.i759.us.i, <32 x bfloat> %1116)
+  %1129 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 32
+  %1130 = load i32, ptr %1129, align 4, !tbaa !4
+  %1131 = insertelement <16 x i32> poison, i32 %1130, i64 0
+  %1132 = shufflevector <16 x i32> %1131, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1133 = getelementptr inbounds nuw i8, ptr %965, i64 128
+  %1134 = load i64, ptr %1133, align 8, !tbaa !4
+  %gep1265.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1134
+  %1135 = load <32 x bfloat>, ptr %gep1265.us.i, align 4, !tbaa !4
+  %x.i765.us.i = bitcast <16 x i32> %1132 to <32 x bfloat>
+  %r.i767.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i743.us.i, <32 x bfloat> %x.i765.us.i, <32 x bfloat> %1135)
+  %1136 = getelementptr i8, ptr %gep1265.us.i, i64 64
+  %1137 = load <32 x bfloat>, ptr %1136, align 4, !tbaa !4
+  %r.i770.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i746.us.i, <32 x bfloat> %x.i765.us.i, <32 x bfloat> %1137)
+  %1138 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 288
+  %1139 = load i32, ptr %1138, align 4, !tbaa !4
+  %1140 = insertelement <16 x i32> poison, i32 %1139, i64 0
+  %1141 = shufflevector <16 x i32> %1140, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i771.us.i = bitcast <16 x i32> %1141 to <32 x bfloat>
+  %r.i773.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i749.us.i, <32 x bfloat> %x.i771.us.i, <32 x bfloat> %1135)
+  %r.i776.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i752.us.i, <32 x bfloat> %x.i771.us.i, <32 x bfloat> %1137)
+  %1142 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 544
+  %1143 = load i32, ptr %1142, align 4, !tbaa !4
+  %1144 = insertelement <16 x i32> poison, i32 %1143, i64 0
+  %1145 = shufflevector <16 x i32> %1144, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i777.us.i = bitcast <16 x i32> %1145 to <32 x bfloat>
+  %r.i779.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i755.us.i, <32 x bfloat> %x.i777.us.i, <32 x bfloat> %1135)
+  %r.i782.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i758.us.i, <32 x bfloat> %x.i777.us.i, <32 x bfloat> %1137)
+  %1146 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 800
+  %1147 = load i32, ptr %1146, align 4, !tbaa !4
+  %1148 = insertelement <16 x i32> poison, i32 %1147, i64 0
+  %1149 = shufflevector <16 x i32> %1148, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i783.us.i = bitcast <16 x i32> %1149 to <32 x bfloat>
+  %r.i785.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i761.us.i, <32 x bfloat> %x.i783.us.i, <32 x bfloat> %1135)
+  %r.i788.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i764.us.i, <32 x bfloat> %x.i783.us.i, <32 x bfloat> %1137)
+  %1150 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 36
+  %1151 = load i32, ptr %1150, align 4, !tbaa !4
+  %1152 = insertelement <16 x i32> poison, i32 %1151, i64 0
+  %1153 = shufflevector <16 x i32> %1152, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1154 = getelementptr inbounds nuw i8, ptr %965, i64 144
+  %1155 = load i64, ptr %1154, align 8, !tbaa !4
+  %gep1269.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1155
+  %1156 = load <32 x bfloat>, ptr %gep1269.us.i, align 4, !tbaa !4
+  %x.i789.us.i = bitcast <16 x i32> %1153 to <32 x bfloat>
+  %r.i791.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i767.us.i, <32 x bfloat> %x.i789.us.i, <32 x bfloat> %1156)
+  %1157 = getelementptr i8, ptr %gep1269.us.i, i64 64
+  %1158 = load <32 x bfloat>, ptr %1157, align 4, !tbaa !4
+  %r.i794.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i770.us.i, <32 x bfloat> %x.i789.us.i, <32 x bfloat> %1158)
+  %1159 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 292
+  %1160 = load i32, ptr %1159, align 4, !tbaa !4
+  %1161 = insertelement <16 x i32> poison, i32 %1160, i64 0
+  %1162 = shufflevector <16 x i32> %1161, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i795.us.i = bitcast <16 x i32> %1162 to <32 x bfloat>
+  %r.i797.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i773.us.i, <32 x bfloat> %x.i795.us.i, <32 x bfloat> %1156)
+  %r.i800.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i776.us.i, <32 x bfloat> %x.i795.us.i, <32 x bfloat> %1158)
+  %1163 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 548
+  %1164 = load i32, ptr %1163, align 4, !tbaa !4
+  %1165 = insertelement <16 x i32> poison, i32 %1164, i64 0
+  %1166 = shufflevector <16 x i32> %1165, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i801.us.i = bitcast <16 x i32> %1166 to <32 x bfloat>
+  %r.i803.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i779.us.i, <32 x bfloat> %x.i801.us.i, <32 x bfloat> %1156)
+  %r.i806.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i782.us.i, <32 x bfloat> %x.i801.us.i, <32 x bfloat> %1158)
+  %1167 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 804
+  %1168 = load i32, ptr %1167, align 4, !tbaa !4
+  %1169 = insertelement <16 x i32> poison, i32 %1168, i64 0
+  %1170 = shufflevector <16 x i32> %1169, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i807.us.i = bitcast <16 x i32> %1170 to <32 x bfloat>
+  %r.i809.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i785.us.i, <32 x bfloat> %x.i807.us.i, <32 x bfloat> %1156)
+  %r.i812.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i788.us.i, <32 x bfloat> %x.i807.us.i, <32 x bfloat> %1158)
+  %1171 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 40
+  %1172 = load i32, ptr %1171, align 4, !tbaa !4
+  %1173 = insertelement <16 x i32> poison, i32 %1172, i64 0
+  %1174 = shufflevector <16 x i32> %1173, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1175 = getelementptr inbounds nuw i8, ptr %965, i64 160
+  %1176 = load i64, ptr %1175, align 8, !tbaa !4
+  %gep1273.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1176
+  %1177 = load <32 x bfloat>, ptr %gep1273.us.i, align 4, !tbaa !4
+  %x.i813.us.i = bitcast <16 x i32> %1174 to <32 x bfloat>
+  %r.i815.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i791.us.i, <32 x bfloat> %x.i813.us.i, <32 x bfloat> %1177)
+  %1178 = getelementptr i8, ptr %gep1273.us.i, i64 64
+  %1179 = load <32 x bfloat>, ptr %1178, align 4, !tbaa !4
+  %r.i818.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i794.us.i, <32 x bfloat> %x.i813.us.i, <32 x bfloat> %1179)
+  %1180 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 296
+  %1181 = load i32, ptr %1180, align 4, !tbaa !4
+  %1182 = insertelement <16 x i32> poison, i32 %1181, i64 0
+  %1183 = shufflevector <16 x i32> %1182, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i819.us.i = bitcast <16 x i32> %1183 to <32 x bfloat>
+  %r.i821.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i797.us.i, <32 x bfloat> %x.i819.us.i, <32 x bfloat> %1177)
+  %r.i824.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i800.us.i, <32 x bfloat> %x.i819.us.i, <32 x bfloat> %1179)
+  %1184 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 552
+  %1185 = load i32, ptr %1184, align 4, !tbaa !4
+  %1186 = insertelement <16 x i32> poison, i32 %1185, i64 0
+  %1187 = shufflevector <16 x i32> %1186, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i825.us.i = bitcast <16 x i32> %1187 to <32 x bfloat>
+  %r.i827.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i803.us.i, <32 x bfloat> %x.i825.us.i, <32 x bfloat> %1177)
+  %r.i830.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i806.us.i, <32 x bfloat> %x.i825.us.i, <32 x bfloat> %1179)
+  %1188 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 808
+  %1189 = load i32, ptr %1188, align 4, !tbaa !4
+  %1190 = insertelement <16 x i32> poison, i32 %1189, i64 0
+  %1191 = shufflevector <16 x i32> %1190, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i831.us.i = bitcast <16 x i32> %1191 to <32 x bfloat>
+  %r.i833.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i809.us.i, <32 x bfloat> %x.i831.us.i, <32 x bfloat> %1177)
+  %r.i836.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i812.us.i, <32 x bfloat> %x.i831.us.i, <32 x bfloat> %1179)
+  %1192 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 44
+  %1193 = load i32, ptr %1192, align 4, !tbaa !4
+  %1194 = insertelement <16 x i32> poison, i32 %1193, i64 0
+  %1195 = shufflevector <16 x i32> %1194, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1196 = getelementptr inbounds nuw i8, ptr %965, i64 176
+  %1197 = load i64, ptr %1196, align 8, !tbaa !4
+  %gep1277.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1197
+  %1198 = load <32 x bfloat>, ptr %gep1277.us.i, align 4, !tbaa !4
+  %x.i837.us.i = bitcast <16 x i32> %1195 to <32 x bfloat>
+  %r.i839.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i815.us.i, <32 x bfloat> %x.i837.us.i, <32 x bfloat> %1198)
+  %1199 = getelementptr i8, ptr %gep1277.us.i, i64 64
+  %1200 = load <32 x bfloat>, ptr %1199, align 4, !tbaa !4
+  %r.i842.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i818.us.i, <32 x bfloat> %x.i837.us.i, <32 x bfloat> %1200)
+  %1201 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 300
+  %1202 = load i32, ptr %1201, align 4, !tbaa !4
+  %1203 = insertelement <16 x i32> poison, i32 %1202, i64 0
+  %1204 = shufflevector <16 x i32> %1203, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i843.us.i = bitcast <16 x i32> %1204 to <32 x bfloat>
+  %r.i845.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i821.us.i, <32 x bfloat> %x.i843.us.i, <32 x bfloat> %1198)
+  %r.i848.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i824.us.i, <32 x bfloat> %x.i843.us.i, <32 x bfloat> %1200)
+  %1205 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 556
+  %1206 = load i32, ptr %1205, align 4, !tbaa !4
+  %1207 = insertelement <16 x i32> poison, i32 %1206, i64 0
+  %1208 = shufflevector <16 x i32> %1207, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i849.us.i = bitcast <16 x i32> %1208 to <32 x bfloat>
+  %r.i851.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i827.us.i, <32 x bfloat> %x.i849.us.i, <32 x bfloat> %1198)
+  %r.i854.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i830.us.i, <32 x bfloat> %x.i849.us.i, <32 x bfloat> %1200)
+  %1209 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 812
+  %1210 = load i32, ptr %1209, align 4, !tbaa !4
+  %1211 = insertelement <16 x i32> poison, i32 %1210, i64 0
+  %1212 = shufflevector <16 x i32> %1211, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i855.us.i = bitcast <16 x i32> %1212 to <32 x bfloat>
+  %r.i857.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i833.us.i, <32 x bfloat> %x.i855.us.i, <32 x bfloat> %1198)
+  %r.i860.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i836.us.i, <32 x bfloat> %x.i855.us.i, <32 x bfloat> %1200)
+  %1213 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 48
+  %1214 = load i32, ptr %1213, align 4, !tbaa !4
+  %1215 = insertelement <16 x i32> poison, i32 %1214, i64 0
+  %1216 = shufflevector <16 x i32> %1215, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1217 = getelementptr inbounds nuw i8, ptr %965, i64 192
+  %1218 = load i64, ptr %1217, align 8, !tbaa !4
+  %gep1281.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1218
+  %1219 = load <32 x bfloat>, ptr %gep1281.us.i, align 4, !tbaa !4
+  %x.i861.us.i = bitcast <16 x i32> %1216 to <32 x bfloat>
+  %r.i863.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i839.us.i, <32 x bfloat> %x.i861.us.i, <32 x bfloat> %1219)
+  %1220 = getelementptr i8, ptr %gep1281.us.i, i64 64
+  %1221 = load <32 x bfloat>, ptr %1220, align 4, !tbaa !4
+  %r.i866.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i842.us.i, <32 x bfloat> %x.i861.us.i, <32 x bfloat> %1221)
+  %1222 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 304
+  %1223 = load i32, ptr %1222, align 4, !tbaa !4
+  %1224 = insertelement <16 x i32> poison, i32 %1223, i64 0
+  %1225 = shufflevector <16 x i32> %1224, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i867.us.i = bitcast <16 x i32> %1225 to <32 x bfloat>
+  %r.i869.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i845.us.i, <32 x bfloat> %x.i867.us.i, <32 x bfloat> %1219)
+  %r.i872.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i848.us.i, <32 x bfloat> %x.i867.us.i, <32 x bfloat> %1221)
+  %1226 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 560
+  %1227 = load i32, ptr %1226, align 4, !tbaa !4
+  %1228 = insertelement <16 x i32> poison, i32 %1227, i64 0
+  %1229 = shufflevector <16 x i32> %1228, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i873.us.i = bitcast <16 x i32> %1229 to <32 x bfloat>
+  %r.i875.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i851.us.i, <32 x bfloat> %x.i873.us.i, <32 x bfloat> %1219)
+  %r.i878.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i854.us.i, <32 x bfloat> %x.i873.us.i, <32 x bfloat> %1221)
+  %1230 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 816
+  %1231 = load i32, ptr %1230, align 4, !tbaa !4
+  %1232 = insertelement <16 x i32> poison, i32 %1231, i64 0
+  %1233 = shufflevector <16 x i32> %1232, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i879.us.i = bitcast <16 x i32> %1233 to <32 x bfloat>
+  %r.i881.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i857.us.i, <32 x bfloat> %x.i879.us.i, <32 x bfloat> %1219)
+  %r.i884.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i860.us.i, <32 x bfloat> %x.i879.us.i, <32 x bfloat> %1221)
+  %1234 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 52
+  %1235 = load i32, ptr %1234, align 4, !tbaa !4
+  %1236 = insertelement <16 x i32> poison, i32 %1235, i64 0
+  %1237 = shufflevector <16 x i32> %1236, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1238 = getelementptr inbounds nuw i8, ptr %965, i64 208
+  %1239 = load i64, ptr %1238, align 8, !tbaa !4
+  %gep1285.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1239
+  %1240 = load <32 x bfloat>, ptr %gep1285.us.i, align 4, !tbaa !4
+  %x.i885.us.i = bitcast <16 x i32> %1237 to <32 x bfloat>
+  %r.i887.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i863.us.i, <32 x bfloat> %x.i885.us.i, <32 x bfloat> %1240)
+  %1241 = getelementptr i8, ptr %gep1285.us.i, i64 64
+  %1242 = load <32 x bfloat>, ptr %1241, align 4, !tbaa !4
+  %r.i890.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i866.us.i, <32 x bfloat> %x.i885.us.i, <32 x bfloat> %1242)
+  %1243 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 308
+  %1244 = load i32, ptr %1243, align 4, !tbaa !4
+  %1245 = insertelement <16 x i32> poison, i32 %1244, i64 0
+  %1246 = shufflevector <16 x i32> %1245, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i891.us.i = bitcast <16 x i32> %1246 to <32 x bfloat>
+  %r.i893.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i869.us.i, <32 x bfloat> %x.i891.us.i, <32 x bfloat> %1240)
+  %r.i896.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i872.us.i, <32 x bfloat> %x.i891.us.i, <32 x bfloat> %1242)
+  %1247 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 564
+  %1248 = load i32, ptr %1247, align 4, !tbaa !4
+  %1249 = insertelement <16 x i32> poison, i32 %1248, i64 0
+  %1250 = shufflevector <16 x i32> %1249, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i897.us.i = bitcast <16 x i32> %1250 to <32 x bfloat>
+  %r.i899.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i875.us.i, <32 x bfloat> %x.i897.us.i, <32 x bfloat> %1240)
+  %r.i902.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i878.us.i, <32 x bfloat> %x.i897.us.i, <32 x bfloat> %1242)
+  %1251 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 820
+  %1252 = load i32, ptr %1251, align 4, !tbaa !4
+  %1253 = insertelement <16 x i32> poison, i32 %1252, i64 0
+  %1254 = shufflevector <16 x i32> %1253, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i903.us.i = bitcast <16 x i32> %1254 to <32 x bfloat>
+  %r.i905.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i881.us.i, <32 x bfloat> %x.i903.us.i, <32 x bfloat> %1240)
+  %r.i908.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i884.us.i, <32 x bfloat> %x.i903.us.i, <32 x bfloat> %1242)
+  %1255 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 56
+  %1256 = load i32, ptr %1255, align 4, !tbaa !4
+  %1257 = insertelement <16 x i32> poison, i32 %1256, i64 0
+  %1258 = shufflevector <16 x i32> %1257, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1259 = getelementptr inbounds nuw i8, ptr %965, i64 224
+  %1260 = load i64, ptr %1259, align 8, !tbaa !4
+  %gep1289.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1260
+  %1261 = load <32 x bfloat>, ptr %gep1289.us.i, align 4, !tbaa !4
+  %x.i909.us.i = bitcast <16 x i32> %1258 to <32 x bfloat>
+  %r.i911.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i887.us.i, <32 x bfloat> %x.i909.us.i, <32 x bfloat> %1261)
+  %1262 = getelementptr i8, ptr %gep1289.us.i, i64 64
+  %1263 = load <32 x bfloat>, ptr %1262, align 4, !tbaa !4
+  %r.i914.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i890.us.i, <32 x bfloat> %x.i909.us.i, <32 x bfloat> %1263)
+  %1264 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 312
+  %1265 = load i32, ptr %1264, align 4, !tbaa !4
+  %1266 = insertelement <16 x i32> poison, i32 %1265, i64 0
+  %1267 = shufflevector <16 x i32> %1266, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i915.us.i = bitcast <16 x i32> %1267 to <32 x bfloat>
+  %r.i917.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i893.us.i, <32 x bfloat> %x.i915.us.i, <32 x bfloat> %1261)
+  %r.i920.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i896.us.i, <32 x bfloat> %x.i915.us.i, <32 x bfloat> %1263)
+  %1268 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 568
+  %1269 = load i32, ptr %1268, align 4, !tbaa !4
+  %1270 = insertelement <16 x i32> poison, i32 %1269, i64 0
+  %1271 = shufflevector <16 x i32> %1270, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i921.us.i = bitcast <16 x i32> %1271 to <32 x bfloat>
+  %r.i923.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i899.us.i, <32 x bfloat> %x.i921.us.i, <32 x bfloat> %1261)
+  %r.i926.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i902.us.i, <32 x bfloat> %x.i921.us.i, <32 x bfloat> %1263)
+  %1272 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 824
+  %1273 = load i32, ptr %1272, align 4, !tbaa !4
+  %1274 = insertelement <16 x i32> poison, i32 %1273, i64 0
+  %1275 = shufflevector <16 x i32> %1274, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i927.us.i = bitcast <16 x i32> %1275 to <32 x bfloat>
+  %r.i929.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i905.us.i, <32 x bfloat> %x.i927.us.i, <32 x bfloat> %1261)
+  %r.i932.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i908.us.i, <32 x bfloat> %x.i927.us.i, <32 x bfloat> %1263)
+  %1276 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 60
+  %1277 = load i32, ptr %1276, align 4, !tbaa !4
+  %1278 = insertelement <16 x i32> poison, i32 %1277, i64 0
+  %1279 = shufflevector <16 x i32> %1278, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1280 = getelementptr inbounds nuw i8, ptr %965, i64 240
+  %1281 = load i64, ptr %1280, align 8, !tbaa !4
+  %gep1293.us.i = getelementptr i32, ptr %gep1317.us.i, i64 %1281
+  %1282 = load <32 x bfloat>, ptr %gep1293.us.i, align 4, !tbaa !4
+  %x.i933.us.i = bitcast <16 x i32> %1279 to <32 x bfloat>
+  %r.i935.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i911.us.i, <32 x bfloat> %x.i933.us.i, <32 x bfloat> %1282)
+  %1283 = getelementptr i8, ptr %gep1293.us.i, i64 64
+  %1284 = load <32 x bfloat>, ptr %1283, align 4, !tbaa !4
+  %r.i938.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i914.us.i, <32 x bfloat> %x.i933.us.i, <32 x bfloat> %1284)
+  %1285 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 316
+  %1286 = load i32, ptr %1285, align 4, !tbaa !4
+  %1287 = insertelement <16 x i32> poison, i32 %1286, i64 0
+  %1288 = shufflevector <16 x i32> %1287, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i939.us.i = bitcast <16 x i32> %1288 to <32 x bfloat>
+  %r.i941.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i917.us.i, <32 x bfloat> %x.i939.us.i, <32 x bfloat> %1282)
+  %r.i944.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i920.us.i, <32 x bfloat> %x.i939.us.i, <32 x bfloat> %1284)
+  %1289 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 572
+  %1290 = load i32, ptr %1289, align 4, !tbaa !4
+  %1291 = insertelement <16 x i32> poison, i32 %1290, i64 0
+  %1292 = shufflevector <16 x i32> %1291, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i945.us.i = bitcast <16 x i32> %1292 to <32 x bfloat>
+  %r.i947.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i923.us.i, <32 x bfloat> %x.i945.us.i, <32 x bfloat> %1282)
+  %r.i950.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i926.us.i, <32 x bfloat> %x.i945.us.i, <32 x bfloat> %1284)
+  %1293 = getelementptr inbounds nuw i8, ptr %gep1697.i, i64 828
+  %1294 = load i32, ptr %1293, align 4, !tbaa !4
+  %1295 = insertelement <16 x i32> poison, i32 %1294, i64 0
+  %1296 = shufflevector <16 x i32> %1295, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i951.us.i = bitcast <16 x i32> %1296 to <32 x bfloat>
+  %r.i953.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i929.us.i, <32 x bfloat> %x.i951.us.i, <32 x bfloat> %1282)
+  %r.i956.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i932.us.i, <32 x bfloat> %x.i951.us.i, <32 x bfloat> %1284)
+  %indvars.iv.next1521.i = add nuw nsw i64 %indvars.iv1520.i, 1
+  %exitcond1524.not.i = icmp eq i64 %indvars.iv.next1521.i, %2004
+  br i1 %exitcond1524.not.i, label %for_end_to274.us.i, label %for_body_to273.us.i, !prof !8
+
+for_body_r263.us.i:                               ; preds = %for_body_r263.lr.ph.us.i, %for_end_c269.us.i
+  %r2661212.us.i = phi i32 [ 0, %for_body_r263.lr.ph.us.i ], [ %1312, %for_end_c269.us.i ]
+  br i1 %2553, label %for_body_c268.lr.ph.us.i, label %for_end_c269.us.i, !prof !3
+
+for_end_c269.us.i.loopexit.unr-lcssa:             ; preds = %for_body_c268.us.i
+  br i1 %lcmp.mod459.not, label %for_end_c269.us.i, label %for_body_c268.us.i.epil.preheader, !prof !45
+
+for_body_c268.us.i.epil.preheader:                ; preds = %for_body_c268.lr.ph.us.i, %for_end_c269.us.i.loopexit.unr-lcssa
+  %indvars.iv1515.i.epil.init = phi i64 [ 0, %for_body_c268.lr.ph.us.i ], [ %indvars.iv.next1516.i.3, %for_end_c269.us.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod460)
+  br label %for_body_c268.us.i.epil
+
+for_body_c268.us.i.epil:                          ; preds = %for_body_c268.us.i.epil, %for_body_c268.us.i.epil.preheader
+  %indvars.iv1515.i.epil = phi i64 [ %indvars.iv1515.i.epil.init, %for_body_c268.us.i.epil.preheader ], [ %indvars.iv.next1516.i.epil, %for_body_c268.us.i.epil ]
+  %epil.iter458 = phi i64 [ 0, %for_body_c268.us.i.epil.preheader ], [ %epil.iter458.next, %for_body_c268.us.i.epil ]
+  %1297 = trunc i64 %indvars.iv1515.i.epil to i32
+  %1298 = add i32 %796, %1297
+  %1299 = and i32 %1298, 1
+  %1300 = icmp eq i32 %1299, 0
+  %1301 = select i1 %1300, i32 -65536, i32 65535
+  %1302 = getelementptr i8, ptr %2552, i64 %indvars.iv1515.i.epil
+  %1303 = load i8, ptr %1302, align 1, !tbaa !4
+  %1304 = icmp eq i8 %1303, 0
+  %1305 = select i1 %1304, i32 %1301, i32 -1
+  %1306 = lshr i32 %1298, 1
+  %1307 = add nuw nsw i32 %1306, %2551
+  %1308 = zext nneg i32 %1307 to i64
+  %1309 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1308
+  %1310 = load i32, ptr %1309, align 4, !tbaa !4
+  %1311 = and i32 %1305, %1310
+  store i32 %1311, ptr %1309, align 4, !tbaa !4
+  %indvars.iv.next1516.i.epil = add nuw nsw i64 %indvars.iv1515.i.epil, 1
+  %epil.iter458.next = add i64 %epil.iter458, 1
+  %epil.iter458.cmp.not = icmp eq i64 %epil.iter458.next, %xtraiter457
+  br i1 %epil.iter458.cmp.not, label %for_end_c269.us.i, label %for_body_c268.us.i.epil, !prof !46, !llvm.loop !52
+
+for_end_c269.us.i:                                ; preds = %for_body_c268.us.i.epil, %for_end_c269.us.i.loopexit.unr-lcssa, %for_body_r263.us.i
+  %1312 = add nuw nsw i32 %r2661212.us.i, 1
+  %exitcond1519.not.i = icmp eq i32 %1312, %2556
+  br i1 %exitcond1519.not.i, label %if_end261.us.i, label %for_body_r263.us.i, !prof !8
+
+for_body_c268.us.i:                               ; preds = %for_body_c268.lr.ph.us.i, %for_body_c268.us.i
+  %indvars.iv1515.i = phi i64 [ %indvars.iv.next1516.i.3, %for_body_c268.us.i ], [ 0, %for_body_c268.lr.ph.us.i ]
+  %niter462 = phi i64 [ %niter462.next.3, %for_body_c268.us.i ], [ 0, %for_body_c268.lr.ph.us.i ]
+  %1313 = trunc i64 %indvars.iv1515.i to i32
+  %1314 = add i32 %796, %1313
+  %1315 = getelementptr i8, ptr %2552, i64 %indvars.iv1515.i
+  %1316 = load i8, ptr %1315, align 1, !tbaa !4
+  %1317 = icmp eq i8 %1316, 0
+  %1318 = select i1 %1317, i32 %805, i32 -1
+  %1319 = lshr i32 %1314, 1
+  %1320 = add nuw nsw i32 %1319, %2551
+  %1321 = zext nneg i32 %1320 to i64
+  %1322 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1321
+  %1323 = load i32, ptr %1322, align 4, !tbaa !4
+  %1324 = and i32 %1318, %1323
+  store i32 %1324, ptr %1322, align 4, !tbaa !4
+  %indvars.iv.next1516.i = or disjoint i64 %indvars.iv1515.i, 1
+  %1325 = trunc i64 %indvars.iv.next1516.i to i32
+  %1326 = add i32 %796, %1325
+  %1327 = getelementptr i8, ptr %2552, i64 %indvars.iv.next1516.i
+  %1328 = load i8, ptr %1327, align 1, !tbaa !4
+  %1329 = icmp eq i8 %1328, 0
+  %1330 = select i1 %1329, i32 %806, i32 -1
+  %1331 = lshr i32 %1326, 1
+  %1332 = add nuw nsw i32 %1331, %2551
+  %1333 = zext nneg i32 %1332 to i64
+  %1334 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1333
+  %1335 = load i32, ptr %1334, align 4, !tbaa !4
+  %1336 = and i32 %1330, %1335
+  store i32 %1336, ptr %1334, align 4, !tbaa !4
+  %indvars.iv.next1516.i.1 = or disjoint i64 %indvars.iv1515.i, 2
+  %1337 = trunc i64 %indvars.iv.next1516.i.1 to i32
+  %1338 = add i32 %796, %1337
+  %1339 = getelementptr i8, ptr %2552, i64 %indvars.iv.next1516.i.1
+  %1340 = load i8, ptr %1339, align 1, !tbaa !4
+  %1341 = icmp eq i8 %1340, 0
+  %1342 = select i1 %1341, i32 %808, i32 -1
+  %1343 = lshr i32 %1338, 1
+  %1344 = add nuw nsw i32 %1343, %2551
+  %1345 = zext nneg i32 %1344 to i64
+  %1346 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1345
+  %1347 = load i32, ptr %1346, align 4, !tbaa !4
+  %1348 = and i32 %1342, %1347
+  store i32 %1348, ptr %1346, align 4, !tbaa !4
+  %indvars.iv.next1516.i.2 = or disjoint i64 %indvars.iv1515.i, 3
+  %1349 = trunc i64 %indvars.iv.next1516.i.2 to i32
+  %1350 = add i32 %796, %1349
+  %1351 = getelementptr i8, ptr %2552, i64 %indvars.iv.next1516.i.2
+  %1352 = load i8, ptr %1351, align 1, !tbaa !4
+  %1353 = icmp eq i8 %1352, 0
+  %1354 = select i1 %1353, i32 %809, i32 -1
+  %1355 = lshr i32 %1350, 1
+  %1356 = add nuw nsw i32 %1355, %2551
+  %1357 = zext nneg i32 %1356 to i64
+  %1358 = getelementptr inbounds nuw i32, ptr %edges.us.i, i64 %1357
+  %1359 = load i32, ptr %1358, align 4, !tbaa !4
+  %1360 = and i32 %1354, %1359
+  store i32 %1360, ptr %1358, align 4, !tbaa !4
+  %indvars.iv.next1516.i.3 = add nuw nsw i64 %indvars.iv1515.i, 4
+  %niter462.next.3 = add i64 %niter462, 4
+  %niter462.ncmp.3 = icmp eq i64 %niter462.next.3, %unroll_iter461
+  br i1 %niter462.ncmp.3, label %for_end_c269.us.i.loopexit.unr-lcssa, label %for_body_c268.us.i, !prof !42, !llvm.loop !53
+
+for_body_r251.us.i:                               ; preds = %for_end_to212.us.i.15, %for_end_to257.us.i
+  %indvars.iv1511.i = phi i64 [ %indvars.iv.next1512.i, %for_end_to257.us.i ], [ 0, %for_end_to212.us.i.15 ]
+  br i1 %2001, label %for_body_to256.lr.ph.us.i, label %for_end_to257.us.i, !prof !3
+
+for_end_to257.us.i:                               ; preds = %for_body_to256.us.i, %for_body_r251.us.i
+  %indvars.iv.next1512.i = add nuw nsw i64 %indvars.iv1511.i, 1
+  %exitcond1514.not.i = icmp eq i64 %indvars.iv.next1512.i, 16
+  br i1 %exitcond1514.not.i, label %for_end_r252.us.i, label %for_body_r251.us.i, !prof !28
+
+for_body_to256.us.i:                              ; preds = %for_body_to256.lr.ph.us.i, %for_body_to256.us.i
+  %indvars.iv1506.i = phi i64 [ 0, %for_body_to256.lr.ph.us.i ], [ %indvars.iv.next1507.i, %for_body_to256.us.i ]
+  %1361 = load i32, ptr %gep1695.i, align 4, !tbaa !4
+  %1362 = insertelement <16 x i32> poison, i32 %1361, i64 0
+  %1363 = shufflevector <16 x i32> %1362, <16 x i32> poison, <16 x i32> zeroinitializer
+  %indvars.iv1506.tr.i = trunc i64 %indvars.iv1506.i to i32
+  %1364 = shl i32 %indvars.iv1506.tr.i, 5
+  %1365 = add i32 %2003, %1364
+  %1366 = insertelement <16 x i32> poison, i32 %1365, i64 0
+  %1367 = shufflevector <16 x i32> %1366, <16 x i32> poison, <16 x i32> zeroinitializer
+  %1368 = add <16 x i32> %1367, <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1369 = icmp slt <16 x i32> %1368, %1363
+  %1370 = select <16 x i1> %1369, <16 x i32> splat (i32 -65536), <16 x i32> zeroinitializer
+  %1371 = insertelement <16 x i32> poison, i32 %1365, i64 0
+  %1372 = insertelement <8 x i32> poison, i32 %1365, i64 0
+  %1373 = shufflevector <8 x i32> %1372, <8 x i32> poison, <8 x i32> zeroinitializer
+  %1374 = or disjoint <8 x i32> %1373, <i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 poison>
+  %1375 = add nsw <8 x i32> %1373, <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 16>
+  %1376 = shufflevector <8 x i32> %1374, <8 x i32> %1375, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 15, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1377 = shufflevector <16 x i32> %1371, <16 x i32> %1376, <16 x i32> <i32 0, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1378 = insertelement <4 x i32> poison, i32 %1365, i64 0
+  %1379 = shufflevector <4 x i32> %1378, <4 x i32> poison, <16 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1380 = add nsw <16 x i32> %1379, <i32 18, i32 20, i32 22, i32 24, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1381 = shufflevector <16 x i32> %1377, <16 x i32> %1380, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 16, i32 17, i32 18, i32 19, i32 poison, i32 poison, i32 poison>
+  %1382 = add nsw i32 %1365, 26
+  %1383 = insertelement <16 x i32> %1381, i32 %1382, i64 13
+  %1384 = insertelement <2 x i32> poison, i32 %1365, i64 0
+  %1385 = shufflevector <2 x i32> %1384, <2 x i32> poison, <16 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1386 = add nsw <16 x i32> %1385, <i32 28, i32 30, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %1387 = shufflevector <16 x i32> %1383, <16 x i32> %1386, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 16, i32 17>
+  %1388 = icmp slt <16 x i32> %1387, %1363
+  %1389 = select <16 x i1> %1388, <16 x i32> splat (i32 65535), <16 x i32> zeroinitializer
+  %1390 = or disjoint <16 x i32> %1370, %1389
+  %1391 = add nuw nsw i64 %indvars.iv1506.i, %2004
+  %.idx1655.i = shl i64 %1391, 6
+  %gep1693.i = getelementptr i8, ptr %invariant.gep1692.i, i64 %.idx1655.i
+  store <16 x i32> %1390, ptr %gep1693.i, align 4, !tbaa !4
+  %indvars.iv.next1507.i = add nuw nsw i64 %indvars.iv1506.i, 1
+  %exitcond1510.not.i = icmp eq i64 %indvars.iv.next1507.i, %wide.trip.count1509.i
+  br i1 %exitcond1510.not.i, label %for_end_to257.us.i, label %for_body_to256.us.i, !prof !8
+
+for_body_to211.lr.ph.us.i.1.unr-lcssa:            ; preds = %for_body_to211.us.i
+  %lcmp.mod336.not = icmp eq i64 %xtraiter334, 0
+  br i1 %lcmp.mod336.not, label %for_body_to211.lr.ph.us.i.1, label %for_body_to211.us.i.epil.preheader, !prof !45
+
+for_body_to211.us.i.epil.preheader:               ; preds = %for_body_to211.us.i.preheader, %for_body_to211.lr.ph.us.i.1.unr-lcssa
+  %indvars.iv1497.i.epil.init = phi i64 [ 0, %for_body_to211.us.i.preheader ], [ %indvars.iv.next1498.i.3361, %for_body_to211.lr.ph.us.i.1.unr-lcssa ]
+  %lcmp.mod337 = icmp ne i64 %xtraiter334, 0
+  tail call void @llvm.assume(i1 %lcmp.mod337)
+  br label %for_body_to211.us.i.epil
+
+for_body_to211.us.i.epil:                         ; preds = %for_body_to211.us.i.epil, %for_body_to211.us.i.epil.preheader
+  %indvars.iv1497.i.epil = phi i64 [ %indvars.iv.next1498.i.epil, %for_body_to211.us.i.epil ], [ %indvars.iv1497.i.epil.init, %for_body_to211.us.i.epil.preheader ]
+  %epil.iter335 = phi i64 [ %epil.iter335.next, %for_body_to211.us.i.epil ], [ 0, %for_body_to211.us.i.epil.preheader ]
+  %.idx1651.i.epil = shl nsw i64 %indvars.iv1497.i.epil, 7
+  %gep1689.i.epil = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.epil
+  %1392 = load <32 x float>, ptr %gep1689.i.epil, align 4, !tbaa !4
+  %1393 = bitcast <32 x float> %1392 to <32 x i32>
+  %1394 = shufflevector <32 x i32> %1393, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1395 = lshr <16 x i32> %1394, splat (i32 16)
+  %1396 = bitcast <32 x float> %1392 to <32 x i32>
+  %1397 = shufflevector <32 x i32> %1396, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1398 = or <16 x i32> %1395, %1397
+  %.idx1653.i.epil = shl nsw i64 %indvars.iv1497.i.epil, 6
+  %gep1691.i.epil = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.epil
+  store <16 x i32> %1398, ptr %gep1691.i.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.epil = add nuw nsw i64 %indvars.iv1497.i.epil, 1
+  %epil.iter335.next = add i64 %epil.iter335, 1
+  %epil.iter335.cmp.not = icmp eq i64 %epil.iter335.next, %xtraiter334
+  br i1 %epil.iter335.cmp.not, label %for_body_to211.lr.ph.us.i.1, label %for_body_to211.us.i.epil, !prof !46, !llvm.loop !54
+
+for_body_to211.lr.ph.us.i.1:                      ; preds = %for_body_to211.us.i.epil, %for_body_to211.lr.ph.us.i.1.unr-lcssa
+  %invariant.gep1688.i.1 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 512
+  %invariant.gep1690.i.1 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 256
+  %xtraiter364 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1399 = icmp ult i64 %849, 3
+  br i1 %1399, label %for_body_to211.us.i.1.epil.preheader, label %for_body_to211.lr.ph.us.i.1.new, !prof !41
+
+for_body_to211.lr.ph.us.i.1.new:                  ; preds = %for_body_to211.lr.ph.us.i.1
+  %unroll_iter368 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.1
+
+for_body_to211.us.i.1:                            ; preds = %for_body_to211.us.i.1, %for_body_to211.lr.ph.us.i.1.new
+  %indvars.iv1497.i.1 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.1.new ], [ %indvars.iv.next1498.i.1.3, %for_body_to211.us.i.1 ]
+  %niter369 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.1.new ], [ %niter369.next.3, %for_body_to211.us.i.1 ]
+  %.idx1651.i.1 = shl nsw i64 %indvars.iv1497.i.1, 7
+  %gep1689.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1
+  %1400 = load <32 x float>, ptr %gep1689.i.1, align 4, !tbaa !4
+  %1401 = bitcast <32 x float> %1400 to <32 x i32>
+  %1402 = shufflevector <32 x i32> %1401, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1403 = lshr <16 x i32> %1402, splat (i32 16)
+  %1404 = bitcast <32 x float> %1400 to <32 x i32>
+  %1405 = shufflevector <32 x i32> %1404, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1406 = or <16 x i32> %1403, %1405
+  %.idx1653.i.1 = shl nsw i64 %indvars.iv1497.i.1, 6
+  %gep1691.i.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1
+  store <16 x i32> %1406, ptr %gep1691.i.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.1 = or disjoint i64 %indvars.iv1497.i.1, 1
+  %.idx1651.i.1.1 = shl nsw i64 %indvars.iv.next1498.i.1, 7
+  %gep1689.i.1.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.1
+  %1407 = load <32 x float>, ptr %gep1689.i.1.1, align 4, !tbaa !4
+  %1408 = bitcast <32 x float> %1407 to <32 x i32>
+  %1409 = shufflevector <32 x i32> %1408, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1410 = lshr <16 x i32> %1409, splat (i32 16)
+  %1411 = bitcast <32 x float> %1407 to <32 x i32>
+  %1412 = shufflevector <32 x i32> %1411, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1413 = or <16 x i32> %1410, %1412
+  %.idx1653.i.1.1 = shl nsw i64 %indvars.iv.next1498.i.1, 6
+  %gep1691.i.1.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.1
+  store <16 x i32> %1413, ptr %gep1691.i.1.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.1.1 = or disjoint i64 %indvars.iv1497.i.1, 2
+  %.idx1651.i.1.2 = shl nsw i64 %indvars.iv.next1498.i.1.1, 7
+  %gep1689.i.1.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.2
+  %1414 = load <32 x float>, ptr %gep1689.i.1.2, align 4, !tbaa !4
+  %1415 = bitcast <32 x float> %1414 to <32 x i32>
+  %1416 = shufflevector <32 x i32> %1415, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1417 = lshr <16 x i32> %1416, splat (i32 16)
+  %1418 = bitcast <32 x float> %1414 to <32 x i32>
+  %1419 = shufflevector <32 x i32> %1418, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1420 = or <16 x i32> %1417, %1419
+  %.idx1653.i.1.2 = shl nsw i64 %indvars.iv.next1498.i.1.1, 6
+  %gep1691.i.1.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.2
+  store <16 x i32> %1420, ptr %gep1691.i.1.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.1.2 = or disjoint i64 %indvars.iv1497.i.1, 3
+  %.idx1651.i.1.3 = shl nsw i64 %indvars.iv.next1498.i.1.2, 7
+  %gep1689.i.1.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.3
+  %1421 = load <32 x float>, ptr %gep1689.i.1.3, align 4, !tbaa !4
+  %1422 = bitcast <32 x float> %1421 to <32 x i32>
+  %1423 = shufflevector <32 x i32> %1422, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1424 = lshr <16 x i32> %1423, splat (i32 16)
+  %1425 = bitcast <32 x float> %1421 to <32 x i32>
+  %1426 = shufflevector <32 x i32> %1425, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1427 = or <16 x i32> %1424, %1426
+  %.idx1653.i.1.3 = shl nsw i64 %indvars.iv.next1498.i.1.2, 6
+  %gep1691.i.1.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.3
+  store <16 x i32> %1427, ptr %gep1691.i.1.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.1.3 = add nuw nsw i64 %indvars.iv1497.i.1, 4
+  %niter369.next.3 = add i64 %niter369, 4
+  %niter369.ncmp.3 = icmp eq i64 %niter369.next.3, %unroll_iter368
+  br i1 %niter369.ncmp.3, label %for_body_to211.lr.ph.us.i.2.unr-lcssa, label %for_body_to211.us.i.1, !prof !42, !llvm.loop !55
+
+for_body_to211.lr.ph.us.i.2.unr-lcssa:            ; preds = %for_body_to211.us.i.1
+  %lcmp.mod366.not = icmp eq i64 %xtraiter364, 0
+  br i1 %lcmp.mod366.not, label %for_body_to211.lr.ph.us.i.2, label %for_body_to211.us.i.1.epil.preheader, !prof !45
+
+for_body_to211.us.i.1.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.2.unr-lcssa, %for_body_to211.lr.ph.us.i.1
+  %indvars.iv1497.i.1.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.1 ], [ %indvars.iv.next1498.i.1.3, %for_body_to211.lr.ph.us.i.2.unr-lcssa ]
+  %lcmp.mod367 = icmp ne i64 %xtraiter364, 0
+  tail call void @llvm.assume(i1 %lcmp.mod367)
+  br label %for_body_to211.us.i.1.epil
+
+for_body_to211.us.i.1.epil:                       ; preds = %for_body_to211.us.i.1.epil, %for_body_to211.us.i.1.epil.preheader
+  %indvars.iv1497.i.1.epil = phi i64 [ %indvars.iv1497.i.1.epil.init, %for_body_to211.us.i.1.epil.preheader ], [ %indvars.iv.next1498.i.1.epil, %for_body_to211.us.i.1.epil ]
+  %epil.iter365 = phi i64 [ 0, %for_body_to211.us.i.1.epil.preheader ], [ %epil.iter365.next, %for_body_to211.us.i.1.epil ]
+  %.idx1651.i.1.epil = shl nsw i64 %indvars.iv1497.i.1.epil, 7
+  %gep1689.i.1.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.1, i64 %.idx1651.i.1.epil
+  %1428 = load <32 x float>, ptr %gep1689.i.1.epil, align 4, !tbaa !4
+  %1429 = bitcast <32 x float> %1428 to <32 x i32>
+  %1430 = shufflevector <32 x i32> %1429, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1431 = lshr <16 x i32> %1430, splat (i32 16)
+  %1432 = bitcast <32 x float> %1428 to <32 x i32>
+  %1433 = shufflevector <32 x i32> %1432, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1434 = or <16 x i32> %1431, %1433
+  %.idx1653.i.1.epil = shl nsw i64 %indvars.iv1497.i.1.epil, 6
+  %gep1691.i.1.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.1, i64 %.idx1653.i.1.epil
+  store <16 x i32> %1434, ptr %gep1691.i.1.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.1.epil = add nuw nsw i64 %indvars.iv1497.i.1.epil, 1
+  %epil.iter365.next = add i64 %epil.iter365, 1
+  %epil.iter365.cmp.not = icmp eq i64 %epil.iter365.next, %xtraiter364
+  br i1 %epil.iter365.cmp.not, label %for_body_to211.lr.ph.us.i.2, label %for_body_to211.us.i.1.epil, !prof !46, !llvm.loop !56
+
+for_body_to211.lr.ph.us.i.2:                      ; preds = %for_body_to211.us.i.1.epil, %for_body_to211.lr.ph.us.i.2.unr-lcssa
+  %invariant.gep1688.i.2 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 1024
+  %invariant.gep1690.i.2 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 512
+  %xtraiter370 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1435 = icmp ult i64 %849, 3
+  br i1 %1435, label %for_body_to211.us.i.2.epil.preheader, label %for_body_to211.lr.ph.us.i.2.new, !prof !41
+
+for_body_to211.lr.ph.us.i.2.new:                  ; preds = %for_body_to211.lr.ph.us.i.2
+  %unroll_iter374 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.2
+
+for_body_to211.us.i.2:                            ; preds = %for_body_to211.us.i.2, %for_body_to211.lr.ph.us.i.2.new
+  %indvars.iv1497.i.2 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.2.new ], [ %indvars.iv.next1498.i.2.3, %for_body_to211.us.i.2 ]
+  %niter375 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.2.new ], [ %niter375.next.3, %for_body_to211.us.i.2 ]
+  %.idx1651.i.2 = shl nsw i64 %indvars.iv1497.i.2, 7
+  %gep1689.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2
+  %1436 = load <32 x float>, ptr %gep1689.i.2, align 4, !tbaa !4
+  %1437 = bitcast <32 x float> %1436 to <32 x i32>
+  %1438 = shufflevector <32 x i32> %1437, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1439 = lshr <16 x i32> %1438, splat (i32 16)
+  %1440 = bitcast <32 x float> %1436 to <32 x i32>
+  %1441 = shufflevector <32 x i32> %1440, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1442 = or <16 x i32> %1439, %1441
+  %.idx1653.i.2 = shl nsw i64 %indvars.iv1497.i.2, 6
+  %gep1691.i.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2
+  store <16 x i32> %1442, ptr %gep1691.i.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.2 = or disjoint i64 %indvars.iv1497.i.2, 1
+  %.idx1651.i.2.1 = shl nsw i64 %indvars.iv.next1498.i.2, 7
+  %gep1689.i.2.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.1
+  %1443 = load <32 x float>, ptr %gep1689.i.2.1, align 4, !tbaa !4
+  %1444 = bitcast <32 x float> %1443 to <32 x i32>
+  %1445 = shufflevector <32 x i32> %1444, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1446 = lshr <16 x i32> %1445, splat (i32 16)
+  %1447 = bitcast <32 x float> %1443 to <32 x i32>
+  %1448 = shufflevector <32 x i32> %1447, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1449 = or <16 x i32> %1446, %1448
+  %.idx1653.i.2.1 = shl nsw i64 %indvars.iv.next1498.i.2, 6
+  %gep1691.i.2.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.1
+  store <16 x i32> %1449, ptr %gep1691.i.2.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.2.1 = or disjoint i64 %indvars.iv1497.i.2, 2
+  %.idx1651.i.2.2 = shl nsw i64 %indvars.iv.next1498.i.2.1, 7
+  %gep1689.i.2.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.2
+  %1450 = load <32 x float>, ptr %gep1689.i.2.2, align 4, !tbaa !4
+  %1451 = bitcast <32 x float> %1450 to <32 x i32>
+  %1452 = shufflevector <32 x i32> %1451, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1453 = lshr <16 x i32> %1452, splat (i32 16)
+  %1454 = bitcast <32 x float> %1450 to <32 x i32>
+  %1455 = shufflevector <32 x i32> %1454, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1456 = or <16 x i32> %1453, %1455
+  %.idx1653.i.2.2 = shl nsw i64 %indvars.iv.next1498.i.2.1, 6
+  %gep1691.i.2.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.2
+  store <16 x i32> %1456, ptr %gep1691.i.2.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.2.2 = or disjoint i64 %indvars.iv1497.i.2, 3
+  %.idx1651.i.2.3 = shl nsw i64 %indvars.iv.next1498.i.2.2, 7
+  %gep1689.i.2.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.3
+  %1457 = load <32 x float>, ptr %gep1689.i.2.3, align 4, !tbaa !4
+  %1458 = bitcast <32 x float> %1457 to <32 x i32>
+  %1459 = shufflevector <32 x i32> %1458, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1460 = lshr <16 x i32> %1459, splat (i32 16)
+  %1461 = bitcast <32 x float> %1457 to <32 x i32>
+  %1462 = shufflevector <32 x i32> %1461, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1463 = or <16 x i32> %1460, %1462
+  %.idx1653.i.2.3 = shl nsw i64 %indvars.iv.next1498.i.2.2, 6
+  %gep1691.i.2.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.3
+  store <16 x i32> %1463, ptr %gep1691.i.2.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.2.3 = add nuw nsw i64 %indvars.iv1497.i.2, 4
+  %niter375.next.3 = add i64 %niter375, 4
+  %niter375.ncmp.3 = icmp eq i64 %niter375.next.3, %unroll_iter374
+  br i1 %niter375.ncmp.3, label %for_body_to211.lr.ph.us.i.3.unr-lcssa, label %for_body_to211.us.i.2, !prof !42, !llvm.loop !57
+
+for_body_to211.lr.ph.us.i.3.unr-lcssa:            ; preds = %for_body_to211.us.i.2
+  %lcmp.mod372.not = icmp eq i64 %xtraiter370, 0
+  br i1 %lcmp.mod372.not, label %for_body_to211.lr.ph.us.i.3, label %for_body_to211.us.i.2.epil.preheader, !prof !45
+
+for_body_to211.us.i.2.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.3.unr-lcssa, %for_body_to211.lr.ph.us.i.2
+  %indvars.iv1497.i.2.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.2 ], [ %indvars.iv.next1498.i.2.3, %for_body_to211.lr.ph.us.i.3.unr-lcssa ]
+  %lcmp.mod373 = icmp ne i64 %xtraiter370, 0
+  tail call void @llvm.assume(i1 %lcmp.mod373)
+  br label %for_body_to211.us.i.2.epil
+
+for_body_to211.us.i.2.epil:                       ; preds = %for_body_to211.us.i.2.epil, %for_body_to211.us.i.2.epil.preheader
+  %indvars.iv1497.i.2.epil = phi i64 [ %indvars.iv1497.i.2.epil.init, %for_body_to211.us.i.2.epil.preheader ], [ %indvars.iv.next1498.i.2.epil, %for_body_to211.us.i.2.epil ]
+  %epil.iter371 = phi i64 [ 0, %for_body_to211.us.i.2.epil.preheader ], [ %epil.iter371.next, %for_body_to211.us.i.2.epil ]
+  %.idx1651.i.2.epil = shl nsw i64 %indvars.iv1497.i.2.epil, 7
+  %gep1689.i.2.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.2, i64 %.idx1651.i.2.epil
+  %1464 = load <32 x float>, ptr %gep1689.i.2.epil, align 4, !tbaa !4
+  %1465 = bitcast <32 x float> %1464 to <32 x i32>
+  %1466 = shufflevector <32 x i32> %1465, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1467 = lshr <16 x i32> %1466, splat (i32 16)
+  %1468 = bitcast <32 x float> %1464 to <32 x i32>
+  %1469 = shufflevector <32 x i32> %1468, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1470 = or <16 x i32> %1467, %1469
+  %.idx1653.i.2.epil = shl nsw i64 %indvars.iv1497.i.2.epil, 6
+  %gep1691.i.2.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.2, i64 %.idx1653.i.2.epil
+  store <16 x i32> %1470, ptr %gep1691.i.2.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.2.epil = add nuw nsw i64 %indvars.iv1497.i.2.epil, 1
+  %epil.iter371.next = add i64 %epil.iter371, 1
+  %epil.iter371.cmp.not = icmp eq i64 %epil.iter371.next, %xtraiter370
+  br i1 %epil.iter371.cmp.not, label %for_body_to211.lr.ph.us.i.3, label %for_body_to211.us.i.2.epil, !prof !46, !llvm.loop !58
+
+for_body_to211.lr.ph.us.i.3:                      ; preds = %for_body_to211.us.i.2.epil, %for_body_to211.lr.ph.us.i.3.unr-lcssa
+  %invariant.gep1688.i.3 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 1536
+  %invariant.gep1690.i.3 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 768
+  %xtraiter376 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1471 = icmp ult i64 %849, 3
+  br i1 %1471, label %for_body_to211.us.i.3.epil.preheader, label %for_body_to211.lr.ph.us.i.3.new, !prof !41
+
+for_body_to211.lr.ph.us.i.3.new:                  ; preds = %for_body_to211.lr.ph.us.i.3
+  %unroll_iter380 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.3
+
+for_body_to211.us.i.3:                            ; preds = %for_body_to211.us.i.3, %for_body_to211.lr.ph.us.i.3.new
+  %indvars.iv1497.i.3 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.3.new ], [ %indvars.iv.next1498.i.3.3, %for_body_to211.us.i.3 ]
+  %niter381 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.3.new ], [ %niter381.next.3, %for_body_to211.us.i.3 ]
+  %.idx1651.i.3 = shl nsw i64 %indvars.iv1497.i.3, 7
+  %gep1689.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3
+  %1472 = load <32 x float>, ptr %gep1689.i.3, align 4, !tbaa !4
+  %1473 = bitcast <32 x float> %1472 to <32 x i32>
+  %1474 = shufflevector <32 x i32> %1473, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1475 = lshr <16 x i32> %1474, splat (i32 16)
+  %1476 = bitcast <32 x float> %1472 to <32 x i32>
+  %1477 = shufflevector <32 x i32> %1476, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1478 = or <16 x i32> %1475, %1477
+  %.idx1653.i.3 = shl nsw i64 %indvars.iv1497.i.3, 6
+  %gep1691.i.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3
+  store <16 x i32> %1478, ptr %gep1691.i.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.3 = or disjoint i64 %indvars.iv1497.i.3, 1
+  %.idx1651.i.3.1 = shl nsw i64 %indvars.iv.next1498.i.3, 7
+  %gep1689.i.3.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.1
+  %1479 = load <32 x float>, ptr %gep1689.i.3.1, align 4, !tbaa !4
+  %1480 = bitcast <32 x float> %1479 to <32 x i32>
+  %1481 = shufflevector <32 x i32> %1480, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1482 = lshr <16 x i32> %1481, splat (i32 16)
+  %1483 = bitcast <32 x float> %1479 to <32 x i32>
+  %1484 = shufflevector <32 x i32> %1483, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1485 = or <16 x i32> %1482, %1484
+  %.idx1653.i.3.1 = shl nsw i64 %indvars.iv.next1498.i.3, 6
+  %gep1691.i.3.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.1
+  store <16 x i32> %1485, ptr %gep1691.i.3.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.3.1 = or disjoint i64 %indvars.iv1497.i.3, 2
+  %.idx1651.i.3.2 = shl nsw i64 %indvars.iv.next1498.i.3.1, 7
+  %gep1689.i.3.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.2
+  %1486 = load <32 x float>, ptr %gep1689.i.3.2, align 4, !tbaa !4
+  %1487 = bitcast <32 x float> %1486 to <32 x i32>
+  %1488 = shufflevector <32 x i32> %1487, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1489 = lshr <16 x i32> %1488, splat (i32 16)
+  %1490 = bitcast <32 x float> %1486 to <32 x i32>
+  %1491 = shufflevector <32 x i32> %1490, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1492 = or <16 x i32> %1489, %1491
+  %.idx1653.i.3.2 = shl nsw i64 %indvars.iv.next1498.i.3.1, 6
+  %gep1691.i.3.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.2
+  store <16 x i32> %1492, ptr %gep1691.i.3.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.3.2 = or disjoint i64 %indvars.iv1497.i.3, 3
+  %.idx1651.i.3.3 = shl nsw i64 %indvars.iv.next1498.i.3.2, 7
+  %gep1689.i.3.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.3
+  %1493 = load <32 x float>, ptr %gep1689.i.3.3, align 4, !tbaa !4
+  %1494 = bitcast <32 x float> %1493 to <32 x i32>
+  %1495 = shufflevector <32 x i32> %1494, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1496 = lshr <16 x i32> %1495, splat (i32 16)
+  %1497 = bitcast <32 x float> %1493 to <32 x i32>
+  %1498 = shufflevector <32 x i32> %1497, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1499 = or <16 x i32> %1496, %1498
+  %.idx1653.i.3.3 = shl nsw i64 %indvars.iv.next1498.i.3.2, 6
+  %gep1691.i.3.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.3
+  store <16 x i32> %1499, ptr %gep1691.i.3.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.3.3 = add nuw nsw i64 %indvars.iv1497.i.3, 4
+  %niter381.next.3 = add i64 %niter381, 4
+  %niter381.ncmp.3 = icmp eq i64 %niter381.next.3, %unroll_iter380
+  br i1 %niter381.ncmp.3, label %for_body_to211.lr.ph.us.i.4.unr-lcssa, label %for_body_to211.us.i.3, !prof !42, !llvm.loop !59
+
+for_body_to211.lr.ph.us.i.4.unr-lcssa:            ; preds = %for_body_to211.us.i.3
+  %lcmp.mod378.not = icmp eq i64 %xtraiter376, 0
+  br i1 %lcmp.mod378.not, label %for_body_to211.lr.ph.us.i.4, label %for_body_to211.us.i.3.epil.preheader, !prof !45
+
+for_body_to211.us.i.3.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.4.unr-lcssa, %for_body_to211.lr.ph.us.i.3
+  %indvars.iv1497.i.3.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.3 ], [ %indvars.iv.next1498.i.3.3, %for_body_to211.lr.ph.us.i.4.unr-lcssa ]
+  %lcmp.mod379 = icmp ne i64 %xtraiter376, 0
+  tail call void @llvm.assume(i1 %lcmp.mod379)
+  br label %for_body_to211.us.i.3.epil
+
+for_body_to211.us.i.3.epil:                       ; preds = %for_body_to211.us.i.3.epil, %for_body_to211.us.i.3.epil.preheader
+  %indvars.iv1497.i.3.epil = phi i64 [ %indvars.iv1497.i.3.epil.init, %for_body_to211.us.i.3.epil.preheader ], [ %indvars.iv.next1498.i.3.epil, %for_body_to211.us.i.3.epil ]
+  %epil.iter377 = phi i64 [ 0, %for_body_to211.us.i.3.epil.preheader ], [ %epil.iter377.next, %for_body_to211.us.i.3.epil ]
+  %.idx1651.i.3.epil = shl nsw i64 %indvars.iv1497.i.3.epil, 7
+  %gep1689.i.3.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.3, i64 %.idx1651.i.3.epil
+  %1500 = load <32 x float>, ptr %gep1689.i.3.epil, align 4, !tbaa !4
+  %1501 = bitcast <32 x float> %1500 to <32 x i32>
+  %1502 = shufflevector <32 x i32> %1501, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1503 = lshr <16 x i32> %1502, splat (i32 16)
+  %1504 = bitcast <32 x float> %1500 to <32 x i32>
+  %1505 = shufflevector <32 x i32> %1504, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1506 = or <16 x i32> %1503, %1505
+  %.idx1653.i.3.epil = shl nsw i64 %indvars.iv1497.i.3.epil, 6
+  %gep1691.i.3.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.3, i64 %.idx1653.i.3.epil
+  store <16 x i32> %1506, ptr %gep1691.i.3.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.3.epil = add nuw nsw i64 %indvars.iv1497.i.3.epil, 1
+  %epil.iter377.next = add i64 %epil.iter377, 1
+  %epil.iter377.cmp.not = icmp eq i64 %epil.iter377.next, %xtraiter376
+  br i1 %epil.iter377.cmp.not, label %for_body_to211.lr.ph.us.i.4, label %for_body_to211.us.i.3.epil, !prof !46, !llvm.loop !60
+
+for_body_to211.lr.ph.us.i.4:                      ; preds = %for_body_to211.us.i.3.epil, %for_body_to211.lr.ph.us.i.4.unr-lcssa
+  %invariant.gep1688.i.4 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 2048
+  %invariant.gep1690.i.4 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1024
+  %xtraiter382 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1507 = icmp ult i64 %849, 3
+  br i1 %1507, label %for_body_to211.us.i.4.epil.preheader, label %for_body_to211.lr.ph.us.i.4.new, !prof !41
+
+for_body_to211.lr.ph.us.i.4.new:                  ; preds = %for_body_to211.lr.ph.us.i.4
+  %unroll_iter386 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.4
+
+for_body_to211.us.i.4:                            ; preds = %for_body_to211.us.i.4, %for_body_to211.lr.ph.us.i.4.new
+  %indvars.iv1497.i.4 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.4.new ], [ %indvars.iv.next1498.i.4.3, %for_body_to211.us.i.4 ]
+  %niter387 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.4.new ], [ %niter387.next.3, %for_body_to211.us.i.4 ]
+  %.idx1651.i.4 = shl nsw i64 %indvars.iv1497.i.4, 7
+  %gep1689.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4
+  %1508 = load <32 x float>, ptr %gep1689.i.4, align 4, !tbaa !4
+  %1509 = bitcast <32 x float> %1508 to <32 x i32>
+  %1510 = shufflevector <32 x i32> %1509, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1511 = lshr <16 x i32> %1510, splat (i32 16)
+  %1512 = bitcast <32 x float> %1508 to <32 x i32>
+  %1513 = shufflevector <32 x i32> %1512, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1514 = or <16 x i32> %1511, %1513
+  %.idx1653.i.4 = shl nsw i64 %indvars.iv1497.i.4, 6
+  %gep1691.i.4 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4
+  store <16 x i32> %1514, ptr %gep1691.i.4, align 4, !tbaa !4
+  %indvars.iv.next1498.i.4 = or disjoint i64 %indvars.iv1497.i.4, 1
+  %.idx1651.i.4.1 = shl nsw i64 %indvars.iv.next1498.i.4, 7
+  %gep1689.i.4.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.1
+  %1515 = load <32 x float>, ptr %gep1689.i.4.1, align 4, !tbaa !4
+  %1516 = bitcast <32 x float> %1515 to <32 x i32>
+  %1517 = shufflevector <32 x i32> %1516, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1518 = lshr <16 x i32> %1517, splat (i32 16)
+  %1519 = bitcast <32 x float> %1515 to <32 x i32>
+  %1520 = shufflevector <32 x i32> %1519, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1521 = or <16 x i32> %1518, %1520
+  %.idx1653.i.4.1 = shl nsw i64 %indvars.iv.next1498.i.4, 6
+  %gep1691.i.4.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.1
+  store <16 x i32> %1521, ptr %gep1691.i.4.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.4.1 = or disjoint i64 %indvars.iv1497.i.4, 2
+  %.idx1651.i.4.2 = shl nsw i64 %indvars.iv.next1498.i.4.1, 7
+  %gep1689.i.4.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.2
+  %1522 = load <32 x float>, ptr %gep1689.i.4.2, align 4, !tbaa !4
+  %1523 = bitcast <32 x float> %1522 to <32 x i32>
+  %1524 = shufflevector <32 x i32> %1523, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1525 = lshr <16 x i32> %1524, splat (i32 16)
+  %1526 = bitcast <32 x float> %1522 to <32 x i32>
+  %1527 = shufflevector <32 x i32> %1526, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1528 = or <16 x i32> %1525, %1527
+  %.idx1653.i.4.2 = shl nsw i64 %indvars.iv.next1498.i.4.1, 6
+  %gep1691.i.4.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.2
+  store <16 x i32> %1528, ptr %gep1691.i.4.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.4.2 = or disjoint i64 %indvars.iv1497.i.4, 3
+  %.idx1651.i.4.3 = shl nsw i64 %indvars.iv.next1498.i.4.2, 7
+  %gep1689.i.4.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.3
+  %1529 = load <32 x float>, ptr %gep1689.i.4.3, align 4, !tbaa !4
+  %1530 = bitcast <32 x float> %1529 to <32 x i32>
+  %1531 = shufflevector <32 x i32> %1530, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1532 = lshr <16 x i32> %1531, splat (i32 16)
+  %1533 = bitcast <32 x float> %1529 to <32 x i32>
+  %1534 = shufflevector <32 x i32> %1533, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1535 = or <16 x i32> %1532, %1534
+  %.idx1653.i.4.3 = shl nsw i64 %indvars.iv.next1498.i.4.2, 6
+  %gep1691.i.4.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.3
+  store <16 x i32> %1535, ptr %gep1691.i.4.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.4.3 = add nuw nsw i64 %indvars.iv1497.i.4, 4
+  %niter387.next.3 = add i64 %niter387, 4
+  %niter387.ncmp.3 = icmp eq i64 %niter387.next.3, %unroll_iter386
+  br i1 %niter387.ncmp.3, label %for_body_to211.lr.ph.us.i.5.unr-lcssa, label %for_body_to211.us.i.4, !prof !42, !llvm.loop !61
+
+for_body_to211.lr.ph.us.i.5.unr-lcssa:            ; preds = %for_body_to211.us.i.4
+  %lcmp.mod384.not = icmp eq i64 %xtraiter382, 0
+  br i1 %lcmp.mod384.not, label %for_body_to211.lr.ph.us.i.5, label %for_body_to211.us.i.4.epil.preheader, !prof !45
+
+for_body_to211.us.i.4.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.5.unr-lcssa, %for_body_to211.lr.ph.us.i.4
+  %indvars.iv1497.i.4.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.4 ], [ %indvars.iv.next1498.i.4.3, %for_body_to211.lr.ph.us.i.5.unr-lcssa ]
+  %lcmp.mod385 = icmp ne i64 %xtraiter382, 0
+  tail call void @llvm.assume(i1 %lcmp.mod385)
+  br label %for_body_to211.us.i.4.epil
+
+for_body_to211.us.i.4.epil:                       ; preds = %for_body_to211.us.i.4.epil, %for_body_to211.us.i.4.epil.preheader
+  %indvars.iv1497.i.4.epil = phi i64 [ %indvars.iv1497.i.4.epil.init, %for_body_to211.us.i.4.epil.preheader ], [ %indvars.iv.next1498.i.4.epil, %for_body_to211.us.i.4.epil ]
+  %epil.iter383 = phi i64 [ 0, %for_body_to211.us.i.4.epil.preheader ], [ %epil.iter383.next, %for_body_to211.us.i.4.epil ]
+  %.idx1651.i.4.epil = shl nsw i64 %indvars.iv1497.i.4.epil, 7
+  %gep1689.i.4.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.4, i64 %.idx1651.i.4.epil
+  %1536 = load <32 x float>, ptr %gep1689.i.4.epil, align 4, !tbaa !4
+  %1537 = bitcast <32 x float> %1536 to <32 x i32>
+  %1538 = shufflevector <32 x i32> %1537, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1539 = lshr <16 x i32> %1538, splat (i32 16)
+  %1540 = bitcast <32 x float> %1536 to <32 x i32>
+  %1541 = shufflevector <32 x i32> %1540, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1542 = or <16 x i32> %1539, %1541
+  %.idx1653.i.4.epil = shl nsw i64 %indvars.iv1497.i.4.epil, 6
+  %gep1691.i.4.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.4, i64 %.idx1653.i.4.epil
+  store <16 x i32> %1542, ptr %gep1691.i.4.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.4.epil = add nuw nsw i64 %indvars.iv1497.i.4.epil, 1
+  %epil.iter383.next = add i64 %epil.iter383, 1
+  %epil.iter383.cmp.not = icmp eq i64 %epil.iter383.next, %xtraiter382
+  br i1 %epil.iter383.cmp.not, label %for_body_to211.lr.ph.us.i.5, label %for_body_to211.us.i.4.epil, !prof !46, !llvm.loop !62
+
+for_body_to211.lr.ph.us.i.5:                      ; preds = %for_body_to211.us.i.4.epil, %for_body_to211.lr.ph.us.i.5.unr-lcssa
+  %invariant.gep1688.i.5 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 2560
+  %invariant.gep1690.i.5 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1280
+  %xtraiter388 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1543 = icmp ult i64 %849, 3
+  br i1 %1543, label %for_body_to211.us.i.5.epil.preheader, label %for_body_to211.lr.ph.us.i.5.new, !prof !41
+
+for_body_to211.lr.ph.us.i.5.new:                  ; preds = %for_body_to211.lr.ph.us.i.5
+  %unroll_iter392 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.5
+
+for_body_to211.us.i.5:                            ; preds = %for_body_to211.us.i.5, %for_body_to211.lr.ph.us.i.5.new
+  %indvars.iv1497.i.5 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.5.new ], [ %indvars.iv.next1498.i.5.3, %for_body_to211.us.i.5 ]
+  %niter393 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.5.new ], [ %niter393.next.3, %for_body_to211.us.i.5 ]
+  %.idx1651.i.5 = shl nsw i64 %indvars.iv1497.i.5, 7
+  %gep1689.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5
+  %1544 = load <32 x float>, ptr %gep1689.i.5, align 4, !tbaa !4
+  %1545 = bitcast <32 x float> %1544 to <32 x i32>
+  %1546 = shufflevector <32 x i32> %1545, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1547 = lshr <16 x i32> %1546, splat (i32 16)
+  %1548 = bitcast <32 x float> %1544 to <32 x i32>
+  %1549 = shufflevector <32 x i32> %1548, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1550 = or <16 x i32> %1547, %1549
+  %.idx1653.i.5 = shl nsw i64 %indvars.iv1497.i.5, 6
+  %gep1691.i.5 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5
+  store <16 x i32> %1550, ptr %gep1691.i.5, align 4, !tbaa !4
+  %indvars.iv.next1498.i.5 = or disjoint i64 %indvars.iv1497.i.5, 1
+  %.idx1651.i.5.1 = shl nsw i64 %indvars.iv.next1498.i.5, 7
+  %gep1689.i.5.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.1
+  %1551 = load <32 x float>, ptr %gep1689.i.5.1, align 4, !tbaa !4
+  %1552 = bitcast <32 x float> %1551 to <32 x i32>
+  %1553 = shufflevector <32 x i32> %1552, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1554 = lshr <16 x i32> %1553, splat (i32 16)
+  %1555 = bitcast <32 x float> %1551 to <32 x i32>
+  %1556 = shufflevector <32 x i32> %1555, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1557 = or <16 x i32> %1554, %1556
+  %.idx1653.i.5.1 = shl nsw i64 %indvars.iv.next1498.i.5, 6
+  %gep1691.i.5.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.1
+  store <16 x i32> %1557, ptr %gep1691.i.5.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.5.1 = or disjoint i64 %indvars.iv1497.i.5, 2
+  %.idx1651.i.5.2 = shl nsw i64 %indvars.iv.next1498.i.5.1, 7
+  %gep1689.i.5.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.2
+  %1558 = load <32 x float>, ptr %gep1689.i.5.2, align 4, !tbaa !4
+  %1559 = bitcast <32 x float> %1558 to <32 x i32>
+  %1560 = shufflevector <32 x i32> %1559, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1561 = lshr <16 x i32> %1560, splat (i32 16)
+  %1562 = bitcast <32 x float> %1558 to <32 x i32>
+  %1563 = shufflevector <32 x i32> %1562, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1564 = or <16 x i32> %1561, %1563
+  %.idx1653.i.5.2 = shl nsw i64 %indvars.iv.next1498.i.5.1, 6
+  %gep1691.i.5.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.2
+  store <16 x i32> %1564, ptr %gep1691.i.5.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.5.2 = or disjoint i64 %indvars.iv1497.i.5, 3
+  %.idx1651.i.5.3 = shl nsw i64 %indvars.iv.next1498.i.5.2, 7
+  %gep1689.i.5.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.3
+  %1565 = load <32 x float>, ptr %gep1689.i.5.3, align 4, !tbaa !4
+  %1566 = bitcast <32 x float> %1565 to <32 x i32>
+  %1567 = shufflevector <32 x i32> %1566, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1568 = lshr <16 x i32> %1567, splat (i32 16)
+  %1569 = bitcast <32 x float> %1565 to <32 x i32>
+  %1570 = shufflevector <32 x i32> %1569, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1571 = or <16 x i32> %1568, %1570
+  %.idx1653.i.5.3 = shl nsw i64 %indvars.iv.next1498.i.5.2, 6
+  %gep1691.i.5.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.3
+  store <16 x i32> %1571, ptr %gep1691.i.5.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.5.3 = add nuw nsw i64 %indvars.iv1497.i.5, 4
+  %niter393.next.3 = add i64 %niter393, 4
+  %niter393.ncmp.3 = icmp eq i64 %niter393.next.3, %unroll_iter392
+  br i1 %niter393.ncmp.3, label %for_body_to211.lr.ph.us.i.6.unr-lcssa, label %for_body_to211.us.i.5, !prof !42, !llvm.loop !63
+
+for_body_to211.lr.ph.us.i.6.unr-lcssa:            ; preds = %for_body_to211.us.i.5
+  %lcmp.mod390.not = icmp eq i64 %xtraiter388, 0
+  br i1 %lcmp.mod390.not, label %for_body_to211.lr.ph.us.i.6, label %for_body_to211.us.i.5.epil.preheader, !prof !45
+
+for_body_to211.us.i.5.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.6.unr-lcssa, %for_body_to211.lr.ph.us.i.5
+  %indvars.iv1497.i.5.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.5 ], [ %indvars.iv.next1498.i.5.3, %for_body_to211.lr.ph.us.i.6.unr-lcssa ]
+  %lcmp.mod391 = icmp ne i64 %xtraiter388, 0
+  tail call void @llvm.assume(i1 %lcmp.mod391)
+  br label %for_body_to211.us.i.5.epil
+
+for_body_to211.us.i.5.epil:                       ; preds = %for_body_to211.us.i.5.epil, %for_body_to211.us.i.5.epil.preheader
+  %indvars.iv1497.i.5.epil = phi i64 [ %indvars.iv1497.i.5.epil.init, %for_body_to211.us.i.5.epil.preheader ], [ %indvars.iv.next1498.i.5.epil, %for_body_to211.us.i.5.epil ]
+  %epil.iter389 = phi i64 [ 0, %for_body_to211.us.i.5.epil.preheader ], [ %epil.iter389.next, %for_body_to211.us.i.5.epil ]
+  %.idx1651.i.5.epil = shl nsw i64 %indvars.iv1497.i.5.epil, 7
+  %gep1689.i.5.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.5, i64 %.idx1651.i.5.epil
+  %1572 = load <32 x float>, ptr %gep1689.i.5.epil, align 4, !tbaa !4
+  %1573 = bitcast <32 x float> %1572 to <32 x i32>
+  %1574 = shufflevector <32 x i32> %1573, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1575 = lshr <16 x i32> %1574, splat (i32 16)
+  %1576 = bitcast <32 x float> %1572 to <32 x i32>
+  %1577 = shufflevector <32 x i32> %1576, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1578 = or <16 x i32> %1575, %1577
+  %.idx1653.i.5.epil = shl nsw i64 %indvars.iv1497.i.5.epil, 6
+  %gep1691.i.5.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.5, i64 %.idx1653.i.5.epil
+  store <16 x i32> %1578, ptr %gep1691.i.5.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.5.epil = add nuw nsw i64 %indvars.iv1497.i.5.epil, 1
+  %epil.iter389.next = add i64 %epil.iter389, 1
+  %epil.iter389.cmp.not = icmp eq i64 %epil.iter389.next, %xtraiter388
+  br i1 %epil.iter389.cmp.not, label %for_body_to211.lr.ph.us.i.6, label %for_body_to211.us.i.5.epil, !prof !46, !llvm.loop !64
+
+for_body_to211.lr.ph.us.i.6:                      ; preds = %for_body_to211.us.i.5.epil, %for_body_to211.lr.ph.us.i.6.unr-lcssa
+  %invariant.gep1688.i.6 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 3072
+  %invariant.gep1690.i.6 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1536
+  %xtraiter394 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1579 = icmp ult i64 %849, 3
+  br i1 %1579, label %for_body_to211.us.i.6.epil.preheader, label %for_body_to211.lr.ph.us.i.6.new, !prof !41
+
+for_body_to211.lr.ph.us.i.6.new:                  ; preds = %for_body_to211.lr.ph.us.i.6
+  %unroll_iter398 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.6
+
+for_body_to211.us.i.6:                            ; preds = %for_body_to211.us.i.6, %for_body_to211.lr.ph.us.i.6.new
+  %indvars.iv1497.i.6 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.6.new ], [ %indvars.iv.next1498.i.6.3, %for_body_to211.us.i.6 ]
+  %niter399 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.6.new ], [ %niter399.next.3, %for_body_to211.us.i.6 ]
+  %.idx1651.i.6 = shl nsw i64 %indvars.iv1497.i.6, 7
+  %gep1689.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6
+  %1580 = load <32 x float>, ptr %gep1689.i.6, align 4, !tbaa !4
+  %1581 = bitcast <32 x float> %1580 to <32 x i32>
+  %1582 = shufflevector <32 x i32> %1581, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1583 = lshr <16 x i32> %1582, splat (i32 16)
+  %1584 = bitcast <32 x float> %1580 to <32 x i32>
+  %1585 = shufflevector <32 x i32> %1584, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1586 = or <16 x i32> %1583, %1585
+  %.idx1653.i.6 = shl nsw i64 %indvars.iv1497.i.6, 6
+  %gep1691.i.6 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6
+  store <16 x i32> %1586, ptr %gep1691.i.6, align 4, !tbaa !4
+  %indvars.iv.next1498.i.6 = or disjoint i64 %indvars.iv1497.i.6, 1
+  %.idx1651.i.6.1 = shl nsw i64 %indvars.iv.next1498.i.6, 7
+  %gep1689.i.6.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.1
+  %1587 = load <32 x float>, ptr %gep1689.i.6.1, align 4, !tbaa !4
+  %1588 = bitcast <32 x float> %1587 to <32 x i32>
+  %1589 = shufflevector <32 x i32> %1588, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1590 = lshr <16 x i32> %1589, splat (i32 16)
+  %1591 = bitcast <32 x float> %1587 to <32 x i32>
+  %1592 = shufflevector <32 x i32> %1591, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1593 = or <16 x i32> %1590, %1592
+  %.idx1653.i.6.1 = shl nsw i64 %indvars.iv.next1498.i.6, 6
+  %gep1691.i.6.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.1
+  store <16 x i32> %1593, ptr %gep1691.i.6.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.6.1 = or disjoint i64 %indvars.iv1497.i.6, 2
+  %.idx1651.i.6.2 = shl nsw i64 %indvars.iv.next1498.i.6.1, 7
+  %gep1689.i.6.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.2
+  %1594 = load <32 x float>, ptr %gep1689.i.6.2, align 4, !tbaa !4
+  %1595 = bitcast <32 x float> %1594 to <32 x i32>
+  %1596 = shufflevector <32 x i32> %1595, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1597 = lshr <16 x i32> %1596, splat (i32 16)
+  %1598 = bitcast <32 x float> %1594 to <32 x i32>
+  %1599 = shufflevector <32 x i32> %1598, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1600 = or <16 x i32> %1597, %1599
+  %.idx1653.i.6.2 = shl nsw i64 %indvars.iv.next1498.i.6.1, 6
+  %gep1691.i.6.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.2
+  store <16 x i32> %1600, ptr %gep1691.i.6.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.6.2 = or disjoint i64 %indvars.iv1497.i.6, 3
+  %.idx1651.i.6.3 = shl nsw i64 %indvars.iv.next1498.i.6.2, 7
+  %gep1689.i.6.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.3
+  %1601 = load <32 x float>, ptr %gep1689.i.6.3, align 4, !tbaa !4
+  %1602 = bitcast <32 x float> %1601 to <32 x i32>
+  %1603 = shufflevector <32 x i32> %1602, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1604 = lshr <16 x i32> %1603, splat (i32 16)
+  %1605 = bitcast <32 x float> %1601 to <32 x i32>
+  %1606 = shufflevector <32 x i32> %1605, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1607 = or <16 x i32> %1604, %1606
+  %.idx1653.i.6.3 = shl nsw i64 %indvars.iv.next1498.i.6.2, 6
+  %gep1691.i.6.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.3
+  store <16 x i32> %1607, ptr %gep1691.i.6.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.6.3 = add nuw nsw i64 %indvars.iv1497.i.6, 4
+  %niter399.next.3 = add i64 %niter399, 4
+  %niter399.ncmp.3 = icmp eq i64 %niter399.next.3, %unroll_iter398
+  br i1 %niter399.ncmp.3, label %for_body_to211.lr.ph.us.i.7.unr-lcssa, label %for_body_to211.us.i.6, !prof !42, !llvm.loop !65
+
+for_body_to211.lr.ph.us.i.7.unr-lcssa:            ; preds = %for_body_to211.us.i.6
+  %lcmp.mod396.not = icmp eq i64 %xtraiter394, 0
+  br i1 %lcmp.mod396.not, label %for_body_to211.lr.ph.us.i.7, label %for_body_to211.us.i.6.epil.preheader, !prof !45
+
+for_body_to211.us.i.6.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.7.unr-lcssa, %for_body_to211.lr.ph.us.i.6
+  %indvars.iv1497.i.6.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.6 ], [ %indvars.iv.next1498.i.6.3, %for_body_to211.lr.ph.us.i.7.unr-lcssa ]
+  %lcmp.mod397 = icmp ne i64 %xtraiter394, 0
+  tail call void @llvm.assume(i1 %lcmp.mod397)
+  br label %for_body_to211.us.i.6.epil
+
+for_body_to211.us.i.6.epil:                       ; preds = %for_body_to211.us.i.6.epil, %for_body_to211.us.i.6.epil.preheader
+  %indvars.iv1497.i.6.epil = phi i64 [ %indvars.iv1497.i.6.epil.init, %for_body_to211.us.i.6.epil.preheader ], [ %indvars.iv.next1498.i.6.epil, %for_body_to211.us.i.6.epil ]
+  %epil.iter395 = phi i64 [ 0, %for_body_to211.us.i.6.epil.preheader ], [ %epil.iter395.next, %for_body_to211.us.i.6.epil ]
+  %.idx1651.i.6.epil = shl nsw i64 %indvars.iv1497.i.6.epil, 7
+  %gep1689.i.6.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.6, i64 %.idx1651.i.6.epil
+  %1608 = load <32 x float>, ptr %gep1689.i.6.epil, align 4, !tbaa !4
+  %1609 = bitcast <32 x float> %1608 to <32 x i32>
+  %1610 = shufflevector <32 x i32> %1609, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1611 = lshr <16 x i32> %1610, splat (i32 16)
+  %1612 = bitcast <32 x float> %1608 to <32 x i32>
+  %1613 = shufflevector <32 x i32> %1612, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1614 = or <16 x i32> %1611, %1613
+  %.idx1653.i.6.epil = shl nsw i64 %indvars.iv1497.i.6.epil, 6
+  %gep1691.i.6.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.6, i64 %.idx1653.i.6.epil
+  store <16 x i32> %1614, ptr %gep1691.i.6.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.6.epil = add nuw nsw i64 %indvars.iv1497.i.6.epil, 1
+  %epil.iter395.next = add i64 %epil.iter395, 1
+  %epil.iter395.cmp.not = icmp eq i64 %epil.iter395.next, %xtraiter394
+  br i1 %epil.iter395.cmp.not, label %for_body_to211.lr.ph.us.i.7, label %for_body_to211.us.i.6.epil, !prof !46, !llvm.loop !66
+
+for_body_to211.lr.ph.us.i.7:                      ; preds = %for_body_to211.us.i.6.epil, %for_body_to211.lr.ph.us.i.7.unr-lcssa
+  %invariant.gep1688.i.7 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 3584
+  %invariant.gep1690.i.7 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 1792
+  %xtraiter400 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1615 = icmp ult i64 %849, 3
+  br i1 %1615, label %for_body_to211.us.i.7.epil.preheader, label %for_body_to211.lr.ph.us.i.7.new, !prof !41
+
+for_body_to211.lr.ph.us.i.7.new:                  ; preds = %for_body_to211.lr.ph.us.i.7
+  %unroll_iter404 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.7
+
+for_body_to211.us.i.7:                            ; preds = %for_body_to211.us.i.7, %for_body_to211.lr.ph.us.i.7.new
+  %indvars.iv1497.i.7 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.7.new ], [ %indvars.iv.next1498.i.7.3, %for_body_to211.us.i.7 ]
+  %niter405 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.7.new ], [ %niter405.next.3, %for_body_to211.us.i.7 ]
+  %.idx1651.i.7 = shl nsw i64 %indvars.iv1497.i.7, 7
+  %gep1689.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7
+  %1616 = load <32 x float>, ptr %gep1689.i.7, align 4, !tbaa !4
+  %1617 = bitcast <32 x float> %1616 to <32 x i32>
+  %1618 = shufflevector <32 x i32> %1617, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1619 = lshr <16 x i32> %1618, splat (i32 16)
+  %1620 = bitcast <32 x float> %1616 to <32 x i32>
+  %1621 = shufflevector <32 x i32> %1620, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1622 = or <16 x i32> %1619, %1621
+  %.idx1653.i.7 = shl nsw i64 %indvars.iv1497.i.7, 6
+  %gep1691.i.7 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7
+  store <16 x i32> %1622, ptr %gep1691.i.7, align 4, !tbaa !4
+  %indvars.iv.next1498.i.7 = or disjoint i64 %indvars.iv1497.i.7, 1
+  %.idx1651.i.7.1 = shl nsw i64 %indvars.iv.next1498.i.7, 7
+  %gep1689.i.7.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.1
+  %1623 = load <32 x float>, ptr %gep1689.i.7.1, align 4, !tbaa !4
+  %1624 = bitcast <32 x float> %1623 to <32 x i32>
+  %1625 = shufflevector <32 x i32> %1624, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1626 = lshr <16 x i32> %1625, splat (i32 16)
+  %1627 = bitcast <32 x float> %1623 to <32 x i32>
+  %1628 = shufflevector <32 x i32> %1627, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1629 = or <16 x i32> %1626, %1628
+  %.idx1653.i.7.1 = shl nsw i64 %indvars.iv.next1498.i.7, 6
+  %gep1691.i.7.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.1
+  store <16 x i32> %1629, ptr %gep1691.i.7.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.7.1 = or disjoint i64 %indvars.iv1497.i.7, 2
+  %.idx1651.i.7.2 = shl nsw i64 %indvars.iv.next1498.i.7.1, 7
+  %gep1689.i.7.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.2
+  %1630 = load <32 x float>, ptr %gep1689.i.7.2, align 4, !tbaa !4
+  %1631 = bitcast <32 x float> %1630 to <32 x i32>
+  %1632 = shufflevector <32 x i32> %1631, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1633 = lshr <16 x i32> %1632, splat (i32 16)
+  %1634 = bitcast <32 x float> %1630 to <32 x i32>
+  %1635 = shufflevector <32 x i32> %1634, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1636 = or <16 x i32> %1633, %1635
+  %.idx1653.i.7.2 = shl nsw i64 %indvars.iv.next1498.i.7.1, 6
+  %gep1691.i.7.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.2
+  store <16 x i32> %1636, ptr %gep1691.i.7.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.7.2 = or disjoint i64 %indvars.iv1497.i.7, 3
+  %.idx1651.i.7.3 = shl nsw i64 %indvars.iv.next1498.i.7.2, 7
+  %gep1689.i.7.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.3
+  %1637 = load <32 x float>, ptr %gep1689.i.7.3, align 4, !tbaa !4
+  %1638 = bitcast <32 x float> %1637 to <32 x i32>
+  %1639 = shufflevector <32 x i32> %1638, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1640 = lshr <16 x i32> %1639, splat (i32 16)
+  %1641 = bitcast <32 x float> %1637 to <32 x i32>
+  %1642 = shufflevector <32 x i32> %1641, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1643 = or <16 x i32> %1640, %1642
+  %.idx1653.i.7.3 = shl nsw i64 %indvars.iv.next1498.i.7.2, 6
+  %gep1691.i.7.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.3
+  store <16 x i32> %1643, ptr %gep1691.i.7.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.7.3 = add nuw nsw i64 %indvars.iv1497.i.7, 4
+  %niter405.next.3 = add i64 %niter405, 4
+  %niter405.ncmp.3 = icmp eq i64 %niter405.next.3, %unroll_iter404
+  br i1 %niter405.ncmp.3, label %for_body_to211.lr.ph.us.i.8.unr-lcssa, label %for_body_to211.us.i.7, !prof !42, !llvm.loop !67
+
+for_body_to211.lr.ph.us.i.8.unr-lcssa:            ; preds = %for_body_to211.us.i.7
+  %lcmp.mod402.not = icmp eq i64 %xtraiter400, 0
+  br i1 %lcmp.mod402.not, label %for_body_to211.lr.ph.us.i.8, label %for_body_to211.us.i.7.epil.preheader, !prof !45
+
+for_body_to211.us.i.7.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.8.unr-lcssa, %for_body_to211.lr.ph.us.i.7
+  %indvars.iv1497.i.7.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.7 ], [ %indvars.iv.next1498.i.7.3, %for_body_to211.lr.ph.us.i.8.unr-lcssa ]
+  %lcmp.mod403 = icmp ne i64 %xtraiter400, 0
+  tail call void @llvm.assume(i1 %lcmp.mod403)
+  br label %for_body_to211.us.i.7.epil
+
+for_body_to211.us.i.7.epil:                       ; preds = %for_body_to211.us.i.7.epil, %for_body_to211.us.i.7.epil.preheader
+  %indvars.iv1497.i.7.epil = phi i64 [ %indvars.iv1497.i.7.epil.init, %for_body_to211.us.i.7.epil.preheader ], [ %indvars.iv.next1498.i.7.epil, %for_body_to211.us.i.7.epil ]
+  %epil.iter401 = phi i64 [ 0, %for_body_to211.us.i.7.epil.preheader ], [ %epil.iter401.next, %for_body_to211.us.i.7.epil ]
+  %.idx1651.i.7.epil = shl nsw i64 %indvars.iv1497.i.7.epil, 7
+  %gep1689.i.7.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.7, i64 %.idx1651.i.7.epil
+  %1644 = load <32 x float>, ptr %gep1689.i.7.epil, align 4, !tbaa !4
+  %1645 = bitcast <32 x float> %1644 to <32 x i32>
+  %1646 = shufflevector <32 x i32> %1645, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1647 = lshr <16 x i32> %1646, splat (i32 16)
+  %1648 = bitcast <32 x float> %1644 to <32 x i32>
+  %1649 = shufflevector <32 x i32> %1648, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1650 = or <16 x i32> %1647, %1649
+  %.idx1653.i.7.epil = shl nsw i64 %indvars.iv1497.i.7.epil, 6
+  %gep1691.i.7.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.7, i64 %.idx1653.i.7.epil
+  store <16 x i32> %1650, ptr %gep1691.i.7.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.7.epil = add nuw nsw i64 %indvars.iv1497.i.7.epil, 1
+  %epil.iter401.next = add i64 %epil.iter401, 1
+  %epil.iter401.cmp.not = icmp eq i64 %epil.iter401.next, %xtraiter400
+  br i1 %epil.iter401.cmp.not, label %for_body_to211.lr.ph.us.i.8, label %for_body_to211.us.i.7.epil, !prof !46, !llvm.loop !68
+
+for_body_to211.lr.ph.us.i.8:                      ; preds = %for_body_to211.us.i.7.epil, %for_body_to211.lr.ph.us.i.8.unr-lcssa
+  %invariant.gep1688.i.8 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 4096
+  %invariant.gep1690.i.8 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2048
+  %xtraiter406 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1651 = icmp ult i64 %849, 3
+  br i1 %1651, label %for_body_to211.us.i.8.epil.preheader, label %for_body_to211.lr.ph.us.i.8.new, !prof !41
+
+for_body_to211.lr.ph.us.i.8.new:                  ; preds = %for_body_to211.lr.ph.us.i.8
+  %unroll_iter410 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.8
+
+for_body_to211.us.i.8:                            ; preds = %for_body_to211.us.i.8, %for_body_to211.lr.ph.us.i.8.new
+  %indvars.iv1497.i.8 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.8.new ], [ %indvars.iv.next1498.i.8.3, %for_body_to211.us.i.8 ]
+  %niter411 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.8.new ], [ %niter411.next.3, %for_body_to211.us.i.8 ]
+  %.idx1651.i.8 = shl nsw i64 %indvars.iv1497.i.8, 7
+  %gep1689.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8
+  %1652 = load <32 x float>, ptr %gep1689.i.8, align 4, !tbaa !4
+  %1653 = bitcast <32 x float> %1652 to <32 x i32>
+  %1654 = shufflevector <32 x i32> %1653, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1655 = lshr <16 x i32> %1654, splat (i32 16)
+  %1656 = bitcast <32 x float> %1652 to <32 x i32>
+  %1657 = shufflevector <32 x i32> %1656, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1658 = or <16 x i32> %1655, %1657
+  %.idx1653.i.8 = shl nsw i64 %indvars.iv1497.i.8, 6
+  %gep1691.i.8 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8
+  store <16 x i32> %1658, ptr %gep1691.i.8, align 4, !tbaa !4
+  %indvars.iv.next1498.i.8 = or disjoint i64 %indvars.iv1497.i.8, 1
+  %.idx1651.i.8.1 = shl nsw i64 %indvars.iv.next1498.i.8, 7
+  %gep1689.i.8.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.1
+  %1659 = load <32 x float>, ptr %gep1689.i.8.1, align 4, !tbaa !4
+  %1660 = bitcast <32 x float> %1659 to <32 x i32>
+  %1661 = shufflevector <32 x i32> %1660, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1662 = lshr <16 x i32> %1661, splat (i32 16)
+  %1663 = bitcast <32 x float> %1659 to <32 x i32>
+  %1664 = shufflevector <32 x i32> %1663, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1665 = or <16 x i32> %1662, %1664
+  %.idx1653.i.8.1 = shl nsw i64 %indvars.iv.next1498.i.8, 6
+  %gep1691.i.8.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.1
+  store <16 x i32> %1665, ptr %gep1691.i.8.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.8.1 = or disjoint i64 %indvars.iv1497.i.8, 2
+  %.idx1651.i.8.2 = shl nsw i64 %indvars.iv.next1498.i.8.1, 7
+  %gep1689.i.8.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.2
+  %1666 = load <32 x float>, ptr %gep1689.i.8.2, align 4, !tbaa !4
+  %1667 = bitcast <32 x float> %1666 to <32 x i32>
+  %1668 = shufflevector <32 x i32> %1667, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1669 = lshr <16 x i32> %1668, splat (i32 16)
+  %1670 = bitcast <32 x float> %1666 to <32 x i32>
+  %1671 = shufflevector <32 x i32> %1670, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1672 = or <16 x i32> %1669, %1671
+  %.idx1653.i.8.2 = shl nsw i64 %indvars.iv.next1498.i.8.1, 6
+  %gep1691.i.8.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.2
+  store <16 x i32> %1672, ptr %gep1691.i.8.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.8.2 = or disjoint i64 %indvars.iv1497.i.8, 3
+  %.idx1651.i.8.3 = shl nsw i64 %indvars.iv.next1498.i.8.2, 7
+  %gep1689.i.8.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.3
+  %1673 = load <32 x float>, ptr %gep1689.i.8.3, align 4, !tbaa !4
+  %1674 = bitcast <32 x float> %1673 to <32 x i32>
+  %1675 = shufflevector <32 x i32> %1674, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1676 = lshr <16 x i32> %1675, splat (i32 16)
+  %1677 = bitcast <32 x float> %1673 to <32 x i32>
+  %1678 = shufflevector <32 x i32> %1677, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1679 = or <16 x i32> %1676, %1678
+  %.idx1653.i.8.3 = shl nsw i64 %indvars.iv.next1498.i.8.2, 6
+  %gep1691.i.8.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.3
+  store <16 x i32> %1679, ptr %gep1691.i.8.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.8.3 = add nuw nsw i64 %indvars.iv1497.i.8, 4
+  %niter411.next.3 = add i64 %niter411, 4
+  %niter411.ncmp.3 = icmp eq i64 %niter411.next.3, %unroll_iter410
+  br i1 %niter411.ncmp.3, label %for_body_to211.lr.ph.us.i.9.unr-lcssa, label %for_body_to211.us.i.8, !prof !42, !llvm.loop !69
+
+for_body_to211.lr.ph.us.i.9.unr-lcssa:            ; preds = %for_body_to211.us.i.8
+  %lcmp.mod408.not = icmp eq i64 %xtraiter406, 0
+  br i1 %lcmp.mod408.not, label %for_body_to211.lr.ph.us.i.9, label %for_body_to211.us.i.8.epil.preheader, !prof !45
+
+for_body_to211.us.i.8.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.9.unr-lcssa, %for_body_to211.lr.ph.us.i.8
+  %indvars.iv1497.i.8.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.8 ], [ %indvars.iv.next1498.i.8.3, %for_body_to211.lr.ph.us.i.9.unr-lcssa ]
+  %lcmp.mod409 = icmp ne i64 %xtraiter406, 0
+  tail call void @llvm.assume(i1 %lcmp.mod409)
+  br label %for_body_to211.us.i.8.epil
+
+for_body_to211.us.i.8.epil:                       ; preds = %for_body_to211.us.i.8.epil, %for_body_to211.us.i.8.epil.preheader
+  %indvars.iv1497.i.8.epil = phi i64 [ %indvars.iv1497.i.8.epil.init, %for_body_to211.us.i.8.epil.preheader ], [ %indvars.iv.next1498.i.8.epil, %for_body_to211.us.i.8.epil ]
+  %epil.iter407 = phi i64 [ 0, %for_body_to211.us.i.8.epil.preheader ], [ %epil.iter407.next, %for_body_to211.us.i.8.epil ]
+  %.idx1651.i.8.epil = shl nsw i64 %indvars.iv1497.i.8.epil, 7
+  %gep1689.i.8.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.8, i64 %.idx1651.i.8.epil
+  %1680 = load <32 x float>, ptr %gep1689.i.8.epil, align 4, !tbaa !4
+  %1681 = bitcast <32 x float> %1680 to <32 x i32>
+  %1682 = shufflevector <32 x i32> %1681, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1683 = lshr <16 x i32> %1682, splat (i32 16)
+  %1684 = bitcast <32 x float> %1680 to <32 x i32>
+  %1685 = shufflevector <32 x i32> %1684, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1686 = or <16 x i32> %1683, %1685
+  %.idx1653.i.8.epil = shl nsw i64 %indvars.iv1497.i.8.epil, 6
+  %gep1691.i.8.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.8, i64 %.idx1653.i.8.epil
+  store <16 x i32> %1686, ptr %gep1691.i.8.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.8.epil = add nuw nsw i64 %indvars.iv1497.i.8.epil, 1
+  %epil.iter407.next = add i64 %epil.iter407, 1
+  %epil.iter407.cmp.not = icmp eq i64 %epil.iter407.next, %xtraiter406
+  br i1 %epil.iter407.cmp.not, label %for_body_to211.lr.ph.us.i.9, label %for_body_to211.us.i.8.epil, !prof !46, !llvm.loop !70
+
+for_body_to211.lr.ph.us.i.9:                      ; preds = %for_body_to211.us.i.8.epil, %for_body_to211.lr.ph.us.i.9.unr-lcssa
+  %invariant.gep1688.i.9 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 4608
+  %invariant.gep1690.i.9 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2304
+  %xtraiter412 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1687 = icmp ult i64 %849, 3
+  br i1 %1687, label %for_body_to211.us.i.9.epil.preheader, label %for_body_to211.lr.ph.us.i.9.new, !prof !41
+
+for_body_to211.lr.ph.us.i.9.new:                  ; preds = %for_body_to211.lr.ph.us.i.9
+  %unroll_iter416 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.9
+
+for_body_to211.us.i.9:                            ; preds = %for_body_to211.us.i.9, %for_body_to211.lr.ph.us.i.9.new
+  %indvars.iv1497.i.9 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.9.new ], [ %indvars.iv.next1498.i.9.3, %for_body_to211.us.i.9 ]
+  %niter417 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.9.new ], [ %niter417.next.3, %for_body_to211.us.i.9 ]
+  %.idx1651.i.9 = shl nsw i64 %indvars.iv1497.i.9, 7
+  %gep1689.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9
+  %1688 = load <32 x float>, ptr %gep1689.i.9, align 4, !tbaa !4
+  %1689 = bitcast <32 x float> %1688 to <32 x i32>
+  %1690 = shufflevector <32 x i32> %1689, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1691 = lshr <16 x i32> %1690, splat (i32 16)
+  %1692 = bitcast <32 x float> %1688 to <32 x i32>
+  %1693 = shufflevector <32 x i32> %1692, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1694 = or <16 x i32> %1691, %1693
+  %.idx1653.i.9 = shl nsw i64 %indvars.iv1497.i.9, 6
+  %gep1691.i.9 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9
+  store <16 x i32> %1694, ptr %gep1691.i.9, align 4, !tbaa !4
+  %indvars.iv.next1498.i.9 = or disjoint i64 %indvars.iv1497.i.9, 1
+  %.idx1651.i.9.1 = shl nsw i64 %indvars.iv.next1498.i.9, 7
+  %gep1689.i.9.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.1
+  %1695 = load <32 x float>, ptr %gep1689.i.9.1, align 4, !tbaa !4
+  %1696 = bitcast <32 x float> %1695 to <32 x i32>
+  %1697 = shufflevector <32 x i32> %1696, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1698 = lshr <16 x i32> %1697, splat (i32 16)
+  %1699 = bitcast <32 x float> %1695 to <32 x i32>
+  %1700 = shufflevector <32 x i32> %1699, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1701 = or <16 x i32> %1698, %1700
+  %.idx1653.i.9.1 = shl nsw i64 %indvars.iv.next1498.i.9, 6
+  %gep1691.i.9.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.1
+  store <16 x i32> %1701, ptr %gep1691.i.9.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.9.1 = or disjoint i64 %indvars.iv1497.i.9, 2
+  %.idx1651.i.9.2 = shl nsw i64 %indvars.iv.next1498.i.9.1, 7
+  %gep1689.i.9.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.2
+  %1702 = load <32 x float>, ptr %gep1689.i.9.2, align 4, !tbaa !4
+  %1703 = bitcast <32 x float> %1702 to <32 x i32>
+  %1704 = shufflevector <32 x i32> %1703, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1705 = lshr <16 x i32> %1704, splat (i32 16)
+  %1706 = bitcast <32 x float> %1702 to <32 x i32>
+  %1707 = shufflevector <32 x i32> %1706, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1708 = or <16 x i32> %1705, %1707
+  %.idx1653.i.9.2 = shl nsw i64 %indvars.iv.next1498.i.9.1, 6
+  %gep1691.i.9.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.2
+  store <16 x i32> %1708, ptr %gep1691.i.9.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.9.2 = or disjoint i64 %indvars.iv1497.i.9, 3
+  %.idx1651.i.9.3 = shl nsw i64 %indvars.iv.next1498.i.9.2, 7
+  %gep1689.i.9.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.3
+  %1709 = load <32 x float>, ptr %gep1689.i.9.3, align 4, !tbaa !4
+  %1710 = bitcast <32 x float> %1709 to <32 x i32>
+  %1711 = shufflevector <32 x i32> %1710, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1712 = lshr <16 x i32> %1711, splat (i32 16)
+  %1713 = bitcast <32 x float> %1709 to <32 x i32>
+  %1714 = shufflevector <32 x i32> %1713, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1715 = or <16 x i32> %1712, %1714
+  %.idx1653.i.9.3 = shl nsw i64 %indvars.iv.next1498.i.9.2, 6
+  %gep1691.i.9.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.3
+  store <16 x i32> %1715, ptr %gep1691.i.9.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.9.3 = add nuw nsw i64 %indvars.iv1497.i.9, 4
+  %niter417.next.3 = add i64 %niter417, 4
+  %niter417.ncmp.3 = icmp eq i64 %niter417.next.3, %unroll_iter416
+  br i1 %niter417.ncmp.3, label %for_body_to211.lr.ph.us.i.10.unr-lcssa, label %for_body_to211.us.i.9, !prof !42, !llvm.loop !71
+
+for_body_to211.lr.ph.us.i.10.unr-lcssa:           ; preds = %for_body_to211.us.i.9
+  %lcmp.mod414.not = icmp eq i64 %xtraiter412, 0
+  br i1 %lcmp.mod414.not, label %for_body_to211.lr.ph.us.i.10, label %for_body_to211.us.i.9.epil.preheader, !prof !45
+
+for_body_to211.us.i.9.epil.preheader:             ; preds = %for_body_to211.lr.ph.us.i.10.unr-lcssa, %for_body_to211.lr.ph.us.i.9
+  %indvars.iv1497.i.9.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.9 ], [ %indvars.iv.next1498.i.9.3, %for_body_to211.lr.ph.us.i.10.unr-lcssa ]
+  %lcmp.mod415 = icmp ne i64 %xtraiter412, 0
+  tail call void @llvm.assume(i1 %lcmp.mod415)
+  br label %for_body_to211.us.i.9.epil
+
+for_body_to211.us.i.9.epil:                       ; preds = %for_body_to211.us.i.9.epil, %for_body_to211.us.i.9.epil.preheader
+  %indvars.iv1497.i.9.epil = phi i64 [ %indvars.iv1497.i.9.epil.init, %for_body_to211.us.i.9.epil.preheader ], [ %indvars.iv.next1498.i.9.epil, %for_body_to211.us.i.9.epil ]
+  %epil.iter413 = phi i64 [ 0, %for_body_to211.us.i.9.epil.preheader ], [ %epil.iter413.next, %for_body_to211.us.i.9.epil ]
+  %.idx1651.i.9.epil = shl nsw i64 %indvars.iv1497.i.9.epil, 7
+  %gep1689.i.9.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.9, i64 %.idx1651.i.9.epil
+  %1716 = load <32 x float>, ptr %gep1689.i.9.epil, align 4, !tbaa !4
+  %1717 = bitcast <32 x float> %1716 to <32 x i32>
+  %1718 = shufflevector <32 x i32> %1717, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1719 = lshr <16 x i32> %1718, splat (i32 16)
+  %1720 = bitcast <32 x float> %1716 to <32 x i32>
+  %1721 = shufflevector <32 x i32> %1720, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1722 = or <16 x i32> %1719, %1721
+  %.idx1653.i.9.epil = shl nsw i64 %indvars.iv1497.i.9.epil, 6
+  %gep1691.i.9.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.9, i64 %.idx1653.i.9.epil
+  store <16 x i32> %1722, ptr %gep1691.i.9.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.9.epil = add nuw nsw i64 %indvars.iv1497.i.9.epil, 1
+  %epil.iter413.next = add i64 %epil.iter413, 1
+  %epil.iter413.cmp.not = icmp eq i64 %epil.iter413.next, %xtraiter412
+  br i1 %epil.iter413.cmp.not, label %for_body_to211.lr.ph.us.i.10, label %for_body_to211.us.i.9.epil, !prof !46, !llvm.loop !72
+
+for_body_to211.lr.ph.us.i.10:                     ; preds = %for_body_to211.us.i.9.epil, %for_body_to211.lr.ph.us.i.10.unr-lcssa
+  %invariant.gep1688.i.10 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 5120
+  %invariant.gep1690.i.10 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2560
+  %xtraiter418 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1723 = icmp ult i64 %849, 3
+  br i1 %1723, label %for_body_to211.us.i.10.epil.preheader, label %for_body_to211.lr.ph.us.i.10.new, !prof !41
+
+for_body_to211.lr.ph.us.i.10.new:                 ; preds = %for_body_to211.lr.ph.us.i.10
+  %unroll_iter422 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.10
+
+for_body_to211.us.i.10:                           ; preds = %for_body_to211.us.i.10, %for_body_to211.lr.ph.us.i.10.new
+  %indvars.iv1497.i.10 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.10.new ], [ %indvars.iv.next1498.i.10.3, %for_body_to211.us.i.10 ]
+  %niter423 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.10.new ], [ %niter423.next.3, %for_body_to211.us.i.10 ]
+  %.idx1651.i.10 = shl nsw i64 %indvars.iv1497.i.10, 7
+  %gep1689.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10
+  %1724 = load <32 x float>, ptr %gep1689.i.10, align 4, !tbaa !4
+  %1725 = bitcast <32 x float> %1724 to <32 x i32>
+  %1726 = shufflevector <32 x i32> %1725, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1727 = lshr <16 x i32> %1726, splat (i32 16)
+  %1728 = bitcast <32 x float> %1724 to <32 x i32>
+  %1729 = shufflevector <32 x i32> %1728, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1730 = or <16 x i32> %1727, %1729
+  %.idx1653.i.10 = shl nsw i64 %indvars.iv1497.i.10, 6
+  %gep1691.i.10 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10
+  store <16 x i32> %1730, ptr %gep1691.i.10, align 4, !tbaa !4
+  %indvars.iv.next1498.i.10 = or disjoint i64 %indvars.iv1497.i.10, 1
+  %.idx1651.i.10.1 = shl nsw i64 %indvars.iv.next1498.i.10, 7
+  %gep1689.i.10.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.1
+  %1731 = load <32 x float>, ptr %gep1689.i.10.1, align 4, !tbaa !4
+  %1732 = bitcast <32 x float> %1731 to <32 x i32>
+  %1733 = shufflevector <32 x i32> %1732, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1734 = lshr <16 x i32> %1733, splat (i32 16)
+  %1735 = bitcast <32 x float> %1731 to <32 x i32>
+  %1736 = shufflevector <32 x i32> %1735, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1737 = or <16 x i32> %1734, %1736
+  %.idx1653.i.10.1 = shl nsw i64 %indvars.iv.next1498.i.10, 6
+  %gep1691.i.10.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.1
+  store <16 x i32> %1737, ptr %gep1691.i.10.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.10.1 = or disjoint i64 %indvars.iv1497.i.10, 2
+  %.idx1651.i.10.2 = shl nsw i64 %indvars.iv.next1498.i.10.1, 7
+  %gep1689.i.10.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.2
+  %1738 = load <32 x float>, ptr %gep1689.i.10.2, align 4, !tbaa !4
+  %1739 = bitcast <32 x float> %1738 to <32 x i32>
+  %1740 = shufflevector <32 x i32> %1739, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1741 = lshr <16 x i32> %1740, splat (i32 16)
+  %1742 = bitcast <32 x float> %1738 to <32 x i32>
+  %1743 = shufflevector <32 x i32> %1742, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1744 = or <16 x i32> %1741, %1743
+  %.idx1653.i.10.2 = shl nsw i64 %indvars.iv.next1498.i.10.1, 6
+  %gep1691.i.10.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.2
+  store <16 x i32> %1744, ptr %gep1691.i.10.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.10.2 = or disjoint i64 %indvars.iv1497.i.10, 3
+  %.idx1651.i.10.3 = shl nsw i64 %indvars.iv.next1498.i.10.2, 7
+  %gep1689.i.10.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.3
+  %1745 = load <32 x float>, ptr %gep1689.i.10.3, align 4, !tbaa !4
+  %1746 = bitcast <32 x float> %1745 to <32 x i32>
+  %1747 = shufflevector <32 x i32> %1746, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1748 = lshr <16 x i32> %1747, splat (i32 16)
+  %1749 = bitcast <32 x float> %1745 to <32 x i32>
+  %1750 = shufflevector <32 x i32> %1749, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1751 = or <16 x i32> %1748, %1750
+  %.idx1653.i.10.3 = shl nsw i64 %indvars.iv.next1498.i.10.2, 6
+  %gep1691.i.10.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.3
+  store <16 x i32> %1751, ptr %gep1691.i.10.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.10.3 = add nuw nsw i64 %indvars.iv1497.i.10, 4
+  %niter423.next.3 = add i64 %niter423, 4
+  %niter423.ncmp.3 = icmp eq i64 %niter423.next.3, %unroll_iter422
+  br i1 %niter423.ncmp.3, label %for_body_to211.lr.ph.us.i.11.unr-lcssa, label %for_body_to211.us.i.10, !prof !42, !llvm.loop !73
+
+for_body_to211.lr.ph.us.i.11.unr-lcssa:           ; preds = %for_body_to211.us.i.10
+  %lcmp.mod420.not = icmp eq i64 %xtraiter418, 0
+  br i1 %lcmp.mod420.not, label %for_body_to211.lr.ph.us.i.11, label %for_body_to211.us.i.10.epil.preheader, !prof !45
+
+for_body_to211.us.i.10.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.11.unr-lcssa, %for_body_to211.lr.ph.us.i.10
+  %indvars.iv1497.i.10.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.10 ], [ %indvars.iv.next1498.i.10.3, %for_body_to211.lr.ph.us.i.11.unr-lcssa ]
+  %lcmp.mod421 = icmp ne i64 %xtraiter418, 0
+  tail call void @llvm.assume(i1 %lcmp.mod421)
+  br label %for_body_to211.us.i.10.epil
+
+for_body_to211.us.i.10.epil:                      ; preds = %for_body_to211.us.i.10.epil, %for_body_to211.us.i.10.epil.preheader
+  %indvars.iv1497.i.10.epil = phi i64 [ %indvars.iv1497.i.10.epil.init, %for_body_to211.us.i.10.epil.preheader ], [ %indvars.iv.next1498.i.10.epil, %for_body_to211.us.i.10.epil ]
+  %epil.iter419 = phi i64 [ 0, %for_body_to211.us.i.10.epil.preheader ], [ %epil.iter419.next, %for_body_to211.us.i.10.epil ]
+  %.idx1651.i.10.epil = shl nsw i64 %indvars.iv1497.i.10.epil, 7
+  %gep1689.i.10.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.10, i64 %.idx1651.i.10.epil
+  %1752 = load <32 x float>, ptr %gep1689.i.10.epil, align 4, !tbaa !4
+  %1753 = bitcast <32 x float> %1752 to <32 x i32>
+  %1754 = shufflevector <32 x i32> %1753, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1755 = lshr <16 x i32> %1754, splat (i32 16)
+  %1756 = bitcast <32 x float> %1752 to <32 x i32>
+  %1757 = shufflevector <32 x i32> %1756, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1758 = or <16 x i32> %1755, %1757
+  %.idx1653.i.10.epil = shl nsw i64 %indvars.iv1497.i.10.epil, 6
+  %gep1691.i.10.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.10, i64 %.idx1653.i.10.epil
+  store <16 x i32> %1758, ptr %gep1691.i.10.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.10.epil = add nuw nsw i64 %indvars.iv1497.i.10.epil, 1
+  %epil.iter419.next = add i64 %epil.iter419, 1
+  %epil.iter419.cmp.not = icmp eq i64 %epil.iter419.next, %xtraiter418
+  br i1 %epil.iter419.cmp.not, label %for_body_to211.lr.ph.us.i.11, label %for_body_to211.us.i.10.epil, !prof !46, !llvm.loop !74
+
+for_body_to211.lr.ph.us.i.11:                     ; preds = %for_body_to211.us.i.10.epil, %for_body_to211.lr.ph.us.i.11.unr-lcssa
+  %invariant.gep1688.i.11 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 5632
+  %invariant.gep1690.i.11 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 2816
+  %xtraiter424 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1759 = icmp ult i64 %849, 3
+  br i1 %1759, label %for_body_to211.us.i.11.epil.preheader, label %for_body_to211.lr.ph.us.i.11.new, !prof !41
+
+for_body_to211.lr.ph.us.i.11.new:                 ; preds = %for_body_to211.lr.ph.us.i.11
+  %unroll_iter428 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.11
+
+for_body_to211.us.i.11:                           ; preds = %for_body_to211.us.i.11, %for_body_to211.lr.ph.us.i.11.new
+  %indvars.iv1497.i.11 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.11.new ], [ %indvars.iv.next1498.i.11.3, %for_body_to211.us.i.11 ]
+  %niter429 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.11.new ], [ %niter429.next.3, %for_body_to211.us.i.11 ]
+  %.idx1651.i.11 = shl nsw i64 %indvars.iv1497.i.11, 7
+  %gep1689.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11
+  %1760 = load <32 x float>, ptr %gep1689.i.11, align 4, !tbaa !4
+  %1761 = bitcast <32 x float> %1760 to <32 x i32>
+  %1762 = shufflevector <32 x i32> %1761, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1763 = lshr <16 x i32> %1762, splat (i32 16)
+  %1764 = bitcast <32 x float> %1760 to <32 x i32>
+  %1765 = shufflevector <32 x i32> %1764, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1766 = or <16 x i32> %1763, %1765
+  %.idx1653.i.11 = shl nsw i64 %indvars.iv1497.i.11, 6
+  %gep1691.i.11 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11
+  store <16 x i32> %1766, ptr %gep1691.i.11, align 4, !tbaa !4
+  %indvars.iv.next1498.i.11 = or disjoint i64 %indvars.iv1497.i.11, 1
+  %.idx1651.i.11.1 = shl nsw i64 %indvars.iv.next1498.i.11, 7
+  %gep1689.i.11.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.1
+  %1767 = load <32 x float>, ptr %gep1689.i.11.1, align 4, !tbaa !4
+  %1768 = bitcast <32 x float> %1767 to <32 x i32>
+  %1769 = shufflevector <32 x i32> %1768, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1770 = lshr <16 x i32> %1769, splat (i32 16)
+  %1771 = bitcast <32 x float> %1767 to <32 x i32>
+  %1772 = shufflevector <32 x i32> %1771, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1773 = or <16 x i32> %1770, %1772
+  %.idx1653.i.11.1 = shl nsw i64 %indvars.iv.next1498.i.11, 6
+  %gep1691.i.11.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.1
+  store <16 x i32> %1773, ptr %gep1691.i.11.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.11.1 = or disjoint i64 %indvars.iv1497.i.11, 2
+  %.idx1651.i.11.2 = shl nsw i64 %indvars.iv.next1498.i.11.1, 7
+  %gep1689.i.11.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.2
+  %1774 = load <32 x float>, ptr %gep1689.i.11.2, align 4, !tbaa !4
+  %1775 = bitcast <32 x float> %1774 to <32 x i32>
+  %1776 = shufflevector <32 x i32> %1775, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1777 = lshr <16 x i32> %1776, splat (i32 16)
+  %1778 = bitcast <32 x float> %1774 to <32 x i32>
+  %1779 = shufflevector <32 x i32> %1778, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1780 = or <16 x i32> %1777, %1779
+  %.idx1653.i.11.2 = shl nsw i64 %indvars.iv.next1498.i.11.1, 6
+  %gep1691.i.11.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.2
+  store <16 x i32> %1780, ptr %gep1691.i.11.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.11.2 = or disjoint i64 %indvars.iv1497.i.11, 3
+  %.idx1651.i.11.3 = shl nsw i64 %indvars.iv.next1498.i.11.2, 7
+  %gep1689.i.11.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.3
+  %1781 = load <32 x float>, ptr %gep1689.i.11.3, align 4, !tbaa !4
+  %1782 = bitcast <32 x float> %1781 to <32 x i32>
+  %1783 = shufflevector <32 x i32> %1782, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1784 = lshr <16 x i32> %1783, splat (i32 16)
+  %1785 = bitcast <32 x float> %1781 to <32 x i32>
+  %1786 = shufflevector <32 x i32> %1785, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1787 = or <16 x i32> %1784, %1786
+  %.idx1653.i.11.3 = shl nsw i64 %indvars.iv.next1498.i.11.2, 6
+  %gep1691.i.11.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.3
+  store <16 x i32> %1787, ptr %gep1691.i.11.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.11.3 = add nuw nsw i64 %indvars.iv1497.i.11, 4
+  %niter429.next.3 = add i64 %niter429, 4
+  %niter429.ncmp.3 = icmp eq i64 %niter429.next.3, %unroll_iter428
+  br i1 %niter429.ncmp.3, label %for_body_to211.lr.ph.us.i.12.unr-lcssa, label %for_body_to211.us.i.11, !prof !42, !llvm.loop !75
+
+for_body_to211.lr.ph.us.i.12.unr-lcssa:           ; preds = %for_body_to211.us.i.11
+  %lcmp.mod426.not = icmp eq i64 %xtraiter424, 0
+  br i1 %lcmp.mod426.not, label %for_body_to211.lr.ph.us.i.12, label %for_body_to211.us.i.11.epil.preheader, !prof !45
+
+for_body_to211.us.i.11.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.12.unr-lcssa, %for_body_to211.lr.ph.us.i.11
+  %indvars.iv1497.i.11.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.11 ], [ %indvars.iv.next1498.i.11.3, %for_body_to211.lr.ph.us.i.12.unr-lcssa ]
+  %lcmp.mod427 = icmp ne i64 %xtraiter424, 0
+  tail call void @llvm.assume(i1 %lcmp.mod427)
+  br label %for_body_to211.us.i.11.epil
+
+for_body_to211.us.i.11.epil:                      ; preds = %for_body_to211.us.i.11.epil, %for_body_to211.us.i.11.epil.preheader
+  %indvars.iv1497.i.11.epil = phi i64 [ %indvars.iv1497.i.11.epil.init, %for_body_to211.us.i.11.epil.preheader ], [ %indvars.iv.next1498.i.11.epil, %for_body_to211.us.i.11.epil ]
+  %epil.iter425 = phi i64 [ 0, %for_body_to211.us.i.11.epil.preheader ], [ %epil.iter425.next, %for_body_to211.us.i.11.epil ]
+  %.idx1651.i.11.epil = shl nsw i64 %indvars.iv1497.i.11.epil, 7
+  %gep1689.i.11.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.11, i64 %.idx1651.i.11.epil
+  %1788 = load <32 x float>, ptr %gep1689.i.11.epil, align 4, !tbaa !4
+  %1789 = bitcast <32 x float> %1788 to <32 x i32>
+  %1790 = shufflevector <32 x i32> %1789, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1791 = lshr <16 x i32> %1790, splat (i32 16)
+  %1792 = bitcast <32 x float> %1788 to <32 x i32>
+  %1793 = shufflevector <32 x i32> %1792, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1794 = or <16 x i32> %1791, %1793
+  %.idx1653.i.11.epil = shl nsw i64 %indvars.iv1497.i.11.epil, 6
+  %gep1691.i.11.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.11, i64 %.idx1653.i.11.epil
+  store <16 x i32> %1794, ptr %gep1691.i.11.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.11.epil = add nuw nsw i64 %indvars.iv1497.i.11.epil, 1
+  %epil.iter425.next = add i64 %epil.iter425, 1
+  %epil.iter425.cmp.not = icmp eq i64 %epil.iter425.next, %xtraiter424
+  br i1 %epil.iter425.cmp.not, label %for_body_to211.lr.ph.us.i.12, label %for_body_to211.us.i.11.epil, !prof !46, !llvm.loop !76
+
+for_body_to211.lr.ph.us.i.12:                     ; preds = %for_body_to211.us.i.11.epil, %for_body_to211.lr.ph.us.i.12.unr-lcssa
+  %invariant.gep1688.i.12 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 6144
+  %invariant.gep1690.i.12 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3072
+  %xtraiter430 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1795 = icmp ult i64 %849, 3
+  br i1 %1795, label %for_body_to211.us.i.12.epil.preheader, label %for_body_to211.lr.ph.us.i.12.new, !prof !41
+
+for_body_to211.lr.ph.us.i.12.new:                 ; preds = %for_body_to211.lr.ph.us.i.12
+  %unroll_iter434 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.12
+
+for_body_to211.us.i.12:                           ; preds = %for_body_to211.us.i.12, %for_body_to211.lr.ph.us.i.12.new
+  %indvars.iv1497.i.12 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.12.new ], [ %indvars.iv.next1498.i.12.3, %for_body_to211.us.i.12 ]
+  %niter435 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.12.new ], [ %niter435.next.3, %for_body_to211.us.i.12 ]
+  %.idx1651.i.12 = shl nsw i64 %indvars.iv1497.i.12, 7
+  %gep1689.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12
+  %1796 = load <32 x float>, ptr %gep1689.i.12, align 4, !tbaa !4
+  %1797 = bitcast <32 x float> %1796 to <32 x i32>
+  %1798 = shufflevector <32 x i32> %1797, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1799 = lshr <16 x i32> %1798, splat (i32 16)
+  %1800 = bitcast <32 x float> %1796 to <32 x i32>
+  %1801 = shufflevector <32 x i32> %1800, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1802 = or <16 x i32> %1799, %1801
+  %.idx1653.i.12 = shl nsw i64 %indvars.iv1497.i.12, 6
+  %gep1691.i.12 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12
+  store <16 x i32> %1802, ptr %gep1691.i.12, align 4, !tbaa !4
+  %indvars.iv.next1498.i.12 = or disjoint i64 %indvars.iv1497.i.12, 1
+  %.idx1651.i.12.1 = shl nsw i64 %indvars.iv.next1498.i.12, 7
+  %gep1689.i.12.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.1
+  %1803 = load <32 x float>, ptr %gep1689.i.12.1, align 4, !tbaa !4
+  %1804 = bitcast <32 x float> %1803 to <32 x i32>
+  %1805 = shufflevector <32 x i32> %1804, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1806 = lshr <16 x i32> %1805, splat (i32 16)
+  %1807 = bitcast <32 x float> %1803 to <32 x i32>
+  %1808 = shufflevector <32 x i32> %1807, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1809 = or <16 x i32> %1806, %1808
+  %.idx1653.i.12.1 = shl nsw i64 %indvars.iv.next1498.i.12, 6
+  %gep1691.i.12.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.1
+  store <16 x i32> %1809, ptr %gep1691.i.12.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.12.1 = or disjoint i64 %indvars.iv1497.i.12, 2
+  %.idx1651.i.12.2 = shl nsw i64 %indvars.iv.next1498.i.12.1, 7
+  %gep1689.i.12.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.2
+  %1810 = load <32 x float>, ptr %gep1689.i.12.2, align 4, !tbaa !4
+  %1811 = bitcast <32 x float> %1810 to <32 x i32>
+  %1812 = shufflevector <32 x i32> %1811, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1813 = lshr <16 x i32> %1812, splat (i32 16)
+  %1814 = bitcast <32 x float> %1810 to <32 x i32>
+  %1815 = shufflevector <32 x i32> %1814, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1816 = or <16 x i32> %1813, %1815
+  %.idx1653.i.12.2 = shl nsw i64 %indvars.iv.next1498.i.12.1, 6
+  %gep1691.i.12.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.2
+  store <16 x i32> %1816, ptr %gep1691.i.12.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.12.2 = or disjoint i64 %indvars.iv1497.i.12, 3
+  %.idx1651.i.12.3 = shl nsw i64 %indvars.iv.next1498.i.12.2, 7
+  %gep1689.i.12.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.3
+  %1817 = load <32 x float>, ptr %gep1689.i.12.3, align 4, !tbaa !4
+  %1818 = bitcast <32 x float> %1817 to <32 x i32>
+  %1819 = shufflevector <32 x i32> %1818, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1820 = lshr <16 x i32> %1819, splat (i32 16)
+  %1821 = bitcast <32 x float> %1817 to <32 x i32>
+  %1822 = shufflevector <32 x i32> %1821, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1823 = or <16 x i32> %1820, %1822
+  %.idx1653.i.12.3 = shl nsw i64 %indvars.iv.next1498.i.12.2, 6
+  %gep1691.i.12.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.3
+  store <16 x i32> %1823, ptr %gep1691.i.12.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.12.3 = add nuw nsw i64 %indvars.iv1497.i.12, 4
+  %niter435.next.3 = add i64 %niter435, 4
+  %niter435.ncmp.3 = icmp eq i64 %niter435.next.3, %unroll_iter434
+  br i1 %niter435.ncmp.3, label %for_body_to211.lr.ph.us.i.13.unr-lcssa, label %for_body_to211.us.i.12, !prof !42, !llvm.loop !77
+
+for_body_to211.lr.ph.us.i.13.unr-lcssa:           ; preds = %for_body_to211.us.i.12
+  %lcmp.mod432.not = icmp eq i64 %xtraiter430, 0
+  br i1 %lcmp.mod432.not, label %for_body_to211.lr.ph.us.i.13, label %for_body_to211.us.i.12.epil.preheader, !prof !45
+
+for_body_to211.us.i.12.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.13.unr-lcssa, %for_body_to211.lr.ph.us.i.12
+  %indvars.iv1497.i.12.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.12 ], [ %indvars.iv.next1498.i.12.3, %for_body_to211.lr.ph.us.i.13.unr-lcssa ]
+  %lcmp.mod433 = icmp ne i64 %xtraiter430, 0
+  tail call void @llvm.assume(i1 %lcmp.mod433)
+  br label %for_body_to211.us.i.12.epil
+
+for_body_to211.us.i.12.epil:                      ; preds = %for_body_to211.us.i.12.epil, %for_body_to211.us.i.12.epil.preheader
+  %indvars.iv1497.i.12.epil = phi i64 [ %indvars.iv1497.i.12.epil.init, %for_body_to211.us.i.12.epil.preheader ], [ %indvars.iv.next1498.i.12.epil, %for_body_to211.us.i.12.epil ]
+  %epil.iter431 = phi i64 [ 0, %for_body_to211.us.i.12.epil.preheader ], [ %epil.iter431.next, %for_body_to211.us.i.12.epil ]
+  %.idx1651.i.12.epil = shl nsw i64 %indvars.iv1497.i.12.epil, 7
+  %gep1689.i.12.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.12, i64 %.idx1651.i.12.epil
+  %1824 = load <32 x float>, ptr %gep1689.i.12.epil, align 4, !tbaa !4
+  %1825 = bitcast <32 x float> %1824 to <32 x i32>
+  %1826 = shufflevector <32 x i32> %1825, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1827 = lshr <16 x i32> %1826, splat (i32 16)
+  %1828 = bitcast <32 x float> %1824 to <32 x i32>
+  %1829 = shufflevector <32 x i32> %1828, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1830 = or <16 x i32> %1827, %1829
+  %.idx1653.i.12.epil = shl nsw i64 %indvars.iv1497.i.12.epil, 6
+  %gep1691.i.12.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.12, i64 %.idx1653.i.12.epil
+  store <16 x i32> %1830, ptr %gep1691.i.12.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.12.epil = add nuw nsw i64 %indvars.iv1497.i.12.epil, 1
+  %epil.iter431.next = add i64 %epil.iter431, 1
+  %epil.iter431.cmp.not = icmp eq i64 %epil.iter431.next, %xtraiter430
+  br i1 %epil.iter431.cmp.not, label %for_body_to211.lr.ph.us.i.13, label %for_body_to211.us.i.12.epil, !prof !46, !llvm.loop !78
+
+for_body_to211.lr.ph.us.i.13:                     ; preds = %for_body_to211.us.i.12.epil, %for_body_to211.lr.ph.us.i.13.unr-lcssa
+  %invariant.gep1688.i.13 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 6656
+  %invariant.gep1690.i.13 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3328
+  %xtraiter436 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1831 = icmp ult i64 %849, 3
+  br i1 %1831, label %for_body_to211.us.i.13.epil.preheader, label %for_body_to211.lr.ph.us.i.13.new, !prof !41
+
+for_body_to211.lr.ph.us.i.13.new:                 ; preds = %for_body_to211.lr.ph.us.i.13
+  %unroll_iter440 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.13
+
+for_body_to211.us.i.13:                           ; preds = %for_body_to211.us.i.13, %for_body_to211.lr.ph.us.i.13.new
+  %indvars.iv1497.i.13 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.13.new ], [ %indvars.iv.next1498.i.13.3, %for_body_to211.us.i.13 ]
+  %niter441 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.13.new ], [ %niter441.next.3, %for_body_to211.us.i.13 ]
+  %.idx1651.i.13 = shl nsw i64 %indvars.iv1497.i.13, 7
+  %gep1689.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13
+  %1832 = load <32 x float>, ptr %gep1689.i.13, align 4, !tbaa !4
+  %1833 = bitcast <32 x float> %1832 to <32 x i32>
+  %1834 = shufflevector <32 x i32> %1833, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1835 = lshr <16 x i32> %1834, splat (i32 16)
+  %1836 = bitcast <32 x float> %1832 to <32 x i32>
+  %1837 = shufflevector <32 x i32> %1836, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1838 = or <16 x i32> %1835, %1837
+  %.idx1653.i.13 = shl nsw i64 %indvars.iv1497.i.13, 6
+  %gep1691.i.13 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13
+  store <16 x i32> %1838, ptr %gep1691.i.13, align 4, !tbaa !4
+  %indvars.iv.next1498.i.13 = or disjoint i64 %indvars.iv1497.i.13, 1
+  %.idx1651.i.13.1 = shl nsw i64 %indvars.iv.next1498.i.13, 7
+  %gep1689.i.13.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.1
+  %1839 = load <32 x float>, ptr %gep1689.i.13.1, align 4, !tbaa !4
+  %1840 = bitcast <32 x float> %1839 to <32 x i32>
+  %1841 = shufflevector <32 x i32> %1840, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1842 = lshr <16 x i32> %1841, splat (i32 16)
+  %1843 = bitcast <32 x float> %1839 to <32 x i32>
+  %1844 = shufflevector <32 x i32> %1843, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1845 = or <16 x i32> %1842, %1844
+  %.idx1653.i.13.1 = shl nsw i64 %indvars.iv.next1498.i.13, 6
+  %gep1691.i.13.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.1
+  store <16 x i32> %1845, ptr %gep1691.i.13.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.13.1 = or disjoint i64 %indvars.iv1497.i.13, 2
+  %.idx1651.i.13.2 = shl nsw i64 %indvars.iv.next1498.i.13.1, 7
+  %gep1689.i.13.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.2
+  %1846 = load <32 x float>, ptr %gep1689.i.13.2, align 4, !tbaa !4
+  %1847 = bitcast <32 x float> %1846 to <32 x i32>
+  %1848 = shufflevector <32 x i32> %1847, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1849 = lshr <16 x i32> %1848, splat (i32 16)
+  %1850 = bitcast <32 x float> %1846 to <32 x i32>
+  %1851 = shufflevector <32 x i32> %1850, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1852 = or <16 x i32> %1849, %1851
+  %.idx1653.i.13.2 = shl nsw i64 %indvars.iv.next1498.i.13.1, 6
+  %gep1691.i.13.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.2
+  store <16 x i32> %1852, ptr %gep1691.i.13.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.13.2 = or disjoint i64 %indvars.iv1497.i.13, 3
+  %.idx1651.i.13.3 = shl nsw i64 %indvars.iv.next1498.i.13.2, 7
+  %gep1689.i.13.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.3
+  %1853 = load <32 x float>, ptr %gep1689.i.13.3, align 4, !tbaa !4
+  %1854 = bitcast <32 x float> %1853 to <32 x i32>
+  %1855 = shufflevector <32 x i32> %1854, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1856 = lshr <16 x i32> %1855, splat (i32 16)
+  %1857 = bitcast <32 x float> %1853 to <32 x i32>
+  %1858 = shufflevector <32 x i32> %1857, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1859 = or <16 x i32> %1856, %1858
+  %.idx1653.i.13.3 = shl nsw i64 %indvars.iv.next1498.i.13.2, 6
+  %gep1691.i.13.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.3
+  store <16 x i32> %1859, ptr %gep1691.i.13.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.13.3 = add nuw nsw i64 %indvars.iv1497.i.13, 4
+  %niter441.next.3 = add i64 %niter441, 4
+  %niter441.ncmp.3 = icmp eq i64 %niter441.next.3, %unroll_iter440
+  br i1 %niter441.ncmp.3, label %for_body_to211.lr.ph.us.i.14.unr-lcssa, label %for_body_to211.us.i.13, !prof !42, !llvm.loop !79
+
+for_body_to211.lr.ph.us.i.14.unr-lcssa:           ; preds = %for_body_to211.us.i.13
+  %lcmp.mod438.not = icmp eq i64 %xtraiter436, 0
+  br i1 %lcmp.mod438.not, label %for_body_to211.lr.ph.us.i.14, label %for_body_to211.us.i.13.epil.preheader, !prof !45
+
+for_body_to211.us.i.13.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.14.unr-lcssa, %for_body_to211.lr.ph.us.i.13
+  %indvars.iv1497.i.13.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.13 ], [ %indvars.iv.next1498.i.13.3, %for_body_to211.lr.ph.us.i.14.unr-lcssa ]
+  %lcmp.mod439 = icmp ne i64 %xtraiter436, 0
+  tail call void @llvm.assume(i1 %lcmp.mod439)
+  br label %for_body_to211.us.i.13.epil
+
+for_body_to211.us.i.13.epil:                      ; preds = %for_body_to211.us.i.13.epil, %for_body_to211.us.i.13.epil.preheader
+  %indvars.iv1497.i.13.epil = phi i64 [ %indvars.iv1497.i.13.epil.init, %for_body_to211.us.i.13.epil.preheader ], [ %indvars.iv.next1498.i.13.epil, %for_body_to211.us.i.13.epil ]
+  %epil.iter437 = phi i64 [ 0, %for_body_to211.us.i.13.epil.preheader ], [ %epil.iter437.next, %for_body_to211.us.i.13.epil ]
+  %.idx1651.i.13.epil = shl nsw i64 %indvars.iv1497.i.13.epil, 7
+  %gep1689.i.13.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.13, i64 %.idx1651.i.13.epil
+  %1860 = load <32 x float>, ptr %gep1689.i.13.epil, align 4, !tbaa !4
+  %1861 = bitcast <32 x float> %1860 to <32 x i32>
+  %1862 = shufflevector <32 x i32> %1861, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1863 = lshr <16 x i32> %1862, splat (i32 16)
+  %1864 = bitcast <32 x float> %1860 to <32 x i32>
+  %1865 = shufflevector <32 x i32> %1864, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1866 = or <16 x i32> %1863, %1865
+  %.idx1653.i.13.epil = shl nsw i64 %indvars.iv1497.i.13.epil, 6
+  %gep1691.i.13.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.13, i64 %.idx1653.i.13.epil
+  store <16 x i32> %1866, ptr %gep1691.i.13.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.13.epil = add nuw nsw i64 %indvars.iv1497.i.13.epil, 1
+  %epil.iter437.next = add i64 %epil.iter437, 1
+  %epil.iter437.cmp.not = icmp eq i64 %epil.iter437.next, %xtraiter436
+  br i1 %epil.iter437.cmp.not, label %for_body_to211.lr.ph.us.i.14, label %for_body_to211.us.i.13.epil, !prof !46, !llvm.loop !80
+
+for_body_to211.lr.ph.us.i.14:                     ; preds = %for_body_to211.us.i.13.epil, %for_body_to211.lr.ph.us.i.14.unr-lcssa
+  %invariant.gep1688.i.14 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 7168
+  %invariant.gep1690.i.14 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3584
+  %xtraiter442 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1867 = icmp ult i64 %849, 3
+  br i1 %1867, label %for_body_to211.us.i.14.epil.preheader, label %for_body_to211.lr.ph.us.i.14.new, !prof !41
+
+for_body_to211.lr.ph.us.i.14.new:                 ; preds = %for_body_to211.lr.ph.us.i.14
+  %unroll_iter446 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.14
+
+for_body_to211.us.i.14:                           ; preds = %for_body_to211.us.i.14, %for_body_to211.lr.ph.us.i.14.new
+  %indvars.iv1497.i.14 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.14.new ], [ %indvars.iv.next1498.i.14.3, %for_body_to211.us.i.14 ]
+  %niter447 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.14.new ], [ %niter447.next.3, %for_body_to211.us.i.14 ]
+  %.idx1651.i.14 = shl nsw i64 %indvars.iv1497.i.14, 7
+  %gep1689.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14
+  %1868 = load <32 x float>, ptr %gep1689.i.14, align 4, !tbaa !4
+  %1869 = bitcast <32 x float> %1868 to <32 x i32>
+  %1870 = shufflevector <32 x i32> %1869, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1871 = lshr <16 x i32> %1870, splat (i32 16)
+  %1872 = bitcast <32 x float> %1868 to <32 x i32>
+  %1873 = shufflevector <32 x i32> %1872, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1874 = or <16 x i32> %1871, %1873
+  %.idx1653.i.14 = shl nsw i64 %indvars.iv1497.i.14, 6
+  %gep1691.i.14 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14
+  store <16 x i32> %1874, ptr %gep1691.i.14, align 4, !tbaa !4
+  %indvars.iv.next1498.i.14 = or disjoint i64 %indvars.iv1497.i.14, 1
+  %.idx1651.i.14.1 = shl nsw i64 %indvars.iv.next1498.i.14, 7
+  %gep1689.i.14.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.1
+  %1875 = load <32 x float>, ptr %gep1689.i.14.1, align 4, !tbaa !4
+  %1876 = bitcast <32 x float> %1875 to <32 x i32>
+  %1877 = shufflevector <32 x i32> %1876, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1878 = lshr <16 x i32> %1877, splat (i32 16)
+  %1879 = bitcast <32 x float> %1875 to <32 x i32>
+  %1880 = shufflevector <32 x i32> %1879, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1881 = or <16 x i32> %1878, %1880
+  %.idx1653.i.14.1 = shl nsw i64 %indvars.iv.next1498.i.14, 6
+  %gep1691.i.14.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.1
+  store <16 x i32> %1881, ptr %gep1691.i.14.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.14.1 = or disjoint i64 %indvars.iv1497.i.14, 2
+  %.idx1651.i.14.2 = shl nsw i64 %indvars.iv.next1498.i.14.1, 7
+  %gep1689.i.14.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.2
+  %1882 = load <32 x float>, ptr %gep1689.i.14.2, align 4, !tbaa !4
+  %1883 = bitcast <32 x float> %1882 to <32 x i32>
+  %1884 = shufflevector <32 x i32> %1883, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1885 = lshr <16 x i32> %1884, splat (i32 16)
+  %1886 = bitcast <32 x float> %1882 to <32 x i32>
+  %1887 = shufflevector <32 x i32> %1886, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1888 = or <16 x i32> %1885, %1887
+  %.idx1653.i.14.2 = shl nsw i64 %indvars.iv.next1498.i.14.1, 6
+  %gep1691.i.14.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.2
+  store <16 x i32> %1888, ptr %gep1691.i.14.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.14.2 = or disjoint i64 %indvars.iv1497.i.14, 3
+  %.idx1651.i.14.3 = shl nsw i64 %indvars.iv.next1498.i.14.2, 7
+  %gep1689.i.14.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.3
+  %1889 = load <32 x float>, ptr %gep1689.i.14.3, align 4, !tbaa !4
+  %1890 = bitcast <32 x float> %1889 to <32 x i32>
+  %1891 = shufflevector <32 x i32> %1890, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1892 = lshr <16 x i32> %1891, splat (i32 16)
+  %1893 = bitcast <32 x float> %1889 to <32 x i32>
+  %1894 = shufflevector <32 x i32> %1893, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1895 = or <16 x i32> %1892, %1894
+  %.idx1653.i.14.3 = shl nsw i64 %indvars.iv.next1498.i.14.2, 6
+  %gep1691.i.14.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.3
+  store <16 x i32> %1895, ptr %gep1691.i.14.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.14.3 = add nuw nsw i64 %indvars.iv1497.i.14, 4
+  %niter447.next.3 = add i64 %niter447, 4
+  %niter447.ncmp.3 = icmp eq i64 %niter447.next.3, %unroll_iter446
+  br i1 %niter447.ncmp.3, label %for_body_to211.lr.ph.us.i.15.unr-lcssa, label %for_body_to211.us.i.14, !prof !42, !llvm.loop !81
+
+for_body_to211.lr.ph.us.i.15.unr-lcssa:           ; preds = %for_body_to211.us.i.14
+  %lcmp.mod444.not = icmp eq i64 %xtraiter442, 0
+  br i1 %lcmp.mod444.not, label %for_body_to211.lr.ph.us.i.15, label %for_body_to211.us.i.14.epil.preheader, !prof !45
+
+for_body_to211.us.i.14.epil.preheader:            ; preds = %for_body_to211.lr.ph.us.i.15.unr-lcssa, %for_body_to211.lr.ph.us.i.14
+  %indvars.iv1497.i.14.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.14 ], [ %indvars.iv.next1498.i.14.3, %for_body_to211.lr.ph.us.i.15.unr-lcssa ]
+  %lcmp.mod445 = icmp ne i64 %xtraiter442, 0
+  tail call void @llvm.assume(i1 %lcmp.mod445)
+  br label %for_body_to211.us.i.14.epil
+
+for_body_to211.us.i.14.epil:                      ; preds = %for_body_to211.us.i.14.epil, %for_body_to211.us.i.14.epil.preheader
+  %indvars.iv1497.i.14.epil = phi i64 [ %indvars.iv1497.i.14.epil.init, %for_body_to211.us.i.14.epil.preheader ], [ %indvars.iv.next1498.i.14.epil, %for_body_to211.us.i.14.epil ]
+  %epil.iter443 = phi i64 [ 0, %for_body_to211.us.i.14.epil.preheader ], [ %epil.iter443.next, %for_body_to211.us.i.14.epil ]
+  %.idx1651.i.14.epil = shl nsw i64 %indvars.iv1497.i.14.epil, 7
+  %gep1689.i.14.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.14, i64 %.idx1651.i.14.epil
+  %1896 = load <32 x float>, ptr %gep1689.i.14.epil, align 4, !tbaa !4
+  %1897 = bitcast <32 x float> %1896 to <32 x i32>
+  %1898 = shufflevector <32 x i32> %1897, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1899 = lshr <16 x i32> %1898, splat (i32 16)
+  %1900 = bitcast <32 x float> %1896 to <32 x i32>
+  %1901 = shufflevector <32 x i32> %1900, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1902 = or <16 x i32> %1899, %1901
+  %.idx1653.i.14.epil = shl nsw i64 %indvars.iv1497.i.14.epil, 6
+  %gep1691.i.14.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.14, i64 %.idx1653.i.14.epil
+  store <16 x i32> %1902, ptr %gep1691.i.14.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.14.epil = add nuw nsw i64 %indvars.iv1497.i.14.epil, 1
+  %epil.iter443.next = add i64 %epil.iter443, 1
+  %epil.iter443.cmp.not = icmp eq i64 %epil.iter443.next, %xtraiter442
+  br i1 %epil.iter443.cmp.not, label %for_body_to211.lr.ph.us.i.15, label %for_body_to211.us.i.14.epil, !prof !46, !llvm.loop !82
+
+for_body_to211.lr.ph.us.i.15:                     ; preds = %for_body_to211.us.i.14.epil, %for_body_to211.lr.ph.us.i.15.unr-lcssa
+  %invariant.gep1688.i.15 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 7680
+  %invariant.gep1690.i.15 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 3840
+  %xtraiter448 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %1903 = icmp ult i64 %849, 3
+  br i1 %1903, label %for_body_to211.us.i.15.epil.preheader, label %for_body_to211.lr.ph.us.i.15.new, !prof !41
+
+for_body_to211.lr.ph.us.i.15.new:                 ; preds = %for_body_to211.lr.ph.us.i.15
+  %unroll_iter452 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i.15
+
+for_body_to211.us.i.15:                           ; preds = %for_body_to211.us.i.15, %for_body_to211.lr.ph.us.i.15.new
+  %indvars.iv1497.i.15 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.15.new ], [ %indvars.iv.next1498.i.15.3, %for_body_to211.us.i.15 ]
+  %niter453 = phi i64 [ 0, %for_body_to211.lr.ph.us.i.15.new ], [ %niter453.next.3, %for_body_to211.us.i.15 ]
+  %.idx1651.i.15 = shl nsw i64 %indvars.iv1497.i.15, 7
+  %gep1689.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15
+  %1904 = load <32 x float>, ptr %gep1689.i.15, align 4, !tbaa !4
+  %1905 = bitcast <32 x float> %1904 to <32 x i32>
+  %1906 = shufflevector <32 x i32> %1905, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1907 = lshr <16 x i32> %1906, splat (i32 16)
+  %1908 = bitcast <32 x float> %1904 to <32 x i32>
+  %1909 = shufflevector <32 x i32> %1908, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1910 = or <16 x i32> %1907, %1909
+  %.idx1653.i.15 = shl nsw i64 %indvars.iv1497.i.15, 6
+  %gep1691.i.15 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15
+  store <16 x i32> %1910, ptr %gep1691.i.15, align 4, !tbaa !4
+  %indvars.iv.next1498.i.15 = or disjoint i64 %indvars.iv1497.i.15, 1
+  %.idx1651.i.15.1 = shl nsw i64 %indvars.iv.next1498.i.15, 7
+  %gep1689.i.15.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.1
+  %1911 = load <32 x float>, ptr %gep1689.i.15.1, align 4, !tbaa !4
+  %1912 = bitcast <32 x float> %1911 to <32 x i32>
+  %1913 = shufflevector <32 x i32> %1912, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1914 = lshr <16 x i32> %1913, splat (i32 16)
+  %1915 = bitcast <32 x float> %1911 to <32 x i32>
+  %1916 = shufflevector <32 x i32> %1915, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1917 = or <16 x i32> %1914, %1916
+  %.idx1653.i.15.1 = shl nsw i64 %indvars.iv.next1498.i.15, 6
+  %gep1691.i.15.1 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.1
+  store <16 x i32> %1917, ptr %gep1691.i.15.1, align 4, !tbaa !4
+  %indvars.iv.next1498.i.15.1 = or disjoint i64 %indvars.iv1497.i.15, 2
+  %.idx1651.i.15.2 = shl nsw i64 %indvars.iv.next1498.i.15.1, 7
+  %gep1689.i.15.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.2
+  %1918 = load <32 x float>, ptr %gep1689.i.15.2, align 4, !tbaa !4
+  %1919 = bitcast <32 x float> %1918 to <32 x i32>
+  %1920 = shufflevector <32 x i32> %1919, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1921 = lshr <16 x i32> %1920, splat (i32 16)
+  %1922 = bitcast <32 x float> %1918 to <32 x i32>
+  %1923 = shufflevector <32 x i32> %1922, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1924 = or <16 x i32> %1921, %1923
+  %.idx1653.i.15.2 = shl nsw i64 %indvars.iv.next1498.i.15.1, 6
+  %gep1691.i.15.2 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.2
+  store <16 x i32> %1924, ptr %gep1691.i.15.2, align 4, !tbaa !4
+  %indvars.iv.next1498.i.15.2 = or disjoint i64 %indvars.iv1497.i.15, 3
+  %.idx1651.i.15.3 = shl nsw i64 %indvars.iv.next1498.i.15.2, 7
+  %gep1689.i.15.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.3
+  %1925 = load <32 x float>, ptr %gep1689.i.15.3, align 4, !tbaa !4
+  %1926 = bitcast <32 x float> %1925 to <32 x i32>
+  %1927 = shufflevector <32 x i32> %1926, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1928 = lshr <16 x i32> %1927, splat (i32 16)
+  %1929 = bitcast <32 x float> %1925 to <32 x i32>
+  %1930 = shufflevector <32 x i32> %1929, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1931 = or <16 x i32> %1928, %1930
+  %.idx1653.i.15.3 = shl nsw i64 %indvars.iv.next1498.i.15.2, 6
+  %gep1691.i.15.3 = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.3
+  store <16 x i32> %1931, ptr %gep1691.i.15.3, align 4, !tbaa !4
+  %indvars.iv.next1498.i.15.3 = add nuw nsw i64 %indvars.iv1497.i.15, 4
+  %niter453.next.3 = add i64 %niter453, 4
+  %niter453.ncmp.3 = icmp eq i64 %niter453.next.3, %unroll_iter452
+  br i1 %niter453.ncmp.3, label %for_end_to212.us.i.15.loopexit.unr-lcssa, label %for_body_to211.us.i.15, !prof !42, !llvm.loop !83
+
+for_end_to212.us.i.15.loopexit.unr-lcssa:         ; preds = %for_body_to211.us.i.15
+  %lcmp.mod450.not = icmp eq i64 %xtraiter448, 0
+  br i1 %lcmp.mod450.not, label %for_end_to212.us.i.15, label %for_body_to211.us.i.15.epil.preheader, !prof !45
+
+for_body_to211.us.i.15.epil.preheader:            ; preds = %for_end_to212.us.i.15.loopexit.unr-lcssa, %for_body_to211.lr.ph.us.i.15
+  %indvars.iv1497.i.15.epil.init = phi i64 [ 0, %for_body_to211.lr.ph.us.i.15 ], [ %indvars.iv.next1498.i.15.3, %for_end_to212.us.i.15.loopexit.unr-lcssa ]
+  %lcmp.mod451 = icmp ne i64 %xtraiter448, 0
+  tail call void @llvm.assume(i1 %lcmp.mod451)
+  br label %for_body_to211.us.i.15.epil
+
+for_body_to211.us.i.15.epil:                      ; preds = %for_body_to211.us.i.15.epil, %for_body_to211.us.i.15.epil.preheader
+  %indvars.iv1497.i.15.epil = phi i64 [ %indvars.iv1497.i.15.epil.init, %for_body_to211.us.i.15.epil.preheader ], [ %indvars.iv.next1498.i.15.epil, %for_body_to211.us.i.15.epil ]
+  %epil.iter449 = phi i64 [ 0, %for_body_to211.us.i.15.epil.preheader ], [ %epil.iter449.next, %for_body_to211.us.i.15.epil ]
+  %.idx1651.i.15.epil = shl nsw i64 %indvars.iv1497.i.15.epil, 7
+  %gep1689.i.15.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1688.i.15, i64 %.idx1651.i.15.epil
+  %1932 = load <32 x float>, ptr %gep1689.i.15.epil, align 4, !tbaa !4
+  %1933 = bitcast <32 x float> %1932 to <32 x i32>
+  %1934 = shufflevector <32 x i32> %1933, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %1935 = lshr <16 x i32> %1934, splat (i32 16)
+  %1936 = bitcast <32 x float> %1932 to <32 x i32>
+  %1937 = shufflevector <32 x i32> %1936, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %1938 = or <16 x i32> %1935, %1937
+  %.idx1653.i.15.epil = shl nsw i64 %indvars.iv1497.i.15.epil, 6
+  %gep1691.i.15.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1690.i.15, i64 %.idx1653.i.15.epil
+  store <16 x i32> %1938, ptr %gep1691.i.15.epil, align 4, !tbaa !4
+  %indvars.iv.next1498.i.15.epil = add nuw nsw i64 %indvars.iv1497.i.15.epil, 1
+  %epil.iter449.next = add i64 %epil.iter449, 1
+  %epil.iter449.cmp.not = icmp eq i64 %epil.iter449.next, %xtraiter448
+  br i1 %epil.iter449.cmp.not, label %for_end_to212.us.i.15, label %for_body_to211.us.i.15.epil, !prof !46, !llvm.loop !84
+
+for_end_to212.us.i.15:                            ; preds = %for_body_r206.us.i.preheader, %for_body_to211.us.i.15.epil, %for_end_to212.us.i.15.loopexit.unr-lcssa
+  %1939 = getelementptr inbounds float, ptr %row_max.i, i64 %842
+  %1940 = load <16 x float>, ptr %1939, align 4, !tbaa !4
+  %old_max.us.i = select <16 x i1> %799, <16 x float> splat (float 0xC6293E5940000000), <16 x float> %1940
+  %1941 = getelementptr inbounds float, ptr %row_sum.i, i64 %842
+  %1942 = load <16 x float>, ptr %1941, align 4, !tbaa !4
+  %old_sum.us.i = select <16 x i1> %799, <16 x float> zeroinitializer, <16 x float> %1942
+  %1943 = load <16 x float>, ptr %tile_max496.i, align 16, !tbaa !85
+  %1944 = fcmp ogt <16 x float> %old_max.us.i, %1943
+  %1945 = load <16 x float>, ptr %tile_sum495.i, align 16, !tbaa !92
+  %1946 = fcmp oeq <16 x float> %1945, zeroinitializer
+  %1947 = select <16 x i1> %1946, <16 x i1> splat (i1 true), <16 x i1> %1944
+  %old_or_both.us.i = select <16 x i1> %1947, <16 x float> %old_max.us.i, <16 x float> %1943
+  %1948 = fcmp oeq <16 x float> %old_sum.us.i, zeroinitializer
+  %m.us.i = select <16 x i1> %1948, <16 x float> %1943, <16 x float> %old_or_both.us.i
+  %1949 = fsub <16 x float> %old_max.us.i, %m.us.i
+  %1950 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1949, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1951 = bitcast <16 x float> %1950 to <16 x i32>
+  %1952 = fadd <16 x float> %1950, splat (float 0xC168000FE0000000)
+  %1953 = fmul <16 x float> %1952, splat (float 0x3F2BD01060000000)
+  %1954 = fmul <16 x float> %1952, splat (float 0x3FE6300000000000)
+  %1955 = fsub <16 x float> %1949, %1954
+  %1956 = fadd <16 x float> %1953, %1955
+  %1957 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1956, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1958 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1957, <16 x float> %1956, <16 x float> splat (float 0x3FA5558F20000000))
+  %1959 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1958, <16 x float> %1956, <16 x float> splat (float 0x3FC5554920000000))
+  %1960 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1959, <16 x float> %1956, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1961 = fmul <16 x float> %1956, %1956
+  %1962 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1960, <16 x float> %1961, <16 x float> %1956)
+  %1963 = shl <16 x i32> %1951, splat (i32 23)
+  %1964 = bitcast <16 x i32> %1963 to <16 x float>
+  %1965 = fadd <16 x float> %1962, splat (float 1.000000e+00)
+  %1966 = fmul <16 x float> %1965, %1964
+  %1967 = fcmp olt <16 x float> %1949, splat (float -8.700000e+01)
+  %1968 = select <16 x i1> %1967, <16 x float> zeroinitializer, <16 x float> %1966
+  %1969 = fcmp one <16 x float> %old_sum.us.i, zeroinitializer
+  %1970 = select <16 x i1> %1969, <16 x float> %1968, <16 x float> zeroinitializer
+  store <16 x float> %1970, ptr %alpha494.i, align 16, !tbaa !99
+  %arg232.us.i = fsub <16 x float> %1943, %m.us.i
+  %1971 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg232.us.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %1972 = bitcast <16 x float> %1971 to <16 x i32>
+  %1973 = fadd <16 x float> %1971, splat (float 0xC168000FE0000000)
+  %1974 = fmul <16 x float> %1973, splat (float 0x3F2BD01060000000)
+  %1975 = fmul <16 x float> %1973, splat (float 0x3FE6300000000000)
+  %1976 = fsub <16 x float> %arg232.us.i, %1975
+  %1977 = fadd <16 x float> %1974, %1976
+  %1978 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1977, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %1979 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1978, <16 x float> %1977, <16 x float> splat (float 0x3FA5558F20000000))
+  %1980 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1979, <16 x float> %1977, <16 x float> splat (float 0x3FC5554920000000))
+  %1981 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1980, <16 x float> %1977, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %1982 = fmul <16 x float> %1977, %1977
+  %1983 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1981, <16 x float> %1982, <16 x float> %1977)
+  %1984 = shl <16 x i32> %1972, splat (i32 23)
+  %1985 = bitcast <16 x i32> %1984 to <16 x float>
+  %1986 = fadd <16 x float> %1983, splat (float 1.000000e+00)
+  %1987 = fmul <16 x float> %1986, %1985
+  %1988 = fcmp olt <16 x float> %arg232.us.i, splat (float -8.700000e+01)
+  %1989 = select <16 x i1> %1988, <16 x float> zeroinitializer, <16 x float> %1987
+  %1990 = fcmp one <16 x float> %1945, zeroinitializer
+  %1991 = select <16 x i1> %1990, <16 x float> %1989, <16 x float> zeroinitializer
+  store <16 x float> %1991, ptr %beta493.i, align 16, !tbaa !106
+  %1992 = fmul <16 x float> %old_sum.us.i, %1970
+  %1993 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %1991, <16 x float> %1945, <16 x float> %1992)
+  store <16 x float> %m.us.i, ptr %1939, align 4, !tbaa !4
+  store <16 x float> %1993, ptr %1941, align 4, !tbaa !4
+  %1994 = load i32, ptr %828, align 4, !tbaa !4
+  %1995 = sub i32 %1994, %801
+  %1996 = tail call i32 @llvm.smin.i32(i32 %1995, i32 %valid_len133.us.i)
+  %1997 = tail call i32 @llvm.smin.i32(i32 %1996, i32 %.reass1190.reass.i)
+  %1998 = select i1 %155, i32 %1997, i32 %1996
+  %1999 = tail call i32 @llvm.smax.i32(i32 %1998, i32 0)
+  %num_full.us.i = lshr i32 %1999, 5
+  %2000 = sub nsw i32 %836, %num_full.us.i
+  %2001 = icmp sgt i32 %2000, 0
+  %2002 = and i32 %1999, 2147483616
+  %2003 = add i32 %2002, %794
+  %2004 = zext nneg i32 %num_full.us.i to i64
+  %wide.trip.count1509.i = zext nneg i32 %2000 to i64
+  %2005 = getelementptr i32, ptr %limits.i, i64 %842
+  br label %for_body_r251.us.i
+
+for_body_to211.us.i:                              ; preds = %for_body_to211.us.i.preheader.new, %for_body_to211.us.i
+  %indvars.iv1497.i = phi i64 [ 0, %for_body_to211.us.i.preheader.new ], [ %indvars.iv.next1498.i.3361, %for_body_to211.us.i ]
+  %niter339 = phi i64 [ 0, %for_body_to211.us.i.preheader.new ], [ %niter339.next.3, %for_body_to211.us.i ]
+  %.idx1651.i = shl nsw i64 %indvars.iv1497.i, 7
+  %gep1689.i = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i
+  %2006 = load <32 x float>, ptr %gep1689.i, align 4, !tbaa !4
+  %2007 = bitcast <32 x float> %2006 to <32 x i32>
+  %2008 = shufflevector <32 x i32> %2007, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2009 = lshr <16 x i32> %2008, splat (i32 16)
+  %2010 = bitcast <32 x float> %2006 to <32 x i32>
+  %2011 = shufflevector <32 x i32> %2010, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2012 = or <16 x i32> %2009, %2011
+  %.idx1653.i = shl nsw i64 %indvars.iv1497.i, 6
+  %gep1691.i = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i
+  store <16 x i32> %2012, ptr %gep1691.i, align 4, !tbaa !4
+  %indvars.iv.next1498.i = or disjoint i64 %indvars.iv1497.i, 1
+  %.idx1651.i.1341 = shl nsw i64 %indvars.iv.next1498.i, 7
+  %gep1689.i.1342 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.1341
+  %2013 = load <32 x float>, ptr %gep1689.i.1342, align 4, !tbaa !4
+  %2014 = bitcast <32 x float> %2013 to <32 x i32>
+  %2015 = shufflevector <32 x i32> %2014, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2016 = lshr <16 x i32> %2015, splat (i32 16)
+  %2017 = bitcast <32 x float> %2013 to <32 x i32>
+  %2018 = shufflevector <32 x i32> %2017, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2019 = or <16 x i32> %2016, %2018
+  %.idx1653.i.1343 = shl nsw i64 %indvars.iv.next1498.i, 6
+  %gep1691.i.1344 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.1343
+  store <16 x i32> %2019, ptr %gep1691.i.1344, align 4, !tbaa !4
+  %indvars.iv.next1498.i.1345 = or disjoint i64 %indvars.iv1497.i, 2
+  %.idx1651.i.2349 = shl nsw i64 %indvars.iv.next1498.i.1345, 7
+  %gep1689.i.2350 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.2349
+  %2020 = load <32 x float>, ptr %gep1689.i.2350, align 4, !tbaa !4
+  %2021 = bitcast <32 x float> %2020 to <32 x i32>
+  %2022 = shufflevector <32 x i32> %2021, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2023 = lshr <16 x i32> %2022, splat (i32 16)
+  %2024 = bitcast <32 x float> %2020 to <32 x i32>
+  %2025 = shufflevector <32 x i32> %2024, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2026 = or <16 x i32> %2023, %2025
+  %.idx1653.i.2351 = shl nsw i64 %indvars.iv.next1498.i.1345, 6
+  %gep1691.i.2352 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.2351
+  store <16 x i32> %2026, ptr %gep1691.i.2352, align 4, !tbaa !4
+  %indvars.iv.next1498.i.2353 = or disjoint i64 %indvars.iv1497.i, 3
+  %.idx1651.i.3357 = shl nsw i64 %indvars.iv.next1498.i.2353, 7
+  %gep1689.i.3358 = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1651.i.3357
+  %2027 = load <32 x float>, ptr %gep1689.i.3358, align 4, !tbaa !4
+  %2028 = bitcast <32 x float> %2027 to <32 x i32>
+  %2029 = shufflevector <32 x i32> %2028, <32 x i32> poison, <16 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14, i32 16, i32 18, i32 20, i32 22, i32 24, i32 26, i32 28, i32 30>
+  %2030 = lshr <16 x i32> %2029, splat (i32 16)
+  %2031 = bitcast <32 x float> %2027 to <32 x i32>
+  %2032 = shufflevector <32 x i32> %2031, <32 x i32> poison, <16 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15, i32 17, i32 19, i32 21, i32 23, i32 25, i32 27, i32 29, i32 31>
+  %2033 = or <16 x i32> %2030, %2032
+  %.idx1653.i.3359 = shl nsw i64 %indvars.iv.next1498.i.2353, 6
+  %gep1691.i.3360 = getelementptr inbounds nuw i8, ptr %prob_pairs.us.i, i64 %.idx1653.i.3359
+  store <16 x i32> %2033, ptr %gep1691.i.3360, align 4, !tbaa !4
+  %indvars.iv.next1498.i.3361 = add nuw nsw i64 %indvars.iv1497.i, 4
+  %niter339.next.3 = add i64 %niter339, 4
+  %niter339.ncmp.3 = icmp eq i64 %niter339.next.3, %unroll_iter338
+  br i1 %niter339.ncmp.3, label %for_body_to211.lr.ph.us.i.1.unr-lcssa, label %for_body_to211.us.i, !prof !42, !llvm.loop !113
+
+for_body_r196.us.i:                               ; preds = %for_body_r196.us.i.preheader, %for_end_ax1202.us.i
+  %indvars.iv1493.i = phi i64 [ %indvars.iv.next1494.i, %for_end_ax1202.us.i ], [ 0, %for_body_r196.us.i.preheader ]
+  br i1 %837, label %for_body_ax1201.lr.ph.us.i, label %for_end_ax1202.us.i, !prof !3
+
+for_end_ax1202.us.i.loopexit.unr-lcssa:           ; preds = %for_body_ax1201.us.i
+  br i1 %lcmp.mod329.not, label %for_end_ax1202.us.i, label %for_body_ax1201.us.i.epil.preheader, !prof !114
+
+for_body_ax1201.us.i.epil.preheader:              ; preds = %for_body_ax1201.lr.ph.us.i, %for_end_ax1202.us.i.loopexit.unr-lcssa
+  %indvars.iv1488.i.epil.init = phi i64 [ 0, %for_body_ax1201.lr.ph.us.i ], [ %indvars.iv.next1489.i.7, %for_end_ax1202.us.i.loopexit.unr-lcssa ]
+  %tile_sum.rf_global487.sroa.0.01201.us.i.epil.init = phi <32 x float> [ zeroinitializer, %for_body_ax1201.lr.ph.us.i ], [ %2092, %for_end_ax1202.us.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod331)
+  br label %for_body_ax1201.us.i.epil
+
+for_body_ax1201.us.i.epil:                        ; preds = %for_body_ax1201.us.i.epil, %for_body_ax1201.us.i.epil.preheader
+  %indvars.iv1488.i.epil = phi i64 [ %indvars.iv1488.i.epil.init, %for_body_ax1201.us.i.epil.preheader ], [ %indvars.iv.next1489.i.epil, %for_body_ax1201.us.i.epil ]
+  %tile_sum.rf_global487.sroa.0.01201.us.i.epil = phi <32 x float> [ %tile_sum.rf_global487.sroa.0.01201.us.i.epil.init, %for_body_ax1201.us.i.epil.preheader ], [ %2035, %for_body_ax1201.us.i.epil ]
+  %epil.iter328 = phi i64 [ 0, %for_body_ax1201.us.i.epil.preheader ], [ %epil.iter328.next, %for_body_ax1201.us.i.epil ]
+  %.idx1649.i.epil = shl nsw i64 %indvars.iv1488.i.epil, 7
+  %gep1687.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %.idx1649.i.epil
+  %2034 = load <32 x float>, ptr %gep1687.i.epil, align 4, !tbaa !4
+  %2035 = fadd <32 x float> %tile_sum.rf_global487.sroa.0.01201.us.i.epil, %2034
+  %indvars.iv.next1489.i.epil = add nuw nsw i64 %indvars.iv1488.i.epil, 1
+  %epil.iter328.next = add i64 %epil.iter328, 1
+  %epil.iter328.cmp.not = icmp eq i64 %epil.iter328.next, %xtraiter327
+  br i1 %epil.iter328.cmp.not, label %for_end_ax1202.us.i, label %for_body_ax1201.us.i.epil, !prof !45, !llvm.loop !115
+
+for_end_ax1202.us.i:                              ; preds = %for_body_ax1201.us.i.epil, %for_end_ax1202.us.i.loopexit.unr-lcssa, %for_body_r196.us.i
+  %tile_sum.rf_global487.sroa.0.0.lcssa.us.i = phi <32 x float> [ zeroinitializer, %for_body_r196.us.i ], [ %2092, %for_end_ax1202.us.i.loopexit.unr-lcssa ], [ %2035, %for_body_ax1201.us.i.epil ]
+  %2036 = getelementptr inbounds nuw float, ptr %tile_sum495.i, i64 %indvars.iv1493.i
+  %tile_sum.rf488.sroa.0.0.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 0
+  %2037 = fadd float %tile_sum.rf488.sroa.0.0.vec.extract.us.i, 0.000000e+00
+  %tile_sum.rf488.sroa.0.4.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 1
+  %2038 = fadd float %tile_sum.rf488.sroa.0.4.vec.extract.us.i, %2037
+  %tile_sum.rf488.sroa.0.8.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 2
+  %2039 = fadd float %tile_sum.rf488.sroa.0.8.vec.extract.us.i, %2038
+  %tile_sum.rf488.sroa.0.12.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 3
+  %2040 = fadd float %tile_sum.rf488.sroa.0.12.vec.extract.us.i, %2039
+  %tile_sum.rf488.sroa.0.16.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 4
+  %2041 = fadd float %tile_sum.rf488.sroa.0.16.vec.extract.us.i, %2040
+  %tile_sum.rf488.sroa.0.20.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 5
+  %2042 = fadd float %tile_sum.rf488.sroa.0.20.vec.extract.us.i, %2041
+  %tile_sum.rf488.sroa.0.24.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 6
+  %2043 = fadd float %tile_sum.rf488.sroa.0.24.vec.extract.us.i, %2042
+  %tile_sum.rf488.sroa.0.28.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 7
+  %2044 = fadd float %tile_sum.rf488.sroa.0.28.vec.extract.us.i, %2043
+  %tile_sum.rf488.sroa.0.32.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 8
+  %2045 = fadd float %tile_sum.rf488.sroa.0.32.vec.extract.us.i, %2044
+  %tile_sum.rf488.sroa.0.36.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 9
+  %2046 = fadd float %tile_sum.rf488.sroa.0.36.vec.extract.us.i, %2045
+  %tile_sum.rf488.sroa.0.40.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 10
+  %2047 = fadd float %tile_sum.rf488.sroa.0.40.vec.extract.us.i, %2046
+  %tile_sum.rf488.sroa.0.44.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 11
+  %2048 = fadd float %tile_sum.rf488.sroa.0.44.vec.extract.us.i, %2047
+  %tile_sum.rf488.sroa.0.48.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 12
+  %2049 = fadd float %tile_sum.rf488.sroa.0.48.vec.extract.us.i, %2048
+  %tile_sum.rf488.sroa.0.52.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 13
+  %2050 = fadd float %tile_sum.rf488.sroa.0.52.vec.extract.us.i, %2049
+  %tile_sum.rf488.sroa.0.56.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 14
+  %2051 = fadd float %tile_sum.rf488.sroa.0.56.vec.extract.us.i, %2050
+  %tile_sum.rf488.sroa.0.60.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 15
+  %2052 = fadd float %tile_sum.rf488.sroa.0.60.vec.extract.us.i, %2051
+  %tile_sum.rf488.sroa.0.64.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 16
+  %2053 = fadd float %tile_sum.rf488.sroa.0.64.vec.extract.us.i, %2052
+  %tile_sum.rf488.sroa.0.68.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 17
+  %2054 = fadd float %tile_sum.rf488.sroa.0.68.vec.extract.us.i, %2053
+  %tile_sum.rf488.sroa.0.72.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 18
+  %2055 = fadd float %tile_sum.rf488.sroa.0.72.vec.extract.us.i, %2054
+  %tile_sum.rf488.sroa.0.76.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 19
+  %2056 = fadd float %tile_sum.rf488.sroa.0.76.vec.extract.us.i, %2055
+  %tile_sum.rf488.sroa.0.80.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 20
+  %2057 = fadd float %tile_sum.rf488.sroa.0.80.vec.extract.us.i, %2056
+  %tile_sum.rf488.sroa.0.84.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 21
+  %2058 = fadd float %tile_sum.rf488.sroa.0.84.vec.extract.us.i, %2057
+  %tile_sum.rf488.sroa.0.88.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 22
+  %2059 = fadd float %tile_sum.rf488.sroa.0.88.vec.extract.us.i, %2058
+  %tile_sum.rf488.sroa.0.92.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 23
+  %2060 = fadd float %tile_sum.rf488.sroa.0.92.vec.extract.us.i, %2059
+  %tile_sum.rf488.sroa.0.96.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 24
+  %2061 = fadd float %tile_sum.rf488.sroa.0.96.vec.extract.us.i, %2060
+  %tile_sum.rf488.sroa.0.100.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 25
+  %2062 = fadd float %tile_sum.rf488.sroa.0.100.vec.extract.us.i, %2061
+  %tile_sum.rf488.sroa.0.104.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 26
+  %2063 = fadd float %tile_sum.rf488.sroa.0.104.vec.extract.us.i, %2062
+  %tile_sum.rf488.sroa.0.108.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 27
+  %2064 = fadd float %tile_sum.rf488.sroa.0.108.vec.extract.us.i, %2063
+  %tile_sum.rf488.sroa.0.112.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 28
+  %2065 = fadd float %tile_sum.rf488.sroa.0.112.vec.extract.us.i, %2064
+  %tile_sum.rf488.sroa.0.116.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 29
+  %2066 = fadd float %tile_sum.rf488.sroa.0.116.vec.extract.us.i, %2065
+  %tile_sum.rf488.sroa.0.120.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 30
+  %2067 = fadd float %tile_sum.rf488.sroa.0.120.vec.extract.us.i, %2066
+  %tile_sum.rf488.sroa.0.124.vec.extract.us.i = extractelement <32 x float> %tile_sum.rf_global487.sroa.0.0.lcssa.us.i, i64 31
+  %2068 = fadd float %tile_sum.rf488.sroa.0.124.vec.extract.us.i, %2067
+  store float %2068, ptr %2036, align 4, !tbaa !116
+  %indvars.iv.next1494.i = add nuw nsw i64 %indvars.iv1493.i, 1
+  %exitcond1496.not.i = icmp eq i64 %indvars.iv.next1494.i, 16
+  br i1 %exitcond1496.not.i, label %for_body_r206.us.i.preheader, label %for_body_r196.us.i, !prof !28
+
+for_body_r206.us.i.preheader:                     ; preds = %for_end_ax1202.us.i
+  br i1 %837, label %for_body_to211.us.i.preheader, label %for_end_to212.us.i.15, !prof !3
+
+for_body_to211.us.i.preheader:                    ; preds = %for_body_r206.us.i.preheader
+  %xtraiter334 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %2069 = icmp ult i64 %849, 3
+  br i1 %2069, label %for_body_to211.us.i.epil.preheader, label %for_body_to211.us.i.preheader.new, !prof !41
+
+for_body_to211.us.i.preheader.new:                ; preds = %for_body_to211.us.i.preheader
+  %unroll_iter338 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  br label %for_body_to211.us.i
+
+for_body_ax1201.us.i:                             ; preds = %for_body_ax1201.lr.ph.us.i, %for_body_ax1201.us.i
+  %indvars.iv1488.i = phi i64 [ %indvars.iv.next1489.i.7, %for_body_ax1201.us.i ], [ 0, %for_body_ax1201.lr.ph.us.i ]
+  %tile_sum.rf_global487.sroa.0.01201.us.i = phi <32 x float> [ %2092, %for_body_ax1201.us.i ], [ zeroinitializer, %for_body_ax1201.lr.ph.us.i ]
+  %niter333 = phi i64 [ %niter333.next.7, %for_body_ax1201.us.i ], [ 0, %for_body_ax1201.lr.ph.us.i ]
+  %.idx1649.i = shl nsw i64 %indvars.iv1488.i, 7
+  %gep1687.i = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %.idx1649.i
+  %2070 = load <32 x float>, ptr %gep1687.i, align 4, !tbaa !4
+  %2071 = fadd <32 x float> %tile_sum.rf_global487.sroa.0.01201.us.i, %2070
+  %indvars.iv.next1489.i = shl i64 %indvars.iv1488.i, 7
+  %2072 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i
+  %gep1687.i.1 = getelementptr inbounds nuw i8, ptr %2072, i64 128
+  %2073 = load <32 x float>, ptr %gep1687.i.1, align 4, !tbaa !4
+  %2074 = fadd <32 x float> %2071, %2073
+  %indvars.iv.next1489.i.1 = shl i64 %indvars.iv1488.i, 7
+  %2075 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.1
+  %gep1687.i.2 = getelementptr inbounds nuw i8, ptr %2075, i64 256
+  %2076 = load <32 x float>, ptr %gep1687.i.2, align 4, !tbaa !4
+  %2077 = fadd <32 x float> %2074, %2076
+  %indvars.iv.next1489.i.2 = shl i64 %indvars.iv1488.i, 7
+  %2078 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.2
+  %gep1687.i.3 = getelementptr inbounds nuw i8, ptr %2078, i64 384
+  %2079 = load <32 x float>, ptr %gep1687.i.3, align 4, !tbaa !4
+  %2080 = fadd <32 x float> %2077, %2079
+  %indvars.iv.next1489.i.3 = shl i64 %indvars.iv1488.i, 7
+  %2081 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.3
+  %gep1687.i.4 = getelementptr inbounds nuw i8, ptr %2081, i64 512
+  %2082 = load <32 x float>, ptr %gep1687.i.4, align 4, !tbaa !4
+  %2083 = fadd <32 x float> %2080, %2082
+  %indvars.iv.next1489.i.4 = shl i64 %indvars.iv1488.i, 7
+  %2084 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.4
+  %gep1687.i.5 = getelementptr inbounds nuw i8, ptr %2084, i64 640
+  %2085 = load <32 x float>, ptr %gep1687.i.5, align 4, !tbaa !4
+  %2086 = fadd <32 x float> %2083, %2085
+  %indvars.iv.next1489.i.5 = shl i64 %indvars.iv1488.i, 7
+  %2087 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.5
+  %gep1687.i.6 = getelementptr inbounds nuw i8, ptr %2087, i64 768
+  %2088 = load <32 x float>, ptr %gep1687.i.6, align 4, !tbaa !4
+  %2089 = fadd <32 x float> %2086, %2088
+  %indvars.iv.next1489.i.6 = shl i64 %indvars.iv1488.i, 7
+  %2090 = getelementptr inbounds nuw i8, ptr %invariant.gep1686.i, i64 %indvars.iv.next1489.i.6
+  %gep1687.i.7 = getelementptr inbounds nuw i8, ptr %2090, i64 896
+  %2091 = load <32 x float>, ptr %gep1687.i.7, align 4, !tbaa !4
+  %2092 = fadd <32 x float> %2089, %2091
+  %indvars.iv.next1489.i.7 = add nuw nsw i64 %indvars.iv1488.i, 8
+  %niter333.next.7 = add i64 %niter333, 8
+  %niter333.ncmp.7 = icmp eq i64 %niter333.next.7, %unroll_iter332
+  br i1 %niter333.ncmp.7, label %for_end_ax1202.us.i.loopexit.unr-lcssa, label %for_body_ax1201.us.i, !prof !117, !llvm.loop !118
+
+for_body_r186.us.i:                               ; preds = %for_body_r186.us.i.preheader, %for_end_to192.us.i
+  %indvars.iv1484.i = phi i64 [ %indvars.iv.next1485.i, %for_end_to192.us.i ], [ 0, %for_body_r186.us.i.preheader ]
+  br i1 %837, label %for_body_to191.lr.ph.us.i, label %for_end_to192.us.i, !prof !3
+
+for_end_to192.us.i.loopexit.unr-lcssa:            ; preds = %for_body_to191.us.i
+  br i1 %lcmp.mod323.not, label %for_end_to192.us.i, label %for_body_to191.us.i.epil.preheader, !prof !45
+
+for_body_to191.us.i.epil.preheader:               ; preds = %for_body_to191.lr.ph.us.i, %for_end_to192.us.i.loopexit.unr-lcssa
+  %indvars.iv1479.i.epil.init = phi i64 [ 0, %for_body_to191.lr.ph.us.i ], [ %indvars.iv.next1480.i.3, %for_end_to192.us.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod324)
+  br label %for_body_to191.us.i.epil
+
+for_body_to191.us.i.epil:                         ; preds = %for_body_to191.us.i.epil, %for_body_to191.us.i.epil.preheader
+  %indvars.iv1479.i.epil = phi i64 [ %indvars.iv1479.i.epil.init, %for_body_to191.us.i.epil.preheader ], [ %indvars.iv.next1480.i.epil, %for_body_to191.us.i.epil ]
+  %epil.iter322 = phi i64 [ 0, %for_body_to191.us.i.epil.preheader ], [ %epil.iter322.next, %for_body_to191.us.i.epil ]
+  %2093 = shl nsw i64 %indvars.iv1479.i.epil, 5
+  %2094 = add nuw nsw i64 %2093, %2546
+  %2095 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2094
+  %2096 = load <32 x i32>, ptr %2095, align 4, !tbaa !4
+  %2097 = lshr <32 x i32> %2096, splat (i32 16)
+  %2098 = and <32 x i32> %2097, splat (i32 1)
+  %2099 = add nsw <32 x i32> %2096, splat (i32 32767)
+  %2100 = add nsw <32 x i32> %2099, %2098
+  %2101 = and <32 x i32> %2100, splat (i32 -65536)
+  %2102 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2094
+  store <32 x i32> %2101, ptr %2102, align 4, !tbaa !4
+  %indvars.iv.next1480.i.epil = add nuw nsw i64 %indvars.iv1479.i.epil, 1
+  %epil.iter322.next = add i64 %epil.iter322, 1
+  %epil.iter322.cmp.not = icmp eq i64 %epil.iter322.next, %xtraiter321
+  br i1 %epil.iter322.cmp.not, label %for_end_to192.us.i, label %for_body_to191.us.i.epil, !prof !46, !llvm.loop !120
+
+for_end_to192.us.i:                               ; preds = %for_body_to191.us.i.epil, %for_end_to192.us.i.loopexit.unr-lcssa, %for_body_r186.us.i
+  %indvars.iv.next1485.i = add nuw nsw i64 %indvars.iv1484.i, 1
+  %exitcond1487.not.i = icmp eq i64 %indvars.iv.next1485.i, 16
+  br i1 %exitcond1487.not.i, label %for_body_r196.us.i.preheader, label %for_body_r186.us.i, !prof !28
+
+for_body_r196.us.i.preheader:                     ; preds = %for_end_to192.us.i
+  %xtraiter327 = and i64 %wide.trip.count1443.i.pre-phi146, 7
+  %2103 = icmp ult i64 %849, 7
+  %unroll_iter332 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483640
+  %lcmp.mod329.not = icmp eq i64 %xtraiter327, 0
+  %lcmp.mod331 = icmp ne i64 %xtraiter327, 0
+  br label %for_body_r196.us.i
+
+for_body_to191.us.i:                              ; preds = %for_body_to191.lr.ph.us.i, %for_body_to191.us.i
+  %indvars.iv1479.i = phi i64 [ %indvars.iv.next1480.i.3, %for_body_to191.us.i ], [ 0, %for_body_to191.lr.ph.us.i ]
+  %niter326 = phi i64 [ %niter326.next.3, %for_body_to191.us.i ], [ 0, %for_body_to191.lr.ph.us.i ]
+  %2104 = shl nsw i64 %indvars.iv1479.i, 5
+  %2105 = add nuw nsw i64 %2104, %2546
+  %2106 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2105
+  %2107 = load <32 x i32>, ptr %2106, align 4, !tbaa !4
+  %2108 = lshr <32 x i32> %2107, splat (i32 16)
+  %2109 = and <32 x i32> %2108, splat (i32 1)
+  %2110 = add nsw <32 x i32> %2107, splat (i32 32767)
+  %2111 = add nsw <32 x i32> %2110, %2109
+  %2112 = and <32 x i32> %2111, splat (i32 -65536)
+  %2113 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2105
+  store <32 x i32> %2112, ptr %2113, align 4, !tbaa !4
+  %indvars.iv.next1480.i = shl i64 %indvars.iv1479.i, 5
+  %2114 = or disjoint i64 %indvars.iv.next1480.i, 32
+  %2115 = add nuw nsw i64 %2114, %2546
+  %2116 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2115
+  %2117 = load <32 x i32>, ptr %2116, align 4, !tbaa !4
+  %2118 = lshr <32 x i32> %2117, splat (i32 16)
+  %2119 = and <32 x i32> %2118, splat (i32 1)
+  %2120 = add nsw <32 x i32> %2117, splat (i32 32767)
+  %2121 = add nsw <32 x i32> %2120, %2119
+  %2122 = and <32 x i32> %2121, splat (i32 -65536)
+  %2123 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2115
+  store <32 x i32> %2122, ptr %2123, align 4, !tbaa !4
+  %indvars.iv.next1480.i.1 = shl i64 %indvars.iv1479.i, 5
+  %2124 = or disjoint i64 %indvars.iv.next1480.i.1, 64
+  %2125 = add nuw nsw i64 %2124, %2546
+  %2126 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2125
+  %2127 = load <32 x i32>, ptr %2126, align 4, !tbaa !4
+  %2128 = lshr <32 x i32> %2127, splat (i32 16)
+  %2129 = and <32 x i32> %2128, splat (i32 1)
+  %2130 = add nsw <32 x i32> %2127, splat (i32 32767)
+  %2131 = add nsw <32 x i32> %2130, %2129
+  %2132 = and <32 x i32> %2131, splat (i32 -65536)
+  %2133 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2125
+  store <32 x i32> %2132, ptr %2133, align 4, !tbaa !4
+  %indvars.iv.next1480.i.2 = shl i64 %indvars.iv1479.i, 5
+  %2134 = or disjoint i64 %indvars.iv.next1480.i.2, 96
+  %2135 = add nuw nsw i64 %2134, %2546
+  %2136 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2135
+  %2137 = load <32 x i32>, ptr %2136, align 4, !tbaa !4
+  %2138 = lshr <32 x i32> %2137, splat (i32 16)
+  %2139 = and <32 x i32> %2138, splat (i32 1)
+  %2140 = add nsw <32 x i32> %2137, splat (i32 32767)
+  %2141 = add nsw <32 x i32> %2140, %2139
+  %2142 = and <32 x i32> %2141, splat (i32 -65536)
+  %2143 = getelementptr inbounds nuw float, ptr %probs.us.i, i64 %2135
+  store <32 x i32> %2142, ptr %2143, align 4, !tbaa !4
+  %indvars.iv.next1480.i.3 = add nuw nsw i64 %indvars.iv1479.i, 4
+  %niter326.next.3 = add i64 %niter326, 4
+  %niter326.ncmp.3 = icmp eq i64 %niter326.next.3, %unroll_iter325
+  br i1 %niter326.ncmp.3, label %for_end_to192.us.i.loopexit.unr-lcssa, label %for_body_to191.us.i, !prof !42, !llvm.loop !121
+
+for_body_r176.us.i:                               ; preds = %for_begin_r167.preheader.us.i, %for_end_to182.us.i
+  %indvars.iv1475.i = phi i64 [ 0, %for_begin_r167.preheader.us.i ], [ %indvars.iv.next1476.i, %for_end_to182.us.i ]
+  br i1 %837, label %for_body_to181.lr.ph.us.i, label %for_end_to182.us.i, !prof !3
+
+for_end_to182.us.i:                               ; preds = %for_body_to181.us.i, %for_body_r176.us.i
+  %indvars.iv.next1476.i = add nuw nsw i64 %indvars.iv1475.i, 1
+  %exitcond1478.not.i = icmp eq i64 %indvars.iv.next1476.i, 16
+  br i1 %exitcond1478.not.i, label %for_body_r186.us.i.preheader, label %for_body_r176.us.i, !prof !28
+
+for_body_r186.us.i.preheader:                     ; preds = %for_end_to182.us.i
+  %xtraiter321 = and i64 %wide.trip.count1443.i.pre-phi146, 3
+  %2144 = icmp ult i64 %849, 3
+  %unroll_iter325 = and i64 %wide.trip.count1443.i.pre-phi146, 2147483644
+  %lcmp.mod323.not = icmp eq i64 %xtraiter321, 0
+  %lcmp.mod324 = icmp ne i64 %xtraiter321, 0
+  br label %for_body_r186.us.i
+
+for_body_to181.us.i:                              ; preds = %for_body_to181.lr.ph.us.i, %for_body_to181.us.i
+  %indvars.iv1470.i = phi i64 [ 0, %for_body_to181.lr.ph.us.i ], [ %indvars.iv.next1471.i, %for_body_to181.us.i ]
+  %2145 = shl nsw i64 %indvars.iv1470.i, 5
+  %2146 = add nuw nsw i64 %2145, %2545
+  %2147 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2146
+  %2148 = load <32 x float>, ptr %2147, align 4, !tbaa !4
+  %arg.us.i = fsub <32 x float> %2148, %2544
+  %2149 = load i32, ptr %gep1685.i, align 4, !tbaa !4
+  %2150 = sitofp i32 %2149 to float
+  %2151 = fsub float 0x4168000FE0000000, %2150
+  %2152 = insertelement <32 x float> poison, float %2151, i64 0
+  %2153 = shufflevector <32 x float> %2152, <32 x float> poison, <32 x i32> zeroinitializer
+  %2154 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg.us.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> %2153)
+  %bits.us.i = bitcast <32 x float> %2154 to <32 x i32>
+  %n.us.i = fsub <32 x float> %2154, %2153
+  %2155 = fmul <32 x float> %n.us.i, splat (float 0x3F2BD01060000000)
+  %2156 = fmul <32 x float> %n.us.i, splat (float 0x3FE6300000000000)
+  %2157 = fsub <32 x float> %arg.us.i, %2156
+  %2158 = fadd <32 x float> %2155, %2157
+  %2159 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2158, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %2160 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2159, <32 x float> %2158, <32 x float> splat (float 0x3FA5558F20000000))
+  %2161 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2160, <32 x float> %2158, <32 x float> splat (float 0x3FC5554920000000))
+  %2162 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2161, <32 x float> %2158, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %2163 = fmul <32 x float> %2158, %2158
+  %2164 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %2162, <32 x float> %2163, <32 x float> %2158)
+  %2165 = shl <32 x i32> %bits.us.i, splat (i32 23)
+  %2166 = bitcast <32 x i32> %2165 to <32 x float>
+  %2167 = fadd <32 x float> %2164, splat (float 1.000000e+00)
+  %2168 = fmul <32 x float> %2167, %2166
+  %2169 = tail call float @llvm.fmuladd.f32(float %2150, float 0x3FE62E4300000000, float -8.700000e+01)
+  %2170 = insertelement <32 x float> poison, float %2169, i64 0
+  %2171 = shufflevector <32 x float> %2170, <32 x float> poison, <32 x i32> zeroinitializer
+  %2172 = fcmp olt <32 x float> %arg.us.i, %2171
+  %2173 = select <32 x i1> %2172, <32 x float> zeroinitializer, <32 x float> %2168
+  %2174 = getelementptr inbounds nuw float, ptr %exact.us.i, i64 %2146
+  store <32 x float> %2173, ptr %2174, align 4, !tbaa !4
+  %indvars.iv.next1471.i = add nuw nsw i64 %indvars.iv1470.i, 1
+  %exitcond1474.not.i = icmp eq i64 %indvars.iv.next1471.i, %wide.trip.count1443.i.pre-phi146
+  br i1 %exitcond1474.not.i, label %for_end_to182.us.i, label %for_body_to181.us.i, !prof !8
+
+for_body_r163.us.i:                               ; preds = %for_end_ax1.us.i, %for_body_r163.us.i.preheader
+  %indvars.iv1462.i = phi i64 [ %indvars.iv.next1463.i, %for_end_ax1.us.i ], [ 0, %for_body_r163.us.i.preheader ]
+  br i1 %837, label %for_body_ax1.lr.ph.us.i, label %for_end_ax1.us.i, !prof !3
+
+for_end_ax1.us.i.loopexit.unr-lcssa:              ; preds = %for_body_ax1.us.i
+  br i1 %lcmp.mod316.not, label %for_end_ax1.us.i, label %for_body_ax1.us.i.epil.preheader, !prof !114
+
+for_body_ax1.us.i.epil.preheader:                 ; preds = %for_body_ax1.lr.ph.us.i, %for_end_ax1.us.i.loopexit.unr-lcssa
+  %indvars.iv1457.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.us.i ], [ %indvars.iv.next1458.i.7, %for_end_ax1.us.i.loopexit.unr-lcssa ]
+  %peak.rf_global489.sroa.0.01192.us.i.epil.init = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.us.i ], [ %2273, %for_end_ax1.us.i.loopexit.unr-lcssa ]
+  tail call void @llvm.assume(i1 %lcmp.mod318)
+  br label %for_body_ax1.us.i.epil
+
+for_body_ax1.us.i.epil:                           ; preds = %for_body_ax1.us.i.epil, %for_body_ax1.us.i.epil.preheader
+  %indvars.iv1457.i.epil = phi i64 [ %indvars.iv1457.i.epil.init, %for_body_ax1.us.i.epil.preheader ], [ %indvars.iv.next1458.i.epil, %for_body_ax1.us.i.epil ]
+  %peak.rf_global489.sroa.0.01192.us.i.epil = phi <32 x float> [ %peak.rf_global489.sroa.0.01192.us.i.epil.init, %for_body_ax1.us.i.epil.preheader ], [ %2177, %for_body_ax1.us.i.epil ]
+  %epil.iter315 = phi i64 [ 0, %for_body_ax1.us.i.epil.preheader ], [ %epil.iter315.next, %for_body_ax1.us.i.epil ]
+  %.idx1647.i.epil = shl nsw i64 %indvars.iv1457.i.epil, 7
+  %gep1683.i.epil = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %.idx1647.i.epil
+  %2175 = load <32 x float>, ptr %gep1683.i.epil, align 4, !tbaa !4
+  %2176 = fcmp ogt <32 x float> %peak.rf_global489.sroa.0.01192.us.i.epil, %2175
+  %2177 = select <32 x i1> %2176, <32 x float> %peak.rf_global489.sroa.0.01192.us.i.epil, <32 x float> %2175
+  %indvars.iv.next1458.i.epil = add nuw nsw i64 %indvars.iv1457.i.epil, 1
+  %epil.iter315.next = add i64 %epil.iter315, 1
+  %epil.iter315.cmp.not = icmp eq i64 %epil.iter315.next, %xtraiter314
+  br i1 %epil.iter315.cmp.not, label %for_end_ax1.us.i, label %for_body_ax1.us.i.epil, !prof !45, !llvm.loop !122
+
+for_end_ax1.us.i:                                 ; preds = %for_body_ax1.us.i.epil, %for_end_ax1.us.i.loopexit.unr-lcssa, %for_body_r163.us.i
+  %peak.rf_global489.sroa.0.0.lcssa.us.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_body_r163.us.i ], [ %2273, %for_end_ax1.us.i.loopexit.unr-lcssa ], [ %2177, %for_body_ax1.us.i.epil ]
+  %2178 = getelementptr inbounds nuw float, ptr %peak491.i, i64 %indvars.iv1462.i
+  %peak.rf490.sroa.0.0.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 0
+  %2179 = fcmp olt float %peak.rf490.sroa.0.0.vec.extract.us.i, 0xC7EFFFFFE0000000
+  %2180 = select i1 %2179, float 0xC7EFFFFFE0000000, float %peak.rf490.sroa.0.0.vec.extract.us.i
+  %peak.rf490.sroa.0.4.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 1
+  %2181 = fcmp ogt float %2180, %peak.rf490.sroa.0.4.vec.extract.us.i
+  %2182 = select i1 %2181, float %2180, float %peak.rf490.sroa.0.4.vec.extract.us.i
+  %peak.rf490.sroa.0.8.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 2
+  %2183 = fcmp ogt float %2182, %peak.rf490.sroa.0.8.vec.extract.us.i
+  %2184 = select i1 %2183, float %2182, float %peak.rf490.sroa.0.8.vec.extract.us.i
+  %peak.rf490.sroa.0.12.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 3
+  %2185 = fcmp ogt float %2184, %peak.rf490.sroa.0.12.vec.extract.us.i
+  %2186 = select i1 %2185, float %2184, float %peak.rf490.sroa.0.12.vec.extract.us.i
+  %peak.rf490.sroa.0.16.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 4
+  %2187 = fcmp ogt float %2186, %peak.rf490.sroa.0.16.vec.extract.us.i
+  %2188 = select i1 %2187, float %2186, float %peak.rf490.sroa.0.16.vec.extract.us.i
+  %peak.rf490.sroa.0.20.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 5
+  %2189 = fcmp ogt float %2188, %peak.rf490.sroa.0.20.vec.extract.us.i
+  %2190 = select i1 %2189, float %2188, float %peak.rf490.sroa.0.20.vec.extract.us.i
+  %peak.rf490.sroa.0.24.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 6
+  %2191 = fcmp ogt float %2190, %peak.rf490.sroa.0.24.vec.extract.us.i
+  %2192 = select i1 %2191, float %2190, float %peak.rf490.sroa.0.24.vec.extract.us.i
+  %peak.rf490.sroa.0.28.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 7
+  %2193 = fcmp ogt float %2192, %peak.rf490.sroa.0.28.vec.extract.us.i
+  %2194 = select i1 %2193, float %2192, float %peak.rf490.sroa.0.28.vec.extract.us.i
+  %peak.rf490.sroa.0.32.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 8
+  %2195 = fcmp ogt float %2194, %peak.rf490.sroa.0.32.vec.extract.us.i
+  %2196 = select i1 %2195, float %2194, float %peak.rf490.sroa.0.32.vec.extract.us.i
+  %peak.rf490.sroa.0.36.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 9
+  %2197 = fcmp ogt float %2196, %peak.rf490.sroa.0.36.vec.extract.us.i
+  %2198 = select i1 %2197, float %2196, float %peak.rf490.sroa.0.36.vec.extract.us.i
+  %peak.rf490.sroa.0.40.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 10
+  %2199 = fcmp ogt float %2198, %peak.rf490.sroa.0.40.vec.extract.us.i
+  %2200 = select i1 %2199, float %2198, float %peak.rf490.sroa.0.40.vec.extract.us.i
+  %peak.rf490.sroa.0.44.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 11
+  %2201 = fcmp ogt float %2200, %peak.rf490.sroa.0.44.vec.extract.us.i
+  %2202 = select i1 %2201, float %2200, float %peak.rf490.sroa.0.44.vec.extract.us.i
+  %peak.rf490.sroa.0.48.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 12
+  %2203 = fcmp ogt float %2202, %peak.rf490.sroa.0.48.vec.extract.us.i
+  %2204 = select i1 %2203, float %2202, float %peak.rf490.sroa.0.48.vec.extract.us.i
+  %peak.rf490.sroa.0.52.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 13
+  %2205 = fcmp ogt float %2204, %peak.rf490.sroa.0.52.vec.extract.us.i
+  %2206 = select i1 %2205, float %2204, float %peak.rf490.sroa.0.52.vec.extract.us.i
+  %peak.rf490.sroa.0.56.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 14
+  %2207 = fcmp ogt float %2206, %peak.rf490.sroa.0.56.vec.extract.us.i
+  %2208 = select i1 %2207, float %2206, float %peak.rf490.sroa.0.56.vec.extract.us.i
+  %peak.rf490.sroa.0.60.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 15
+  %2209 = fcmp ogt float %2208, %peak.rf490.sroa.0.60.vec.extract.us.i
+  %2210 = select i1 %2209, float %2208, float %peak.rf490.sroa.0.60.vec.extract.us.i
+  %peak.rf490.sroa.0.64.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 16
+  %2211 = fcmp ogt float %2210, %peak.rf490.sroa.0.64.vec.extract.us.i
+  %2212 = select i1 %2211, float %2210, float %peak.rf490.sroa.0.64.vec.extract.us.i
+  %peak.rf490.sroa.0.68.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 17
+  %2213 = fcmp ogt float %2212, %peak.rf490.sroa.0.68.vec.extract.us.i
+  %2214 = select i1 %2213, float %2212, float %peak.rf490.sroa.0.68.vec.extract.us.i
+  %peak.rf490.sroa.0.72.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 18
+  %2215 = fcmp ogt float %2214, %peak.rf490.sroa.0.72.vec.extract.us.i
+  %2216 = select i1 %2215, float %2214, float %peak.rf490.sroa.0.72.vec.extract.us.i
+  %peak.rf490.sroa.0.76.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 19
+  %2217 = fcmp ogt float %2216, %peak.rf490.sroa.0.76.vec.extract.us.i
+  %2218 = select i1 %2217, float %2216, float %peak.rf490.sroa.0.76.vec.extract.us.i
+  %peak.rf490.sroa.0.80.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 20
+  %2219 = fcmp ogt float %2218, %peak.rf490.sroa.0.80.vec.extract.us.i
+  %2220 = select i1 %2219, float %2218, float %peak.rf490.sroa.0.80.vec.extract.us.i
+  %peak.rf490.sroa.0.84.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 21
+  %2221 = fcmp ogt float %2220, %peak.rf490.sroa.0.84.vec.extract.us.i
+  %2222 = select i1 %2221, float %2220, float %peak.rf490.sroa.0.84.vec.extract.us.i
+  %peak.rf490.sroa.0.88.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 22
+  %2223 = fcmp ogt float %2222, %peak.rf490.sroa.0.88.vec.extract.us.i
+  %2224 = select i1 %2223, float %2222, float %peak.rf490.sroa.0.88.vec.extract.us.i
+  %peak.rf490.sroa.0.92.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 23
+  %2225 = fcmp ogt float %2224, %peak.rf490.sroa.0.92.vec.extract.us.i
+  %2226 = select i1 %2225, float %2224, float %peak.rf490.sroa.0.92.vec.extract.us.i
+  %peak.rf490.sroa.0.96.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 24
+  %2227 = fcmp ogt float %2226, %peak.rf490.sroa.0.96.vec.extract.us.i
+  %2228 = select i1 %2227, float %2226, float %peak.rf490.sroa.0.96.vec.extract.us.i
+  %peak.rf490.sroa.0.100.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 25
+  %2229 = fcmp ogt float %2228, %peak.rf490.sroa.0.100.vec.extract.us.i
+  %2230 = select i1 %2229, float %2228, float %peak.rf490.sroa.0.100.vec.extract.us.i
+  %peak.rf490.sroa.0.104.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 26
+  %2231 = fcmp ogt float %2230, %peak.rf490.sroa.0.104.vec.extract.us.i
+  %2232 = select i1 %2231, float %2230, float %peak.rf490.sroa.0.104.vec.extract.us.i
+  %peak.rf490.sroa.0.108.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 27
+  %2233 = fcmp ogt float %2232, %peak.rf490.sroa.0.108.vec.extract.us.i
+  %2234 = select i1 %2233, float %2232, float %peak.rf490.sroa.0.108.vec.extract.us.i
+  %peak.rf490.sroa.0.112.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 28
+  %2235 = fcmp ogt float %2234, %peak.rf490.sroa.0.112.vec.extract.us.i
+  %2236 = select i1 %2235, float %2234, float %peak.rf490.sroa.0.112.vec.extract.us.i
+  %peak.rf490.sroa.0.116.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 29
+  %2237 = fcmp ogt float %2236, %peak.rf490.sroa.0.116.vec.extract.us.i
+  %2238 = select i1 %2237, float %2236, float %peak.rf490.sroa.0.116.vec.extract.us.i
+  %peak.rf490.sroa.0.120.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 30
+  %2239 = fcmp ogt float %2238, %peak.rf490.sroa.0.120.vec.extract.us.i
+  %2240 = select i1 %2239, float %2238, float %peak.rf490.sroa.0.120.vec.extract.us.i
+  %peak.rf490.sroa.0.124.vec.extract.us.i = extractelement <32 x float> %peak.rf_global489.sroa.0.0.lcssa.us.i, i64 31
+  %2241 = fcmp ogt float %2240, %peak.rf490.sroa.0.124.vec.extract.us.i
+  %2242 = select i1 %2241, float %2240, float %peak.rf490.sroa.0.124.vec.extract.us.i
+  store float %2242, ptr %2178, align 4, !tbaa !123
+  %indvars.iv.next1463.i = add nuw nsw i64 %indvars.iv1462.i, 1
+  %exitcond1465.not.i = icmp eq i64 %indvars.iv.next1463.i, 16
+  br i1 %exitcond1465.not.i, label %for_begin_r167.preheader.us.i, label %for_body_r163.us.i, !prof !28
+
+for_body_ax1.us.i:                                ; preds = %for_body_ax1.lr.ph.us.i, %for_body_ax1.us.i
+  %indvars.iv1457.i = phi i64 [ %indvars.iv.next1458.i.7, %for_body_ax1.us.i ], [ 0, %for_body_ax1.lr.ph.us.i ]
+  %peak.rf_global489.sroa.0.01192.us.i = phi <32 x float> [ %2273, %for_body_ax1.us.i ], [ splat (float 0xC7EFFFFFE0000000), %for_body_ax1.lr.ph.us.i ]
+  %niter320 = phi i64 [ %niter320.next.7, %for_body_ax1.us.i ], [ 0, %for_body_ax1.lr.ph.us.i ]
+  %.idx1647.i = shl nsw i64 %indvars.iv1457.i, 7
+  %gep1683.i = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %.idx1647.i
+  %2243 = load <32 x float>, ptr %gep1683.i, align 4, !tbaa !4
+  %2244 = fcmp ogt <32 x float> %peak.rf_global489.sroa.0.01192.us.i, %2243
+  %2245 = select <32 x i1> %2244, <32 x float> %peak.rf_global489.sroa.0.01192.us.i, <32 x float> %2243
+  %indvars.iv.next1458.i = shl i64 %indvars.iv1457.i, 7
+  %2246 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i
+  %gep1683.i.1 = getelementptr inbounds nuw i8, ptr %2246, i64 128
+  %2247 = load <32 x float>, ptr %gep1683.i.1, align 4, !tbaa !4
+  %2248 = fcmp ogt <32 x float> %2245, %2247
+  %2249 = select <32 x i1> %2248, <32 x float> %2245, <32 x float> %2247
+  %indvars.iv.next1458.i.1 = shl i64 %indvars.iv1457.i, 7
+  %2250 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.1
+  %gep1683.i.2 = getelementptr inbounds nuw i8, ptr %2250, i64 256
+  %2251 = load <32 x float>, ptr %gep1683.i.2, align 4, !tbaa !4
+  %2252 = fcmp ogt <32 x float> %2249, %2251
+  %2253 = select <32 x i1> %2252, <32 x float> %2249, <32 x float> %2251
+  %indvars.iv.next1458.i.2 = shl i64 %indvars.iv1457.i, 7
+  %2254 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.2
+  %gep1683.i.3 = getelementptr inbounds nuw i8, ptr %2254, i64 384
+  %2255 = load <32 x float>, ptr %gep1683.i.3, align 4, !tbaa !4
+  %2256 = fcmp ogt <32 x float> %2253, %2255
+  %2257 = select <32 x i1> %2256, <32 x float> %2253, <32 x float> %2255
+  %indvars.iv.next1458.i.3 = shl i64 %indvars.iv1457.i, 7
+  %2258 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.3
+  %gep1683.i.4 = getelementptr inbounds nuw i8, ptr %2258, i64 512
+  %2259 = load <32 x float>, ptr %gep1683.i.4, align 4, !tbaa !4
+  %2260 = fcmp ogt <32 x float> %2257, %2259
+  %2261 = select <32 x i1> %2260, <32 x float> %2257, <32 x float> %2259
+  %indvars.iv.next1458.i.4 = shl i64 %indvars.iv1457.i, 7
+  %2262 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.4
+  %gep1683.i.5 = getelementptr inbounds nuw i8, ptr %2262, i64 640
+  %2263 = load <32 x float>, ptr %gep1683.i.5, align 4, !tbaa !4
+  %2264 = fcmp ogt <32 x float> %2261, %2263
+  %2265 = select <32 x i1> %2264, <32 x float> %2261, <32 x float> %2263
+  %indvars.iv.next1458.i.5 = shl i64 %indvars.iv1457.i, 7
+  %2266 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.5
+  %gep1683.i.6 = getelementptr inbounds nuw i8, ptr %2266, i64 768
+  %2267 = load <32 x float>, ptr %gep1683.i.6, align 4, !tbaa !4
+  %2268 = fcmp ogt <32 x float> %2265, %2267
+  %2269 = select <32 x i1> %2268, <32 x float> %2265, <32 x float> %2267
+  %indvars.iv.next1458.i.6 = shl i64 %indvars.iv1457.i, 7
+  %2270 = getelementptr inbounds nuw i8, ptr %invariant.gep1682.i, i64 %indvars.iv.next1458.i.6
+  %gep1683.i.7 = getelementptr inbounds nuw i8, ptr %2270, i64 896
+  %2271 = load <32 x float>, ptr %gep1683.i.7, align 4, !tbaa !4
+  %2272 = fcmp ogt <32 x float> %2269, %2271
+  %2273 = select <32 x i1> %2272, <32 x float> %2269, <32 x float> %2271
+  %indvars.iv.next1458.i.7 = add nuw nsw i64 %indvars.iv1457.i, 8
+  %niter320.next.7 = add i64 %niter320, 8
+  %niter320.ncmp.7 = icmp eq i64 %niter320.next.7, %unroll_iter319
+  br i1 %niter320.ncmp.7, label %for_end_ax1.us.i.loopexit.unr-lcssa, label %for_body_ax1.us.i, !prof !117, !llvm.loop !125
+
+for_begin_to272.preheader.us.i:                   ; preds = %for_begin_d_0_m.preheader.us.i, %if_end292.us.i
+  %indvars.iv1530.i = phi i64 [ 0, %for_begin_d_0_m.preheader.us.i ], [ %indvars.iv.next1531.i, %if_end292.us.i ]
+  br i1 %.not1380.i, label %for_end_to274.us.i, label %for_body_to273.lr.ph.us.i, !prof !11
+
+for_begin_d_0_m.preheader.us.i:                   ; preds = %for_end_d_0_m.us.i, %if_end261.us.i
+  %indvars.iv1534.i = phi i64 [ %indvars.iv.next1535.i, %for_end_d_0_m.us.i ], [ 0, %if_end261.us.i ]
+  %2274 = shl nuw nsw i64 %indvars.iv1534.i, 2
+  %2275 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2274
+  %2276 = load float, ptr %2275, align 16, !tbaa !126
+  %2277 = insertelement <16 x float> poison, float %2276, i64 0
+  %2278 = shufflevector <16 x float> %2277, <16 x float> poison, <16 x i32> zeroinitializer
+  %2279 = shl nuw nsw i64 %indvars.iv1534.i, 9
+  %2280 = add nuw nsw i64 %2279, %862
+  %2281 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2274
+  %2282 = load float, ptr %2281, align 16, !tbaa !127
+  %2283 = insertelement <16 x float> poison, float %2282, i64 0
+  %2284 = shufflevector <16 x float> %2283, <16 x float> poison, <16 x i32> zeroinitializer
+  %2285 = or disjoint i64 %2274, 1
+  %2286 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2285
+  %2287 = load float, ptr %2286, align 4, !tbaa !126
+  %2288 = insertelement <16 x float> poison, float %2287, i64 0
+  %2289 = shufflevector <16 x float> %2288, <16 x float> poison, <16 x i32> zeroinitializer
+  %2290 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2285
+  %2291 = load float, ptr %2290, align 4, !tbaa !127
+  %2292 = insertelement <16 x float> poison, float %2291, i64 0
+  %2293 = shufflevector <16 x float> %2292, <16 x float> poison, <16 x i32> zeroinitializer
+  %2294 = or disjoint i64 %2274, 2
+  %2295 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2294
+  %2296 = load float, ptr %2295, align 8, !tbaa !126
+  %2297 = insertelement <16 x float> poison, float %2296, i64 0
+  %2298 = shufflevector <16 x float> %2297, <16 x float> poison, <16 x i32> zeroinitializer
+  %2299 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2294
+  %2300 = load float, ptr %2299, align 8, !tbaa !127
+  %2301 = insertelement <16 x float> poison, float %2300, i64 0
+  %2302 = shufflevector <16 x float> %2301, <16 x float> poison, <16 x i32> zeroinitializer
+  %2303 = or disjoint i64 %2274, 3
+  %2304 = getelementptr inbounds nuw float, ptr %beta493.i, i64 %2303
+  %2305 = load float, ptr %2304, align 4, !tbaa !126
+  %2306 = insertelement <16 x float> poison, float %2305, i64 0
+  %2307 = shufflevector <16 x float> %2306, <16 x float> poison, <16 x i32> zeroinitializer
+  %2308 = getelementptr inbounds nuw float, ptr %alpha494.i, i64 %2303
+  %2309 = load float, ptr %2308, align 4, !tbaa !127
+  %2310 = insertelement <16 x float> poison, float %2309, i64 0
+  %2311 = shufflevector <16 x float> %2310, <16 x float> poison, <16 x i32> zeroinitializer
+  %2312 = shl nuw nsw i64 %indvars.iv1534.i, 8
+  %2313 = add nuw nsw i64 %2312, %863
+  %2314 = fmul <16 x float> %2284, zeroinitializer
+  %2315 = fmul <16 x float> %2293, zeroinitializer
+  %2316 = fmul <16 x float> %2302, zeroinitializer
+  %invariant.gep1696.i = getelementptr inbounds nuw i32, ptr %prob_pairs.us.i, i64 %2312
+  %2317 = fmul <16 x float> %2311, zeroinitializer
+  br label %for_begin_to272.preheader.us.i
+
+for_begin_r167.preheader.us.i:                    ; preds = %for_end_ax1.us.i
+  %2318 = icmp sgt i32 %834, 0
+  %2319 = load <8 x float>, ptr %peak491.i, align 16
+  %2320 = load <8 x float>, ptr %510, align 16
+  %2321 = select i1 %2318, <8 x float> %2319, <8 x float> splat (float 0xC6293E5940000000)
+  %2322 = select i1 %2318, <8 x float> %2320, <8 x float> splat (float 0xC6293E5940000000)
+  store <8 x float> %2321, ptr %tile_max496.i, align 16, !tbaa !128
+  store <8 x float> %2322, ptr %509, align 16, !tbaa !128
+  %invariant.gep1684.i = getelementptr i32, ptr %places.i, i64 %842
+  br label %for_body_r176.us.i
+
+for_begin_r139.preheader.us.i:                    ; preds = %for_end_r_0_ti_0_fused.us.us.i
+  %2323 = shl i32 %825, 4
+  %2324 = sext i32 %2323 to i64
+  %invariant.gep1680.i = getelementptr i32, ptr %limits.i, i64 %2324
+  br label %for_body_r140.us.i.us
+
+for_body_r140.us.i.us:                            ; preds = %for_end_to146.us.i.loopexit.us, %for_begin_r139.preheader.us.i
+  %indvars.iv1445.i.us = phi i64 [ %indvars.iv.next1446.i.us, %for_end_to146.us.i.loopexit.us ], [ 0, %for_begin_r139.preheader.us.i ]
+  %2325 = shl nuw nsw i64 %indvars.iv1445.i.us, 7
+  %gep1681.i.us = getelementptr i32, ptr %invariant.gep1680.i, i64 %indvars.iv1445.i.us
+  br label %for_body_to145.us.i.us
+
+for_body_to145.us.i.us:                           ; preds = %for_body_to145.us.i.us, %for_body_r140.us.i.us
+  %indvars.iv1440.i.us = phi i64 [ 0, %for_body_r140.us.i.us ], [ %indvars.iv.next1441.i.us, %for_body_to145.us.i.us ]
+  %2326 = shl nsw i64 %indvars.iv1440.i.us, 5
+  %2327 = add nuw nsw i64 %2326, %2325
+  %2328 = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2327
+  %2329 = load <32 x float>, ptr %2328, align 4, !tbaa !4
+  %2330 = fmul <32 x float> %502, %2329
+  %2331 = load i32, ptr %gep1681.i.us, align 4, !tbaa !4
+  %2332 = insertelement <32 x i32> poison, i32 %2331, i64 0
+  %2333 = shufflevector <32 x i32> %2332, <32 x i32> poison, <32 x i32> zeroinitializer
+  %2334 = trunc nuw nsw i64 %2326 to i32
+  %2335 = add i32 %794, %2334
+  %2336 = insertelement <32 x i32> poison, i32 %2335, i64 0
+  %2337 = insertelement <16 x i32> poison, i32 %2335, i64 0
+  %2338 = shufflevector <16 x i32> %2337, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2339 = or disjoint <16 x i32> %2338, <i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 poison>
+  %2340 = add nsw <16 x i32> %2338, <i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 16>
+  %2341 = shufflevector <16 x i32> %2339, <16 x i32> %2340, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 31, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2342 = shufflevector <32 x i32> %2336, <32 x i32> %2341, <32 x i32> <i32 0, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 40, i32 41, i32 42, i32 43, i32 44, i32 45, i32 46, i32 47, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2343 = insertelement <8 x i32> poison, i32 %2335, i64 0
+  %2344 = shufflevector <8 x i32> %2343, <8 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2345 = add nsw <32 x i32> %2344, <i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2346 = shufflevector <32 x i32> %2342, <32 x i32> %2345, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 32, i32 33, i32 34, i32 35, i32 36, i32 37, i32 38, i32 39, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2347 = insertelement <4 x i32> poison, i32 %2335, i64 0
+  %2348 = shufflevector <4 x i32> %2347, <4 x i32> poison, <32 x i32> <i32 0, i32 0, i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2349 = add nsw <32 x i32> %2348, <i32 25, i32 26, i32 27, i32 28, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2350 = shufflevector <32 x i32> %2346, <32 x i32> %2349, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 32, i32 33, i32 34, i32 35, i32 poison, i32 poison, i32 poison>
+  %2351 = add nsw i32 %2335, 29
+  %2352 = insertelement <32 x i32> %2350, i32 %2351, i64 29
+  %2353 = insertelement <2 x i32> poison, i32 %2335, i64 0
+  %2354 = shufflevector <2 x i32> %2353, <2 x i32> poison, <32 x i32> <i32 0, i32 0, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2355 = add nsw <32 x i32> %2354, <i32 30, i32 31, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
+  %2356 = shufflevector <32 x i32> %2352, <32 x i32> %2355, <32 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15, i32 16, i32 17, i32 18, i32 19, i32 20, i32 21, i32 22, i32 23, i32 24, i32 25, i32 26, i32 27, i32 28, i32 29, i32 32, i32 33>
+  %2357 = icmp slt <32 x i32> %2356, %2333
+  %2358 = select <32 x i1> %2357, <32 x float> %2330, <32 x float> splat (float 0xFFF0000000000000)
+  %2359 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %2327
+  store <32 x float> %2358, ptr %2359, align 4, !tbaa !4
+  %indvars.iv.next1441.i.us = add nuw nsw i64 %indvars.iv1440.i.us, 1
+  %exitcond1444.not.i.us = icmp eq i64 %indvars.iv.next1441.i.us, %wide.trip.count1438.i
+  br i1 %exitcond1444.not.i.us, label %for_end_to146.us.i.loopexit.us, label %for_body_to145.us.i.us, !prof !8
+
+for_end_to146.us.i.loopexit.us:                   ; preds = %for_body_to145.us.i.us
+  %indvars.iv.next1446.i.us = add nuw nsw i64 %indvars.iv1445.i.us, 1
+  %exitcond1448.not.i.us = icmp eq i64 %indvars.iv.next1446.i.us, 16
+  br i1 %exitcond1448.not.i.us, label %for_end_r141.us.i, label %for_body_r140.us.i.us, !prof !28
+
+for_end_r_0_ti_0_fused.us.us.i:                   ; preds = %for_end_d_0136.us.us.i
+  %indvars.iv.next1436.i = add nuw nsw i64 %indvars.iv1435.i, 1
+  %exitcond1439.not.i = icmp eq i64 %indvars.iv.next1436.i, %wide.trip.count1438.i
+  br i1 %exitcond1439.not.i, label %for_begin_r139.preheader.us.i, label %for_begin_r_0_ti_0_fused.preheader.us.us.i, !prof !8
+
+for_end_d_0136.us.us.i:                           ; preds = %for_begin_d_1.preheader.us.us.i
+  %.idx1646.i = shl nuw nsw i64 %indvars.iv1431.i, 11
+  %gep1679.i = getelementptr inbounds nuw i8, ptr %invariant.gep1678.i, i64 %.idx1646.i
+  store <16 x float> %r.i551.us.us.1.i, ptr %gep1679.i, align 4, !tbaa !4
+  %2360 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 64
+  store <16 x float> %r.i554.us.us.1.i, ptr %2360, align 4, !tbaa !4
+  %2361 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 512
+  store <16 x float> %r.i557.us.us.1.i, ptr %2361, align 4, !tbaa !4
+  %2362 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 576
+  store <16 x float> %r.i560.us.us.1.i, ptr %2362, align 4, !tbaa !4
+  %2363 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1024
+  store <16 x float> %r.i563.us.us.1.i, ptr %2363, align 4, !tbaa !4
+  %2364 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1088
+  store <16 x float> %r.i566.us.us.1.i, ptr %2364, align 4, !tbaa !4
+  %2365 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1536
+  store <16 x float> %r.i569.us.us.1.i, ptr %2365, align 4, !tbaa !4
+  %2366 = getelementptr inbounds nuw i8, ptr %gep1679.i, i64 1600
+  store <16 x float> %r.i572.us.us.1.i, ptr %2366, align 4, !tbaa !4
+  %indvars.iv.next1432.i = add nuw nsw i64 %indvars.iv1431.i, 1
+  %exitcond1434.not.i = icmp eq i64 %indvars.iv.next1432.i, 4
+  br i1 %exitcond1434.not.i, label %for_end_r_0_ti_0_fused.us.us.i, label %for_begin_d_0134.preheader.us.us.i, !prof !28
+
+for_begin_d_1.preheader.us.us.i:                  ; preds = %for_begin_d_0134.preheader.us.us.i, %for_begin_d_1.preheader.us.us.i
+  %indvars.iv1427.i = phi i64 [ 0, %for_begin_d_0134.preheader.us.us.i ], [ %indvars.iv.next1428.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.0.01178.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i551.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.6.01177.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i554.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.12.01176.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i557.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.18.01175.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i560.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.24.01174.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i563.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.30.01173.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i566.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.36.01172.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i569.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %scores_global492.sroa.42.01171.us.us.i = phi <16 x float> [ zeroinitializer, %for_begin_d_0134.preheader.us.us.i ], [ %r.i572.us.us.1.i, %for_begin_d_1.preheader.us.us.i ]
+  %2367 = shl nuw nsw i64 %indvars.iv1427.i, 2
+  %gep80 = getelementptr i32, ptr %gep, i64 %2367
+  %2368 = load i32, ptr %gep80, align 4, !tbaa !4
+  %2369 = insertelement <16 x i32> poison, i32 %2368, i64 0
+  %2370 = shufflevector <16 x i32> %2369, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2371 = mul nsw i64 %2367, %k_row
+  %2372 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2371
+  %2373 = load <32 x bfloat>, ptr %2372, align 4, !tbaa !4
+  %x.i.us.us.i = bitcast <16 x i32> %2370 to <32 x bfloat>
+  %r.i.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.0.01178.us.us.i, <32 x bfloat> %x.i.us.us.i, <32 x bfloat> %2373)
+  %2374 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2371
+  %2375 = load <32 x bfloat>, ptr %2374, align 4, !tbaa !4
+  %r.i530.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.6.01177.us.us.i, <32 x bfloat> %x.i.us.us.i, <32 x bfloat> %2375)
+  %2376 = getelementptr i8, ptr %gep80, i64 256
+  %2377 = load i32, ptr %2376, align 4, !tbaa !4
+  %2378 = insertelement <16 x i32> poison, i32 %2377, i64 0
+  %2379 = shufflevector <16 x i32> %2378, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i531.us.us.i = bitcast <16 x i32> %2379 to <32 x bfloat>
+  %r.i533.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.12.01176.us.us.i, <32 x bfloat> %x.i531.us.us.i, <32 x bfloat> %2373)
+  %r.i536.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.18.01175.us.us.i, <32 x bfloat> %x.i531.us.us.i, <32 x bfloat> %2375)
+  %2380 = getelementptr i8, ptr %gep80, i64 512
+  %2381 = load i32, ptr %2380, align 4, !tbaa !4
+  %2382 = insertelement <16 x i32> poison, i32 %2381, i64 0
+  %2383 = shufflevector <16 x i32> %2382, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i537.us.us.i = bitcast <16 x i32> %2383 to <32 x bfloat>
+  %r.i539.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.24.01174.us.us.i, <32 x bfloat> %x.i537.us.us.i, <32 x bfloat> %2373)
+  %r.i542.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.30.01173.us.us.i, <32 x bfloat> %x.i537.us.us.i, <32 x bfloat> %2375)
+  %2384 = getelementptr i8, ptr %gep80, i64 768
+  %2385 = load i32, ptr %2384, align 4, !tbaa !4
+  %2386 = insertelement <16 x i32> poison, i32 %2385, i64 0
+  %2387 = shufflevector <16 x i32> %2386, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i543.us.us.i = bitcast <16 x i32> %2387 to <32 x bfloat>
+  %r.i545.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.36.01172.us.us.i, <32 x bfloat> %x.i543.us.us.i, <32 x bfloat> %2373)
+  %r.i548.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %scores_global492.sroa.42.01171.us.us.i, <32 x bfloat> %x.i543.us.us.i, <32 x bfloat> %2375)
+  %2388 = getelementptr i8, ptr %gep80, i64 4
+  %2389 = load i32, ptr %2388, align 4, !tbaa !4
+  %2390 = insertelement <16 x i32> poison, i32 %2389, i64 0
+  %2391 = shufflevector <16 x i32> %2390, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2392 = or disjoint i64 %2367, 1
+  %2393 = mul nsw i64 %2392, %k_row
+  %2394 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2393
+  %2395 = load <32 x bfloat>, ptr %2394, align 4, !tbaa !4
+  %x.i549.us.us.i = bitcast <16 x i32> %2391 to <32 x bfloat>
+  %r.i551.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.i, <32 x bfloat> %x.i549.us.us.i, <32 x bfloat> %2395)
+  %2396 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2393
+  %2397 = load <32 x bfloat>, ptr %2396, align 4, !tbaa !4
+  %r.i554.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.us.us.i, <32 x bfloat> %x.i549.us.us.i, <32 x bfloat> %2397)
+  %2398 = getelementptr i8, ptr %gep80, i64 260
+  %2399 = load i32, ptr %2398, align 4, !tbaa !4
+  %2400 = insertelement <16 x i32> poison, i32 %2399, i64 0
+  %2401 = shufflevector <16 x i32> %2400, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i555.us.us.i = bitcast <16 x i32> %2401 to <32 x bfloat>
+  %r.i557.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.us.us.i, <32 x bfloat> %x.i555.us.us.i, <32 x bfloat> %2395)
+  %r.i560.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.us.us.i, <32 x bfloat> %x.i555.us.us.i, <32 x bfloat> %2397)
+  %2402 = getelementptr i8, ptr %gep80, i64 516
+  %2403 = load i32, ptr %2402, align 4, !tbaa !4
+  %2404 = insertelement <16 x i32> poison, i32 %2403, i64 0
+  %2405 = shufflevector <16 x i32> %2404, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i561.us.us.i = bitcast <16 x i32> %2405 to <32 x bfloat>
+  %r.i563.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.us.us.i, <32 x bfloat> %x.i561.us.us.i, <32 x bfloat> %2395)
+  %r.i566.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.us.us.i, <32 x bfloat> %x.i561.us.us.i, <32 x bfloat> %2397)
+  %2406 = getelementptr i8, ptr %gep80, i64 772
+  %2407 = load i32, ptr %2406, align 4, !tbaa !4
+  %2408 = insertelement <16 x i32> poison, i32 %2407, i64 0
+  %2409 = shufflevector <16 x i32> %2408, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i567.us.us.i = bitcast <16 x i32> %2409 to <32 x bfloat>
+  %r.i569.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.us.us.i, <32 x bfloat> %x.i567.us.us.i, <32 x bfloat> %2395)
+  %r.i572.us.us.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.us.us.i, <32 x bfloat> %x.i567.us.us.i, <32 x bfloat> %2397)
+  %2410 = getelementptr i8, ptr %gep80, i64 8
+  %2411 = load i32, ptr %2410, align 4, !tbaa !4
+  %2412 = insertelement <16 x i32> poison, i32 %2411, i64 0
+  %2413 = shufflevector <16 x i32> %2412, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2414 = or disjoint i64 %2367, 2
+  %2415 = mul nsw i64 %2414, %k_row
+  %2416 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2415
+  %2417 = load <32 x bfloat>, ptr %2416, align 4, !tbaa !4
+  %x.i.us.us.1.i = bitcast <16 x i32> %2413 to <32 x bfloat>
+  %r.i.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i551.us.us.i, <32 x bfloat> %x.i.us.us.1.i, <32 x bfloat> %2417)
+  %2418 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2415
+  %2419 = load <32 x bfloat>, ptr %2418, align 4, !tbaa !4
+  %r.i530.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i554.us.us.i, <32 x bfloat> %x.i.us.us.1.i, <32 x bfloat> %2419)
+  %2420 = getelementptr i8, ptr %gep80, i64 264
+  %2421 = load i32, ptr %2420, align 4, !tbaa !4
+  %2422 = insertelement <16 x i32> poison, i32 %2421, i64 0
+  %2423 = shufflevector <16 x i32> %2422, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i531.us.us.1.i = bitcast <16 x i32> %2423 to <32 x bfloat>
+  %r.i533.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i557.us.us.i, <32 x bfloat> %x.i531.us.us.1.i, <32 x bfloat> %2417)
+  %r.i536.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i560.us.us.i, <32 x bfloat> %x.i531.us.us.1.i, <32 x bfloat> %2419)
+  %2424 = getelementptr i8, ptr %gep80, i64 520
+  %2425 = load i32, ptr %2424, align 4, !tbaa !4
+  %2426 = insertelement <16 x i32> poison, i32 %2425, i64 0
+  %2427 = shufflevector <16 x i32> %2426, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i537.us.us.1.i = bitcast <16 x i32> %2427 to <32 x bfloat>
+  %r.i539.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i563.us.us.i, <32 x bfloat> %x.i537.us.us.1.i, <32 x bfloat> %2417)
+  %r.i542.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i566.us.us.i, <32 x bfloat> %x.i537.us.us.1.i, <32 x bfloat> %2419)
+  %2428 = getelementptr i8, ptr %gep80, i64 776
+  %2429 = load i32, ptr %2428, align 4, !tbaa !4
+  %2430 = insertelement <16 x i32> poison, i32 %2429, i64 0
+  %2431 = shufflevector <16 x i32> %2430, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i543.us.us.1.i = bitcast <16 x i32> %2431 to <32 x bfloat>
+  %r.i545.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i569.us.us.i, <32 x bfloat> %x.i543.us.us.1.i, <32 x bfloat> %2417)
+  %r.i548.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i572.us.us.i, <32 x bfloat> %x.i543.us.us.1.i, <32 x bfloat> %2419)
+  %2432 = getelementptr i8, ptr %gep80, i64 12
+  %2433 = load i32, ptr %2432, align 4, !tbaa !4
+  %2434 = insertelement <16 x i32> poison, i32 %2433, i64 0
+  %2435 = shufflevector <16 x i32> %2434, <16 x i32> poison, <16 x i32> zeroinitializer
+  %2436 = or disjoint i64 %2367, 3
+  %2437 = mul nsw i64 %2436, %k_row
+  %2438 = getelementptr i32, ptr %gep1181.us.us.i, i64 %2437
+  %2439 = load <32 x bfloat>, ptr %2438, align 4, !tbaa !4
+  %x.i549.us.us.1.i = bitcast <16 x i32> %2435 to <32 x bfloat>
+  %r.i551.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i.us.us.1.i, <32 x bfloat> %x.i549.us.us.1.i, <32 x bfloat> %2439)
+  %2440 = getelementptr i32, ptr %gep1183.us.us.i, i64 %2437
+  %2441 = load <32 x bfloat>, ptr %2440, align 4, !tbaa !4
+  %r.i554.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i530.us.us.1.i, <32 x bfloat> %x.i549.us.us.1.i, <32 x bfloat> %2441)
+  %2442 = getelementptr i8, ptr %gep80, i64 268
+  %2443 = load i32, ptr %2442, align 4, !tbaa !4
+  %2444 = insertelement <16 x i32> poison, i32 %2443, i64 0
+  %2445 = shufflevector <16 x i32> %2444, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i555.us.us.1.i = bitcast <16 x i32> %2445 to <32 x bfloat>
+  %r.i557.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i533.us.us.1.i, <32 x bfloat> %x.i555.us.us.1.i, <32 x bfloat> %2439)
+  %r.i560.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i536.us.us.1.i, <32 x bfloat> %x.i555.us.us.1.i, <32 x bfloat> %2441)
+  %2446 = getelementptr i8, ptr %gep80, i64 524
+  %2447 = load i32, ptr %2446, align 4, !tbaa !4
+  %2448 = insertelement <16 x i32> poison, i32 %2447, i64 0
+  %2449 = shufflevector <16 x i32> %2448, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i561.us.us.1.i = bitcast <16 x i32> %2449 to <32 x bfloat>
+  %r.i563.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i539.us.us.1.i, <32 x bfloat> %x.i561.us.us.1.i, <32 x bfloat> %2439)
+  %r.i566.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i542.us.us.1.i, <32 x bfloat> %x.i561.us.us.1.i, <32 x bfloat> %2441)
+  %2450 = getelementptr i8, ptr %gep80, i64 780
+  %2451 = load i32, ptr %2450, align 4, !tbaa !4
+  %2452 = insertelement <16 x i32> poison, i32 %2451, i64 0
+  %2453 = shufflevector <16 x i32> %2452, <16 x i32> poison, <16 x i32> zeroinitializer
+  %x.i567.us.us.1.i = bitcast <16 x i32> %2453 to <32 x bfloat>
+  %r.i569.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i545.us.us.1.i, <32 x bfloat> %x.i567.us.us.1.i, <32 x bfloat> %2439)
+  %r.i572.us.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i548.us.us.1.i, <32 x bfloat> %x.i567.us.us.1.i, <32 x bfloat> %2441)
+  %indvars.iv.next1428.i = add nuw nsw i64 %indvars.iv1427.i, 1
+  %exitcond1430.not.i = icmp eq i64 %indvars.iv.next1428.i, 16
+  br i1 %exitcond1430.not.i, label %for_end_d_0136.us.us.i, label %for_begin_d_1.preheader.us.us.i, !prof !28
+
+for_begin_d_0134.preheader.us.us.i:               ; preds = %for_begin_r_0_ti_0_fused.preheader.us.us.i, %for_end_d_0136.us.us.i
+  %indvars.iv1431.i = phi i64 [ 0, %for_begin_r_0_ti_0_fused.preheader.us.us.i ], [ %indvars.iv.next1432.i, %for_end_d_0136.us.us.i ]
+  %2454 = load i64, ptr %2457, align 8, !tbaa !4
+  %gep1181.us.us.i = getelementptr i32, ptr %invariant.gep1180.us.i, i64 %2454
+  %2455 = load i64, ptr %2458, align 8, !tbaa !4
+  %gep1183.us.us.i = getelementptr i32, ptr %invariant.gep1180.us.i, i64 %2455
+  %.idx = shl i64 %indvars.iv1431.i, 10
+  %gep = getelementptr i8, ptr %invariant.gep81, i64 %.idx
+  br label %for_begin_d_1.preheader.us.us.i
+
+for_begin_r_0_ti_0_fused.preheader.us.us.i:       ; preds = %for_end_r_0_ti_0_fused.us.us.i, %for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i
+  %indvars.iv1435.i = phi i64 [ 0, %for_begin_r_0_ti_0_fused.preheader.us.us.preheader.i ], [ %indvars.iv.next1436.i, %for_end_r_0_ti_0_fused.us.us.i ]
+  %2456 = shl nsw i64 %indvars.iv1435.i, 5
+  %2457 = getelementptr inbounds nuw i64, ptr %key_offsets.i, i64 %2456
+  %2458 = getelementptr inbounds nuw i8, ptr %2457, i64 128
+  %invariant.gep1678.i = getelementptr inbounds nuw float, ptr %scores.us.i, i64 %2456
+  br label %for_begin_d_0134.preheader.us.us.i
+
+for_body_r152.lr.ph.us.i:                         ; preds = %if_then149.us.i
+  %2459 = icmp sgt i32 %valid_len133.us.i, %796
+  %2460 = sext i32 %843 to i64
+  %2461 = shl nsw i64 %2460, 2
+  %2462 = tail call i32 @llvm.umin.i32(i32 %845, i32 16)
+  %wide.trip.count1455.i = zext nneg i32 %2462 to i64
+  br i1 %2459, label %for_body_r152.us.i.us.preheader, label %if_end150.us.i, !prof !3
+
+for_body_r152.us.i.us.preheader:                  ; preds = %for_body_r152.lr.ph.us.i
+  %smin102 = tail call i32 @llvm.smin.i32(i32 %span497.sroa.3.0.lcssa.i, i32 %830)
+  %smin105 = tail call i32 @llvm.smin.i32(i32 %smin102, i32 %indvars.iv103)
+  %smin106 = tail call i32 @llvm.smin.i32(i32 %smin105, i32 %487)
+  %2463 = add i32 %indvars.iv100, %smin106
+  %2464 = tail call i32 @llvm.smin.i32(i32 %2463, i32 128)
+  %smin107 = sext i32 %2464 to i64
+  %2465 = sub nsw i64 %smin107, %725
+  %smax108 = tail call i64 @llvm.smax.i64(i64 %2465, i64 1)
+  %2466 = add i32 %indvars.iv100, %833
+  %2467 = tail call i32 @llvm.smin.i32(i32 %2466, i32 128)
+  %smin = sext i32 %2467 to i64
+  %2468 = sub nsw i64 %smin, %723
+  %smax230 = tail call i64 @llvm.smax.i64(i64 %2468, i64 1)
+  %2469 = shl nuw nsw i64 %smax230, 2
+  %scevgep231 = getelementptr i8, ptr %scaled.us.i, i64 %2469
+  %scevgep238 = getelementptr i8, ptr %scevgep237, i64 %smax230
+  %2470 = add i32 %indvars.iv100, %833
+  %2471 = tail call i32 @llvm.smin.i32(i32 %2470, i32 128)
+  %smin244 = sext i32 %2471 to i64
+  %2472 = sub nsw i64 %smin244, %722
+  %smax245 = tail call i64 @llvm.smax.i64(i64 %2472, i64 1)
+  %min.iters.check247 = icmp slt i64 %2472, 8
+  %min.iters.check250 = icmp slt i64 %2472, 32
+  %n.mod.vf253 = and i64 %smax245, 24
+  %n.vec254 = and i64 %smax245, 9223372036854775776
+  %cmp.n = icmp eq i64 %smax245, %n.vec254
+  %min.epilog.iters.check271 = icmp eq i64 %n.mod.vf253, 0
+  %n.vec274 = and i64 %smax245, 9223372036854775800
+  %cmp.n282 = icmp eq i64 %smax245, %n.vec274
+  %xtraiter312 = and i64 %smax245, 3
+  %lcmp.mod313.not = icmp eq i64 %xtraiter312, 0
+  br label %iter.check249
+
+iter.check249:                                    ; preds = %for_end_c.us.i.loopexit.us, %for_body_r152.us.i.us.preheader
+  %indvars.iv1452.i.us = phi i64 [ %indvars.iv.next1453.i.us, %for_end_c.us.i.loopexit.us ], [ 0, %for_body_r152.us.i.us.preheader ]
+  %2473 = lshr i64 %indvars.iv1452.i.us, 2
+  %2474 = and i64 %2473, 1073741823
+  %2475 = add nsw i64 %2474, %2461
+  %2476 = mul nsw i64 %2475, %504
+  %indvars.iv1452.tr.i.us = trunc i64 %indvars.iv1452.i.us to i32
+  %2477 = shl i32 %indvars.iv1452.tr.i.us, 7
+  %2478 = add i32 %2477, %796
+  %2479 = zext i32 %2478 to i64
+  %2480 = getelementptr i8, ptr %803, i64 %2476
+  br i1 %min.iters.check247, label %for_body_c.us.i.us.preheader, label %vector.memcheck228, !prof !11
+
+vector.memcheck228:                               ; preds = %iter.check249
+  %2481 = lshr i64 %indvars.iv1452.i.us, 2
+  %2482 = and i64 %2481, 1073741823
+  %2483 = add nsw i64 %2461, %2482
+  %2484 = mul nsw i64 %504, %2483
+  %scevgep239 = getelementptr i8, ptr %scevgep238, i64 %2484
+  %scevgep236 = getelementptr i8, ptr %scevgep235, i64 %2484
+  %indvars.iv1452.i.us.tr = trunc i64 %indvars.iv1452.i.us to i32
+  %2485 = shl i32 %indvars.iv1452.i.us.tr, 7
+  %2486 = add i32 %2485, %smax
+  %2487 = zext i32 %2486 to i64
+  %2488 = shl nuw nsw i64 %2487, 2
+  %scevgep232 = getelementptr i8, ptr %scevgep231, i64 %2488
+  %scevgep229 = getelementptr i8, ptr %scaled.us.i, i64 %2488
+  %bound0240 = icmp ult ptr %scevgep229, %scevgep239
+  %bound1241 = icmp ult ptr %scevgep236, %scevgep232
+  %found.conflict242 = and i1 %bound0240, %bound1241
+  br i1 %found.conflict242, label %for_body_c.us.i.us.preheader, label %vector.main.loop.iter.check251, !prof !11
+
+vector.main.loop.iter.check251:                   ; preds = %vector.memcheck228
+  br i1 %min.iters.check250, label %vec.epilog.ph272, label %vector.ph252, !prof !11
+
+vector.ph252:                                     ; preds = %vector.main.loop.iter.check251
+  %invariant.gep = getelementptr float, ptr %scaled.us.i, i64 %2479
+  br label %vector.body255
+
+vector.body255:                                   ; preds = %vector.body255, %vector.ph252
+  %index256 = phi i64 [ 0, %vector.ph252 ], [ %index.next266, %vector.body255 ]
+  %2489 = getelementptr i8, ptr %2480, i64 %index256
+  %2490 = getelementptr i8, ptr %2489, i64 8
+  %2491 = getelementptr i8, ptr %2489, i64 16
+  %2492 = getelementptr i8, ptr %2489, i64 24
+  %wide.load = load <8 x i8>, ptr %2489, align 1, !tbaa !4, !alias.scope !129
+  %wide.load257 = load <8 x i8>, ptr %2490, align 1, !tbaa !4, !alias.scope !129
+  %wide.load258 = load <8 x i8>, ptr %2491, align 1, !tbaa !4, !alias.scope !129
+  %wide.load259 = load <8 x i8>, ptr %2492, align 1, !tbaa !4, !alias.scope !129
+  %2493 = icmp ne <8 x i8> %wide.load, zeroinitializer
+  %2494 = icmp ne <8 x i8> %wide.load257, zeroinitializer
+  %2495 = icmp ne <8 x i8> %wide.load258, zeroinitializer
+  %2496 = icmp ne <8 x i8> %wide.load259, zeroinitializer
+  %gep482 = getelementptr float, ptr %invariant.gep, i64 %index256
+  %2497 = getelementptr i8, ptr %gep482, i64 32
+  %2498 = getelementptr i8, ptr %gep482, i64 64
+  %2499 = getelementptr i8, ptr %gep482, i64 96
+  %predphi = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep482, <8 x i1> %2493, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi263 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2497, <8 x i1> %2494, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi264 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2498, <8 x i1> %2495, <8 x float> splat (float 0xFFF0000000000000))
+  %predphi265 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %2499, <8 x i1> %2496, <8 x float> splat (float 0xFFF0000000000000))
+  store <8 x float> %predphi, ptr %gep482, align 4, !tbaa !4, !alias.scope !132, !noalias !129
+  store <8 x float> %predphi263, ptr %2497, align 4, !tbaa !4, !alias.scope !132, !noalias !129
+  store <8 x float> %predphi264, ptr %2498, align 4, !tbaa !4, !alias.scope !132, !noalias !129
+  store <8 x float> %predphi265, ptr %2499, align 4, !tbaa !4, !alias.scope !132, !noalias !129
+  %index.next266 = add nuw i64 %index256, 32
+  %2500 = icmp eq i64 %index.next266, %n.vec254
+  br i1 %2500, label %middle.block267, label %vector.body255, !prof !12, !llvm.loop !134
+
+middle.block267:                                  ; preds = %vector.body255
+  br i1 %cmp.n, label %for_end_c.us.i.loopexit.us, label %vec.epilog.iter.check270, !prof !135
+
+vec.epilog.iter.check270:                         ; preds = %middle.block267
+  br i1 %min.epilog.iters.check271, label %for_body_c.us.i.us.preheader, label %vec.epilog.ph272, !prof !136
+
+vec.epilog.ph272:                                 ; preds = %vec.epilog.iter.check270, %vector.main.loop.iter.check251
+  %vec.epilog.resume.val268 = phi i64 [ %n.vec254, %vec.epilog.iter.check270 ], [ 0, %vector.main.loop.iter.check251 ]
+  %invariant.gep483 = getelementptr float, ptr %scaled.us.i, i64 %2479
+  br label %vec.epilog.vector.body275
+
+vec.epilog.vector.body275:                        ; preds = %vec.epilog.vector.body275, %vec.epilog.ph272
+  %index276 = phi i64 [ %vec.epilog.resume.val268, %vec.epilog.ph272 ], [ %index.next280, %vec.epilog.vector.body275 ]
+  %2501 = getelementptr i8, ptr %2480, i64 %index276
+  %wide.load277 = load <8 x i8>, ptr %2501, align 1, !tbaa !4, !alias.scope !129
+  %2502 = icmp ne <8 x i8> %wide.load277, zeroinitializer
+  %gep484 = getelementptr float, ptr %invariant.gep483, i64 %index276
+  %predphi279 = tail call <8 x float> @llvm.masked.load.v8f32.p0(ptr align 4 %gep484, <8 x i1> %2502, <8 x float> splat (float 0xFFF0000000000000))
+  store <8 x float> %predphi279, ptr %gep484, align 4, !tbaa !4, !alias.scope !132, !noalias !129
+  %index.next280 = add nuw i64 %index276, 8
+  %2503 = icmp eq i64 %index.next280, %n.vec274
+  br i1 %2503, label %vec.epilog.middle.block281, label %vec.epilog.vector.body275, !prof !26, !llvm.loop !137
+
+vec.epilog.middle.block281:                       ; preds = %vec.epilog.vector.body275
+  br i1 %cmp.n282, label %for_end_c.us.i.loopexit.us, label %for_body_c.us.i.us.preheader, !prof !138
+
+for_body_c.us.i.us.preheader:                     ; preds = %vec.epilog.middle.block281, %vec.epilog.iter.check270, %vector.memcheck228, %iter.check249
+  %indvars.iv1449.i.us.ph = phi i64 [ 0, %iter.check249 ], [ 0, %vector.memcheck228 ], [ %n.vec254, %vec.epilog.iter.check270 ], [ %n.vec274, %vec.epilog.middle.block281 ]
+  br i1 %lcmp.mod313.not, label %for_body_c.us.i.us.prol.loopexit, label %for_body_c.us.i.us.prol, !prof !3
+
+for_body_c.us.i.us.prol:                          ; preds = %if_end158.us.i.us.prol, %for_body_c.us.i.us.preheader
+  %indvars.iv1449.i.us.prol = phi i64 [ %indvars.iv.next1450.i.us.prol, %if_end158.us.i.us.prol ], [ %indvars.iv1449.i.us.ph, %for_body_c.us.i.us.preheader ]
+  %prol.iter = phi i64 [ %prol.iter.next, %if_end158.us.i.us.prol ], [ 0, %for_body_c.us.i.us.preheader ]
+  %2504 = getelementptr i8, ptr %2480, i64 %indvars.iv1449.i.us.prol
+  %2505 = load i8, ptr %2504, align 1, !tbaa !4
+  %2506 = icmp eq i8 %2505, 0
+  %.pre1624.i.us.prol = add nuw nsw i64 %indvars.iv1449.i.us.prol, %2479
+  br i1 %2506, label %if_end158.us.i.us.prol, label %if_else157.us.i.us.prol
+
+if_else157.us.i.us.prol:                          ; preds = %for_body_c.us.i.us.prol
+  %2507 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.prol
+  %2508 = load float, ptr %2507, align 4, !tbaa !4
+  br label %if_end158.us.i.us.prol
+
+if_end158.us.i.us.prol:                           ; preds = %if_else157.us.i.us.prol, %for_body_c.us.i.us.prol
+  %2509 = phi float [ %2508, %if_else157.us.i.us.prol ], [ 0xFFF0000000000000, %for_body_c.us.i.us.prol ]
+  %2510 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.prol
+  store float %2509, ptr %2510, align 4, !tbaa !4
+  %indvars.iv.next1450.i.us.prol = add nuw nsw i64 %indvars.iv1449.i.us.prol, 1
+  %prol.iter.next = add i64 %prol.iter, 1
+  %prol.iter.cmp.not = icmp eq i64 %prol.iter.next, %xtraiter312
+  br i1 %prol.iter.cmp.not, label %for_body_c.us.i.us.prol.loopexit, label %for_body_c.us.i.us.prol, !prof !139, !llvm.loop !140
+
+for_body_c.us.i.us.prol.loopexit:                 ; preds = %if_end158.us.i.us.prol, %for_body_c.us.i.us.preheader
+  %indvars.iv1449.i.us.unr = phi i64 [ %indvars.iv1449.i.us.ph, %for_body_c.us.i.us.preheader ], [ %indvars.iv.next1450.i.us.prol, %if_end158.us.i.us.prol ]
+  %2511 = sub nsw i64 %indvars.iv1449.i.us.ph, %smax245
+  %2512 = icmp ugt i64 %2511, -4
+  br i1 %2512, label %for_end_c.us.i.loopexit.us, label %for_body_c.us.i.us, !prof !11
+
+for_body_c.us.i.us:                               ; preds = %if_end158.us.i.us.3, %for_body_c.us.i.us.prol.loopexit
+  %indvars.iv1449.i.us = phi i64 [ %indvars.iv.next1450.i.us.3, %if_end158.us.i.us.3 ], [ %indvars.iv1449.i.us.unr, %for_body_c.us.i.us.prol.loopexit ]
+  %2513 = getelementptr i8, ptr %2480, i64 %indvars.iv1449.i.us
+  %2514 = load i8, ptr %2513, align 1, !tbaa !4
+  %2515 = icmp eq i8 %2514, 0
+  %.pre1624.i.us = add nuw nsw i64 %indvars.iv1449.i.us, %2479
+  br i1 %2515, label %if_end158.us.i.us, label %if_else157.us.i.us
+
+if_else157.us.i.us:                               ; preds = %for_body_c.us.i.us
+  %2516 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us
+  %2517 = load float, ptr %2516, align 4, !tbaa !4
+  br label %if_end158.us.i.us
+
+if_end158.us.i.us:                                ; preds = %if_else157.us.i.us, %for_body_c.us.i.us
+  %2518 = phi float [ %2517, %if_else157.us.i.us ], [ 0xFFF0000000000000, %for_body_c.us.i.us ]
+  %2519 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us
+  store float %2518, ptr %2519, align 4, !tbaa !4
+  %indvars.iv.next1450.i.us = add nuw nsw i64 %indvars.iv1449.i.us, 1
+  %2520 = getelementptr i8, ptr %2480, i64 %indvars.iv.next1450.i.us
+  %2521 = load i8, ptr %2520, align 1, !tbaa !4
+  %2522 = icmp eq i8 %2521, 0
+  %.pre1624.i.us.1 = add nuw nsw i64 %indvars.iv.next1450.i.us, %2479
+  br i1 %2522, label %if_end158.us.i.us.1, label %if_else157.us.i.us.1
+
+if_else157.us.i.us.1:                             ; preds = %if_end158.us.i.us
+  %2523 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.1
+  %2524 = load float, ptr %2523, align 4, !tbaa !4
+  br label %if_end158.us.i.us.1
+
+if_end158.us.i.us.1:                              ; preds = %if_else157.us.i.us.1, %if_end158.us.i.us
+  %2525 = phi float [ %2524, %if_else157.us.i.us.1 ], [ 0xFFF0000000000000, %if_end158.us.i.us ]
+  %2526 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.1
+  store float %2525, ptr %2526, align 4, !tbaa !4
+  %indvars.iv.next1450.i.us.1 = add nuw nsw i64 %indvars.iv1449.i.us, 2
+  %2527 = getelementptr i8, ptr %2480, i64 %indvars.iv.next1450.i.us.1
+  %2528 = load i8, ptr %2527, align 1, !tbaa !4
+  %2529 = icmp eq i8 %2528, 0
+  %.pre1624.i.us.2 = add nuw nsw i64 %indvars.iv.next1450.i.us.1, %2479
+  br i1 %2529, label %if_end158.us.i.us.2, label %if_else157.us.i.us.2
+
+if_else157.us.i.us.2:                             ; preds = %if_end158.us.i.us.1
+  %2530 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.2
+  %2531 = load float, ptr %2530, align 4, !tbaa !4
+  br label %if_end158.us.i.us.2
+
+if_end158.us.i.us.2:                              ; preds = %if_else157.us.i.us.2, %if_end158.us.i.us.1
+  %2532 = phi float [ %2531, %if_else157.us.i.us.2 ], [ 0xFFF0000000000000, %if_end158.us.i.us.1 ]
+  %2533 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.2
+  store float %2532, ptr %2533, align 4, !tbaa !4
+  %indvars.iv.next1450.i.us.2 = add nuw nsw i64 %indvars.iv1449.i.us, 3
+  %2534 = getelementptr i8, ptr %2480, i64 %indvars.iv.next1450.i.us.2
+  %2535 = load i8, ptr %2534, align 1, !tbaa !4
+  %2536 = icmp eq i8 %2535, 0
+  %.pre1624.i.us.3 = add nuw nsw i64 %indvars.iv.next1450.i.us.2, %2479
+  br i1 %2536, label %if_end158.us.i.us.3, label %if_else157.us.i.us.3
+
+if_else157.us.i.us.3:                             ; preds = %if_end158.us.i.us.2
+  %2537 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.3
+  %2538 = load float, ptr %2537, align 4, !tbaa !4
+  br label %if_end158.us.i.us.3
+
+if_end158.us.i.us.3:                              ; preds = %if_else157.us.i.us.3, %if_end158.us.i.us.2
+  %2539 = phi float [ %2538, %if_else157.us.i.us.3 ], [ 0xFFF0000000000000, %if_end158.us.i.us.2 ]
+  %2540 = getelementptr inbounds nuw float, ptr %scaled.us.i, i64 %.pre1624.i.us.3
+  store float %2539, ptr %2540, align 4, !tbaa !4
+  %indvars.iv.next1450.i.us.3 = add nuw nsw i64 %indvars.iv1449.i.us, 4
+  %exitcond109.not.3 = icmp eq i64 %indvars.iv.next1450.i.us.3, %smax108
+  br i1 %exitcond109.not.3, label %for_end_c.us.i.loopexit.us, label %for_body_c.us.i.us, !prof !141, !llvm.loop !142
+
+for_end_c.us.i.loopexit.us:                       ; preds = %if_end158.us.i.us.3, %for_body_c.us.i.us.prol.loopexit, %vec.epilog.middle.block281, %middle.block267
+  %indvars.iv.next1453.i.us = add nuw nsw i64 %indvars.iv1452.i.us, 1
+  %exitcond1456.not.i.us = icmp eq i64 %indvars.iv.next1453.i.us, %wide.trip.count1455.i
+  br i1 %exitcond1456.not.i.us, label %if_end150.us.i, label %iter.check249, !prof !8
+
+for_body_ax1.lr.ph.us.i:                          ; preds = %for_body_r163.us.i
+  %.idx1648.i = shl nuw nsw i64 %indvars.iv1462.i, 9
+  %invariant.gep1682.i = getelementptr inbounds nuw i8, ptr %scaled.us.i, i64 %.idx1648.i
+  br i1 %850, label %for_body_ax1.us.i.epil.preheader, label %for_body_ax1.us.i, !prof !143
+
+for_body_to181.lr.ph.us.i:                        ; preds = %for_body_r176.us.i
+  %2541 = getelementptr inbounds nuw float, ptr %tile_max496.i, i64 %indvars.iv1475.i
+  %2542 = load float, ptr %2541, align 4, !tbaa !128
+  %2543 = insertelement <32 x float> poison, float %2542, i64 0
+  %2544 = shufflevector <32 x float> %2543, <32 x float> poison, <32 x i32> zeroinitializer
+  %2545 = shl nuw nsw i64 %indvars.iv1475.i, 7
+  %gep1685.i = getelementptr i32, ptr %invariant.gep1684.i, i64 %indvars.iv1475.i
+  br label %for_body_to181.us.i
+
+for_body_to191.lr.ph.us.i:                        ; preds = %for_body_r186.us.i
+  %2546 = shl nuw nsw i64 %indvars.iv1484.i, 7
+  br i1 %2144, label %for_body_to191.us.i.epil.preheader, label %for_body_to191.us.i, !prof !41
+
+for_body_ax1201.lr.ph.us.i:                       ; preds = %for_body_r196.us.i
+  %.idx1650.i = shl nuw nsw i64 %indvars.iv1493.i, 9
+  %invariant.gep1686.i = getelementptr inbounds nuw i8, ptr %probs.us.i, i64 %.idx1650.i
+  br i1 %2103, label %for_body_ax1201.us.i.epil.preheader, label %for_body_ax1201.us.i, !prof !143
+
+for_body_to256.lr.ph.us.i:                        ; preds = %for_body_r251.us.i
+  %gep1695.i = getelementptr i32, ptr %2005, i64 %indvars.iv1511.i
+  %.idx1656.i = shl i64 %indvars.iv1511.i, 8
+  %invariant.gep1692.i = getelementptr i8, ptr %edges.us.i, i64 %.idx1656.i
+  br label %for_body_to256.us.i
+
+for_body_c268.lr.ph.us.i:                         ; preds = %for_body_r263.us.i
+  %2547 = lshr i32 %r2661212.us.i, 2
+  %2548 = zext nneg i32 %2547 to i64
+  %2549 = add nsw i64 %2555, %2548
+  %2550 = mul nsw i64 %2549, %504
+  %2551 = shl nsw i32 %r2661212.us.i, 6
+  %2552 = getelementptr i8, ptr %803, i64 %2550
+  br i1 %2560, label %for_body_c268.us.i.epil.preheader, label %for_body_c268.us.i, !prof !41
+
+for_body_r263.lr.ph.us.i:                         ; preds = %if_then260.us.i
+  %2553 = icmp sgt i32 %valid_len133.us.i, %796
+  %2554 = sext i32 %851 to i64
+  %2555 = shl nsw i64 %2554, 2
+  %2556 = tail call i32 @llvm.umin.i32(i32 %853, i32 16)
+  %2557 = add i32 %indvars.iv100, %833
+  %2558 = tail call i32 @llvm.smin.i32(i32 %2557, i32 128)
+  %smin455 = sext i32 %2558 to i64
+  %2559 = sub nsw i64 %smin455, %715
+  %smax456 = tail call i64 @llvm.smax.i64(i64 %2559, i64 1)
+  %xtraiter457 = and i64 %smax456, 3
+  %2560 = icmp slt i64 %2559, 4
+  %unroll_iter461 = and i64 %smax456, 9223372036854775804
+  %lcmp.mod459.not = icmp eq i64 %xtraiter457, 0
+  %lcmp.mod460 = icmp ne i64 %xtraiter457, 0
+  br label %for_body_r263.us.i
+
+for_body_to273.lr.ph.us.i:                        ; preds = %for_begin_to272.preheader.us.i
+  %gep1317.us.idx.i = shl i64 %indvars.iv1530.i, 7
+  %gep1317.us.i = getelementptr i8, ptr %invariant.gep1316.us.i, i64 %gep1317.us.idx.i
+  br label %for_body_to273.us.i
+
+for_body_ti.lr.ph.us.i:                           ; preds = %for_end_to274.us.i
+  %gep1349.us.idx.i = shl i64 %indvars.iv1530.i, 7
+  %gep1349.us.i = getelementptr i8, ptr %invariant.gep1316.us.i, i64 %gep1349.us.idx.i
+  br label %for_body_ti.us.i
+
+for_begin_row_tile.for_end_row_tile_crit_edge.us.i: ; preds = %for_begin_row_tile.us.i
+  %indvars.iv.next1544.i = add nuw nsw i64 %indvars.iv1543.i, 1
+  %exitcond1547.not.i = icmp eq i64 %indvars.iv.next1544.i, %wide.trip.count1546.i
+  br i1 %exitcond1547.not.i, label %for_end_kv_head.i, label %for_body_kv_head.us.i, !prof !8
+
+for_body_t105.i:                                  ; preds = %for_body_t105.i, %for_body_t105.i.preheader.new
+  %indvars.iv1421.i = phi i64 [ 0, %for_body_t105.i.preheader.new ], [ %indvars.iv.next1422.i.3, %for_body_t105.i ]
+  %niter311 = phi i64 [ 0, %for_body_t105.i.preheader.new ], [ %niter311.next.3, %for_body_t105.i ]
+  %2561 = add nsw i64 %indvars.iv1421.i, %732
+  %2562 = trunc nsw i64 %2561 to i32
+  %2563 = tail call i32 @llvm.smin.i32(i32 %2562, i32 %707)
+  %2564 = sext i32 %2563 to i64
+  %2565 = ashr i64 %2564, 4
+  %gep1161.i = getelementptr i32, ptr %497, i64 %2565
+  %2566 = load i32, ptr %gep1161.i, align 4, !tbaa !4
+  %block112.i = sext i32 %2566 to i64
+  %2567 = lshr i64 %2564, 1
+  %2568 = and i64 %2567, 7
+  %2569 = mul nsw i64 %2568, %v_row
+  %2570 = mul nsw i64 %v_block, %block112.i
+  %2571 = add nsw i64 %2569, %2570
+  %2572 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv1421.i
+  store i64 %2571, ptr %2572, align 8, !tbaa !4
+  %indvars.iv.next1422.i = or disjoint i64 %indvars.iv1421.i, 1
+  %2573 = add nsw i64 %indvars.iv.next1422.i, %732
+  %2574 = trunc nsw i64 %2573 to i32
+  %2575 = tail call i32 @llvm.smin.i32(i32 %2574, i32 %707)
+  %2576 = sext i32 %2575 to i64
+  %2577 = ashr i64 %2576, 4
+  %gep1161.i.1 = getelementptr i32, ptr %497, i64 %2577
+  %2578 = load i32, ptr %gep1161.i.1, align 4, !tbaa !4
+  %block112.i.1 = sext i32 %2578 to i64
+  %2579 = lshr i64 %2576, 1
+  %2580 = and i64 %2579, 7
+  %2581 = mul nsw i64 %2580, %v_row
+  %2582 = mul nsw i64 %v_block, %block112.i.1
+  %2583 = add nsw i64 %2581, %2582
+  %2584 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1422.i
+  store i64 %2583, ptr %2584, align 8, !tbaa !4
+  %indvars.iv.next1422.i.1 = or disjoint i64 %indvars.iv1421.i, 2
+  %2585 = add nsw i64 %indvars.iv.next1422.i.1, %732
+  %2586 = trunc nsw i64 %2585 to i32
+  %2587 = tail call i32 @llvm.smin.i32(i32 %2586, i32 %707)
+  %2588 = sext i32 %2587 to i64
+  %2589 = ashr i64 %2588, 4
+  %gep1161.i.2 = getelementptr i32, ptr %497, i64 %2589
+  %2590 = load i32, ptr %gep1161.i.2, align 4, !tbaa !4
+  %block112.i.2 = sext i32 %2590 to i64
+  %2591 = lshr i64 %2588, 1
+  %2592 = and i64 %2591, 7
+  %2593 = mul nsw i64 %2592, %v_row
+  %2594 = mul nsw i64 %v_block, %block112.i.2
+  %2595 = add nsw i64 %2593, %2594
+  %2596 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1422.i.1
+  store i64 %2595, ptr %2596, align 8, !tbaa !4
+  %indvars.iv.next1422.i.2 = or disjoint i64 %indvars.iv1421.i, 3
+  %2597 = add nsw i64 %indvars.iv.next1422.i.2, %732
+  %2598 = trunc nsw i64 %2597 to i32
+  %2599 = tail call i32 @llvm.smin.i32(i32 %2598, i32 %707)
+  %2600 = sext i32 %2599 to i64
+  %2601 = ashr i64 %2600, 4
+  %gep1161.i.3 = getelementptr i32, ptr %497, i64 %2601
+  %2602 = load i32, ptr %gep1161.i.3, align 4, !tbaa !4
+  %block112.i.3 = sext i32 %2602 to i64
+  %2603 = lshr i64 %2600, 1
+  %2604 = and i64 %2603, 7
+  %2605 = mul nsw i64 %2604, %v_row
+  %2606 = mul nsw i64 %v_block, %block112.i.3
+  %2607 = add nsw i64 %2605, %2606
+  %2608 = getelementptr inbounds nuw i64, ptr %value_offsets.i, i64 %indvars.iv.next1422.i.2
+  store i64 %2607, ptr %2608, align 8, !tbaa !4
+  %indvars.iv.next1422.i.3 = add nuw nsw i64 %indvars.iv1421.i, 4
+  %niter311.next.3 = add i64 %niter311, 4
+  %niter311.ncmp.3 = icmp eq i64 %niter311.next.3, %unroll_iter310
+  br i1 %niter311.ncmp.3, label %for_begin_kv_head.preheader.i.loopexit.unr-lcssa, label %for_body_t105.i, !prof !42, !llvm.loop !144
+
+for_end_kv_head.i:                                ; preds = %for_begin_row_tile.for_end_row_tile_crit_edge.us.i, %for_body_kv_head.lr.ph.i, %for_begin_kv_head.preheader.i
+  %2609 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2610 = tail call i32 %2609(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
+  %.not516.i = icmp eq i32 %2610, 0
+  br i1 %.not516.i, label %if_end312.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end312.i:                                      ; preds = %for_end_kv_head.i
+  %2611 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2612 = tail call i32 %2611(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
+  %.not517.i = icmp eq i32 %2612, 0
+  br i1 %.not517.i, label %for_begin_step.i, label %fused_attend_compute_.exit, !prof !51
+
+for_body_tile318.i:                               ; preds = %if_end323.i, %for_begin_tile317.preheader.i
+  %indvars.iv1561.i = phi i64 [ %indvars.iv.next1562.i, %if_end323.i ], [ 0, %for_begin_tile317.preheader.i ]
+  %.idx1660.i = shl nsw i64 %indvars.iv1561.i, 4
+  %2613 = getelementptr inbounds nuw i8, ptr %reach.i, i64 %.idx1660.i
+  %2614 = getelementptr inbounds nuw i8, ptr %2613, i64 4
+  %2615 = load i32, ptr %2614, align 4, !tbaa !4
+  %2616 = icmp slt i32 %read_begin.i, %2615
+  br i1 %2616, label %if_then322.i, label %if_end323.i, !prof !7
+
+for_end_tile319.i:                                ; preds = %if_end323.i, %for_begin_tile317.preheader.i
+  %2617 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2618 = tail call i32 %2617(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not513.i = icmp eq i32 %2618, 0
+  br i1 %.not513.i, label %if_end383.i, label %fused_attend_compute_.exit, !prof !51
+
+if_then322.i:                                     ; preds = %for_body_tile318.i
+  %2619 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %.idx1660.i
+  %old_max329.i = load <16 x float>, ptr %2619, align 4, !tbaa !4
+  %2620 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %.idx1660.i
+  %old_sum331.i = load <16 x float>, ptr %2620, align 4, !tbaa !4
+  %2621 = getelementptr inbounds nuw float, ptr %row_max.i, i64 %.idx1660.i
+  %2622 = load <16 x float>, ptr %2621, align 4, !tbaa !4
+  %2623 = fcmp ogt <16 x float> %old_max329.i, %2622
+  %2624 = getelementptr inbounds nuw float, ptr %row_sum.i, i64 %.idx1660.i
+  %2625 = load <16 x float>, ptr %2624, align 4, !tbaa !4
+  %2626 = fcmp oeq <16 x float> %2625, zeroinitializer
+  %2627 = select <16 x i1> %2626, <16 x i1> splat (i1 true), <16 x i1> %2623
+  %old_or_both335.i = select <16 x i1> %2627, <16 x float> %old_max329.i, <16 x float> %2622
+  %2628 = fcmp oeq <16 x float> %old_sum331.i, zeroinitializer
+  %m337.i = select <16 x i1> %2628, <16 x float> %2622, <16 x float> %old_or_both335.i
+  %2629 = fsub <16 x float> %old_max329.i, %m337.i
+  %2630 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2629, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2631 = bitcast <16 x float> %2630 to <16 x i32>
+  %2632 = fadd <16 x float> %2630, splat (float 0xC168000FE0000000)
+  %2633 = fmul <16 x float> %2632, splat (float 0x3F2BD01060000000)
+  %2634 = fmul <16 x float> %2632, splat (float 0x3FE6300000000000)
+  %2635 = fsub <16 x float> %2629, %2634
+  %2636 = fadd <16 x float> %2633, %2635
+  %2637 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2636, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2638 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2637, <16 x float> %2636, <16 x float> splat (float 0x3FA5558F20000000))
+  %2639 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2638, <16 x float> %2636, <16 x float> splat (float 0x3FC5554920000000))
+  %2640 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2639, <16 x float> %2636, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2641 = fmul <16 x float> %2636, %2636
+  %2642 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2640, <16 x float> %2641, <16 x float> %2636)
+  %2643 = shl <16 x i32> %2631, splat (i32 23)
+  %2644 = bitcast <16 x i32> %2643 to <16 x float>
+  %2645 = fadd <16 x float> %2642, splat (float 1.000000e+00)
+  %2646 = fmul <16 x float> %2645, %2644
+  %2647 = fcmp olt <16 x float> %2629, splat (float -8.700000e+01)
+  %2648 = select <16 x i1> %2647, <16 x float> zeroinitializer, <16 x float> %2646
+  %2649 = fcmp one <16 x float> %old_sum331.i, zeroinitializer
+  %2650 = select <16 x i1> %2649, <16 x float> %2648, <16 x float> zeroinitializer
+  store <16 x float> %2650, ptr %alpha324482.i, align 16, !tbaa !145
+  %arg355.i = fsub <16 x float> %2622, %m337.i
+  %2651 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %arg355.i, <16 x float> splat (float 0x3FF7154760000000), <16 x float> splat (float 0x4168000FE0000000))
+  %2652 = bitcast <16 x float> %2651 to <16 x i32>
+  %2653 = fadd <16 x float> %2651, splat (float 0xC168000FE0000000)
+  %2654 = fmul <16 x float> %2653, splat (float 0x3F2BD01060000000)
+  %2655 = fmul <16 x float> %2653, splat (float 0x3FE6300000000000)
+  %2656 = fsub <16 x float> %arg355.i, %2655
+  %2657 = fadd <16 x float> %2654, %2656
+  %2658 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2657, <16 x float> splat (float 0x3F56A243A0000000), <16 x float> splat (float 0x3F81239E00000000))
+  %2659 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2658, <16 x float> %2657, <16 x float> splat (float 0x3FA5558F20000000))
+  %2660 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2659, <16 x float> %2657, <16 x float> splat (float 0x3FC5554920000000))
+  %2661 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2660, <16 x float> %2657, <16 x float> splat (float 0x3FDFFFFFC0000000))
+  %2662 = fmul <16 x float> %2657, %2657
+  %2663 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2661, <16 x float> %2662, <16 x float> %2657)
+  %2664 = shl <16 x i32> %2652, splat (i32 23)
+  %2665 = bitcast <16 x i32> %2664 to <16 x float>
+  %2666 = fadd <16 x float> %2663, splat (float 1.000000e+00)
+  %2667 = fmul <16 x float> %2666, %2665
+  %2668 = fcmp olt <16 x float> %arg355.i, splat (float -8.700000e+01)
+  %2669 = select <16 x i1> %2668, <16 x float> zeroinitializer, <16 x float> %2667
+  %2670 = fcmp one <16 x float> %2625, zeroinitializer
+  %2671 = select <16 x i1> %2670, <16 x float> %2669, <16 x float> zeroinitializer
+  store <16 x float> %2671, ptr %beta325481.i, align 16, !tbaa !152
+  %2672 = fmul <16 x float> %old_sum331.i, %2650
+  %2673 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2671, <16 x float> %2625, <16 x float> %2672)
+  store <16 x float> %m337.i, ptr %2619, align 4, !tbaa !4
+  store <16 x float> %2673, ptr %2620, align 4, !tbaa !4
+  %2674 = shl i64 %indvars.iv1561.i, 11
+  %2675 = and i64 %2674, 4294965248
+  br label %for_begin_d_0377.preheader.i
+
+if_end323.i:                                      ; preds = %for_begin_d_0377.preheader.i, %for_body_tile318.i
+  %indvars.iv.next1562.i = add nuw nsw i64 %indvars.iv1561.i, 1
+  %exitcond1565.not.i = icmp eq i64 %indvars.iv.next1562.i, %wide.trip.count1564.i
+  br i1 %exitcond1565.not.i, label %for_end_tile319.i, label %for_body_tile318.i, !prof !8
+
+for_begin_d_0377.preheader.i:                     ; preds = %for_begin_d_0377.preheader.i, %if_then322.i
+  %indvars.iv1557.i = phi i64 [ 0, %if_then322.i ], [ %indvars.iv.next1558.i, %for_begin_d_0377.preheader.i ]
+  %2676 = getelementptr inbounds nuw float, ptr %beta325481.i, i64 %indvars.iv1557.i
+  %2677 = load float, ptr %2676, align 4, !tbaa !159
+  %2678 = insertelement <16 x float> poison, float %2677, i64 0
+  %2679 = shufflevector <16 x float> %2678, <16 x float> poison, <16 x i32> zeroinitializer
+  %2680 = shl nuw nsw i64 %indvars.iv1557.i, 7
+  %2681 = add nuw nsw i64 %2680, %2675
+  %2682 = getelementptr inbounds nuw float, ptr %alpha324482.i, i64 %indvars.iv1557.i
+  %2683 = load float, ptr %2682, align 4, !tbaa !160
+  %2684 = insertelement <16 x float> poison, float %2683, i64 0
+  %2685 = shufflevector <16 x float> %2684, <16 x float> poison, <16 x i32> zeroinitializer
+  %2686 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2681
+  %2687 = load <16 x float>, ptr %2686, align 4, !tbaa !4
+  %2688 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2681
+  %2689 = load <16 x float>, ptr %2688, align 4, !tbaa !4
+  %2690 = fmul <16 x float> %2689, %2685
+  %2691 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2687, <16 x float> %2690)
+  store <16 x float> %2691, ptr %2688, align 4, !tbaa !4
+  %2692 = or disjoint i64 %2681, 16
+  %2693 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2692
+  %2694 = load <16 x float>, ptr %2693, align 4, !tbaa !4
+  %2695 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2692
+  %2696 = load <16 x float>, ptr %2695, align 4, !tbaa !4
+  %2697 = fmul <16 x float> %2685, %2696
+  %2698 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2694, <16 x float> %2697)
+  store <16 x float> %2698, ptr %2695, align 4, !tbaa !4
+  %2699 = or disjoint i64 %2681, 32
+  %2700 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2699
+  %2701 = load <16 x float>, ptr %2700, align 4, !tbaa !4
+  %2702 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2699
+  %2703 = load <16 x float>, ptr %2702, align 4, !tbaa !4
+  %2704 = fmul <16 x float> %2685, %2703
+  %2705 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2701, <16 x float> %2704)
+  store <16 x float> %2705, ptr %2702, align 4, !tbaa !4
+  %2706 = or disjoint i64 %2681, 48
+  %2707 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2706
+  %2708 = load <16 x float>, ptr %2707, align 4, !tbaa !4
+  %2709 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2706
+  %2710 = load <16 x float>, ptr %2709, align 4, !tbaa !4
+  %2711 = fmul <16 x float> %2685, %2710
+  %2712 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2708, <16 x float> %2711)
+  store <16 x float> %2712, ptr %2709, align 4, !tbaa !4
+  %2713 = or disjoint i64 %2681, 64
+  %2714 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2713
+  %2715 = load <16 x float>, ptr %2714, align 4, !tbaa !4
+  %2716 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2713
+  %2717 = load <16 x float>, ptr %2716, align 4, !tbaa !4
+  %2718 = fmul <16 x float> %2685, %2717
+  %2719 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2715, <16 x float> %2718)
+  store <16 x float> %2719, ptr %2716, align 4, !tbaa !4
+  %2720 = or disjoint i64 %2681, 80
+  %2721 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2720
+  %2722 = load <16 x float>, ptr %2721, align 4, !tbaa !4
+  %2723 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2720
+  %2724 = load <16 x float>, ptr %2723, align 4, !tbaa !4
+  %2725 = fmul <16 x float> %2685, %2724
+  %2726 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2722, <16 x float> %2725)
+  store <16 x float> %2726, ptr %2723, align 4, !tbaa !4
+  %2727 = or disjoint i64 %2681, 96
+  %2728 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2727
+  %2729 = load <16 x float>, ptr %2728, align 4, !tbaa !4
+  %2730 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2727
+  %2731 = load <16 x float>, ptr %2730, align 4, !tbaa !4
+  %2732 = fmul <16 x float> %2685, %2731
+  %2733 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2729, <16 x float> %2732)
+  store <16 x float> %2733, ptr %2730, align 4, !tbaa !4
+  %2734 = or disjoint i64 %2681, 112
+  %2735 = getelementptr inbounds nuw float, ptr %acc.i, i64 %2734
+  %2736 = load <16 x float>, ptr %2735, align 4, !tbaa !4
+  %2737 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2734
+  %2738 = load <16 x float>, ptr %2737, align 4, !tbaa !4
+  %2739 = fmul <16 x float> %2685, %2738
+  %2740 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %2679, <16 x float> %2736, <16 x float> %2739)
+  store <16 x float> %2740, ptr %2737, align 4, !tbaa !4
+  %indvars.iv.next1558.i = add nuw nsw i64 %indvars.iv1557.i, 1
+  %exitcond1560.not.i = icmp eq i64 %indvars.iv.next1558.i, 16
+  br i1 %exitcond1560.not.i, label %if_end323.i, label %for_begin_d_0377.preheader.i, !prof !28
+
+if_end383.i:                                      ; preds = %for_end_tile319.i
+  %2741 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2742 = tail call i32 %2741(i32 1, i32 %dev_id, ptr nonnull %row_sum.i)
+  %.not514.i = icmp eq i32 %2742, 0
+  br i1 %.not514.i, label %if_end386.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end386.i:                                      ; preds = %if_end383.i
+  %2743 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2744 = tail call i32 %2743(i32 1, i32 %dev_id, ptr nonnull %row_max.i)
+  %.not515.i = icmp eq i32 %2744, 0
+  br i1 %.not515.i, label %for_begin_number.i, label %fused_attend_compute_.exit, !prof !51
+
+for_body_tile392.i:                               ; preds = %if_end397.loopexit1145.i, %for_body_tile392.lr.ph.i
+  %indvars.iv1589.i = phi i64 [ %indvars.iv.next1590.i, %if_end397.loopexit1145.i ], [ 0, %for_body_tile392.lr.ph.i ]
+  %2745 = trunc nuw nsw i64 %indvars.iv1589.i to i32
+  %rmod425.i = srem i32 %2745, %111
+  %rdiv432.i = sdiv i32 %2745, %111
+  %2746 = icmp ne i32 %rmod425.i, 0
+  %.not506.i = and i1 %523, %2746
+  %2747 = select i1 %.not506.i, i32 %111, i32 0
+  %2748 = add nsw i32 %2747, %rmod425.i
+  %2749 = shl nsw i32 %2748, 4
+  %2750 = sub nsw i32 %109, %2749
+  %2751 = icmp sgt i32 %2750, 0
+  br i1 %2751, label %for_body_r427.lr.ph.i, label %if_end397.loopexit1145.i, !prof !3
+
+for_end_tile393.i:                                ; preds = %if_end397.loopexit1145.i, %if_end397.loopexit.us.i, %for_begin_tile391.preheader.i
+  %2752 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2753 = tail call i32 %2752(i32 1, i32 %dev_id, ptr nonnull %reach.i)
+  %.not.i = icmp eq i32 %2753, 0
+  br i1 %.not.i, label %if_end452.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end397.loopexit1145.i:                         ; preds = %for_begin_d_0443.preheader.i, %for_body_tile392.i
+  %indvars.iv.next1590.i = add nuw nsw i64 %indvars.iv1589.i, 1
+  %exitcond1593.not.i = icmp eq i64 %indvars.iv.next1590.i, %wide.trip.count1613.i
+  br i1 %exitcond1593.not.i, label %for_end_tile393.i, label %for_body_tile392.i, !prof !8
+
+for_body_r427.lr.ph.i:                            ; preds = %for_body_tile392.i
+  %2754 = sext i1 %.not506.i to i32
+  %2755 = add nsw i32 %rdiv432.i, %2754
+  %2756 = sext i32 %2755 to i64
+  %2757 = sext i32 %2748 to i64
+  %2758 = shl nsw i64 %2757, 7
+  %2759 = add nsw i64 %524, %2756
+  %2760 = shl nsw i64 %2759, 2
+  %2761 = add nsw i64 %2758, %526
+  %2762 = shl i64 %indvars.iv1589.i, 4
+  %2763 = and i64 %2762, 4294967280
+  %2764 = tail call i32 @llvm.umin.i32(i32 %2750, i32 16)
+  %wide.trip.count1571.i = zext nneg i32 %2764 to i64
+  %2765 = add nsw i64 %2761, %2760
+  %2766 = or disjoint i64 %2765, 1
+  %2767 = or disjoint i64 %2765, 2
+  %2768 = or disjoint i64 %2765, 3
+  br label %for_body_r427.i
+
+for_begin_d_0443.preheader.lr.ph.i:               ; preds = %for_body_r427.i
+  %2769 = shl nsw i64 %indvars.iv1589.i, 11
+  %.idx.i = shl nsw i64 %2759, 11
+  %2770 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  %.idx507.i = shl nsw i64 %2757, 16
+  %2771 = getelementptr i8, ptr %2770, i64 %.idx507.i
+  %invariant.gep1369.i = getelementptr i8, ptr %2771, i64 %.idx508.i
+  br label %for_begin_d_0443.preheader.i
+
+for_body_r427.i:                                  ; preds = %for_body_r427.i, %for_body_r427.lr.ph.i
+  %indvars.iv1567.i = phi i64 [ 0, %for_body_r427.lr.ph.i ], [ %indvars.iv.next1568.i.3, %for_body_r427.i ]
+  %2772 = add nuw nsw i64 %indvars.iv1567.i, %2763
+  %2773 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2772
+  %2774 = load float, ptr %2773, align 4, !tbaa !4
+  %2775 = shl nuw nsw i64 %indvars.iv1567.i, 3
+  %2776 = and i64 %2775, 17179869152
+  %2777 = add nsw i64 %2765, %2776
+  %2778 = getelementptr inbounds float, ptr %partial_max, i64 %2777
+  store float %2774, ptr %2778, align 4, !tbaa !4
+  %2779 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2772
+  %2780 = load float, ptr %2779, align 4, !tbaa !4
+  %2781 = getelementptr inbounds float, ptr %partial_sum, i64 %2777
+  store float %2780, ptr %2781, align 4, !tbaa !4
+  %indvars.iv.next1568.i = or disjoint i64 %indvars.iv1567.i, 1
+  %2782 = add nuw nsw i64 %indvars.iv.next1568.i, %2763
+  %2783 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2782
+  %2784 = load float, ptr %2783, align 4, !tbaa !4
+  %2785 = shl nuw nsw i64 %indvars.iv1567.i, 3
+  %2786 = and i64 %2785, 17179869152
+  %2787 = add nsw i64 %2766, %2786
+  %2788 = getelementptr inbounds float, ptr %partial_max, i64 %2787
+  store float %2784, ptr %2788, align 4, !tbaa !4
+  %2789 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2782
+  %2790 = load float, ptr %2789, align 4, !tbaa !4
+  %2791 = getelementptr inbounds float, ptr %partial_sum, i64 %2787
+  store float %2790, ptr %2791, align 4, !tbaa !4
+  %indvars.iv.next1568.i.1 = or disjoint i64 %indvars.iv1567.i, 2
+  %2792 = add nuw nsw i64 %indvars.iv.next1568.i.1, %2763
+  %2793 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2792
+  %2794 = load float, ptr %2793, align 4, !tbaa !4
+  %2795 = shl nuw nsw i64 %indvars.iv1567.i, 3
+  %2796 = and i64 %2795, 17179869152
+  %2797 = add nsw i64 %2767, %2796
+  %2798 = getelementptr inbounds float, ptr %partial_max, i64 %2797
+  store float %2794, ptr %2798, align 4, !tbaa !4
+  %2799 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2792
+  %2800 = load float, ptr %2799, align 4, !tbaa !4
+  %2801 = getelementptr inbounds float, ptr %partial_sum, i64 %2797
+  store float %2800, ptr %2801, align 4, !tbaa !4
+  %indvars.iv.next1568.i.2 = or disjoint i64 %indvars.iv1567.i, 3
+  %2802 = add nuw nsw i64 %indvars.iv.next1568.i.2, %2763
+  %2803 = getelementptr inbounds nuw float, ptr %total_max.i, i64 %2802
+  %2804 = load float, ptr %2803, align 4, !tbaa !4
+  %2805 = shl nuw nsw i64 %indvars.iv1567.i, 3
+  %2806 = and i64 %2805, 17179869152
+  %2807 = add nsw i64 %2768, %2806
+  %2808 = getelementptr inbounds float, ptr %partial_max, i64 %2807
+  store float %2804, ptr %2808, align 4, !tbaa !4
+  %2809 = getelementptr inbounds nuw float, ptr %total_sum.i, i64 %2802
+  %2810 = load float, ptr %2809, align 4, !tbaa !4
+  %2811 = getelementptr inbounds float, ptr %partial_sum, i64 %2807
+  store float %2810, ptr %2811, align 4, !tbaa !4
+  %indvars.iv.next1568.i.3 = add nuw nsw i64 %indvars.iv1567.i, 4
+  %exitcond1572.not.i.3 = icmp eq i64 %indvars.iv.next1568.i.3, %wide.trip.count1571.i
+  br i1 %exitcond1572.not.i.3, label %for_begin_d_0443.preheader.lr.ph.i, label %for_body_r427.i, !prof !8, !llvm.loop !161
+
+for_begin_d_0443.preheader.i:                     ; preds = %for_begin_d_0443.preheader.i, %for_begin_d_0443.preheader.lr.ph.i
+  %indvars.iv1583.i = phi i64 [ 0, %for_begin_d_0443.preheader.lr.ph.i ], [ %indvars.iv.next1584.i.1, %for_begin_d_0443.preheader.i ]
+  %2812 = shl nsw i64 %indvars.iv1583.i, 7
+  %2813 = add nuw nsw i64 %2812, %2769
+  %2814 = and i64 %2812, 256
+  %2815 = shl nuw nsw i64 %indvars.iv1583.i, 10
+  %2816 = and i64 %2815, 2199023251456
+  %gep1370.i = getelementptr float, ptr %invariant.gep1369.i, i64 %2816
+  %2817 = getelementptr float, ptr %gep1370.i, i64 %2814
+  %2818 = and i64 %2813, 4294967040
+  %2819 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2818
+  %2820 = load <16 x float>, ptr %2819, align 4, !tbaa !4
+  store <16 x float> %2820, ptr %2817, align 4, !tbaa !4
+  %2821 = getelementptr inbounds nuw i8, ptr %2819, i64 64
+  %2822 = load <16 x float>, ptr %2821, align 4, !tbaa !4
+  %2823 = getelementptr i8, ptr %2817, i64 64
+  store <16 x float> %2822, ptr %2823, align 4, !tbaa !4
+  %2824 = getelementptr inbounds nuw i8, ptr %2819, i64 128
+  %2825 = load <16 x float>, ptr %2824, align 4, !tbaa !4
+  %2826 = getelementptr i8, ptr %2817, i64 128
+  store <16 x float> %2825, ptr %2826, align 4, !tbaa !4
+  %2827 = getelementptr inbounds nuw i8, ptr %2819, i64 192
+  %2828 = load <16 x float>, ptr %2827, align 4, !tbaa !4
+  %2829 = getelementptr i8, ptr %2817, i64 192
+  store <16 x float> %2828, ptr %2829, align 4, !tbaa !4
+  %2830 = getelementptr inbounds nuw i8, ptr %2819, i64 256
+  %2831 = load <16 x float>, ptr %2830, align 4, !tbaa !4
+  %2832 = getelementptr i8, ptr %2817, i64 256
+  store <16 x float> %2831, ptr %2832, align 4, !tbaa !4
+  %2833 = getelementptr inbounds nuw i8, ptr %2819, i64 320
+  %2834 = load <16 x float>, ptr %2833, align 4, !tbaa !4
+  %2835 = getelementptr i8, ptr %2817, i64 320
+  store <16 x float> %2834, ptr %2835, align 4, !tbaa !4
+  %2836 = getelementptr inbounds nuw i8, ptr %2819, i64 384
+  %2837 = load <16 x float>, ptr %2836, align 4, !tbaa !4
+  %2838 = getelementptr i8, ptr %2817, i64 384
+  store <16 x float> %2837, ptr %2838, align 4, !tbaa !4
+  %2839 = getelementptr inbounds nuw i8, ptr %2819, i64 448
+  %2840 = load <16 x float>, ptr %2839, align 4, !tbaa !4
+  %2841 = getelementptr i8, ptr %2817, i64 448
+  store <16 x float> %2840, ptr %2841, align 4, !tbaa !4
+  %indvars.iv.next1584.i = shl i64 %indvars.iv1583.i, 7
+  %2842 = or disjoint i64 %indvars.iv.next1584.i, 128
+  %2843 = add nuw nsw i64 %2842, %2769
+  %2844 = and i64 %2842, 384
+  %2845 = shl nuw nsw i64 %indvars.iv1583.i, 10
+  %2846 = and i64 %2845, 2199023251456
+  %gep1370.i.1 = getelementptr float, ptr %invariant.gep1369.i, i64 %2846
+  %2847 = getelementptr float, ptr %gep1370.i.1, i64 %2844
+  %2848 = and i64 %2843, 4294967168
+  %2849 = getelementptr inbounds nuw float, ptr %total_acc.i, i64 %2848
+  %2850 = load <16 x float>, ptr %2849, align 4, !tbaa !4
+  store <16 x float> %2850, ptr %2847, align 4, !tbaa !4
+  %2851 = getelementptr inbounds nuw i8, ptr %2849, i64 64
+  %2852 = load <16 x float>, ptr %2851, align 4, !tbaa !4
+  %2853 = getelementptr i8, ptr %2847, i64 64
+  store <16 x float> %2852, ptr %2853, align 4, !tbaa !4
+  %2854 = getelementptr inbounds nuw i8, ptr %2849, i64 128
+  %2855 = load <16 x float>, ptr %2854, align 4, !tbaa !4
+  %2856 = getelementptr i8, ptr %2847, i64 128
+  store <16 x float> %2855, ptr %2856, align 4, !tbaa !4
+  %2857 = getelementptr inbounds nuw i8, ptr %2849, i64 192
+  %2858 = load <16 x float>, ptr %2857, align 4, !tbaa !4
+  %2859 = getelementptr i8, ptr %2847, i64 192
+  store <16 x float> %2858, ptr %2859, align 4, !tbaa !4
+  %2860 = getelementptr inbounds nuw i8, ptr %2849, i64 256
+  %2861 = load <16 x float>, ptr %2860, align 4, !tbaa !4
+  %2862 = getelementptr i8, ptr %2847, i64 256
+  store <16 x float> %2861, ptr %2862, align 4, !tbaa !4
+  %2863 = getelementptr inbounds nuw i8, ptr %2849, i64 320
+  %2864 = load <16 x float>, ptr %2863, align 4, !tbaa !4
+  %2865 = getelementptr i8, ptr %2847, i64 320
+  store <16 x float> %2864, ptr %2865, align 4, !tbaa !4
+  %2866 = getelementptr inbounds nuw i8, ptr %2849, i64 384
+  %2867 = load <16 x float>, ptr %2866, align 4, !tbaa !4
+  %2868 = getelementptr i8, ptr %2847, i64 384
+  store <16 x float> %2867, ptr %2868, align 4, !tbaa !4
+  %2869 = getelementptr inbounds nuw i8, ptr %2849, i64 448
+  %2870 = load <16 x float>, ptr %2869, align 4, !tbaa !4
+  %2871 = getelementptr i8, ptr %2847, i64 448
+  store <16 x float> %2870, ptr %2871, align 4, !tbaa !4
+  %indvars.iv.next1584.i.1 = add nuw nsw i64 %indvars.iv1583.i, 2
+  %exitcond1588.not.i.1 = icmp eq i64 %indvars.iv.next1584.i.1, %wide.trip.count1571.i
+  br i1 %exitcond1588.not.i.1, label %if_end397.loopexit1145.i, label %for_begin_d_0443.preheader.i, !prof !8, !llvm.loop !163
+
+if_end452.i:                                      ; preds = %for_end_tile393.i
+  %2872 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2873 = tail call i32 %2872(i32 1, i32 %dev_id, ptr nonnull %places.i)
+  %.not498.i = icmp eq i32 %2873, 0
+  br i1 %.not498.i, label %if_end455.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end455.i:                                      ; preds = %if_end452.i
+  %2874 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2875 = tail call i32 %2874(i32 1, i32 %dev_id, ptr nonnull %limits.i)
+  %.not499.i = icmp eq i32 %2875, 0
+  br i1 %.not499.i, label %if_end458.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end458.i:                                      ; preds = %if_end455.i
+  %2876 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2877 = tail call i32 %2876(i32 1, i32 %dev_id, ptr nonnull %total_acc.i)
+  %.not500.i = icmp eq i32 %2877, 0
+  br i1 %.not500.i, label %if_end461.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end461.i:                                      ; preds = %if_end458.i
+  %2878 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2879 = tail call i32 %2878(i32 1, i32 %dev_id, ptr nonnull %total_sum.i)
+  %.not501.i = icmp eq i32 %2879, 0
+  br i1 %.not501.i, label %if_end464.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end464.i:                                      ; preds = %if_end461.i
+  %2880 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2881 = tail call i32 %2880(i32 1, i32 %dev_id, ptr nonnull %total_max.i)
+  %.not502.i = icmp eq i32 %2881, 0
+  br i1 %.not502.i, label %if_end467.i, label %fused_attend_compute_.exit, !prof !51
+
+if_end467.i:                                      ; preds = %if_end464.i
+  %2882 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %2883 = tail call i32 %2882(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
+  %.not503.i = icmp ne i32 %2883, 0
+  %..i = sext i1 %.not503.i to i32
+  br label %fused_attend_compute_.exit
+
+fused_attend_compute_.exit:                       ; preds = %if_end467.i, %if_end464.i, %if_end461.i, %if_end458.i, %if_end455.i, %if_end452.i, %for_end_tile393.i, %if_end386.i, %if_end383.i, %for_end_tile319.i, %if_end312.i, %for_end_kv_head.i, %if_end306.us.i, %if_end303.us.i, %if_end300.us.i, %if_end297.us.i, %if_end131.us.i, %for_end_r_0_m.us.i, %if_end150.us.i, %if_end125.us.i, %if_end122.us.i, %if_end119.us.i, %if_end116.us.i, %for_body_row_tile.us.i, %if_end99.i, %for_body_step.i, %if_end93.i, %if_end90.i, %for_body_number.i, %if_end14.i, %if_end11.i, %if_end8.i, %if_end5.i, %if_end2.i, %if_end.i, %if_end48
+  %common.ret.op.i = phi i32 [ -1, %if_end464.i ], [ -1, %if_end48 ], [ -1, %if_end.i ], [ -1, %if_end2.i ], [ -1, %if_end5.i ], [ -1, %if_end8.i ], [ -1, %if_end11.i ], [ -1, %if_end14.i ], [ -1, %for_end_tile393.i ], [ -1, %if_end452.i ], [ -1, %for_body_step.i ], [ -1, %if_end455.i ], [ -1, %if_end458.i ], [ %..i, %if_end467.i ], [ -1, %if_end461.i ], [ -1, %for_body_row_tile.us.i ], [ -1, %if_end306.us.i ], [ -1, %if_end303.us.i ], [ -1, %if_end300.us.i ], [ -1, %if_end297.us.i ], [ -1, %if_end131.us.i ], [ -1, %for_end_r_0_m.us.i ], [ -1, %if_end150.us.i ], [ -1, %if_end125.us.i ], [ -1, %if_end122.us.i ], [ -1, %if_end119.us.i ], [ -1, %if_end116.us.i ], [ -1, %if_end312.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end99.i ], [ -1, %if_end386.i ], [ -1, %if_end383.i ], [ -1, %for_end_tile319.i ], [ -1, %if_end93.i ], [ -1, %if_end90.i ], [ -1, %for_body_number.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor478.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta325481.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha324482.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %peak491.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta493.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha494.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum495.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %tile_max496.i)
+  ret i32 %common.ret.op.i
+}
+
 define dllexport range(i32 -1, 1) i32 @__tvm_ffi_fused_decode(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
 entry:
   %peak235.i = alloca [4 x float], align 16
@@ -1504,16 +7422,16 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %165 = getelementptr i8, ptr %invariant.gep.i, i64 32
   %166 = getelementptr i8, ptr %invariant.gep.i, i64 64
   %167 = getelementptr i8, ptr %invariant.gep.i, i64 96
-  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec168 = load <16 x i16>, ptr %invariant.gep.i, align 2, !tbaa !4, !alias.scope !164
   %strided.vec169 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170 = shufflevector <16 x i16> %wide.vec168, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec171 = load <16 x i16>, ptr %165, align 2, !tbaa !4, !alias.scope !164
   %strided.vec172 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173 = shufflevector <16 x i16> %wide.vec171, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec174 = load <16 x i16>, ptr %166, align 2, !tbaa !4, !alias.scope !164
   %strided.vec175 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176 = shufflevector <16 x i16> %wide.vec174, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec177 = load <16 x i16>, ptr %167, align 2, !tbaa !4, !alias.scope !164
   %strided.vec178 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179 = shufflevector <16 x i16> %wide.vec177, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %168 = zext <8 x i16> %strided.vec170 to <8 x i32>
@@ -1567,24 +7485,24 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %216 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 32
   %217 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 64
   %218 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 96
-  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %212, ptr %invariant.gep1307.i, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %213, ptr %216, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %214, ptr %217, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %215, ptr %218, align 4, !tbaa !4, !alias.scope !167, !noalias !164
   %219 = getelementptr i8, ptr %invariant.gep.i, i64 128
   %220 = getelementptr i8, ptr %invariant.gep.i, i64 160
   %221 = getelementptr i8, ptr %invariant.gep.i, i64 192
   %222 = getelementptr i8, ptr %invariant.gep.i, i64 224
-  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec168.1 = load <16 x i16>, ptr %219, align 2, !tbaa !4, !alias.scope !164
   %strided.vec169.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec170.1 = shufflevector <16 x i16> %wide.vec168.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec171.1 = load <16 x i16>, ptr %220, align 2, !tbaa !4, !alias.scope !164
   %strided.vec172.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec173.1 = shufflevector <16 x i16> %wide.vec171.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec174.1 = load <16 x i16>, ptr %221, align 2, !tbaa !4, !alias.scope !164
   %strided.vec175.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec176.1 = shufflevector <16 x i16> %wide.vec174.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !12
+  %wide.vec177.1 = load <16 x i16>, ptr %222, align 2, !tbaa !4, !alias.scope !164
   %strided.vec178.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec179.1 = shufflevector <16 x i16> %wide.vec177.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %223 = zext <8 x i16> %strided.vec170.1 to <8 x i32>
@@ -1639,10 +7557,10 @@ vector.body166:                                   ; preds = %for_begin_r.prehead
   %272 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 160
   %273 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 192
   %274 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 224
-  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !15, !noalias !12
-  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !15, !noalias !12
+  store <8 x i32> %267, ptr %271, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %268, ptr %272, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %269, ptr %273, align 4, !tbaa !4, !alias.scope !167, !noalias !164
+  store <8 x i32> %270, ptr %274, align 4, !tbaa !4, !alias.scope !167, !noalias !164
   br label %for_end_d.i
 
 for_end_tile.i:                                   ; preds = %for_end_d.3.i
@@ -1756,7 +7674,7 @@ for_body_d.i:                                     ; preds = %for_body_d.i, %for_
   store i32 %355, ptr %gep1308.i.3, align 4, !tbaa !4
   %indvars.iv.next.i.3 = add nuw nsw i64 %indvars.iv.i, 4
   %exitcond.not.i.3 = icmp eq i64 %indvars.iv.next.i.3, 64
-  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !17, !llvm.loop !18
+  br i1 %exitcond.not.i.3, label %for_end_d.i, label %for_body_d.i, !prof !26, !llvm.loop !169
 
 for_end_d.i:                                      ; preds = %for_body_d.i, %vector.body166
   %356 = or disjoint i64 %163, 1
@@ -1768,16 +7686,16 @@ vector.body138:                                   ; preds = %for_end_d.i
   %358 = getelementptr i8, ptr %invariant.gep.1.i, i64 32
   %359 = getelementptr i8, ptr %invariant.gep.1.i, i64 64
   %360 = getelementptr i8, ptr %invariant.gep.1.i, i64 96
-  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec140 = load <16 x i16>, ptr %invariant.gep.1.i, align 2, !tbaa !4, !alias.scope !170
   %strided.vec141 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142 = shufflevector <16 x i16> %wide.vec140, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec143 = load <16 x i16>, ptr %358, align 2, !tbaa !4, !alias.scope !170
   %strided.vec144 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145 = shufflevector <16 x i16> %wide.vec143, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec146 = load <16 x i16>, ptr %359, align 2, !tbaa !4, !alias.scope !170
   %strided.vec147 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148 = shufflevector <16 x i16> %wide.vec146, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec149 = load <16 x i16>, ptr %360, align 2, !tbaa !4, !alias.scope !170
   %strided.vec150 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151 = shufflevector <16 x i16> %wide.vec149, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %361 = zext <8 x i16> %strided.vec142 to <8 x i32>
@@ -1832,24 +7750,24 @@ vector.body138:                                   ; preds = %for_end_d.i
   %410 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 288
   %411 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 320
   %412 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 352
-  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %405, ptr %409, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %406, ptr %410, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %407, ptr %411, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %408, ptr %412, align 4, !tbaa !4, !alias.scope !173, !noalias !170
   %413 = getelementptr i8, ptr %invariant.gep.1.i, i64 128
   %414 = getelementptr i8, ptr %invariant.gep.1.i, i64 160
   %415 = getelementptr i8, ptr %invariant.gep.1.i, i64 192
   %416 = getelementptr i8, ptr %invariant.gep.1.i, i64 224
-  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec140.1 = load <16 x i16>, ptr %413, align 2, !tbaa !4, !alias.scope !170
   %strided.vec141.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec142.1 = shufflevector <16 x i16> %wide.vec140.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec143.1 = load <16 x i16>, ptr %414, align 2, !tbaa !4, !alias.scope !170
   %strided.vec144.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec145.1 = shufflevector <16 x i16> %wide.vec143.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec146.1 = load <16 x i16>, ptr %415, align 2, !tbaa !4, !alias.scope !170
   %strided.vec147.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec148.1 = shufflevector <16 x i16> %wide.vec146.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !21
+  %wide.vec149.1 = load <16 x i16>, ptr %416, align 2, !tbaa !4, !alias.scope !170
   %strided.vec150.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec151.1 = shufflevector <16 x i16> %wide.vec149.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %417 = zext <8 x i16> %strided.vec142.1 to <8 x i32>
@@ -1904,10 +7822,10 @@ vector.body138:                                   ; preds = %for_end_d.i
   %466 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 416
   %467 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 448
   %468 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 480
-  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !24, !noalias !21
-  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !24, !noalias !21
+  store <8 x i32> %461, ptr %465, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %462, ptr %466, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %463, ptr %467, align 4, !tbaa !4, !alias.scope !173, !noalias !170
+  store <8 x i32> %464, ptr %468, align 4, !tbaa !4, !alias.scope !173, !noalias !170
   br label %for_end_d.1.i
 
 for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %for_end_d.i
@@ -1997,7 +7915,7 @@ for_body_d.1.i:                                   ; preds = %for_body_d.1.i, %fo
   store i32 %531, ptr %532, align 4, !tbaa !4
   %indvars.iv.next.1.i.3 = add nuw nsw i64 %indvars.iv.1.i, 4
   %exitcond.1.not.i.3 = icmp eq i64 %indvars.iv.next.1.i.3, 64
-  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !17, !llvm.loop !26
+  br i1 %exitcond.1.not.i.3, label %for_end_d.1.i, label %for_body_d.1.i, !prof !26, !llvm.loop !175
 
 for_end_d.1.i:                                    ; preds = %for_body_d.1.i, %vector.body138
   %533 = or disjoint i64 %163, 2
@@ -2009,16 +7927,16 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %535 = getelementptr i8, ptr %invariant.gep.2.i, i64 32
   %536 = getelementptr i8, ptr %invariant.gep.2.i, i64 64
   %537 = getelementptr i8, ptr %invariant.gep.2.i, i64 96
-  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec111 = load <16 x i16>, ptr %invariant.gep.2.i, align 2, !tbaa !4, !alias.scope !176
   %strided.vec112 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113 = shufflevector <16 x i16> %wide.vec111, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec114 = load <16 x i16>, ptr %535, align 2, !tbaa !4, !alias.scope !176
   %strided.vec115 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116 = shufflevector <16 x i16> %wide.vec114, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec117 = load <16 x i16>, ptr %536, align 2, !tbaa !4, !alias.scope !176
   %strided.vec118 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119 = shufflevector <16 x i16> %wide.vec117, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec120 = load <16 x i16>, ptr %537, align 2, !tbaa !4, !alias.scope !176
   %strided.vec121 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122 = shufflevector <16 x i16> %wide.vec120, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %538 = zext <8 x i16> %strided.vec113 to <8 x i32>
@@ -2073,24 +7991,24 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %587 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 544
   %588 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 576
   %589 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 608
-  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %582, ptr %586, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %583, ptr %587, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %584, ptr %588, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %585, ptr %589, align 4, !tbaa !4, !alias.scope !179, !noalias !176
   %590 = getelementptr i8, ptr %invariant.gep.2.i, i64 128
   %591 = getelementptr i8, ptr %invariant.gep.2.i, i64 160
   %592 = getelementptr i8, ptr %invariant.gep.2.i, i64 192
   %593 = getelementptr i8, ptr %invariant.gep.2.i, i64 224
-  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec111.1 = load <16 x i16>, ptr %590, align 2, !tbaa !4, !alias.scope !176
   %strided.vec112.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec113.1 = shufflevector <16 x i16> %wide.vec111.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec114.1 = load <16 x i16>, ptr %591, align 2, !tbaa !4, !alias.scope !176
   %strided.vec115.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec116.1 = shufflevector <16 x i16> %wide.vec114.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec117.1 = load <16 x i16>, ptr %592, align 2, !tbaa !4, !alias.scope !176
   %strided.vec118.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec119.1 = shufflevector <16 x i16> %wide.vec117.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !27
+  %wide.vec120.1 = load <16 x i16>, ptr %593, align 2, !tbaa !4, !alias.scope !176
   %strided.vec121.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec122.1 = shufflevector <16 x i16> %wide.vec120.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %594 = zext <8 x i16> %strided.vec113.1 to <8 x i32>
@@ -2145,10 +8063,10 @@ vector.body109:                                   ; preds = %for_end_d.1.i
   %643 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 672
   %644 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 704
   %645 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 736
-  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !30, !noalias !27
-  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !30, !noalias !27
+  store <8 x i32> %638, ptr %642, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %639, ptr %643, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %640, ptr %644, align 4, !tbaa !4, !alias.scope !179, !noalias !176
+  store <8 x i32> %641, ptr %645, align 4, !tbaa !4, !alias.scope !179, !noalias !176
   br label %for_end_d.2.i
 
 for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %for_end_d.1.i
@@ -2238,7 +8156,7 @@ for_body_d.2.i:                                   ; preds = %for_body_d.2.i, %fo
   store i32 %708, ptr %709, align 4, !tbaa !4
   %indvars.iv.next.2.i.3 = add nuw nsw i64 %indvars.iv.2.i, 4
   %exitcond.2.not.i.3 = icmp eq i64 %indvars.iv.next.2.i.3, 64
-  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !17, !llvm.loop !32
+  br i1 %exitcond.2.not.i.3, label %for_end_d.2.i, label %for_body_d.2.i, !prof !26, !llvm.loop !181
 
 for_end_d.2.i:                                    ; preds = %for_body_d.2.i, %vector.body109
   %710 = or disjoint i64 %163, 3
@@ -2250,16 +8168,16 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %712 = getelementptr i8, ptr %invariant.gep.3.i, i64 32
   %713 = getelementptr i8, ptr %invariant.gep.3.i, i64 64
   %714 = getelementptr i8, ptr %invariant.gep.3.i, i64 96
-  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec = load <16 x i16>, ptr %invariant.gep.3.i, align 2, !tbaa !4, !alias.scope !182
   %strided.vec = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86 = shufflevector <16 x i16> %wide.vec, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec87 = load <16 x i16>, ptr %712, align 2, !tbaa !4, !alias.scope !182
   %strided.vec88 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89 = shufflevector <16 x i16> %wide.vec87, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec90 = load <16 x i16>, ptr %713, align 2, !tbaa !4, !alias.scope !182
   %strided.vec91 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92 = shufflevector <16 x i16> %wide.vec90, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec93 = load <16 x i16>, ptr %714, align 2, !tbaa !4, !alias.scope !182
   %strided.vec94 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95 = shufflevector <16 x i16> %wide.vec93, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %715 = zext <8 x i16> %strided.vec86 to <8 x i32>
@@ -2314,24 +8232,24 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %764 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 800
   %765 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 832
   %766 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 864
-  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %759, ptr %763, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %760, ptr %764, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %761, ptr %765, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %762, ptr %766, align 4, !tbaa !4, !alias.scope !185, !noalias !182
   %767 = getelementptr i8, ptr %invariant.gep.3.i, i64 128
   %768 = getelementptr i8, ptr %invariant.gep.3.i, i64 160
   %769 = getelementptr i8, ptr %invariant.gep.3.i, i64 192
   %770 = getelementptr i8, ptr %invariant.gep.3.i, i64 224
-  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec.1 = load <16 x i16>, ptr %767, align 2, !tbaa !4, !alias.scope !182
   %strided.vec.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec86.1 = shufflevector <16 x i16> %wide.vec.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec87.1 = load <16 x i16>, ptr %768, align 2, !tbaa !4, !alias.scope !182
   %strided.vec88.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec89.1 = shufflevector <16 x i16> %wide.vec87.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec90.1 = load <16 x i16>, ptr %769, align 2, !tbaa !4, !alias.scope !182
   %strided.vec91.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec92.1 = shufflevector <16 x i16> %wide.vec90.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
-  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !33
+  %wide.vec93.1 = load <16 x i16>, ptr %770, align 2, !tbaa !4, !alias.scope !182
   %strided.vec94.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 0, i32 2, i32 4, i32 6, i32 8, i32 10, i32 12, i32 14>
   %strided.vec95.1 = shufflevector <16 x i16> %wide.vec93.1, <16 x i16> poison, <8 x i32> <i32 1, i32 3, i32 5, i32 7, i32 9, i32 11, i32 13, i32 15>
   %771 = zext <8 x i16> %strided.vec86.1 to <8 x i32>
@@ -2386,10 +8304,10 @@ vector.body:                                      ; preds = %for_end_d.2.i
   %820 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 928
   %821 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 960
   %822 = getelementptr inbounds nuw i8, ptr %invariant.gep1307.i, i64 992
-  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !36, !noalias !33
-  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !36, !noalias !33
+  store <8 x i32> %815, ptr %819, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %816, ptr %820, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %817, ptr %821, align 4, !tbaa !4, !alias.scope !185, !noalias !182
+  store <8 x i32> %818, ptr %822, align 4, !tbaa !4, !alias.scope !185, !noalias !182
   br label %for_end_d.3.i
 
 for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %for_end_d.2.i
@@ -2479,12 +8397,12 @@ for_body_d.3.i:                                   ; preds = %for_body_d.3.i, %fo
   store i32 %885, ptr %886, align 4, !tbaa !4
   %indvars.iv.next.3.i.3 = add nuw nsw i64 %indvars.iv.3.i, 4
   %exitcond.3.not.i.3 = icmp eq i64 %indvars.iv.next.3.i.3, 64
-  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !17, !llvm.loop !38
+  br i1 %exitcond.3.not.i.3, label %for_end_d.3.i, label %for_body_d.3.i, !prof !26, !llvm.loop !187
 
 for_end_d.3.i:                                    ; preds = %for_body_d.3.i, %vector.body
   %indvars.iv.next1096.i = add nuw nsw i64 %indvars.iv1095.i, 1
   %exitcond1098.not.i = icmp eq i64 %indvars.iv.next1096.i, 8
-  br i1 %exitcond1098.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !39
+  br i1 %exitcond1098.not.i, label %for_end_tile.i, label %for_begin_r.preheader.i, !prof !28
 
 for_begin_step.i:                                 ; preds = %if_end172.i, %for_end_tile.i
   %indvars.iv = phi i32 [ %indvars.iv.next, %if_end172.i ], [ %range_len.i, %for_end_tile.i ]
@@ -2495,7 +8413,7 @@ for_begin_step.i:                                 ; preds = %if_end172.i, %for_e
   %888 = lshr i32 %narrow, 1
   %889 = zext nneg i32 %888 to i64
   %exitcond1206.not.i = icmp eq i64 %indvars.iv1202.i, %wide.trip.count1205.i
-  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !40
+  br i1 %exitcond1206.not.i, label %for_begin_tile177.preheader.i, label %for_body_step.i, !prof !51
 
 for_begin_tile177.preheader.i:                    ; preds = %for_begin_step.i
   %890 = add nuw nsw i64 %indvars.iv1242.i, %100
@@ -2515,7 +8433,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %indvars.iv1238.i = phi i64 [ %indvars.iv.next1239.i, %if_end202.us.3.i ], [ 0, %for_begin_tile177.preheader.i ]
   %900 = shl nuw nsw i64 %indvars.iv1238.i, 2
   %901 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %900
-  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !41
+  %total.us.i = load <4 x float>, ptr %901, align 16, !tbaa !188
   %902 = fdiv <4 x float> splat (float 1.000000e+00), %total.us.i
   %903 = fcmp oeq <4 x float> %total.us.i, zeroinitializer
   %904 = select <4 x i1> %903, <4 x float> zeroinitializer, <4 x float> %902
@@ -2916,7 +8834,7 @@ for_body_tile178.us.i:                            ; preds = %if_end202.us.3.i, %
   %gep1071.us.7.i.3 = getelementptr i8, ptr %invariant.gep1070.us.i.3, i64 224
   store <16 x i16> %1231, ptr %gep1071.us.7.i.3, align 2, !tbaa !4
   %1232 = getelementptr float, ptr %896, i64 %900
-  %1233 = load float, ptr %901, align 16, !tbaa !41
+  %1233 = load float, ptr %901, align 16, !tbaa !188
   %1234 = fcmp oeq float %1233, 0.000000e+00
   br i1 %1234, label %if_end202.us.i, label %if_else201.us.i
 
@@ -2924,7 +8842,7 @@ if_else201.us.i:                                  ; preds = %for_body_tile178.us
   %1235 = fmul float %1233, %899
   %1236 = tail call float @llvm.log.f32(float %1235)
   %1237 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %900
-  %1238 = load float, ptr %1237, align 16, !tbaa !43
+  %1238 = load float, ptr %1237, align 16, !tbaa !190
   %1239 = fadd float %1236, %1238
   br label %if_end202.us.i
 
@@ -2933,7 +8851,7 @@ if_end202.us.i:                                   ; preds = %if_else201.us.i, %f
   store float %1240, ptr %1232, align 4, !tbaa !4
   %1241 = or disjoint i64 %900, 1
   %1242 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1241
-  %1243 = load float, ptr %1242, align 4, !tbaa !41
+  %1243 = load float, ptr %1242, align 4, !tbaa !188
   %1244 = fcmp oeq float %1243, 0.000000e+00
   br i1 %1244, label %if_end202.us.1.i, label %if_else201.us.1.i
 
@@ -2941,7 +8859,7 @@ if_else201.us.1.i:                                ; preds = %if_end202.us.i
   %1245 = fmul float %1243, %899
   %1246 = tail call float @llvm.log.f32(float %1245)
   %1247 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1241
-  %1248 = load float, ptr %1247, align 4, !tbaa !43
+  %1248 = load float, ptr %1247, align 4, !tbaa !190
   %1249 = fadd float %1246, %1248
   br label %if_end202.us.1.i
 
@@ -2951,7 +8869,7 @@ if_end202.us.1.i:                                 ; preds = %if_else201.us.1.i, 
   store float %1250, ptr %1251, align 4, !tbaa !4
   %1252 = or disjoint i64 %900, 2
   %1253 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1252
-  %1254 = load float, ptr %1253, align 8, !tbaa !41
+  %1254 = load float, ptr %1253, align 8, !tbaa !188
   %1255 = fcmp oeq float %1254, 0.000000e+00
   br i1 %1255, label %if_end202.us.2.i, label %if_else201.us.2.i
 
@@ -2959,7 +8877,7 @@ if_else201.us.2.i:                                ; preds = %if_end202.us.1.i
   %1256 = fmul float %1254, %899
   %1257 = tail call float @llvm.log.f32(float %1256)
   %1258 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1252
-  %1259 = load float, ptr %1258, align 8, !tbaa !43
+  %1259 = load float, ptr %1258, align 8, !tbaa !190
   %1260 = fadd float %1257, %1259
   br label %if_end202.us.2.i
 
@@ -2969,7 +8887,7 @@ if_end202.us.2.i:                                 ; preds = %if_else201.us.2.i, 
   store float %1261, ptr %1262, align 4, !tbaa !4
   %1263 = or disjoint i64 %900, 3
   %1264 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %1263
-  %1265 = load float, ptr %1264, align 4, !tbaa !41
+  %1265 = load float, ptr %1264, align 4, !tbaa !188
   %1266 = fcmp oeq float %1265, 0.000000e+00
   br i1 %1266, label %if_end202.us.3.i, label %if_else201.us.3.i
 
@@ -2977,7 +8895,7 @@ if_else201.us.3.i:                                ; preds = %if_end202.us.2.i
   %1267 = fmul float %1265, %899
   %1268 = tail call float @llvm.log.f32(float %1267)
   %1269 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %1263
-  %1270 = load float, ptr %1269, align 4, !tbaa !43
+  %1270 = load float, ptr %1269, align 4, !tbaa !190
   %1271 = fadd float %1268, %1270
   br label %if_end202.us.3.i
 
@@ -2987,7 +8905,7 @@ if_end202.us.3.i:                                 ; preds = %if_else201.us.3.i, 
   store float %1272, ptr %1273, align 4, !tbaa !4
   %indvars.iv.next1239.i = add nuw nsw i64 %indvars.iv1238.i, 1
   %exitcond1241.not.i = icmp eq i64 %indvars.iv.next1239.i, 8
-  br i1 %exitcond1241.not.i, label %for_end_tile179.i, label %for_body_tile178.us.i, !prof !39
+  br i1 %exitcond1241.not.i, label %for_end_tile179.i, label %for_body_tile178.us.i, !prof !28
 
 for_body_step.i:                                  ; preds = %for_begin_step.i
   %1274 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -3071,7 +8989,7 @@ for_body_t.i:                                     ; preds = %for_body_t.i, %for_
   store i64 %1323, ptr %1324, align 8, !tbaa !4
   %indvars.iv.next1100.i.3 = add nuw nsw i64 %indvars.iv1099.i, 4
   %exitcond1102.not.i.3 = icmp eq i64 %indvars.iv.next1100.i.3, %wide.trip.count.i
-  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !45
+  br i1 %exitcond1102.not.i.3, label %for_body_t11.i, label %for_body_t.i, !prof !8, !llvm.loop !192
 
 for_begin_kv_head.preheader.i:                    ; preds = %for_body_t11.i, %if_end8.i
   %1325 = icmp sgt i32 %1283, 0
@@ -3233,12 +9151,12 @@ for_body_t11.i:                                   ; preds = %for_body_t11.i, %fo
   store i64 %1399, ptr %1400, align 8, !tbaa !4
   %indvars.iv.next1104.i.3 = add nuw nsw i64 %indvars.iv1103.i, 4
   %exitcond1107.not.i.3 = icmp eq i64 %indvars.iv.next1104.i.3, %wide.trip.count.i
-  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !47
+  br i1 %exitcond1107.not.i.3, label %for_begin_kv_head.preheader.i, label %for_body_t11.i, !prof !8, !llvm.loop !193
 
 for_begin_kv_head.i:                              ; preds = %if_end166.i, %for_begin_kv_head.preheader.i
   %indvars.iv1198.i = phi i64 [ 0, %for_begin_kv_head.preheader.i ], [ %indvars.iv.next1199.i, %if_end166.i ]
   %exitcond1201.not.i = icmp eq i64 %indvars.iv1198.i, 8
-  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !40
+  br i1 %exitcond1201.not.i, label %for_end_kv_head.i, label %for_body_kv_head.i, !prof !51
 
 for_body_kv_head.i:                               ; preds = %for_begin_kv_head.i
   %1401 = icmp eq i64 %indvars.iv1198.i, 7
@@ -3253,7 +9171,7 @@ for_end_kv_head.i:                                ; preds = %for_begin_kv_head.i
   %1405 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %1406 = tail call i32 %1405(i32 1, i32 %dev_id, ptr nonnull %value_offsets.i)
   %.not245.i = icmp eq i32 %1406, 0
-  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not245.i, label %if_end172.i, label %fused_decode_compute_.exit, !prof !51
 
 if_end22.i:                                       ; preds = %for_body_kv_head.i
   %1407 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
@@ -3485,7 +9403,7 @@ for_begin_line.preheader.us.i:                    ; preds = %for_begin_d_0.prehe
   %r.i296.us.1.i = tail call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %r.i272.us.1.i, <32 x bfloat> %x.i291.us.1.i, <32 x bfloat> %1526)
   %indvars.iv.next1116.i = add nuw nsw i64 %indvars.iv1115.i, 1
   %exitcond1118.not.i = icmp eq i64 %indvars.iv.next1116.i, 16
-  br i1 %exitcond1118.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !39
+  br i1 %exitcond1118.not.i, label %for_end_d_0.us.i, label %for_begin_line.preheader.us.i, !prof !28
 
 for_begin_d_0.preheader.us.i:                     ; preds = %for_end_d_0.us.i, %for_begin_d_0.preheader.us.i.preheader
   %indvars.iv1119.i = phi i64 [ %indvars.iv.next1120.i, %for_end_d_0.us.i ], [ 0, %for_begin_d_0.preheader.us.i.preheader ]
@@ -3522,7 +9440,7 @@ for_begin_r36.preheader.i:                        ; preds = %if_end31.i
   br i1 %1325, label %for_body_to42.us.i.preheader, label %for_begin_ax1.preheader.i.preheader, !prof !3
 
 for_body_to42.us.i.preheader:                     ; preds = %for_begin_r36.preheader.i
-  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !48
+  br i1 %1338, label %for_body_to42.us.i.epil.preheader, label %for_body_to42.us.i, !prof !41
 
 for_body_to42.us.i:                               ; preds = %for_body_to42.us.i, %for_body_to42.us.i.preheader
   %indvars.iv1124.i = phi i64 [ %indvars.iv.next1125.i.3, %for_body_to42.us.i ], [ 0, %for_body_to42.us.i.preheader ]
@@ -3581,10 +9499,10 @@ for_body_to42.us.i:                               ; preds = %for_body_to42.us.i,
   %indvars.iv.next1125.i.3 = add nuw nsw i64 %indvars.iv1124.i, 4
   %niter.next.3 = add i64 %niter, 4
   %niter.ncmp.3 = icmp eq i64 %niter.next.3, %unroll_iter
-  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !49, !llvm.loop !50
+  br i1 %niter.ncmp.3, label %for_body_to42.us.1.i.preheader.unr-lcssa, label %for_body_to42.us.i, !prof !42, !llvm.loop !194
 
 for_body_to42.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.i
-  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil.preheader, !prof !45
 
 for_body_to42.us.i.epil.preheader:                ; preds = %for_body_to42.us.1.i.preheader.unr-lcssa, %for_body_to42.us.i.preheader
   %indvars.iv1124.i.epil.init = phi i64 [ 0, %for_body_to42.us.i.preheader ], [ %indvars.iv.next1125.i.3, %for_body_to42.us.1.i.preheader.unr-lcssa ]
@@ -3609,10 +9527,10 @@ for_body_to42.us.i.epil:                          ; preds = %for_body_to42.us.i.
   %indvars.iv.next1125.i.epil = add nuw nsw i64 %indvars.iv1124.i.epil, 1
   %epil.iter.next = add i64 %epil.iter, 1
   %epil.iter.cmp.not = icmp eq i64 %epil.iter.next, %xtraiter
-  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !53, !llvm.loop !54
+  br i1 %epil.iter.cmp.not, label %for_body_to42.us.1.i.preheader, label %for_body_to42.us.i.epil, !prof !46, !llvm.loop !195
 
 for_body_to42.us.1.i.preheader:                   ; preds = %for_body_to42.us.i.epil, %for_body_to42.us.1.i.preheader.unr-lcssa
-  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !48
+  br i1 %1339, label %for_body_to42.us.1.i.epil.preheader, label %for_body_to42.us.1.i, !prof !41
 
 for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.i, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i = phi i64 [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.1.i ], [ 0, %for_body_to42.us.1.i.preheader ]
@@ -3675,10 +9593,10 @@ for_body_to42.us.1.i:                             ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.3 = add nuw nsw i64 %indvars.iv1124.1.i, 4
   %niter199.next.3 = add i64 %niter199, 4
   %niter199.ncmp.3 = icmp eq i64 %niter199.next.3, %unroll_iter198
-  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !49, !llvm.loop !57
+  br i1 %niter199.ncmp.3, label %for_body_to42.us.2.i.preheader.unr-lcssa, label %for_body_to42.us.1.i, !prof !42, !llvm.loop !196
 
 for_body_to42.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.1.i
-  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod196.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil.preheader, !prof !45
 
 for_body_to42.us.1.i.epil.preheader:              ; preds = %for_body_to42.us.2.i.preheader.unr-lcssa, %for_body_to42.us.1.i.preheader
   %indvars.iv1124.1.i.epil.init = phi i64 [ 0, %for_body_to42.us.1.i.preheader ], [ %indvars.iv.next1125.1.i.3, %for_body_to42.us.2.i.preheader.unr-lcssa ]
@@ -3704,10 +9622,10 @@ for_body_to42.us.1.i.epil:                        ; preds = %for_body_to42.us.1.
   %indvars.iv.next1125.1.i.epil = add nuw nsw i64 %indvars.iv1124.1.i.epil, 1
   %epil.iter195.next = add i64 %epil.iter195, 1
   %epil.iter195.cmp.not = icmp eq i64 %epil.iter195.next, %xtraiter194
-  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !53, !llvm.loop !58
+  br i1 %epil.iter195.cmp.not, label %for_body_to42.us.2.i.preheader, label %for_body_to42.us.1.i.epil, !prof !46, !llvm.loop !197
 
 for_body_to42.us.2.i.preheader:                   ; preds = %for_body_to42.us.1.i.epil, %for_body_to42.us.2.i.preheader.unr-lcssa
-  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !48
+  br i1 %1340, label %for_body_to42.us.2.i.epil.preheader, label %for_body_to42.us.2.i, !prof !41
 
 for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.i, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i = phi i64 [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.2.i ], [ 0, %for_body_to42.us.2.i.preheader ]
@@ -3770,10 +9688,10 @@ for_body_to42.us.2.i:                             ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.3 = add nuw nsw i64 %indvars.iv1124.2.i, 4
   %niter205.next.3 = add i64 %niter205, 4
   %niter205.ncmp.3 = icmp eq i64 %niter205.next.3, %unroll_iter204
-  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !49, !llvm.loop !59
+  br i1 %niter205.ncmp.3, label %for_body_to42.us.3.i.preheader.unr-lcssa, label %for_body_to42.us.2.i, !prof !42, !llvm.loop !198
 
 for_body_to42.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to42.us.2.i
-  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod202.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil.preheader, !prof !45
 
 for_body_to42.us.2.i.epil.preheader:              ; preds = %for_body_to42.us.3.i.preheader.unr-lcssa, %for_body_to42.us.2.i.preheader
   %indvars.iv1124.2.i.epil.init = phi i64 [ 0, %for_body_to42.us.2.i.preheader ], [ %indvars.iv.next1125.2.i.3, %for_body_to42.us.3.i.preheader.unr-lcssa ]
@@ -3799,10 +9717,10 @@ for_body_to42.us.2.i.epil:                        ; preds = %for_body_to42.us.2.
   %indvars.iv.next1125.2.i.epil = add nuw nsw i64 %indvars.iv1124.2.i.epil, 1
   %epil.iter201.next = add i64 %epil.iter201, 1
   %epil.iter201.cmp.not = icmp eq i64 %epil.iter201.next, %xtraiter200
-  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !53, !llvm.loop !60
+  br i1 %epil.iter201.cmp.not, label %for_body_to42.us.3.i.preheader, label %for_body_to42.us.2.i.epil, !prof !46, !llvm.loop !199
 
 for_body_to42.us.3.i.preheader:                   ; preds = %for_body_to42.us.2.i.epil, %for_body_to42.us.3.i.preheader.unr-lcssa
-  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !48
+  br i1 %1341, label %for_body_to42.us.3.i.epil.preheader, label %for_body_to42.us.3.i, !prof !41
 
 for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.i, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i = phi i64 [ %indvars.iv.next1125.3.i.3, %for_body_to42.us.3.i ], [ 0, %for_body_to42.us.3.i.preheader ]
@@ -3865,10 +9783,10 @@ for_body_to42.us.3.i:                             ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.3 = add nuw nsw i64 %indvars.iv1124.3.i, 4
   %niter211.next.3 = add i64 %niter211, 4
   %niter211.ncmp.3 = icmp eq i64 %niter211.next.3, %unroll_iter210
-  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !49, !llvm.loop !61
+  br i1 %niter211.ncmp.3, label %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to42.us.3.i, !prof !42, !llvm.loop !200
 
 for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to42.us.3.i
-  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod208.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil.preheader, !prof !45
 
 for_body_to42.us.3.i.epil.preheader:              ; preds = %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to42.us.3.i.preheader
   %indvars.iv1124.3.i.epil.init = phi i64 [ 0, %for_body_to42.us.3.i.preheader ], [ %indvars.iv.next1125.3.i.3, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -3894,7 +9812,7 @@ for_body_to42.us.3.i.epil:                        ; preds = %for_body_to42.us.3.
   %indvars.iv.next1125.3.i.epil = add nuw nsw i64 %indvars.iv1124.3.i.epil, 1
   %epil.iter207.next = add i64 %epil.iter207, 1
   %epil.iter207.cmp.not = icmp eq i64 %epil.iter207.next, %xtraiter206
-  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !53, !llvm.loop !62
+  br i1 %epil.iter207.cmp.not, label %for_begin_ax1.preheader.i.preheader, label %for_body_to42.us.3.i.epil, !prof !46, !llvm.loop !201
 
 for_begin_ax1.preheader.i.preheader:              ; preds = %for_body_to42.us.3.i.epil, %for_begin_ax1.preheader.i.preheader.loopexit.unr-lcssa, %for_begin_r36.preheader.i
   br label %for_begin_ax1.preheader.i
@@ -3906,7 +9824,7 @@ for_begin_ax1.preheader.i:                        ; preds = %for_end_ax1.i, %for
 for_body_ax1.lr.ph.i:                             ; preds = %for_begin_ax1.preheader.i
   %.idx1276.i = shl nuw nsw i64 %indvars.iv1138.i, 9
   %invariant.gep1315.i = getelementptr inbounds nuw i8, ptr %scaled.i, i64 %.idx1276.i
-  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !63
+  br i1 %1342, label %for_body_ax1.i.epil.preheader, label %for_body_ax1.i, !prof !143
 
 for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i = phi i64 [ %indvars.iv.next1134.i.7, %for_body_ax1.i ], [ 0, %for_body_ax1.lr.ph.i ]
@@ -3962,10 +9880,10 @@ for_body_ax1.i:                                   ; preds = %for_body_ax1.i, %fo
   %indvars.iv.next1134.i.7 = add nuw nsw i64 %indvars.iv1133.i, 8
   %niter218.next.7 = add i64 %niter218, 8
   %niter218.ncmp.7 = icmp eq i64 %niter218.next.7, %unroll_iter217
-  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !64, !llvm.loop !65
+  br i1 %niter218.ncmp.7, label %for_end_ax1.i.loopexit.unr-lcssa, label %for_body_ax1.i, !prof !117, !llvm.loop !202
 
 for_end_ax1.i.loopexit.unr-lcssa:                 ; preds = %for_body_ax1.i
-  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !67
+  br i1 %lcmp.mod214.not, label %for_end_ax1.i, label %for_body_ax1.i.epil.preheader, !prof !114
 
 for_body_ax1.i.epil.preheader:                    ; preds = %for_end_ax1.i.loopexit.unr-lcssa, %for_body_ax1.lr.ph.i
   %indvars.iv1133.i.epil.init = phi i64 [ 0, %for_body_ax1.lr.ph.i ], [ %indvars.iv.next1134.i.7, %for_end_ax1.i.loopexit.unr-lcssa ]
@@ -3985,7 +9903,7 @@ for_body_ax1.i.epil:                              ; preds = %for_body_ax1.i.epil
   %indvars.iv.next1134.i.epil = add nuw nsw i64 %indvars.iv1133.i.epil, 1
   %epil.iter213.next = add i64 %epil.iter213, 1
   %epil.iter213.cmp.not = icmp eq i64 %epil.iter213.next, %xtraiter212
-  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !52, !llvm.loop !68
+  br i1 %epil.iter213.cmp.not, label %for_end_ax1.i, label %for_body_ax1.i.epil, !prof !45, !llvm.loop !203
 
 for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil, %for_end_ax1.i.loopexit.unr-lcssa, %for_begin_ax1.preheader.i
   %peak.rf_global233.sroa.0.0.lcssa.i = phi <32 x float> [ splat (float 0xC7EFFFFFE0000000), %for_begin_ax1.preheader.i ], [ %1817, %for_end_ax1.i.loopexit.unr-lcssa ], [ %1820, %for_body_ax1.i.epil ]
@@ -4086,10 +10004,10 @@ for_end_ax1.i:                                    ; preds = %for_body_ax1.i.epil
   %peak.rf234.sroa.0.124.vec.extract.i = extractelement <32 x float> %peak.rf_global233.sroa.0.0.lcssa.i, i64 31
   %1884 = fcmp ogt float %1883, %peak.rf234.sroa.0.124.vec.extract.i
   %1885 = select i1 %1884, float %1883, float %peak.rf234.sroa.0.124.vec.extract.i
-  store float %1885, ptr %1821, align 4, !tbaa !69
+  store float %1885, ptr %1821, align 4, !tbaa !204
   %indvars.iv.next1139.i = add nuw nsw i64 %indvars.iv1138.i, 1
   %exitcond1141.not.i = icmp eq i64 %indvars.iv.next1139.i, 4
-  br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !39
+  br i1 %exitcond1141.not.i, label %for_body_r52.preheader.i, label %for_begin_ax1.preheader.i, !prof !28
 
 for_body_r52.preheader.i:                         ; preds = %for_end_ax1.i
   %1886 = load <4 x float>, ptr %peak235.i, align 16
@@ -4242,7 +10160,7 @@ for_body_to64.us.3.i:                             ; preds = %for_body_to64.us.3.
   br i1 %exitcond1150.3.not.i, label %for_body_to74.us.i.preheader, label %for_body_to64.us.3.i, !prof !8
 
 for_body_to74.us.i.preheader:                     ; preds = %for_body_to64.us.3.i
-  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !48
+  br i1 %1343, label %for_body_to74.us.i.epil.preheader, label %for_body_to74.us.i, !prof !41
 
 for_body_to74.us.i:                               ; preds = %for_body_to74.us.i, %for_body_to74.us.i.preheader
   %indvars.iv1155.i = phi i64 [ %indvars.iv.next1156.i.3, %for_body_to74.us.i ], [ 0, %for_body_to74.us.i.preheader ]
@@ -4293,10 +10211,10 @@ for_body_to74.us.i:                               ; preds = %for_body_to74.us.i,
   %indvars.iv.next1156.i.3 = add nuw nsw i64 %indvars.iv1155.i, 4
   %niter224.next.3 = add i64 %niter224, 4
   %niter224.ncmp.3 = icmp eq i64 %niter224.next.3, %unroll_iter223
-  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !49, !llvm.loop !71
+  br i1 %niter224.ncmp.3, label %for_body_to74.us.1.i.preheader.unr-lcssa, label %for_body_to74.us.i, !prof !42, !llvm.loop !206
 
 for_body_to74.us.1.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.i
-  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod221.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil.preheader, !prof !45
 
 for_body_to74.us.i.epil.preheader:                ; preds = %for_body_to74.us.1.i.preheader.unr-lcssa, %for_body_to74.us.i.preheader
   %indvars.iv1155.i.epil.init = phi i64 [ 0, %for_body_to74.us.i.preheader ], [ %indvars.iv.next1156.i.3, %for_body_to74.us.1.i.preheader.unr-lcssa ]
@@ -4319,10 +10237,10 @@ for_body_to74.us.i.epil:                          ; preds = %for_body_to74.us.i.
   %indvars.iv.next1156.i.epil = add nuw nsw i64 %indvars.iv1155.i.epil, 1
   %epil.iter220.next = add i64 %epil.iter220, 1
   %epil.iter220.cmp.not = icmp eq i64 %epil.iter220.next, %xtraiter219
-  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !53, !llvm.loop !72
+  br i1 %epil.iter220.cmp.not, label %for_body_to74.us.1.i.preheader, label %for_body_to74.us.i.epil, !prof !46, !llvm.loop !207
 
 for_body_to74.us.1.i.preheader:                   ; preds = %for_body_to74.us.i.epil, %for_body_to74.us.1.i.preheader.unr-lcssa
-  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !48
+  br i1 %1344, label %for_body_to74.us.1.i.epil.preheader, label %for_body_to74.us.1.i, !prof !41
 
 for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.i, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i = phi i64 [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.1.i ], [ 0, %for_body_to74.us.1.i.preheader ]
@@ -4374,10 +10292,10 @@ for_body_to74.us.1.i:                             ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.3 = add nuw nsw i64 %indvars.iv1155.1.i, 4
   %niter230.next.3 = add i64 %niter230, 4
   %niter230.ncmp.3 = icmp eq i64 %niter230.next.3, %unroll_iter229
-  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !49, !llvm.loop !73
+  br i1 %niter230.ncmp.3, label %for_body_to74.us.2.i.preheader.unr-lcssa, label %for_body_to74.us.1.i, !prof !42, !llvm.loop !208
 
 for_body_to74.us.2.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.1.i
-  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod227.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil.preheader, !prof !45
 
 for_body_to74.us.1.i.epil.preheader:              ; preds = %for_body_to74.us.2.i.preheader.unr-lcssa, %for_body_to74.us.1.i.preheader
   %indvars.iv1155.1.i.epil.init = phi i64 [ 0, %for_body_to74.us.1.i.preheader ], [ %indvars.iv.next1156.1.i.3, %for_body_to74.us.2.i.preheader.unr-lcssa ]
@@ -4401,10 +10319,10 @@ for_body_to74.us.1.i.epil:                        ; preds = %for_body_to74.us.1.
   %indvars.iv.next1156.1.i.epil = add nuw nsw i64 %indvars.iv1155.1.i.epil, 1
   %epil.iter226.next = add i64 %epil.iter226, 1
   %epil.iter226.cmp.not = icmp eq i64 %epil.iter226.next, %xtraiter225
-  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !53, !llvm.loop !74
+  br i1 %epil.iter226.cmp.not, label %for_body_to74.us.2.i.preheader, label %for_body_to74.us.1.i.epil, !prof !46, !llvm.loop !209
 
 for_body_to74.us.2.i.preheader:                   ; preds = %for_body_to74.us.1.i.epil, %for_body_to74.us.2.i.preheader.unr-lcssa
-  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !48
+  br i1 %1345, label %for_body_to74.us.2.i.epil.preheader, label %for_body_to74.us.2.i, !prof !41
 
 for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.i, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i = phi i64 [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.2.i ], [ 0, %for_body_to74.us.2.i.preheader ]
@@ -4456,10 +10374,10 @@ for_body_to74.us.2.i:                             ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.3 = add nuw nsw i64 %indvars.iv1155.2.i, 4
   %niter236.next.3 = add i64 %niter236, 4
   %niter236.ncmp.3 = icmp eq i64 %niter236.next.3, %unroll_iter235
-  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !49, !llvm.loop !75
+  br i1 %niter236.ncmp.3, label %for_body_to74.us.3.i.preheader.unr-lcssa, label %for_body_to74.us.2.i, !prof !42, !llvm.loop !210
 
 for_body_to74.us.3.i.preheader.unr-lcssa:         ; preds = %for_body_to74.us.2.i
-  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod233.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil.preheader, !prof !45
 
 for_body_to74.us.2.i.epil.preheader:              ; preds = %for_body_to74.us.3.i.preheader.unr-lcssa, %for_body_to74.us.2.i.preheader
   %indvars.iv1155.2.i.epil.init = phi i64 [ 0, %for_body_to74.us.2.i.preheader ], [ %indvars.iv.next1156.2.i.3, %for_body_to74.us.3.i.preheader.unr-lcssa ]
@@ -4483,10 +10401,10 @@ for_body_to74.us.2.i.epil:                        ; preds = %for_body_to74.us.2.
   %indvars.iv.next1156.2.i.epil = add nuw nsw i64 %indvars.iv1155.2.i.epil, 1
   %epil.iter232.next = add i64 %epil.iter232, 1
   %epil.iter232.cmp.not = icmp eq i64 %epil.iter232.next, %xtraiter231
-  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !53, !llvm.loop !76
+  br i1 %epil.iter232.cmp.not, label %for_body_to74.us.3.i.preheader, label %for_body_to74.us.2.i.epil, !prof !46, !llvm.loop !211
 
 for_body_to74.us.3.i.preheader:                   ; preds = %for_body_to74.us.2.i.epil, %for_body_to74.us.3.i.preheader.unr-lcssa
-  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !48
+  br i1 %1346, label %for_body_to74.us.3.i.epil.preheader, label %for_body_to74.us.3.i, !prof !41
 
 for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.i, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i = phi i64 [ %indvars.iv.next1156.3.i.3, %for_body_to74.us.3.i ], [ 0, %for_body_to74.us.3.i.preheader ]
@@ -4538,10 +10456,10 @@ for_body_to74.us.3.i:                             ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.3 = add nuw nsw i64 %indvars.iv1155.3.i, 4
   %niter242.next.3 = add i64 %niter242, 4
   %niter242.ncmp.3 = icmp eq i64 %niter242.next.3, %unroll_iter241
-  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !49, !llvm.loop !77
+  br i1 %niter242.ncmp.3, label %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, label %for_body_to74.us.3.i, !prof !42, !llvm.loop !212
 
 for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa: ; preds = %for_body_to74.us.3.i
-  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod239.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil.preheader, !prof !45
 
 for_body_to74.us.3.i.epil.preheader:              ; preds = %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_to74.us.3.i.preheader
   %indvars.iv1155.3.i.epil.init = phi i64 [ 0, %for_body_to74.us.3.i.preheader ], [ %indvars.iv.next1156.3.i.3, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa ]
@@ -4565,7 +10483,7 @@ for_body_to74.us.3.i.epil:                        ; preds = %for_body_to74.us.3.
   %indvars.iv.next1156.3.i.epil = add nuw nsw i64 %indvars.iv1155.3.i.epil, 1
   %epil.iter238.next = add i64 %epil.iter238, 1
   %epil.iter238.cmp.not = icmp eq i64 %epil.iter238.next, %xtraiter237
-  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !53, !llvm.loop !78
+  br i1 %epil.iter238.cmp.not, label %for_begin_ax183.preheader.i.preheader, label %for_body_to74.us.3.i.epil, !prof !46, !llvm.loop !213
 
 for_begin_ax183.preheader.i.preheader:            ; preds = %for_body_to74.us.3.i.epil, %for_begin_ax183.preheader.i.preheader.loopexit.unr-lcssa, %for_body_r52.preheader.i
   br label %for_begin_ax183.preheader.i
@@ -4577,7 +10495,7 @@ for_begin_ax183.preheader.i:                      ; preds = %for_end_ax185.i, %f
 for_body_ax184.lr.ph.i:                           ; preds = %for_begin_ax183.preheader.i
   %.idx1278.i = shl nuw nsw i64 %indvars.iv1169.i, 9
   %invariant.gep1317.i = getelementptr inbounds nuw i8, ptr %probs.i, i64 %.idx1278.i
-  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !63
+  br i1 %1347, label %for_body_ax184.i.epil.preheader, label %for_body_ax184.i, !prof !143
 
 for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i = phi i64 [ %indvars.iv.next1165.i.7, %for_body_ax184.i ], [ 0, %for_body_ax184.lr.ph.i ]
@@ -4625,10 +10543,10 @@ for_body_ax184.i:                                 ; preds = %for_body_ax184.i, %
   %indvars.iv.next1165.i.7 = add nuw nsw i64 %indvars.iv1164.i, 8
   %niter249.next.7 = add i64 %niter249, 8
   %niter249.ncmp.7 = icmp eq i64 %niter249.next.7, %unroll_iter248
-  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !64, !llvm.loop !79
+  br i1 %niter249.ncmp.7, label %for_end_ax185.i.loopexit.unr-lcssa, label %for_body_ax184.i, !prof !117, !llvm.loop !214
 
 for_end_ax185.i.loopexit.unr-lcssa:               ; preds = %for_body_ax184.i
-  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !67
+  br i1 %lcmp.mod245.not, label %for_end_ax185.i, label %for_body_ax184.i.epil.preheader, !prof !114
 
 for_body_ax184.i.epil.preheader:                  ; preds = %for_end_ax185.i.loopexit.unr-lcssa, %for_body_ax184.lr.ph.i
   %indvars.iv1164.i.epil.init = phi i64 [ 0, %for_body_ax184.lr.ph.i ], [ %indvars.iv.next1165.i.7, %for_end_ax185.i.loopexit.unr-lcssa ]
@@ -4647,7 +10565,7 @@ for_body_ax184.i.epil:                            ; preds = %for_body_ax184.i.ep
   %indvars.iv.next1165.i.epil = add nuw nsw i64 %indvars.iv1164.i.epil, 1
   %epil.iter244.next = add i64 %epil.iter244, 1
   %epil.iter244.cmp.not = icmp eq i64 %epil.iter244.next, %xtraiter243
-  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !52, !llvm.loop !80
+  br i1 %epil.iter244.cmp.not, label %for_end_ax185.i, label %for_body_ax184.i.epil, !prof !45, !llvm.loop !215
 
 for_end_ax185.i:                                  ; preds = %for_body_ax184.i.epil, %for_end_ax185.i.loopexit.unr-lcssa, %for_begin_ax183.preheader.i
   %tile_sum.rf_global231.sroa.0.0.lcssa.i = phi <32 x float> [ zeroinitializer, %for_begin_ax183.preheader.i ], [ %2195, %for_end_ax185.i.loopexit.unr-lcssa ], [ %2197, %for_body_ax184.i.epil ]
@@ -4716,16 +10634,16 @@ for_end_ax185.i:                                  ; preds = %for_body_ax184.i.ep
   %2229 = fadd float %tile_sum.rf232.sroa.0.120.vec.extract.i, %2228
   %tile_sum.rf232.sroa.0.124.vec.extract.i = extractelement <32 x float> %tile_sum.rf_global231.sroa.0.0.lcssa.i, i64 31
   %2230 = fadd float %tile_sum.rf232.sroa.0.124.vec.extract.i, %2229
-  store float %2230, ptr %2198, align 4, !tbaa !81
+  store float %2230, ptr %2198, align 4, !tbaa !216
   %indvars.iv.next1170.i = add nuw nsw i64 %indvars.iv1169.i, 1
   %exitcond1172.not.i = icmp eq i64 %indvars.iv.next1170.i, 4
-  br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !39
+  br i1 %exitcond1172.not.i, label %for_begin_to93.preheader.preheader.i, label %for_begin_ax183.preheader.i, !prof !28
 
 for_begin_to93.preheader.preheader.i:             ; preds = %for_end_ax185.i
   br i1 %1325, label %for_body_to94.i.preheader, label %for_end_to95.3.i, !prof !3
 
 for_body_to94.i.preheader:                        ; preds = %for_begin_to93.preheader.preheader.i
-  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !48
+  br i1 %1348, label %for_body_to94.i.epil.preheader, label %for_body_to94.i, !prof !41
 
 for_body_to94.i:                                  ; preds = %for_body_to94.i, %for_body_to94.i.preheader
   %indvars.iv1173.i = phi i64 [ %indvars.iv.next1174.i.3, %for_body_to94.i ], [ 0, %for_body_to94.i.preheader ]
@@ -4784,10 +10702,10 @@ for_body_to94.i:                                  ; preds = %for_body_to94.i, %f
   %indvars.iv.next1174.i.3 = add nuw nsw i64 %indvars.iv1173.i, 4
   %niter255.next.3 = add i64 %niter255, 4
   %niter255.ncmp.3 = icmp eq i64 %niter255.next.3, %unroll_iter254
-  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !49, !llvm.loop !83
+  br i1 %niter255.ncmp.3, label %for_body_to94.1.i.preheader.unr-lcssa, label %for_body_to94.i, !prof !42, !llvm.loop !218
 
 for_body_to94.1.i.preheader.unr-lcssa:            ; preds = %for_body_to94.i
-  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod252.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil.preheader, !prof !45
 
 for_body_to94.i.epil.preheader:                   ; preds = %for_body_to94.1.i.preheader.unr-lcssa, %for_body_to94.i.preheader
   %indvars.iv1173.i.epil.init = phi i64 [ 0, %for_body_to94.i.preheader ], [ %indvars.iv.next1174.i.3, %for_body_to94.1.i.preheader.unr-lcssa ]
@@ -4812,10 +10730,10 @@ for_body_to94.i.epil:                             ; preds = %for_body_to94.i.epi
   %indvars.iv.next1174.i.epil = add nuw nsw i64 %indvars.iv1173.i.epil, 1
   %epil.iter251.next = add i64 %epil.iter251, 1
   %epil.iter251.cmp.not = icmp eq i64 %epil.iter251.next, %xtraiter250
-  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !53, !llvm.loop !84
+  br i1 %epil.iter251.cmp.not, label %for_body_to94.1.i.preheader, label %for_body_to94.i.epil, !prof !46, !llvm.loop !219
 
 for_body_to94.1.i.preheader:                      ; preds = %for_body_to94.i.epil, %for_body_to94.1.i.preheader.unr-lcssa
-  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !48
+  br i1 %1349, label %for_body_to94.1.i.epil.preheader, label %for_body_to94.1.i, !prof !41
 
 for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i = phi i64 [ %indvars.iv.next1174.1.i.3, %for_body_to94.1.i ], [ 0, %for_body_to94.1.i.preheader ]
@@ -4882,10 +10800,10 @@ for_body_to94.1.i:                                ; preds = %for_body_to94.1.i, 
   %indvars.iv.next1174.1.i.3 = add nuw nsw i64 %indvars.iv1173.1.i, 4
   %niter261.next.3 = add i64 %niter261, 4
   %niter261.ncmp.3 = icmp eq i64 %niter261.next.3, %unroll_iter260
-  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !49, !llvm.loop !85
+  br i1 %niter261.ncmp.3, label %for_body_to94.2.i.preheader.unr-lcssa, label %for_body_to94.1.i, !prof !42, !llvm.loop !220
 
 for_body_to94.2.i.preheader.unr-lcssa:            ; preds = %for_body_to94.1.i
-  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod258.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil.preheader, !prof !45
 
 for_body_to94.1.i.epil.preheader:                 ; preds = %for_body_to94.2.i.preheader.unr-lcssa, %for_body_to94.1.i.preheader
   %indvars.iv1173.1.i.epil.init = phi i64 [ 0, %for_body_to94.1.i.preheader ], [ %indvars.iv.next1174.1.i.3, %for_body_to94.2.i.preheader.unr-lcssa ]
@@ -4912,10 +10830,10 @@ for_body_to94.1.i.epil:                           ; preds = %for_body_to94.1.i.e
   %indvars.iv.next1174.1.i.epil = add nuw nsw i64 %indvars.iv1173.1.i.epil, 1
   %epil.iter257.next = add i64 %epil.iter257, 1
   %epil.iter257.cmp.not = icmp eq i64 %epil.iter257.next, %xtraiter256
-  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !53, !llvm.loop !86
+  br i1 %epil.iter257.cmp.not, label %for_body_to94.2.i.preheader, label %for_body_to94.1.i.epil, !prof !46, !llvm.loop !221
 
 for_body_to94.2.i.preheader:                      ; preds = %for_body_to94.1.i.epil, %for_body_to94.2.i.preheader.unr-lcssa
-  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !48
+  br i1 %1350, label %for_body_to94.2.i.epil.preheader, label %for_body_to94.2.i, !prof !41
 
 for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i = phi i64 [ %indvars.iv.next1174.2.i.3, %for_body_to94.2.i ], [ 0, %for_body_to94.2.i.preheader ]
@@ -4982,10 +10900,10 @@ for_body_to94.2.i:                                ; preds = %for_body_to94.2.i, 
   %indvars.iv.next1174.2.i.3 = add nuw nsw i64 %indvars.iv1173.2.i, 4
   %niter267.next.3 = add i64 %niter267, 4
   %niter267.ncmp.3 = icmp eq i64 %niter267.next.3, %unroll_iter266
-  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !49, !llvm.loop !87
+  br i1 %niter267.ncmp.3, label %for_body_to94.3.i.preheader.unr-lcssa, label %for_body_to94.2.i, !prof !42, !llvm.loop !222
 
 for_body_to94.3.i.preheader.unr-lcssa:            ; preds = %for_body_to94.2.i
-  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod264.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil.preheader, !prof !45
 
 for_body_to94.2.i.epil.preheader:                 ; preds = %for_body_to94.3.i.preheader.unr-lcssa, %for_body_to94.2.i.preheader
   %indvars.iv1173.2.i.epil.init = phi i64 [ 0, %for_body_to94.2.i.preheader ], [ %indvars.iv.next1174.2.i.3, %for_body_to94.3.i.preheader.unr-lcssa ]
@@ -5012,10 +10930,10 @@ for_body_to94.2.i.epil:                           ; preds = %for_body_to94.2.i.e
   %indvars.iv.next1174.2.i.epil = add nuw nsw i64 %indvars.iv1173.2.i.epil, 1
   %epil.iter263.next = add i64 %epil.iter263, 1
   %epil.iter263.cmp.not = icmp eq i64 %epil.iter263.next, %xtraiter262
-  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !53, !llvm.loop !88
+  br i1 %epil.iter263.cmp.not, label %for_body_to94.3.i.preheader, label %for_body_to94.2.i.epil, !prof !46, !llvm.loop !223
 
 for_body_to94.3.i.preheader:                      ; preds = %for_body_to94.2.i.epil, %for_body_to94.3.i.preheader.unr-lcssa
-  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !48
+  br i1 %1351, label %for_body_to94.3.i.epil.preheader, label %for_body_to94.3.i, !prof !41
 
 for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i = phi i64 [ %indvars.iv.next1174.3.i.3, %for_body_to94.3.i ], [ 0, %for_body_to94.3.i.preheader ]
@@ -5082,10 +11000,10 @@ for_body_to94.3.i:                                ; preds = %for_body_to94.3.i, 
   %indvars.iv.next1174.3.i.3 = add nuw nsw i64 %indvars.iv1173.3.i, 4
   %niter273.next.3 = add i64 %niter273, 4
   %niter273.ncmp.3 = icmp eq i64 %niter273.next.3, %unroll_iter272
-  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !49, !llvm.loop !89
+  br i1 %niter273.ncmp.3, label %for_end_to95.3.i.loopexit.unr-lcssa, label %for_body_to94.3.i, !prof !42, !llvm.loop !224
 
 for_end_to95.3.i.loopexit.unr-lcssa:              ; preds = %for_body_to94.3.i
-  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !52
+  br i1 %lcmp.mod270.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil.preheader, !prof !45
 
 for_body_to94.3.i.epil.preheader:                 ; preds = %for_end_to95.3.i.loopexit.unr-lcssa, %for_body_to94.3.i.preheader
   %indvars.iv1173.3.i.epil.init = phi i64 [ 0, %for_body_to94.3.i.preheader ], [ %indvars.iv.next1174.3.i.3, %for_end_to95.3.i.loopexit.unr-lcssa ]
@@ -5112,18 +11030,18 @@ for_body_to94.3.i.epil:                           ; preds = %for_body_to94.3.i.e
   %indvars.iv.next1174.3.i.epil = add nuw nsw i64 %indvars.iv1173.3.i.epil, 1
   %epil.iter269.next = add i64 %epil.iter269, 1
   %epil.iter269.cmp.not = icmp eq i64 %epil.iter269.next, %xtraiter268
-  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !53, !llvm.loop !90
+  br i1 %epil.iter269.cmp.not, label %for_end_to95.3.i, label %for_body_to94.3.i.epil, !prof !46, !llvm.loop !225
 
 for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.epil, %for_end_to95.3.i.loopexit.unr-lcssa, %for_begin_to93.preheader.preheader.i
   %2441 = shl nuw nsw i64 %indvars.iv1198.i, 2
   %2442 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %2441
-  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !43
+  %2443 = load <4 x float>, ptr %2442, align 16, !tbaa !190
   %old_max.i = select <4 x i1> %1329, <4 x float> splat (float 0xC6293E5940000000), <4 x float> %2443
   %2444 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %2441
-  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !41
+  %2445 = load <4 x float>, ptr %2444, align 16, !tbaa !188
   %old_sum.i = select <4 x i1> %1329, <4 x float> zeroinitializer, <4 x float> %2445
   %2446 = fcmp ogt <4 x float> %old_max.i, %1887
-  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !91
+  %2447 = load <4 x float>, ptr %tile_sum236.i, align 16, !tbaa !226
   %2448 = fcmp oeq <4 x float> %2447, zeroinitializer
   %2449 = select <4 x i1> %2448, <4 x i1> splat (i1 true), <4 x i1> %2446
   %old_or_both.i = select <4 x i1> %2449, <4 x float> %old_max.i, <4 x float> %1887
@@ -5175,8 +11093,8 @@ for_end_to95.3.i:                                 ; preds = %for_body_to94.3.i.e
   %2493 = select <4 x i1> %2492, <4 x float> %2491, <4 x float> zeroinitializer
   %2494 = fmul <4 x float> %old_sum.i, %2472
   %2495 = tail call <4 x float> @llvm.fmuladd.v4f32(<4 x float> %2493, <4 x float> %2447, <4 x float> %2494)
-  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !43
-  store <4 x float> %2495, ptr %2444, align 16, !tbaa !41
+  store <4 x float> %m.i, ptr %2442, align 16, !tbaa !190
+  store <4 x float> %2495, ptr %2444, align 16, !tbaa !188
   %2496 = shufflevector <4 x float> %2493, <4 x float> poison, <16 x i32> zeroinitializer
   %2497 = shl nuw nsw i64 %indvars.iv1198.i, 9
   %2498 = shufflevector <4 x float> %2472, <4 x float> poison, <16 x i32> zeroinitializer
@@ -5218,7 +11136,7 @@ for_end_d_0_m.i:                                  ; preds = %if_end155.i
   %2512 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %2513 = tail call i32 %2512(i32 1, i32 %dev_id, ptr nonnull %exact.i)
   %.not247.i = icmp eq i32 %2513, 0
-  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not247.i, label %if_end157.i, label %fused_decode_compute_.exit, !prof !51
 
 for_begin_line135.preheader.i:                    ; preds = %for_begin_line135.preheader.i, %for_begin_line135.preheader.lr.ph.i
   %indvars.iv1186.i = phi i64 [ 0, %for_begin_line135.preheader.lr.ph.i ], [ %indvars.iv.next1187.i, %for_begin_line135.preheader.i ]
@@ -5879,7 +11797,7 @@ for_end_to132.i:                                  ; preds = %for_begin_line135.p
 for_body_ti.lr.ph.i:                              ; preds = %for_end_to132.i
   %gep1066.idx.i = shl i64 %indvars.iv1194.i, 7
   %gep1066.i = getelementptr i8, ptr %invariant.gep1033.i, i64 %gep1066.idx.i
-  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !99
+  br i1 %1352, label %for_body_ti.i.epil.preheader, label %for_body_ti.i, !prof !234
 
 for_body_ti.i:                                    ; preds = %for_body_ti.i, %for_body_ti.lr.ph.i
   %indvars.iv1191.i = phi i64 [ %indvars.iv.next1192.i.1, %for_body_ti.i ], [ 0, %for_body_ti.lr.ph.i ]
@@ -5990,10 +11908,10 @@ for_body_ti.i:                                    ; preds = %for_body_ti.i, %for
   %indvars.iv.next1192.i.1 = add nuw nsw i64 %indvars.iv1191.i, 2
   %niter288.next.1 = add nuw i64 %niter288, 2
   %niter288.ncmp.1 = icmp eq i64 %niter288.next.1, %unroll_iter287
-  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !100, !llvm.loop !101
+  br i1 %niter288.ncmp.1, label %for_end_ti.i.loopexit.unr-lcssa, label %for_body_ti.i, !prof !235, !llvm.loop !236
 
 for_end_ti.i.loopexit.unr-lcssa:                  ; preds = %for_body_ti.i
-  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !53
+  br i1 %lcmp.mod277.not, label %for_end_ti.i, label %for_body_ti.i.epil.preheader, !prof !46
 
 for_body_ti.i.epil.preheader:                     ; preds = %for_end_ti.i.loopexit.unr-lcssa, %for_body_ti.lr.ph.i
   %indvars.iv1191.i.epil.init = phi i64 [ 0, %for_body_ti.lr.ph.i ], [ %indvars.iv.next1192.i.1, %for_end_ti.i.loopexit.unr-lcssa ]
@@ -6140,79 +12058,79 @@ if_end155.i:                                      ; preds = %if_then154.i, %if_e
   store <16 x float> %3001, ptr %3000, align 4, !tbaa !4
   %indvars.iv.next1195.i = add nuw nsw i64 %indvars.iv1194.i, 1
   %exitcond1197.not.i = icmp eq i64 %indvars.iv.next1195.i, 4
-  br i1 %exitcond1197.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !39
+  br i1 %exitcond1197.not.i, label %for_end_d_0_m.i, label %for_body_d_0_m.i, !prof !28
 
 if_end157.i:                                      ; preds = %for_end_d_0_m.i
   %3002 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3003 = tail call i32 %3002(i32 1, i32 %dev_id, ptr nonnull %scaled.i)
   %.not248.i = icmp eq i32 %3003, 0
-  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not248.i, label %if_end160.i, label %fused_decode_compute_.exit, !prof !51
 
 if_end160.i:                                      ; preds = %if_end157.i
   %3004 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3005 = tail call i32 %3004(i32 1, i32 %dev_id, ptr nonnull %probs.i)
   %.not249.i = icmp eq i32 %3005, 0
-  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not249.i, label %if_end163.i, label %fused_decode_compute_.exit, !prof !51
 
 if_end163.i:                                      ; preds = %if_end160.i
   %3006 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3007 = tail call i32 %3006(i32 1, i32 %dev_id, ptr nonnull %prob_pairs.i)
   %.not250.i = icmp eq i32 %3007, 0
-  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not250.i, label %if_end166.i, label %fused_decode_compute_.exit, !prof !51
 
 if_end166.i:                                      ; preds = %if_end163.i
   %3008 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3009 = tail call i32 %3008(i32 1, i32 %dev_id, ptr nonnull %scores.i)
   %.not251.i = icmp eq i32 %3009, 0
-  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not251.i, label %for_begin_kv_head.i, label %fused_decode_compute_.exit, !prof !51
 
 if_end172.i:                                      ; preds = %for_end_kv_head.i
   %3010 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3011 = tail call i32 %3010(i32 1, i32 %dev_id, ptr nonnull %key_offsets.i)
   %.not246.i = icmp eq i32 %3011, 0
   %indvars.iv.next = add i32 %indvars.iv, -128
-  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not246.i, label %for_begin_step.i, label %fused_decode_compute_.exit, !prof !51
 
 for_body_tile178.i:                               ; preds = %for_body_tile178.i, %for_begin_tile177.preheader.i
   %indvars.iv1222.i = phi i64 [ %indvars.iv.next1223.i, %for_body_tile178.i ], [ 0, %for_begin_tile177.preheader.i ]
   %3012 = shl nuw nsw i64 %indvars.iv1222.i, 2
   %3013 = add nuw nsw i64 %3012, %891
   %3014 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3012
-  %3015 = load float, ptr %3014, align 16, !tbaa !43
+  %3015 = load float, ptr %3014, align 16, !tbaa !190
   %3016 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3013
   store float %3015, ptr %3016, align 4, !tbaa !4
   %3017 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3012
-  %3018 = load float, ptr %3017, align 16, !tbaa !41
+  %3018 = load float, ptr %3017, align 16, !tbaa !188
   %3019 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3013
   store float %3018, ptr %3019, align 4, !tbaa !4
   %3020 = or disjoint i64 %3012, 1
   %3021 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3020
-  %3022 = load float, ptr %3021, align 4, !tbaa !43
+  %3022 = load float, ptr %3021, align 4, !tbaa !190
   %3023 = or disjoint i64 %3013, 1
   %3024 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3023
   store float %3022, ptr %3024, align 4, !tbaa !4
   %3025 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3020
-  %3026 = load float, ptr %3025, align 4, !tbaa !41
+  %3026 = load float, ptr %3025, align 4, !tbaa !188
   %3027 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3023
   store float %3026, ptr %3027, align 4, !tbaa !4
   %3028 = or disjoint i64 %3012, 2
   %3029 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3028
-  %3030 = load float, ptr %3029, align 8, !tbaa !43
+  %3030 = load float, ptr %3029, align 8, !tbaa !190
   %3031 = or disjoint i64 %3013, 2
   %3032 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3031
   store float %3030, ptr %3032, align 4, !tbaa !4
   %3033 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3028
-  %3034 = load float, ptr %3033, align 8, !tbaa !41
+  %3034 = load float, ptr %3033, align 8, !tbaa !188
   %3035 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3031
   store float %3034, ptr %3035, align 4, !tbaa !4
   %3036 = or disjoint i64 %3012, 3
   %3037 = getelementptr inbounds nuw float, ptr %row_max242.i, i64 %3036
-  %3038 = load float, ptr %3037, align 4, !tbaa !43
+  %3038 = load float, ptr %3037, align 4, !tbaa !190
   %3039 = or disjoint i64 %3013, 3
   %3040 = getelementptr inbounds nuw float, ptr %partial_max, i64 %3039
   store float %3038, ptr %3040, align 4, !tbaa !4
   %3041 = getelementptr inbounds nuw float, ptr %row_sum241.i, i64 %3036
-  %3042 = load float, ptr %3041, align 4, !tbaa !41
+  %3042 = load float, ptr %3041, align 4, !tbaa !188
   %3043 = getelementptr inbounds nuw float, ptr %partial_sum, i64 %3039
   store float %3042, ptr %3043, align 4, !tbaa !4
   %3044 = shl nuw nsw i64 %indvars.iv1222.i, 9
@@ -6346,19 +12264,19 @@ for_body_tile178.i:                               ; preds = %for_body_tile178.i,
   store <16 x float> %3139, ptr %3140, align 4, !tbaa !4
   %indvars.iv.next1223.i = add nuw nsw i64 %indvars.iv1222.i, 1
   %exitcond1225.not.i = icmp eq i64 %indvars.iv.next1223.i, 8
-  br i1 %exitcond1225.not.i, label %for_end_tile179.i, label %for_body_tile178.i, !prof !39
+  br i1 %exitcond1225.not.i, label %for_end_tile179.i, label %for_body_tile178.i, !prof !28
 
 for_end_tile179.i:                                ; preds = %for_body_tile178.i, %if_end202.us.3.i
   %3141 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3142 = tail call i32 %3141(i32 1, i32 %dev_id, ptr nonnull %acc.i)
   %.not.i = icmp eq i32 %3142, 0
-  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not.i, label %if_end219.i, label %fused_decode_compute_.exit, !prof !51
 
 if_end219.i:                                      ; preds = %for_end_tile179.i
   %3143 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
   %3144 = tail call i32 %3143(i32 1, i32 %dev_id, ptr nonnull %q_tile.i)
   %.not243.i = icmp eq i32 %3144, 0
-  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !40
+  br i1 %.not243.i, label %for_begin_s.i, label %fused_decode_compute_.exit, !prof !51
 
 fused_decode_compute_.exit:                       ; preds = %if_end219.i, %for_end_tile179.i, %if_end172.i, %if_end166.i, %if_end163.i, %if_end160.i, %if_end157.i, %for_end_d_0_m.i, %if_end31.i, %if_end28.i, %for_end_i.i, %if_end22.i, %for_end_kv_head.i, %for_body_kv_head.i, %if_end5.i, %for_body_step.i, %if_end.i, %for_body_s.i, %for_begin_s.i, %if_end45
   %common.ret.op.i = phi i32 [ -1, %for_body_kv_head.i ], [ -1, %for_body_step.i ], [ 0, %if_end45 ], [ -1, %if_end166.i ], [ -1, %if_end163.i ], [ -1, %if_end160.i ], [ -1, %if_end157.i ], [ -1, %for_end_d_0_m.i ], [ -1, %if_end31.i ], [ -1, %if_end28.i ], [ -1, %for_end_i.i ], [ -1, %if_end22.i ], [ -1, %if_end172.i ], [ -1, %for_end_kv_head.i ], [ -1, %if_end5.i ], [ -1, %if_end219.i ], [ -1, %for_end_tile179.i ], [ 0, %for_begin_s.i ], [ -1, %if_end.i ], [ -1, %for_body_s.i ]
@@ -6366,6 +12284,580 @@ fused_decode_compute_.exit:                       ; preds = %if_end219.i, %for_e
   call void @llvm.lifetime.end.p0(ptr nonnull %tile_sum236.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_sum241.i)
   call void @llvm.lifetime.end.p0(ptr nonnull %row_max242.i)
+  ret i32 %common.ret.op.i
+}
+
+define dllexport range(i32 -1, 1) i32 @__tvm_ffi_merge_attend(ptr readnone captures(none) %self_handle, ptr readonly captures(none) %args, i32 %num_args, ptr readnone captures(none) %result) local_unnamed_addr #1 {
+entry:
+  %factor34.i = alloca [32 x float], align 16
+  %beta37.i = alloca [32 x float], align 16
+  %alpha38.i = alloca [32 x float], align 16
+  %row_sum39.i = alloca [32 x float], align 16
+  %row_max40.i = alloca [32 x float], align 16
+  %partial_max.type_index = load i32, ptr %args, align 4
+  %0 = icmp eq i32 %partial_max.type_index, 70
+  %1 = getelementptr inbounds nuw i8, ptr %args, i64 8
+  %2 = load ptr, ptr %1, align 8
+  %partial_max.handle.idx = select i1 %0, i64 24, i64 0
+  %partial_max.handle = getelementptr inbounds nuw i8, ptr %2, i64 %partial_max.handle.idx
+  %3 = getelementptr inbounds nuw i8, ptr %args, i64 16
+  %partial_sum.type_index = load i32, ptr %3, align 8
+  %4 = icmp eq i32 %partial_sum.type_index, 70
+  %5 = getelementptr inbounds nuw i8, ptr %args, i64 24
+  %6 = load ptr, ptr %5, align 8
+  %partial_sum.handle.idx = select i1 %4, i64 24, i64 0
+  %partial_sum.handle = getelementptr inbounds nuw i8, ptr %6, i64 %partial_sum.handle.idx
+  %7 = getelementptr inbounds nuw i8, ptr %args, i64 32
+  %partial_acc.type_index = load i32, ptr %7, align 8
+  %8 = icmp eq i32 %partial_acc.type_index, 70
+  %9 = getelementptr inbounds nuw i8, ptr %args, i64 40
+  %10 = load ptr, ptr %9, align 8
+  %partial_acc.handle.idx = select i1 %8, i64 24, i64 0
+  %partial_acc.handle = getelementptr inbounds nuw i8, ptr %10, i64 %partial_acc.handle.idx
+  %11 = getelementptr inbounds nuw i8, ptr %args, i64 48
+  %out.type_index = load i32, ptr %11, align 8
+  %12 = icmp eq i32 %out.type_index, 70
+  %13 = getelementptr inbounds nuw i8, ptr %args, i64 56
+  %14 = load ptr, ptr %13, align 8
+  %out.handle.idx = select i1 %12, i64 24, i64 0
+  %out.handle = getelementptr inbounds nuw i8, ptr %14, i64 %out.handle.idx
+  %15 = getelementptr inbounds nuw i8, ptr %args, i64 64
+  %lse.type_index = load i32, ptr %15, align 8
+  %16 = icmp eq i32 %lse.type_index, 70
+  %17 = getelementptr inbounds nuw i8, ptr %args, i64 72
+  %18 = load ptr, ptr %17, align 8
+  %lse.handle.idx = select i1 %16, i64 24, i64 0
+  %lse.handle = getelementptr inbounds nuw i8, ptr %18, i64 %lse.handle.idx
+  %19 = getelementptr inbounds nuw i8, ptr %args, i64 88
+  %20 = load i64, ptr %19, align 8
+  %21 = getelementptr inbounds nuw i8, ptr %args, i64 104
+  %22 = load i64, ptr %21, align 8
+  %23 = getelementptr inbounds nuw i8, ptr %args, i64 120
+  %24 = load i64, ptr %23, align 8
+  %25 = getelementptr inbounds nuw i8, ptr %args, i64 136
+  %26 = load i64, ptr %25, align 8
+  %27 = getelementptr inbounds nuw i8, ptr %args, i64 152
+  %28 = load i64, ptr %27, align 8
+  %29 = getelementptr inbounds nuw i8, ptr %partial_max.handle, i64 12
+  %dev_id = load i32, ptr %29, align 4
+  %30 = getelementptr inbounds nuw i8, ptr %out.handle, i64 24
+  %merge_attend.out_shape = load ptr, ptr %30, align 8
+  %31 = getelementptr inbounds nuw i8, ptr %out.handle, i64 32
+  %merge_attend.out_strides = load ptr, ptr %31, align 8
+  %32 = icmp eq ptr %merge_attend.out_strides, null
+  %33 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 16
+  %34 = getelementptr inbounds nuw i8, ptr %merge_attend.out_strides, i64 8
+  %out_head.in = select i1 %32, ptr %33, ptr %34
+  %out_head = load i64, ptr %out_head.in, align 8
+  br i1 %32, label %if_then16, label %if_else17
+
+if_then16:                                        ; preds = %entry
+  %35 = getelementptr inbounds nuw i8, ptr %merge_attend.out_shape, i64 8
+  %36 = load i64, ptr %35, align 8
+  %37 = load i64, ptr %33, align 8
+  %38 = mul nsw i64 %37, %36
+  br label %if_end18
+
+if_else17:                                        ; preds = %entry
+  %39 = load i64, ptr %merge_attend.out_strides, align 8
+  br label %if_end18
+
+if_end18:                                         ; preds = %if_else17, %if_then16
+  %out_batch = phi i64 [ %38, %if_then16 ], [ %39, %if_else17 ]
+  %40 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 32
+  %merge_attend.lse_strides = load ptr, ptr %40, align 8
+  %41 = icmp eq ptr %merge_attend.lse_strides, null
+  br i1 %41, label %if_then19, label %if_end21
+
+if_then19:                                        ; preds = %if_end18
+  %42 = getelementptr inbounds nuw i8, ptr %lse.handle, i64 24
+  %merge_attend.lse_shape = load ptr, ptr %42, align 8
+  %43 = getelementptr inbounds nuw i8, ptr %merge_attend.lse_shape, i64 8
+  br label %if_end21
+
+if_end21:                                         ; preds = %if_then19, %if_end18
+  %lse_batch.in = phi ptr [ %43, %if_then19 ], [ %merge_attend.lse_strides, %if_end18 ]
+  %lse_batch = load i64, ptr %lse_batch.in, align 8
+  %num_keys = trunc i64 %22 to i32
+  %partial_max = load ptr, ptr %partial_max.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  %partial_sum = load ptr, ptr %partial_sum.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  %partial_acc = load ptr, ptr %partial_acc.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  %out = load ptr, ptr %out.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  %lse = load ptr, ptr %lse.handle, align 8
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  call void @llvm.lifetime.start.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.start.p0(ptr nonnull %row_max40.i)
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_max, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_sum, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %partial_acc, i64 4) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %out, i64 2) ]
+  call void @llvm.assume(i1 true) [ "align"(ptr %lse, i64 4) ]
+  %44 = load ptr, ptr @__TVMBackendAllocWorkspace, align 8, !tbaa !9
+  %acc.i = tail call ptr %44(i32 1, i32 %dev_id, i64 16384, i32 2, i32 32)
+  %45 = icmp eq ptr %acc.i, null
+  br i1 %45, label %merge_attend_compute_.exit, label %for_begin_step.preheader.i, !prof !7
+
+for_begin_step.preheader.i:                       ; preds = %if_end21
+  %num_partials = trunc i64 %28 to i32
+  %46 = icmp sgt i32 %num_partials, 0
+  br i1 %46, label %for_body_step.lr.ph.i, label %for_end_step.i, !prof !3
+
+for_body_step.lr.ph.i:                            ; preds = %for_begin_step.preheader.i
+  %sext = shl i64 %24, 32
+  %47 = ashr exact i64 %sext, 32
+  %sext28 = shl i64 %26, 32
+  %48 = ashr exact i64 %sext28, 32
+  %wide.trip.count.i = and i64 %28, 2147483647
+  br label %for_body_step.i
+
+for_body_step.i:                                  ; preds = %for_end_r_0.i, %for_body_step.lr.ph.i
+  %indvars.iv64.i = phi i64 [ 0, %for_body_step.lr.ph.i ], [ %indvars.iv.next65.i, %for_end_r_0.i ]
+  %49 = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %m.i, %for_end_r_0.i ]
+  %total4145.i = phi <32 x float> [ undef, %for_body_step.lr.ph.i ], [ %108, %for_end_r_0.i ]
+  %50 = mul nsw i64 %indvars.iv64.i, %48
+  %51 = icmp eq i64 %indvars.iv64.i, 0
+  %52 = insertelement <32 x i1> poison, i1 %51, i64 0
+  %53 = shufflevector <32 x i1> %52, <32 x i1> poison, <32 x i32> zeroinitializer
+  %old_max.i = select <32 x i1> %53, <32 x float> splat (float 0xC6293E5940000000), <32 x float> %49
+  %old_sum.i = select <32 x i1> %53, <32 x float> zeroinitializer, <32 x float> %total4145.i
+  %54 = add nsw i64 %50, %47
+  %55 = shl nsw i64 %54, 5
+  %56 = getelementptr inbounds float, ptr %partial_max, i64 %55
+  %57 = load <32 x float>, ptr %56, align 4, !tbaa !4
+  %58 = fcmp ogt <32 x float> %old_max.i, %57
+  %59 = getelementptr inbounds float, ptr %partial_sum, i64 %55
+  %60 = load <32 x float>, ptr %59, align 4, !tbaa !4
+  %61 = fcmp oeq <32 x float> %60, zeroinitializer
+  %62 = select <32 x i1> %61, <32 x i1> splat (i1 true), <32 x i1> %58
+  %old_or_both.i = select <32 x i1> %62, <32 x float> %old_max.i, <32 x float> %57
+  %63 = fcmp oeq <32 x float> %old_sum.i, zeroinitializer
+  %m.i = select <32 x i1> %63, <32 x float> %57, <32 x float> %old_or_both.i
+  %64 = fsub <32 x float> %old_max.i, %m.i
+  %65 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %64, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %66 = bitcast <32 x float> %65 to <32 x i32>
+  %67 = fadd <32 x float> %65, splat (float 0xC168000FE0000000)
+  %68 = fmul <32 x float> %67, splat (float 0x3F2BD01060000000)
+  %69 = fmul <32 x float> %67, splat (float 0x3FE6300000000000)
+  %70 = fsub <32 x float> %64, %69
+  %71 = fadd <32 x float> %68, %70
+  %72 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %71, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %73 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %72, <32 x float> %71, <32 x float> splat (float 0x3FA5558F20000000))
+  %74 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %73, <32 x float> %71, <32 x float> splat (float 0x3FC5554920000000))
+  %75 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %74, <32 x float> %71, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %76 = fmul <32 x float> %71, %71
+  %77 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %75, <32 x float> %76, <32 x float> %71)
+  %78 = shl <32 x i32> %66, splat (i32 23)
+  %79 = bitcast <32 x i32> %78 to <32 x float>
+  %80 = fadd <32 x float> %77, splat (float 1.000000e+00)
+  %81 = fmul <32 x float> %80, %79
+  %82 = fcmp olt <32 x float> %64, splat (float -8.700000e+01)
+  %83 = select <32 x i1> %82, <32 x float> zeroinitializer, <32 x float> %81
+  %84 = fcmp one <32 x float> %old_sum.i, zeroinitializer
+  %85 = select <32 x i1> %84, <32 x float> %83, <32 x float> zeroinitializer
+  store <32 x float> %85, ptr %alpha38.i, align 16, !tbaa !238
+  %arg2.i = fsub <32 x float> %57, %m.i
+  %86 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
+  %87 = bitcast <32 x float> %86 to <32 x i32>
+  %88 = fadd <32 x float> %86, splat (float 0xC168000FE0000000)
+  %89 = fmul <32 x float> %88, splat (float 0x3F2BD01060000000)
+  %90 = fmul <32 x float> %88, splat (float 0x3FE6300000000000)
+  %91 = fsub <32 x float> %arg2.i, %90
+  %92 = fadd <32 x float> %89, %91
+  %93 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %92, <32 x float> splat (float 0x3F56A243A0000000), <32 x float> splat (float 0x3F81239E00000000))
+  %94 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %93, <32 x float> %92, <32 x float> splat (float 0x3FA5558F20000000))
+  %95 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %94, <32 x float> %92, <32 x float> splat (float 0x3FC5554920000000))
+  %96 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %95, <32 x float> %92, <32 x float> splat (float 0x3FDFFFFFC0000000))
+  %97 = fmul <32 x float> %92, %92
+  %98 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %96, <32 x float> %97, <32 x float> %92)
+  %99 = shl <32 x i32> %87, splat (i32 23)
+  %100 = bitcast <32 x i32> %99 to <32 x float>
+  %101 = fadd <32 x float> %98, splat (float 1.000000e+00)
+  %102 = fmul <32 x float> %101, %100
+  %103 = fcmp olt <32 x float> %arg2.i, splat (float -8.700000e+01)
+  %104 = select <32 x i1> %103, <32 x float> zeroinitializer, <32 x float> %102
+  %105 = fcmp one <32 x float> %60, zeroinitializer
+  %106 = select <32 x i1> %105, <32 x float> %104, <32 x float> zeroinitializer
+  store <32 x float> %106, ptr %beta37.i, align 16, !tbaa !244
+  %107 = fmul <32 x float> %old_sum.i, %85
+  %108 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %106, <32 x float> %60, <32 x float> %107)
+  %.idx.i = shl nsw i64 %54, 14
+  %109 = getelementptr i8, ptr %partial_acc, i64 %.idx.i
+  br i1 %51, label %for_begin_d_0.preheader.us.i, label %for_begin_d_0.preheader.i, !prof !7
+
+for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
+  %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
+  %110 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
+  %111 = load float, ptr %110, align 4, !tbaa !250
+  %112 = insertelement <16 x float> poison, float %111, i64 0
+  %113 = shufflevector <16 x float> %112, <16 x float> poison, <16 x i32> zeroinitializer
+  %114 = shl nuw nsw i64 %indvars.iv60.i, 7
+  %115 = getelementptr float, ptr %109, i64 %114
+  %116 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
+  %117 = load float, ptr %116, align 4, !tbaa !251
+  %118 = getelementptr inbounds nuw float, ptr %acc.i, i64 %114
+  store <16 x float> zeroinitializer, ptr %118, align 4, !tbaa !4
+  %119 = load <16 x float>, ptr %115, align 4, !tbaa !4
+  %.scalar = fmul float %117, 0.000000e+00
+  %120 = insertelement <16 x float> poison, float %.scalar, i64 0
+  %121 = shufflevector <16 x float> %120, <16 x float> poison, <16 x i32> zeroinitializer
+  %122 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %119, <16 x float> %121)
+  store <16 x float> %122, ptr %118, align 4, !tbaa !4
+  %123 = getelementptr inbounds nuw i8, ptr %118, i64 64
+  store <16 x float> zeroinitializer, ptr %123, align 4, !tbaa !4
+  %124 = getelementptr i8, ptr %115, i64 64
+  %125 = load <16 x float>, ptr %124, align 4, !tbaa !4
+  %126 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %125, <16 x float> %121)
+  store <16 x float> %126, ptr %123, align 4, !tbaa !4
+  %127 = getelementptr inbounds nuw i8, ptr %118, i64 128
+  store <16 x float> zeroinitializer, ptr %127, align 4, !tbaa !4
+  %128 = getelementptr i8, ptr %115, i64 128
+  %129 = load <16 x float>, ptr %128, align 4, !tbaa !4
+  %130 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %129, <16 x float> %121)
+  store <16 x float> %130, ptr %127, align 4, !tbaa !4
+  %131 = getelementptr inbounds nuw i8, ptr %118, i64 192
+  store <16 x float> zeroinitializer, ptr %131, align 4, !tbaa !4
+  %132 = getelementptr i8, ptr %115, i64 192
+  %133 = load <16 x float>, ptr %132, align 4, !tbaa !4
+  %134 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %133, <16 x float> %121)
+  store <16 x float> %134, ptr %131, align 4, !tbaa !4
+  %135 = getelementptr inbounds nuw i8, ptr %118, i64 256
+  store <16 x float> zeroinitializer, ptr %135, align 4, !tbaa !4
+  %136 = getelementptr i8, ptr %115, i64 256
+  %137 = load <16 x float>, ptr %136, align 4, !tbaa !4
+  %138 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %137, <16 x float> %121)
+  store <16 x float> %138, ptr %135, align 4, !tbaa !4
+  %139 = getelementptr inbounds nuw i8, ptr %118, i64 320
+  store <16 x float> zeroinitializer, ptr %139, align 4, !tbaa !4
+  %140 = getelementptr i8, ptr %115, i64 320
+  %141 = load <16 x float>, ptr %140, align 4, !tbaa !4
+  %142 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %141, <16 x float> %121)
+  store <16 x float> %142, ptr %139, align 4, !tbaa !4
+  %143 = getelementptr inbounds nuw i8, ptr %118, i64 384
+  store <16 x float> zeroinitializer, ptr %143, align 4, !tbaa !4
+  %144 = getelementptr i8, ptr %115, i64 384
+  %145 = load <16 x float>, ptr %144, align 4, !tbaa !4
+  %146 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %145, <16 x float> %121)
+  store <16 x float> %146, ptr %143, align 4, !tbaa !4
+  %147 = getelementptr inbounds nuw i8, ptr %118, i64 448
+  store <16 x float> zeroinitializer, ptr %147, align 4, !tbaa !4
+  %148 = getelementptr i8, ptr %115, i64 448
+  %149 = load <16 x float>, ptr %148, align 4, !tbaa !4
+  %150 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %113, <16 x float> %149, <16 x float> %121)
+  store <16 x float> %150, ptr %147, align 4, !tbaa !4
+  %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
+  %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
+
+for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
+  %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %108, %for_end_r_0.i ]
+  %m44.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %m.i, %for_end_r_0.i ]
+  store <32 x float> %m44.lcssa.i, ptr %row_max40.i, align 16
+  store <32 x float> %.lcssa.i, ptr %row_sum39.i, align 16
+  %151 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
+  %152 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
+  %153 = select <32 x i1> %152, <32 x float> zeroinitializer, <32 x float> %151
+  store <32 x float> %153, ptr %factor34.i, align 16, !tbaa !252
+  %sext29 = shl i64 %20, 32
+  %154 = ashr exact i64 %sext29, 32
+  %155 = mul nsw i64 %out_batch, %154
+  %156 = getelementptr i16, ptr %out, i64 %155
+  br label %for_begin_d_019.preheader.i
+
+for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
+  %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
+  %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
+  %158 = load float, ptr %157, align 4, !tbaa !250
+  %159 = insertelement <16 x float> poison, float %158, i64 0
+  %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
+  %161 = shl nuw nsw i64 %indvars.iv.i, 7
+  %162 = getelementptr float, ptr %109, i64 %161
+  %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
+  %164 = load float, ptr %163, align 4, !tbaa !251
+  %165 = insertelement <16 x float> poison, float %164, i64 0
+  %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
+  %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
+  %168 = getelementptr inbounds nuw float, ptr %acc.i, i64 %161
+  %169 = load <16 x float>, ptr %168, align 4, !tbaa !4
+  %170 = fmul <16 x float> %169, %166
+  %171 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %167, <16 x float> %170)
+  store <16 x float> %171, ptr %168, align 4, !tbaa !4
+  %172 = getelementptr i8, ptr %162, i64 64
+  %173 = load <16 x float>, ptr %172, align 4, !tbaa !4
+  %174 = getelementptr inbounds nuw i8, ptr %168, i64 64
+  %175 = load <16 x float>, ptr %174, align 4, !tbaa !4
+  %176 = fmul <16 x float> %166, %175
+  %177 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %173, <16 x float> %176)
+  store <16 x float> %177, ptr %174, align 4, !tbaa !4
+  %178 = getelementptr i8, ptr %162, i64 128
+  %179 = load <16 x float>, ptr %178, align 4, !tbaa !4
+  %180 = getelementptr inbounds nuw i8, ptr %168, i64 128
+  %181 = load <16 x float>, ptr %180, align 4, !tbaa !4
+  %182 = fmul <16 x float> %166, %181
+  %183 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %179, <16 x float> %182)
+  store <16 x float> %183, ptr %180, align 4, !tbaa !4
+  %184 = getelementptr i8, ptr %162, i64 192
+  %185 = load <16 x float>, ptr %184, align 4, !tbaa !4
+  %186 = getelementptr inbounds nuw i8, ptr %168, i64 192
+  %187 = load <16 x float>, ptr %186, align 4, !tbaa !4
+  %188 = fmul <16 x float> %166, %187
+  %189 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %185, <16 x float> %188)
+  store <16 x float> %189, ptr %186, align 4, !tbaa !4
+  %190 = getelementptr i8, ptr %162, i64 256
+  %191 = load <16 x float>, ptr %190, align 4, !tbaa !4
+  %192 = getelementptr inbounds nuw i8, ptr %168, i64 256
+  %193 = load <16 x float>, ptr %192, align 4, !tbaa !4
+  %194 = fmul <16 x float> %166, %193
+  %195 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %191, <16 x float> %194)
+  store <16 x float> %195, ptr %192, align 4, !tbaa !4
+  %196 = getelementptr i8, ptr %162, i64 320
+  %197 = load <16 x float>, ptr %196, align 4, !tbaa !4
+  %198 = getelementptr inbounds nuw i8, ptr %168, i64 320
+  %199 = load <16 x float>, ptr %198, align 4, !tbaa !4
+  %200 = fmul <16 x float> %166, %199
+  %201 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %197, <16 x float> %200)
+  store <16 x float> %201, ptr %198, align 4, !tbaa !4
+  %202 = getelementptr i8, ptr %162, i64 384
+  %203 = load <16 x float>, ptr %202, align 4, !tbaa !4
+  %204 = getelementptr inbounds nuw i8, ptr %168, i64 384
+  %205 = load <16 x float>, ptr %204, align 4, !tbaa !4
+  %206 = fmul <16 x float> %166, %205
+  %207 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %203, <16 x float> %206)
+  store <16 x float> %207, ptr %204, align 4, !tbaa !4
+  %208 = getelementptr i8, ptr %162, i64 448
+  %209 = load <16 x float>, ptr %208, align 4, !tbaa !4
+  %210 = getelementptr inbounds nuw i8, ptr %168, i64 448
+  %211 = load <16 x float>, ptr %210, align 4, !tbaa !4
+  %212 = fmul <16 x float> %166, %211
+  %213 = tail call <16 x float> @llvm.fmuladd.v16f32(<16 x float> %160, <16 x float> %209, <16 x float> %212)
+  store <16 x float> %213, ptr %210, align 4, !tbaa !4
+  %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
+  %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
+
+for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
+  %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
+  %exitcond67.not.i = icmp eq i64 %indvars.iv.next65.i, %wide.trip.count.i
+  br i1 %exitcond67.not.i, label %for_end_step.i, label %for_body_step.i, !prof !8
+
+for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
+  %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
+  %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
+  %215 = load float, ptr %214, align 4, !tbaa !258
+  %216 = insertelement <16 x float> poison, float %215, i64 0
+  %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
+  %218 = mul nsw i64 %indvars.iv72.i, %out_head
+  %invariant.gep.i = getelementptr i16, ptr %156, i64 %218
+  %.idx = shl nuw nsw i64 %indvars.iv72.i, 9
+  %219 = getelementptr inbounds nuw i8, ptr %acc.i, i64 %.idx
+  %220 = load <16 x float>, ptr %219, align 4, !tbaa !4
+  %221 = fmul <16 x float> %220, %217
+  %222 = bitcast <16 x float> %221 to <16 x i32>
+  %223 = lshr <16 x i32> %222, splat (i32 16)
+  %224 = and <16 x i32> %223, splat (i32 1)
+  %225 = add nuw <16 x i32> %222, splat (i32 32767)
+  %226 = add nuw <16 x i32> %225, %224
+  %227 = lshr <16 x i32> %226, splat (i32 16)
+  %228 = trunc nuw <16 x i32> %227 to <16 x i16>
+  store <16 x i16> %228, ptr %invariant.gep.i, align 2, !tbaa !4
+  %229 = getelementptr inbounds nuw i8, ptr %219, i64 64
+  %230 = load <16 x float>, ptr %229, align 4, !tbaa !4
+  %231 = fmul <16 x float> %217, %230
+  %232 = bitcast <16 x float> %231 to <16 x i32>
+  %233 = lshr <16 x i32> %232, splat (i32 16)
+  %234 = and <16 x i32> %233, splat (i32 1)
+  %235 = add nuw <16 x i32> %232, splat (i32 32767)
+  %236 = add nuw <16 x i32> %235, %234
+  %237 = lshr <16 x i32> %236, splat (i32 16)
+  %238 = trunc nuw <16 x i32> %237 to <16 x i16>
+  %gep.1.i = getelementptr i8, ptr %invariant.gep.i, i64 32
+  store <16 x i16> %238, ptr %gep.1.i, align 2, !tbaa !4
+  %239 = getelementptr inbounds nuw i8, ptr %219, i64 128
+  %240 = load <16 x float>, ptr %239, align 4, !tbaa !4
+  %241 = fmul <16 x float> %217, %240
+  %242 = bitcast <16 x float> %241 to <16 x i32>
+  %243 = lshr <16 x i32> %242, splat (i32 16)
+  %244 = and <16 x i32> %243, splat (i32 1)
+  %245 = add nuw <16 x i32> %242, splat (i32 32767)
+  %246 = add nuw <16 x i32> %245, %244
+  %247 = lshr <16 x i32> %246, splat (i32 16)
+  %248 = trunc nuw <16 x i32> %247 to <16 x i16>
+  %gep.2.i = getelementptr i8, ptr %invariant.gep.i, i64 64
+  store <16 x i16> %248, ptr %gep.2.i, align 2, !tbaa !4
+  %249 = getelementptr inbounds nuw i8, ptr %219, i64 192
+  %250 = load <16 x float>, ptr %249, align 4, !tbaa !4
+  %251 = fmul <16 x float> %217, %250
+  %252 = bitcast <16 x float> %251 to <16 x i32>
+  %253 = lshr <16 x i32> %252, splat (i32 16)
+  %254 = and <16 x i32> %253, splat (i32 1)
+  %255 = add nuw <16 x i32> %252, splat (i32 32767)
+  %256 = add nuw <16 x i32> %255, %254
+  %257 = lshr <16 x i32> %256, splat (i32 16)
+  %258 = trunc nuw <16 x i32> %257 to <16 x i16>
+  %gep.3.i = getelementptr i8, ptr %invariant.gep.i, i64 96
+  store <16 x i16> %258, ptr %gep.3.i, align 2, !tbaa !4
+  %259 = getelementptr inbounds nuw i8, ptr %219, i64 256
+  %260 = load <16 x float>, ptr %259, align 4, !tbaa !4
+  %261 = fmul <16 x float> %217, %260
+  %262 = bitcast <16 x float> %261 to <16 x i32>
+  %263 = lshr <16 x i32> %262, splat (i32 16)
+  %264 = and <16 x i32> %263, splat (i32 1)
+  %265 = add nuw <16 x i32> %262, splat (i32 32767)
+  %266 = add nuw <16 x i32> %265, %264
+  %267 = lshr <16 x i32> %266, splat (i32 16)
+  %268 = trunc nuw <16 x i32> %267 to <16 x i16>
+  %gep.4.i = getelementptr i8, ptr %invariant.gep.i, i64 128
+  store <16 x i16> %268, ptr %gep.4.i, align 2, !tbaa !4
+  %269 = getelementptr inbounds nuw i8, ptr %219, i64 320
+  %270 = load <16 x float>, ptr %269, align 4, !tbaa !4
+  %271 = fmul <16 x float> %217, %270
+  %272 = bitcast <16 x float> %271 to <16 x i32>
+  %273 = lshr <16 x i32> %272, splat (i32 16)
+  %274 = and <16 x i32> %273, splat (i32 1)
+  %275 = add nuw <16 x i32> %272, splat (i32 32767)
+  %276 = add nuw <16 x i32> %275, %274
+  %277 = lshr <16 x i32> %276, splat (i32 16)
+  %278 = trunc nuw <16 x i32> %277 to <16 x i16>
+  %gep.5.i = getelementptr i8, ptr %invariant.gep.i, i64 160
+  store <16 x i16> %278, ptr %gep.5.i, align 2, !tbaa !4
+  %279 = getelementptr inbounds nuw i8, ptr %219, i64 384
+  %280 = load <16 x float>, ptr %279, align 4, !tbaa !4
+  %281 = fmul <16 x float> %217, %280
+  %282 = bitcast <16 x float> %281 to <16 x i32>
+  %283 = lshr <16 x i32> %282, splat (i32 16)
+  %284 = and <16 x i32> %283, splat (i32 1)
+  %285 = add nuw <16 x i32> %282, splat (i32 32767)
+  %286 = add nuw <16 x i32> %285, %284
+  %287 = lshr <16 x i32> %286, splat (i32 16)
+  %288 = trunc nuw <16 x i32> %287 to <16 x i16>
+  %gep.6.i = getelementptr i8, ptr %invariant.gep.i, i64 192
+  store <16 x i16> %288, ptr %gep.6.i, align 2, !tbaa !4
+  %289 = getelementptr inbounds nuw i8, ptr %219, i64 448
+  %290 = load <16 x float>, ptr %289, align 4, !tbaa !4
+  %291 = fmul <16 x float> %217, %290
+  %292 = bitcast <16 x float> %291 to <16 x i32>
+  %293 = lshr <16 x i32> %292, splat (i32 16)
+  %294 = and <16 x i32> %293, splat (i32 1)
+  %295 = add nuw <16 x i32> %292, splat (i32 32767)
+  %296 = add nuw <16 x i32> %295, %294
+  %297 = lshr <16 x i32> %296, splat (i32 16)
+  %298 = trunc nuw <16 x i32> %297 to <16 x i16>
+  %gep.7.i = getelementptr i8, ptr %invariant.gep.i, i64 224
+  store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
+  %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
+  %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
+
+for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
+  %299 = add nsw i32 %num_keys, -1
+  %300 = sitofp i32 %299 to float
+  %301 = bitcast float %300 to i32
+  %302 = ashr i32 %301, 23
+  %303 = mul nsw i64 %lse_batch, %154
+  %304 = getelementptr float, ptr %lse, i64 %303
+  %305 = tail call i32 @llvm.smax.i32(i32 %302, i32 125)
+  %306 = shl nuw nsw i32 %305, 23
+  %307 = add nuw i32 %306, 16777216
+  %308 = bitcast i32 %307 to float
+  br label %for_body_r25.i
+
+for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
+  %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
+  %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
+  %310 = load float, ptr %309, align 16, !tbaa !259
+  %311 = fcmp oeq float %310, 0.000000e+00
+  br i1 %311, label %if_end30.i, label %if_else.i
+
+for_end_r26.i:                                    ; preds = %if_end30.i.3
+  %312 = load ptr, ptr @__TVMBackendFreeWorkspace, align 8, !tbaa !9
+  %313 = tail call i32 %312(i32 1, i32 %dev_id, ptr nonnull %acc.i)
+  %.not.i = icmp ne i32 %313, 0
+  %..i = sext i1 %.not.i to i32
+  br label %merge_attend_compute_.exit
+
+if_else.i:                                        ; preds = %for_body_r25.i
+  %314 = fmul float %310, %308
+  %315 = tail call float @llvm.log.f32(float %314)
+  %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
+  %317 = load float, ptr %316, align 16, !tbaa !261
+  %318 = fadd float %315, %317
+  br label %if_end30.i
+
+if_end30.i:                                       ; preds = %if_else.i, %for_body_r25.i
+  %319 = phi float [ %318, %if_else.i ], [ 0xFFF0000000000000, %for_body_r25.i ]
+  %320 = getelementptr float, ptr %304, i64 %indvars.iv76.i
+  store float %319, ptr %320, align 4, !tbaa !4
+  %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
+  %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
+  %322 = load float, ptr %321, align 4, !tbaa !259
+  %323 = fcmp oeq float %322, 0.000000e+00
+  br i1 %323, label %if_end30.i.1, label %if_else.i.1
+
+if_else.i.1:                                      ; preds = %if_end30.i
+  %324 = fmul float %322, %308
+  %325 = tail call float @llvm.log.f32(float %324)
+  %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
+  %327 = load float, ptr %326, align 4, !tbaa !261
+  %328 = fadd float %325, %327
+  br label %if_end30.i.1
+
+if_end30.i.1:                                     ; preds = %if_else.i.1, %if_end30.i
+  %329 = phi float [ %328, %if_else.i.1 ], [ 0xFFF0000000000000, %if_end30.i ]
+  %330 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i
+  store float %329, ptr %330, align 4, !tbaa !4
+  %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
+  %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
+  %332 = load float, ptr %331, align 8, !tbaa !259
+  %333 = fcmp oeq float %332, 0.000000e+00
+  br i1 %333, label %if_end30.i.2, label %if_else.i.2
+
+if_else.i.2:                                      ; preds = %if_end30.i.1
+  %334 = fmul float %332, %308
+  %335 = tail call float @llvm.log.f32(float %334)
+  %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
+  %337 = load float, ptr %336, align 8, !tbaa !261
+  %338 = fadd float %335, %337
+  br label %if_end30.i.2
+
+if_end30.i.2:                                     ; preds = %if_else.i.2, %if_end30.i.1
+  %339 = phi float [ %338, %if_else.i.2 ], [ 0xFFF0000000000000, %if_end30.i.1 ]
+  %340 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.1
+  store float %339, ptr %340, align 4, !tbaa !4
+  %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
+  %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
+  %342 = load float, ptr %341, align 4, !tbaa !259
+  %343 = fcmp oeq float %342, 0.000000e+00
+  br i1 %343, label %if_end30.i.3, label %if_else.i.3
+
+if_else.i.3:                                      ; preds = %if_end30.i.2
+  %344 = fmul float %342, %308
+  %345 = tail call float @llvm.log.f32(float %344)
+  %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
+  %347 = load float, ptr %346, align 4, !tbaa !261
+  %348 = fadd float %345, %347
+  br label %if_end30.i.3
+
+if_end30.i.3:                                     ; preds = %if_else.i.3, %if_end30.i.2
+  %349 = phi float [ %348, %if_else.i.3 ], [ 0xFFF0000000000000, %if_end30.i.2 ]
+  %350 = getelementptr float, ptr %304, i64 %indvars.iv.next77.i.2
+  store float %349, ptr %350, align 4, !tbaa !4
+  %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
+  %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !263
+
+merge_attend_compute_.exit:                       ; preds = %for_end_r26.i, %if_end21
+  %common.ret.op.i = phi i32 [ -1, %if_end21 ], [ %..i, %for_end_r26.i ]
+  call void @llvm.lifetime.end.p0(ptr nonnull %factor34.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %beta37.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %alpha38.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_sum39.i)
+  call void @llvm.lifetime.end.p0(ptr nonnull %row_max40.i)
   ret i32 %common.ret.op.i
 }
 
@@ -6545,7 +13037,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %81 = select <32 x i1> %80, <32 x float> zeroinitializer, <32 x float> %79
   %82 = fcmp one <32 x float> %old_sum.i, zeroinitializer
   %83 = select <32 x i1> %82, <32 x float> %81, <32 x float> zeroinitializer
-  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !103
+  store <32 x float> %83, ptr %alpha38.i, align 16, !tbaa !265
   %arg2.i = fsub <32 x float> %55, %m.i
   %84 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %arg2.i, <32 x float> splat (float 0x3FF7154760000000), <32 x float> splat (float 0x4168000FE0000000))
   %85 = bitcast <32 x float> %84 to <32 x i32>
@@ -6568,7 +13060,7 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
   %102 = select <32 x i1> %101, <32 x float> zeroinitializer, <32 x float> %100
   %103 = fcmp one <32 x float> %58, zeroinitializer
   %104 = select <32 x i1> %103, <32 x float> %102, <32 x float> zeroinitializer
-  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !109
+  store <32 x float> %104, ptr %beta37.i, align 16, !tbaa !271
   %105 = fmul <32 x float> %old_sum.i, %83
   %106 = tail call <32 x float> @llvm.fmuladd.v32f32(<32 x float> %104, <32 x float> %58, <32 x float> %105)
   %.idx.i = shl nsw i64 %52, 14
@@ -6578,13 +13070,13 @@ for_body_step.i:                                  ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.preheader.us.i, %for_body_step.i
   %indvars.iv60.i = phi i64 [ %indvars.iv.next61.i, %for_begin_d_0.preheader.us.i ], [ 0, %for_body_step.i ]
   %108 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv60.i
-  %109 = load float, ptr %108, align 4, !tbaa !115
+  %109 = load float, ptr %108, align 4, !tbaa !277
   %110 = insertelement <16 x float> poison, float %109, i64 0
   %111 = shufflevector <16 x float> %110, <16 x float> poison, <16 x i32> zeroinitializer
   %112 = shl nuw nsw i64 %indvars.iv60.i, 7
   %113 = getelementptr float, ptr %107, i64 %112
   %114 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv60.i
-  %115 = load float, ptr %114, align 4, !tbaa !116
+  %115 = load float, ptr %114, align 4, !tbaa !278
   %116 = getelementptr inbounds nuw float, ptr %acc.i, i64 %112
   store <16 x float> zeroinitializer, ptr %116, align 4, !tbaa !4
   %117 = load <16 x float>, ptr %113, align 4, !tbaa !4
@@ -6637,7 +13129,7 @@ for_begin_d_0.preheader.us.i:                     ; preds = %for_begin_d_0.prehe
   store <16 x float> %148, ptr %145, align 4, !tbaa !4
   %indvars.iv.next61.i = add nuw nsw i64 %indvars.iv60.i, 1
   %exitcond63.not.i = icmp eq i64 %indvars.iv.next61.i, 32
-  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !39
+  br i1 %exitcond63.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.us.i, !prof !28
 
 for_end_step.i:                                   ; preds = %for_end_r_0.i, %for_begin_step.preheader.i
   %.lcssa.i = phi <32 x float> [ undef, %for_begin_step.preheader.i ], [ %106, %for_end_r_0.i ]
@@ -6651,7 +13143,7 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
   %152 = fdiv <32 x float> splat (float 1.000000e+00), %.lcssa.i
   %153 = fcmp oeq <32 x float> %.lcssa.i, zeroinitializer
   %154 = select <32 x i1> %153, <32 x float> zeroinitializer, <32 x float> %152
-  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !117
+  store <32 x float> %154, ptr %factor34.i, align 16, !tbaa !279
   %155 = mul nsw i64 %out_batch, %149
   %156 = getelementptr i16, ptr %out, i64 %155
   br label %for_begin_d_019.preheader.i
@@ -6659,13 +13151,13 @@ for_end_step.i:                                   ; preds = %for_end_r_0.i, %for
 for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.preheader.i, %for_body_step.i
   %indvars.iv.i = phi i64 [ %indvars.iv.next.i, %for_begin_d_0.preheader.i ], [ 0, %for_body_step.i ]
   %157 = getelementptr inbounds nuw float, ptr %beta37.i, i64 %indvars.iv.i
-  %158 = load float, ptr %157, align 4, !tbaa !115
+  %158 = load float, ptr %157, align 4, !tbaa !277
   %159 = insertelement <16 x float> poison, float %158, i64 0
   %160 = shufflevector <16 x float> %159, <16 x float> poison, <16 x i32> zeroinitializer
   %161 = shl nuw nsw i64 %indvars.iv.i, 7
   %162 = getelementptr float, ptr %107, i64 %161
   %163 = getelementptr inbounds nuw float, ptr %alpha38.i, i64 %indvars.iv.i
-  %164 = load float, ptr %163, align 4, !tbaa !116
+  %164 = load float, ptr %163, align 4, !tbaa !278
   %165 = insertelement <16 x float> poison, float %164, i64 0
   %166 = shufflevector <16 x float> %165, <16 x float> poison, <16 x i32> zeroinitializer
   %167 = load <16 x float>, ptr %162, align 4, !tbaa !4
@@ -6725,7 +13217,7 @@ for_begin_d_0.preheader.i:                        ; preds = %for_begin_d_0.prehe
   store <16 x float> %213, ptr %210, align 4, !tbaa !4
   %indvars.iv.next.i = add nuw nsw i64 %indvars.iv.i, 1
   %exitcond.not.i = icmp eq i64 %indvars.iv.next.i, 32
-  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !39
+  br i1 %exitcond.not.i, label %for_end_r_0.i, label %for_begin_d_0.preheader.i, !prof !28
 
 for_end_r_0.i:                                    ; preds = %for_begin_d_0.preheader.i, %for_begin_d_0.preheader.us.i
   %indvars.iv.next65.i = add nuw nsw i64 %indvars.iv64.i, 1
@@ -6735,7 +13227,7 @@ for_end_r_0.i:                                    ; preds = %for_begin_d_0.prehe
 for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.preheader.i, %for_end_step.i
   %indvars.iv72.i = phi i64 [ 0, %for_end_step.i ], [ %indvars.iv.next73.i, %for_begin_d_019.preheader.i ]
   %214 = getelementptr inbounds nuw float, ptr %factor34.i, i64 %indvars.iv72.i
-  %215 = load float, ptr %214, align 4, !tbaa !123
+  %215 = load float, ptr %214, align 4, !tbaa !285
   %216 = insertelement <16 x float> poison, float %215, i64 0
   %217 = shufflevector <16 x float> %216, <16 x float> poison, <16 x i32> zeroinitializer
   %218 = mul nsw i64 %indvars.iv72.i, %out_head
@@ -6838,7 +13330,7 @@ for_begin_d_019.preheader.i:                      ; preds = %for_begin_d_019.pre
   store <16 x i16> %298, ptr %gep.7.i, align 2, !tbaa !4
   %indvars.iv.next73.i = add nuw nsw i64 %indvars.iv72.i, 1
   %exitcond75.not.i = icmp eq i64 %indvars.iv.next73.i, 32
-  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !39
+  br i1 %exitcond75.not.i, label %for_begin_r24.preheader.i, label %for_begin_d_019.preheader.i, !prof !28
 
 for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.preheader.i
   %299 = add nsw i32 %151, -1
@@ -6856,7 +13348,7 @@ for_begin_r24.preheader.i:                        ; preds = %for_begin_d_019.pre
 for_body_r25.i:                                   ; preds = %if_end30.i.3, %for_begin_r24.preheader.i
   %indvars.iv76.i = phi i64 [ 0, %for_begin_r24.preheader.i ], [ %indvars.iv.next77.i.3, %if_end30.i.3 ]
   %309 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv76.i
-  %310 = load float, ptr %309, align 16, !tbaa !124
+  %310 = load float, ptr %309, align 16, !tbaa !286
   %311 = fcmp oeq float %310, 0.000000e+00
   br i1 %311, label %if_end30.i, label %if_else.i
 
@@ -6871,7 +13363,7 @@ if_else.i:                                        ; preds = %for_body_r25.i
   %314 = fmul float %310, %308
   %315 = tail call float @llvm.log.f32(float %314)
   %316 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv76.i
-  %317 = load float, ptr %316, align 16, !tbaa !126
+  %317 = load float, ptr %316, align 16, !tbaa !288
   %318 = fadd float %315, %317
   br label %if_end30.i
 
@@ -6881,7 +13373,7 @@ if_end30.i:                                       ; preds = %if_else.i, %for_bod
   store float %319, ptr %320, align 4, !tbaa !4
   %indvars.iv.next77.i = or disjoint i64 %indvars.iv76.i, 1
   %321 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i
-  %322 = load float, ptr %321, align 4, !tbaa !124
+  %322 = load float, ptr %321, align 4, !tbaa !286
   %323 = fcmp oeq float %322, 0.000000e+00
   br i1 %323, label %if_end30.i.1, label %if_else.i.1
 
@@ -6889,7 +13381,7 @@ if_else.i.1:                                      ; preds = %if_end30.i
   %324 = fmul float %322, %308
   %325 = tail call float @llvm.log.f32(float %324)
   %326 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i
-  %327 = load float, ptr %326, align 4, !tbaa !126
+  %327 = load float, ptr %326, align 4, !tbaa !288
   %328 = fadd float %325, %327
   br label %if_end30.i.1
 
@@ -6899,7 +13391,7 @@ if_end30.i.1:                                     ; preds = %if_else.i.1, %if_en
   store float %329, ptr %330, align 4, !tbaa !4
   %indvars.iv.next77.i.1 = or disjoint i64 %indvars.iv76.i, 2
   %331 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.1
-  %332 = load float, ptr %331, align 8, !tbaa !124
+  %332 = load float, ptr %331, align 8, !tbaa !286
   %333 = fcmp oeq float %332, 0.000000e+00
   br i1 %333, label %if_end30.i.2, label %if_else.i.2
 
@@ -6907,7 +13399,7 @@ if_else.i.2:                                      ; preds = %if_end30.i.1
   %334 = fmul float %332, %308
   %335 = tail call float @llvm.log.f32(float %334)
   %336 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.1
-  %337 = load float, ptr %336, align 8, !tbaa !126
+  %337 = load float, ptr %336, align 8, !tbaa !288
   %338 = fadd float %335, %337
   br label %if_end30.i.2
 
@@ -6917,7 +13409,7 @@ if_end30.i.2:                                     ; preds = %if_else.i.2, %if_en
   store float %339, ptr %340, align 4, !tbaa !4
   %indvars.iv.next77.i.2 = or disjoint i64 %indvars.iv76.i, 3
   %341 = getelementptr inbounds nuw float, ptr %row_sum39.i, i64 %indvars.iv.next77.i.2
-  %342 = load float, ptr %341, align 4, !tbaa !124
+  %342 = load float, ptr %341, align 4, !tbaa !286
   %343 = fcmp oeq float %342, 0.000000e+00
   br i1 %343, label %if_end30.i.3, label %if_else.i.3
 
@@ -6925,7 +13417,7 @@ if_else.i.3:                                      ; preds = %if_end30.i.2
   %344 = fmul float %342, %308
   %345 = tail call float @llvm.log.f32(float %344)
   %346 = getelementptr inbounds nuw float, ptr %row_max40.i, i64 %indvars.iv.next77.i.2
-  %347 = load float, ptr %346, align 4, !tbaa !126
+  %347 = load float, ptr %346, align 4, !tbaa !288
   %348 = fadd float %345, %347
   br label %if_end30.i.3
 
@@ -6935,7 +13427,7 @@ if_end30.i.3:                                     ; preds = %if_else.i.3, %if_en
   store float %349, ptr %350, align 4, !tbaa !4
   %indvars.iv.next77.i.3 = add nuw nsw i64 %indvars.iv76.i, 4
   %exitcond79.not.i.3 = icmp eq i64 %indvars.iv.next77.i.3, 32
-  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !39, !llvm.loop !128
+  br i1 %exitcond79.not.i.3, label %for_end_r26.i, label %for_body_r25.i, !prof !28, !llvm.loop !290
 
 merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_end24
   %common.ret.op.i = phi i32 [ -1, %if_end24 ], [ %..i, %for_end_r26.i ]
@@ -6950,23 +13442,23 @@ merge_partials_compute_.exit:                     ; preds = %for_end_r26.i, %if_
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write)
 declare void @llvm.assume(i1 noundef) #2
 
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fmuladd.f32(float, float, float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.log.f32(float) #3
+
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite)
-declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #3
+declare void @llvm.prefetch.p0(ptr readonly captures(none), i32 immarg, i32 immarg, i32 immarg) #4
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <32 x float> @llvm.fmuladd.v32f32(<32 x float>, <32 x float>, <32 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fmuladd.f32(float, float, float) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare <16 x float> @llvm.fmuladd.v16f32(<16 x float>, <16 x float>, <16 x float>) #4
-
-; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.log.f32(float) #4
+declare <4 x float> @llvm.fmuladd.v4f32(<4 x float>, <4 x float>, <4 x float>) #3
 
 ; Function Attrs: nofree nosync nounwind memory(none)
 define weak dso_local half @__truncsfhf2(float %a0) local_unnamed_addr #5 section ".text.tvm.fp16.conv" {
@@ -7126,38 +13618,82 @@ b6:                                               ; preds = %b5, %b4, %b3, %b1
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>) #6
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smax.i32(i32, i32) #4
+declare i32 @llvm.smin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.smin.i32(i32, i32) #4
+declare i32 @llvm.smax.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare i32 @llvm.umax.i32(i32, i32) #4
+declare <16 x i32> @llvm.smin.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare float @llvm.fabs.f32(float) #4
+declare <16 x i32> @llvm.smax.v16i32(<16 x i32>, <16 x i32>) #3
 
 ; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
-declare half @llvm.fabs.f16(half) #4
+declare i32 @llvm.umax.i32(i32, i32) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare float @llvm.fabs.f32(float) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare half @llvm.fabs.f16(half) #3
+
+; Function Attrs: nocallback nofree nounwind willreturn memory(argmem: write)
+declare void @llvm.memset.p0.i64(ptr writeonly captures(none), i8, i64, i1 immarg) #7
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.umin.i32(i32, i32) #3
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.start.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.start.p0(ptr captures(none)) #8
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: readwrite)
-declare void @llvm.lifetime.end.p0(ptr captures(none)) #7
+declare void @llvm.lifetime.end.p0(ptr captures(none)) #8
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare i64 @llvm.smax.i64(i64, i64) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smin.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <8 x i32> @llvm.smax.v8i32(<8 x i32>, <8 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v8i32(<8 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v8i32(<8 x i32>) #9
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smin.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none)
+declare <4 x i32> @llvm.smax.v4i32(<4 x i32>, <4 x i32>) #3
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smin.v4i32(<4 x i32>) #9
+
+; Function Attrs: nocallback nofree nosync nounwind speculatable willreturn memory(none)
+declare i32 @llvm.vector.reduce.smax.v4i32(<4 x i32>) #9
 
 ; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
-declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #8
+declare <8 x float> @llvm.masked.load.v8f32.p0(ptr captures(none), <8 x i1>, <8 x float>) #10
+
+; Function Attrs: nocallback nofree nosync nounwind willreturn memory(argmem: read)
+declare <29 x i32> @llvm.masked.load.v29i32.p0(ptr captures(none), <29 x i1>, <29 x i32>) #10
 
 attributes #0 = { nofree norecurse nosync nounwind memory(readwrite, inaccessiblemem: write, target_mem0: none, target_mem1: none) "target-cpu"="sapphirerapids" }
 attributes #1 = { "target-cpu"="sapphirerapids" }
 attributes #2 = { nocallback nofree nosync nounwind willreturn memory(inaccessiblemem: write) }
-attributes #3 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
-attributes #4 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #3 = { nocallback nocreateundeforpoison nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #4 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite, inaccessiblemem: readwrite) }
 attributes #5 = { nofree nosync nounwind memory(none) "target-cpu"="sapphirerapids" "target-features" }
 attributes #6 = { nocallback nofree nosync nounwind willreturn memory(none) }
-attributes #7 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
-attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
+attributes #7 = { nocallback nofree nounwind willreturn memory(argmem: write) }
+attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: readwrite) }
+attributes #9 = { nocallback nofree nosync nounwind speculatable willreturn memory(none) }
+attributes #10 = { nocallback nofree nosync nounwind willreturn memory(argmem: read) }
 
 !llvm.module.flags = !{!0, !1, !2}
 
@@ -7173,121 +13709,282 @@ attributes #8 = { nocallback nofree nosync nounwind willreturn memory(argmem: re
 !9 = !{!10, !10, i64 0}
 !10 = !{!"ctx_ptr", !6, i64 0}
 !11 = !{!"branch_weights", i32 1, i32 127}
-!12 = !{!13}
-!13 = distinct !{!13, !14}
-!14 = distinct !{!14, !"LVerDomain"}
-!15 = !{!16}
-!16 = distinct !{!16, !14}
-!17 = !{!"branch_weights", i32 1, i32 0}
-!18 = distinct !{!18, !19, !20}
-!19 = !{!"llvm.loop.isvectorized", i32 1}
+!12 = !{!"branch_weights", i32 127, i32 4194175}
+!13 = distinct !{!13, !14, !15, !16, !17}
+!14 = !{!"llvm.loop.peeled.count", i32 1}
+!15 = !{!"llvm.loop.isvectorized", i32 1}
+!16 = !{!"llvm.loop.unroll.runtime.disable"}
+!17 = !{!"llvm.loop.estimated_trip_count", i32 33026}
+!18 = !{!"branch_weights", i32 4, i32 28}
+!19 = distinct !{!19, !14, !15, !20, !16}
 !20 = !{!"llvm.loop.estimated_trip_count", i32 0}
 !21 = !{!22}
 !22 = distinct !{!22, !23}
 !23 = distinct !{!23, !"LVerDomain"}
 !24 = !{!25}
 !25 = distinct !{!25, !23}
-!26 = distinct !{!26, !19, !20}
-!27 = !{!28}
-!28 = distinct !{!28, !29}
-!29 = distinct !{!29, !"LVerDomain"}
-!30 = !{!31}
-!31 = distinct !{!31, !29}
-!32 = distinct !{!32, !19, !20}
-!33 = !{!34}
-!34 = distinct !{!34, !35}
-!35 = distinct !{!35, !"LVerDomain"}
-!36 = !{!37}
-!37 = distinct !{!37, !35}
-!38 = distinct !{!38, !19, !20}
-!39 = !{!"branch_weights", i32 1, i32 1048575}
-!40 = !{!"branch_weights", i32 1, i32 1048576}
-!41 = !{!42, !42, i64 0}
-!42 = !{!"buffer0", !6, i64 0}
-!43 = !{!44, !44, i64 0}
-!44 = !{!"buffer1", !6, i64 0}
-!45 = distinct !{!45, !46}
-!46 = !{!"llvm.loop.estimated_trip_count", i32 264209}
-!47 = distinct !{!47, !46}
-!48 = !{!"branch_weights", i32 6096, i32 2147477552}
-!49 = !{!"branch_weights", i32 8128, i32 2147475520}
-!50 = distinct !{!50, !51}
-!51 = !{!"llvm.loop.estimated_trip_count", i32 264208}
-!52 = !{!"branch_weights", i32 536870912, i32 1610612736}
-!53 = !{!"branch_weights", i32 1073741824, i32 1073741824}
-!54 = distinct !{!54, !55, !56}
-!55 = !{!"llvm.loop.estimated_trip_count", i32 1}
-!56 = !{!"llvm.loop.unroll.disable"}
-!57 = distinct !{!57, !51}
-!58 = distinct !{!58, !55, !56}
-!59 = distinct !{!59, !51}
-!60 = distinct !{!60, !55, !56}
-!61 = distinct !{!61, !51}
-!62 = distinct !{!62, !55, !56}
-!63 = !{!"branch_weights", i32 14224, i32 2147469424}
-!64 = !{!"branch_weights", i32 16256, i32 2147467392}
-!65 = distinct !{!65, !66}
-!66 = !{!"llvm.loop.estimated_trip_count", i32 132104}
-!67 = !{!"branch_weights", i32 268435456, i32 1879048192}
-!68 = distinct !{!68, !55, !56}
-!69 = !{!70, !70, i64 0}
-!70 = !{!"buffer2", !6, i64 0}
-!71 = distinct !{!71, !51}
-!72 = distinct !{!72, !55, !56}
-!73 = distinct !{!73, !51}
-!74 = distinct !{!74, !55, !56}
-!75 = distinct !{!75, !51}
-!76 = distinct !{!76, !55, !56}
-!77 = distinct !{!77, !51}
-!78 = distinct !{!78, !55, !56}
-!79 = distinct !{!79, !66}
-!80 = distinct !{!80, !55, !56}
-!81 = !{!82, !82, i64 0}
-!82 = !{!"buffer3", !6, i64 0}
-!83 = distinct !{!83, !51}
-!84 = distinct !{!84, !55, !56}
-!85 = distinct !{!85, !51}
-!86 = distinct !{!86, !55, !56}
-!87 = distinct !{!87, !51}
-!88 = distinct !{!88, !55, !56}
-!89 = distinct !{!89, !51}
-!90 = distinct !{!90, !55, !56}
-!91 = !{!92, !92, i64 0}
-!92 = !{!"buffer3.w16.b0", !93, i64 0}
-!93 = !{!"buffer3.w32.b0", !94, i64 0}
-!94 = !{!"buffer3.w64.b0", !95, i64 0}
-!95 = !{!"buffer3.w128.b0", !96, i64 0}
-!96 = !{!"buffer3.w256.b0", !97, i64 0}
-!97 = !{!"buffer3.w512.b0", !98, i64 0}
-!98 = !{!"buffer3.w1024.b0", !82, i64 0}
-!99 = !{!"branch_weights", i32 2032, i32 2147481616}
-!100 = !{!"branch_weights", i32 4064, i32 2147479584}
-!101 = distinct !{!101, !102}
-!102 = !{!"llvm.loop.estimated_trip_count", i32 528416}
-!103 = !{!104, !104, i64 0}
-!104 = !{!"buffer4.w128.b0", !105, i64 0}
-!105 = !{!"buffer4.w256.b0", !106, i64 0}
-!106 = !{!"buffer4.w512.b0", !107, i64 0}
-!107 = !{!"buffer4.w1024.b0", !108, i64 0}
-!108 = !{!"buffer4", !6, i64 0}
-!109 = !{!110, !110, i64 0}
-!110 = !{!"buffer5.w128.b0", !111, i64 0}
-!111 = !{!"buffer5.w256.b0", !112, i64 0}
-!112 = !{!"buffer5.w512.b0", !113, i64 0}
-!113 = !{!"buffer5.w1024.b0", !114, i64 0}
-!114 = !{!"buffer5", !6, i64 0}
-!115 = !{!114, !114, i64 0}
-!116 = !{!108, !108, i64 0}
-!117 = !{!118, !118, i64 0}
-!118 = !{!"buffer6.w128.b0", !119, i64 0}
-!119 = !{!"buffer6.w256.b0", !120, i64 0}
-!120 = !{!"buffer6.w512.b0", !121, i64 0}
-!121 = !{!"buffer6.w1024.b0", !122, i64 0}
-!122 = !{!"buffer6", !6, i64 0}
-!123 = !{!122, !122, i64 0}
-!124 = !{!125, !125, i64 0}
-!125 = !{!"buffer7", !6, i64 0}
-!126 = !{!127, !127, i64 0}
-!127 = !{!"buffer8", !6, i64 0}
-!128 = distinct !{!128, !129}
-!129 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!26 = !{!"branch_weights", i32 1, i32 0}
+!27 = distinct !{!27, !15, !20}
+!28 = !{!"branch_weights", i32 1, i32 1048575}
+!29 = distinct !{!29, !14, !16, !15, !20}
+!30 = !{!31, !31, i64 0}
+!31 = !{!"buffer0.w64.b0", !32, i64 0}
+!32 = !{!"buffer0.w128.b0", !33, i64 0}
+!33 = !{!"buffer0.w256.b0", !34, i64 0}
+!34 = !{!"buffer0.w512.b0", !35, i64 0}
+!35 = !{!"buffer0.w1024.b0", !36, i64 0}
+!36 = !{!"buffer0", !6, i64 0}
+!37 = distinct !{!37, !38}
+!38 = !{!"llvm.loop.estimated_trip_count", i32 528417}
+!39 = !{!36, !36, i64 0}
+!40 = !{!"branch_weights", i32 1048704, i32 133169152}
+!41 = !{!"branch_weights", i32 6096, i32 2147477552}
+!42 = !{!"branch_weights", i32 8128, i32 2147475520}
+!43 = distinct !{!43, !44}
+!44 = !{!"llvm.loop.estimated_trip_count", i32 264208}
+!45 = !{!"branch_weights", i32 536870912, i32 1610612736}
+!46 = !{!"branch_weights", i32 1073741824, i32 1073741824}
+!47 = distinct !{!47, !48, !49}
+!48 = !{!"llvm.loop.estimated_trip_count", i32 1}
+!49 = !{!"llvm.loop.unroll.disable"}
+!50 = distinct !{!50, !48, !49}
+!51 = !{!"branch_weights", i32 1, i32 1048576}
+!52 = distinct !{!52, !48, !49}
+!53 = distinct !{!53, !44}
+!54 = distinct !{!54, !48, !49}
+!55 = distinct !{!55, !44}
+!56 = distinct !{!56, !48, !49}
+!57 = distinct !{!57, !44}
+!58 = distinct !{!58, !48, !49}
+!59 = distinct !{!59, !44}
+!60 = distinct !{!60, !48, !49}
+!61 = distinct !{!61, !44}
+!62 = distinct !{!62, !48, !49}
+!63 = distinct !{!63, !44}
+!64 = distinct !{!64, !48, !49}
+!65 = distinct !{!65, !44}
+!66 = distinct !{!66, !48, !49}
+!67 = distinct !{!67, !44}
+!68 = distinct !{!68, !48, !49}
+!69 = distinct !{!69, !44}
+!70 = distinct !{!70, !48, !49}
+!71 = distinct !{!71, !44}
+!72 = distinct !{!72, !48, !49}
+!73 = distinct !{!73, !44}
+!74 = distinct !{!74, !48, !49}
+!75 = distinct !{!75, !44}
+!76 = distinct !{!76, !48, !49}
+!77 = distinct !{!77, !44}
+!78 = distinct !{!78, !48, !49}
+!79 = distinct !{!79, !44}
+!80 = distinct !{!80, !48, !49}
+!81 = distinct !{!81, !44}
+!82 = distinct !{!82, !48, !49}
+!83 = distinct !{!83, !44}
+!84 = distinct !{!84, !48, !49}
+!85 = !{!86, !86, i64 0}
+!86 = !{!"buffer1.w64.b0", !87, i64 0}
+!87 = !{!"buffer1.w128.b0", !88, i64 0}
+!88 = !{!"buffer1.w256.b0", !89, i64 0}
+!89 = !{!"buffer1.w512.b0", !90, i64 0}
+!90 = !{!"buffer1.w1024.b0", !91, i64 0}
+!91 = !{!"buffer1", !6, i64 0}
+!92 = !{!93, !93, i64 0}
+!93 = !{!"buffer2.w64.b0", !94, i64 0}
+!94 = !{!"buffer2.w128.b0", !95, i64 0}
+!95 = !{!"buffer2.w256.b0", !96, i64 0}
+!96 = !{!"buffer2.w512.b0", !97, i64 0}
+!97 = !{!"buffer2.w1024.b0", !98, i64 0}
+!98 = !{!"buffer2", !6, i64 0}
+!99 = !{!100, !100, i64 0}
+!100 = !{!"buffer3.w64.b0", !101, i64 0}
+!101 = !{!"buffer3.w128.b0", !102, i64 0}
+!102 = !{!"buffer3.w256.b0", !103, i64 0}
+!103 = !{!"buffer3.w512.b0", !104, i64 0}
+!104 = !{!"buffer3.w1024.b0", !105, i64 0}
+!105 = !{!"buffer3", !6, i64 0}
+!106 = !{!107, !107, i64 0}
+!107 = !{!"buffer4.w64.b0", !108, i64 0}
+!108 = !{!"buffer4.w128.b0", !109, i64 0}
+!109 = !{!"buffer4.w256.b0", !110, i64 0}
+!110 = !{!"buffer4.w512.b0", !111, i64 0}
+!111 = !{!"buffer4.w1024.b0", !112, i64 0}
+!112 = !{!"buffer4", !6, i64 0}
+!113 = distinct !{!113, !44}
+!114 = !{!"branch_weights", i32 268435456, i32 1879048192}
+!115 = distinct !{!115, !48, !49}
+!116 = !{!98, !98, i64 0}
+!117 = !{!"branch_weights", i32 16256, i32 2147467392}
+!118 = distinct !{!118, !119}
+!119 = !{!"llvm.loop.estimated_trip_count", i32 132104}
+!120 = distinct !{!120, !48, !49}
+!121 = distinct !{!121, !44}
+!122 = distinct !{!122, !48, !49}
+!123 = !{!124, !124, i64 0}
+!124 = !{!"buffer5", !6, i64 0}
+!125 = distinct !{!125, !119}
+!126 = !{!112, !112, i64 0}
+!127 = !{!105, !105, i64 0}
+!128 = !{!91, !91, i64 0}
+!129 = !{!130}
+!130 = distinct !{!130, !131}
+!131 = distinct !{!131, !"LVerDomain"}
+!132 = !{!133}
+!133 = distinct !{!133, !131}
+!134 = distinct !{!134, !15, !16, !17}
+!135 = !{!"branch_weights", i32 1, i32 31}
+!136 = !{!"branch_weights", i32 8, i32 24}
+!137 = distinct !{!137, !15, !16, !20}
+!138 = !{!"branch_weights", i32 1, i32 7}
+!139 = !{!"branch_weights", i32 1, i32 1}
+!140 = distinct !{!140, !49}
+!141 = !{!"branch_weights", i32 127, i32 0}
+!142 = distinct !{!142, !15, !20}
+!143 = !{!"branch_weights", i32 14224, i32 2147469424}
+!144 = distinct !{!144, !44}
+!145 = !{!146, !146, i64 0}
+!146 = !{!"buffer6.w64.b0", !147, i64 0}
+!147 = !{!"buffer6.w128.b0", !148, i64 0}
+!148 = !{!"buffer6.w256.b0", !149, i64 0}
+!149 = !{!"buffer6.w512.b0", !150, i64 0}
+!150 = !{!"buffer6.w1024.b0", !151, i64 0}
+!151 = !{!"buffer6", !6, i64 0}
+!152 = !{!153, !153, i64 0}
+!153 = !{!"buffer7.w64.b0", !154, i64 0}
+!154 = !{!"buffer7.w128.b0", !155, i64 0}
+!155 = !{!"buffer7.w256.b0", !156, i64 0}
+!156 = !{!"buffer7.w512.b0", !157, i64 0}
+!157 = !{!"buffer7.w1024.b0", !158, i64 0}
+!158 = !{!"buffer7", !6, i64 0}
+!159 = !{!158, !158, i64 0}
+!160 = !{!151, !151, i64 0}
+!161 = distinct !{!161, !162}
+!162 = !{!"llvm.loop.estimated_trip_count", i32 264209}
+!163 = distinct !{!163, !38}
+!164 = !{!165}
+!165 = distinct !{!165, !166}
+!166 = distinct !{!166, !"LVerDomain"}
+!167 = !{!168}
+!168 = distinct !{!168, !166}
+!169 = distinct !{!169, !15, !20}
+!170 = !{!171}
+!171 = distinct !{!171, !172}
+!172 = distinct !{!172, !"LVerDomain"}
+!173 = !{!174}
+!174 = distinct !{!174, !172}
+!175 = distinct !{!175, !15, !20}
+!176 = !{!177}
+!177 = distinct !{!177, !178}
+!178 = distinct !{!178, !"LVerDomain"}
+!179 = !{!180}
+!180 = distinct !{!180, !178}
+!181 = distinct !{!181, !15, !20}
+!182 = !{!183}
+!183 = distinct !{!183, !184}
+!184 = distinct !{!184, !"LVerDomain"}
+!185 = !{!186}
+!186 = distinct !{!186, !184}
+!187 = distinct !{!187, !15, !20}
+!188 = !{!189, !189, i64 0}
+!189 = !{!"buffer8", !6, i64 0}
+!190 = !{!191, !191, i64 0}
+!191 = !{!"buffer9", !6, i64 0}
+!192 = distinct !{!192, !162}
+!193 = distinct !{!193, !162}
+!194 = distinct !{!194, !44}
+!195 = distinct !{!195, !48, !49}
+!196 = distinct !{!196, !44}
+!197 = distinct !{!197, !48, !49}
+!198 = distinct !{!198, !44}
+!199 = distinct !{!199, !48, !49}
+!200 = distinct !{!200, !44}
+!201 = distinct !{!201, !48, !49}
+!202 = distinct !{!202, !119}
+!203 = distinct !{!203, !48, !49}
+!204 = !{!205, !205, i64 0}
+!205 = !{!"buffer10", !6, i64 0}
+!206 = distinct !{!206, !44}
+!207 = distinct !{!207, !48, !49}
+!208 = distinct !{!208, !44}
+!209 = distinct !{!209, !48, !49}
+!210 = distinct !{!210, !44}
+!211 = distinct !{!211, !48, !49}
+!212 = distinct !{!212, !44}
+!213 = distinct !{!213, !48, !49}
+!214 = distinct !{!214, !119}
+!215 = distinct !{!215, !48, !49}
+!216 = !{!217, !217, i64 0}
+!217 = !{!"buffer11", !6, i64 0}
+!218 = distinct !{!218, !44}
+!219 = distinct !{!219, !48, !49}
+!220 = distinct !{!220, !44}
+!221 = distinct !{!221, !48, !49}
+!222 = distinct !{!222, !44}
+!223 = distinct !{!223, !48, !49}
+!224 = distinct !{!224, !44}
+!225 = distinct !{!225, !48, !49}
+!226 = !{!227, !227, i64 0}
+!227 = !{!"buffer11.w16.b0", !228, i64 0}
+!228 = !{!"buffer11.w32.b0", !229, i64 0}
+!229 = !{!"buffer11.w64.b0", !230, i64 0}
+!230 = !{!"buffer11.w128.b0", !231, i64 0}
+!231 = !{!"buffer11.w256.b0", !232, i64 0}
+!232 = !{!"buffer11.w512.b0", !233, i64 0}
+!233 = !{!"buffer11.w1024.b0", !217, i64 0}
+!234 = !{!"branch_weights", i32 2032, i32 2147481616}
+!235 = !{!"branch_weights", i32 4064, i32 2147479584}
+!236 = distinct !{!236, !237}
+!237 = !{!"llvm.loop.estimated_trip_count", i32 528416}
+!238 = !{!239, !239, i64 0}
+!239 = !{!"buffer12.w128.b0", !240, i64 0}
+!240 = !{!"buffer12.w256.b0", !241, i64 0}
+!241 = !{!"buffer12.w512.b0", !242, i64 0}
+!242 = !{!"buffer12.w1024.b0", !243, i64 0}
+!243 = !{!"buffer12", !6, i64 0}
+!244 = !{!245, !245, i64 0}
+!245 = !{!"buffer13.w128.b0", !246, i64 0}
+!246 = !{!"buffer13.w256.b0", !247, i64 0}
+!247 = !{!"buffer13.w512.b0", !248, i64 0}
+!248 = !{!"buffer13.w1024.b0", !249, i64 0}
+!249 = !{!"buffer13", !6, i64 0}
+!250 = !{!249, !249, i64 0}
+!251 = !{!243, !243, i64 0}
+!252 = !{!253, !253, i64 0}
+!253 = !{!"buffer14.w128.b0", !254, i64 0}
+!254 = !{!"buffer14.w256.b0", !255, i64 0}
+!255 = !{!"buffer14.w512.b0", !256, i64 0}
+!256 = !{!"buffer14.w1024.b0", !257, i64 0}
+!257 = !{!"buffer14", !6, i64 0}
+!258 = !{!257, !257, i64 0}
+!259 = !{!260, !260, i64 0}
+!260 = !{!"buffer15", !6, i64 0}
+!261 = !{!262, !262, i64 0}
+!262 = !{!"buffer16", !6, i64 0}
+!263 = distinct !{!263, !264}
+!264 = !{!"llvm.loop.estimated_trip_count", i32 262144}
+!265 = !{!266, !266, i64 0}
+!266 = !{!"buffer17.w128.b0", !267, i64 0}
+!267 = !{!"buffer17.w256.b0", !268, i64 0}
+!268 = !{!"buffer17.w512.b0", !269, i64 0}
+!269 = !{!"buffer17.w1024.b0", !270, i64 0}
+!270 = !{!"buffer17", !6, i64 0}
+!271 = !{!272, !272, i64 0}
+!272 = !{!"buffer18.w128.b0", !273, i64 0}
+!273 = !{!"buffer18.w256.b0", !274, i64 0}
+!274 = !{!"buffer18.w512.b0", !275, i64 0}
+!275 = !{!"buffer18.w1024.b0", !276, i64 0}
+!276 = !{!"buffer18", !6, i64 0}
+!277 = !{!276, !276, i64 0}
+!278 = !{!270, !270, i64 0}
+!279 = !{!280, !280, i64 0}
+!280 = !{!"buffer19.w128.b0", !281, i64 0}
+!281 = !{!"buffer19.w256.b0", !282, i64 0}
+!282 = !{!"buffer19.w512.b0", !283, i64 0}
+!283 = !{!"buffer19.w1024.b0", !284, i64 0}
+!284 = !{!"buffer19", !6, i64 0}
+!285 = !{!284, !284, i64 0}
+!286 = !{!287, !287, i64 0}
+!287 = !{!"buffer20", !6, i64 0}
+!288 = !{!289, !289, i64 0}
+!289 = !{!"buffer21", !6, i64 0}
+!290 = distinct !{!290, !264}

@@ -56,7 +56,8 @@ def run(
     The exit status is 1 if the result is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    items = module.plan(case.context_lens)
+    with usage_errors():
+        items = module.plan(case.context_lens, case.query_start_loc)
     report.print_header(_STDOUT, case, module, len(items))
     report.print_plan(_STDOUT, items)
     inputs = _make_inputs(case, seed)
@@ -78,12 +79,14 @@ def run(
 def bench(
     case_name: str, target: Any, pipeline: str, threads: int | None, seed: int, repeat: int | None, **_: Any
 ) -> None:
-    """Time decode on a cache of huge pages, each block of which is read once a call.
+    """Time decode, or attend, on a cache of huge pages, each block of which is read once a call.
 
     The result is compared with NumPy in float64; the exit status is 1 if it is outside the tolerance.
     """
     case, module = _prepare(case_name, target, pipeline, threads)
-    report.print_header(_STDOUT, case, module, len(module.plan(case.context_lens)))
+    with usage_errors():
+        items = module.plan(case.context_lens, case.query_start_loc)
+    report.print_header(_STDOUT, case, module, len(items))
     inputs = _make_inputs(case, seed, module.empty_cache(case.num_blocks))
     inputs = inputs._replace(block_table=cases.distinct_blocks(case, seed))
     heads = cases.head_arrays(case, seed)
@@ -243,7 +246,7 @@ def _prepare(case_name: str, target: Any, pipeline: str, threads: int | None) ->
 def _make_inputs(
     case: cases.Case, seed: int, caches: tuple[cases.np.ndarray, cases.np.ndarray | None] | None = None
 ) -> cases.Inputs:
-    elements = case.batch * case.spec.num_heads * case.spec.head_dim
+    elements = int(case.query_counts.sum()) * case.spec.num_heads * case.spec.head_dim
     elements += case.cache_bytes // cases.np.dtype(case.spec.dtype).itemsize
     with _step("Making the inputs", elements) as advance:
         return cases.make_inputs(case, seed, advance, caches)
@@ -264,10 +267,10 @@ def _measure(
 
     def timed() -> float:
         start = time.perf_counter()
-        module.decode(*inputs, case.scale, out, **heads)
+        cases.call(module, case, inputs, out, **heads)
         return time.perf_counter() - start
 
-    out = module.decode(*inputs, case.scale, **heads)
+    out = cases.call(module, case, inputs, **heads)
     first = timed()
     if isinstance(repeats, _Repeats):
         repeats = min(repeats.most, max(repeats.least, int(repeats.seconds / max(first, 1e-9))))

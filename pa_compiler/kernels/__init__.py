@@ -41,8 +41,18 @@ def build(spec: PagedAttentionSpec, tiling: Tiling, pipeline: str) -> IRModule:
 
 
 def build_attend(spec: PagedAttentionSpec, tiling: Tiling) -> IRModule:
-    """The PrimFuncs of attend, unscheduled, under their own names. No library has them yet."""
+    """The PrimFuncs of attend, unscheduled, under their own names."""
     return IRModule({kernel.__name__: kernel(spec, tiling) for kernel in ATTEND})
+
+
+def apart(mod: IRModule) -> tuple[IRModule, IRModule]:
+    """The PrimFuncs of attend, and the others: their tiles are not the same."""
+    of_attend = {kernel.__name__ for kernel in ATTEND}
+    functions = {variable.name_hint: function for variable, function in mod.functions.items()}
+    return (
+        IRModule({name: function for name, function in functions.items() if name in of_attend}),
+        IRModule({name: function for name, function in functions.items() if name not in of_attend}),
+    )
 
 
 def append(spec: PagedAttentionSpec) -> tuple[Callable[[PagedAttentionSpec], PrimFunc], ...]:
